@@ -1,0 +1,86 @@
+"""moeopt: make Mixture-of-Experts language models smaller and faster for a task, without gradients."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EEPSpace": "moeopt.spaces",
+    "LayerPlan": "moeopt.plan",
+    "MergeSpace": "moeopt.spaces",
+    "ModelShape": "moeopt.plan",
+    "MoeoptError": "moeopt.errors",
+    "Objective": "moeopt.objective",
+    "Plan": "moeopt.plan",
+    "PruneSpace": "moeopt.spaces",
+    "create_study": "moeopt.study",
+    "enqueue": "moeopt.study",
+    "export": "moeopt.export",
+    "load": "moeopt.models",
+    "load_study": "moeopt.study",
+    "moe_layers": "moeopt.models",
+    "optimize": "moeopt.study",
+    "paired_bootstrap": "moeopt.evaluation",
+    "patched": "moeopt.models",
+    "shape_of": "moeopt.models",
+    "Evaluator": "moeopt.evaluation",
+}
+_ROOMS = {"demo", "errors", "evaluation", "models", "samplers", "spaces", "study", "tasks"}
+
+__all__ = [
+    "EEPSpace",
+    "Evaluator",
+    "LayerPlan",
+    "MergeSpace",
+    "ModelShape",
+    "MoeoptError",
+    "Objective",
+    "Plan",
+    "PruneSpace",
+    "__version__",
+    "create_study",
+    "demo",
+    "enqueue",
+    "errors",
+    "evaluation",
+    "export",
+    "load",
+    "load_study",
+    "models",
+    "moe_layers",
+    "optimize",
+    "paired_bootstrap",
+    "patched",
+    "samplers",
+    "shape_of",
+    "spaces",
+    "study",
+    "tasks",
+]
+
+if TYPE_CHECKING:
+    from moeopt import demo, errors, evaluation, models, samplers, spaces, study, tasks
+    from moeopt.errors import MoeoptError
+    from moeopt.evaluation import Evaluator, paired_bootstrap
+    from moeopt.export import export
+    from moeopt.models import load, moe_layers, patched, shape_of
+    from moeopt.objective import Objective
+    from moeopt.plan import LayerPlan, ModelShape, Plan
+    from moeopt.spaces import EEPSpace, MergeSpace, PruneSpace
+    from moeopt.study import create_study, enqueue, load_study, optimize
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that `import moeopt` stays fast."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return import_module(f"moeopt.{name}")
+    raise AttributeError(f"module 'moeopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

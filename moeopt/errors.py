@@ -1,0 +1,56 @@
+"""The errors moeopt raises: each is a `MoeoptError` and also the builtin error a caller would expect."""
+
+from __future__ import annotations
+
+
+class MoeoptError(Exception):
+    """Base of every error raised by moeopt on purpose; its text is meant for the user."""
+
+
+class PlanError(MoeoptError, ValueError):
+    """A plan is malformed, or does not fit the model it is applied to."""
+
+
+class SpaceError(MoeoptError, ValueError):
+    """A search space cannot be built as asked, or numbers or a plan do not belong to it."""
+
+
+class ModelError(MoeoptError, ValueError):
+    """A model or checkpoint cannot be used: no experts, an unknown routing rule, an unreadable folder."""
+
+
+class TaskError(MoeoptError, ValueError):
+    """A task is unknown, or its data is missing or malformed."""
+
+
+class SamplerError(MoeoptError, ValueError):
+    """A sampler is unknown, or does not fit the space or study it is used with."""
+
+
+class StudyError(MoeoptError, ValueError):
+    """A study cannot be created, opened or resumed as asked."""
+
+
+class StorageError(MoeoptError, RuntimeError):
+    """A study's storage cannot be reached, written or understood."""
+
+
+class ExportError(MoeoptError, ValueError):
+    """A plan or an output folder is not one that export can serve."""
+
+
+class NonFiniteLossError(MoeoptError, ArithmeticError):
+    """A plan made the loss NaN or infinite; `layer` is the first MoE layer whose output was not finite."""
+
+    def __init__(self, message: str, layer: int | None) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint for a mistyped name: `"; did you mean 'eep'?"`, or an empty string when nothing is close."""
+    from difflib import get_close_matches
+
+    lowered = {k.lower(): k for k in known}
+    match = get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
+    return f"; did you mean {lowered[match[0]]!r}?" if match else ""

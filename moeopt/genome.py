@@ -1,0 +1,179 @@
+"""A trial's genotype and facts in its system attributes: pack, read, write. All private Optuna access lives here.
+
+A genotype is a flat float32 vector, kept as one packed attribute (one parameter per number would cost seconds a
+trial, see `Space`). System attributes are neither sent to dashboards nor shown in data frames.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import os
+import socket
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeopt.errors import StorageError
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+Vector = NDArray[np.float32]
+
+GENOME = "moeopt:genome"
+ORIGIN = "moeopt:origin"
+LOSSES = "moeopt:losses"
+RETRIES = "retry_history"  # Optuna's own key, as `RetryHeartbeatStaleTrialCallback` writes it
+INTERRUPTED = "interrupted"  # user attribute of a trial that Ctrl-C ended
+CHUNK = 60_000  # characters; MariaDB and MySQL hold 65,535 bytes an attribute
+LARGEST = 1 << 24  # numbers in one vector; anything larger is a damaged or hostile study
+
+
+def pack(key: str, vector: Vector) -> dict[str, Any]:
+    """Attributes that hold a 1-D float32 vector: `key`, and `key.1`, `key.2`, ... when one attribute is too short."""
+    text = base64.b64encode(zlib.compress(np.ascontiguousarray(vector, dtype="<f4").tobytes(), 6)).decode()
+    pieces = [text[i : i + CHUNK] for i in range(0, len(text), CHUNK)]
+    head = {"v": 1, "shape": [int(vector.size)], "dtype": "<f4", "z": pieces[0], "chunks": len(pieces)}
+    return {key: head, **{f"{key}.{i}": piece for i, piece in enumerate(pieces[1:], start=1)}}
+
+
+def unpack(key: str, attrs: Mapping[str, Any]) -> Vector | None:
+    """The vector that `pack` stored under `key`, or None when there is none.
+
+    Raises:
+        StorageError: when the attribute is there but is not what `pack` writes.
+    """
+    if key not in attrs:
+        return None
+    try:
+        head = attrs[key]
+        size, chunks = head["shape"][0], head.get("chunks", 1)
+        if head["v"] != 1 or head["dtype"] != "<f4" or not 0 <= size <= LARGEST or not 1 <= chunks <= LARGEST // CHUNK:
+            raise ValueError(f"version {head['v']!r}, dtype {head['dtype']!r}, {size!r} numbers")
+        text = head["z"] + "".join(attrs[f"{key}.{i}"] for i in range(1, chunks))
+        inflate = zlib.decompressobj()
+        data = inflate.decompress(base64.b64decode(text, validate=True), 4 * size + 1)
+        if len(data) != 4 * size:
+            raise ValueError(f"{size} numbers announced, {len(data)} bytes found")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, binascii.Error, zlib.error) as error:
+        raise StorageError(
+            f"attribute {key!r} of a trial is damaged or was written by a newer moeopt: {error}"
+        ) from None
+    return np.frombuffer(data, dtype="<f4").astype(np.float32)
+
+
+def attributes(trial: optuna.trial.BaseTrial) -> Mapping[str, Any]:
+    """System attributes of a running `Trial` or a `FrozenTrial`."""
+    if hasattr(trial, "system_attrs"):
+        return trial.system_attrs  # type: ignore[no-any-return]
+    return trial.storage.get_trial_system_attrs(trial._trial_id)  # type: ignore[attr-defined,no-any-return]
+
+
+def read(trial: optuna.trial.BaseTrial) -> Vector | None:
+    """The trial's genotype, float32 (space.size,), or None."""
+    return unpack(GENOME, attributes(trial))
+
+
+def origin(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+    """Where the trial's genotype came from: slot, operator, parents, plan fingerprint, worker; empty when unknown."""
+    found = attributes(trial).get(ORIGIN, {})
+    return found if isinstance(found, dict) else {}
+
+
+def write(study: optuna.Study, trial: optuna.trial.BaseTrial, attrs: Mapping[str, Any]) -> None:
+    """Set system attributes of a running trial, in its storage and in the copy at hand."""
+    for key, value in attrs.items():
+        study._storage.set_trial_system_attr(trial._trial_id, key, value)  # type: ignore[attr-defined]
+        if hasattr(trial, "system_attrs"):
+            trial.system_attrs[key] = value
+
+
+def whole_study(study: optuna.Study) -> optuna.Study:
+    """The study itself where Optuna hands a sampler one Hyperband bracket of it."""
+    return getattr(study, "_study", study)  # type: ignore[no-any-return]
+
+
+def slot(trial: FrozenTrial, trials: Iterable[FrozenTrial]) -> int:
+    """The trial's place in the sequence of proposals: its number, not counting retries of dead trials before it.
+
+    A retried trial keeps the slot of the trial it repeats, so a resumed study draws what an uninterrupted one would.
+    """
+    known = origin(trial).get("slot")
+    if isinstance(known, int):
+        return known
+    number = (trial.system_attrs.get(RETRIES) or [trial.number])[0]
+    return number - sum(1 for t in trials if t.number < number and t.system_attrs.get(RETRIES))
+
+
+def waiting(attrs: Mapping[str, Any], user_attrs: Mapping[str, Any]) -> FrozenTrial:
+    """A trial to `study.add_trial`, in one transaction, that the next worker picks up with its genotype attached."""
+    import optuna
+
+    return optuna.trial.create_trial(
+        state=optuna.trial.TrialState.WAITING, system_attrs=dict(attrs), user_attrs=dict(user_attrs)
+    )
+
+
+def retry(trial: FrozenTrial) -> FrozenTrial:
+    """A waiting trial that repeats a dead one under a new number, marked as Optuna marks its own retries."""
+    history = [*trial.system_attrs.get(RETRIES, []), trial.number]
+    attrs = {**trial.system_attrs, "failed_trial": history[0], RETRIES: history}
+    origin_attr = {key: value for key, value in origin(trial).items() if key != "worker"}
+    return waiting({**attrs, ORIGIN: origin_attr}, {})
+
+
+def reseed(sampler: Any, seed: int) -> None:
+    """Seed every random state that an Optuna sampler and the samplers inside it hold, from one integer."""
+    seeds = np.random.SeedSequence(seed)
+    seen: set[int] = set()
+
+    def visit(thing: Any, depth: int) -> None:
+        if id(thing) in seen or depth > 3:
+            return
+        seen.add(id(thing))
+        for name, value in sorted(vars(thing).items()):
+            state = getattr(value, "rng", value) if type(value).__name__ == "LazyRandomState" else value
+            if isinstance(state, np.random.RandomState):
+                state.seed(seeds.spawn(1)[0].generate_state(4))
+            elif isinstance(state, np.random.Generator):
+                setattr(thing, name, np.random.default_rng(seeds.spawn(1)[0]))
+            elif hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in ("numpy", "torch"):
+                visit(value, depth + 1)
+
+    visit(sampler, 0)
+
+
+@cache
+def _boot_of(pid: int) -> float | None:
+    import psutil
+
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def this_worker() -> dict[str, Any]:
+    """Names this process, so that a later one on the same host can tell whether it still runs."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _boot_of(os.getpid())}
+
+
+def is_dead_here(worker: Any) -> bool:
+    """Whether `worker` (of `this_worker`) ran on this host and runs no more; False when that cannot be known."""
+    if (
+        not isinstance(worker, dict)
+        or worker.get("host") != socket.gethostname()
+        or not isinstance(worker.get("pid"), int)
+    ):
+        return False
+    _boot_of.cache_clear()
+    started = _boot_of(worker["pid"])
+    recorded = worker.get("started")
+    return started is None or (isinstance(recorded, float) and not math.isclose(started, recorded, abs_tol=2.0))

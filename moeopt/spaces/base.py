@@ -1,0 +1,308 @@
+"""Search spaces: a flat vector of numbers on one side, a `Plan` on the other."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moeopt import genome
+from moeopt.errors import SpaceError
+from moeopt.genome import Vector
+from moeopt.plan import LayerPlan, Matrix, ModelShape, Plan, one_hot
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+
+Groups: TypeAlias = int | Sequence[tuple[int, int]]
+MapAt = Literal["prob", "logit"]
+Phase = Literal["prune", "merge"]
+
+NAMED_AT_MOST = 48
+"""Spaces of at most so many numbers appear as ordinary named Optuna parameters as well."""
+
+
+class Space(ABC):
+    """What may vary: the numbers a sampler chooses, and the plans they stand for.
+
+    All layers of a group share one pair of matrices. Vectors are float32 of shape ``(size,)``; matrices of all groups
+    are float32 of shape ``(groups, 2, r, n)``, `[:, 0]` being W_EM and `[:, 1]` W_RM.
+
+    Args:
+        shape: layers, experts and k of the model (`of` reads it off a model).
+        keep: r, experts kept per layer, k <= r <= n.
+        groups: a number of layer groups of equal size (remainder layers go to the last one, as in EEP), or inclusive
+            layer ranges ``[(0, 7), (8, 31)]`` that cover every layer once, in order. None: each layer is its own.
+        k: experts activated per token in the planned model; by default the model's.
+        router: where a dense W_RM acts: ``"prob"``, as in EEP, or ``"logit"``, which stock checkpoints express.
+
+    Raises:
+        SpaceError: naming the argument that does not fit.
+    """
+
+    phases: tuple[Phase, ...]
+    """Which of EEP's two phases has something to change here."""
+    names: tuple[str, ...]
+    low: Vector
+    high: Vector
+    step: Vector
+    """A natural first step of each number, for samplers that want a standard deviation."""
+    integer: bool = False
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        keep: int,
+        groups: Groups | None = None,
+        k: int | None = None,
+        router: MapAt = "prob",
+    ) -> None:
+        self.shape = shape
+        self.keep = _checked_int("keep", keep)
+        self.k = shape.k if k is None else _checked_int("k", k)
+        self.router: MapAt = router
+        if self.k < 1:
+            raise SpaceError(f"k must be at least 1, got {self.k}")
+        if self.keep > shape.experts:
+            raise SpaceError(f"keep={self.keep} asks for more experts than the {shape.experts} each layer has")
+        if self.keep < self.k:
+            raise SpaceError(f"keep={self.keep} is fewer than the k={self.k} experts each token activates")
+        if router not in ("prob", "logit"):
+            raise SpaceError(f"router must be 'prob' or 'logit', got {router!r}")
+        self.groups = layer_groups(shape.layers if groups is None else groups, shape.layers)
+
+    @classmethod
+    def of(cls, model: Any, **arguments: Any) -> Any:
+        """The space for a loaded model (or a `ModelShape`); other arguments as for the class."""
+        if not isinstance(model, ModelShape):
+            from moeopt.models import shape_of
+
+            model = shape_of(model)
+        return cls(model, **arguments)
+
+    @property
+    def size(self) -> int:
+        """How many numbers a genotype has."""
+        return len(self.names)
+
+    @abstractmethod
+    def matrices(self, x: Vector) -> Matrix:
+        """W_EM and W_RM of every group, float32 (groups, 2, r, n)."""
+
+    @abstractmethod
+    def from_matrices(self, matrices: Matrix) -> Vector:
+        """The numbers that stand for these matrices, as near as this space has them."""
+
+    @abstractmethod
+    def start(self) -> Vector:
+        """Where a search begins when nothing is known."""
+
+    @abstractmethod
+    def sample(self, rng: np.random.Generator) -> Vector:
+        """A random point, as random search and EEP's initial population draw it."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """A JSON description; a study is resumed only with an equal one."""
+
+    def decode(self, x: ArrayLike) -> Plan:
+        """The plan that `size` numbers stand for. Numbers out of bounds are clipped, integers rounded, as by `snap`."""
+        layers: list[LayerPlan] = []
+        for (first, last), (w_em, w_rm) in zip(self.groups, self.matrices(self.snap(x))):
+            layers += [self._layer(w_em, w_rm)] * (last - first + 1)
+        return Plan(tuple(layers))
+
+    def _layer(self, w_em: Matrix, w_rm: Matrix) -> LayerPlan:
+        plain = LayerPlan(self.shape.experts, self.k, w_em=w_em, w_rm=w_rm, router=self.router)
+        if plain.kept is not None and plain.router_rows == plain.kept:
+            return LayerPlan(self.shape.experts, self.k, kept=tuple(sorted(plain.kept)))
+        return plain
+
+    def encode(self, plan: Plan) -> Vector:
+        """The numbers of a plan, the inverse of `decode` (up to the order of kept experts).
+
+        Raises:
+            SpaceError: when the plan is not one of this space: another shape, r, k or routing, layers of one group
+                that differ, or matrices the space cannot express.
+        """
+        shape = self.shape
+        if len(plan.layers) != shape.layers:
+            raise SpaceError(f"the plan has {len(plan.layers)} layers, the space {shape.layers}")
+        stacked = []
+        for first, last in self.groups:
+            layer = plan.layers[first]
+            if any(other != layer for other in plan.layers[first : last + 1]):
+                raise SpaceError(f"layers {first}-{last} share one choice in this space, but differ in the plan")
+            found, wanted = (layer.experts, layer.kept_experts, layer.k), (shape.experts, self.keep, self.k)
+            if found != wanted:
+                raise SpaceError(f"layer {first} of the plan has (n, r, k) = {found}, the space {wanted}")
+            if layer.router_rows is None and layer.router != self.router:
+                raise SpaceError(f"the plan maps {layer.router!r}, the space {self.router!r}")
+            stacked.append(np.stack([layer.expert_matrix, layer.router_matrix]))
+        x = self.snap(self.from_matrices(np.stack(stacked)))
+        if self.decode(x).fingerprint != self.decode_matrices(np.stack(stacked)).fingerprint:
+            raise SpaceError(f"the plan lies outside what {type(self).__name__} can express: {self._limits()}")
+        return x
+
+    def decode_matrices(self, matrices: Matrix) -> Plan:
+        """The plan of given group matrices, (groups, 2, r, n), whether or not the space can reach them."""
+        layers: list[LayerPlan] = []
+        for (first, last), (w_em, w_rm) in zip(self.groups, matrices):
+            layers += [self._layer(w_em, w_rm)] * (last - first + 1)
+        return Plan(tuple(layers))
+
+    def _limits(self) -> str:
+        return "one-hot rows with the router following" if self.phases == ("prune",) else "entries within its bounds"
+
+    def snap(self, x: ArrayLike) -> Vector:
+        """The float32 vector that is stored for `x`: clipped to the bounds, integers rounded, -0 made 0.
+
+        Raises:
+            SpaceError: when `x` has the wrong size or holds NaN.
+        """
+        vector = np.array(x, dtype=np.float64).reshape(-1)
+        if vector.size != self.size:
+            raise SpaceError(f"{type(self).__name__} has {self.size} numbers, got {vector.size}")
+        if np.isnan(vector).any():
+            raise SpaceError(f"number {self.names[int(np.isnan(vector).argmax())]!r} is NaN")
+        vector = np.clip(vector, self.low, self.high)
+        return (np.rint(vector) if self.integer else vector).astype(np.float32) + np.float32(0)
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The numbers as Optuna distributions, by name, in order."""
+        from optuna.distributions import FloatDistribution, IntDistribution
+
+        if self.integer:
+            return {name: IntDistribution(int(a), int(b)) for name, a, b in zip(self.names, self.low, self.high)}
+        return {name: FloatDistribution(float(a), float(b)) for name, a, b in zip(self.names, self.low, self.high)}
+
+    def plan(self, trial: optuna.trial.BaseTrial) -> Plan:
+        """The plan of a trial, live or finished, however its numbers are stored.
+
+        A space of at most 48 numbers suggests them under their names, so that any Optuna sampler drives it and
+        importances work. A larger one records a single parameter ``drift``, the mean distance from the start.
+
+        Raises:
+            SpaceError: when the space has more than 48 numbers and the study's sampler is a plain Optuna one.
+        """
+        return self.decode(self.vector(trial))
+
+    def vector(self, trial: optuna.trial.BaseTrial) -> Vector:
+        """The numbers of a trial, as `plan` decodes them."""
+        x = genome.read(trial)
+        if x is not None and x.size != self.size:
+            raise SpaceError(f"trial {trial.number} holds {x.size} numbers, this space has {self.size}")  # type: ignore[attr-defined]
+        frozen = hasattr(trial, "state")
+        if self.size <= NAMED_AT_MOST:
+            if frozen and x is None:
+                missing = [name for name in self.names if name not in trial.params]
+                if missing:
+                    raise SpaceError(f"the trial has no genotype of this space: parameter {missing[0]!r} is missing")
+                return self.snap([trial.params[name] for name in self.names])
+            if not frozen:
+                suggested = [self._suggest(trial, name) for name in self.distributions().items()]
+                return self.snap(suggested) if x is None else x
+        if x is None:
+            raise SpaceError(
+                f"a space of {self.size} numbers needs a sampler that knows it: create the study with one of moeopt's "
+                "samplers, or wrap an Optuna sampler as moeopt.samplers.ShadowSampler(space, sampler)"
+            )
+        if not frozen:
+            trial.suggest_float("drift", 0.0, self.drift_limit)
+        return x
+
+    @staticmethod
+    def _suggest(trial: optuna.trial.BaseTrial, item: tuple[str, BaseDistribution]) -> float:
+        name, distribution = item
+        suggest = trial.suggest_int if type(distribution).__name__ == "IntDistribution" else trial.suggest_float
+        return suggest(name, distribution.low, distribution.high)  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def drift_limit(self) -> float:
+        """The largest value of `drift`."""
+        return float(np.ceil(np.abs(self.high - self.low).mean() * 1000) / 1000)
+
+    def drift(self, x: Vector) -> float:
+        """Mean absolute distance of a genotype from the start."""
+        return float(np.abs(x - self.start()).mean())
+
+    def _description(self, kind: str, **more: Any) -> dict[str, Any]:
+        groups = [[first, last] for first, last in self.groups]
+        shape = {"layers": self.shape.layers, "experts": self.shape.experts, "k": self.shape.k}
+        return {
+            "kind": kind,
+            "shape": shape,
+            "keep": self.keep,
+            "k": self.k,
+            "groups": groups,
+            "router": self.router,
+            **more,
+        }
+
+    def group_names(self) -> list[str]:
+        """`L00-07`, `L08-15`, ...: the layers of each group."""
+        width = len(str(self.shape.layers - 1))
+        return [f"L{a:0{width}}" if a == b else f"L{a:0{width}}-{b:0{width}}" for a, b in self.groups]
+
+
+def layer_groups(groups: Groups, layers: int) -> tuple[tuple[int, int], ...]:
+    """Inclusive layer ranges from a number of groups or explicit ranges.
+
+    >>> layer_groups(3, 8)
+    ((0, 1), (2, 3), (4, 7))
+    """
+    if isinstance(groups, (int, np.integer)) and not isinstance(groups, bool):
+        if not 1 <= groups <= layers:
+            raise SpaceError(f"groups must be between 1 and the model's {layers} MoE layers, got {groups}")
+        size = layers // int(groups)
+        firsts = [g * size for g in range(int(groups))]
+        return tuple(zip(firsts, [first - 1 for first in firsts[1:]] + [layers - 1]))
+    try:
+        ranges = tuple((int(first), int(last)) for first, last in cast(Iterable[tuple[int, int]], groups))
+    except (TypeError, ValueError):
+        raise SpaceError(f"groups must be an integer or (first, last) layer ranges, got {groups!r}") from None
+    expected = 0
+    for first, last in ranges:
+        if last < first:
+            raise SpaceError(f"layer range {first}-{last} ends before it begins")
+        if first != expected:
+            wrong = "overlaps the one before" if first < expected else f"leaves out layer {expected}"
+            raise SpaceError(
+                f"layer range {first}-{last} {wrong}; ranges must cover layers 0-{layers - 1} once, in order"
+            )
+        expected = last + 1
+    if expected != layers:
+        wrong = f"leave out layers from {expected}" if expected < layers else f"go beyond layer {layers - 1}"
+        raise SpaceError(f"layer ranges {list(ranges)} {wrong}; they must cover layers 0-{layers - 1} once, in order")
+    return ranges
+
+
+def one_hot_pair(rows: NDArray[np.integer[Any]], n: int) -> Matrix:
+    """(groups, 2, r, n) from expert indices (groups, r): W_EM one-hot, and W_RM the same."""
+    return np.stack([np.stack([one_hot(kept, n)] * 2) for kept in rows]).astype(np.float32)
+
+
+def random_rows(rng: np.random.Generator, groups: int, r: int, n: int) -> NDArray[np.int64]:
+    """r distinct experts out of n for each group, uniformly, sorted: int64 (groups, r)."""
+    return np.sort(np.argsort(rng.random((groups, n)), axis=1)[:, :r], axis=1)
+
+
+def kept_rows(matrices: Matrix) -> NDArray[np.int64]:
+    """Expert indices (groups, r) of one-hot pairs; SpaceError when a group is no plain pruning."""
+    w_em, w_rm = matrices[:, 0], matrices[:, 1]
+    rows = w_em.argmax(axis=2)
+    plain = np.array_equal(one_hot_pair(rows, matrices.shape[3]), np.stack([w_em, w_rm], axis=1))
+    if not plain or any(len(set(kept)) < len(kept) for kept in rows.tolist()):
+        raise SpaceError("a pruning space holds only distinct one-hot rows with the router following; this plan merges")
+    return rows
+
+
+def _checked_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise SpaceError(f"{name} must be an integer, got {value!r}")
+    return int(value)

@@ -1,0 +1,44 @@
+"""A space from the JSON description that a study keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeopt import genome
+from moeopt.errors import SpaceError, StorageError
+from moeopt.plan import ModelShape
+from moeopt.spaces.base import Space
+from moeopt.spaces.eep import EEPSpace
+from moeopt.spaces.merge import MergeSpace
+from moeopt.spaces.prune import PruneSpace
+
+
+def from_description(description: Mapping[str, Any]) -> Space:
+    """The space whose `describe()` gave this.
+
+    Raises:
+        SpaceError: when it is no description of a space, or one of a newer moeopt.
+    """
+    try:
+        shape = ModelShape(**description["shape"])
+        groups = [(first, last) for first, last in description["groups"]]
+        keep, k, router = description["keep"], description["k"], description["router"]
+        match description["kind"]:
+            case "prune":
+                return PruneSpace(shape, keep=keep, groups=groups, k=k, encoding=description["encoding"])
+            case "eep":
+                return EEPSpace(shape, keep=keep, groups=groups, k=k, router=router)
+            case "merge":
+                entries = genome.unpack("around", description)
+                if entries is None:
+                    raise KeyError("around")
+                space = EEPSpace(shape, keep=keep, groups=groups, k=k, router=router)
+                around = space.decode_matrices(entries.reshape(len(groups), 2, keep, shape.experts))
+                return MergeSpace(shape, around=around, groups=groups, scale=description["scale"], router=router)
+            case kind:
+                raise SpaceError(f"this moeopt knows no space of kind {kind!r}")
+    except (KeyError, TypeError, ValueError, StorageError) as error:
+        if isinstance(error, SpaceError):
+            raise
+        raise SpaceError(f"not the description of a space: {error!r}") from None

@@ -1,0 +1,77 @@
+"""W_EM and W_RM entries around a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moeopt import genome
+from moeopt.errors import SpaceError
+from moeopt.genome import Vector
+from moeopt.plan import Matrix, ModelShape, Plan
+from moeopt.spaces.base import Groups, MapAt, Phase, Space
+
+REACH = 3.0
+"""Entries may move so many scales from the plan they start at."""
+
+
+class MergeSpace(Space):
+    """Mergings near a plan: every entry of both matrices of every group, at most ``3 * scale`` from the plan's own.
+
+    Args:
+        around: the plan to start from; its groups must be constant within `groups`.
+        scale: the natural step of an entry, a standard deviation. EEP mutates by 0.065.
+        shape, groups, router: as for `Space`; r and k are the plan's.
+    """
+
+    phases: tuple[Phase, ...] = ("merge",)
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        around: Plan,
+        groups: Groups | None = None,
+        scale: float = 0.065,
+        router: MapAt = "prob",
+    ) -> None:
+        first = around.layers[0]
+        super().__init__(shape, keep=first.kept_experts, groups=groups, k=first.k, router=router)
+        if not 0 < scale < float("inf"):
+            raise SpaceError(f"scale must be a positive number, got {scale!r}")
+        self.around, self.scale = around, float(scale)
+        self.names = entry_names(self)
+        self.low = np.full(self.size, -np.inf, dtype=np.float32)
+        self.high = -self.low
+        center = self.encode(around)
+        self.low, self.high = center - np.float32(REACH * scale), center + np.float32(REACH * scale)
+        self.step = np.full(self.size, scale, dtype=np.float32)
+        self._center = center
+
+    def matrices(self, x: Vector) -> Matrix:
+        return x.reshape(len(self.groups), 2, self.keep, self.shape.experts)
+
+    def from_matrices(self, matrices: Matrix) -> Vector:
+        return np.asarray(matrices, dtype=np.float32).reshape(-1)
+
+    def start(self) -> Vector:
+        return self._center.copy()
+
+    def sample(self, rng: np.random.Generator) -> Vector:
+        return self.snap(self._center + self.scale * rng.standard_normal(self.size))
+
+    def describe(self) -> dict[str, Any]:
+        around = genome.pack("around", self._center)
+        return self._description("merge", scale=self.scale, **around)
+
+
+def entry_names(space: Space) -> tuple[str, ...]:
+    """`W_EM.L00-07.0.E3` and so on: one name per entry of (groups, 2, r, n)."""
+    return tuple(
+        f"{matrix}.{group}.{i}.E{e}"
+        for group in space.group_names()
+        for matrix in ("W_EM", "W_RM")
+        for i in range(space.keep)
+        for e in range(space.shape.experts)
+    )
