@@ -1,0 +1,7 @@
+"""Evaluation: run a plan over a task, compare plans."""
+
+from moeopt.evaluation.evaluation import Evaluation
+from moeopt.evaluation.evaluator import Evaluator
+from moeopt.evaluation.statistics import Interval, paired_bootstrap
+
+__all__ = ["Evaluation", "Evaluator", "Interval", "paired_bootstrap"]

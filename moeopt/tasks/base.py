@@ -1,0 +1,117 @@
+"""What a task is: examples in three splits, token sequences to score, and how scores become losses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moeopt.errors import TaskError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+SPLITS = ("search", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item of a task: `options` are texts that continue `prompt` verbatim, `options[answer]` is the right one.
+
+    A document of a text task is an example with an empty prompt and a single option.
+
+    Raises:
+        TaskError: if a field has the wrong type, there is no option or an empty one, or `answer` is not an index.
+    """
+
+    id: str
+    prompt: str
+    options: tuple[str, ...]
+    answer: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", tuple(self.options))
+        for text in (self.prompt, *self.options):
+            if not isinstance(text, str):
+                raise TaskError(f"example {self.id!r}: expected text, got {text!r}")
+            if any("\ud800" <= c <= "\udfff" for c in text):
+                raise TaskError(f"example {self.id!r}: {text[:60]!r} has a lone surrogate, which is not valid text")
+        if not self.options or not all(self.options):
+            raise TaskError(f"example {self.id!r}: options must be non-empty texts, got {self.options!r}")
+        if isinstance(self.answer, bool) or not isinstance(self.answer, int):
+            raise TaskError(f"example {self.id!r}: answer must be an integer, got {self.answer!r}")
+        if not 0 <= self.answer < len(self.options):
+            raise TaskError(f"example {self.id!r}: answer {self.answer} is not one of {len(self.options)} options")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One token sequence: the tokens `ids[scored_from:]` are scored, each given all tokens before it.
+
+    `example` is the position of the example among those evaluated, `option` the option scored; `scored_from >= 1`.
+    """
+
+    example: int
+    option: int
+    ids: tuple[int, ...]
+    scored_from: int
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Per example, float32 (examples,): loss, weight in the means, and correctness in [0, 1]."""
+
+    losses: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    correct: NDArray[np.float32]
+
+
+class Task(ABC):
+    """Examples with scores. The evaluator calls `requests` once, then `reduce` after every plan.
+
+    Implement it directly, or build a `MultipleChoiceTask` or `TextTask` from your own rows. Splits never overlap, and
+    `examples(split)` is in a fixed random order, so that the first n of it are a fair sample and samples are nested.
+    """
+
+    name: str
+
+    @property
+    @abstractmethod
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have examples, among "search", "dev" and "test"."""
+
+    @abstractmethod
+    def examples(self, split: str) -> tuple[Example, ...]:
+        """The examples of a split; raises `TaskError` when it is unknown or empty. Needs no tokenizer."""
+
+    @abstractmethod
+    def requests(
+        self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
+    ) -> list[Request]:
+        """The sequences to score, of at most `max_length` tokens, for the first `limit` examples (or windows)."""
+
+    @abstractmethod
+    def reduce(
+        self,
+        split: str,
+        requests: Sequence[Request],
+        log_likelihood: NDArray[np.float64],
+        greedy: NDArray[np.int64],
+    ) -> Scores:
+        """Per-example scores from per-request ones.
+
+        `log_likelihood` (requests,) is the summed natural-log likelihood of the scored tokens, `greedy` (requests,) how
+        many of them are the model's first choice.
+        """
+
+    @abstractmethod
+    def fingerprint(self, split: str | None = None) -> str:
+        """SHA-256, in hexadecimal, of the examples of one split, or of all splits."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """JSON facts that decide the scores: name, kind, fingerprint, examples a split, prompt template."""

@@ -1,0 +1,155 @@
+"""Rows of data by split, from local JSONL or parquet files, a folder of them, or a data set of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeopt.errors import TaskError, nearest
+from moeopt.tasks.base import Example
+from moeopt.tasks.splits import OWN
+
+Data = str | Path
+"""A .jsonl or .parquet file, a folder with one for each split, or a hub id such as "google/boolq"."""
+
+ROW_SUFFIXES = (".jsonl", ".parquet")
+_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "search": "train", "dev": "validation"}
+_SPLIT_FILE = re.compile(rf"(?P<split>{'|'.join((*OWN, *_ALIASES))})(?![a-z])", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's columns, and where it stands, for error messages."""
+
+    where: str
+    values: Mapping[str, Any]
+
+    def __getitem__(self, column: str) -> Any:
+        if column not in self.values:
+            have = ", ".join(map(repr, self.values)) or "nothing"
+            raise TaskError(f"{self.where}: no {column!r}{nearest(column, list(self.values))} (it has {have})")
+        return self.values[column]
+
+    def text(self, column: str) -> str:
+        """A column that must be text."""
+        value = self[column]
+        if not isinstance(value, str):
+            raise TaskError(f"{self.where}: {column!r} must be text, got {value!r}")
+        return value
+
+
+def load(data: Data, config: str | None = None) -> dict[str, list[Row]]:
+    """Rows by the data set's own split ("train", "validation", "test"); those of a lone file are "train".
+
+    Args:
+        data: see `Data`. In a folder, files called `train*`, `val*` (`valid*`, `validation*`, `dev*`) and `test*`,
+            ending in .jsonl or .parquet, are the splits.
+        config: the configuration of a hub data set, such as "wic" of "aps/super_glue".
+
+    Raises:
+        TaskError: if the file, folder or data set is missing, unreadable, empty or malformed.
+    """
+    path = Path(data)
+    if path.is_dir():
+        own: dict[str, list[Row]] = {}
+        for file in sorted(path.iterdir()):
+            if file.suffix in ROW_SUFFIXES and (match := _SPLIT_FILE.match(file.stem)):
+                split = match["split"].lower()
+                own.setdefault(_ALIASES.get(split, split), []).extend(read(file))
+        if not own:
+            raise TaskError(f"folder {path} has no train, validation or test file ending in .jsonl or .parquet")
+        return own
+    if path.exists() or is_missing_file(data):
+        return {"train": read(path)}
+    return from_hub(str(data), config)
+
+
+def is_missing_file(data: str | Path) -> bool:
+    """Whether something that does not exist was meant as a local path, rather than as a hub id."""
+    return isinstance(data, Path) or bool(Path(data).suffix) or _HUB_ID.fullmatch(data) is None
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of one .jsonl or .parquet file, at least one."""
+    if not path.exists():
+        raise TaskError(f"data file {path} does not exist")
+    if path.suffix not in ROW_SUFFIXES:
+        raise TaskError(f"data file {path} must end in {' or '.join(ROW_SUFFIXES)}")
+    try:
+        rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    except OSError as error:
+        raise TaskError(f"cannot read data file {path}: {error}") from error
+    if not rows:
+        raise TaskError(f"data file {path} has no rows")
+    return rows
+
+
+def from_hub(name: str, config: str | None) -> dict[str, list[Row]]:
+    """The train, validation and test splits of a hub data set (or those of them that it has)."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise TaskError(f"reading {name!r} from the hub needs the datasets package: pip install datasets") from error
+    try:
+        splits = load_dataset(name, config)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TaskError(
+            f"cannot load {name!r}{f' ({config})' if config else ''}: it is no local file, and the hub answered:"
+            f" {reason}"
+        ) from error
+    own = {
+        split: [Row(f"{name} {split}, row {i}", row) for i, row in enumerate(splits[split])]
+        for split in OWN
+        if split in splits
+    }
+    if not any(own.values()):
+        raise TaskError(f"data set {name!r} has no train, validation or test split (it has {', '.join(splits)})")
+    return own
+
+
+def own_examples(
+    own: Mapping[str, Iterable[Row]], to_example: Callable[[Row], Example], labelled: Callable[[Row], bool]
+) -> dict[str, list[Example]]:
+    """Examples by own split. A test split in which no row is labelled, as in published benchmarks, is left out."""
+    rows = {split: list(items) for split, items in own.items()}
+    if len(rows) > 1 and not any(labelled(row) for row in rows.get("test", [])):
+        rows.pop("test", None)
+    return {split: [to_example(row) for row in items] for split, items in rows.items()}
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise TaskError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+            except json.JSONDecodeError as error:
+                raise TaskError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+            if not isinstance(values, dict):
+                raise TaskError(f"{where}: expected a JSON object, got {str(values)[:60]!r}")
+            rows.append(Row(where, values))
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import ArrowException  # type: ignore[import-untyped]
+        from pyarrow.parquet import read_table  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise TaskError(f"reading {path} needs the pyarrow package: pip install pyarrow") from error
+    try:
+        table = read_table(path).to_pylist()
+    except ArrowException as error:
+        raise TaskError(f"cannot read data file {path}: {error}") from error
+    return [Row(f"{path}, row {i}", values) for i, values in enumerate(table)]

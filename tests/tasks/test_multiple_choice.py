@@ -1,0 +1,244 @@
+"""Multiple choice: tokens, losses and the built-in data sets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeopt import tasks
+from moeopt.errors import TaskError
+from moeopt.tasks import Example, MultipleChoiceTask
+from moeopt.tasks.rows import from_hub
+
+BOOLQ = {"question": "is ice cold", "passage": "Ice is frozen water.", "idx": 3}
+WIC = {"word": "place", "sentence1": "Come to my places.", "sentence2": "No place.", "start1": 11, "end1": 17, "idx": 1}
+
+
+def write(path: Path, rows: list[object]) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def make(n: int) -> MultipleChoiceTask:
+    return MultipleChoiceTask("t", search=[Example(str(i), f"q{i}:", (" no", " maybe"), i % 2) for i in range(n)])
+
+
+def all_examples(task: tasks.Task) -> list[Example]:
+    return [example for split in task.splits for example in task.examples(split)]
+
+
+def test_scored_tokens_are_exactly_the_options(tiny_tokenizer):
+    task = make(5)
+    examples = task.examples("search")
+    for request in task.requests("search", tiny_tokenizer):
+        example = examples[request.example]
+        assert tiny_tokenizer.decode(request.ids[request.scored_from :]) == example.options[request.option]
+        assert tiny_tokenizer.decode(request.ids[: request.scored_from]) == "<s>" + example.prompt
+
+
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_limits_are_nested(tiny_tokenizer, a, b):
+    task = make(10)
+    small, large = (task.requests("search", tiny_tokenizer, limit=n) for n in sorted((a, b)))
+    assert large[: len(small)] == small
+    assert len(large) == 2 * min(max(a, b), 10)
+
+
+def test_limit_below_one_is_refused(tiny_tokenizer):
+    with pytest.raises(TaskError, match="limit must be at least 1, got 0"):
+        make(2).requests("search", tiny_tokenizer, limit=0)
+
+
+def test_option_that_merges_with_the_prompt_is_encoded_alone():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "c": 2, "ab": 3}, merges=[("a", "b")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    task = MultipleChoiceTask("t", search=[Example("1", "ca", ("b", "c"), 0)])
+    assert [(r.ids, r.scored_from) for r in task.requests("search", tokenizer)] == [((2, 0, 1), 2), ((2, 0, 2), 2)]
+
+
+def test_long_prompt_loses_its_beginning_but_not_the_bos_token(tiny_tokenizer):
+    task = MultipleChoiceTask("t", search=[Example("1", "abcdefgh", (" no", " yes"), 0)])
+    with pytest.warns(UserWarning, match="1 of 1 prompts"):
+        requests = task.requests("search", tiny_tokenizer, max_length=9)
+    assert [tiny_tokenizer.decode(r.ids) for r in requests] == ["<s>efgh no", "<s>efgh yes"]
+    with pytest.raises(TaskError, match="example '1' has 4 tokens, which leaves no room"):
+        task.requests("search", tiny_tokenizer, max_length=5)
+
+
+def test_text_without_tokens_is_refused():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])))
+    for prompt, option in (("a", "?"), ("", "a")):
+        with pytest.raises(TaskError, match="'7' has no tokens"):
+            MultipleChoiceTask("t", search=[Example("7", prompt, (option, "b"), 0)]).requests("search", tokenizer)
+
+
+def test_loss_is_length_normalised(tiny_tokenizer):
+    task = MultipleChoiceTask("t", search=[Example("1", "q", ("ab", "abcd"), 1)])
+    requests = task.requests("search", tiny_tokenizer)
+    scores = task.reduce("search", requests, np.array([-3.0, -4.0]), np.zeros(2, np.int64))
+    assert [scores.losses.item(), scores.correct.item(), scores.weights.item()] == [1.0, 1.0, 1.0]
+    scores = task.reduce("search", requests, np.array([-1.0, -4.0]), np.zeros(2, np.int64))
+    assert [scores.losses.item(), scores.correct.item()] == [1.0, 0.0]
+
+
+def test_own_task_in_a_few_lines():
+    rows = [{"q": f"{i} + 1 =", "a": i + 1} for i in range(50)]
+    task = MultipleChoiceTask.from_rows(
+        "sums", rows, lambda r: Example(r["q"], r["q"], (f" {r['a']}", f" {r['a'] + 1}"), 0)
+    )
+    assert task.splits == ("search", "dev", "test")
+    assert len(all_examples(task)) == 50
+    with pytest.raises(TaskError, match="task 'sums', row 1: KeyError: 'a'"):
+        MultipleChoiceTask.from_rows("sums", [rows[0], {"q": ""}], lambda r: Example("", r["q"], ("x", str(r["a"])), 0))
+
+
+@pytest.mark.parametrize(("label", "answer"), [(True, 1), (False, 0), (1, 1), (0, 0), ("true", 1), ("False", 0)])
+def test_boolq_prompts(tmp_path, label, answer):
+    for column in ("label", "answer"):
+        path = write(tmp_path / "b.jsonl", [BOOLQ | {column: label}])
+        (example,) = all_examples(tasks.get("boolq", path))
+        assert example == Example("3", "Ice is frozen water.\nQuestion: is ice cold?\nAnswer:", (" no", " yes"), answer)
+        (example,) = all_examples(tasks.get("boolq", path, template="eep"))
+        assert example.options[example.answer] == (" A" if answer else " B")
+        assert example.prompt == "Ice is frozen water.\nQuestion: is ice cold\nA. Yes\nB. No\nAnswer:"
+
+
+def test_wic_prompts(tmp_path):
+    path = write(tmp_path / "w.jsonl", [WIC | {"label": "true"}])
+    (example,) = all_examples(tasks.get("wic", path))
+    assert example.options[example.answer] == " yes"
+    assert example.prompt == (
+        "Sentence 1: Come to my places.\nSentence 2: No place.\n"
+        "Question: Is the word 'places' used in the same way in the two sentences above?\nAnswer:"
+    )
+    (example,) = all_examples(tasks.get("wic", path, template="eep"))
+    assert example.options[example.answer] == " A"
+    assert "Are 'place' in the above" in example.prompt
+
+
+def test_folder_of_splits_as_in_superglue(tmp_path):
+    for name, n, label in (("train", 40, {"label": True}), ("val", 10, {"label": False}), ("test", 5, {})):
+        write(tmp_path / f"{name}.jsonl", [BOOLQ | {"question": f"{name} {i}"} | label for i in range(n)])
+    task = tasks.get("boolq", str(tmp_path))
+    assert {e.answer for e in task.examples("test")} == {0}
+    assert len(task.examples("test")) == 10
+    assert len(task.examples("search")) + len(task.examples("dev")) == 40
+    assert {e.answer for e in (*task.examples("search"), *task.examples("dev"))} == {1}
+
+
+def test_hub_layout_is_read_through_datasets(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train", "validation"):
+        write(folder / f"{name}.jsonl", [BOOLQ | {"question": f"{name} {i}", "answer": True} for i in range(30)])
+    own = from_hub(str(folder), None)
+    assert {split: len(rows) for split, rows in own.items()} == {"train": 30, "validation": 30}
+    assert own["train"][0].text("question") == "train 0"
+
+
+def test_parquet_equals_jsonl(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [BOOLQ | {"question": f"q {i}", "answer": bool(i % 3)} for i in range(30)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    jsonl = tasks.get("boolq", write(tmp_path / "b.jsonl", rows))
+    assert tasks.get("boolq", str(tmp_path / "b.parquet")).describe() == jsonl.describe()
+
+
+def test_generic_file(tmp_path):
+    row = {"prompt": "Ice is", "options": ["hot", "cold"]}
+    for answer in (1, "cold"):
+        (example,) = all_examples(
+            tasks.get("multiple_choice", write(tmp_path / "m.jsonl", [row | {"answer": answer, "id": "a"}]))
+        )
+        assert example == Example("a", "Ice is", (" hot", " cold"), 1)
+    row = {"prompt": "Ice is ", "options": ["hot", " cold"], "answer": 0}
+    (example,) = all_examples(tasks.get("multiple_choice", write(tmp_path / "m.jsonl", [row])))
+    assert example.options == ("hot", " cold")
+
+
+GOOD = {"prompt": "p", "options": ["a", "b"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", "line 3: not JSON"),
+        ("[1, 2]", "line 3: expected a JSON object"),
+        ({"prompt": "p", "option": ["a", "b"], "answer": 0}, "line 3: no 'options'; did you mean 'option'"),
+        (GOOD | {"prompt": 3}, "line 3: 'prompt' must be text, got 3"),
+        (GOOD | {"options": ["a"]}, "line 3: 'options' must be a list of at least two"),
+        (GOOD | {"options": "ab"}, "line 3: 'options' must be a list of at least two"),
+        (GOOD | {"answer": 2}, "line 3: 'answer' must be an index below 2"),
+        (GOOD | {"answer": "c"}, "line 3: 'answer' must be an index below 2 or one of the options, got 'c'"),
+        (GOOD | {"answer": True}, "line 3: 'answer' must be an index below 2 or one of the options, got True"),
+        ('{"prompt": "\\ud800", "options": ["a", "b"], "answer": 0}', "lone surrogate"),
+    ],
+)
+def test_malformed_line_is_named(tmp_path, row, message):
+    path = write(tmp_path / "m.jsonl", [GOOD, "", row])
+    with pytest.raises(TaskError, match=message) as error:
+        tasks.get("multiple_choice", path)
+    assert path in str(error.value) or "surrogate" in message
+
+
+@pytest.mark.parametrize("label", ["maybe", None, 2])
+def test_bad_label_is_named(tmp_path, label):
+    path = write(tmp_path / "b.jsonl", [BOOLQ | {"label": label}])
+    with pytest.raises(TaskError, match="line 1: 'label' must be true or false"):
+        tasks.get("boolq", path)
+
+
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("bytes.jsonl", "bytes.jsonl, line 1: not UTF-8"),
+        ("empty.jsonl", "empty.jsonl has no rows"),
+        ("broken.parquet", "cannot read data file .*broken.parquet"),
+        ("table.csv", "table.csv must end in .jsonl or .parquet"),
+        ("folder", "has no train, validation or test file"),
+        ("missing.jsonl", "missing.jsonl does not exist"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            tasks.get("boolq", str(tmp_path / name))
+
+
+def test_unreachable_hub_data_set_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TaskError, match=r"cannot load 'nobody/nothing' \(boolq\): it is no local file, and the hub"):
+        tasks.get("boolq", "nobody/nothing", config="boolq")
+
+
+def test_tasks_need_neither_torch_nor_datasets_to_start():
+    code = "import sys, moeopt.tasks; sys.exit(any(name in sys.modules for name in ('torch', 'datasets', 'pyarrow')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_unknown_names_get_a_hint():
+    with pytest.raises(TaskError, match="unknown task 'bolq'; did you mean 'boolq'"):
+        tasks.get("bolq")
+    with pytest.raises(TaskError, match="no option 'windw'; did you mean 'window'"):
+        tasks.get("text", "x", windw=3)
+    with pytest.raises(TaskError, match="'text' needs data"):
+        tasks.get("text")
+    with pytest.raises(TaskError, match="unknown template 'harnes'; did you mean 'harness'"):
+        tasks.get("wic", template="harnes")
