@@ -1,0 +1,196 @@
+"""MoE layers of a model, found by their interface rather than by class name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moeopt.errors import ModelError
+from moeopt.plan import ModelShape
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class MoELayer:
+    """One Mixture-of-Experts layer of a model.
+
+    Args:
+        index: position among the model's MoE layers, first layer first.
+        name: qualified name of `block` in the model, such as ``"model.layers.3.mlp"``.
+        block: the module that holds router and experts.
+        router: `block.gate` or `block.router`; maps hidden states (tokens, hidden) to logits (tokens, n), top-k weights
+            (tokens, k) and top-k expert numbers (tokens, k).
+        experts: `block.experts`; called with hidden states, expert numbers and weights. Its own tensors are stacked,
+            expert first: (n, ...).
+        n: number of experts.
+        k: experts activated per token.
+    """
+
+    index: int
+    name: str
+    block: nn.Module
+    router: nn.Module
+    experts: nn.Module
+    n: int
+    k: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden states the layer works on."""
+        own = (p.dtype for p in self.experts.parameters(recurse=False) if p.dtype in FLOATS)
+        return next(own, gate_weight(self.router, self.n)[1].dtype)
+
+    @property
+    def hidden(self) -> int:
+        """The size of the hidden states the layer works on."""
+        return int(gate_weight(self.router, self.n)[1].shape[1])
+
+
+def moe_layers(model: nn.Module) -> tuple[MoELayer, ...]:
+    """The MoE layers of `model`, first layer first. Every router is called once, on two tokens of zeros.
+
+    Raises:
+        ModelError: when there is none; it says whether the model is dense or which part of the interface is missing.
+    """
+    found: list[MoELayer] = []
+    complaints: dict[str, str] = {}
+    for name, block in model.named_modules():
+        experts = getattr(block, "experts", None)
+        router = getattr(block, "gate", None)
+        router = getattr(block, "router", None) if router is None else router
+        if not isinstance(experts, nn.Module):
+            continue
+        try:
+            if not isinstance(router, nn.Module):
+                raise ModelError("it has no router module under .gate or .router")
+            n, k = _interface(router, experts)
+        except ModelError as error:
+            complaints.setdefault(str(error), name)
+        else:
+            found.append(MoELayer(len(found), name, block, router, experts, n, k))
+    if found:
+        return tuple(found)
+    kind = type(model).__name__
+    if complaints:
+        reasons = "; ".join(f"{name}: {reason}" for reason, name in complaints.items())
+        raise ModelError(f"{kind} has experts, but none that moeopt can use: {reasons}")
+    raise ModelError(
+        f"{kind} is a dense model: no module of it holds `.experts` beside a router under `.gate` or `.router`; "
+        "moeopt needs a Mixture-of-Experts model such as Mixtral"
+    )
+
+
+def shape_of(model: nn.Module) -> ModelShape:
+    """Number of MoE layers, experts a layer, and experts per token of `model`.
+
+    Raises:
+        ModelError: when the model has no MoE layers, or its layers differ in either number.
+    """
+    layers = moe_layers(model)
+    first = layers[0]
+    for layer in layers:
+        if (layer.n, layer.k) != (first.n, first.k):
+            raise ModelError(
+                f"the MoE layers of {type(model).__name__} differ: {first.name} has {first.n} experts, top-{first.k}, "
+                f"but {layer.name} has {layer.n}, top-{layer.k}; moeopt needs equal layers"
+            )
+    return ModelShape(len(layers), first.n, first.k)
+
+
+def stacked(experts: nn.Module, n: int) -> dict[str, Tensor]:
+    """The tensors of an experts module that hold one slice an expert: its own, with first dimension n."""
+    own = {**experts._parameters, **experts._buffers}
+    return {name: t for name, t in own.items() if t is not None and t.ndim > 0 and t.shape[0] == n}
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps some of the module's own parameters elsewhere between forwards."""
+    return any(p.is_meta for p in module.parameters(recurse=False))
+
+
+def is_quantised(model: nn.Module, layer: MoELayer) -> bool:
+    """Whether the layer's experts are stored in a form that cannot be averaged."""
+    if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
+        return True
+    return any(t.dtype not in FLOATS for t in stacked(layer.experts, layer.n).values())
+
+
+def materialised(module: nn.Module, name: str) -> Tensor:
+    """Parameter or buffer `name` of `module` ("wg.weight" for one of a child), with its data, also under offload.
+
+    Raises:
+        ModelError: when the tensor is on the meta device and no accelerate hook knows its data.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    tensor: Tensor = getattr(owner, leaf)
+    if tensor.is_meta:
+        stored = _weights_map(owner).get(leaf)
+        if stored is None:
+            raise ModelError(
+                f"tensor {name!r} of {type(module).__name__} has no data: the model's weights are not loaded"
+            )
+        tensor = stored
+    return tensor.detach()
+
+
+def gate_weight(router: nn.Module, n: int) -> tuple[str, nn.Parameter]:
+    """Name and value of the router's (n, hidden) weight.
+
+    Raises:
+        ModelError: when there is not exactly one such parameter.
+    """
+    weights = [(name, p) for name, p in router.named_parameters() if p.ndim == 2 and p.shape[0] == n and p.shape[1] > 1]
+    if len(weights) != 1:
+        shapes = {name: tuple(p.shape) for name, p in router.named_parameters()}
+        raise ModelError(f"{type(router).__name__} must hold one ({n}, hidden) weight, its parameters are {shapes}")
+    return weights[0]
+
+
+def _interface(router: nn.Module, experts: nn.Module) -> tuple[int, int]:
+    if isinstance(experts, nn.ModuleList):
+        raise ModelError(
+            "its experts are a ModuleList, one module an expert, not one module of stacked (n, ...) parameters"
+        )
+    sizes = {p.shape[0] for p in experts.parameters(recurse=False) if p.ndim >= 3}
+    if len(sizes) != 1:
+        raise ModelError(f"{type(experts).__name__} holds no stacked 3-D parameters with one common first dimension")
+    n = int(sizes.pop())
+    weight = gate_weight(router, n)[1]
+    device = "cpu" if weight.is_meta and _weights_map_of_any(router) else weight.device
+    dtype = next((p.dtype for p in experts.parameters(recurse=False) if p.dtype in FLOATS), weight.dtype)
+    try:
+        with torch.no_grad():
+            # Not router(...): hooks, such as those of a plan in force, must not show here.
+            output = router.forward(torch.zeros(2, weight.shape[1], device=device, dtype=dtype))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(
+            f"its router {type(router).__name__} cannot be called with hidden states alone ({reason})"
+        ) from None
+    shapes = [tuple(t.shape) for t in output] if isinstance(output, tuple) and _all_tensors(output) else []
+    if len(shapes) != 3 or shapes[0] != (2, n) or shapes[1] != shapes[2] or len(shapes[1]) != 2 or shapes[1][0] != 2:
+        got = f"tensors of shapes {shapes}" if shapes else type(output).__name__
+        raise ModelError(
+            f"its router {type(router).__name__} must return (logits (tokens, {n}), top-k weights, top-k index), "
+            f"for 2 tokens it returned {got}"
+        )
+    return n, shapes[1][1]
+
+
+def _all_tensors(output: tuple[object, ...]) -> bool:
+    return all(isinstance(t, Tensor) for t in output)
+
+
+def _weights_map(module: nn.Module) -> Mapping[str, Tensor]:
+    hook = getattr(module, "_hf_hook", None)
+    maps = (getattr(h, "weights_map", None) for h in getattr(hook, "hooks", (hook,)))
+    return next((m for m in maps if m is not None), {})
+
+
+def _weights_map_of_any(module: nn.Module) -> bool:
+    return any(bool(_weights_map(m)) for m in module.modules())

@@ -1,0 +1,119 @@
+"""Load a checkpoint with its tokenizer, and refuse early what moeopt cannot use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from moeopt.errors import ModelError
+from moeopt.models.layers import shape_of
+from moeopt.plan import ModelShape
+
+Source = str | os.PathLike[str]
+
+
+def load(
+    source: Source,
+    *,
+    device_map: str | dict[str, int | str] | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    experts_implementation: str | None = None,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model with MoE layers, in eval mode, and its tokenizer.
+
+    Args:
+        source: a checkpoint folder or a hub id.
+        device_map: where accelerate puts the weights, e.g. ``"auto"``; None means the CPU.
+        dtype: of the weights; ``"auto"`` keeps the checkpoint's.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        experts_implementation: a transformers experts implementation, such as ``"grouped_mm"`` or ``"eager"``.
+        options: passed to `from_pretrained`: `max_memory`, `offload_folder`, `revision`, ...
+
+    Raises:
+        ModelError: when there is no such checkpoint, it has no tokenizer, it is not a causal language model with equal
+            MoE layers, or some of its tensors are missing.
+    """
+    # oneDNN keeps a compiled primitive for every number of tokens an expert ever saw, 1024 of them by default: gigabytes
+    # in a search on a CPU, and no time saved. It reads the variable at the first bfloat16 product of the process.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
+    check_checkpoint(source, trust_remote_code=trust_remote_code, **hub)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{str(source)!r} has no tokenizer that can be read: {_first_line(error)}") from error
+    if experts_implementation is not None:
+        options["experts_implementation"] = experts_implementation
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            device_map=device_map,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        raise ModelError(f"the weights of {str(source)!r} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ModelError(f"{str(source)!r} lacks tensors that would be filled with random numbers: {named}")
+    return model.eval(), tokenizer
+
+
+def check_checkpoint(source: Source, *, trust_remote_code: bool = False, **hub: Any) -> ModelShape:
+    """The shape of a checkpoint's MoE model, from its config alone: no weight is read.
+
+    Args:
+        source: a checkpoint folder or a hub id.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        ModelError: as `load`, but for the tokenizer and the weights.
+    """
+    _check_folder(source)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+    except OSError as error:
+        raise ModelError(
+            f"{str(source)!r} is no folder here, and its config cannot be had from the hub: {_first_line(error)}"
+            if not Path(source).expanduser().is_dir()
+            else f"the config of {str(source)!r} cannot be read: {_first_line(error)}"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(f"the config of {str(source)!r} cannot be used: {_first_line(error)}") from error
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(f"{str(source)!r} is not a causal language model: {_first_line(error)}") from error
+    try:
+        return shape_of(model)
+    except ModelError as error:
+        raise ModelError(f"{str(source)!r}: {error}") from None
+
+
+def _check_folder(source: Source) -> None:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{str(source)!r} is not a checkpoint folder: it has no config.json")
+    elif path.exists():
+        raise ModelError(f"{str(source)!r} is a file; a checkpoint is a folder, or a hub id such as 'org/name'")
+    elif not isinstance(source, str) or len(path.parts) > 2 or source.startswith((".", "~", "/")):
+        raise ModelError(f"no checkpoint folder at {str(source)!r}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,121 @@
+"""Merged experts: every tensor of new expert i is sum_j w_em[i, j] * that tensor of expert j.
+
+EEP, arXiv 2407.00945, section 3.2.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moeopt.models.layers import stacked
+from moeopt.plan import Matrix
+
+CHUNK_BYTES = 4 << 20
+
+
+@torch.no_grad()
+def merge(matrix: Tensor, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+    """Mix the slices of a stacked tensor, accumulating in float32.
+
+    Args:
+        matrix: (r, n) float32.
+        tensor: (n, ...) of any floating dtype.
+        out: (r, ...) contiguous, of the tensor's dtype and on its device; written and returned. None allocates it.
+
+    Returns:
+        (r, ...), in the tensor's dtype. Temporaries stay within a few MiB.
+    """
+    r, n = matrix.shape
+    out = tensor.new_empty((r, *tensor.shape[1:])) if out is None else out
+    source, target = tensor.reshape(n, -1), out.view(r, -1)
+    matrix = matrix.to(tensor.device, torch.float32)
+    step = max(1, CHUNK_BYTES // (4 * n))
+    for start in range(0, source.shape[1], step):
+        target[:, start : start + step] = matrix @ source[:, start : start + step].float()
+    return out
+
+
+class MergedCache:
+    """Merged expert tensors of a model's layers, kept from one `patched` to the next.
+
+    A layer is computed again only when its w_em differs from the one its tensors were made from, and then into the
+    same memory. Holds r / n of the experts' size for every layer that was ever merged, until `clear`.
+    """
+
+    def __init__(self) -> None:
+        self._entries: weakref.WeakKeyDictionary[nn.Module, tuple[object, dict[str, Tensor]]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self.merges = 0
+
+    def tensors(self, experts: nn.Module, w_em: Matrix) -> Mapping[str, Tensor]:
+        """The (r, ...) merged tensors of an experts module whose weights are on their device now."""
+        source = stacked(experts, w_em.shape[1])
+        key = (w_em.shape, w_em.tobytes(), [(name, _version(t), t.dtype, t.device) for name, t in source.items()])
+        known, buffers = self._entries.get(experts, (None, {}))
+        if known != key:
+            self._entries.pop(experts, None)  # so that an interrupted merge is not taken for a finished one
+            merge_into(buffers, source, w_em)
+            self._entries[experts] = (key, buffers)
+            self.merges += 1
+        return buffers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for _, buffers in self._entries.values() for t in buffers.values())
+
+    def clear(self) -> None:
+        """Free everything held."""
+        self._entries.clear()
+
+
+class Scratch:
+    """Merged expert tensors computed at every forward, in one memory that all layers share."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def tensors(self, experts: nn.Module, w_em: Matrix) -> Mapping[str, Tensor]:
+        """The (r, ...) merged tensors of an experts module, valid until the next call."""
+        merge_into(self._buffers, stacked(experts, w_em.shape[1]), w_em)
+        return self._buffers
+
+
+def merge_into(buffers: dict[str, Tensor], source: Mapping[str, Tensor], w_em: Matrix) -> None:
+    """Write the merge of every (n, ...) tensor of `source` into `buffers`, reusing those whose form fits."""
+    with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside of it
+        matrix = torch.from_numpy(np.array(w_em))
+        for name in set(buffers) - set(source):
+            del buffers[name]
+        for name, tensor in source.items():
+            old, shape = buffers.get(name), (w_em.shape[0], *tensor.shape[1:])
+            fits = old is not None and old.shape == shape and (old.dtype, old.device) == (tensor.dtype, tensor.device)
+            buffers[name] = merge(matrix, tensor, old if fits else None)
+
+
+def merged_view(experts: nn.Module, tensors: Mapping[str, Tensor], n: int) -> Any:
+    """A shallow copy of an experts module that holds `tensors`, (r, ...), in place of its own (n, ...).
+
+    It shares everything else with the original, has no hooks, and is good for calling
+    `type(experts).forward`-like functions on it.
+    """
+    view = object.__new__(type(experts))
+    own = dict(vars(experts))
+    own["_parameters"] = {name: tensors.get(name, p) for name, p in experts._parameters.items()}
+    own["_buffers"] = {name: tensors.get(name, b) for name, b in experts._buffers.items()}
+    r = next(iter(tensors.values())).shape[0]
+    own.update({key: r for key, value in own.items() if type(value) is int and value == n and "expert" in key})
+    own.pop("forward", None)  # accelerate's, bound to the original
+    vars(view).update(own)
+    return view
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,326 @@
+"""Patching: a plan computes what the paper and a stock small checkpoint compute, and leaves no trace."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from moeopt.errors import ModelError, PlanError
+from moeopt.models import MergedCache, moe_layers, patched, shape_of
+from moeopt.plan import LayerPlan, ModelShape, Plan
+
+KEPT = [[0, 3, 5, 6], [7, 1, 2, 4], [1, 2, 3, 4]]
+BACKENDS = ["grouped_mm", "eager"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def model(request, backend, make_mixtral):
+    model = make_mixtral(dtype=request.param)
+    model.set_experts_implementation(backend)
+    return model
+
+
+@pytest.fixture
+def stock(model, backend, make_mixtral, shrunk):
+    """A freshly built stock Mixtral of four experts with a plan's weights."""
+
+    def make(plan):
+        small = make_mixtral(experts=plan.layers[0].kept_experts, k=plan.layers[0].k, seed=5, dtype=model.dtype)
+        small.set_experts_implementation(backend)
+        return shrunk(model, small, plan)
+
+    return make
+
+
+def test_identity_changes_no_bit(model, ids):
+    expected = logits(model, ids)
+    dense = LayerPlan(8, 2, w_em=np.eye(8), w_rm=np.eye(8), router="prob")
+    for plan in (Plan.identity(3, 8, 2), Plan((dense,) * 3)):
+        with patched(model, plan):
+            assert torch.equal(logits(model, ids), expected)
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_reordering_experts_changes_at_most_the_rounding(make_mixtral, ids):
+    model, backwards = make_mixtral(), np.eye(8)[::-1]
+    expected = logits(model, ids)
+    for router in ("rows", "prob", "logit"):
+        with patched(model, Plan((LayerPlan(8, 2, w_em=backwards, w_rm=backwards, router=router),) * 3)):
+            torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pruning_equals_the_stock_small_model(model, ids, stock):
+    plan = Plan.one_hot(KEPT, experts=8, k=2)
+    with patched(model, plan):
+        assert torch.equal(logits(model, ids), logits(stock(plan), ids))
+
+
+def test_fewer_active_experts_equals_the_stock_model(model, ids, stock):
+    plan = Plan.identity(3, 8, 2).with_k(1)
+    with patched(model, plan):
+        assert torch.equal(logits(model, ids), logits(stock(plan), ids))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_merging_with_mapped_logits_equals_the_stock_small_model(model, ids, stock, dense_plan, k):
+    plan = dense_plan(router="logit", k=k)
+    with patched(model, plan):
+        assert torch.equal(logits(model, ids), logits(stock(plan), ids))
+
+
+def test_merged_experts_with_rows_of_the_router_equal_the_stock_small_model(model, ids, stock, dense_plan):
+    parts = (
+        LayerPlan(8, 2, w_em=p.w_em, w_rm=np.eye(8)[rows]) for p, rows in zip(dense_plan(router="prob").layers, KEPT)
+    )
+    plan = Plan(tuple(parts))
+    with patched(model, plan):
+        assert torch.equal(logits(model, ids), logits(stock(plan), ids))
+
+
+def by_the_paper(block, part, hidden):
+    """EEP, section 3.2, one token at a time: y = sum over top-k of p'_i / sum p' times the merged expert's output."""
+    act, experts = block.experts.act_fn, block.experts
+    w_em, w_rm = (torch.tensor(matrix) for matrix in (part.expert_matrix, part.router_matrix))
+    gate_up = torch.einsum("rn,nij->rij", w_em, experts.gate_up_proj)
+    down = torch.einsum("rn,nij->rij", w_em, experts.down_proj)
+    rows, zero = [], 0
+    for x in hidden:
+        p = w_rm @ torch.softmax(block.gate.weight @ x, dim=0)
+        if part.negative == "clamp":
+            p = p.clamp(min=0)
+        chosen = p.argsort(descending=True)[: part.k]
+        y = torch.zeros_like(x)
+        if p[chosen].sum() == 0:
+            zero += 1
+        else:
+            for i in chosen:
+                gate, up = (gate_up[i] @ x).chunk(2)
+                y += p[i] / p[chosen].sum() * (down[i] @ (act(gate) * up))
+        rows.append(y)
+    return torch.stack(rows), zero
+
+
+@pytest.mark.parametrize("negative", ["clamp", "eep"])
+@pytest.mark.parametrize("k", [1, 3])
+@torch.no_grad()
+def test_mapped_probabilities_follow_the_paper(make_mixtral, dense_plan, negative, k):
+    model = make_mixtral(layers=1)
+    hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    block = moe_layers(model)[0].block
+    plan = dense_plan(layers=1, k=k, scale=0.05, router="prob", negative=negative)
+    expected, _ = by_the_paper(block, plan.layers[0], hidden)
+    with patched(model, plan):
+        torch.testing.assert_close(block(hidden[None])[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_left_without_experts_are_zero_and_counted(make_mixtral):
+    model = make_mixtral(layers=2)
+    w_rm = np.zeros((4, 8), np.float32)
+    w_rm[:, :2] = 1
+    w_rm[:, 2:] = -1
+    w_rm *= np.array([[4], [3], [2], [1]])
+    part = LayerPlan(8, 2, w_em=np.eye(8)[:4] + 0.1, w_rm=w_rm, router="prob")
+    plan = Plan((LayerPlan(8, 2, kept=tuple(range(8))), part))
+    hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    block = moe_layers(model)[1].block
+    expected, zero = by_the_paper(block, part, hidden)
+    assert 0 < zero < 50
+    with patched(model, plan) as patch:
+        output = block(hidden[None])[0]
+        assert patch.zero_tokens == (0, zero)
+        block(hidden[None])
+        assert patch.zero_tokens == (0, 2 * zero)
+    torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+    assert int((output == 0).all(-1).sum()) == zero
+
+
+def test_one_hot_on_probabilities_equals_rows_where_top_k_is_renormalised(make_mixtral, ids):
+    model = make_mixtral()
+    with patched(model, Plan.one_hot(KEPT, experts=8, k=2)):
+        expected = logits(model, ids)
+    with patched(model, Plan.one_hot(KEPT, experts=8, k=2, router="prob")):
+        torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["prob", "logit"])
+def test_nothing_of_the_model_changes(make_mixtral, ids, dense_plan, snapshot, kind):
+    model = make_mixtral()
+    logits(model, ids, output_router_logits=True)  # transformers leaves hooks of its own at the first such call
+    before, expected = snapshot(model), logits(model, ids)
+    with patched(model, dense_plan(router=kind)):
+        inside = snapshot(model)
+        assert not torch.equal(logits(model, ids), expected)
+        assert inside[0] == before[0]
+        assert shape_of(model) == ModelShape(3, 8, 2)
+    assert snapshot(model) == before
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_an_exception_restores_the_model(make_mixtral, dense_plan, snapshot):
+    model = make_mixtral()
+    before = snapshot(model)
+    with pytest.raises(KeyError), patched(model, dense_plan(router="prob")):
+        raise KeyError
+    assert snapshot(model) == before
+
+
+def test_the_inner_plan_replaces_the_outer_one_which_is_back_after(make_mixtral, ids, dense_plan, snapshot):
+    model = make_mixtral()
+    before = snapshot(model)
+    outer, inner = dense_plan(router="prob"), Plan.one_hot(KEPT, experts=8, k=2)
+    with patched(model, inner):
+        alone = logits(model, ids)
+    with patched(model, outer):
+        expected = logits(model, ids)
+        with patched(model, inner):
+            assert torch.equal(logits(model, ids), alone)
+        assert torch.equal(logits(model, ids), expected)
+        with pytest.raises(PlanError), patched(model, Plan.identity(2, 8, 2)):
+            pass
+        assert torch.equal(logits(model, ids), expected)
+    assert snapshot(model) == before
+
+
+def test_two_models_are_patched_independently(make_mixtral, ids, dense_plan):
+    first, second = make_mixtral(seed=1), make_mixtral(seed=2)
+    plan, expected = dense_plan(router="prob"), logits(second, ids)
+    with patched(first, plan):
+        alone = logits(first, ids)
+        assert torch.equal(logits(second, ids), expected)
+        with patched(second, Plan.one_hot(KEPT, experts=8, k=2)):
+            assert torch.equal(logits(first, ids), alone)
+
+
+def test_storages_and_cache_agree_and_unchanged_layers_are_not_merged_again(make_mixtral, ids, dense_plan):
+    model, cache = make_mixtral(), MergedCache()
+    plan = dense_plan(router="prob")
+    changed = Plan((plan.layers[0], dense_plan(router="prob", seed=1).layers[1], plan.layers[2]))
+    wider = dense_plan(router="prob", r=6, seed=2)
+    for one, merges in ((plan, 3), (plan, 3), (changed, 4), (plan, 5), (wider, 8), (plan, 11)):
+        outputs = []
+        for options in ({"cache": cache}, {"storage": "scratch"}, {"storage": "resident"}):
+            with patched(model, one, **options):
+                outputs.append(logits(model, ids))
+        assert torch.equal(outputs[0], outputs[1])
+        assert torch.equal(outputs[0], outputs[2])
+        assert cache.merges == merges
+    assert cache.nbytes == sum(t.nbytes for x in moe_layers(model) for t in x.experts.parameters()) // 2
+    with torch.no_grad():
+        moe_layers(model)[0].experts.down_proj.mul_(2)
+    with patched(model, plan, cache=cache):
+        again = logits(model, ids)
+    with patched(model, plan):
+        assert torch.equal(logits(model, ids), again)
+
+
+def test_buffers_born_in_inference_mode_can_be_written_outside(make_mixtral, ids, dense_plan):
+    model, cache = make_mixtral(), MergedCache()
+    for seed in (0, 1):
+        with torch.inference_mode(), patched(model, dense_plan(router="prob", seed=seed), cache=cache):
+            model(ids)
+    with patched(model, dense_plan(router="prob"), cache=cache):
+        got = logits(model, ids)
+    with patched(model, dense_plan(router="prob")):
+        assert torch.equal(logits(model, ids), got)
+
+
+@pytest.mark.parametrize("attention", [None, "left"])
+def test_generation_equals_that_of_the_stock_small_model(make_mixtral, ids, shrunk, dense_plan, attention):
+    model = make_mixtral()
+    mask = torch.ones_like(ids)
+    if attention == "left":
+        mask[0, :5] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for plan in (Plan.one_hot(KEPT, experts=8, k=2), dense_plan(router="logit")):
+        small = shrunk(model, make_mixtral(experts=4, seed=5), plan)
+        expected = small.generate(ids, **options)
+        assert expected.shape == (2, 21)
+        with patched(model, plan):
+            assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_router_logits_keep_the_full_width(make_mixtral, ids, dense_plan):
+    model = make_mixtral()
+    first = model(ids, output_router_logits=True).router_logits[0]
+    with patched(model, dense_plan(router="prob")):
+        output = model(ids, output_router_logits=True).router_logits
+    assert [tuple(x.shape) for x in output] == [(26, 8)] * 3
+    assert torch.equal(output[0], first)
+
+
+def test_a_plan_for_another_model_is_refused(make_mixtral):
+    model = make_mixtral()
+    with pytest.raises(PlanError, match="for 2 MoE layers, the model has 3"), patched(model, Plan.identity(2, 8, 2)):
+        pass
+    with pytest.raises(PlanError, match=r"layer 0 .* for 4 experts, model\.layers\.0\.mlp has 8"):  # noqa: SIM117
+        with patched(model, Plan.identity(3, 4, 2)):
+            pass
+
+
+def test_quantised_experts_are_not_merged_but_may_be_pruned(make_mixtral, ids, dense_plan, snapshot):
+    model = make_mixtral()
+    model.config.quantization_config = {"quant_method": "something"}
+    before = snapshot(model)
+    with pytest.raises(ModelError, match="quantised and cannot be merged"), patched(model, dense_plan(router="prob")):
+        pass
+    assert snapshot(model) == before
+    plain = make_mixtral()
+    plan = Plan.one_hot(KEPT, experts=8, k=2)
+    with patched(model, plan), patched(plain, plan):
+        assert torch.equal(logits(model, ids), logits(plain, ids))
+
+
+def test_integer_experts_are_refused(make_mixtral, dense_plan):
+    model = make_mixtral()
+    for layer in moe_layers(model):
+        packed = layer.experts.gate_up_proj.detach().to(torch.int8)
+        layer.experts.gate_up_proj = torch.nn.Parameter(packed, requires_grad=False)
+    for plan in (dense_plan(router="prob"), Plan.one_hot(KEPT, experts=8, k=2)):
+        with pytest.raises(ModelError, match="mlp"), patched(model, plan):
+            pass
+
+
+def test_an_experts_class_that_ignores_the_interface_is_not_merged(make_mixtral, dense_plan):
+    model = make_mixtral()
+    for layer in moe_layers(model):
+        layer.experts.__class__ = type(
+            "Deaf", (type(layer.experts),), {"forward": type(layer.experts).forward.__wrapped__}
+        )
+    with pytest.raises(ModelError, match="does not dispatch"), patched(model, dense_plan(router="prob")):
+        pass
+
+
+def test_a_block_that_bypasses_its_router_is_refused(make_mixtral):
+    model = make_mixtral()
+    block = moe_layers(model)[0].block
+    block.forward = lambda hidden: hidden + block.gate.forward(hidden)[1].sum()
+    with pytest.raises(ModelError, match="does not call its router"), patched(model, Plan.identity(3, 8, 2)):
+        pass
+
+
+def test_a_patched_model_can_be_freed(make_mixtral, ids, dense_plan):
+    model = make_mixtral()
+    cache = MergedCache()
+    with patched(model, dense_plan(router="prob"), cache=cache):
+        logits(model, ids)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert cache.nbytes == 0
