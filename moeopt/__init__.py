@@ -18,7 +18,7 @@ _HOMES = {
     "PruneSpace": "moeopt.spaces",
     "create_study": "moeopt.study",
     "enqueue": "moeopt.study",
-    "export": "moeopt.export",
+    "export": "moeopt.exporting",
     "load": "moeopt.models",
     "load_study": "moeopt.study",
     "moe_layers": "moeopt.models",
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from moeopt import demo, errors, evaluation, models, samplers, spaces, study, tasks
     from moeopt.errors import MoeoptError
     from moeopt.evaluation import Evaluator, paired_bootstrap
-    from moeopt.export import export
+    from moeopt.exporting import export
     from moeopt.models import load, moe_layers, patched, shape_of
     from moeopt.objective import Objective
     from moeopt.plan import LayerPlan, ModelShape, Plan

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
-import os
-import socket
 import zlib
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,7 +104,7 @@ def slot(trial: FrozenTrial, trials: Iterable[FrozenTrial]) -> int:
     known = origin(trial).get("slot")
     if isinstance(known, int):
         return known
-    number = (trial.system_attrs.get(RETRIES) or [trial.number])[0]
+    number = int((trial.system_attrs.get(RETRIES) or [trial.number])[0])
     return number - sum(1 for t in trials if t.number < number and t.system_attrs.get(RETRIES))
 
 
@@ -148,32 +144,3 @@ def reseed(sampler: Any, seed: int) -> None:
                 visit(value, depth + 1)
 
     visit(sampler, 0)
-
-
-@cache
-def _boot_of(pid: int) -> float | None:
-    import psutil
-
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return None
-
-
-def this_worker() -> dict[str, Any]:
-    """Names this process, so that a later one on the same host can tell whether it still runs."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _boot_of(os.getpid())}
-
-
-def is_dead_here(worker: Any) -> bool:
-    """Whether `worker` (of `this_worker`) ran on this host and runs no more; False when that cannot be known."""
-    if (
-        not isinstance(worker, dict)
-        or worker.get("host") != socket.gethostname()
-        or not isinstance(worker.get("pid"), int)
-    ):
-        return False
-    _boot_of.cache_clear()
-    started = _boot_of(worker["pid"])
-    recorded = worker.get("started")
-    return started is None or (isinstance(recorded, float) and not math.isclose(started, recorded, abs_tol=2.0))

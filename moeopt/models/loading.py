@@ -41,7 +41,7 @@ def load(
         ModelError: when there is no such checkpoint, it has no tokenizer, it is not a causal language model with equal
             MoE layers, or some of its tensors are missing.
     """
-    # oneDNN keeps a compiled primitive for every number of tokens an expert ever saw, 1024 of them by default: gigabytes
+    # oneDNN keeps a compiled primitive for every number of tokens an expert ever saw, 1024 of them: gigabytes
     # in a search on a CPU, and no time saved. It reads the variable at the first bfloat16 product of the process.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}

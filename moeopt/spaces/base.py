@@ -289,13 +289,13 @@ def one_hot_pair(rows: NDArray[np.integer[Any]], n: int) -> Matrix:
 
 def random_rows(rng: np.random.Generator, groups: int, r: int, n: int) -> NDArray[np.int64]:
     """r distinct experts out of n for each group, uniformly, sorted: int64 (groups, r)."""
-    return np.sort(np.argsort(rng.random((groups, n)), axis=1)[:, :r], axis=1)
+    return np.sort(np.argsort(rng.random((groups, n)), axis=1)[:, :r], axis=1).astype(np.int64)
 
 
 def kept_rows(matrices: Matrix) -> NDArray[np.int64]:
     """Expert indices (groups, r) of one-hot pairs; SpaceError when a group is no plain pruning."""
     w_em, w_rm = matrices[:, 0], matrices[:, 1]
-    rows = w_em.argmax(axis=2)
+    rows: NDArray[np.int64] = w_em.argmax(axis=2).astype(np.int64)
     plain = np.array_equal(one_hot_pair(rows, matrices.shape[3]), np.stack([w_em, w_rm], axis=1))
     if not plain or any(len(set(kept)) < len(kept) for kept in rows.tolist()):
         raise SpaceError("a pruning space holds only distinct one-hot rows with the router following; this plan merges")

@@ -1,0 +1,258 @@
+"""What moeopt's samplers share: they draw a whole genotype in `before_trial`, as a function of the study alone."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from numpy.typing import ArrayLike
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from moeopt import genome, worker
+from moeopt.errors import SamplerError
+from moeopt.genome import Vector
+from moeopt.plan import Plan
+from moeopt.spaces.base import Space
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.study import Study
+
+ESTIMATE = "estimate"
+"""User attribute of a pruned trial: the honest estimate of its loss, read in place of its last reported value."""
+
+START = "start"
+"""Operator of a search's own first trial, its start."""
+
+_asking = threading.RLock()
+"""Threads of one process ask one after the other, so that each sees what the others already try."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """One trial as a sampler sees it.
+
+    Args:
+        number, slot: the trial's number, and its place in the sequence of proposals.
+        x: its genotype, float32 (size,), the decoded stored value.
+        loss: lower is better; None while it runs, or when it failed.
+        failed: whether it ended without a loss (NaN, out of memory).
+        fingerprint: of its plan.
+        operator: what made it (`Proposal.operator`); ``"enqueued"`` when a person did.
+        attrs: its user attributes.
+        notes: what the sampler noted when it proposed the trial (`Proposal.notes`).
+    """
+
+    number: int
+    slot: int
+    x: Vector
+    loss: float | None
+    failed: bool
+    fingerprint: str
+    operator: str
+    attrs: Mapping[str, Any] = field(repr=False)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A genotype to evaluate, and where it comes from.
+
+    Args:
+        x: numbers of the space, float (size,); they are snapped before they are stored.
+        operator: what made it: ``"initial"``, ``"prune"``, ``"crossover+merge"``, ...
+        parents: numbers of the trials it was made from.
+        phase: ``"prune"`` or ``"merge"`` where the sampler has phases.
+        notes: JSON facts the sampler wants back in `Told.notes`.
+    """
+
+    x: NDArray[np.floating[Any]]
+    operator: str
+    parents: tuple[int, ...] = ()
+    phase: str | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class GenomeSampler(BaseSampler):
+    """Base of moeopt's samplers; works with a plain `optuna.create_study` and on any storage.
+
+    A proposal is a function of (seed, slot, finished and running trials), and nothing else is kept: a study that is
+    killed and resumed goes on as if it had not been. A trial that already has a genotype (enqueued, or retried after
+    a crash) keeps it; `study.enqueue_trial` by parameter names works for spaces of at most 48 numbers, and the sampler
+    fills in those not named.
+
+    Subclasses implement `propose` and `settings`.
+
+    Args:
+        space: what to search.
+        seed: of all random draws; None draws one from the operating system.
+        redraw: how often a proposal whose plan the study already holds is drawn again; 0 keeps duplicates.
+    """
+
+    def __init__(self, space: Space, *, seed: int | None = None, redraw: int = 20) -> None:
+        if not isinstance(space, Space):
+            raise SamplerError(f"a sampler needs one of moeopt's spaces, got {type(space).__name__}")
+        if isinstance(redraw, bool) or not isinstance(redraw, int) or redraw < 0:
+            raise SamplerError(f"redraw must be an integer of at least 0, got {redraw!r}")
+        self.space = space
+        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
+        if self.seed < 0:
+            raise SamplerError(f"seed must be at least 0, got {seed!r}")
+        self.redraw = redraw
+        self._told: dict[tuple[str, int, datetime | None], Told] = {}
+
+    @abstractmethod
+    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
+        """A new point, called by `before_trial`.
+
+        Args:
+            history: finished and running trials, by slot.
+            slot: the place of the new trial in the sequence of proposals.
+            attempt: 0, then 1, 2, ... while the proposal's plan is one that `history` already holds.
+        """
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The sampler's name and hyperparameters, JSON; a study is resumed only with equal ones."""
+
+    def rng(self, slot: int, attempt: int = 0) -> np.random.Generator:
+        """The random generator of one proposal."""
+        return np.random.default_rng([self.seed, slot, attempt])
+
+    def opens(self, history: list[Told], slot: int) -> bool:
+        """Whether this slot is the search's own first: no earlier one, or all earlier ones enqueued by hand."""
+        earlier = [told for told in history if told.slot < slot]
+        return len(earlier) == slot and all(told.operator == "enqueued" for told in earlier)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        with _asking:
+            self._before_trial(genome.whole_study(study), trial)
+
+    def _before_trial(self, whole: Study, trial: FrozenTrial) -> None:
+        if len(whole.directions) != 1:
+            raise SamplerError(f"{type(self).__name__} optimises one objective, the study has {len(whole.directions)}")
+        trials = whole.get_trials(deepcopy=False)
+        slot = genome.slot(trial, trials)
+        x = genome.read(trial)
+        if x is not None and x.size != self.space.size:
+            raise SamplerError(f"trial {trial.number} brings {x.size} numbers, the space has {self.space.size}")
+        proposal = None
+        if x is None:
+            history = self.history(whole, trials, without=trial.number)
+            fixed = trial.system_attrs.get("fixed_params") or {}
+            named = [i for i, name in enumerate(self.space.names) if name in fixed]
+            if len(named) == self.space.size:
+                proposal = Proposal(np.array([fixed[name] for name in self.space.names]), "enqueued")
+            else:
+                proposal = self._new_plan(history, slot)
+            if 0 < len(named) < self.space.size:
+                partly = np.array(proposal.x, dtype=np.float64)
+                partly[named] = [fixed[self.space.names[i]] for i in named]
+                proposal = Proposal(partly, "enqueued")
+            x = self.space.snap(proposal.x)
+        origin = {"operator": "enqueued", "parents": [], "notes": {}, **genome.origin(trial)}
+        origin |= {"slot": slot, "worker": worker.this_worker()}
+        if proposal is not None:
+            origin |= {"operator": proposal.operator, "parents": list(proposal.parents), "notes": dict(proposal.notes)}
+            if proposal.phase is not None:
+                origin["phase"] = proposal.phase
+        origin["plan"] = self.space.decode(x).fingerprint
+        packed = genome.pack(genome.GENOME, x) if proposal is not None else {}
+        genome.write(whole, trial, {**packed, genome.ORIGIN: origin})
+
+    def _new_plan(self, history: list[Told], slot: int) -> Proposal:
+        taken = {told.fingerprint for told in history}
+        for attempt in range(self.redraw + 1):
+            proposal = self.propose(history, slot, attempt)
+            if self.space.decode(proposal.x).fingerprint not in taken:
+                break
+        return proposal
+
+    def history(self, study: Study, trials: list[FrozenTrial], *, without: int) -> list[Told]:
+        """Finished and running trials that hold a genotype, by slot; each slot once, the finished one first."""
+        sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
+        by_slot: dict[int, Told] = {}
+        for trial in trials:
+            if trial.number == without or trial.state == TrialState.WAITING:
+                continue
+            told = self._tell(study.study_name, trial, trials, sign)
+            if told is None:
+                continue
+            other = by_slot.get(told.slot)
+            if other is None or other.loss is None:
+                by_slot[told.slot] = told
+        return [by_slot[slot] for slot in sorted(by_slot)]
+
+    def _tell(self, study_name: str, trial: FrozenTrial, trials: list[FrozenTrial], sign: float) -> Told | None:
+        key = (study_name, trial.number, trial.datetime_start)
+        if key in self._told:
+            return self._told[key]
+        origin = genome.origin(trial)
+        x = genome.read(trial)
+        if x is None and set(self.space.names) <= set(trial.params):
+            x = self.space.vector(trial)
+        if x is None or x.size != self.space.size:
+            return None
+        loss = trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
+        if trial.state == TrialState.PRUNED and isinstance(trial.user_attrs.get(ESTIMATE), float):
+            loss = trial.user_attrs[ESTIMATE]
+        told = Told(
+            number=trial.number,
+            slot=genome.slot(trial, trials),
+            x=x,
+            loss=None if loss is None or not np.isfinite(loss) else sign * loss,
+            failed=trial.state.is_finished() and (loss is None or not np.isfinite(loss)),
+            fingerprint=origin.get("plan") or self.space.decode(x).fingerprint,
+            operator=origin.get("operator", "enqueued"),
+            attrs=trial.user_attrs,
+            notes=origin.get("notes") or {},
+        )
+        if trial.state.is_finished():
+            self._told[key] = told
+        return told
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+        """The genotype's own number under its name; any other parameter of the objective is drawn at random."""
+        from optuna.distributions import IntDistribution
+
+        x = genome.read(trial)
+        assert x is not None, "before_trial writes a genotype"
+        if name == "drift":
+            return min(self.space.drift(x), self.space.drift_limit)
+        if name in self.space.names:
+            value = float(x[self.space.names.index(name)])
+            return int(value) if isinstance(distribution, IntDistribution) else value
+        seed = np.random.SeedSequence([self.seed, trial.number, *name.encode()]).generate_state(1)[0]
+        return RandomSampler(seed=int(seed)).sample_independent(study, trial, name, distribution)
+
+    def reseed_rng(self) -> None:
+        """Nothing to do: proposals of concurrent trials differ by their slot."""
+
+
+def starting_point(space: Space, start: Plan | ArrayLike | None) -> Vector:
+    """The genotype a sampler starts at: a plan's or a vector's, float32 (size,); by default the space's own start."""
+    if start is None:
+        return space.start()
+    return space.encode(start) if isinstance(start, Plan) else space.snap(start)
+
+
+def digest(x: Vector) -> str:
+    """16 hex digits that name a genotype in a sampler's settings."""
+    return hashlib.sha256(np.ascontiguousarray(x, dtype="<f4").tobytes()).hexdigest()[:16]

@@ -1,0 +1,121 @@
+"""CMA-ES, full and separable, on the `cmaes` package (Hansen, arXiv 1604.00772; Ros & Hansen, PPSN 2008).
+
+The optimiser works on z = (x - start) / step, so that one sigma suits every number of a space. Nothing of it is stored:
+a proposal notes its generation g, and the optimiser is rebuilt by telling it, generation after generation, the first
+`population_size` finished trials of each, by slot. Trials of a generation beyond those are ignored; failed ones count
+as the worst of their generation. The start is evaluated first. The best of it and of all trials enqueued before it is
+the first mean; none of them is told, as they were not drawn from the distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moeopt.errors import SamplerError
+from moeopt.plan import Plan
+from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
+from moeopt.spaces.base import Space
+
+OPERATOR = "cmaes"
+
+
+class CMAESSampler(GenomeSampler):
+    """Covariance matrix adaptation. The full matrix suits up to about 500 numbers, the separable one any size.
+
+    Args:
+        space: what to search.
+        seed, redraw: as for `GenomeSampler`.
+        sigma: first standard deviation of each number, as a multiple of `space.step`.
+        start: the plan or vector (size,) to start at; by default `space.start()`.
+        separable: adapt the diagonal of the covariance only.
+        population_size: trials per generation; by default 4 + floor(3 ln size).
+
+    Raises:
+        SamplerError: naming the argument that does not fit.
+        SpaceError: when `start` is not of this space.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        seed: int | None = None,
+        redraw: int = 20,
+        sigma: float = 1.0,
+        start: Plan | ArrayLike | None = None,
+        separable: bool = False,
+        population_size: int | None = None,
+    ) -> None:
+        super().__init__(space, seed=seed, redraw=redraw)
+        if not 0 < sigma < float("inf"):
+            raise SamplerError(f"sigma must be a positive number, got {sigma!r}")
+        if population_size is None:
+            population_size = 4 + math.floor(3 * math.log(space.size))
+        if isinstance(population_size, bool) or not isinstance(population_size, int) or population_size < 3:
+            raise SamplerError(f"population_size must be an integer of at least 3, got {population_size!r}")
+        self.sigma, self.separable, self.population_size = float(sigma), bool(separable), population_size
+        self.x0 = starting_point(space, start)
+        self._cache: tuple[Any, list[Any], Any] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        names = ("seed", "redraw", "sigma", "separable", "population_size")
+        return {"name": "cmaes", **{name: getattr(self, name) for name in names}, "start": digest(self.x0)}
+
+    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
+        if attempt == 0 and self.opens(history, slot):
+            return Proposal(self.x0, START)
+        around, generations = self.center(history), self.generations(history)
+        optimizer = self._rebuilt(around, generations)
+        optimizer.reseed_rng(int(self.rng(slot, attempt).integers(1 << 32)))
+        x = self.x0 + optimizer.ask() * self.space.step
+        parents = () if around is None or generations else (around.number,)
+        notes = {"generation": len(generations), "around": None if around is None else around.slot}
+        return Proposal(x, OPERATOR, parents, notes=notes)
+
+    def center(self, history: list[Told]) -> Told | None:
+        """The trial at the first mean: the one that the earliest own proposal notes, else the best so far; None: x0."""
+        own = [told for told in history if told.operator == OPERATOR]
+        if own:
+            return next((told for told in history if told.slot == own[0].notes.get("around")), None)
+        return min((told for told in history if told.loss is not None), key=lambda told: told.loss or 0.0, default=None)
+
+    def generations(self, history: list[Told]) -> list[list[Told]]:
+        """The finished trials to tell, `population_size` of each complete generation."""
+        members: dict[int, list[Told]] = {}
+        for told in history:
+            if told.operator == OPERATOR and (told.loss is not None or told.failed):
+                members.setdefault(told.notes.get("generation", -1), []).append(told)
+        complete: list[list[Told]] = []
+        while len(members.get(len(complete), [])) >= self.population_size:
+            complete.append(members[len(complete)][: self.population_size])
+        return complete
+
+    def _rebuilt(self, around: Told | None, generations: list[list[Told]]) -> Any:
+        """The optimiser that was told these generations; kept and extended while the history only grows."""
+        center = None if around is None else around.slot
+        keys = [[(told.slot, told.loss) for told in generation] for generation in generations]
+        if self._cache is None or self._cache[0] != center or self._cache[1] != keys[: len(self._cache[1])]:
+            self._cache = (center, [], self._new(self.x0 if around is None else around.x))
+        _, known, optimizer = self._cache
+        for generation, key in zip(generations[len(known) :], keys[len(known) :]):
+            finite = [told.loss for told in generation if told.loss is not None]
+            worst = max(finite, default=0.0)
+            optimizer.tell([(self._z(told.x), worst if told.loss is None else told.loss) for told in generation])
+            known.append(key)
+        return optimizer
+
+    def _new(self, mean: NDArray[np.float32]) -> Any:
+        from cmaes import CMA, SepCMA
+
+        bounds = np.stack([self._z(self.space.low), self._z(self.space.high)], axis=1)
+        # n_max_resampling=0: a number beyond its bound is clipped; drawing all of many numbers within bounds never ends.
+        options: dict[str, Any] = {"bounds": bounds, "n_max_resampling": 0, "population_size": self.population_size}
+        kind = SepCMA if self.separable and self.space.size > 1 else CMA
+        return kind(mean=self._z(mean), sigma=self.sigma, seed=0, **options)
+
+    def _z(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+        return (x.astype(np.float64) - self.x0) / self.space.step

@@ -1,0 +1,215 @@
+"""EEP's evolutionary strategy: search prunings first, then merge, in one population (arXiv 2407.00945, section 3.3).
+
+A proposal draws which group matrices change, each with probability `p_change`, at least one.
+
+Prune phase, until the population holds `prune_until` solutions: a parent drawn uniformly from the solutions within
+`prune_band` of the best; in every changed W_EM each row is re-pointed, with probability `p_row`, to an expert that no
+other row uses; W_RM follows W_EM.
+
+Merge phase: with probability `p_crossover` the child is first crossed from two parents within `merge_band` of the best
+(the best `merge_pool` at least): a changed matrix takes each row from the first parent with probability `p_first`, an
+unchanged one comes whole from the first parent with probability `p_first`. Otherwise it starts as a copy of one parent.
+Then every entry of a changed matrix gets, with probability `p_entry`, Gaussian noise of scale `sigma`, and with
+probability `p_normalise` the rows of W_EM are divided by their sums.
+
+The defaults are the configuration of the released code. The paper's Algorithm 1 also crosses over in the prune phase
+(`prune_crossover=True`) and spends 40 + 160 evaluations (`prune_until=40`). The bands are in points of accuracy in the
+paper; for a loss they are standard deviations of the initial losses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeopt.errors import SamplerError
+from moeopt.plan import Matrix
+from moeopt.samplers.base import GenomeSampler, Proposal, Told
+from moeopt.spaces.base import Space
+
+Score = Literal["loss", "accuracy"]
+BANDS: dict[str, tuple[float, float]] = {"loss": (0.3, 0.1), "accuracy": (3.0, 1.0)}
+
+
+class EEPSampler(GenomeSampler):
+    """EEP's two-phase evolutionary strategy as an Optuna sampler.
+
+    On an `EEPSpace` it runs both phases, on a `PruneSpace` the first alone, on a `MergeSpace` the second alone.
+
+    Args:
+        space: what to search.
+        seed, redraw: as for `GenomeSampler`. EEP as published is ``redraw=0``.
+        initial: random solutions before the first proposal.
+        prune_until: population size at which the prune phase ends, the initial solutions counted.
+        p_change: probability of a group matrix to change.
+        p_row: probability of a row of a changed W_EM to be re-pointed (prune phase).
+        p_crossover: probability of a crossover (merge phase; with `prune_crossover` also in the prune phase).
+        p_first: probability of the first parent in a crossover.
+        p_entry: probability of an entry of a changed matrix to get noise.
+        sigma: standard deviation of that noise.
+        p_normalise: probability of dividing the rows of W_EM by their sums.
+        score: what the bands compare: ``"loss"``, or the trials' accuracy attribute.
+        prune_band, merge_band: how far from the best a parent may be. For accuracy in percentage points (default 3.0
+            and 1.0), for a loss in standard deviations of the initial losses (default 0.3 and 0.1).
+        merge_pool: parents in the merge phase, at least.
+        prune_crossover: cross over in the prune phase too, as the paper's Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        seed: int | None = None,
+        redraw: int = 20,
+        initial: int = 30,
+        prune_until: int = 100,
+        p_change: float = 0.25,
+        p_row: float = 0.15,
+        p_crossover: float = 0.3,
+        p_first: float = 0.6,
+        p_entry: float = 0.25,
+        sigma: float = 0.065,
+        p_normalise: float = 0.1,
+        score: Score = "loss",
+        prune_band: float | None = None,
+        merge_band: float | None = None,
+        merge_pool: int = 6,
+        prune_crossover: bool = False,
+    ) -> None:
+        super().__init__(space, seed=seed, redraw=redraw)
+        probabilities = {
+            "p_change": p_change, "p_row": p_row, "p_crossover": p_crossover,
+            "p_first": p_first, "p_entry": p_entry, "p_normalise": p_normalise,
+        }  # fmt: skip
+        for name, value in probabilities.items():
+            if not 0 <= value <= 1:
+                raise SamplerError(f"{name} is a probability between 0 and 1, got {value!r}")
+        if score not in get_args(Score):
+            raise SamplerError(f"score must be 'loss' or 'accuracy', got {score!r}")
+        for name, count in {"initial": initial, "prune_until": prune_until, "merge_pool": merge_pool}.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise SamplerError(f"{name} must be an integer of at least 1, got {count!r}")
+        if not sigma > 0:
+            raise SamplerError(f"sigma must be positive, got {sigma!r}")
+        bands = BANDS[score]
+        self.initial, self.prune_until, self.merge_pool = initial, prune_until, merge_pool
+        self.p_change, self.p_row, self.p_crossover, self.p_first = p_change, p_row, p_crossover, p_first
+        self.p_entry, self.sigma, self.p_normalise = p_entry, sigma, p_normalise
+        self.score: Score = score
+        self.prune_band = bands[0] if prune_band is None else prune_band
+        self.merge_band = bands[1] if merge_band is None else merge_band
+        if self.prune_band < 0 or self.merge_band < 0:
+            raise SamplerError(f"bands must be at least 0, got {self.prune_band!r} and {self.merge_band!r}")
+        self.prune_crossover = prune_crossover
+
+    def settings(self) -> dict[str, Any]:
+        names = (
+            "seed", "redraw", "initial", "prune_until", "p_change", "p_row", "p_crossover", "p_first", "p_entry",
+            "sigma", "p_normalise", "score", "prune_band", "merge_band", "merge_pool", "prune_crossover",
+        )  # fmt: skip
+        return {"name": "eep", **{name: getattr(self, name) for name in names}}
+
+    def phase(self, population: int) -> str:
+        """The phase in which a population of so many finished solutions is."""
+        if len(self.space.phases) == 1:
+            return self.space.phases[0]
+        return "prune" if population < self.prune_until else "merge"
+
+    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
+        rng = self.rng(slot, attempt)
+        population = [told for told in history if told.loss is not None]
+        if not population or len(history) < self.initial:
+            return Proposal(self.space.sample(rng), "initial", phase=self.space.phases[0])
+        phase = self.phase(len(population))
+        changed = rng.random((len(self.space.groups), 2)) < self.p_change
+        if not changed.any():
+            changed.flat[rng.integers(changed.size)] = True
+        pool = self.parents(population, self.prune_band if phase == "prune" else self.merge_band, phase)
+        crossing = phase == "merge" or self.prune_crossover
+        if crossing and len(pool) > 1 and rng.random() < self.p_crossover:
+            first, second = (pool[i] for i in rng.choice(len(pool), 2, replace=False))
+            child = self.crossover(rng, self.space.matrices(first.x), self.space.matrices(second.x), changed, phase)
+            parents: tuple[int, ...] = (first.number, second.number)
+            operator = f"crossover+{phase}"
+        else:
+            parent = pool[rng.integers(len(pool))]
+            child, parents, operator = self.space.matrices(parent.x).copy(), (parent.number,), phase
+        mutate = self.repoint if phase == "prune" else self.perturb
+        return Proposal(self.space.from_matrices(mutate(rng, child, changed)), operator, parents, phase)
+
+    def parents(self, population: list[Told], band: float, phase: str) -> list[Told]:
+        """Solutions within the band of the best: prunings in the prune phase, at least `merge_pool` in the other."""
+        if phase == "prune" and len(self.space.phases) > 1:
+            population = [told for told in population if _is_pruning(self.space.matrices(told.x))] or population
+        scores = np.array([self._badness(told) for told in population])
+        spread = 1.0
+        if self.score == "loss":
+            first = [told.loss for told in population if told.loss is not None][: self.initial]
+            spread = float(np.std(first))
+        order = np.argsort(scores, kind="stable")
+        within = int((scores <= scores.min() + band * spread).sum())
+        count = max(within, self.merge_pool) if phase == "merge" else within
+        return [population[i] for i in order[:count]]
+
+    def _badness(self, told: Told) -> float:
+        assert told.loss is not None
+        if self.score == "loss":
+            return told.loss
+        accuracy = told.attrs.get("accuracy")
+        if not isinstance(accuracy, (int, float)):
+            raise SamplerError(
+                f"score='accuracy' needs trials with an 'accuracy' attribute; trial {told.number} has none"
+            )
+        return -100.0 * accuracy
+
+    def repoint(self, rng: np.random.Generator, child: Matrix, changed: NDArray[np.bool_]) -> Matrix:
+        """Prune mutation of (groups, 2, r, n): rows re-pointed to experts that no other row of the group uses."""
+        n = child.shape[3]
+        for group in np.flatnonzero(changed[:, 0]):
+            rows = child[group, 0].argmax(axis=1)
+            for i in range(len(rows)):
+                if rng.random() < self.p_row:
+                    free = np.setdiff1d(np.arange(n), np.delete(rows, i))
+                    rows[i] = rng.choice(free)
+            child[group] = np.eye(n, dtype=np.float32)[rows]
+        return child
+
+    def perturb(self, rng: np.random.Generator, child: Matrix, changed: NDArray[np.bool_]) -> Matrix:
+        """Merge mutation of (groups, 2, r, n): noise on entries of changed matrices, W_EM perhaps normalised."""
+        hit = changed[:, :, None, None] & (rng.random(child.shape) < self.p_entry)
+        child = np.where(hit, child + self.sigma * rng.standard_normal(child.shape), child).astype(np.float32)
+        if rng.random() < self.p_normalise:
+            sums = child[:, 0].sum(axis=2, keepdims=True)
+            child[:, 0] = np.where(np.abs(sums) > 1e-3, child[:, 0] / np.where(sums == 0, 1, sums), child[:, 0])
+        return child
+
+    def crossover(
+        self, rng: np.random.Generator, first: Matrix, second: Matrix, changed: NDArray[np.bool_], phase: str
+    ) -> Matrix:
+        """A child of two (groups, 2, r, n): by rows in changed matrices, whole matrices elsewhere."""
+        rows = rng.random(first.shape[:3]) < self.p_first
+        whole = rng.random(first.shape[:2]) < self.p_first
+        from_first = np.where(changed[:, :, None], rows, whole[:, :, None])
+        if phase == "prune":
+            from_first[:, 1] = from_first[:, 0]
+        child = np.where(from_first[..., None], first, second)
+        if phase == "prune":
+            _make_distinct(rng, child)
+        return child
+
+
+def _is_pruning(matrices: Matrix) -> bool:
+    return bool(((matrices == 0) | (matrices == 1)).all())
+
+
+def _make_distinct(rng: np.random.Generator, child: Matrix) -> None:
+    """Re-point rows that a crossover made equal, so that a pruning keeps r distinct experts."""
+    n = child.shape[3]
+    for group in child:
+        rows = group[0].argmax(axis=1)
+        for i in range(1, len(rows)):
+            if rows[i] in rows[:i]:
+                rows[i] = rng.choice(np.setdiff1d(np.arange(n), rows))
+        group[:] = np.eye(n, dtype=np.float32)[rows]

@@ -1,0 +1,75 @@
+"""Samplers by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from optuna.samplers import BaseSampler
+
+from moeopt.errors import SamplerError, nearest
+from moeopt.samplers.base import GenomeSampler
+from moeopt.samplers.cmaes import CMAESSampler
+from moeopt.samplers.eep import EEPSampler
+from moeopt.samplers.nevergrad import NevergradSampler
+from moeopt.samplers.random import RandomSampler
+from moeopt.samplers.shadow import ShadowSampler, TPESampler
+from moeopt.spaces.base import Space
+
+SAMPLERS: dict[str, Callable[..., GenomeSampler]] = {
+    "eep": EEPSampler,
+    "cmaes": CMAESSampler,
+    "sepcmaes": partial(CMAESSampler, separable=True),
+    "nevergrad": NevergradSampler,
+    "tpe": TPESampler,
+    "random": RandomSampler,
+}
+"""Every sampler that `get` knows by name. ``"nevergrad:DE"`` is short for ``"nevergrad"`` with ``optimizer="DE"``."""
+
+
+def get(sampler: str | BaseSampler, space: Space, *, seed: int | None = 0, **options: Any) -> GenomeSampler:
+    """A sampler over `space`.
+
+    Args:
+        sampler: a name of `SAMPLERS`, ``"nevergrad:<any optimiser of its registry>"``, one of moeopt's samplers (returned
+            as it is), or any other Optuna or OptunaHub sampler object (driven by a `ShadowSampler`).
+        space: what to search.
+        seed: of all random draws; not used for one of moeopt's samplers, which has its own.
+        options: further arguments of the sampler's class.
+
+    Raises:
+        SamplerError: when the name or an option is unknown, or the sampler is for another space.
+    """
+    if isinstance(sampler, GenomeSampler):
+        if options:
+            raise SamplerError(f"{type(sampler).__name__} is made already; options {sorted(options)} come too late")
+        if sampler.space.describe() != space.describe():
+            raise SamplerError(f"the {type(sampler).__name__} was made for another space than this study's")
+        return sampler
+    if isinstance(sampler, BaseSampler):
+        return _make("ShadowSampler", ShadowSampler, space, options, sampler=sampler, seed=seed)
+    if not isinstance(sampler, str):
+        raise SamplerError(f"a sampler is a name or an Optuna sampler object, got {sampler!r}")
+    name, colon, optimizer = sampler.partition(":")
+    if name not in SAMPLERS or (colon and name != "nevergrad"):
+        known = [*SAMPLERS, "nevergrad:DE", "nevergrad:OnePlusOne", "nevergrad:PSO", "nevergrad:NGOpt"]
+        hint = nearest(sampler, known)
+        raise SamplerError(f"unknown sampler {sampler!r}{hint}; there are {', '.join(SAMPLERS)} and any nevergrad:NAME")
+    if colon:
+        options["optimizer"] = optimizer
+    if name == "nevergrad" and "optimizer" not in options:
+        raise SamplerError("nevergrad needs an optimiser's name: nevergrad:DE, nevergrad:OnePlusOne, nevergrad:PSO, ...")
+    return _make(sampler, SAMPLERS[name], space, options, seed=seed)
+
+
+def _make(
+    name: str, make: Callable[..., GenomeSampler], space: Space, options: dict[str, Any], **arguments: Any
+) -> GenomeSampler:
+    accepted = [p for p in inspect.signature(make).parameters if p != "space" and p not in arguments]
+    for option in options:
+        if option not in accepted:
+            hint = nearest(option, accepted)
+            raise SamplerError(f"{name} has no option {option!r}{hint}; it accepts {', '.join(sorted(accepted))}")
+    return make(space, **arguments, **options)

@@ -1,0 +1,344 @@
+"""Studies: create, resume, reclaim, run. The only room that opens storages."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from moeopt import __version__, genome, samplers, worker
+from moeopt.errors import StorageError, StudyError
+from moeopt.genome import INTERRUPTED
+from moeopt.plan import Plan
+from moeopt.spaces import Space, from_description
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+    from sqlalchemy import Engine
+
+    from moeopt.objective import Objective
+
+DESCRIPTION = "moeopt"
+"""User attribute of a study: the JSON description of model, task, space and sampler it was made with."""
+DEFAULT_STORAGE = "sqlite:///moeopt.db"
+
+Callback = Callable[[optuna.Study, FrozenTrial], None]
+
+
+def create_study(
+    study_name: str | None = None,
+    *,
+    objective: Objective,
+    storage: str | BaseStorage | None = DEFAULT_STORAGE,
+    sampler: str | BaseSampler = "eep",
+    seed: int = 0,
+    pruner: BasePruner | None = None,
+    load_if_exists: bool = False,
+    warm_starts: Iterable[Plan] = (),
+    **sampler_options: Any,
+) -> optuna.Study:
+    """Create a study for an objective, or resume it: an ordinary `optuna.Study` that minimises the task loss.
+
+    Args:
+        study_name: its name in the storage; Optuna makes one up by default.
+        objective: what is minimised; the study keeps a description of its model, task and space.
+        storage: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL/MariaDB), an Optuna storage, or None for memory.
+        sampler: ``"eep"``, ``"cmaes"``, ``"tpe"``, ``"random"``, ``"nevergrad:NAME"``, or any Optuna sampler.
+        seed: of the sampler, where it is given by name.
+        pruner: any Optuna pruner.
+        load_if_exists: resume a study of this name. Trials that died with a worker of this host are queued again.
+        warm_starts: plans to evaluate first, when the study is created.
+        sampler_options: hyperparameters of a sampler given by name.
+
+    Raises:
+        StudyError: when the name is taken (and `load_if_exists` is not set), or the study to resume was made with
+            another model, task, space or sampler; the message names the fields that differ.
+        StorageError: when the storage cannot be opened or is not Optuna's.
+        SamplerError: when the sampler is unknown or its options are.
+    """
+    chosen = samplers.get(sampler, objective.space, seed=seed, **sampler_options)
+    plans = [objective.space.encode(plan) for plan in warm_starts]
+    opened = open_storage(storage) if isinstance(storage, str) else storage
+    description = {**objective.describe(), "sampler": chosen.settings()}
+    with readable_errors(storage):
+        existing = _find(opened, study_name)
+        if existing is not None:
+            if not load_if_exists:
+                raise StudyError(
+                    f"study {study_name!r} already exists; resume it with load_if_exists=True, or choose another name"
+                )
+            check_same(existing, description)
+        study = optuna.create_study(
+            study_name=study_name,
+            storage=opened,
+            sampler=chosen,
+            pruner=pruner or optuna.pruners.NopPruner(),
+            direction="minimize",
+            load_if_exists=load_if_exists,
+        )
+        if DESCRIPTION not in study.user_attrs:
+            for x in plans:
+                study.add_trial(genome.waiting(genome.pack(genome.GENOME, x), {}))
+            study.set_user_attr(DESCRIPTION, {"version": __version__, **description})
+        reclaim(study)
+    return study
+
+
+def enqueue(study: optuna.Study, space: Space, plan: Plan, **user_attrs: Any) -> None:
+    """Queue a plan as the study's next trial.
+
+    Raises:
+        SpaceError: when the plan is not one of the space.
+    """
+    study.add_trial(genome.waiting(genome.pack(genome.GENOME, space.encode(plan)), user_attrs))
+
+
+def optimize(
+    study: optuna.Study,
+    objective: Callable[[optuna.Trial], float],
+    *,
+    trials: int | None = None,
+    timeout: float | None = None,
+    patience: int | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> None:
+    """`study.optimize` until the study as a whole holds `trials` finished trials, so that a resumed run does the rest.
+
+    The first Ctrl-C lets the running trial finish and returns; a second one interrupts it, and the trial is queued
+    again when the study is resumed.
+
+    Args:
+        trials: finished trials the study shall hold, those of earlier runs included.
+        timeout: seconds for this run.
+        patience: stop after so many trials without a better one.
+    """
+    if trials is None and timeout is None and patience is None:
+        raise StudyError("say when to stop: trials, timeout or patience")
+
+    def stop_when_done(study: optuna.Study, trial: FrozenTrial | None = None) -> None:
+        if trials is not None and finished(study) >= trials:
+            study.stop()
+        if patience is not None and stalled(study) >= patience:
+            study.stop()
+
+    if trials is not None and finished(study) >= trials:
+        return
+    with stopping_on_interrupt(study):
+        study.optimize(objective, timeout=timeout, callbacks=[*callbacks, stop_when_done])
+
+
+def finished(study: optuna.Study) -> int:
+    """Trials that ended, each counted once however often it was retried."""
+    trials = study.get_trials(deepcopy=False)
+    return sum(t.state.is_finished() for t in trials) - sum(bool(t.system_attrs.get(genome.RETRIES)) for t in trials)
+
+
+def stalled(study: optuna.Study) -> int:
+    """Finished trials since the best one."""
+    done = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    complete = [t for t in done if t.state == TrialState.COMPLETE]
+    if not complete:
+        return len(done)
+    best = min(complete, key=lambda t: (t.value, t.number))
+    return sum(t.number > best.number for t in done)
+
+
+def reclaim(study: optuna.Study) -> list[int]:
+    """Queue again the trials whose worker died on this host, or was interrupted; returns their numbers.
+
+    The dead trial is marked failed, and a waiting copy keeps its genotype and its slot.
+    """
+    trials = study.get_trials(deepcopy=False)
+    retried = {number for trial in trials for number in trial.system_attrs.get(genome.RETRIES, [])}
+    reclaimed = []
+    for trial in trials:
+        if trial.number in retried:
+            continue
+        dead = trial.state == TrialState.RUNNING and worker.is_dead_here(genome.origin(trial).get("worker"))
+        if not dead and not (trial.state == TrialState.FAIL and trial.user_attrs.get(INTERRUPTED)):
+            continue
+        if dead:
+            study.tell(trial.number, state=TrialState.FAIL)
+        study.add_trial(genome.retry(trial))
+        reclaimed.append(trial.number)
+    return reclaimed
+
+
+def check_same(study: optuna.Study, description: dict[str, Any]) -> None:
+    """Raise StudyError, naming the fields that differ, unless the study was made with this description."""
+    stored = study.user_attrs.get(DESCRIPTION)
+    if stored is None:
+        if study.get_trials(deepcopy=False) or study.user_attrs:
+            raise StudyError(f"study {study.study_name!r} was not made by moeopt; choose another name")
+        return
+    differences = list(_differences(stored, {"version": stored.get("version"), **description}))
+    if differences:
+        listed = "; ".join(f"{path}: study has {old!r}, now {new!r}" for path, old, new in differences)
+        raise StudyError(f"study {study.study_name!r} cannot be resumed with something else. {listed}")
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif old != new and not (isinstance(old, list) and isinstance(new, (list, tuple)) and old == list(new)):
+        yield path, old, new
+
+
+def _find(storage: BaseStorage | None, study_name: str | None) -> optuna.Study | None:
+    if storage is None or study_name is None or study_name not in optuna.get_all_study_names(storage):
+        return None
+    return optuna.load_study(study_name=study_name, storage=storage)
+
+
+def load_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
+    """Open a study of moeopt to read it.
+
+    Raises:
+        StudyError: when there is no such study (the nearest name is suggested) or moeopt did not make it.
+        StorageError: when the storage cannot be opened.
+    """
+    from moeopt.errors import nearest
+
+    opened = open_storage(storage, create=False) if isinstance(storage, str) else storage
+    with readable_errors(storage):
+        names = optuna.get_all_study_names(opened)
+        if study_name not in names:
+            raise StudyError(f"no study {study_name!r} in {hidden(storage)}{nearest(study_name, names)}")
+        study = optuna.load_study(study_name=study_name, storage=opened)
+        if DESCRIPTION not in study.user_attrs:
+            raise StudyError(f"study {study_name!r} was not made by moeopt")
+    return study
+
+
+def space_of(study: optuna.Study) -> Space:
+    """The space that a study of moeopt searches, rebuilt from its description.
+
+    Raises:
+        StudyError: when moeopt did not make the study.
+    """
+    description = study.user_attrs.get(DESCRIPTION)
+    if not isinstance(description, dict) or not isinstance(description.get("space"), dict):
+        raise StudyError(f"study {study.study_name!r} does not say what it searched; moeopt did not make it")
+    return from_description(description["space"])
+
+
+def open_storage(url: str, *, create: bool = True) -> BaseStorage:
+    """An Optuna storage for an SQLAlchemy URL, checked: reachable, writable, and Optuna's own or empty.
+
+    Args:
+        create: whether a missing SQLite file may be created.
+
+    Raises:
+        StorageError: saying which of these fails. Passwords never appear in it.
+    """
+    from sqlalchemy import create_engine, inspect
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    try:
+        parsed = make_url(url)
+        sqlite = parsed.get_backend_name() == "sqlite"
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise StorageError(
+            "storage must be an SQLAlchemy URL such as sqlite:///moeopt.db or postgresql+psycopg://user@host/name, "
+            f"got {_scrub(url)!r}"
+        ) from None
+    if sqlite and parsed.database and parsed.database != ":memory:" and not parsed.database.startswith("file:"):
+        file = Path(parsed.database)
+        if not file.parent.is_dir():
+            raise StorageError(f"the folder of {hidden(url)} does not exist: {str(file.parent)!r}")
+        if not create and not file.is_file():
+            raise StorageError(f"no database at {hidden(url)}")
+    with readable_errors(url):
+        options: dict[str, Any] = {"connect_args": {"timeout": 5}} if sqlite else {}
+        engine = create_engine(parsed, **options)
+        try:
+            tables = set(inspect(engine).get_table_names())
+            ours = {"studies", "trials", "version_info"} <= tables
+            if tables and not ours and (sqlite or {"studies", "trials"} & tables):
+                raise StorageError(f"{hidden(url)} is a database of something else: it has tables {sorted(tables)[:5]}")
+            if sqlite:
+                _check_writable(engine)
+        finally:
+            engine.dispose()
+        waiting = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
+        return optuna.storages.RDBStorage(url, engine_kwargs=waiting)
+
+
+def _check_writable(engine: Engine) -> None:
+    with engine.connect() as connection:
+        raw = connection.connection.driver_connection
+        assert raw is not None
+        raw.isolation_level = None
+        raw.execute("BEGIN IMMEDIATE")
+        raw.execute("CREATE TABLE moeopt_write_check (x)")
+        raw.execute("ROLLBACK")
+
+
+@contextmanager
+def readable_errors(storage: Any) -> Iterator[None]:
+    """Turn a database's exceptions into one StorageError that names the storage without its password."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+        reason = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()[0]
+        if isinstance(error, ImportError):
+            reason += "; install the database's driver, such as psycopg or pymysql"
+        raise StorageError(f"cannot use the storage {hidden(storage)}: {_scrub(reason)}") from None
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        raise StorageError(f"cannot use the storage {hidden(storage)}: {_scrub(str(error))}") from None
+
+
+def hidden(storage: Any) -> str:
+    """A storage URL without its password, to print."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if not isinstance(storage, str):
+        return type(storage).__name__
+    try:
+        return make_url(storage).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):
+        return _scrub(storage)
+
+
+def _scrub(text: str) -> str:
+    import re
+
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+
+
+@contextmanager
+def stopping_on_interrupt(study: optuna.Study) -> Iterator[None]:
+    """Within it, the first Ctrl-C lets the running trial finish; the second raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def finish_trial(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        try:
+            study.stop()
+        except RuntimeError:  # between trials, or not yet optimising
+            raise KeyboardInterrupt from None
+
+    signal.signal(signal.SIGINT, finish_trial)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,189 @@
+"""Export: the written checkpoint is the patched model, and needs nothing of moeopt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import moeopt
+from moeopt.errors import ExportError, PlanError
+from moeopt.exporting import best_stock_trial, why_not_stock
+from moeopt.plan import LayerPlan, Plan
+from moeopt.tasks import TextTask
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+IDS = torch.arange(3, 43)[None] * 5 % 250
+
+
+def saved(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
+    """The model as `moeopt.load` gives it back from a folder that it is saved to."""
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+    return moeopt.load(folder)[0]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture
+def full(make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path) -> Any:
+    return saved(make_mixtral(layers=3, experts=6, dtype=torch.bfloat16), tiny_tokenizer, tmp_path / "full")
+
+
+def pruning(router: Any = "rows") -> Plan:
+    return Plan.one_hot([[0, 2, 5], [1, 2, 3], [3, 4, 5]], experts=6, k=2, router=router)
+
+
+def merging(router: Any = "logit", seed: int = 0) -> Plan:
+    rng = np.random.default_rng(seed)
+    matrices = [np.eye(6)[rng.permutation(6)[:3]] + 0.1 * rng.standard_normal((2, 3, 6)) for _ in range(3)]
+    return Plan(tuple(LayerPlan(6, 2, w_em=m[0], w_rm=m[1], router=router) for m in matrices))
+
+
+def rows_of_merged() -> Plan:
+    layers = merging().layers
+    return Plan(tuple(LayerPlan(6, 2, w_em=p.w_em, w_rm=np.eye(6)[[4, 1, 0]], router="rows") for p in layers))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pruning(),
+        pruning("prob"),
+        pruning("logit"),
+        merging(),
+        rows_of_merged(),
+        pruning().with_k(1),
+        Plan.identity(3, 6, 2),
+    ],
+    ids=["rows", "prob", "logit", "merged", "merged-rows", "k1", "identity"],
+)
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 40_000], ids=["one-file", "sharded"])
+def test_the_reloaded_checkpoint_is_the_patched_model(full: Any, tmp_path: Path, plan: Plan, shard_bytes: int) -> None:
+    with moeopt.patched(full, plan):
+        expected = logits(full)
+    moeopt.export(plan, tmp_path / "small", model=full, shard_bytes=shard_bytes)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto").eval()
+    assert small.dtype == torch.bfloat16
+    assert small.config.num_local_experts == plan.layers[0].kept_experts
+    assert small.config.num_experts_per_tok == plan.layers[0].k
+    assert torch.equal(logits(small), expected)
+    original, copied = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("full", "small"))
+    assert copied("zebra, ünïcode") == original("zebra, ünïcode")
+
+
+def test_dtype_names_and_companions_are_kept(full: Any, tmp_path: Path) -> None:
+    (tmp_path / "full" / "chat_template.jinja").write_text("{{ messages }}")
+    config = json.loads((tmp_path / "full" / "config.json").read_text())
+    config["something_of_the_users"] = [1, 2]
+    (tmp_path / "full" / "config.json").write_text(json.dumps(config))
+    moeopt.export(pruning(), tmp_path / "small", model=tmp_path / "full")
+    small = json.loads((tmp_path / "small" / "config.json").read_text())
+    changed = {key for key in config.keys() | small.keys() if config.get(key) != small.get(key)}
+    assert changed == {"num_local_experts", "rope_theta", "torch_dtype"}
+    assert small["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    names = {path.name for path in (tmp_path / "small").iterdir()}
+    assert names >= {"chat_template.jinja", "tokenizer.json", "moeopt.json", "README.md", "model.safetensors"}
+    record = json.loads((tmp_path / "small" / "moeopt.json").read_text())
+    assert [layer["kept"] for layer in record["plan"]["layers"]] == [[0, 2, 5], [1, 2, 3], [3, 4, 5]]
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "small" / "model.safetensors", "pt") as file:
+        assert "model.layers.2.block_sparse_moe.experts.2.w1.weight" in set(file.keys())
+        assert not any(".experts.3." in name for name in file.keys())  # noqa: SIM118
+
+
+def test_a_family_that_does_not_renormalise_exports_by_the_stock_rule(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=6, num_experts_per_tok=2,
+        norm_topk_prob=False, decoder_sparse_step=1,
+    )  # fmt: skip
+    full = saved(Qwen3MoeForCausalLM(config).eval(), tiny_tokenizer, tmp_path / "full")
+    plan = Plan.one_hot([[0, 2, 5], [1, 2, 3]], experts=6, k=2)
+    with moeopt.patched(full, plan):
+        expected = logits(full)
+    moeopt.export(plan, tmp_path / "small", model=full)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()), expected)
+    with pytest.raises(ExportError, match="does not renormalise"):
+        moeopt.export(
+            Plan.one_hot([[0, 2, 5], [1, 2, 3]], experts=6, k=2, router="prob"), tmp_path / "other", model=full
+        )
+
+
+def test_old_bin_checkpoints_are_read(full: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    state = load_file(tmp_path / "full" / "model.safetensors")
+    torch.save(state, tmp_path / "full" / "pytorch_model.bin")
+    (tmp_path / "full" / "model.safetensors").unlink()
+    moeopt.export(pruning(), tmp_path / "small", model=tmp_path / "full")
+    with moeopt.patched(full, pruning()):
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()), logits(full))
+
+
+def test_what_a_stock_checkpoint_cannot_express_is_refused(full: Any, tmp_path: Path) -> None:
+    mixed_k = Plan((*pruning().layers[:2], pruning().with_k(1).layers[2]))
+    for plan, reason in ((merging("prob"), 'search with router="logit"'), (mixed_k, "one r and one k")):
+        assert reason in str(why_not_stock(plan))
+        with pytest.raises(ExportError, match="cannot express"):
+            moeopt.export(plan, tmp_path / "small", model=full)
+    assert not (tmp_path / "small").exists()
+
+
+def test_bad_folders_and_models_are_refused(full: Any, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious.txt").write_text("x")
+    with pytest.raises(ExportError, match="not empty"):
+        moeopt.export(pruning(), tmp_path / "taken", model=full)
+    with pytest.raises(ExportError, match="is a file"):
+        moeopt.export(pruning(), tmp_path / "taken" / "precious.txt", model=full)
+    with pytest.raises(ExportError, match="experts; is the plan for it"):
+        moeopt.export(Plan.one_hot([[0, 1]] * 3, experts=5, k=2), tmp_path / "small", model=full)
+    with pytest.raises(PlanError, match=r"2 MoE layers, the checkpoint has 3"):
+        moeopt.export(Plan.one_hot([[0, 1]] * 2, experts=6, k=2), tmp_path / "small", model=full)
+    (tmp_path / "full" / "model.safetensors").unlink()
+    with pytest.raises(ExportError, match="neither"):
+        moeopt.export(pruning(), tmp_path / "small", model=full)
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "taken"}
+
+
+def test_an_interrupted_export_leaves_nothing(full: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moeopt.exporting._copy_companions", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        moeopt.export(pruning(), tmp_path / "small", model=full)
+    assert {path.name for path in tmp_path.iterdir()} == {"full"}
+
+
+def test_a_trial_is_exported_with_its_scores(full: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    task = TextTask("toy", search=["one text that is long enough"] * 1 + ["another one, also long"], window=32)
+    objective = moeopt.Objective(full, tiny_tokenizer, task, moeopt.EEPSpace.of(full, keep=3))
+    study = moeopt.create_study("s", objective=objective, storage=None, initial=3, prune_until=6)
+    study.optimize(objective, n_trials=12)
+    trial = best_stock_trial(study)
+    assert trial.value == min(t.value for t in study.trials if why_not_stock(objective.space.plan(t)) is None)
+    moeopt.export(trial, tmp_path / "small", study=study, model=full)
+    record = json.loads((tmp_path / "small" / "moeopt.json").read_text())
+    assert record["trial"]["number"] == trial.number
+    assert record["trial"]["loss"] == trial.value
+    assert record["study"]["task"]["name"] == "toy"
+    assert "trial" in (tmp_path / "small" / "README.md").read_text()
+    small, tokenizer = moeopt.load(tmp_path / "small")
+    evaluation = moeopt.Evaluator(small, tokenizer, task).evaluate(None)
+    assert evaluation.loss == trial.value
+    with pytest.raises(ExportError, match="give its study"):
+        moeopt.export(trial, tmp_path / "other", model=full)

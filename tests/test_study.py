@@ -1,0 +1,342 @@
+"""Studies: created, resumed exactly, refused when something differs, reclaimed after a crash."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+import moeopt
+from moeopt import genome, samplers
+from moeopt.errors import SamplerError, SpaceError, StorageError, StudyError
+from moeopt.samplers import EEPSampler
+from moeopt.study import finished, reclaim, space_of, stalled
+from moeopt.tasks import MultipleChoiceTask, TextTask
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+TEXTS = [f"the {a} {b} sat on the {c}" for a in ("red", "old", "big") for b in ("cat", "dog") for c in ("mat", "log")]
+
+
+def text_task(name: str = "toy", texts: list[str] = TEXTS) -> TextTask:
+    return TextTask(name, search=texts[:6], dev=texts[6:8], test=texts[8:], window=32)
+
+
+@pytest.fixture
+def model(make_mixtral: Any) -> Any:
+    return make_mixtral(layers=4, experts=6, hidden=16, intermediate=16)
+
+
+@pytest.fixture
+def objective(model: Any, tiny_tokenizer: Any) -> moeopt.Objective:
+    return moeopt.Objective(model, tiny_tokenizer, text_task(), moeopt.EEPSpace.of(model, keep=3, groups=2))
+
+
+def storage_urls() -> list[Any]:
+    urls = [pytest.param("sqlite", id="sqlite")]
+    for variable, name in (("MOEOPT_TEST_POSTGRES_URL", "postgres"), ("MOEOPT_TEST_MYSQL_URL", "mysql")):
+        url = os.environ.get(variable)
+        skip = pytest.mark.skip(reason=f"{variable} is not set")
+        urls.append(pytest.param(url, id=name, marks=[] if url else [skip]))
+    return urls
+
+
+@pytest.fixture
+def study_name() -> str:
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(params=storage_urls())
+def storage(request: pytest.FixtureRequest, tmp_path: Path, study_name: str) -> Iterator[str]:
+    url = request.param if request.param != "sqlite" else f"sqlite:///{tmp_path}/study.db"
+    yield url
+    if study_name in optuna.get_all_study_names(url):
+        optuna.delete_study(study_name=study_name, storage=url)
+
+
+SMALL: dict[str, Any] = {"initial": 4, "prune_until": 9}
+
+
+def test_a_study_keeps_what_every_trial_was(objective: moeopt.Objective, storage: str, study_name: str) -> None:
+    study = moeopt.create_study(study_name, objective=objective, storage=storage, seed=3, **SMALL)
+    study.optimize(objective, n_trials=14)
+    loaded = moeopt.load_study(study_name, storage)
+    assert [t.value for t in loaded.trials] == [t.value for t in study.trials]
+    for trial in loaded.trials:
+        assert space_of(loaded).plan(trial) == objective.space.plan(trial)
+        assert trial.user_attrs.keys() >= {"accuracy", "seconds", "tokens", "layer_tokens", "operator", "drift"}
+        losses = genome.unpack(genome.LOSSES, trial.system_attrs)
+        assert losses is not None
+        assert losses.mean() == pytest.approx(trial.value, rel=0.2)
+        assert trial.user_attrs["layer_tokens"] == 4 * trial.user_attrs["tokens"]
+    merged = [t for t in loaded.trials if t.user_attrs["phase"] == "merge"]
+    assert merged
+    assert all(0 <= p < t.number for t in merged for p in t.user_attrs["parents"])
+    evaluation = objective.evaluator.evaluate(objective.space.plan(loaded.best_trial))
+    assert evaluation.loss == loaded.best_value
+
+
+def test_a_resumed_study_equals_an_uninterrupted_one(objective: moeopt.Objective, tmp_path: Path) -> None:
+    whole = moeopt.create_study("s", objective=objective, storage=f"sqlite:///{tmp_path}/a.db", **SMALL)
+    moeopt.optimize(whole, objective, trials=16)
+    for trials in (5, 11, 16):
+        part = moeopt.create_study(
+            "s", objective=objective, storage=f"sqlite:///{tmp_path}/b.db", load_if_exists=True, **SMALL
+        )
+        moeopt.optimize(part, objective, trials=trials)
+        assert finished(part) == trials
+    assert [t.value for t in part.trials] == [t.value for t in whole.trials]
+    assert [genome.origin(t)["plan"] for t in part.trials] == [genome.origin(t)["plan"] for t in whole.trials]
+
+
+def test_plain_optuna_gives_the_same_study(objective: moeopt.Objective) -> None:
+    ours = moeopt.create_study("s", objective=objective, storage=None, seed=5, **SMALL)
+    ours.optimize(objective, n_trials=12)
+    plain = optuna.create_study(sampler=EEPSampler(objective.space, seed=5, **SMALL))
+    plain.optimize(objective, n_trials=12)
+    assert [t.value for t in plain.trials] == [t.value for t in ours.trials]
+
+
+def changed_weights(model: Any) -> Any:
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[0, 0, 0] += 1.0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": True}, "model.weights"),
+        ({"task": True}, "task.fingerprint"),
+        ({"keep": 4}, "space.keep"),
+        ({"limit": 2}, "task.limit"),
+        ({"sampler": "random"}, "sampler.name"),
+        ({"seed": 8}, "sampler.seed"),
+    ],
+)
+def test_resuming_with_something_else_names_the_field(
+    objective: moeopt.Objective, tmp_path: Path, tiny_tokenizer: Any, change: dict[str, Any], field: str
+) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    moeopt.create_study("s", objective=objective, storage=url)
+    model = changed_weights(objective.model) if "model" in change else objective.model
+    task = text_task(texts=[*TEXTS[1:], "another text that is new here"]) if "task" in change else objective.task
+    space = moeopt.EEPSpace.of(model, keep=change.get("keep", 3), groups=2)
+    other = moeopt.Objective(model, tiny_tokenizer, task, space, limit=change.get("limit"))
+    arguments = {key: change[key] for key in ("sampler", "seed") if key in change}
+    with pytest.raises(StudyError, match=field.replace(".", r"\.")):
+        moeopt.create_study("s", objective=other, storage=url, load_if_exists=True, **arguments)
+
+
+def test_an_existing_study_is_resumed_only_when_asked(objective: moeopt.Objective, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    moeopt.create_study("s", objective=objective, storage=url)
+    with pytest.raises(StudyError, match="load_if_exists"):
+        moeopt.create_study("s", objective=objective, storage=url)
+    with pytest.raises(StudyError, match="did you mean 's'"):
+        moeopt.load_study("S", url)
+
+
+def test_a_study_of_something_else_is_refused(objective: moeopt.Objective, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    foreign = optuna.create_study(study_name="s", storage=url)
+    foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    for resume in (True, False):
+        with pytest.raises(StudyError):
+            moeopt.create_study("s", objective=objective, storage=url, load_if_exists=resume)
+    assert len(optuna.load_study(study_name="s", storage=url).trials) == 1
+    with pytest.raises(StudyError, match="not made by moeopt"):
+        moeopt.load_study("s", url)
+
+
+def test_warm_starts_are_the_first_trials(objective: moeopt.Objective) -> None:
+    kept = [[1, 2, 5]] * 2 + [[0, 3, 4]] * 2
+    plan = moeopt.Plan.one_hot(kept, experts=6, k=2)
+    study = moeopt.create_study("s", objective=objective, storage=None, warm_starts=[plan], **SMALL)
+    study.optimize(objective, n_trials=2)
+    assert objective.space.plan(study.trials[0]) == plan
+    assert study.trials[0].user_attrs["operator"] == "enqueued"
+    moeopt.enqueue(study, objective.space, moeopt.Plan.one_hot([[0, 1, 2]] * 4, experts=6, k=2), method="mine")
+    study.optimize(objective, n_trials=1)
+    assert study.trials[2].user_attrs["method"] == "mine"
+    with pytest.raises(SpaceError, match="differ in the plan"):
+        moeopt.enqueue(study, objective.space, moeopt.Plan.one_hot([[0, 1, 2], *kept[1:]], experts=6, k=2))
+
+
+def test_a_loss_that_is_not_finite_fails_the_trial_and_the_search_goes_on(model: Any, tiny_tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[2].mlp.experts.down_proj[4] = float("nan")
+    space = moeopt.PruneSpace.of(model, keep=3, groups=[(0, 1), (2, 2), (3, 3)], encoding="rows")
+    objective = moeopt.Objective(model, tiny_tokenizer, text_task(), space)
+    study = moeopt.create_study("s", objective=objective, storage=None, sampler="random")
+    study.optimize(objective, n_trials=20)
+    failed = [t for t in study.trials if t.state == TrialState.FAIL]
+    complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    assert failed
+    assert complete
+    assert all("layer 2" in t.user_attrs["failure"] for t in failed)
+    assert all(4 in space.plan(t).layers[2].kept for t in failed)  # type: ignore[operator]
+    assert finished(study) == 20
+
+
+KILLED = """
+    import os, signal, sys
+    import optuna
+    import moeopt
+    from moeopt.plan import ModelShape
+    from moeopt.samplers import get
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = moeopt.EEPSpace(ModelShape(6, 6, 2), keep=3, groups=3)
+    target = space.matrices(space.start())[:, :, ::-1]
+
+    def objective(trial):
+        x = space.vector(trial)
+        if trial.number == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return float(((space.matrices(x) - target) ** 2).mean())
+
+    study = optuna.create_study(
+        study_name="s",
+        storage=sys.argv[1],
+        sampler=get("eep", space, seed=1, initial=5, prune_until=15),
+        load_if_exists=True,
+    )
+    moeopt.study.reclaim(study)
+    moeopt.optimize(study, objective, trials=25)
+"""
+
+
+def test_a_killed_study_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    def run(database: str, kill_at: int) -> int:
+        code = textwrap.dedent(KILLED)
+        url = f"sqlite:///{tmp_path}/{database}.db"
+        return subprocess.run([sys.executable, "-c", code, url, str(kill_at)], check=False).returncode
+
+    assert run("whole", -1) == 0
+    assert run("killed", 17) == -signal.SIGKILL
+    assert run("killed", -1) == 0
+
+    def by_slot(database: str) -> dict[int, tuple[str, float]]:
+        study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/{database}.db")
+        done = study.get_trials(states=(TrialState.COMPLETE,))
+        return {genome.origin(t)["slot"]: (genome.origin(t)["plan"], t.value) for t in done}  # type: ignore[dict-item]
+
+    assert by_slot("killed") == by_slot("whole")
+    assert sorted(by_slot("killed")) == list(range(25))
+
+
+def test_a_running_trial_of_a_living_worker_is_left_alone(objective: moeopt.Objective) -> None:
+    study = moeopt.create_study("s", objective=objective, storage=None, **SMALL)
+    study.ask()
+    assert reclaim(study) == []
+
+
+def test_an_interrupted_trial_is_queued_again_once(objective: moeopt.Objective, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = moeopt.create_study("s", objective=objective, storage=url, **SMALL)
+    study.optimize(objective, n_trials=2)
+    evaluate = objective.evaluator.evaluate
+    objective.evaluator.evaluate = lambda plan: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[assignment, method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        study.optimize(objective, n_trials=1)
+    objective.evaluator.evaluate = evaluate  # type: ignore[method-assign]
+    for _ in range(2):
+        study = moeopt.create_study("s", objective=objective, storage=url, load_if_exists=True, **SMALL)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "WAITING"]
+    moeopt.optimize(study, objective, trials=4)
+    assert finished(study) == 4
+    assert np.array_equal(genome.read(study.trials[2]), genome.read(study.trials[3]))  # type: ignore[arg-type]
+
+
+def test_optimize_stops_by_patience_and_needs_a_limit(objective: moeopt.Objective) -> None:
+    study = moeopt.create_study("s", objective=objective, storage=None, sampler="random")
+    moeopt.optimize(study, objective, trials=60, patience=3)
+    assert finished(study) < 60
+    assert stalled(study) == 3
+    with pytest.raises(StudyError, match="when to stop"):
+        moeopt.optimize(study, objective)
+
+
+def test_storages_that_cannot_serve_are_named(tmp_path: Path, objective: moeopt.Objective) -> None:
+    (tmp_path / "text.db").write_text("this is no database, only a text file that is long enough to be looked at")
+    with sqlite3.connect(tmp_path / "foreign.db") as other:
+        other.execute("CREATE TABLE invoices (id INTEGER)")
+    cases = {
+        "nonsense": "SQLAlchemy URL",
+        f"sqlite:///{tmp_path}/missing/x.db": "does not exist",
+        f"sqlite:///{tmp_path}/text.db": "not a database",
+        f"sqlite:///{tmp_path}/foreign.db": "invoices",
+        "postgresql+psycopg://someone:secret@127.0.0.1:1/x": "127.0.0.1",
+    }
+    for url, reason in cases.items():
+        with pytest.raises(StorageError, match=reason) as error:
+            moeopt.create_study("s", objective=objective, storage=url)
+        assert "secret" not in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(StorageError, match="no database"):
+        moeopt.load_study("s", f"sqlite:///{tmp_path}/none.db")
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_a_locked_database_is_said_to_be_locked(tmp_path: Path, objective: moeopt.Objective) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    moeopt.create_study("s", objective=objective, storage=url)
+    holder = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StorageError, match="locked"):
+        moeopt.create_study("s", objective=objective, storage=url, load_if_exists=True)
+    holder.execute("ROLLBACK")
+    holder.close()
+
+
+def test_unknown_samplers_get_a_hint(objective: moeopt.Objective) -> None:
+    with pytest.raises(SamplerError, match="did you mean 'eep'"):
+        moeopt.create_study("s", objective=objective, storage=None, sampler="epp")
+    with pytest.raises(SamplerError, match="prune_untill"):
+        moeopt.create_study("s", objective=objective, storage=None, prune_untill=3)
+
+
+def test_an_objective_refuses_a_space_of_another_model(model: Any, tiny_tokenizer: Any) -> None:
+    space = moeopt.EEPSpace(moeopt.ModelShape(5, 6, 2), keep=3)
+    with pytest.raises(SpaceError, match="the model has"):
+        moeopt.Objective(model, tiny_tokenizer, text_task(), space)
+
+
+def test_any_optuna_sampler_drives_a_study(objective: moeopt.Objective) -> None:
+    study = moeopt.create_study(
+        "s", objective=objective, storage=None, sampler=optuna.samplers.TPESampler(n_startup_trials=3)
+    )
+    study.optimize(objective, n_trials=6)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 6
+    assert samplers.get("random", objective.space).settings()["name"] == "random"
+
+
+def test_multiple_choice_keeps_accuracy(model: Any, tiny_tokenizer: Any) -> None:
+    rows = [
+        {"prompt": f"{a}+{b}=", "options": [str(a + b), str(a + b + 1)], "answer": 0}
+        for a in range(4)
+        for b in range(4)
+    ]
+    task = MultipleChoiceTask.from_rows(
+        "sums",
+        rows,
+        lambda row: moeopt.tasks.Example(row["prompt"], row["prompt"], tuple(row["options"]), row["answer"]),
+    )
+    objective = moeopt.Objective(model, tiny_tokenizer, task, moeopt.PruneSpace.of(model, keep=3, groups=2))
+    study = moeopt.create_study("s", objective=objective, storage=None, score="accuracy", **SMALL)
+    study.optimize(objective, n_trials=12)
+    assert all(0 <= t.user_attrs["accuracy"] <= 1 for t in study.trials)
