@@ -352,6 +352,11 @@ def _copy_companions(source: Path, folder: Path) -> None:
             continue
         if not file.name.endswith(WEIGHT_SUFFIXES):
             shutil.copy(file, folder / file.name)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file():
+        config = json.loads(tokenizer.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 knows the class by its old name only
+            _write_json(tokenizer, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _plan_record(plan: Plan) -> dict[str, Any]:

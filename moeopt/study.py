@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "moeopt"
 """User attribute of a study: the JSON description of model, task, space and sampler it was made with."""
+MAY_DIFFER = ("version", "model.name_or_path")
+"""Fields of the description that a resumed study need not share: the same weights may lie elsewhere."""
 DEFAULT_STORAGE = "sqlite:///moeopt.db"
 
 Callback = Callable[[optuna.Study, FrozenTrial], None]
@@ -179,7 +181,7 @@ def check_same(study: optuna.Study, description: dict[str, Any]) -> None:
         if study.get_trials(deepcopy=False) or study.user_attrs:
             raise StudyError(f"study {study.study_name!r} was not made by moeopt; choose another name")
         return
-    differences = list(_differences(stored, {"version": stored.get("version"), **description}))
+    differences = [found for found in _differences(stored, description) if found[0] not in MAY_DIFFER]
     if differences:
         listed = "; ".join(f"{path}: study has {old!r}, now {new!r}" for path, old, new in differences)
         raise StudyError(f"study {study.study_name!r} cannot be resumed with something else. {listed}")
@@ -287,11 +289,13 @@ def _check_writable(engine: Engine) -> None:
 @contextmanager
 def readable_errors(storage: Any) -> Iterator[None]:
     """Turn a database's exceptions into one StorageError that names the storage without its password."""
+    import sqlite3
+
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, OSError) as error:
+    except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError, ImportError, OSError) as error:
         cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
         reason = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()[0]
         if isinstance(error, ImportError):

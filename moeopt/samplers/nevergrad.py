@@ -208,6 +208,8 @@ class _Replay:
             self._optimizer.tell(self._optimizer.parametrization.spawn_child(new_value=self._z(x)), loss)
 
     def _asked_for(self, told: Told) -> int:
+        if told.operator == START:  # many ask for it first; told twice, it would count as the only point without noise
+            return 1
         return int(told.notes.get("asks", 0)) if told.operator == self.name else 0
 
     def _z(self, x: Vector) -> NDArray[np.float64]:

@@ -1,0 +1,181 @@
+"""Arguments of the command line as checked values: shapes, spaces, layer ranges, options, plans, existing studies."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeopt.errors import ModelError, MoeoptError, PlanError, SpaceError, StudyError
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from moeopt.plan import ModelShape, Plan
+    from moeopt.spaces import Space
+
+
+def quick_shape(model: str) -> ModelShape | None:
+    """The shape that a Mixtral's own config.json tells; None where only transformers can tell."""
+    from moeopt.plan import ModelShape
+
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise ModelError(f"{model!r} is a file; a checkpoint is a folder, or a hub id such as 'org/name'")
+        if model.startswith((".", "/", "~")) or len(folder.parts) > 2:
+            raise ModelError(f"no checkpoint folder at {model!r}")
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{model!r} is not a checkpoint folder: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{model!r} is not a checkpoint folder: its config.json cannot be read ({error})") from None
+    if not re.search(r"expert|moe|mixtral", json.dumps(config), re.IGNORECASE):
+        raise ModelError(f"{model!r} is a dense model: its config.json names no experts")
+    numbers = [config.get(key) for key in ("num_hidden_layers", "num_local_experts", "num_experts_per_tok")]
+    if config.get("model_type") != "mixtral" or not all(isinstance(value, int) for value in numbers):
+        return None
+    return ModelShape(*numbers)
+
+
+BELONGS = {
+    "keep": ("eep", "prune"),
+    "active": ("eep", "prune"),
+    "encoding": ("prune",),
+    "router": ("eep", "merge"),
+    "around": ("merge",),
+    "scale": ("merge",),
+}
+"""Options of `moeopt search` that only some spaces have."""
+
+
+def check_belongs(space: str, **given: Any) -> None:
+    """Raise SpaceError when an option that was given is not one of this space, or one that it needs was not."""
+    for option, value in given.items():
+        if value is not None and space not in BELONGS[option]:
+            raise SpaceError(f"--{option} {value} belongs to --space {' or '.join(BELONGS[option])}, not to {space}")
+    if space == "merge" and given["around"] is None:
+        raise SpaceError("--space merge needs --around, the plan it starts from")
+    if space != "merge" and given["keep"] is None:
+        raise SpaceError("say how many experts each layer keeps, such as --keep 4")
+
+
+def space(
+    kind: str,
+    shape: ModelShape,
+    keep: int | None,
+    groups: Any,
+    around: Path | None,
+    scale: float | None,
+    encoding: str | None,
+    router: str | None,
+    active: int | None,
+) -> Space:
+    """The search space of `moeopt search`, once the model's shape is known."""
+    from moeopt import spaces
+
+    given = {"groups": groups, "scale": scale, "encoding": encoding, "router": router, "k": active, "keep": keep}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if kind == "merge":
+        assert around is not None
+        return spaces.MergeSpace(shape, around=read_plan(around, shape.layers), **options)
+    return (spaces.PruneSpace if kind == "prune" else spaces.EEPSpace)(shape, **options)
+
+
+def groups(text: str | None) -> int | list[tuple[int, int]] | None:
+    """A number of groups, or inclusive layer ranges; not yet held against a model.
+
+    >>> groups("0-7,8-31")
+    [(0, 7), (8, 31)]
+    """
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise SpaceError(f"--groups must be a number of groups or layer ranges such as 0-7,8-31, got {text!r}")
+    ends = [part.split("-") for part in text.split(",")]
+    return [(int(end[0]), int(end[-1])) for end in ends]
+
+
+def pairs(option: str, given: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE options by name; a value is a number, a truth value or null as in JSON, otherwise text."""
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.replace("-", "_").isidentifier():
+            raise MoeoptError(f"{option} must be NAME=VALUE, got {text!r}")
+        try:
+            found[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[name.replace("-", "_")] = value
+    return found
+
+
+def read_plan(path: Path, layers: int | None) -> Plan:
+    """A plan file of moeopt, or an EEP .pth for a model of so many MoE layers."""
+    from moeopt.plan import Plan
+
+    if path.suffix != ".pth":
+        return Plan.load(path)
+    if layers is None:
+        raise PlanError(f"{str(path)!r} does not say how many MoE layers its model has: give --layers")
+    return Plan.from_eep(path, layers)
+
+
+def chosen_plan(
+    name: str, file: Path | None, layers: int | None, storage: str, study: str | None, trial: str
+) -> tuple[Plan, str, tuple[optuna.Study, FrozenTrial] | None]:
+    """The plan of a file, or of a trial with its study, and what to call it."""
+    if (file is None) == (study is None):
+        raise StudyError(f"give either {name}, a plan file, or --study, a study to take the plan from")
+    if file is not None:
+        return read_plan(file, layers), str(file), None
+    assert study is not None
+    if trial not in ("best", "best-stock") and not trial.isdecimal():
+        raise StudyError(f"--trial must be a trial's number, best or best-stock, got {trial!r}")
+    from moeopt.study import load_study
+
+    opened = load_study(study, storage)
+    chosen, plan = plan_of(opened, trial)
+    loss = "no loss" if chosen.value is None else f"loss {chosen.value:.4f}"
+    return plan, f"trial {chosen.number} of {study} ({loss})", (opened, chosen)
+
+
+def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:
+    """A trial, by number or as `best` or `best-stock`, and its plan."""
+    from moeopt.console import best_trial
+    from moeopt.exporting import best_stock_trial, plan_of
+
+    if which.isdecimal():
+        chosen = next((t for t in study.get_trials(deepcopy=False) if t.number == int(which)), None)
+        missing = f"study {study.study_name!r} has no trial {which}"
+    else:
+        chosen = best_trial(study)
+        missing = f"study {study.study_name!r} has no completed trial yet"
+        if chosen is not None and which == "best-stock":
+            chosen = best_stock_trial(study)
+    if chosen is None:
+        raise StudyError(missing)
+    return chosen, plan_of(chosen, study)
+
+
+def existing(storage: str, name: str, described: dict[str, Any], *, resume: bool) -> optuna.Study | None:
+    """The study of that name, if there is one; StudyError when it cannot be resumed with what is `described`."""
+    import optuna
+
+    from moeopt import study as room
+
+    opened = room.open_storage(storage)
+    with room.readable_errors(storage):
+        if name not in optuna.get_all_study_names(opened):
+            return None
+        found = optuna.load_study(study_name=name, storage=opened)
+    if not resume:
+        raise StudyError(
+            f"study {name!r} already exists in {room.hidden(storage)}; leave out --no-resume, or choose another name"
+        )
+    room.check_same(found, {**found.user_attrs.get(room.DESCRIPTION, {}), **described})
+    return found

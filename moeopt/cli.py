@@ -1,0 +1,398 @@
+"""The command line: arguments are checked and handed to the library; every expected error is one line and exit code 2.
+
+Nothing heavy is imported before the arguments that can be judged without it are judged.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moeopt import __version__, arguments
+from moeopt.errors import ExportError, MoeoptError, PlanError
+
+DEFAULT_STORAGE = "sqlite:///moeopt.db"
+INTERRUPTED = 130
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Make a Mixture-of-Experts language model smaller and faster for one task, without gradients: search which "
+    "experts to prune and merge, keep every trial in an SQL study, export the best as an ordinary checkpoint.",
+    epilog="[bold]moeopt demo[/bold] shows the whole way on a small model that comes with it, in two minutes.",
+)
+
+GOAL, SPACE, OPTIMISER, STOP, STUDY, MACHINE = (
+    partial(typer.Option, rich_help_panel=panel)
+    for panel in ("Task", "What may vary", "Optimiser", "When to stop", "Study", "Machine")
+)
+Storage = Annotated[
+    str, STUDY(metavar="URL", help="Where studies are kept: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL).")
+]
+StudyName = Annotated[str | None, STUDY("--study", metavar="NAME", help="The study's name in the storage.")]
+TRIAL = "A trial's number, or best: the one of least loss"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 2 for whatever the user can put right, said in one line on stderr; 130 after Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return int(app(given or ["--help"], prog_name="moeopt", standalone_mode=False, obj=given) or 0)
+    except typer.TyperException as error:
+        message = error.format_message()
+        reasons = getattr(error.__cause__, "errors", None)  # pydantic's, which do not name the value
+        if reasons is not None:
+            message += f", got {reasons()[0]['input']!r}"
+    except MoeoptError as error:
+        message = str(error)
+    from moeopt.console import consoles
+
+    consoles()[1].print(f"Error: {message}", style="red", markup=False, soft_wrap=True)
+    return 2
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"moeopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What every command shares."""
+
+
+@app.command()
+def demo(
+    skill: Annotated[str | None, typer.Option(help="Which skill of the demo model to search for.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials of the search; fewer are faster and worse.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the study, the exported model and the table.")] = Path(
+        "demo-out"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the search.")] = 0,
+    svg: Annotated[Path | None, typer.Option(hidden=True, help="Also write the table as a picture.")] = None,
+) -> None:
+    """Search, compare, export and reload on the small Mixtral that comes with moeopt, in about two minutes.
+
+    An EEP search keeps 4 of its 8 experts for one skill; a table on held-out examples sets the result against the full
+    model and 20 random prunings. A second run goes on where the first one stopped.
+    """
+    from moeopt.console import consoles
+    from moeopt.demo import DEFAULT_SKILL, SKILLS
+    from moeopt.errors import TaskError, nearest
+
+    skill = skill or DEFAULT_SKILL
+    if skill not in SKILLS:
+        raise TaskError(f"unknown demo skill {skill!r}{nearest(skill, list(SKILLS))} (there are {', '.join(SKILLS)})")
+    from moeopt.demo.run import TRIALS, run
+
+    run(out, skill=skill, trials=trials or TRIALS, seed=seed, console=consoles()[0], svg=svg)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "moeopt search ./mixtral --task boolq --data boolq.jsonl --keep 4 --groups 4 --study boolq-8to4\n\n"
+    "moeopt search ./mixtral --task text --data src/ --task-option suffixes=.py --keep 6 --space prune "
+    "--sampler cmaes --study code-8to6\n\n"
+    "moeopt search ./mixtral --task boolq --space merge --around pruned.safetensors --study boolq-merge\n\n"
+    "The same command again resumes the study. [bold]Ctrl-C[/bold] lets the running trial finish; a second one does "
+    "not, and the trial is run again on resuming."
+)
+def search(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id of the full model.")],
+    task: Annotated[str, GOAL(help="What to be good at: boolq, wic, multiple_choice, text.")],
+    study: Annotated[str, STUDY(metavar="NAME", help="Name of the study to start or to resume.")],
+    data: Annotated[
+        str | None, GOAL(metavar="DATA", help="JSONL or parquet file, folder or hub id. Default: the task's own.")
+    ] = None,
+    task_option: Annotated[
+        list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as window=512; repeatable.")
+    ] = None,
+    limit: Annotated[
+        int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")
+    ] = None,
+    keep: Annotated[int | None, SPACE(metavar="R", min=1, help="Experts each layer keeps.")] = None,
+    active: Annotated[
+        int | None, SPACE(metavar="K", min=1, help="Experts active per token. Default: the model's.")
+    ] = None,
+    groups: Annotated[
+        str | None,
+        SPACE(help="Layers that share one choice: a number of groups, or ranges as 0-7,8-31. Default: none share."),
+    ] = None,
+    space: Annotated[
+        Literal["eep", "prune", "merge"],
+        SPACE(
+            help="prune: which experts stay. merge: matrices around a plan. eep: first the one, then the other."
+        ),
+    ] = "eep",
+    router: Annotated[
+        Literal["prob", "logit"] | None,
+        SPACE(
+            help="Merged routers act on probabilities, as in EEP, or on logits, which an ordinary checkpoint can "
+            "hold. Default: prob."
+        ),
+    ] = None,
+    encoding: Annotated[
+        Literal["scores", "rows", "subset"] | None,
+        SPACE(help="Numbers of a prune space: one per expert, expert indices, a subset's index. Default: scores."),
+    ] = None,
+    around: Annotated[
+        Path | None, SPACE(metavar="PLAN", help="Plan file (or EEP .pth) that a merge space starts from.")
+    ] = None,
+    scale: Annotated[float | None, SPACE(metavar="X", help="Step of a merge space. Default: 0.065.")] = None,
+    warm_start: Annotated[list[Path] | None, SPACE(metavar="PLAN", help="Try this plan first; repeatable.")] = None,
+    sampler: Annotated[
+        str, OPTIMISER(metavar="NAME", help="eep, random, tpe, cmaes, or nevergrad:NAME such as nevergrad:DE.")
+    ] = "eep",
+    sampler_option: Annotated[
+        list[str] | None, OPTIMISER(metavar="NAME=VALUE", help="A hyperparameter, such as prune_until=40; repeatable.")
+    ] = None,
+    seed: Annotated[int, OPTIMISER(metavar="N", min=0, help="Seed of the optimiser.")] = 0,
+    trials: Annotated[
+        int, STOP(metavar="N", min=1, help="Finished trials the study shall hold, earlier runs included.")
+    ] = 400,
+    timeout: Annotated[float | None, STOP(metavar="S", min=0, help="Seconds after which no trial starts.")] = None,
+    patience: Annotated[int | None, STOP(metavar="N", min=1, help="Stop after N trials without a better one.")] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
+    device_map: Annotated[str, MACHINE(metavar="MAP", help="Where weights go: auto, cpu, cuda:0, ...")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], MACHINE(help="Type of the weights in memory.")
+    ] = "auto",
+    batch_tokens: Annotated[int, MACHINE(metavar="N", min=1, help="Padded tokens a forward pass.")] = 1024,
+) -> None:  # fmt: skip
+    """Start or resume a search: every trial prunes or merges the model's experts and scores it on the task."""
+    task_options = arguments.pairs("--task-option", task_option)
+    sampler_options = arguments.pairs("--sampler-option", sampler_option)
+    ranges = arguments.groups(groups)
+    arguments.check_belongs(
+        space, keep=keep, active=active, encoding=encoding, router=router, around=around, scale=scale
+    )
+    from moeopt import samplers, tasks
+    from moeopt.plan import ModelShape
+    from moeopt.spaces import PruneSpace
+
+    shape = arguments.quick_shape(model)
+    if shape is not None:
+        arguments.space(space, shape, keep, ranges, around, scale, encoding, router, active)
+    chosen_task = tasks.get(task, data=data, **task_options)
+    chosen_task.examples("search")
+    if shape is None:  # its config takes transformers, and perhaps a download: first what can be judged without
+        samplers.get(sampler, PruneSpace(ModelShape(1, 2, 1), keep=1), seed=seed, **sampler_options)
+        from moeopt.models import check_checkpoint
+
+        shape = check_checkpoint(model)
+    chosen_space = arguments.space(space, shape, keep, ranges, around, scale, encoding, router, active)
+    starts = [arguments.read_plan(path, shape.layers) for path in warm_start or ()]
+    for plan in starts:
+        chosen_space.encode(plan)
+    chosen_sampler = samplers.get(sampler, chosen_space, seed=seed, **sampler_options)
+    described = {
+        "task": {**chosen_task.describe(), "split": "search", "limit": limit, "max_length": None},
+        "space": chosen_space.describe(),
+        "sampler": chosen_sampler.settings(),
+    }
+    resumed = arguments.existing(storage, study, described, resume=resume) is not None
+
+    import optuna
+
+    from moeopt.console import SearchProgress, best_trial, consoles
+    from moeopt.study import create_study, finished, hidden, optimize, stalled
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    out, err = consoles()
+    try:
+        err.print(f"loading {model}", markup=False)
+        from moeopt.models import load
+        from moeopt.objective import Objective
+
+        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+        objective = Objective(loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens)
+        record = create_study(
+            study,
+            objective=objective,
+            storage=storage,
+            sampler=chosen_sampler,
+            load_if_exists=resume,
+            warm_starts=starts,
+        )
+        if resumed:
+            ignored = "; warm starts are only for a new study, and ignored" if starts else ""
+            err.print(f"resuming study {study!r}: {finished(record)} of {trials} trials done{ignored}", markup=False)
+        if "merge" in chosen_space.phases and chosen_space.router == "prob":
+            err.print("merged routers map probabilities: only prunings export to an ordinary checkpoint (see --router)")
+        started = time.monotonic()
+        with SearchProgress(err, trials, timeout) as progress:
+            optimize(record, objective, trials=trials, timeout=timeout, patience=patience, callbacks=[progress])
+        ended = (
+            finished(record) >= trials
+            or (timeout is not None and time.monotonic() - started >= timeout)
+            or (patience is not None and stalled(record) >= patience)
+        )
+    except KeyboardInterrupt:
+        ended = False
+    if not ended:
+        err.print("Interrupted; every finished trial is stored. To resume:")
+        err.print(f"  {_command(ctx, storage)}", markup=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
+    best = best_trial(record)
+    if best is None:
+        out.print(f"{finished(record)} trials done, and none gave a finite loss", markup=False)
+        return
+    accuracy = best.user_attrs.get("accuracy")
+    scored = f"loss {best.value:.4f}" + (f", accuracy {100 * accuracy:.1f}%" if accuracy is not None else "")
+    place = shlex.join(["--storage", hidden(storage)])
+    out.print(
+        f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n"
+        f"  moeopt show {shlex.quote(study)} {place}\n"
+        f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --study {shlex.quote(study)}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\nmoeopt show --storage sqlite:///moeopt.db\n\nmoeopt show boolq-8to4 --json"
+)
+def show(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="A study; without it, all are listed.")] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """List the studies of a storage, or show one: what it searches, its best trials and the best plan."""
+    from moeopt import study as room
+    from moeopt.console import consoles, layer_rows, studies_table, study_record, study_view
+
+    out, _ = consoles()
+    if study is None:
+        import optuna
+
+        opened = room.open_storage(storage, create=False)
+        with room.readable_errors(storage):
+            names = optuna.get_all_study_names(opened)
+            records = [study_record(optuna.load_study(study_name=name, storage=opened), top=0) for name in names]
+        if as_json:
+            print(json.dumps(records, indent=2))
+        else:
+            out.print(studies_table(records, f"studies in {room.hidden(storage)}"))
+        return
+    opened_study = room.load_study(study, storage)
+    record = study_record(opened_study)
+    plan = None if record["best"] is None else arguments.plan_of(opened_study, "best")[1]
+    if as_json:
+        print(json.dumps(record | {"best_plan": None if plan is None else list(layer_rows(plan))}, indent=2))
+    else:
+        out.print(study_view(record, plan))
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\nmoeopt plan pruned.safetensors\n\n"
+    "moeopt plan squad_budget_4.pth --layers 32 --out squad.safetensors\n\nmoeopt plan --study boolq-8to4 --trial 57"
+)
+def plan(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[SOURCE]", help="Plan file of moeopt, or an EEP .pth.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="MoE layers of the model an EEP .pth is for.")] = None,
+    study: StudyName = None,
+    trial: Annotated[str, typer.Option(help=f"{TRIAL}.")] = "best",
+    storage: Storage = DEFAULT_STORAGE,
+    out: Annotated[Path | None, typer.Option(help="Save the plan to this file.")] = None,
+) -> None:
+    """Show a plan layer by layer, and whether an ordinary checkpoint can hold it; read it from a file or a study."""
+    shown, title, _ = arguments.chosen_plan("SOURCE", source, layers, storage, study, trial)
+    if out is not None:
+        try:
+            shown.save(out)
+        except OSError as error:
+            raise PlanError(f"cannot write {str(out)!r}: {error.strerror or error}") from None
+    from moeopt.console import consoles, plan_table
+    from moeopt.exporting import why_not_stock
+
+    console, _ = consoles()
+    console.print(plan_table(shown, title))
+    reason = why_not_stock(shown)
+    console.print(
+        "An ordinary checkpoint can hold this plan."
+        if reason is None
+        else f"No ordinary checkpoint holds it: {reason}",
+        markup=False,
+        soft_wrap=True,
+    )
+    if out is not None:
+        console.print(f"saved to {out}", markup=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\nmoeopt export ./mixtral small/ --study boolq-8to4\n\n"
+    "moeopt export ./mixtral small/ --plan pruned.safetensors"
+)
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id of the full model.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write, new or empty.")],
+    plan: Annotated[Path | None, typer.Option(help="Plan file of moeopt, or an EEP .pth.")] = None,
+    study: StudyName = None,
+    trial: Annotated[
+        str, typer.Option(help=f"{TRIAL}, or best-stock: the best one that an ordinary checkpoint can hold.")
+    ] = "best-stock",
+    storage: Storage = DEFAULT_STORAGE,
+) -> None:
+    """Write the smaller model as an ordinary checkpoint, which needs nothing of moeopt to load."""
+    from moeopt.exporting import check_folder, why_not_stock
+    from moeopt.exporting import export as write
+
+    check_folder(out_dir)
+    shape = arguments.quick_shape(model)
+    chosen, title, opened = arguments.chosen_plan(
+        "--plan", plan, shape.layers if shape else None, storage, study, trial
+    )
+    reason = why_not_stock(chosen)
+    if reason is not None:
+        hint = "; --trial best-stock takes the best trial that one can" if study is not None else ""
+        raise ExportError(f"an ordinary checkpoint cannot hold this plan: {reason}{hint}")
+    if shape is not None and len(chosen.layers) != shape.layers:
+        raise PlanError(f"the plan is for {len(chosen.layers)} MoE layers, the model has {shape.layers}")
+    from moeopt.console import best_trial, consoles
+
+    console, err = consoles()
+    with err.status(f"writing {out_dir}"):
+        if opened is None:
+            write(chosen, out_dir, model=model)
+        else:
+            write(opened[1], out_dir, model=model, study=opened[0])
+    best = best_trial(opened[0]) if opened is not None else None
+    if opened is not None and best is not None and best.number != opened[1].number:
+        title += f"; the best of all is trial {best.number} (loss {best.value:.4f})"
+    size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors")) / 2**20
+    console.print(f"{out_dir}: {size:.1f} MiB of weights, {title}", markup=False, soft_wrap=True)
+
+
+def _command(ctx: typer.Context, storage: str) -> str:
+    """The command that was given, to give again; without a storage's password."""
+    from moeopt.study import hidden
+
+    given = sys.argv[1:] if ctx.obj is None else ctx.obj
+    words = [word.replace(storage, hidden(storage)) for word in given if word != "--no-resume"]
+    return shlex.join(["moeopt", *words])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""What moeopt shows on a terminal: the progress of a search, tables of plans and of studies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moeopt.plan import LayerPlan, Matrix, Plan
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+PIPE_WIDTH = 120
+LINE_EVERY = 10.0
+"""Seconds between progress lines where there is no terminal to draw on."""
+
+
+def consoles() -> tuple[Console, Console]:
+    """Standard output, and standard error for progress and errors; wide enough for a table when they are pipes."""
+    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    for console in (out, err):
+        if not console.is_terminal:
+            console.width = max(console.width, PIPE_WIDTH)
+    return out, err
+
+
+class SearchProgress:
+    """An Optuna callback that shows trial, phase, loss, best and time left: one live line, or a line now and then.
+
+    Args:
+        console: where to draw; the live line vanishes at the end.
+        trials: finished trials the study shall hold, for the time left; None when only `timeout` ends it.
+        timeout: seconds this run may take.
+    """
+
+    def __init__(self, console: Console, trials: int | None, timeout: float | None = None) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        self.console, self.trials, self.timeout = console, trials, timeout
+        self.live = Progress(
+            SpinnerColumn(), BarColumn(20), TextColumn("{task.description}"), console=console, transient=True
+        )
+        self.bar = self.live.add_task("first trial", total=trials)
+        self.here = 0
+        self.started = time.monotonic()
+        self.shown = -LINE_EVERY
+
+    def __enter__(self) -> SearchProgress:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        from moeopt.study import finished
+
+        self.here += 1
+        done = finished(study)
+        if trial.state.name == "FAIL":
+            reason = trial.user_attrs.get("failure", "its loss is not a number")
+            self.console.print(f"trial {trial.number} failed: {reason}", style="yellow", markup=False)
+        text = self.line(study, trial, done)
+        if self.console.is_terminal:
+            self.live.update(self.bar, completed=done, description=text)
+        elif time.monotonic() - self.shown >= LINE_EVERY or done == self.trials:
+            self.shown = time.monotonic()
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def line(self, study: optuna.Study, trial: FrozenTrial, done: int) -> str:
+        best = best_trial(study)
+        parts = [
+            f"trial {done}" + (f"/{self.trials}" if self.trials else ""),
+            str(trial.user_attrs.get("phase") or trial.user_attrs.get("operator") or ""),
+            f"loss {trial.value:.4f}" if trial.value is not None else "failed",
+            f"best {best.value:.4f} (trial {best.number})" if best is not None else "",
+            f"{timedelta(seconds=round(left))} left" if (left := self.left(done)) is not None else "",
+        ]
+        return " · ".join(part for part in parts if part)
+
+    def left(self, done: int) -> float | None:
+        """Seconds until the trials or the time are used up, whichever is first."""
+        elapsed = time.monotonic() - self.started
+        limits = [] if self.timeout is None else [max(0.0, self.timeout - elapsed)]
+        if self.trials is not None:
+            limits.append(elapsed / self.here * max(0, self.trials - done))
+        return min(limits, default=None)
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The completed trial of least loss, the first of equals."""
+    done = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE" and t.value is not None]
+    return min(done, key=lambda t: (t.value, t.number), default=None)
+
+
+def layer_rows(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Facts of every run of equal consecutive layers, JSON: layers, experts, merged rows, routing, k, negatives."""
+    for layer, run in groupby(enumerate(plan.layers), key=lambda item: item[1]):
+        indices = [i for i, _ in run]
+        w_em, w_rm = layer.expert_matrix, layer.router_matrix
+        yield {
+            "layers": f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0]),
+            "experts": short(layer),
+            "kept": layer.kept_experts,
+            "of": layer.experts,
+            "k": layer.k,
+            "merged_rows": int(_mixed(w_em).sum()),
+            "routing": _routing(layer),
+            "negative_w_em": int((w_em < 0).sum()),
+            "negative_w_rm": int((w_rm < 0).sum()),
+        }
+
+
+def short(layer: LayerPlan) -> str:
+    """A layer in a few characters: the expert that leads each row, with ~ where others are mixed in."""
+    if layer.kept == tuple(range(layer.experts)):
+        return "all"
+    leads = np.abs(layer.expert_matrix).argmax(axis=1)
+    return " ".join(f"{lead}{'~' if mixed else ''}" for lead, mixed in zip(leads, _mixed(layer.expert_matrix)))
+
+
+def _mixed(matrix: Matrix) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return np.asarray(~(((matrix == 0) | (matrix == 1)).all(axis=1) & (matrix.sum(axis=1) == 1)))
+
+
+def _routing(layer: LayerPlan) -> str:
+    where = {"rows": "router rows", "prob": "probabilities", "logit": "logits"}[layer.router]
+    if layer.router_rows is not None:
+        followed = layer.kept is not None and layer.router_rows == layer.kept
+        return f"{where}, {'as kept' if followed else 'one-hot'}"
+    return f"{where}, dense" + (" (negatives as EEP)" if layer.router == "prob" and layer.negative == "eep" else "")
+
+
+def plan_table(plan: Plan, title: str | None = None) -> Table:
+    """One row for every run of equal layers."""
+    first = plan.layers[0]
+    table = Table(
+        "layers", "experts", "r", "merged rows", "router map", "k", "negative entries",
+        title=title, title_justify="left",
+        caption=f"n = {first.experts} experts; a ~ marks an expert that others are mixed into", caption_justify="left",
+    )  # fmt: skip
+    for row in layer_rows(plan):
+        negative = f"{row['negative_w_em']} W_EM, {row['negative_w_rm']} W_RM"
+        merged = f"{row['merged_rows']} of {row['kept']}"
+        table.add_row(
+            row["layers"], row["experts"], str(row["kept"]), merged, row["routing"], str(row["k"]),
+            negative if row["negative_w_em"] or row["negative_w_rm"] else "none",
+        )  # fmt: skip
+    return table
+
+
+def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
+    """A study in one JSON object: trials by state, best, phases, the `top` trials and its description."""
+    from moeopt.study import DESCRIPTION
+
+    trials = study.get_trials(deepcopy=False)
+    ranked = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: (t.value, t.number))
+    phases: dict[str, list[FrozenTrial]] = {}
+    for trial in trials:
+        if trial.state.is_finished():
+            phases.setdefault(str(trial.user_attrs.get("phase") or trial.user_attrs.get("operator")), []).append(trial)
+    return {
+        "name": study.study_name,
+        "trials": {
+            state: sum(t.state.name == name for t in trials)
+            for state, name in (("done", "COMPLETE"), ("failed", "FAIL"), ("pruned", "PRUNED"), ("running", "RUNNING"))
+        },
+        "best": trial_record(ranked[0]) if ranked else None,
+        "phases": [
+            {
+                "phase": phase,
+                "trials": len(members),
+                "best_loss": min(
+                    (t.value for t in members if t.state.name == "COMPLETE" and t.value is not None), default=None
+                ),
+                "seconds": round(sum(t.user_attrs.get("seconds", 0.0) for t in members), 2),
+            }
+            for phase, members in phases.items()
+        ],
+        "top": [trial_record(trial) for trial in ranked[:top]],
+        "description": study.user_attrs.get(DESCRIPTION),
+    }
+
+
+def trial_record(trial: FrozenTrial) -> dict[str, Any]:
+    """Number, loss and attributes of a completed trial."""
+    facts = ("accuracy", "phase", "operator", "parents", "drift", "seconds", "tokens")
+    return {"number": trial.number, "loss": trial.value} | {key: trial.user_attrs.get(key) for key in facts}
+
+
+def studies_table(records: Sequence[dict[str, Any]], title: str) -> Table:
+    """One row a study."""
+    table = Table(
+        "study", "done", "failed", "running", "best loss", "sampler", "task", "model", title=title, title_justify="left"
+    )
+    for record in records:
+        about = record["description"] or {}
+        table.add_row(
+            record["name"],
+            *(str(record["trials"][state]) for state in ("done", "failed", "running")),
+            number(record["best"] and record["best"]["loss"]),
+            *(
+                about.get(part, {}).get(key, "?") if about else "not of moeopt"
+                for part, key in (("sampler", "name"), ("task", "name"), ("model", "name_or_path"))
+            ),
+        )
+    return table
+
+
+def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
+    """A study's description, phases, best trials, and its best plan."""
+    about = record["description"]
+    facts = Table.grid(padding=(0, 2))
+    for label, text in (
+        ("study", f"{record['name']}: " + ", ".join(f"{count} {state}" for state, count in record["trials"].items())),
+        ("model", f"{about['model']['name_or_path']} ({about['model']['architecture']})"),
+        ("task", _task_line(about["task"])),
+        ("space", _space_line(about["space"])),
+        ("sampler", ", ".join(f"{key}={value}" for key, value in about["sampler"].items() if key != "name")),
+    ):
+        facts.add_row(
+            Text(label, style="bold"), Text(f"{about['sampler']['name']}: {text}" if label == "sampler" else text)
+        )
+    if record["best"] is None:
+        return Group(facts, Text("no trial is finished yet"))
+    phases = Table("phase", "trials", "best loss", "seconds", title="phases", title_justify="left")
+    for phase in record["phases"]:
+        phases.add_row(phase["phase"], str(phase["trials"]), number(phase["best_loss"]), number(phase["seconds"], 1))
+    top = Table(
+        "trial", "loss", "accuracy", "operator", "parents", "seconds", title="best trials", title_justify="left"
+    )
+    for trial in record["top"]:
+        top.add_row(
+            str(trial["number"]), number(trial["loss"]), percent(trial["accuracy"]), str(trial["operator"] or ""),
+            " ".join(map(str, trial["parents"] or ())), number(trial["seconds"], 2),
+        )  # fmt: skip
+    shown: list[RenderableType] = [facts, phases, top]
+    if plan is not None:
+        shown.append(plan_table(plan, f"plan of the best trial, {record['best']['number']}"))
+    return Group(*shown)
+
+
+def _task_line(task: dict[str, Any]) -> str:
+    count = task.get("examples", {}).get(task.get("split"))
+    limit = f", first {task['limit']}" if task.get("limit") else ""
+    return f"{task['name']}, split {task['split']}" + (f" of {count} examples{limit}" if count else limit)
+
+
+def _space_line(space: dict[str, Any]) -> str:
+    shape, groups = space["shape"], len(space["groups"])
+    return (
+        f"{space['kind']}: {shape['layers']} layers in {groups} groups, {space['keep']} of {shape['experts']} experts "
+        f"kept, {space['k']} active, router {space['router']}"
+    )
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for a table, or a dash."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """A share from 0 to 1 as percent for a table, or a dash."""
+    return "–" if value is None else f"{100 * value:.1f}%"

@@ -1,0 +1,127 @@
+"""What the demo found, and how it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moeopt.console import number, percent
+from moeopt.evaluation import Evaluation, Interval
+from moeopt.plan import Plan
+
+FULL, RANDOM, PRUNE, MERGE = "full model", "mean random pruning", "EEP prune", "EEP prune + merge"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the demo's table.
+
+    Args:
+        name: what was scored.
+        plan: it; None for the full model.
+        search_loss: on the examples the search minimised.
+        test: on examples it never saw.
+        parameters: of the model that the plan stands for.
+        bytes: of its weights, stored as those of the demo model.
+    """
+
+    name: str
+    plan: Plan | None
+    search_loss: float
+    test: Evaluation
+    parameters: int
+    bytes: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Args:
+        title: of the table.
+        full: the full model.
+        random: random prunings, the first ones of the search.
+        prune: the best pruning of the search, by search loss.
+        merge: the best solution of the search where it is a merged one, else None.
+        merge_trials: trials of the merge phase.
+        sizes: examples scored of ``"search"`` and ``"test"``.
+        differences: of test loss, (what, against what), each with a 95% interval of a paired bootstrap over examples.
+        exported, exported_trial: folder of the exported checkpoint, and the trial in it.
+        exported_loss, reloaded_loss: test loss of that trial's plan, and of the checkpoint under plain transformers.
+        seconds: the whole demo.
+    """
+
+    title: str
+    full: Entry
+    random: tuple[Entry, ...]
+    prune: Entry
+    merge: Entry | None
+    merge_trials: int
+    sizes: dict[str, int]
+    differences: dict[tuple[str, str], Interval]
+    exported: Path
+    exported_trial: int
+    exported_loss: float
+    reloaded_loss: float
+    seconds: float
+
+
+def view(result: DemoResult) -> RenderableType:
+    """The table, what it says, and the export, to print with rich."""
+    return Group(Text(result.title, style="bold"), table(result), *_sentences(result))
+
+
+def table(result: DemoResult) -> Table:
+    """Loss, accuracy, parameters and size of every entry; of the random prunings mean, spread and range."""
+    search, test = (result.sizes[split] for split in ("search", "test"))
+    shown = Table("", "search loss", "test loss", "test accuracy", "parameters", "size")
+    shown.caption = f"search: the {search} examples that the search minimised; test: {test} that it never saw"
+    for column in shown.columns[1:]:
+        column.justify = "right"
+
+    def line(entry: Entry, style: str = "") -> None:
+        cells = (number(entry.search_loss), number(entry.test.loss), percent(entry.test.accuracy))
+        shown.add_row(entry.name, *cells, *_size(entry), style=style)
+
+    line(result.full)
+    columns = np.array([[entry.search_loss, entry.test.loss, entry.test.accuracy] for entry in result.random])
+    mean, spread, low, high = columns.mean(0), columns.std(0), columns.min(0), columns.max(0)
+    shown.add_row(
+        f"{len(result.random)} random prunings, mean ± sd",
+        *(f"{m:.4f} ± {s:.4f}" for m, s in zip(mean[:2], spread[:2])),
+        f"{100 * mean[2]:.1f} ± {100 * spread[2]:.1f}%",
+        *_size(result.random[0]),
+    )
+    losses = (f"{a:.4f} – {b:.4f}" for a, b in zip(low[:2], high[:2]))
+    shown.add_row("  lowest – highest", *losses, f"{100 * low[2]:.1f} – {100 * high[2]:.1f}%", "", "")
+    line(result.prune, style="bold")
+    if result.merge is not None:
+        line(result.merge, style="bold")
+    return shown
+
+
+def _size(entry: Entry) -> tuple[str, str]:
+    return f"{entry.parameters / 1e6:.2f} M", f"{entry.bytes / 2**20:.2f} MiB"
+
+
+def _sentences(result: DemoResult) -> Iterator[Text]:
+    yield Text("Difference of test loss, with a 95% interval (paired bootstrap over examples); below 0 is better:")
+    for (name, other), interval in result.differences.items():
+        verdict = "better" if interval.high < 0 else "worse" if interval.low > 0 else "no clear difference"
+        numbers = f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+        yield Text(f"  {name + ' against ' + other:<46}{numbers}  {verdict}")
+    if result.merge is None:
+        merged = f"none of {result.merge_trials} merged solutions beat the best pruning on the search examples"
+        yield Text(f"  {PRUNE} + merge: {merged if result.merge_trials else 'the search ended before it merged'}.")
+    difference = result.reloaded_loss - result.exported_loss
+    yield Text(
+        f"Exported: trial {result.exported_trial}, the best that an ordinary checkpoint can hold.\n"
+        f"Reloaded with plain transformers: test loss {result.reloaded_loss:.6f}, "
+        f"{result.exported_loss:.6f} under the plan, difference {difference:.1e}."
+    )

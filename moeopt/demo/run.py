@@ -1,0 +1,212 @@
+"""The demo: an EEP search on the small model that comes with moeopt, held against random prunings, then exported."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import torch
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from moeopt.console import SearchProgress, best_trial
+from moeopt.demo.result import FULL, MERGE, PRUNE, RANDOM, DemoResult, Entry, view
+from moeopt.demo.skills import DEFAULT_SKILL, MODEL
+from moeopt.demo.task import skill_task
+from moeopt.errors import StudyError
+from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
+from moeopt.exporting import best_stock_trial, check_folder, export
+from moeopt.models import load, moe_layers
+from moeopt.objective import Objective
+from moeopt.plan import LayerPlan, Plan
+from moeopt.spaces import EEPSpace
+from moeopt.study import create_study, finished, optimize
+
+KEEP = 4
+TRIALS, INITIAL, PRUNE_UNTIL = 130, 30, 90
+DRAWS = 20
+EXAMPLES = {"search": 100, "test": 250}
+WINDOWS = {"search": 24, "test": 96}
+"""Examples, and windows of text, that the demo scores of each split."""
+
+
+def run(
+    out_dir: str | Path,
+    *,
+    skill: str = DEFAULT_SKILL,
+    trials: int = TRIALS,
+    seed: int = 0,
+    storage: str | None = None,
+    console: Console | None = None,
+    svg: Path | None = None,
+    examples: dict[str, int] | None = None,
+    initial: int = INITIAL,
+    prune_until: int = PRUNE_UNTIL,
+) -> DemoResult:
+    """Search, compare on held-out examples, export and reload; run again, it goes on where it stopped.
+
+    Args:
+        out_dir: gets the study (unless `storage` is given) and the exported model.
+        skill: one of `moeopt.demo.SKILLS`.
+        trials: finished trials of the search.
+        seed: of the search; each has its own study.
+        storage: an SQLAlchemy URL instead of an SQLite file in `out_dir`.
+        console: where progress and table are printed; by default nowhere.
+        svg: also write the table as a picture.
+        examples: how many to score of ``"search"`` and ``"test"`` (windows for text); a study is bound to the former.
+        initial, prune_until: as for `EEPSampler`.
+
+    Raises:
+        TaskError: when the skill is unknown.
+        StudyError: when `trials` is too small to compare anything.
+        ExportError: when `out_dir` holds something else under the exported model's name.
+        KeyboardInterrupt: after Ctrl-C, once the running trial is finished.
+    """
+    started = time.perf_counter()
+    console = console or Console(file=io.StringIO())
+    task = skill_task(skill)
+    if trials < 2:
+        raise StudyError(f"the demo needs at least 2 trials, got {trials}")
+    out = Path(out_dir)
+    folder = out / f"{skill}-{KEEP}-experts"
+    if (folder / "moeopt.json").is_file():
+        shutil.rmtree(folder)
+    check_folder(folder)
+    sizes = examples or (WINDOWS if skill == "text" else EXAMPLES)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with _one_thread(), _no_bars():
+        model, tokenizer = load(MODEL)
+        space = EEPSpace.of(model, keep=KEEP)
+        objective = Objective(model, tokenizer, task, space, limit=sizes["search"])
+        study = create_study(
+            f"{skill}-{space.shape.experts}to{KEEP}-seed{seed}",
+            objective=objective,
+            storage=storage or f"sqlite:///{out / 'study.db'}",
+            sampler="eep",
+            seed=seed,
+            load_if_exists=True,
+            initial=initial,
+            prune_until=prune_until,
+        )
+        console.print(
+            f"Skill [bold]{skill}[/bold]: searching {KEEP} of {space.shape.experts} experts in each of "
+            f"{space.shape.layers} layers on {sizes['search']} examples, study {study.study_name} in {out}"
+        )
+        with SearchProgress(console, trials) as progress:
+            optimize(study, objective, trials=trials, callbacks=[progress])
+        if finished(study) < trials:
+            console.print("Interrupted; the same command goes on from here.")
+            raise KeyboardInterrupt
+        test = Evaluator(model, tokenizer, task, split="test", limit=sizes["test"])
+        with console.status(f"scoring on {sizes['test']} held-out examples"):
+            full = _entry(FULL, model, None, objective.evaluator.evaluate().loss, test)
+            done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            drawn = [trial for trial in done if trial.user_attrs.get("operator") == "initial"][:DRAWS]
+            random = tuple(_of_trial(RANDOM, trial, space, model, test) for trial in drawn)
+            pruned = _best([trial for trial in done if trial.user_attrs.get("phase") == "prune"])
+            prune = _of_trial(f"{PRUNE} (trial {pruned.number})", pruned, space, model, test)
+            best = best_trial(study)
+            assert best is not None
+            merged = best.number != pruned.number
+            merge = _of_trial(f"{MERGE} (trial {best.number})", best, space, model, test) if merged else None
+            chosen = best_stock_trial(study)
+            export(chosen, folder, study=study, model=model)
+            reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+            again = Evaluator(reloaded, tokenizer, task, split="test", limit=sizes["test"]).evaluate()
+            there = prune.test if chosen.number == pruned.number else test.evaluate(space.plan(chosen))
+    typical = _mean([entry.test for entry in random])
+    differences = {
+        (PRUNE, FULL): paired_bootstrap(prune.test, full.test),
+        (PRUNE, RANDOM): paired_bootstrap(prune.test, typical),
+    }
+    if merge is not None:
+        differences[MERGE, FULL] = paired_bootstrap(merge.test, full.test)
+        differences[MERGE, RANDOM] = paired_bootstrap(merge.test, typical)
+        differences[MERGE, PRUNE] = paired_bootstrap(merge.test, prune.test)
+    result = DemoResult(
+        title=f"moeopt demo, skill {skill}: {space.shape.experts} experts to {KEEP}, {finished(study)} trials",
+        full=full,
+        random=random,
+        prune=prune,
+        merge=merge,
+        merge_trials=sum(trial.user_attrs.get("phase") == "merge" for trial in done),
+        sizes=sizes,
+        differences=differences,
+        exported=folder,
+        exported_trial=chosen.number,
+        exported_loss=there.loss,
+        reloaded_loss=again.loss,
+        seconds=time.perf_counter() - started,
+    )
+    console.print(view(result))
+    console.print(f"\n{folder} holds it; {result.seconds:.0f} s in all.", markup=False, soft_wrap=True)
+    if svg is not None:
+        picture = Console(record=True, width=110, file=io.StringIO(), highlight=False)
+        picture.print(view(result))
+        picture.save_svg(str(svg), title="moeopt demo")
+    return result
+
+
+def _best(trials: Sequence[FrozenTrial]) -> FrozenTrial:
+    return min(trials, key=lambda trial: (trial.value, trial.number))
+
+
+def _of_trial(name: str, trial: FrozenTrial, space: EEPSpace, model: PreTrainedModel, test: Evaluator) -> Entry:
+    assert trial.value is not None
+    return _entry(name, model, space.plan(trial), trial.value, test)
+
+
+def _entry(name: str, model: PreTrainedModel, plan: Plan | None, search_loss: float, test: Evaluator) -> Entry:
+    whole = sum(p.numel() for p in model.parameters())
+    stored = sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
+    parameters = whole
+    for i, layer in enumerate(moe_layers(model)):
+        if plan is not None:
+            expert = sum(p.numel() for p in layer.experts.parameters()) // layer.n
+            parameters -= (layer.n - plan.layers[i].kept_experts) * expert
+            parameters += _router_size(plan.layers[i], layer.hidden) - layer.n * layer.hidden
+    return Entry(name, plan, search_loss, test.evaluate(plan), parameters, stored * parameters / whole)
+
+
+def _router_size(layer: LayerPlan, hidden: int) -> int:
+    """Numbers in the planned router: r rows of the weight; for a dense map of probabilities all n, and the map."""
+    if layer.router == "prob" and layer.router_rows is None:
+        return layer.experts * hidden + layer.kept_experts * layer.experts
+    return layer.kept_experts * hidden
+
+
+def _mean(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The mean over plans of each example's loss and correctness, as if one plan had given it."""
+    losses, correct = np.stack([[e.losses, e.correct] for e in evaluations]).mean(axis=0)
+    return replace(evaluations[0], losses=losses, correct=correct)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The demo's matrices are too small to share among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

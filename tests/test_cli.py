@@ -1,0 +1,379 @@
+"""The command line as a user meets it: one clear line for bad input, and searches that survive Ctrl-C and kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import moeopt
+from moeopt import genome
+from moeopt.cli import app, main
+from moeopt.plan import Plan
+from moeopt.study import load_study, space_of
+
+LAYERS, EXPERTS = 3, 6
+TRIALS = 12
+EEP = ("--sampler-option", "initial=4", "--sampler-option", "prune_until=8", "--trials", str(TRIALS))
+SLOW = ("torch", "transformers", "nevergrad")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a checkpoint (3 layers, 6 experts, top-2), a task file, and a study of 12 EEP trials."""
+
+    folder: Path
+    model: Path
+    data: Path
+    storage: str
+
+    def search(self, *more: str, study: str = "s", storage: str | None = None, keep: int = 3) -> list[str]:
+        """Arguments of a search that runs as it is."""
+        goal = ["--task", "multiple_choice", "--data", str(self.data), "--limit", "4"]
+        where = ["--storage", storage or self.storage, "--study", study]
+        kept = [] if "--keep" in more or "merge" in more else ["--keep", str(keep)]
+        return ["search", str(self.model), *goal, *where, *kept, *more]
+
+
+@pytest.fixture(scope="module")
+def place(make_mixtral: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("cli")
+    make_mixtral(layers=LAYERS, experts=EXPERTS, hidden=16, intermediate=16).save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"{i} and 1 make", "options": [str(i + 1), str(i + 2)], "answer": i % 2} for i in range(60)]
+    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = Place(folder, folder / "model", folder / "task.jsonl", f"sqlite:///{folder / 'studies.db'}")
+    assert main(found.search(*EEP)) == 0
+    return found
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must be refused: exit code 2, nothing on stdout, one line on stderr, which is returned."""
+
+    def run(arguments: list[str]) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("Error: ")
+        assert err.count("\n") == 1, err
+        return err
+
+    return run
+
+
+BAD_SEARCH = {
+    "more experts than there are": (["--keep", "9"], "keep=9", "6"),
+    "fewer experts than active": (["--keep", "1"], "keep=1", "k=2"),
+    "no expert active": (["--active", "0"], "--active", "'0'"),
+    "more active than kept": (["--active", "4"], "keep=3", "k=4"),
+    "more groups than layers": (["--groups", "5"], "5", "3 MoE layers"),
+    "no group": (["--groups", "0"], "groups", "0"),
+    "overlapping ranges": (["--groups", "0-1,1-2"], "1-2", "overlaps"),
+    "a gap between ranges": (["--groups", "0-0,2-2"], "2-2", "leaves out layer 1"),
+    "ranges beyond the model": (["--groups", "0-7"], "0, 7", "beyond layer 2"),
+    "no ranges at all": (["--groups", "a-b"], "'a-b'", "0-7,8-31"),
+    "no trial": (["--trials", "0"], "--trials", "'0'"),
+    "half a trial": (["--trials", "1.5"], "--trials", "'1.5'"),
+    "no example": (["--limit", "0"], "--limit", "'0'"),
+    "unknown dtype": (["--dtype", "float8"], "'float8'", "bfloat16"),
+    "unknown sampler": (["--sampler", "eepp"], "'eepp'", "did you mean 'eep'"),
+    "unknown optimiser of Nevergrad": (["--sampler", "nevergrad:OnePlusTwo"], "'OnePlusTwo'", "'OnePlusOne'"),
+    "unknown hyperparameter": (["--sampler-option", "intial=3"], "'intial'", "'initial'"),
+    "hyperparameter without a value": (["--sampler-option", "initial"], "'initial'", "NAME=VALUE"),
+    "hyperparameter out of range": (["--sampler-option", "p_row=2"], "p_row", "2"),
+    "unknown task": (["--task", "bolq"], "'bolq'", "did you mean 'boolq'"),
+    "unknown option of a task": (["--task-option", "delimeter=x"], "'delimeter'", "'delimiter'"),
+    "missing data": (["--data", "missing.jsonl"], "missing.jsonl", "does not exist"),
+    "merging around nothing": (["--space", "merge"], "--around", "plan"),
+    "encoding of another space": (["--encoding", "rows"], "--encoding rows", "prune"),
+    "keep of a merge space": (["--space", "merge", "--keep", "3"], "--keep 3", "prune"),
+    "missing plan to start from": (["--warm-start", "missing.safetensors"], "missing.safetensors", "no plan file"),
+    "misspelt option": (["--patients", "3"], "--patients", "--patience"),
+    "storage that is no URL": (["--storage", "studies.db"], "'studies.db'", "sqlite:///"),
+    "storage in no folder": (["--storage", "sqlite:////no/such/x.db"], "/no/such", "does not exist"),
+    "study not to be resumed": (["--no-resume"], "'s'", "already exists"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SEARCH)
+def test_a_search_that_cannot_be_names_the_value(name: str, place: Place, refused: Refused) -> None:
+    options, *named = BAD_SEARCH[name]
+    message = refused(place.search(*options))
+    assert all(text in message for text in named), message
+
+
+def test_a_space_without_keep_is_asked_for_it(place: Place, refused: Refused) -> None:
+    arguments = [word for word in place.search() if word not in ("--keep", "3")]
+    assert "--keep 4" in refused(arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ('{"prompt": "a", "options": ["b", "c"], "answer": 0}\n{"prompt": \n', "line 2"),
+        ('{"prompt": "a", "options": ["b"], "answer": 0}\n', "line 1"),
+        ('{"prompt": "a", "options": ["b", "c"], "answer": 7}\n', "7"),
+        ('{"promt": "a", "options": ["b", "c"], "answer": 0}\n', "did you mean 'promt'"),
+        ("", "no rows"),
+    ],
+)
+def test_malformed_data_is_named_with_its_line(
+    content: str, named: str, place: Place, refused: Refused, tmp_path: Path
+) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(content)
+    message = refused([*place.search(), "--data", str(file)])
+    assert named in message
+    assert str(file) in message
+
+
+def test_what_is_not_a_moe_checkpoint_is_refused(place: Place, refused: Refused, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    arguments = place.search()
+    assert "no config.json" in refused(["search", str(dense), *arguments[2:]])
+    (dense / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2}))
+    assert "dense" in refused(["search", str(dense), *arguments[2:]])
+    assert "no checkpoint folder" in refused(["search", str(tmp_path / "nowhere"), *arguments[2:]])
+    assert "is a file" in refused(["search", str(place.data), *arguments[2:]])
+
+
+def test_plans_of_another_model_are_refused(place: Place, refused: Refused, tmp_path: Path) -> None:
+    file = tmp_path / "plan.safetensors"
+    Plan.one_hot([[0, 1, 2]] * 2, experts=EXPERTS, k=2).save(file)
+    assert "2 layers" in refused(place.search("--warm-start", str(file)))
+    assert "2 layers" in refused(place.search("--space", "merge", "--around", str(file)))
+    assert "2 MoE layers" in refused(["export", str(place.model), str(tmp_path / "out"), "--plan", str(file)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_is_not_resumed_with_something_else(place: Place, refused: Refused) -> None:
+    message = refused(place.search(*EEP, "--keep", "4", "--seed", "3"))
+    assert "space.keep: study has 3, now 4" in message
+    assert "sampler.seed: study has 0, now 3" in message
+    assert "task.limit: study has 4, now 5" in refused([*place.search(*EEP), "--limit", "5"])
+
+
+def test_databases_that_cannot_serve_are_refused(place: Place, refused: Refused, tmp_path: Path) -> None:
+    text, other, ours = tmp_path / "text.db", tmp_path / "other.db", tmp_path / "ours.db"
+    text.write_text("not a database, but long enough to be read as the header of one " * 20)
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE songs (title)")
+    optuna.create_study(storage=f"sqlite:///{ours}", study_name="s").add_trial(optuna.create_trial(value=1.0))
+    assert "not a database" in refused(place.search(storage=f"sqlite:///{text}"))
+    assert "songs" in refused(place.search(storage=f"sqlite:///{other}"))
+    assert "not made by moeopt" in refused(place.search(storage=f"sqlite:///{ours}"))
+    assert "readonly" in refused(place.search(storage=f"sqlite:///file:{ours}?mode=ro&uri=true"))
+    with sqlite3.connect(ours, isolation_level=None) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        assert "locked" in refused(place.search(storage=f"sqlite:///{ours}"))
+        connection.execute("ROLLBACK")
+    assert "no database" in refused(["show", "--storage", f"sqlite:///{tmp_path / 'new.db'}"])
+    assert "no study 'z'" in refused(["show", "z", "--storage", place.storage])
+
+
+def test_passwords_are_not_repeated(place: Place, refused: Refused) -> None:
+    message = refused(place.search(storage="postgresql+psycopg://me:secret@127.0.0.1:1/x"))
+    assert "secret" not in message
+    assert "127.0.0.1" in message
+
+
+def test_output_folders_are_checked_before_anything_else(place: Place, refused: Refused, tmp_path: Path) -> None:
+    missing = str(tmp_path / "no-model")
+    assert "not empty" in refused(["export", missing, str(place.folder), "--plan", "missing"])
+    assert "is a file" in refused(["export", missing, str(place.data), "--plan", "missing"])
+    assert "cannot write" in refused(["export", missing, str(place.data / "below"), "--plan", "missing"])
+
+
+def test_sources_of_plans_are_checked(place: Place, refused: Refused, tmp_path: Path) -> None:
+    eep = tmp_path / "solution.pth"
+    matrices = torch.eye(EXPERTS)[:3]
+    torch.save({"others": matrices, "others_transfer": matrices}, eep)
+    study = ["--study", "s", "--storage", place.storage]
+    assert "--layers" in refused(["plan", str(eep)])
+    assert "SOURCE" in refused(["plan"])
+    assert "SOURCE" in refused(["plan", str(eep), *study])
+    assert "not a plan" in refused(["plan", str(place.data)])
+    assert "no trial 99" in refused(["plan", *study, "--trial", "99"])
+    assert "'worst'" in refused(["plan", *study, "--trial", "worst"])
+    assert "cannot write" in refused(["plan", str(eep), "--layers", "3", "--out", str(tmp_path / "no" / "x")])
+    assert main(["plan", str(eep), "--layers", "3"]) == 0
+
+
+def test_help_versions_and_early_errors_import_nothing_slow(place: Place) -> None:
+    plain = place.search()
+    early = [
+        *([command, "--help"] for command in ("demo", "search", "show", "plan", "export")),
+        [],
+        ["--version"],
+        ["serch"],
+        ["search", "/no/such/model", *plain[2:]],
+        *(place.search(*options) for name, (options, *_) in BAD_SEARCH.items() if "Nevergrad" not in name),
+        ["demo", "--skill", "juggling"],
+        ["plan", "missing"],
+        ["export", "model", str(place.folder), "--plan", "x"],
+        ["show", "z", "--storage", place.storage],
+    ]
+    code = (
+        "import json, sys\nfrom moeopt.cli import main\n"
+        "for given in json.loads(sys.argv[1]):\n    main(given)\n"
+        f"    loaded = [name for name in {SLOW!r} if name in sys.modules]\n    assert not loaded, (given, loaded)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, json.dumps(early)], capture_output=True, check=True, cwd=place.folder)
+
+
+def test_help_shows_every_option_and_its_default() -> None:
+    shown = CliRunner().invoke(app, ["search", "--help"], env={"COLUMNS": "160"})
+    assert shown.exit_code == 0
+    for text in ("--keep", "--sampler-option", "default: 400", "sqlite:///moeopt.db", "Examples"):
+        assert text in shown.output
+    assert CliRunner().invoke(app, ["--version"]).output == f"moeopt {moeopt.__version__}\n"
+
+
+DYING = """
+import os, signal, sys
+from moeopt.evaluation import Evaluator
+whole, calls = Evaluator.evaluate, 0
+def dying(self, plan=None):
+    global calls
+    calls += 1
+    if calls == 6:
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    return whole(self, plan)
+Evaluator.evaluate = dying
+from moeopt.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+"""Runs the command line, and sends itself a signal in the middle of its sixth trial."""
+
+
+def dies(signal_name: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", DYING, signal_name, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def by_slot(storage: str, study: str = "s") -> dict[int, tuple[Any, ...]]:
+    """Loss, operator and genotype of every completed trial, by its place in the sequence of proposals."""
+    trials = load_study(study, storage).get_trials()
+    done = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    found = {
+        genome.slot(t, trials): (t.value, t.user_attrs["operator"], np.asarray(genome.read(t)).tobytes()) for t in done
+    }
+    assert len(found) == len(done)
+    return found
+
+
+def test_ctrl_c_finishes_the_trial_and_says_how_to_go_on(place: Place, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'x.db'}"
+    stopped = dies("SIGINT", place.search(*EEP, storage=storage))
+    assert stopped.returncode == 130, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert len(by_slot(storage)) == 6
+    command = shlex.split(stopped.stderr.splitlines()[-1])
+    assert command[0] == "moeopt"
+    assert main(command[1:]) == 0
+    assert by_slot(storage) == by_slot(place.storage)
+
+
+def test_kill_9_in_a_trial_loses_that_trial_only(place: Place, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'x.db'}"
+    killed = dies("SIGKILL", place.search(*EEP, storage=storage))
+    assert killed.returncode == -signal.SIGKILL
+    states = [trial.state.name for trial in load_study("s", storage).get_trials()]
+    assert states == ["COMPLETE"] * 5 + ["RUNNING"]
+    assert main(place.search(*EEP, storage=storage)) == 0
+    assert len(by_slot(storage)) == TRIALS
+    assert by_slot(storage) == by_slot(place.storage)
+
+
+def test_resuming_a_complete_study_runs_nothing(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    before = by_slot(place.storage)
+    assert main(place.search(*EEP)) == 0
+    assert f"{TRIALS} of {TRIALS} trials done" in capsys.readouterr().err
+    assert by_slot(place.storage) == before
+
+
+def test_show_lists_and_describes(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--storage", place.storage]
+    best = load_study("s", place.storage).best_trial
+    capsys.readouterr()
+    assert main(["show", *where]) == 0
+    assert f"{best.value:.4f}" in capsys.readouterr().out
+    assert main(["show", "s", *where]) == 0
+    assert f"plan of the best trial, {best.number}" in capsys.readouterr().out
+    assert main(["show", "s", *where, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["trials"]["done"] == TRIALS
+    assert record["best"]["number"] == best.number
+    assert record["best"]["loss"] == best.value
+    assert [phase["phase"] for phase in record["phases"]] == ["prune", "merge"]
+    assert [trial["loss"] for trial in record["top"]] == sorted(trial["loss"] for trial in record["top"])
+    assert [row["layers"] for row in record["best_plan"]] == ["0", "1", "2"]
+    assert main(["show", *where, "--json"]) == 0
+    assert [study["name"] for study in json.loads(capsys.readouterr().out)] == ["s"]
+
+
+def test_a_plan_goes_from_study_to_file_to_search_and_export(
+    place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    study, file = ["--study", "s", "--storage", place.storage], tmp_path / "plan.safetensors"
+    assert main(["plan", *study, "--trial", "best-stock", "--out", str(file)]) == 0
+    assert "An ordinary checkpoint can hold this plan" in capsys.readouterr().out
+    plan = Plan.load(file)
+    assert plan.is_one_hot
+    storage = f"sqlite:///{tmp_path / 'x.db'}"
+    merge = ["--space", "merge", "--around", str(file), "--router", "logit", "--sampler", "random", "--trials", "3"]
+    assert main(place.search(*merge, "--warm-start", str(file), storage=storage, study="merge")) == 0
+    opened = load_study("s", place.storage)
+    space = space_of(opened)
+    same = next(trial for trial in opened.trials if space.plan(trial) == plan)
+    assert load_study("merge", storage).trials[0].value == pytest.approx(same.value, abs=1e-6)
+    for i, arguments in enumerate((["--plan", str(file)], study, ["--study", "merge", "--storage", storage])):
+        assert main(["export", str(place.model), str(tmp_path / f"out{i}"), *arguments]) == 0
+        small = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{i}")
+        assert small.config.num_local_experts == 3
+        assert small.config.num_hidden_layers == LAYERS
+
+
+def test_export_refuses_what_no_ordinary_checkpoint_holds(place: Place, refused: Refused, tmp_path: Path) -> None:
+    opened = load_study("s", place.storage)
+    merged = next(trial.number for trial in opened.trials if trial.user_attrs["phase"] == "merge")
+    study = ["--study", "s", "--storage", place.storage, "--trial", str(merged)]
+    message = refused(["export", str(place.model), str(tmp_path / "out"), *study])
+    assert "best-stock" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_ends_by_time_or_patience(place: Place, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'x.db'}"
+    groups = ["--space", "prune", "--groups", "0-0,1-2", "--encoding", "subset", "--sampler", "random"]
+    assert main(place.search(*groups, "--patience", "3", storage=storage)) == 0
+    patient = load_study("s", storage)
+    best = min(patient.trials, key=lambda trial: (trial.value, trial.number))
+    assert len(patient.trials) == best.number + 4
+    assert main(place.search(*groups, "--timeout", "0.2", storage=storage, study="t")) == 0
+    assert 1 <= len(load_study("t", storage).trials) < 400
