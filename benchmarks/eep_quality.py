@@ -87,7 +87,7 @@ def main() -> None:
         f"{np.mean([e.accuracy for e in random_search]):.3f}",
         f"{losses_test.mean():.4f} ± {losses_test.std():.4f} ({small.tokens} tokens)",
         f"{np.mean([e.accuracy for e in random_test]):.3f}",
-        f"{np.mean([difference(e, small.evaluate(None))[0] for e in random_test[:1]]):+.4f} (first draw)",
+        "",
         "",
     )
     rows = (
@@ -127,14 +127,9 @@ def numbers(evaluation: Evaluation) -> tuple[str, str]:
     return f"{evaluation.loss:.4f}", f"{evaluation.accuracy:.3f}"
 
 
-def difference(a: Evaluation, b: Evaluation) -> tuple[float, float, float]:
-    found = moeopt.paired_bootstrap(a, b)
-    return found.mean, found.low, found.high
-
-
 def interval(a: Evaluation, b: Evaluation) -> str:
-    mean, low, high = difference(a, b)
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    found = moeopt.paired_bootstrap(a, b)
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
 def arguments() -> argparse.Namespace:

@@ -87,8 +87,12 @@ def test_the_view_shows_every_entry_and_says_when_merging_does_not_help(done: tu
     assert f"trial {result.exported_trial}" in text
     assert "<svg" in (out / "demo.svg").read_text()
     unmerged = {names: i for names, i in result.differences.items() if MERGE not in names}
-    assert "none of 4 merged" in printed(replace(result, merge=None, differences=unmerged, merge_trials=4))
-    assert "before it merged" in printed(replace(result, merge=None, differences=unmerged, merge_trials=0))
+    assert "before it merged" in printed(replace(result, merge=None, differences=unmerged))
+    assert result.merge is not None
+    worse = replace(result, merge=replace(result.merge, search_loss=result.prune.search_loss + 1))
+    better = replace(result, merge=replace(result.merge, search_loss=result.prune.search_loss - 1))
+    assert "No merged solution beat" in printed(worse)
+    assert "No merged solution beat" not in printed(better)
 
 
 def test_a_second_run_goes_on_where_the_first_stopped(done: tuple[DemoResult, Path], tmp_path: Path) -> None:

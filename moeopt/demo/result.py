@@ -48,8 +48,7 @@ class DemoResult:
         full: the full model.
         random: random prunings, the first ones of the search.
         prune: the best pruning of the search, by search loss.
-        merge: the best solution of the search where it is a merged one, else None.
-        merge_trials: trials of the merge phase.
+        merge: the best merged solution of the search, by search loss; None where it ended before it merged.
         sizes: examples scored of ``"search"`` and ``"test"``.
         differences: of test loss, (what, against what), each with a 95% interval of a paired bootstrap over examples.
         exported, exported_trial: folder of the exported checkpoint, and the trial in it.
@@ -62,7 +61,6 @@ class DemoResult:
     random: tuple[Entry, ...]
     prune: Entry
     merge: Entry | None
-    merge_trials: int
     sizes: dict[str, int]
     differences: dict[tuple[str, str], Interval]
     exported: Path
@@ -117,8 +115,9 @@ def _sentences(result: DemoResult) -> Iterator[Text]:
         numbers = f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
         yield Text(f"  {name + ' against ' + other:<46}{numbers}  {verdict}")
     if result.merge is None:
-        merged = f"none of {result.merge_trials} merged solutions beat the best pruning on the search examples"
-        yield Text(f"  {PRUNE} + merge: {merged if result.merge_trials else 'the search ended before it merged'}.")
+        yield Text(f"  {MERGE}: the search ended before it merged.")
+    elif result.merge.search_loss > result.prune.search_loss:
+        yield Text("No merged solution beat the best pruning on the search examples: the pruning is the search's result.")
     difference = result.reloaded_loss - result.exported_loss
     yield Text(
         f"Exported: trial {result.exported_trial}, the best that an ordinary checkpoint can hold.\n"

@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from moeopt.console import SearchProgress, best_trial
+from moeopt.console import SearchProgress
 from moeopt.demo.result import FULL, MERGE, PRUNE, RANDOM, DemoResult, Entry, view
 from moeopt.demo.skills import DEFAULT_SKILL, MODEL
 from moeopt.demo.task import skill_task
@@ -32,9 +32,9 @@ from moeopt.spaces import EEPSpace
 from moeopt.study import create_study, finished, optimize
 
 KEEP = 4
-TRIALS, INITIAL, PRUNE_UNTIL = 130, 30, 90
+TRIALS, INITIAL, PRUNE_UNTIL = 160, 30, 80
 DRAWS = 20
-EXAMPLES = {"search": 100, "test": 250}
+EXAMPLES = {"search": 64, "test": 250}
 WINDOWS = {"search": 24, "test": 96}
 """Examples, and windows of text, that the demo scores of each split."""
 
@@ -112,12 +112,13 @@ def run(
             done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
             drawn = [trial for trial in done if trial.user_attrs.get("operator") == "initial"][:DRAWS]
             random = tuple(_of_trial(RANDOM, trial, space, model, test) for trial in drawn)
-            pruned = _best([trial for trial in done if trial.user_attrs.get("phase") == "prune"])
+            pruned = _best([trial for trial in done if space.plan(trial).is_one_hot])
             prune = _of_trial(f"{PRUNE} (trial {pruned.number})", pruned, space, model, test)
-            best = best_trial(study)
-            assert best is not None
-            merged = best.number != pruned.number
-            merge = _of_trial(f"{MERGE} (trial {best.number})", best, space, model, test) if merged else None
+            merged = [trial for trial in done if not space.plan(trial).is_one_hot]
+            merge = None
+            if merged:
+                best = _best(merged)
+                merge = _of_trial(f"{MERGE} (trial {best.number})", best, space, model, test)
             chosen = best_stock_trial(study)
             export(chosen, folder, study=study, model=model)
             reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
@@ -138,7 +139,6 @@ def run(
         random=random,
         prune=prune,
         merge=merge,
-        merge_trials=sum(trial.user_attrs.get("phase") == "merge" for trial in done),
         sizes=sizes,
         differences=differences,
         exported=folder,

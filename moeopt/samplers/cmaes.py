@@ -112,7 +112,7 @@ class CMAESSampler(GenomeSampler):
         from cmaes import CMA, SepCMA
 
         bounds = np.stack([self._z(self.space.low), self._z(self.space.high)], axis=1)
-        # n_max_resampling=0: a number beyond its bound is clipped; drawing all of many numbers within bounds never ends.
+        # n_max_resampling=0: numbers beyond a bound are clipped; drawing many numbers all within bounds never ends.
         options: dict[str, Any] = {"bounds": bounds, "n_max_resampling": 0, "population_size": self.population_size}
         kind = SepCMA if self.separable and self.space.size > 1 else CMA
         return kind(mean=self._z(mean), sigma=self.sigma, seed=0, **options)

@@ -8,6 +8,11 @@ running) are told as the worst so far.
 
 An asked point that no trial took, as happens with several workers, stays on offer; trials that the optimiser did not
 ask for are told as such, where it takes them (scipy's and some others do not).
+
+Not every one of the 540 optimisers serves: AX, BOBYQA, NLOPT, Pymoo, SMAC3 and the like need packages of their own,
+SPSA asks for NaN, BO takes a second a trial at 16 numbers, scipy's methods and OnePlusOne ask for the same pruning over
+and over once their steps are small. Metamodels stop their inner search by the clock, and MultiDS runs threads of its
+own: these may not repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -41,7 +46,8 @@ class NevergradSampler(GenomeSampler):
         optimizer: a name of `nevergrad.optimizers.registry`: ``"DE"``, ``"OnePlusOne"``, ``"PSO"``, ``"NGOpt"``, ...
         seed, redraw: as for `GenomeSampler`.
         budget: trials the optimiser plans for; many adapt to it.
-        sigma: first standard deviation of each number, as a multiple of `space.step`.
+        sigma: first standard deviation of each number, as a multiple of `space.step`; Nevergrad's CMA family takes 0.15
+            to 0.3 of it.
         start: the plan or vector (size,) to start at, evaluated first; by default `space.start()`.
 
     Raises:
@@ -103,10 +109,11 @@ class NevergradSampler(GenomeSampler):
 
 def registry() -> list[str]:
     """Names of all optimisers of the installed Nevergrad."""
-    try:
-        import nevergrad
-    except ImportError:
-        raise SamplerError("Nevergrad is not installed: pip install nevergrad") from None
+    with _random_states(_states(0, 0)):  # a few optimisers draw settings when Nevergrad is imported
+        try:
+            import nevergrad
+        except ImportError:
+            raise SamplerError("Nevergrad is not installed: pip install nevergrad") from None
     return sorted(nevergrad.optimizers.registry)
 
 
@@ -148,7 +155,7 @@ class _Replay:
                 self._advance(told, key)
             return self._candidate(attempt)
 
-        with _random_states(self._states), warnings.catch_warnings():
+        with _random_states(self._states), _pycma_without_clock(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _in_daemon_thread(work)
 
@@ -225,24 +232,33 @@ def _states(numpy_seed: int, python_seed: int) -> list[Any]:
 @contextmanager
 def _random_states(states: list[Any]) -> Iterator[None]:
     """Give the optimiser its own global random states, which some use, and the caller's back on exit."""
-    import cma
-
-    options, outer = cma.CMAOptions.defaults(), [np.random.get_state(), random.getstate()]  # noqa: NPY002
-    clock = options["seed"]
+    outer: list[Any] = [np.random.get_state(), random.getstate()]  # noqa: NPY002
     try:
-        options["seed"] = np.nan  # pycma leaves the random state alone, instead of seeding it from the clock
         np.random.set_state(states[0])  # noqa: NPY002
         random.setstate(states[1])
         yield
     finally:
-        options["seed"] = clock
         states[:] = [np.random.get_state(), random.getstate()]  # noqa: NPY002
         np.random.set_state(outer[0])  # noqa: NPY002
         random.setstate(outer[1])
 
 
+@contextmanager
+def _pycma_without_clock() -> Iterator[None]:
+    """Keep pycma, which some optimisers call, from seeding the random state from the clock."""
+    import cma  # type: ignore[import-untyped]
+
+    options = cma.CMAOptions.defaults()
+    clock = options["seed"]
+    options["seed"] = np.nan
+    try:
+        yield
+    finally:
+        options["seed"] = clock
+
+
 def _in_daemon_thread(work: Callable[[], T]) -> T:
-    """Run `work` where the threads it starts are daemons: Nevergrad's scipy threads would else keep Python from exiting."""
+    """Run `work` where the threads it starts are daemons: else Nevergrad's scipy threads keep Python from exiting."""
     outcome: list[T] = []
     errors: list[BaseException] = []
 

@@ -33,8 +33,8 @@ def get(sampler: str | BaseSampler, space: Space, *, seed: int | None = 0, **opt
     """A sampler over `space`.
 
     Args:
-        sampler: a name of `SAMPLERS`, ``"nevergrad:<any optimiser of its registry>"``, one of moeopt's samplers (returned
-            as it is), or any other Optuna or OptunaHub sampler object (driven by a `ShadowSampler`).
+        sampler: a name of `SAMPLERS`, ``"nevergrad:<any optimiser of its registry>"``, one of moeopt's samplers
+            (returned as it is), or any other Optuna or OptunaHub sampler object (driven by a `ShadowSampler`).
         space: what to search.
         seed: of all random draws; not used for one of moeopt's samplers, which has its own.
         options: further arguments of the sampler's class.
@@ -60,7 +60,9 @@ def get(sampler: str | BaseSampler, space: Space, *, seed: int | None = 0, **opt
     if colon:
         options["optimizer"] = optimizer
     if name == "nevergrad" and "optimizer" not in options:
-        raise SamplerError("nevergrad needs an optimiser's name: nevergrad:DE, nevergrad:OnePlusOne, nevergrad:PSO, ...")
+        raise SamplerError(
+            "nevergrad needs an optimiser's name: nevergrad:DE, nevergrad:OnePlusOne, nevergrad:PSO, ..."
+        )
     return _make(sampler, SAMPLERS[name], space, options, seed=seed)
 
 

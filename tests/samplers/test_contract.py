@@ -62,7 +62,7 @@ two_spaces = pytest.mark.parametrize("kind", ["scores", "merge"])
 
 
 def loss_of(plan: Plan) -> float:
-    """Smooth in the matrices, with interactions between the experts kept: how far each layer's mixture is off a target."""
+    """How far each layer's mixture is off a target: smooth in the matrices, with interactions between experts."""
     total = 0.0
     for i, layer in enumerate(plan.layers):
         experts, target = _layer_data(i // 2, layer.experts)
@@ -249,7 +249,9 @@ def test_failed_trials(name: str, kind: str) -> None:
 
 @each_sampler
 @pytest.mark.parametrize(
-    "pruner", [optuna.pruners.MedianPruner(n_startup_trials=2), optuna.pruners.HyperbandPruner(1, 4, 2)], ids=["median", "hyperband"]
+    "pruner",
+    [optuna.pruners.MedianPruner(n_startup_trials=2), optuna.pruners.HyperbandPruner(1, 4, 2)],
+    ids=["median", "hyperband"],
 )
 def test_pruned_trials_count_with_their_estimate(name: str, pruner: optuna.pruners.BasePruner) -> None:
     space = SPACES["merge"]()
@@ -263,7 +265,8 @@ def test_pruned_trials_count_with_their_estimate(name: str, pruner: optuna.prune
                 raise optuna.TrialPruned
         return loss
 
-    study = optuna.create_study(sampler=MAKE[name](space), pruner=pruner)
+    # Hyperband's brackets depend on the study's name.
+    study = optuna.create_study(study_name="pruned", sampler=MAKE[name](space), pruner=pruner)
     study.optimize(objective, n_trials=14)
     pruned = [t for t in study.trials if t.state == TrialState.PRUNED]
     history = {told.number: told for told in study.sampler.history(study, study.trials, without=-1)}
@@ -295,11 +298,11 @@ def test_finds_better_plans(name: str, kind: str) -> None:
 def test_global_random_states_are_left_alone(name: str) -> None:
     space = SPACES["scores"]()
     study = run(name, space, 7)
-    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.random.get_rng_state()
+    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.random.get_rng_state()  # noqa: NPY002
     for _ in range(3):
         step(study, space)
     assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tobytes() == before[1]
+    assert np.random.get_state()[1].tobytes() == before[1]  # noqa: NPY002
     assert torch.equal(torch.random.get_rng_state(), before[2])
 
 

@@ -37,7 +37,11 @@ def test_objects() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cmaess", {}, r"unknown sampler 'cmaess'; did you mean 'cmaes'\?; there are eep, cmaes, sepcmaes, nevergrad, tpe, random"),
+        (
+            "cmaess",
+            {},
+            r"unknown sampler 'cmaess'; did you mean 'cmaes'\?; there are eep, cmaes, sepcmaes, nevergrad, tpe, random",
+        ),
         ("cmaes:DE", {}, "unknown sampler 'cmaes:DE'"),
         ("nevergrad", {}, "needs an optimiser's name"),
         ("nevergrad:OnePlusTwo", {}, r"no optimiser 'OnePlusTwo'; did you mean 'OnePlusOne'\?"),
@@ -71,7 +75,9 @@ def test_a_sampler_of_another_space_is_refused() -> None:
 
 
 def test_optional_packages_are_imported_when_used() -> None:
-    code = "import sys, moeopt.samplers; print({'cmaes', 'nevergrad', 'cma', 'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, moeopt.samplers; print({'cmaes', 'nevergrad', 'cma', 'torch', 'transformers'} & set(sys.modules))"
+    )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "set()"
 

@@ -62,7 +62,7 @@ def test_the_sampler_sees_the_decoded_trials(space: Space, fresh: bool) -> None:
     study.tell(study.ask(), state=TrialState.FAIL)
     running = study.ask()
     space.plan(running)
-    study.enqueue_trial({name: 0.0 for name in space.names})
+    study.enqueue_trial(dict.fromkeys(space.names, 0.0))
     evaluate(study, space, 1)
     if fresh:
         study.sampler = ShadowSampler(space, Spy(seen), seed=0)
@@ -123,7 +123,10 @@ def test_cmaes_of_optuna_is_refused() -> None:
 def test_users_sampler_is_left_as_it_was() -> None:
     mine = RandomSampler(seed=3)
     evaluate(optuna.create_study(sampler=ShadowSampler(SMALL, mine, seed=0)), SMALL, 4)
-    draws = [sampler.sample_independent(None, None, "x", SMALL.distributions()[SMALL.names[0]]) for sampler in (mine, RandomSampler(seed=3))]  # type: ignore[arg-type]
+    draws = [
+        sampler.sample_independent(None, None, "x", SMALL.distributions()[SMALL.names[0]])
+        for sampler in (mine, RandomSampler(seed=3))
+    ]  # type: ignore[arg-type]
     assert draws[0] == draws[1]
 
 
