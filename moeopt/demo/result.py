@@ -117,7 +117,9 @@ def _sentences(result: DemoResult) -> Iterator[Text]:
     if result.merge is None:
         yield Text(f"  {MERGE}: the search ended before it merged.")
     elif result.merge.search_loss > result.prune.search_loss:
-        yield Text("No merged solution beat the best pruning on the search examples: the pruning is the search's result.")
+        yield Text(
+            "No merged solution beat the best pruning on the search examples: the pruning is the search's result."
+        )
     difference = result.reloaded_loss - result.exported_loss
     yield Text(
         f"Exported: trial {result.exported_trial}, the best that an ordinary checkpoint can hold.\n"

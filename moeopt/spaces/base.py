@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from moeopt import genome
 from moeopt.errors import SpaceError
 from moeopt.genome import Vector
-from moeopt.plan import LayerPlan, Matrix, ModelShape, Plan, one_hot
+from moeopt.plan import LayerPlan, Matrix, ModelShape, Negative, Plan, one_hot
 
 if TYPE_CHECKING:
     import optuna
@@ -39,6 +39,7 @@ class Space(ABC):
             layer ranges ``[(0, 7), (8, 31)]`` that cover every layer once, in order. None: each layer is its own.
         k: experts activated per token in the planned model; by default the model's.
         router: where a dense W_RM acts: ``"prob"``, as in EEP, or ``"logit"``, which stock checkpoints express.
+        negative: what becomes of negative mapped probabilities: ``"clamp"``, or ``"eep"`` (see `LayerPlan`).
 
     Raises:
         SpaceError: naming the argument that does not fit.
@@ -61,11 +62,13 @@ class Space(ABC):
         groups: Groups | None = None,
         k: int | None = None,
         router: MapAt = "prob",
+        negative: Negative = "clamp",
     ) -> None:
         self.shape = shape
         self.keep = _checked_int("keep", keep)
         self.k = shape.k if k is None else _checked_int("k", k)
         self.router: MapAt = router
+        self.negative: Negative = negative
         if self.k < 1:
             raise SpaceError(f"k must be at least 1, got {self.k}")
         if self.keep > shape.experts:
@@ -74,6 +77,8 @@ class Space(ABC):
             raise SpaceError(f"keep={self.keep} is fewer than the k={self.k} experts each token activates")
         if router not in ("prob", "logit"):
             raise SpaceError(f"router must be 'prob' or 'logit', got {router!r}")
+        if negative not in ("clamp", "eep"):
+            raise SpaceError(f"negative must be 'clamp' or 'eep', got {negative!r}")
         self.groups = layer_groups(shape.layers if groups is None else groups, shape.layers)
 
     @classmethod
@@ -118,7 +123,7 @@ class Space(ABC):
         return Plan(tuple(layers))
 
     def _layer(self, w_em: Matrix, w_rm: Matrix) -> LayerPlan:
-        plain = LayerPlan(self.shape.experts, self.k, w_em=w_em, w_rm=w_rm, router=self.router)
+        plain = LayerPlan(self.shape.experts, self.k, w_em=w_em, w_rm=w_rm, router=self.router, negative=self.negative)
         if plain.kept is not None and plain.router_rows == plain.kept:
             return LayerPlan(self.shape.experts, self.k, kept=tuple(sorted(plain.kept)))
         return plain
@@ -143,6 +148,11 @@ class Space(ABC):
                 raise SpaceError(f"layer {first} of the plan has (n, r, k) = {found}, the space {wanted}")
             if layer.router_rows is None and layer.router != self.router:
                 raise SpaceError(f"the plan maps {layer.router!r}, the space {self.router!r}")
+            if layer.router_rows is None and layer.router == "prob" and layer.negative != self.negative:
+                raise SpaceError(
+                    f"the plan treats negative mapped probabilities by {layer.negative!r}, the space by "
+                    f"{self.negative!r}; build the space with negative={layer.negative!r}"
+                )
             stacked.append(np.stack([layer.expert_matrix, layer.router_matrix]))
         x = self.snap(self.from_matrices(np.stack(stacked)))
         if self.decode(x).fingerprint != self.decode_matrices(np.stack(stacked)).fingerprint:
@@ -241,6 +251,7 @@ class Space(ABC):
             "k": self.k,
             "groups": groups,
             "router": self.router,
+            "negative": self.negative,
             **more,
         }
 

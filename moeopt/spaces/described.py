@@ -23,19 +23,22 @@ def from_description(description: Mapping[str, Any]) -> Space:
     try:
         shape = ModelShape(**description["shape"])
         groups = [(first, last) for first, last in description["groups"]]
-        keep, k, router = description["keep"], description["k"], description["router"]
+        keep, k = description["keep"], description["k"]
+        mapped = {"router": description["router"], "negative": description["negative"]}
         match description["kind"]:
             case "prune":
                 return PruneSpace(shape, keep=keep, groups=groups, k=k, encoding=description["encoding"])
             case "eep":
-                return EEPSpace(shape, keep=keep, groups=groups, k=k, router=router)
+                return EEPSpace(shape, keep=keep, groups=groups, k=k, **mapped)
             case "merge":
                 entries = genome.unpack("around", description)
                 if entries is None:
                     raise KeyError("around")
-                space = EEPSpace(shape, keep=keep, groups=groups, k=k, router=router)
+                space = EEPSpace(shape, keep=keep, groups=groups, k=k, **mapped)
                 around = space.decode_matrices(entries.reshape(len(groups), 2, keep, shape.experts))
-                return MergeSpace(shape, around=around, groups=groups, scale=description["scale"], router=router)
+                return MergeSpace(
+                    shape, around=around, groups=groups, scale=description["scale"], router=mapped["router"]
+                )
             case kind:
                 raise SpaceError(f"this moeopt knows no space of kind {kind!r}")
     except (KeyError, TypeError, ValueError, StorageError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moeopt.genome import Vector
-from moeopt.plan import Matrix, ModelShape
+from moeopt.plan import Matrix, ModelShape, Negative
 from moeopt.spaces.base import Groups, MapAt, Phase, Space, one_hot_pair, random_rows
 from moeopt.spaces.merge import entry_names
 
@@ -21,7 +21,7 @@ class EEPSpace(Space):
     One genotype serves both phases of EEP's search: prunings are the points whose rows are one-hot.
 
     Args:
-        shape, keep, groups, k, router: as for `Space`.
+        shape, keep, groups, k, router, negative: as for `Space`.
     """
 
     phases: tuple[Phase, ...] = ("prune", "merge")
@@ -34,8 +34,9 @@ class EEPSpace(Space):
         groups: Groups | None = None,
         k: int | None = None,
         router: MapAt = "prob",
+        negative: Negative = "clamp",
     ) -> None:
-        super().__init__(shape, keep=keep, groups=groups, k=k, router=router)
+        super().__init__(shape, keep=keep, groups=groups, k=k, router=router, negative=negative)
         self.names = entry_names(self)
         self.low = np.full(self.size, LOW, dtype=np.float32)
         self.high = np.full(self.size, HIGH, dtype=np.float32)

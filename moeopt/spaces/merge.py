@@ -22,7 +22,7 @@ class MergeSpace(Space):
     Args:
         around: the plan to start from; its groups must be constant within `groups`.
         scale: the natural step of an entry, a standard deviation. EEP mutates by 0.065.
-        shape, groups, router: as for `Space`; r and k are the plan's.
+        shape, groups, router: as for `Space`; r, k and the treatment of negative probabilities are the plan's.
     """
 
     phases: tuple[Phase, ...] = ("merge",)
@@ -37,7 +37,9 @@ class MergeSpace(Space):
         router: MapAt = "prob",
     ) -> None:
         first = around.layers[0]
-        super().__init__(shape, keep=first.kept_experts, groups=groups, k=first.k, router=router)
+        mapped = [layer.negative for layer in around.layers if layer.router_rows is None]
+        negative = mapped[0] if mapped else "clamp"
+        super().__init__(shape, keep=first.kept_experts, groups=groups, k=first.k, router=router, negative=negative)
         if not 0 < scale < float("inf"):
             raise SpaceError(f"scale must be a positive number, got {scale!r}")
         self.around, self.scale = around, float(scale)

@@ -15,7 +15,7 @@ from moeopt import genome
 from moeopt.errors import SpaceError
 from moeopt.plan import LayerPlan, ModelShape, Plan
 from moeopt.samplers import RandomSampler
-from moeopt.spaces import EEPSpace, MergeSpace, PruneSpace, Space, layer_groups
+from moeopt.spaces import EEPSpace, MergeSpace, PruneSpace, Space, from_description, layer_groups
 
 SHAPE = ModelShape(layers=5, experts=6, k=2)
 PRUNING = Plan.one_hot([[0, 2, 4]] * 2 + [[1, 2, 5]] * 3, experts=6, k=2)
@@ -260,3 +260,15 @@ def test_trials_of_other_studies() -> None:
     study = optuna.create_study(sampler=RandomSampler(other, seed=0))
     with pytest.raises(SpaceError, match="holds 18 numbers, this space has 12"):
         space.plan(study.ask())
+
+
+def test_a_released_solution_keeps_its_treatment_of_negative_probabilities() -> None:
+    shape = ModelShape(2, 4, 2)
+    w_rm = np.array([[0.9, -0.2, 0.1, 0.0], [0.1, 0.8, 0.0, -0.1]], dtype=np.float32)
+    layer = LayerPlan(4, 2, w_em=w_rm + 0.05, w_rm=w_rm, router="prob", negative="eep")
+    solution = Plan((layer, layer))
+    with pytest.raises(SpaceError, match="negative='eep'"):
+        EEPSpace(shape, keep=2).encode(solution)
+    for space in (EEPSpace(shape, keep=2, negative="eep"), MergeSpace(shape, around=solution)):
+        assert space.decode(space.encode(solution)) == solution
+        assert from_description(space.describe()).decode(space.encode(solution)) == solution
