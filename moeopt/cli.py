@@ -235,8 +235,7 @@ def search(
             warm_starts=starts,
         )
         if resumed:
-            ignored = "; warm starts are only for a new study, and ignored" if starts else ""
-            err.print(f"resuming study {study!r}: {finished(record)} of {trials} trials done{ignored}", markup=False)
+            err.print(f"resuming study {study!r}: {finished(record)} of {trials} trials done", markup=False)
         if "merge" in chosen_space.phases and chosen_space.router == "prob":
             err.print("merged routers map probabilities: only prunings export to an ordinary checkpoint (see --router)")
         started = time.monotonic()

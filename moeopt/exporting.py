@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from safetensors import SafetensorError
+
 from moeopt import __version__
 from moeopt.errors import ExportError, PlanError
 from moeopt.plan import LayerPlan, Matrix, Plan
@@ -25,6 +27,11 @@ SHARD_BYTES = 5 << 30
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 ACTIVE_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+NOT_RENORMALISED = (
+    "the plan selects rows of the router's probabilities, but {name!r} does not renormalise its top-k, so a smaller "
+    "stock model would weigh experts differently; prune with PruneSpace, which searches the stock rule"
+)
 
 _EXPERT = re.compile(r"^(?P<block>.*\blayers\.(?P<layer>\d+)\..*?)\.experts\.(?:(?P<expert>\d+)\.)?(?P<rest>.+)$")
 
@@ -63,16 +70,15 @@ def export(
         if study is None:
             raise ExportError("to export a trial, give its study too: export(trial, out_dir, study=study, model=model)")
         record |= _trial_record(plan, study)
+        if plan.value is None:
+            raise ExportError(f"trial {plan.number} ended without a loss ({plan.state.name}); export a completed one")
+        _check_model(model, study)
         plan = plan_of(plan, study)
     stock = stock_form(plan)
-    out = Path(out_dir)
+    out = Path(out_dir).resolve()
     check_folder(out)
     source = _source(model)
-    config = _edited_config(source, stock)
-    if not isinstance(model, (str, Path)) and any(layer.router == "prob" for layer in plan.layers):
-        from moeopt.models import routing_rules
-
-        _check_renormalising(plan, routing_rules(model))
+    config = _edited_config(source, stock, renormalised=any(layer.router == "prob" for layer in plan.layers))
     record |= {"plan": _plan_record(stock), "fingerprint": plan.fingerprint}
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
@@ -82,13 +88,32 @@ def export(
         _write_json(temporary / "moeopt.json", record)
         (temporary / "README.md").write_text(_card(source, stock, record, total), encoding="utf-8")
         temporary.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
+        temporary.rename(out)  # also over an empty folder
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ExportError(f"cannot write {str(out)!r} from {str(source)!r}: {str(error).splitlines()[0]}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return out
+
+
+def _check_model(model: PreTrainedModel | str | Path, study: optuna.Study) -> None:
+    """Raise ExportError when the study's description and the model disagree; of a mere path, the config is compared."""
+    from moeopt.models import check_checkpoint, describe
+    from moeopt.study import DESCRIPTION
+
+    searched = study.user_attrs.get(DESCRIPTION, {}).get("model", {})
+    if isinstance(model, (str, Path)):
+        shape = study.user_attrs.get(DESCRIPTION, {}).get("space", {}).get("shape")
+        if shape is not None and vars(check_checkpoint(model)) != shape:
+            raise ExportError(f"{str(model)!r} has {vars(check_checkpoint(model))}, the study searched {shape}")
+        return
+    found = describe(model)
+    differing = [key for key in ("config_hash", "weights") if key in searched and searched[key] != found[key]]
+    if differing:
+        name = searched.get("name_or_path")
+        raise ExportError(f"study {study.study_name!r} searched another model ({name}): {', '.join(differing)} differ")
 
 
 def plan_of(trial: FrozenTrial, study: optuna.Study) -> Plan:
@@ -168,31 +193,18 @@ def check_folder(out: Path) -> None:
         raise ExportError(f"cannot write to {str(out.parent)!r}: {error.strerror or error}") from None
 
 
-def _check_renormalising(plan: Plan, rules: Any) -> None:
-    for i, (layer, rule) in enumerate(zip(plan.layers, rules)):
-        if layer.router == "prob" and not rule.normalised:
-            raise ExportError(
-                f"layer {i} selects rows of the router's probabilities, but this model does not renormalise its top-k, "
-                "so a smaller stock model would weigh experts differently; prune with PruneSpace, which searches the "
-                "stock rule"
-            )
-
-
 def _source(model: PreTrainedModel | str | Path) -> Path:
     name = str(model if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "") or "")
     if not name:
         raise ExportError("the model was not loaded from a checkpoint, and export reads one: save it and load it first")
     if not Path(name).is_dir():
-        from transformers.utils import cached_file
+        from huggingface_hub import snapshot_download
 
         try:
-            files = [cached_file(name, "config.json")]
-        except OSError as error:
+            return Path(snapshot_download(name, ignore_patterns=["*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ExportError(
-                f"the full checkpoint {name!r} is neither a folder nor a hub model at hand: {reason}"
-            ) from None
-        return Path(str(files[0])).parent
+            raise ExportError(f"no folder {name!r} is here, and the hub does not give it: {reason}") from None
     return Path(name)
 
 
@@ -246,9 +258,7 @@ def _planned(readers: _Readers, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     if len(found) != len(plan.layers):
         raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the checkpoint has {len(found)}")
     layer_of = {number: plan.layers[i] for i, number in enumerate(sorted(found))}
-    router = re.compile(
-        rf"^(?:{'|'.join(re.escape(block) for block in found.values())})\.(?:gate|router)(?:\.[^.]+)*\.(?:weight|bias)$"
-    )
+    router = re.compile(rf"^(?:{'|'.join(re.escape(block) for block in found.values())})\.(?:gate|router)\..+$")
 
     def mix(layer: LayerPlan, matrix: Matrix, rows: tuple[int, ...] | None, stack: Tensor) -> Tensor:
         if stack.shape[0] != layer.experts:
@@ -261,6 +271,8 @@ def _planned(readers: _Readers, plan: Plan) -> Iterator[tuple[str, Tensor]]:
         if match is None:
             if router.match(name):
                 layer = layer_of[int(re.search(r"\blayers\.(\d+)\.", name)[1])]  # type: ignore[index]
+                if layer.router_rows is None and not name.endswith((".weight", ".bias")):
+                    raise ExportError(f"{name!r} corrects the choice of experts, and cannot be mapped by a dense W_RM")
                 yield name, mix(layer, layer.router_matrix, layer.router_rows, read(name))
             else:
                 yield name, read(name)
@@ -315,7 +327,7 @@ def _write_weights(source: Path, plan: Plan, folder: Path, shard_bytes: int) -> 
     return total
 
 
-def _edited_config(source: Path, plan: Plan) -> dict[str, Any]:
+def _edited_config(source: Path, plan: Plan, *, renormalised: bool) -> dict[str, Any]:
     """The checkpoint's config with r and k in place of n and its k, readable by transformers 4 as well as 5."""
     path = source / "config.json"
     if not path.is_file():
@@ -326,6 +338,8 @@ def _edited_config(source: Path, plan: Plan) -> dict[str, Any]:
     experts = [key for key in EXPERT_KEYS if text.get(key) == layer.experts]
     if not experts:
         raise ExportError(f"{str(path)!r} does not say that the model has {layer.experts} experts; is the plan for it?")
+    if renormalised and text.get("norm_topk_prob") is False:
+        raise ExportError(NOT_RENORMALISED.format(name=str(source)))
     if "quantization_config" in config:
         raise ExportError(
             f"{str(source)!r} is quantised; export from the unquantised checkpoint and quantise the result"

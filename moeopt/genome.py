@@ -33,11 +33,14 @@ LARGEST = 1 << 24  # numbers in one vector; anything larger is a damaged or host
 
 
 def pack(key: str, vector: Vector) -> dict[str, Any]:
-    """Attributes that hold a 1-D float32 vector: `key`, and `key.1`, `key.2`, ... when one attribute is too short."""
+    """Attributes that hold a 1-D float32 vector: `key`, after `key.1`, `key.2`, ... when one attribute is too short.
+
+    Written in this order, a vector is there whole or not at all.
+    """
     text = base64.b64encode(zlib.compress(np.ascontiguousarray(vector, dtype="<f4").tobytes(), 6)).decode()
     pieces = [text[i : i + CHUNK] for i in range(0, len(text), CHUNK)]
     head = {"v": 1, "shape": [int(vector.size)], "dtype": "<f4", "z": pieces[0], "chunks": len(pieces)}
-    return {key: head, **{f"{key}.{i}": piece for i, piece in enumerate(pieces[1:], start=1)}}
+    return {**{f"{key}.{i}": piece for i, piece in enumerate(pieces[1:], start=1)}, key: head}
 
 
 def unpack(key: str, attrs: Mapping[str, Any]) -> Vector | None:
@@ -106,6 +109,11 @@ def slot(trial: FrozenTrial, trials: Iterable[FrozenTrial]) -> int:
         return known
     number = int((trial.system_attrs.get(RETRIES) or [trial.number])[0])
     return number - sum(1 for t in trials if t.number < number and t.system_attrs.get(RETRIES))
+
+
+def mark_interrupted(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Note on a trial that it is to be run again, whatever becomes of it."""
+    study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
 
 
 def waiting(attrs: Mapping[str, Any], user_attrs: Mapping[str, Any]) -> FrozenTrial:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeopt import genome
-from moeopt.errors import NonFiniteLossError, SpaceError
+from moeopt.errors import NonFiniteLossError, SpaceError, StudyError
 from moeopt.evaluation import Evaluator
 from moeopt.models import describe, shape_of
 from moeopt.spaces import Space
@@ -72,20 +72,33 @@ class Objective:
         )
         self._limits = {"split": split, "limit": limit, "max_length": max_length}
 
-    def __call__(self, trial: optuna.trial.Trial) -> float:
+    def __call__(self, trial: optuna.trial.BaseTrial) -> float:
+        """The loss of the trial's plan, NaN where it is not finite.
+
+        Raises:
+            StudyError: when the study maximises.
+        """
+        study = getattr(trial, "study", None)
+        if study is not None and study.direction.name == "MAXIMIZE":
+            raise StudyError("the objective is a loss: create the study with direction='minimize'")
+        try:
+            return self._evaluate(trial, study)
+        except KeyboardInterrupt:
+            trial.set_user_attr(genome.INTERRUPTED, True)
+            raise
+
+    def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
         started = time.perf_counter()
         for key, value in _facts(genome.origin(trial)).items():
             trial.set_user_attr(key, value)
+        x = self.space.vector(trial)
         try:
-            x = self.space.vector(trial)
             evaluation = self.evaluator.evaluate(self.space.decode(x))
         except NonFiniteLossError as error:
             trial.set_user_attr(FAILURE, str(error))
             return float("nan")
-        except KeyboardInterrupt:
-            trial.set_user_attr(genome.INTERRUPTED, True)
-            raise
-        genome.write(trial.study, trial, genome.pack(genome.LOSSES, np.asarray(evaluation.losses, dtype=np.float32)))
+        if study is not None:
+            genome.write(study, trial, genome.pack(genome.LOSSES, np.asarray(evaluation.losses, dtype=np.float32)))
         facts = {
             "accuracy": evaluation.accuracy,
             "seconds": round(time.perf_counter() - started, 4),

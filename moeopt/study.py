@@ -19,7 +19,6 @@ from moeopt.plan import Plan
 from moeopt.spaces import Space, from_description
 
 if TYPE_CHECKING:
-    from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
     from sqlalchemy import Engine
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "moeopt"
 """User attribute of a study: the JSON description of model, task, space and sampler it was made with."""
+WARM_START = "warm_start"
+"""User attribute of a trial that `create_study` enqueued: its plan's fingerprint."""
 MAY_DIFFER = ("version", "model.name_or_path")
 """Fields of the description that a resumed study need not share: the same weights may lie elsewhere."""
 DEFAULT_STORAGE = "sqlite:///moeopt.db"
@@ -42,7 +43,6 @@ def create_study(
     storage: str | BaseStorage | None = DEFAULT_STORAGE,
     sampler: str | BaseSampler = "eep",
     seed: int = 0,
-    pruner: BasePruner | None = None,
     load_if_exists: bool = False,
     warm_starts: Iterable[Plan] = (),
     **sampler_options: Any,
@@ -55,9 +55,8 @@ def create_study(
         storage: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL/MariaDB), an Optuna storage, or None for memory.
         sampler: ``"eep"``, ``"cmaes"``, ``"tpe"``, ``"random"``, ``"nevergrad:NAME"``, or any Optuna sampler.
         seed: of the sampler, where it is given by name.
-        pruner: any Optuna pruner.
         load_if_exists: resume a study of this name. Trials that died with a worker of this host are queued again.
-        warm_starts: plans to evaluate first, when the study is created.
+        warm_starts: plans to evaluate next, unless the study did so before.
         sampler_options: hyperparameters of a sampler given by name.
 
     Raises:
@@ -67,7 +66,9 @@ def create_study(
         SamplerError: when the sampler is unknown or its options are.
     """
     chosen = samplers.get(sampler, objective.space, seed=seed, **sampler_options)
-    plans = [objective.space.encode(plan) for plan in warm_starts]
+    plans = list(warm_starts)
+    for plan in plans:
+        objective.space.encode(plan)
     opened = open_storage(storage) if isinstance(storage, str) else storage
     description = {**objective.describe(), "sampler": chosen.settings()}
     with readable_errors(storage):
@@ -82,14 +83,16 @@ def create_study(
             study_name=study_name,
             storage=opened,
             sampler=chosen,
-            pruner=pruner or optuna.pruners.NopPruner(),
+            pruner=optuna.pruners.NopPruner(),
             direction="minimize",
             load_if_exists=load_if_exists,
         )
         if DESCRIPTION not in study.user_attrs:
-            for x in plans:
-                study.add_trial(genome.waiting(genome.pack(genome.GENOME, x), {}))
             study.set_user_attr(DESCRIPTION, {"version": __version__, **description})
+        started = {trial.user_attrs.get(WARM_START) for trial in study.get_trials(deepcopy=False)}
+        for plan in plans:
+            if plan.fingerprint not in started:
+                enqueue(study, objective.space, plan, **{WARM_START: plan.fingerprint})
         reclaim(study)
     return study
 
@@ -131,7 +134,10 @@ def optimize(
         if patience is not None and stalled(study) >= patience:
             study.stop()
 
+    reclaim(study)
     if trials is not None and finished(study) >= trials:
+        return
+    if patience is not None and stalled(study) >= patience:
         return
     with stopping_on_interrupt(study):
         study.optimize(objective, timeout=timeout, callbacks=[*callbacks, stop_when_done])
@@ -153,10 +159,15 @@ def stalled(study: optuna.Study) -> int:
     return sum(t.number > best.number for t in done)
 
 
-def reclaim(study: optuna.Study) -> list[int]:
-    """Queue again the trials whose worker died on this host, or was interrupted; returns their numbers.
+def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:
+    """Queue again the trials whose worker died, or was interrupted; returns their numbers.
 
     The dead trial is marked failed, and a waiting copy keeps its genotype and its slot.
+
+    Args:
+        study: of moeopt, or a plain one with a sampler of moeopt.
+        other_hosts: also take running trials of other hosts for dead, where it cannot be seen. Say so only when no
+            worker runs there (a container that was started anew has another host name).
     """
     trials = study.get_trials(deepcopy=False)
     retried = {number for trial in trials for number in trial.system_attrs.get(genome.RETRIES, [])}
@@ -164,11 +175,15 @@ def reclaim(study: optuna.Study) -> list[int]:
     for trial in trials:
         if trial.number in retried:
             continue
-        dead = trial.state == TrialState.RUNNING and worker.is_dead_here(genome.origin(trial).get("worker"))
+        dead = trial.state == TrialState.RUNNING and worker.is_dead(genome.origin(trial).get("worker"), other_hosts)
         if not dead and not (trial.state == TrialState.FAIL and trial.user_attrs.get(INTERRUPTED)):
             continue
         if dead:
-            study.tell(trial.number, state=TrialState.FAIL)
+            genome.mark_interrupted(study, trial)
+            try:
+                study.tell(trial.number, state=TrialState.FAIL)
+            except ValueError:  # it ended, or another worker reclaimed it, in the meantime
+                continue
         study.add_trial(genome.retry(trial))
         reclaimed.append(trial.number)
     return reclaimed
@@ -315,7 +330,7 @@ def hidden(storage: Any) -> str:
     if not isinstance(storage, str):
         return type(storage).__name__
     try:
-        return make_url(storage).render_as_string(hide_password=True)
+        return _scrub(make_url(storage).render_as_string(hide_password=True))
     except (ArgumentError, ValueError):
         return _scrub(storage)
 
@@ -323,7 +338,8 @@ def hidden(storage: Any) -> str:
 def _scrub(text: str) -> str:
     import re
 
-    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"(?i)\b(\w*passw(?:or)?d|pwd)=[^&\s]+", r"\1=***", text)
 
 
 @contextmanager

@@ -24,14 +24,12 @@ def this_worker() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": _boot_of(os.getpid())}
 
 
-def is_dead_here(worker: Any) -> bool:
-    """Whether `worker` (of `this_worker`) ran on this host and runs no more; False when that cannot be known."""
-    if (
-        not isinstance(worker, dict)
-        or worker.get("host") != socket.gethostname()
-        or not isinstance(worker.get("pid"), int)
-    ):
+def is_dead(worker: Any, other_hosts: bool = False) -> bool:
+    """Whether `worker` (of `this_worker`) runs no more; where it is of another host, `other_hosts` is the answer."""
+    if not isinstance(worker, dict) or not isinstance(worker.get("pid"), int):
         return False
+    if worker.get("host") != socket.gethostname():
+        return other_hosts
     _boot_of.cache_clear()
     started = _boot_of(worker["pid"])
     recorded = worker.get("started")

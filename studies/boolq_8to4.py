@@ -20,7 +20,7 @@ def main() -> None:
     args = arguments()
     if args.small:
         args.model, args.trials, args.limit, args.test_limit = str(moeopt.demo.MODEL), 12, 8, 16
-        task = moeopt.demo.skill_task("dates")
+        task = moeopt.demo.skill_task("caesar")
     else:
         task = moeopt.tasks.get("boolq", data=args.data)
     model, tokenizer = moeopt.load(args.model, device_map=args.device_map)

@@ -1,6 +1,6 @@
 """Four optimisers on one pruning space: EEP, CMA-ES, TPE and a Nevergrad optimiser, over several seeds.
 
-    python studies/compare_samplers.py [--small] [--skill dates] [--seeds 3] [--trials 120]
+    python studies/compare_samplers.py [--small] [--skill caesar] [--seeds 3] [--trials 120]
 
 All share the objective, so that a study differs from the next in its sampler and seed alone; each is its own study in
 one storage, resumable. The winner of each is scored once on test examples, against the full model.

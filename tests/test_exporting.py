@@ -187,3 +187,36 @@ def test_a_trial_is_exported_with_its_scores(full: Any, tiny_tokenizer: Any, tmp
     assert evaluation.loss == trial.value
     with pytest.raises(ExportError, match="give its study"):
         moeopt.export(trial, tmp_path / "other", model=full)
+
+
+def test_a_trial_is_exported_only_from_the_model_it_was_searched_on(
+    full: Any, make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    task = TextTask("toy", search=["one text that is long enough", "another one, also long"], window=32)
+    objective = moeopt.Objective(full, tiny_tokenizer, task, moeopt.EEPSpace.of(full, keep=3))
+    study = moeopt.create_study("s", objective=objective, storage=None, sampler="random")
+    study.optimize(objective, n_trials=1)
+    other = saved(make_mixtral(layers=3, experts=6, seed=1, dtype=torch.bfloat16), tiny_tokenizer, tmp_path / "other")
+    wider = saved(make_mixtral(layers=3, experts=8, dtype=torch.bfloat16), tiny_tokenizer, tmp_path / "wider")
+    for model in (other, wider, tmp_path / "wider"):
+        with pytest.raises(ExportError, match=r"the study searched|searched another model"):
+            moeopt.export(study.best_trial, tmp_path / "small", study=study, model=model)
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
+    with pytest.raises(ExportError, match="ended without a loss"):
+        moeopt.export(study.trials[1], tmp_path / "small", study=study, model=full)
+
+
+def test_awkward_folders_and_damaged_checkpoints(full: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    moeopt.export(pruning(), ".", model=full)
+    assert (tmp_path / "here" / "config.json").is_file()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    moeopt.export(pruning(), tmp_path / "link", model=full)
+    assert (tmp_path / "link" / "model.safetensors").is_file()
+    weights = tmp_path / "full" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ExportError, match="cannot write"):
+        moeopt.export(pruning(), tmp_path / "small", model=tmp_path / "full")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

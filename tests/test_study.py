@@ -23,7 +23,7 @@ import moeopt
 from moeopt import genome, samplers
 from moeopt.errors import SamplerError, SpaceError, StorageError, StudyError
 from moeopt.samplers import EEPSampler
-from moeopt.study import finished, reclaim, space_of, stalled
+from moeopt.study import finished, hidden, reclaim, space_of, stalled
 from moeopt.tasks import MultipleChoiceTask, TextTask
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -260,6 +260,71 @@ def test_an_interrupted_trial_is_queued_again_once(objective: moeopt.Objective, 
     moeopt.optimize(study, objective, trials=4)
     assert finished(study) == 4
     assert np.array_equal(genome.read(study.trials[2]), genome.read(study.trials[3]))  # type: ignore[arg-type]
+
+
+def test_threads_record_the_losses_of_their_own_plans(objective: moeopt.Objective) -> None:
+    study = moeopt.create_study("s", objective=objective, storage=None, sampler="random")
+    study.optimize(objective, n_trials=12, n_jobs=3)
+    for trial in study.trials:
+        assert trial.value == objective.evaluator.evaluate(objective.space.plan(trial)).loss
+
+
+def test_warm_starts_survive_a_kill_at_any_point(objective: moeopt.Objective, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    plans = [moeopt.Plan.one_hot([kept] * 4, experts=6, k=2) for kept in ([0, 1, 2], [3, 4, 5], [1, 3, 5])]
+    for present in (1, 2, 3, 3):
+        study = moeopt.create_study(
+            "s", objective=objective, storage=url, warm_starts=plans[:present], load_if_exists=True
+        )
+        assert len(study.trials) == present
+    study.optimize(objective, n_trials=3)
+    assert [objective.space.plan(t) for t in study.trials] == plans
+
+
+def test_a_trial_whose_worker_died_before_proposing_is_run_again(objective: moeopt.Objective, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = moeopt.create_study("s", objective=objective, storage=url, **SMALL)
+    study.optimize(objective, n_trials=2)
+
+    def dies(history: Any, slot: int) -> Any:
+        raise SystemExit
+
+    study.sampler._new_plan = dies  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit):
+        study.ask()
+    running = study.trials[2]
+    assert running.state == TrialState.RUNNING
+    dead = {**genome.origin(running), "worker": {**genome.origin(running)["worker"], "pid": 2**22 - 1}}
+    genome.write(study, running, {genome.ORIGIN: dead})
+    resumed = moeopt.create_study("s", objective=objective, storage=url, load_if_exists=True, **SMALL)
+    moeopt.optimize(resumed, objective, trials=4)
+    done = [t for t in resumed.trials if t.state == TrialState.COMPLETE]
+    assert [genome.origin(t)["slot"] for t in done] == [0, 1, 2, 3]
+
+
+def test_a_worker_of_another_host_is_taken_for_dead_only_on_request(objective: moeopt.Objective) -> None:
+    study = moeopt.create_study("s", objective=objective, storage=None, **SMALL)
+    study.ask()
+    (running,) = study.trials
+    away = {**genome.origin(running), "worker": {"host": "elsewhere", "pid": 1, "started": 0.0}}
+    genome.write(study, running, {genome.ORIGIN: away})
+    assert reclaim(study) == []
+    assert reclaim(study, other_hosts=True) == [0]
+
+
+def test_an_objective_is_minimised_and_takes_fixed_trials(model: Any, tiny_tokenizer: Any) -> None:
+    space = moeopt.PruneSpace.of(model, keep=3, groups=2)
+    objective = moeopt.Objective(model, tiny_tokenizer, text_task(), space)
+    numbers = dict(zip(space.names, map(float, space.start())))
+    assert objective(optuna.trial.FixedTrial(numbers)) == objective.evaluator.evaluate(space.decode(space.start())).loss
+    upwards = optuna.create_study(direction="maximize", sampler=samplers.get("random", space))
+    with pytest.raises(StudyError, match="direction='minimize'"):
+        upwards.optimize(objective, n_trials=1)
+
+
+def test_passwords_are_never_shown() -> None:
+    for url in ("mysql+pymysql://h/db?user=u&passwd=secret", "postgresql://u:p@ss-secret@h/x", "u://u:p@secret@h:bad"):
+        assert "secret" not in hidden(url)
 
 
 def test_optimize_stops_by_patience_and_needs_a_limit(objective: moeopt.Objective) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -78,9 +79,9 @@ def run(
         raise StudyError(f"the demo needs at least 2 trials, got {trials}")
     out = Path(out_dir)
     folder = out / f"{skill}-{KEEP}-experts"
-    if (folder / "moeopt.json").is_file():
-        shutil.rmtree(folder)
-    check_folder(folder)
+    name = f"{skill}-8to{KEEP}-seed{seed}"
+    if not _is_ours(folder, name):
+        check_folder(folder)
     sizes = examples or (WINDOWS if skill == "text" else EXAMPLES)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _one_thread(), _no_bars():
@@ -88,7 +89,7 @@ def run(
         space = EEPSpace.of(model, keep=KEEP)
         objective = Objective(model, tokenizer, task, space, limit=sizes["search"])
         study = create_study(
-            f"{skill}-{space.shape.experts}to{KEEP}-seed{seed}",
+            name,
             objective=objective,
             storage=storage or f"sqlite:///{out / 'study.db'}",
             sampler="eep",
@@ -120,6 +121,8 @@ def run(
                 best = _best(merged)
                 merge = _of_trial(f"{MERGE} (trial {best.number})", best, space, model, test)
             chosen = best_stock_trial(study)
+            if _is_ours(folder, name):
+                shutil.rmtree(folder)
             export(chosen, folder, study=study, model=model)
             reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
             again = Evaluator(reloaded, tokenizer, task, split="test", limit=sizes["test"]).evaluate()
@@ -154,6 +157,15 @@ def run(
         picture.print(view(result))
         picture.save_svg(str(svg), title="moeopt demo")
     return result
+
+
+def _is_ours(folder: Path, study_name: str) -> bool:
+    """Whether an earlier run of the same demo wrote the folder, which a new one may then replace."""
+    try:
+        record = json.loads((folder / "moeopt.json").read_text(encoding="utf-8"))
+        return bool(record["study"]["name"] == study_name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _best(trials: Sequence[FrozenTrial]) -> FrozenTrial:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import time
+import weakref
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,7 +32,8 @@ class Evaluator:
     """Evaluates plans on the same examples, tokenised and batched once.
 
     The same plan always gives bitwise the same losses. With `limit`, the examples are the first of the task's fixed
-    random order, so that a larger limit holds the examples of a smaller one, in front.
+    random order, so that a larger limit holds the examples of a smaller one, in front. Threads that share a model take
+    turns.
 
     Args:
         model: a causal language model, on one device or dispatched by accelerate. It is left as it was found.
@@ -82,6 +85,10 @@ class Evaluator:
             ModelError: if the model has no MoE layers that a plan can act on.
             NonFiniteLossError: if a loss is NaN or infinite, with the first MoE layer whose output is not finite.
         """
+        with _lock_of(self.model):
+            return self._evaluate(plan)
+
+    def _evaluate(self, plan: Plan | None) -> Evaluation:
         start = time.perf_counter()
         likelihood = np.zeros(len(self._requests))
         greedy = np.zeros(len(self._requests), dtype=np.int64)
@@ -137,6 +144,16 @@ class Evaluator:
         if bad:
             raise NonFiniteLossError(f"the loss is not finite: the MoE output of layer {bad[0]} is not", layer=bad[0])
         raise NonFiniteLossError("the loss is not finite, though the output of every MoE layer is", layer=None)
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    """One lock a model: threads (`n_jobs=2`) take turns, since a plan is in force for the whole model."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -141,6 +142,8 @@ class GenomeSampler(BaseSampler):
             raise SamplerError(f"{type(self).__name__} optimises one objective, the study has {len(whole.directions)}")
         trials = whole.get_trials(deepcopy=False)
         slot = genome.slot(trial, trials)
+        known = {**genome.origin(trial), "slot": slot, "worker": worker.this_worker()}
+        genome.write(whole, trial, {genome.ORIGIN: known})  # so that a dead worker is known
         x = genome.read(trial)
         if x is not None and x.size != self.space.size:
             raise SamplerError(f"trial {trial.number} brings {x.size} numbers, the space has {self.space.size}")
@@ -148,6 +151,12 @@ class GenomeSampler(BaseSampler):
         if x is None:
             history = self.history(whole, trials, without=trial.number)
             fixed = trial.system_attrs.get("fixed_params") or {}
+            if fixed and not set(fixed) & set(self.space.names):
+                warnings.warn(
+                    f"trial {trial.number} was enqueued with {sorted(fixed)}, none of which is a number of the space; "
+                    "moeopt.enqueue(study, space, plan) enqueues a plan",
+                    stacklevel=2,
+                )
             named = [i for i, name in enumerate(self.space.names) if name in fixed]
             if len(named) == self.space.size:
                 proposal = Proposal(np.array([fixed[name] for name in self.space.names]), "enqueued")
@@ -158,15 +167,14 @@ class GenomeSampler(BaseSampler):
                 partly[named] = [fixed[self.space.names[i]] for i in named]
                 proposal = Proposal(partly, "enqueued")
             x = self.space.snap(proposal.x)
-        origin = {"operator": "enqueued", "parents": [], "notes": {}, **genome.origin(trial)}
-        origin |= {"slot": slot, "worker": worker.this_worker()}
+        origin = {"operator": "enqueued", "parents": [], "notes": {}, **known}
         if proposal is not None:
             origin |= {"operator": proposal.operator, "parents": list(proposal.parents), "notes": dict(proposal.notes)}
             if proposal.phase is not None:
                 origin["phase"] = proposal.phase
         origin["plan"] = self.space.decode(x).fingerprint
         packed = genome.pack(genome.GENOME, x) if proposal is not None else {}
-        genome.write(whole, trial, {**packed, genome.ORIGIN: origin})
+        genome.write(whole, trial, {genome.ORIGIN: origin, **packed})
 
     def _new_plan(self, history: list[Told], slot: int) -> Proposal:
         taken = {told.fingerprint for told in history}

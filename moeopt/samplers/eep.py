@@ -3,18 +3,19 @@
 A proposal draws which group matrices change, each with probability `p_change`, at least one.
 
 Prune phase, until the population holds `prune_until` solutions: a parent drawn uniformly from the solutions within
-`prune_band` of the best; in every changed W_EM each row is re-pointed, with probability `p_row`, to an expert that no
+`band` of the best; in every changed W_EM each row is re-pointed, with probability `p_row`, to an expert that no
 other row uses; W_RM follows W_EM.
 
-Merge phase: with probability `p_crossover` the child is first crossed from two parents within `merge_band` of the best
-(the best `merge_pool` at least): a changed matrix takes each row from the first parent with probability `p_first`, an
-unchanged one comes whole from the first parent with probability `p_first`. Otherwise it starts as a copy of one parent.
-Then every entry of a changed matrix gets, with probability `p_entry`, Gaussian noise of scale `sigma`, and with
-probability `p_normalise` the rows of W_EM are divided by their sums.
+Merge phase: with probability `p_crossover` the child is first crossed from two parents within `crossover_band` of the
+best (the best `crossover_pool` at least): a changed matrix takes each row from the first parent with probability
+`p_first`, an unchanged one comes whole from the first parent with probability `p_first`. Otherwise it starts from one
+parent as above. Then every entry of a changed matrix gets, with probability `p_entry`, Gaussian noise of scale `sigma`,
+and with probability `p_normalise` the rows of W_EM are divided by their sums.
 
-The defaults are the configuration of the released code. The paper's Algorithm 1 also crosses over in the prune phase
-(`prune_crossover=True`) and spends 40 + 160 evaluations (`prune_until=40`). The bands are in points of accuracy in the
-paper; for a loss they are standard deviations of the initial losses.
+The defaults are the configuration of the released code, but for two things: duplicates of known solutions are drawn
+again (``redraw=0`` is as published), and entries are clipped to the space's bounds, [-1, 2]. The paper's Algorithm 1
+also crosses over in the prune phase (`prune_crossover=True`) and spends 40 + 160 evaluations (`prune_until=40`). The
+bands are in points of accuracy in the paper; for a loss they are standard deviations of the initial losses.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ class EEPSampler(GenomeSampler):
         sigma: standard deviation of that noise.
         p_normalise: probability of dividing the rows of W_EM by their sums.
         score: what the bands compare: ``"loss"``, or the trials' accuracy attribute.
-        prune_band, merge_band: how far from the best a parent may be. For accuracy in percentage points (default 3.0
-            and 1.0), for a loss in standard deviations of the initial losses (default 0.3 and 0.1).
-        merge_pool: parents in the merge phase, at least.
+        band, crossover_band: how far from the best a parent may be, a single one and one of two. For accuracy in
+            percentage points (default 3.0 and 1.0), for a loss in standard deviations of the initial losses (default
+            0.3 and 0.1).
+        crossover_pool: the best so many may always be crossed.
         prune_crossover: cross over in the prune phase too, as the paper's Algorithm 1.
     """
 
@@ -73,9 +75,9 @@ class EEPSampler(GenomeSampler):
         sigma: float = 0.065,
         p_normalise: float = 0.1,
         score: Score = "loss",
-        prune_band: float | None = None,
-        merge_band: float | None = None,
-        merge_pool: int = 6,
+        band: float | None = None,
+        crossover_band: float | None = None,
+        crossover_pool: int = 6,
         prune_crossover: bool = False,
     ) -> None:
         super().__init__(space, seed=seed, redraw=redraw)
@@ -84,30 +86,31 @@ class EEPSampler(GenomeSampler):
             "p_first": p_first, "p_entry": p_entry, "p_normalise": p_normalise,
         }  # fmt: skip
         for name, value in probabilities.items():
-            if not 0 <= value <= 1:
+            if not _is_number(value) or not 0 <= value <= 1:
                 raise SamplerError(f"{name} is a probability between 0 and 1, got {value!r}")
         if score not in get_args(Score):
             raise SamplerError(f"score must be 'loss' or 'accuracy', got {score!r}")
-        for name, count in {"initial": initial, "prune_until": prune_until, "merge_pool": merge_pool}.items():
+        for name, count in {"initial": initial, "prune_until": prune_until, "crossover_pool": crossover_pool}.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise SamplerError(f"{name} must be an integer of at least 1, got {count!r}")
-        if not sigma > 0:
-            raise SamplerError(f"sigma must be positive, got {sigma!r}")
+        if not _is_number(sigma) or sigma <= 0:
+            raise SamplerError(f"sigma must be a positive number, got {sigma!r}")
         bands = BANDS[score]
-        self.initial, self.prune_until, self.merge_pool = initial, prune_until, merge_pool
+        self.initial, self.prune_until, self.crossover_pool = initial, prune_until, crossover_pool
         self.p_change, self.p_row, self.p_crossover, self.p_first = p_change, p_row, p_crossover, p_first
         self.p_entry, self.sigma, self.p_normalise = p_entry, sigma, p_normalise
         self.score: Score = score
-        self.prune_band = bands[0] if prune_band is None else prune_band
-        self.merge_band = bands[1] if merge_band is None else merge_band
-        if self.prune_band < 0 or self.merge_band < 0:
-            raise SamplerError(f"bands must be at least 0, got {self.prune_band!r} and {self.merge_band!r}")
+        self.band = bands[0] if band is None else band
+        self.crossover_band = bands[1] if crossover_band is None else crossover_band
+        for name, width in {"band": self.band, "crossover_band": self.crossover_band}.items():
+            if not _is_number(width) or width < 0:
+                raise SamplerError(f"{name} must be a number of at least 0, got {width!r}")
         self.prune_crossover = prune_crossover
 
     def settings(self) -> dict[str, Any]:
         names = (
             "seed", "redraw", "initial", "prune_until", "p_change", "p_row", "p_crossover", "p_first", "p_entry",
-            "sigma", "p_normalise", "score", "prune_band", "merge_band", "merge_pool", "prune_crossover",
+            "sigma", "p_normalise", "score", "band", "crossover_band", "crossover_pool", "prune_crossover",
         )  # fmt: skip
         return {"name": "eep", **{name: getattr(self, name) for name in names}}
 
@@ -124,25 +127,26 @@ class EEPSampler(GenomeSampler):
             return Proposal(self.space.sample(rng), "initial", phase=self.space.phases[0])
         phase = self.phase(len(population))
         changed = rng.random((len(self.space.groups), 2)) < self.p_change
-        if not changed.any():
-            changed.flat[rng.integers(changed.size)] = True
-        pool = self.parents(population, self.prune_band if phase == "prune" else self.merge_band, phase)
-        crossing = phase == "merge" or self.prune_crossover
-        if crossing and len(pool) > 1 and rng.random() < self.p_crossover:
+        while not changed.any():
+            changed = rng.random(changed.shape) < (self.p_change or 1.0)
+        if phase == "prune" and len(self.space.phases) > 1:
+            population = [told for told in population if _is_pruning(self.space.matrices(told.x))] or population
+        crossing = (phase == "merge" or self.prune_crossover) and len(population) > 1
+        if crossing and rng.random() < self.p_crossover:
+            pool = self.parents(population, self.crossover_band, self.crossover_pool)
             first, second = (pool[i] for i in rng.choice(len(pool), 2, replace=False))
             child = self.crossover(rng, self.space.matrices(first.x), self.space.matrices(second.x), changed, phase)
             parents: tuple[int, ...] = (first.number, second.number)
             operator = f"crossover+{phase}"
         else:
+            pool = self.parents(population, self.band)
             parent = pool[rng.integers(len(pool))]
             child, parents, operator = self.space.matrices(parent.x).copy(), (parent.number,), phase
         mutate = self.repoint if phase == "prune" else self.perturb
         return Proposal(self.space.from_matrices(mutate(rng, child, changed)), operator, parents, phase)
 
-    def parents(self, population: list[Told], band: float, phase: str) -> list[Told]:
-        """Solutions within the band of the best: prunings in the prune phase, at least `merge_pool` in the other."""
-        if phase == "prune" and len(self.space.phases) > 1:
-            population = [told for told in population if _is_pruning(self.space.matrices(told.x))] or population
+    def parents(self, population: list[Told], band: float, least: int = 1) -> list[Told]:
+        """Solutions within the band of the best, and the `least` best ones at any rate; best first."""
         scores = np.array([self._badness(told) for told in population])
         spread = 1.0
         if self.score == "loss":
@@ -150,8 +154,7 @@ class EEPSampler(GenomeSampler):
             spread = float(np.std(first))
         order = np.argsort(scores, kind="stable")
         within = int((scores <= scores.min() + band * spread).sum())
-        count = max(within, self.merge_pool) if phase == "merge" else within
-        return [population[i] for i in order[:count]]
+        return [population[i] for i in order[: max(within, least)]]
 
     def _badness(self, told: Told) -> float:
         assert told.loss is not None
@@ -198,6 +201,10 @@ class EEPSampler(GenomeSampler):
         if phase == "prune":
             _make_distinct(rng, child)
         return child
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 def _is_pruning(matrices: Matrix) -> bool:

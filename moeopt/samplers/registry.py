@@ -74,4 +74,7 @@ def _make(
         if option not in accepted:
             hint = nearest(option, accepted)
             raise SamplerError(f"{name} has no option {option!r}{hint}; it accepts {', '.join(sorted(accepted))}")
-    return make(space, **arguments, **options)
+    try:
+        return make(space, **arguments, **options)
+    except TypeError as error:
+        raise SamplerError(f"{name} cannot be made with {options}: {error}") from error

@@ -37,12 +37,13 @@ def population(losses: Sequence[float]) -> list[Told]:
 
 def reference_child(rng: np.random.Generator, solutions: list[Told], phase: str) -> tuple[np.ndarray, int, bool]:
     """DESIGN's words, in loops: the child, its first parent, and whether it was crossed."""
-    changed = [[rng.random() < 0.25 for _ in range(2)] for _ in range(3)]
-    if not any(map(any, changed)):
-        changed[rng.integers(3)][rng.integers(2)] = True
+    changed = [[False]]
+    while not any(map(any, changed)):
+        changed = [[rng.random() < 0.25 for _ in range(2)] for _ in range(3)]
     best = min(solution.loss for solution in solutions)
     spread = np.std([solution.loss for solution in solutions[:30]])
-    if phase == "prune":
+    crossed = phase == "merge" and rng.random() < 0.3
+    if not crossed:
         pool = [solution for solution in solutions if solution.loss <= best + 0.3 * spread]
     else:
         pool = [solution for solution in solutions if solution.loss <= best + 0.1 * spread]
@@ -50,7 +51,6 @@ def reference_child(rng: np.random.Generator, solutions: list[Told], phase: str)
             pool = sorted(solutions, key=lambda solution: solution.loss)[:6]
     first = pool[rng.integers(len(pool))]
     child = SPACE.matrices(first.x).copy()
-    crossed = phase == "merge" and rng.random() < 0.3
     if crossed:
         second = SPACE.matrices(pool[rng.choice([i for i in range(len(pool)) if pool[i] is not first])].x)
         for g in range(3):
@@ -182,12 +182,12 @@ def test_parents_are_within_the_bands() -> None:
     spread = np.std(losses)
     sampler = EEPSampler(SPACE, seed=0)
     solutions = population(losses)
-    prune = {solution.number for solution in sampler.parents(solutions, 0.3, "prune")}
+    prune = {solution.number for solution in sampler.parents(solutions, 0.3)}
     assert prune == {i for i, loss in enumerate(losses) if loss <= 2.0 + 0.3 * spread} == {0, 1, 2}
-    merge = sampler.parents(solutions, 0.1, "merge")
+    merge = sampler.parents(solutions, 0.1, 6)
     assert [solution.number for solution in merge[:4]] == [0, 1, 2, 3]
     assert len(merge) == 6
-    wide = sampler.parents(solutions, 5.0, "merge")
+    wide = sampler.parents(solutions, 5.0, 6)
     assert len(wide) == 30
 
 
@@ -196,18 +196,31 @@ def test_accuracy_bands_are_in_points() -> None:
     accuracies = [0.80, 0.79, 0.771, 0.769] + [0.5] * 30
     solutions = [told(i, random_pruning(rng), 9.0 - i, accuracy) for i, accuracy in enumerate(accuracies)]
     sampler = EEPSampler(SPACE, seed=0, score="accuracy")
-    assert [s.number for s in sampler.parents(solutions, sampler.prune_band, "prune")] == [0, 1, 2]
-    assert len(sampler.parents(solutions, sampler.merge_band, "merge")) == 6
+    assert [s.number for s in sampler.parents(solutions, sampler.band)] == [0, 1, 2]
+    assert len(sampler.parents(solutions, sampler.crossover_band, sampler.crossover_pool)) == 6
     nothing = [Told(0, 0, solutions[0].x, 1.0, False, "", "initial", {})]
     with pytest.raises(SamplerError, match="needs trials with an 'accuracy' attribute; trial 0 has none"):
-        sampler.parents(nothing, 1.0, "prune")
+        sampler.parents(nothing, 1.0)
 
 
 def test_merged_solutions_are_no_parents_in_the_prune_phase() -> None:
     solutions = population([2.0, 2.1, 2.2])
     solutions.append(told(3, SPACE.matrices(solutions[0].x) * 0.9, 1.0))
-    numbers = [solution.number for solution in EEPSampler(SPACE, seed=0).parents(solutions, 10.0, "prune")]
-    assert numbers == [0, 1, 2]
+    sampler = EEPSampler(SPACE, seed=0, initial=4, prune_until=100, band=10.0)
+    parents = {sampler.propose(solutions, slot, 0).parents for slot in range(4, 60)}
+    assert parents == {(0,), (1,), (2,)}
+
+
+def test_a_single_parent_comes_from_the_wider_band_in_the_merge_phase_too() -> None:
+    solutions = population([2.0 + 0.01 * i for i in range(20)])
+    sampler = EEPSampler(SPACE, seed=0, initial=4, prune_until=10, band=1.0, crossover_band=0.0, crossover_pool=2)
+    spread = np.std([s.loss for s in solutions[:4]])
+    single, crossed = set(), set()
+    for slot in range(20, 400):
+        proposal = sampler.propose(solutions, slot, 0)
+        (crossed if len(proposal.parents) == 2 else single).update(proposal.parents)
+    assert crossed == {0, 1}
+    assert single == {s.number for s in solutions if s.loss is not None and s.loss <= 2.0 + spread}
 
 
 def run(space: EEPSpace | PruneSpace | MergeSpace, n: int, **options: int) -> optuna.Study:

@@ -46,7 +46,7 @@ def test_objects() -> None:
         ("nevergrad", {}, "needs an optimiser's name"),
         ("nevergrad:OnePlusTwo", {}, r"no optimiser 'OnePlusTwo'; did you mean 'OnePlusOne'\?"),
         ("nevergrad:", {}, "no optimiser ''"),
-        ("eep", {"pchange": 0.5}, r"eep has no option 'pchange'; did you mean 'p_change'\?; it accepts initial, "),
+        ("eep", {"pchange": 0.5}, r"eep has no option 'pchange'; did you mean 'p_change'\?; it accepts band, "),
         ("nevergrad:DE", {"popsize": 3}, "nevergrad:DE has no option 'popsize'"),
         ("sepcmaes", {"sigma": 0.0}, "sigma must be a positive number, got 0.0"),
         ("cmaes", {"population_size": 2}, "population_size must be an integer of at least 3, got 2"),
