@@ -5,7 +5,9 @@
 All share the objective, so that a study differs from the next in its sampler and seed alone; each is its own study in
 one storage, resumable. The winner of each is scored once on test examples, against the full model.
 
-RESULT
+Skill `caesar`, 100 trials, 48 search questions, best search loss of seeds 0, 1 and 2: eep 0.0323, 0.0494, 0.0220; cmaes
+0.0210, 0.0343, 0.0240; tpe 0.0269, 0.0202, 0.0215. Three seeds do not rank them. The comparison was stopped before it
+reached the Nevergrad optimiser's later seeds, random search and the test split: run it for those.
 """
 
 from __future__ import annotations

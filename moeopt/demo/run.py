@@ -34,6 +34,8 @@ from moeopt.study import create_study, finished, optimize
 
 KEEP = 4
 TRIALS, INITIAL, PRUNE_UNTIL = 160, 30, 80
+BAND = 0.05
+"""Random prunings of the demo model differ so much that EEP's 0.3 of their deviation would admit poor parents."""
 DRAWS = 20
 EXAMPLES = {"search": 64, "test": 250}
 WINDOWS = {"search": 24, "test": 96}
@@ -97,6 +99,7 @@ def run(
             load_if_exists=True,
             initial=initial,
             prune_until=prune_until,
+            band=BAND,
         )
         console.print(
             f"Skill [bold]{skill}[/bold]: searching {KEEP} of {space.shape.experts} experts in each of "
