@@ -2,10 +2,10 @@
 
     python studies/demo.py [--small]
 
-Skill `caesar`, 160 trials, seed 0, under two minutes on one core; loss and accuracy on 250 held-out questions: full model
-0.0223 and 100%, 20 random prunings 1.21 +- 0.66 and 72 +- 18%, best pruning of the search 0.0325 and 100% with 53% of the
-parameters (against the full model +0.0102 [+0.0081, +0.0124], a little worse), best merged solution 0.0329 (against the
-pruning +0.0004 [-0.0020, +0.0027], no clear difference). `demo.svg` is the table.
+Skill `caesar`, 160 trials, seed 0, under two minutes on one core; loss and accuracy on 250 held-out questions: full
+model 0.0223 and 100%, 20 random prunings 1.21 +- 0.66 and 72 +- 18%, best pruning of the search 0.0325 and 100% with
+53% of the parameters (against the full model +0.0102 [+0.0081, +0.0124], a little worse), best merged solution 0.0329
+(against the pruning +0.0004 [-0.0020, +0.0027], no clear difference). `demo.svg` is the table.
 """
 
 from __future__ import annotations
