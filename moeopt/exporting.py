@@ -78,7 +78,7 @@ def export(
     out = Path(out_dir).resolve()
     check_folder(out)
     source = _source(model)
-    config = _edited_config(source, stock, renormalised=any(layer.router == "prob" for layer in plan.layers))
+    config = _edited_config(source, stock, selects_probabilities=any(layer.router == "prob" for layer in plan.layers))
     record |= {"plan": _plan_record(stock), "fingerprint": plan.fingerprint}
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
@@ -99,16 +99,17 @@ def export(
 
 
 def _check_model(model: PreTrainedModel | str | Path, study: optuna.Study) -> None:
-    """Raise ExportError when the study's description and the model disagree; of a mere path, the config is compared."""
+    """Raise ExportError unless the study searched this model; of a mere path only the shape is compared."""
     from moeopt.models import check_checkpoint, describe
     from moeopt.study import DESCRIPTION
 
-    searched = study.user_attrs.get(DESCRIPTION, {}).get("model", {})
+    description = study.user_attrs.get(DESCRIPTION, {})
     if isinstance(model, (str, Path)):
-        shape = study.user_attrs.get(DESCRIPTION, {}).get("space", {}).get("shape")
-        if shape is not None and vars(check_checkpoint(model)) != shape:
-            raise ExportError(f"{str(model)!r} has {vars(check_checkpoint(model))}, the study searched {shape}")
+        found_shape, shape = vars(check_checkpoint(model)), description.get("space", {}).get("shape")
+        if shape is not None and found_shape != shape:
+            raise ExportError(f"{str(model)!r} has {found_shape}, the study searched {shape}")
         return
+    searched = description.get("model", {})
     found = describe(model)
     differing = [key for key in ("config_hash", "weights") if key in searched and searched[key] != found[key]]
     if differing:
@@ -327,7 +328,7 @@ def _write_weights(source: Path, plan: Plan, folder: Path, shard_bytes: int) -> 
     return total
 
 
-def _edited_config(source: Path, plan: Plan, *, renormalised: bool) -> dict[str, Any]:
+def _edited_config(source: Path, plan: Plan, *, selects_probabilities: bool) -> dict[str, Any]:
     """The checkpoint's config with r and k in place of n and its k, readable by transformers 4 as well as 5."""
     path = source / "config.json"
     if not path.is_file():
@@ -338,7 +339,7 @@ def _edited_config(source: Path, plan: Plan, *, renormalised: bool) -> dict[str,
     experts = [key for key in EXPERT_KEYS if text.get(key) == layer.experts]
     if not experts:
         raise ExportError(f"{str(path)!r} does not say that the model has {layer.experts} experts; is the plan for it?")
-    if renormalised and text.get("norm_topk_prob") is False:
+    if selects_probabilities and text.get("norm_topk_prob") is False:
         raise ExportError(NOT_RENORMALISED.format(name=str(source)))
     if "quantization_config" in config:
         raise ExportError(
