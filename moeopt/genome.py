@@ -25,7 +25,7 @@ Vector = NDArray[np.float32]
 
 GENOME = "moeopt:genome"
 ORIGIN = "moeopt:origin"
-LOSSES = "moeopt:losses"
+SCORES = "moeopt:scores"
 RETRIES = "retry_history"  # Optuna's own key, as `RetryHeartbeatStaleTrialCallback` writes it
 INTERRUPTED = "interrupted"  # user attribute of a trial that Ctrl-C ended
 CHUNK = 60_000  # characters; MariaDB and MySQL hold 65,535 bytes an attribute
@@ -78,6 +78,15 @@ def attributes(trial: optuna.trial.BaseTrial) -> Mapping[str, Any]:
 def read(trial: optuna.trial.BaseTrial) -> Vector | None:
     """The trial's genotype, float32 (space.size,), or None."""
     return unpack(GENOME, attributes(trial))
+
+
+def read_scores(trial: optuna.trial.BaseTrial) -> NDArray[np.float32] | None:
+    """Loss, weight and correctness of the examples that the trial has evaluated so far, float32 (3, examples), or None.
+
+    Examples stand in the task's fixed order, so that those of any two trials of a study are paired.
+    """
+    found = unpack(SCORES, attributes(trial))
+    return None if found is None else found[: found.size // 3 * 3].reshape(3, -1)
 
 
 def origin(trial: optuna.trial.BaseTrial) -> dict[str, Any]:

@@ -98,7 +98,8 @@ class Objective:
             trial.set_user_attr(FAILURE, str(error))
             return float("nan")
         if study is not None:
-            genome.write(study, trial, genome.pack(genome.LOSSES, np.asarray(evaluation.losses, dtype=np.float32)))
+            scores = np.stack([evaluation.losses, evaluation.weights, evaluation.correct])
+            genome.write(study, trial, genome.pack(genome.SCORES, scores.reshape(-1)))
         facts = {
             "accuracy": evaluation.accuracy,
             "seconds": round(time.perf_counter() - started, 4),

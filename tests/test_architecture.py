@@ -84,7 +84,7 @@ def test_only_genome_touches_private_optuna() -> None:
             continue
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & set(private), file
-    assert len((ROOT / "genome.py").read_text().splitlines()) <= 160
+    assert len((ROOT / "genome.py").read_text().splitlines()) <= 180
 
 
 def test_no_pickle_and_no_eval() -> None:

@@ -78,9 +78,11 @@ def test_a_study_keeps_what_every_trial_was(objective: moeopt.Objective, storage
     for trial in loaded.trials:
         assert space_of(loaded).plan(trial) == objective.space.plan(trial)
         assert trial.user_attrs.keys() >= {"accuracy", "seconds", "tokens", "layer_tokens", "operator", "drift"}
-        losses = genome.unpack(genome.LOSSES, trial.system_attrs)
-        assert losses is not None
-        assert losses.mean() == pytest.approx(trial.value, rel=0.2)
+        scores = genome.read_scores(trial)
+        assert scores is not None
+        losses, weights, correct = scores
+        assert np.average(losses, weights=weights) == pytest.approx(trial.value, rel=1e-5)
+        assert np.average(correct, weights=weights) == pytest.approx(trial.user_attrs["accuracy"], rel=1e-5)
         assert trial.user_attrs["layer_tokens"] == 4 * trial.user_attrs["tokens"]
     merged = [t for t in loaded.trials if t.user_attrs["phase"] == "merge"]
     assert merged
