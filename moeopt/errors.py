@@ -47,6 +47,10 @@ class NonFiniteLossError(MoeoptError, ArithmeticError):
         self.layer = layer
 
 
+class OutOfMemoryError(MoeoptError, MemoryError):
+    """A single sequence needs more memory than there is."""
+
+
 def nearest(name: str, known: list[str]) -> str:
     """A hint for a mistyped name: `"; did you mean 'eep'?"`, or an empty string when nothing is close."""
     from difflib import get_close_matches

@@ -212,6 +212,15 @@ class Plan:
             digest.update(layer._key(ordered=False))
         return digest.hexdigest()[:32]
 
+    def prefixes(self) -> list[bytes]:
+        """Digests of the first 0, 1, ..., L layers: equal where two plans compute the same bits up to there."""
+        digest = hashlib.sha256()
+        found = [digest.digest()]
+        for layer in self.layers:
+            digest.update(layer._key(ordered=True))
+            found.append(digest.digest())
+        return found
+
     @property
     def is_one_hot(self) -> bool:
         """Whether every layer is a plain pruning: kept experts with their own router rows."""

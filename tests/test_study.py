@@ -83,7 +83,7 @@ def test_a_study_keeps_what_every_trial_was(objective: moeopt.Objective, storage
         losses, weights, correct = scores
         assert np.average(losses, weights=weights) == pytest.approx(trial.value, rel=1e-5)
         assert np.average(correct, weights=weights) == pytest.approx(trial.user_attrs["accuracy"], rel=1e-5)
-        assert trial.user_attrs["layer_tokens"] == 4 * trial.user_attrs["tokens"]
+        assert 0 < trial.user_attrs["layer_tokens"] <= 4 * trial.user_attrs["tokens"]
     merged = [t for t in loaded.trials if t.user_attrs["phase"] == "merge"]
     assert merged
     assert all(0 <= p < t.number for t in merged for p in t.user_attrs["parents"])

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Scores of one plan on one split, examples in the task's fixed order.
+    """Scores of one plan on one split, examples in the task's fixed order; of the first examples, while it is raced.
 
     `loss` and `accuracy` are the means of `losses` and `correct`, weighted by `weights`; all three arrays are float32
-    (examples,). `tokens` counts the non-padding tokens that were run, `layer_tokens` those times the decoder layers
-    that each went through, `seconds` the wall time.
+    (examples,). `tokens` counts the non-padding tokens that were run, `layer_tokens` the decoder layers that each of
+    them went through, summed: what the evaluation cost. `seconds` is wall time.
     """
 
-    loss: float
-    accuracy: float
     losses: NDArray[np.float32]
     weights: NDArray[np.float32]
     correct: NDArray[np.float32]
     tokens: int
     layer_tokens: int
     seconds: float
+
+    @property
+    def loss(self) -> float:
+        return float(np.average(self.losses.astype(np.float64), weights=self.weights))
+
+    @property
+    def accuracy(self) -> float:
+        return float(np.average(self.correct.astype(np.float64), weights=self.weights))
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """`losses`, `weights` and `correct`, stacked: float32 (3, examples)."""
+        return np.stack([self.losses, self.weights, self.correct])

@@ -1,39 +1,48 @@
-"""The evaluator: a plan in, losses of a task's examples out."""
+"""The evaluator: a plan in, losses of a task's examples out, for as few passes through layers as that takes."""
 
 from __future__ import annotations
 
-import inspect
+import hashlib
 import threading
 import time
+import warnings
 import weakref
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
-from moeopt.errors import NonFiniteLossError
+from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError
 from moeopt.evaluation.batches import Batch, pack
+from moeopt.evaluation.branching import may_branch
 from moeopt.evaluation.evaluation import Evaluation
+from moeopt.evaluation.memory import free_bytes, merged_bytes, ran_out
+from moeopt.evaluation.runners import LayerMajor, Run, Whole
 from moeopt.evaluation.scoring import score
-from moeopt.models import MergedCache, MoELayer, moe_layers, patched
+from moeopt.models import MergedCache, Storage, layerwise, moe_layers, patched, without_plan
+from moeopt.plan import Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from transformers import PreTrainedModel
 
-    from moeopt.plan import Plan
     from moeopt.tasks import Task
+
+PREFIX_MEMORY = 1 << 30
 
 
 class Evaluator:
     """Evaluates plans on the same examples, tokenised and batched once.
 
-    The same plan always gives bitwise the same losses. With `limit`, the examples are the first of the task's fixed
-    random order, so that a larger limit holds the examples of a smaller one, in front. Threads that share a model take
-    turns.
+    The same plan always gives bitwise the same losses. All batches go through a layer before the next one, so that
+    merged or offloaded experts are made or moved once. A plan that shares its first layers with an earlier one starts
+    where they part (prefix reuse), which changes no bit. A model that keeps state across layers is run whole instead,
+    batch by batch. With `limit`, the examples are the first of the task's fixed random order, so that a larger limit
+    holds the examples of a smaller one, in front. Threads that share a model take turns. When memory runs out, batches
+    are halved, down to one sequence.
 
     Args:
         model: a causal language model, on one device or dispatched by accelerate. It is left as it was found.
@@ -41,11 +50,24 @@ class Evaluator:
         task: what to score.
         split: "search", "dev" or "test".
         limit: how many examples (windows, for text); None for all.
-        batch_tokens: most padded tokens a forward pass; a longer sequence runs alone.
+        batch_tokens: most padded tokens a forward pass; a longer sequence runs alone. More than 1k bring no speed.
         max_length: most tokens a sequence; None for the model's `max_position_embeddings`.
+        rungs: rising numbers of examples after which `race` pauses, the last being all of them; None: no pause.
+        prefix_memory: bytes for hidden states of earlier plans, oldest out; 0 turns prefix reuse off. None: 1 GiB if
+            the model allows it.
+        prefix_device: where they are kept, such as ``"cpu"``; None: where they were computed.
+        storage: where merged experts live, see `moeopt.patched`. ``"auto"``: scratch if they would take more than half
+            of the free memory.
+
+    Attributes:
+        examples: how many there are (windows, for text).
+        rungs: as given, or one of all examples.
+        layers: decoder layers of the model.
 
     Raises:
         TaskError: if the split is empty, or an example does not fit.
+        ModelError: if `prefix_memory` is given and the model keeps state across layers.
+        ValueError: naming an argument that is out of range.
     """
 
     def __init__(
@@ -58,75 +80,155 @@ class Evaluator:
         limit: int | None = None,
         batch_tokens: int = 1024,
         max_length: int | None = None,
+        rungs: Sequence[int] | None = None,
+        prefix_memory: int | None = None,
+        prefix_device: str | None = None,
+        storage: Storage = "auto",
     ) -> None:
+        if prefix_memory is not None and prefix_memory < 0:
+            raise ValueError(f"prefix_memory must be at least 0 bytes, got {prefix_memory}")
         config = model.config.get_text_config()
         if max_length is None:
             max_length = getattr(config, "max_position_embeddings", None)
-        self.model = model
-        self.task = task
-        self.split = split
-        self.limit = limit
-        self._requests = task.requests(split, tokenizer, limit=limit, max_length=max_length)
-        self._batches = pack(self._requests, batch_tokens)
-        self._cache = MergedCache()
-        self._layers = int(config.num_hidden_layers)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.model, self.task, self.split, self.limit = model, task, split, limit
+        requests = task.requests(split, tokenizer, limit=limit, max_length=max_length)
+        self._requests = sorted(requests, key=lambda request: request.example)
+        numbers = [request.example for request in self._requests]
+        distinct = sorted(set(numbers))
+        self.examples = len(distinct)
+        self.rungs = _checked_rungs(rungs, self.examples)
+        ends = [int(np.searchsorted(numbers, distinct[size - 1], side="right")) for size in self.rungs]
+        self._spans = list(zip([0, *ends], ends))
+        self._cache, self._storage = MergedCache(), storage
+        self._runner: LayerMajor | Whole = Whole(model, int(config.num_hidden_layers))
+        with _lock_of(model), torch.inference_mode(), evaluation_mode(model), without_plan(model):
+            self._moe = moe_layers(model)
+            try:
+                parts = layerwise(model)
+            except ModelError as error:
+                if prefix_memory:
+                    raise ModelError(f"hidden states cannot be reused: {error}") from None
+            else:
+                memory = PREFIX_MEMORY if prefix_memory is None else prefix_memory
+                self._runner = LayerMajor(parts, memory, prefix_device)
+            self._branching = may_branch(self._runner, model, self._requests)
+        self.layers = self._runner.layers
+        self._batches: list[list[Batch]] = []
+        self._pack(batch_tokens)
 
     @property
     def tokens(self) -> int:
         """Non-padding tokens that one evaluation runs."""
-        return sum(batch.tokens for batch in self._batches)
+        return sum(batch.tokens for rung in self._batches for batch in rung)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name the token sequences and what is scored of them."""
+        digest = hashlib.sha256()
+        for request in self._requests:
+            digest.update(repr((request.example, request.option, request.ids, request.scored_from)).encode())
+        return digest.hexdigest()[:16]
 
     def evaluate(self, plan: Plan | None = None) -> Evaluation:
-        """Scores the model under `plan`; None means the model as it is.
+        """Scores the model under `plan` on all examples; None means the model as it is.
 
         Raises:
             PlanError: if the plan does not fit the model.
             ModelError: if the model has no MoE layers that a plan can act on.
             NonFiniteLossError: if a loss is NaN or infinite, with the first MoE layer whose output is not finite.
+            OutOfMemoryError: if a single sequence does not fit.
         """
-        with _lock_of(self.model):
-            return self._evaluate(plan)
+        *_, last = self.race(plan)
+        return last
 
-    def _evaluate(self, plan: Plan | None) -> Evaluation:
-        start = time.perf_counter()
+    def race(self, plan: Plan | None = None, known: NDArray[np.float32] | None = None) -> Iterator[Evaluation]:
+        """Scores the model under `plan` rung after rung: after each, what is known of the examples so far.
+
+        Nothing is computed before it is asked for. Tokens, layer-tokens and seconds are those of all rungs so far.
+
+        Args:
+            plan: as for `evaluate`, which also says what is raised.
+            known: `Evaluation.scores`, float32 (3, examples), that the plan got on the first so many examples before;
+                rungs that it covers are not run.
+        """
         likelihood = np.zeros(len(self._requests))
         greedy = np.zeros(len(self._requests), dtype=np.int64)
-        with (
-            torch.inference_mode(),
-            evaluation_mode(self.model),
-            patched(self.model, plan, cache=self._cache) if plan is not None else nullcontext() as patch,
-        ):
-            for batch in self._batches:
-                likelihoods, hits = score(self._logits(batch), batch)
+        tokens = layer_tokens = 0
+        seconds = 0.0
+        for rung, (size, (first, end)) in enumerate(zip(self.rungs, self._spans)):
+            started = time.perf_counter()
+            run: Run | None = None
+            if known is None or known.shape[1] < size:
+                with _lock_of(self.model):
+                    run = self._run(rung, plan, likelihood[first:end], greedy[first:end])
+                tokens += sum(batch.tokens for batch in self._batches[rung])
+                layer_tokens += run.layer_tokens
+            scores = self.task.reduce(self.split, self._requests[:end], likelihood[:end], greedy[:end])
+            found = np.stack([scores.losses, scores.weights, scores.correct]).astype(np.float32)
+            if known is not None:
+                found[:, : known.shape[1]] = known[:, :size]
+            seconds += time.perf_counter() - started
+            evaluation = Evaluation(found[0], found[1], found[2], tokens, layer_tokens, seconds)
+            if run is not None and size == self.examples:
+                self._runner.judge(run.trail, evaluation.loss)
+            yield evaluation
+
+    def _run(self, rung: int, plan: Plan | None, likelihood: NDArray[np.float64], greedy: NDArray[np.int64]) -> Run:
+        """Fills in what the requests of a rung got, both (requests,), with smaller batches if memory runs out."""
+        while True:
+            try:
+                return self._attempt(rung, plan, likelihood, greedy)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            self._halve_batches(reason)
+
+    def _attempt(self, rung: int, plan: Plan | None, likelihood: NDArray[np.float64], greedy: NDArray[np.int64]) -> Run:
+        likelihood[:], greedy[:] = 0, 0
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(evaluation_mode(self.model))
+            if plan is not None:
+                storage = self._storage_for(plan)
+                stack.enter_context(patched(self.model, plan, storage=storage, cache=self._cache))
+            run = self._runner.run(rung, self._batches[rung])
+            for batch, logits_of in run.outputs:
+                likelihoods, hits = score(batch, logits_of)
                 if not likelihoods.isfinite().all():
-                    self._raise_non_finite(batch, patch.layers if patch else moe_layers(self.model))
+                    self._raise_non_finite(batch)
                 np.add.at(likelihood, batch.request.numpy(), likelihoods.double().numpy())
                 np.add.at(greedy, batch.request.numpy(), hits.long().numpy())
-        scores = self.task.reduce(self.split, self._requests, likelihood, greedy)
-        return Evaluation(
-            loss=float(np.average(scores.losses.astype(np.float64), weights=scores.weights)),
-            accuracy=float(np.average(scores.correct.astype(np.float64), weights=scores.weights)),
-            losses=scores.losses,
-            weights=scores.weights,
-            correct=scores.correct,
-            tokens=self.tokens,
-            layer_tokens=self.tokens * self._layers,
-            seconds=time.perf_counter() - start,
-        )
+            run.keep()
+        return run
 
-    def _logits(self, batch: Batch) -> Tensor:
-        """Logits (rows, kept, vocabulary) of the last positions, from the first scored one on if the model can."""
-        device = input_device(self.model)
-        # An integer, not a tensor of positions: a tensor would have to be on the device of the last layer.
-        keep = {"logits_to_keep": batch.ids.shape[1] - int(batch.position.min())} if self._keeps_logits else {}
-        output = self.model(
-            input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False, **keep
-        )
-        logits: Tensor = output.logits
-        return logits
+    def _storage_for(self, plan: Plan) -> Storage:
+        if self._storage != "auto" or all(layer.w_em is None for layer in plan.layers):
+            return self._storage
+        needed = merged_bytes(self._moe, plan) - self._cache.nbytes
+        free = free_bytes(next(self.model.parameters()).device)
+        return "auto" if needed <= free // 2 else "scratch"
 
-    def _raise_non_finite(self, batch: Batch, layers: Sequence[MoELayer]) -> NoReturn:
+    def _pack(self, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        self._batches = [
+            pack(self._requests[first:end], batch_tokens, branching=self._branching) for first, end in self._spans
+        ]
+
+    def _halve_batches(self, reason: str) -> None:
+        self._runner.clear()
+        self._cache.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        batches = [batch for rung in self._batches for batch in rung]
+        largest = max(batch.ids.numel() for batch in batches)
+        if all(len(batch.ids) == 1 for batch in batches):
+            raise OutOfMemoryError(f"not even a single sequence, of {largest} tokens, fits into memory: {reason}")
+        smaller = max(1, min(self.batch_tokens, largest) // 2)
+        warnings.warn(f"out of memory: going on with {smaller} tokens a forward pass", stacklevel=2)
+        self._pack(smaller)
+
+    def _raise_non_finite(self, batch: Batch) -> NoReturn:
         """Runs the batch again, watching the MoE blocks, and raises."""
         bad: list[int] = []
         real = batch.mask.bool().flatten()
@@ -137,13 +239,21 @@ class Evaluator:
                 bad.append(index)
 
         with ExitStack() as stack:
-            for layer in layers:
+            for layer in self._moe:
                 handle = layer.block.register_forward_hook(lambda _m, _i, out, index=layer.index: watch(index, out))
                 stack.callback(handle.remove)
-            self._logits(batch)
+            for _ in Whole(self.model, self.layers).run(0, [batch]).outputs:
+                pass
         if bad:
             raise NonFiniteLossError(f"the loss is not finite: the MoE output of layer {bad[0]} is not", layer=bad[0])
         raise NonFiniteLossError("the loss is not finite, though the output of every MoE layer is", layer=None)
+
+
+def _checked_rungs(rungs: Sequence[int] | None, examples: int) -> tuple[int, ...]:
+    chosen = (examples,) if rungs is None else tuple(rungs)
+    if not chosen or list(chosen) != sorted(set(chosen)) or chosen[0] < 1 or chosen[-1] != examples:
+        raise ValueError(f"rungs must be rising numbers of examples that end at all {examples}, got {rungs!r}")
+    return chosen
 
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -154,12 +264,6 @@ def _lock_of(model: nn.Module) -> threading.RLock:
     """One lock a model: threads (`n_jobs=2`) take turns, since a plan is in force for the whole model."""
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model, threading.RLock())
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go; for offloaded weights the CPU, from where accelerate moves them."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 @contextmanager

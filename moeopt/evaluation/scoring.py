@@ -1,7 +1,8 @@
-"""Log-likelihoods of target tokens, without a float32 copy of all logits."""
+"""Log-likelihoods of target tokens, from logits at the scored positions only."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,28 +11,30 @@ from torch import Tensor
 if TYPE_CHECKING:
     from moeopt.evaluation.batches import Batch
 
-_CHUNK = 1 << 24
+ROWS = 256
+"""Cells whose logits are in memory at a time."""
 
 
-def score(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def score(batch: Batch, logits_of: Callable[[slice], Tensor]) -> tuple[Tensor, Tensor]:
     """For every scored token, its natural-log likelihood (float32) and whether it is the model's first choice (bool).
 
     Both are (scored,), on the CPU.
 
     Args:
-        logits: (rows, kept, vocabulary), of the last `kept` positions of the batch; any dtype and device. The
-            log-softmax runs in float32 on chunks of at most 2**24 logits.
+        batch: whose `cells` hold the scored tokens.
+        logits_of: logits (cells, vocabulary) of a slice of `batch.cells`; any dtype and device. The log-softmax runs in
+            float32.
     """
-    vocabulary = logits.shape[-1]
-    rows = batch.row.to(logits.device)
-    positions = (batch.position - (batch.ids.shape[1] - logits.shape[1])).to(logits.device)
-    targets = batch.target.to(logits.device)
-    step = max(1, _CHUNK // vocabulary)
-    likelihoods, greedy = [], []
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        chunk = logits[rows[part], positions[part]].float()
-        target = targets[part, None]
-        likelihoods.append(chunk.gather(1, target)[:, 0] - chunk.logsumexp(1))
-        greedy.append(chunk.argmax(1) == target[:, 0])
-    return torch.cat(likelihoods).cpu(), torch.cat(greedy).cpu()
+    likelihood = torch.empty(len(batch.cell))
+    greedy = torch.empty(len(batch.cell), dtype=torch.bool)
+    for start in range(0, len(batch.cells), ROWS):
+        logits = logits_of(slice(start, start + ROWS))
+        here = ((batch.cell >= start) & (batch.cell < start + ROWS)).nonzero()[:, 0]
+        cell = (batch.cell[here] - start).to(logits.device)
+        target = batch.target[here].to(logits.device)
+        top, first = logits.max(1)
+        top = top.float()
+        total = (logits.float() - top[:, None]).exp_().sum(1).log() + top
+        likelihood[here] = (logits[cell, target].float() - total[cell]).cpu()
+        greedy[here] = (first[cell] == target).cpu()
+    return likelihood, greedy

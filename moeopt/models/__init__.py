@@ -2,24 +2,30 @@
 
 from moeopt.models.identity import describe, fingerprint
 from moeopt.models.layers import MoELayer, materialised, moe_layers, shape_of
+from moeopt.models.layerwise import Layerwise, layerwise
 from moeopt.models.loading import check_checkpoint, load
 from moeopt.models.merging import MergedCache, merge
-from moeopt.models.patching import Patched, patched, routing_rules
+from moeopt.models.patching import Patched, Storage, patched, plan_in_force, routing_rules, without_plan
 from moeopt.models.routing import RoutingRule
 
 __all__ = [
+    "Layerwise",
     "MergedCache",
     "MoELayer",
     "Patched",
     "RoutingRule",
+    "Storage",
     "check_checkpoint",
     "describe",
     "fingerprint",
+    "layerwise",
     "load",
     "materialised",
     "merge",
     "moe_layers",
     "patched",
+    "plan_in_force",
     "routing_rules",
     "shape_of",
+    "without_plan",
 ]

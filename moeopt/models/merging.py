@@ -57,7 +57,7 @@ class MergedCache:
     def tensors(self, experts: nn.Module, w_em: Matrix) -> Mapping[str, Tensor]:
         """The (r, ...) merged tensors of an experts module whose weights are on their device now."""
         source = stacked(experts, w_em.shape[1])
-        key = (w_em.shape, w_em.tobytes(), [(name, _version(t), t.dtype, t.device) for name, t in source.items()])
+        key = _key(source, w_em)
         known, buffers = self._entries.get(experts, (None, {}))
         if known != key:
             self._entries.pop(experts, None)  # so that an interrupted merge is not taken for a finished one
@@ -77,14 +77,24 @@ class MergedCache:
 
 
 class Scratch:
-    """Merged expert tensors computed at every forward, in one memory that all layers share."""
+    """Merged expert tensors of one layer at a time, in one memory that all layers share.
+
+    They are computed whenever another layer's turn comes, so that passing all batches through a layer before the next
+    computes them once.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._held: tuple[weakref.ref[nn.Module], object] | None = None
 
     def tensors(self, experts: nn.Module, w_em: Matrix) -> Mapping[str, Tensor]:
         """The (r, ...) merged tensors of an experts module, valid until the next call."""
-        merge_into(self._buffers, stacked(experts, w_em.shape[1]), w_em)
+        source = stacked(experts, w_em.shape[1])
+        key = _key(source, w_em)
+        if self._held is None or self._held[0]() is not experts or self._held[1] != key:
+            self._held = None
+            merge_into(self._buffers, source, w_em)
+            self._held = weakref.ref(experts), key
         return self._buffers
 
 
@@ -115,6 +125,10 @@ def merged_view(experts: nn.Module, tensors: Mapping[str, Tensor], n: int) -> An
     own.pop("forward", None)  # accelerate's, bound to the original
     vars(view).update(own)
     return view
+
+
+def _key(source: Mapping[str, Tensor], w_em: Matrix) -> object:
+    return w_em.shape, w_em.tobytes(), [(name, _version(t), t.dtype, t.device) for name, t in source.items()]
 
 
 def _version(tensor: Tensor) -> int:

@@ -83,6 +83,19 @@ def patched(
             stack.remove(patch)
 
 
+def plan_in_force(model: nn.Module) -> Plan | None:
+    """The plan of the innermost `patched` that is open on `model`, if any."""
+    stack = _ACTIVE.get(model)
+    return stack[-1].plan if stack else None
+
+
+@contextmanager
+def without_plan(model: nn.Module) -> Iterator[None]:
+    """While the context is open, no plan is in force; afterwards the one that was is so again."""
+    with _suspended(model):
+        yield
+
+
 def routing_rules(model: nn.Module) -> tuple[RoutingRule, ...]:
     """The routing rule of each MoE layer of `model`, learnt by probing.
 
@@ -100,6 +113,7 @@ class _Patch:
     layers: tuple[MoELayer, ...]
     routers: Mapping[int, MappedRouter]
     merged: Mapping[int, Callable[[nn.Module], Any]]
+    plan: Plan | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     implementations: list[tuple[Any, str | None]] = field(default_factory=list)
 
@@ -191,7 +205,7 @@ def _patch_for(model: nn.Module, plan: Plan, attachment: _Attachment, storage: S
             _check_merging(model, attachment, layer)
             keep = storage == "resident" or (storage == "auto" and not is_offloaded(layer.experts))
             merged[layer.index] = _viewer(cache if keep else scratch, part.w_em)
-    return _Patch(attachment.layers, routers, merged)
+    return _Patch(attachment.layers, routers, merged, plan)
 
 
 def _viewer(store: MergedCache | Scratch, w_em: Matrix) -> Callable[[nn.Module], Any]:

@@ -1,0 +1,93 @@
+"""Hidden states kept from one plan to the next, so that a plan starts where it parts from an earlier one."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+Key = tuple[int, int, bytes]
+"""Rung, decoder layer, and digest of the plan's layers before it."""
+
+
+@dataclass
+class _Kept:
+    states: list[Tensor]
+    trails: set[bytes] = field(default_factory=set)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.states)
+
+
+class PrefixCache:
+    """Hidden states entering layers, of the best plan and of those last used, within a memory budget.
+
+    A trail is what is kept of one plan; what two plans share is held once. When the budget is exceeded the trail that
+    was longest unused goes, the best plan's last.
+
+    Args:
+        budget: bytes.
+        device: where states are kept; None: where they were computed.
+    """
+
+    def __init__(self, budget: int, device: str | None = None) -> None:
+        self.budget, self.device = budget, device
+        self.nbytes = 0
+        self._kept: dict[Key, _Kept] = {}
+        self._trails: OrderedDict[bytes, set[Key]] = OrderedDict()
+        self._best: tuple[float, bytes] | None = None
+
+    def longest(self, keys: Iterable[Key]) -> tuple[int, Sequence[Tensor]] | None:
+        """Decoder layer and states, one tensor a batch, of the first of `keys` that is kept; None when none is."""
+        for key in keys:
+            kept = self._kept.get(key)
+            if kept is not None:
+                for trail in sorted(kept.trails, key=list(self._trails).index):
+                    self._trails.move_to_end(trail)
+                return key[1], kept.states
+        return None
+
+    def keep(self, trail: bytes, key: Key, states: Sequence[Tensor]) -> None:
+        """Keep states under `key` for the plan named `trail`."""
+        kept = self._kept.get(key)
+        if kept is None:
+            own = list(states) if self.device is None else [t.to(self.device) for t in states]
+            kept = self._kept[key] = _Kept(own)
+            self.nbytes += kept.nbytes
+        kept.trails.add(trail)
+        self._trails.setdefault(trail, set()).add(key)
+        self._trails.move_to_end(trail)
+        self._shrink()
+
+    def share(self, trail: bytes, keys: Iterable[Key]) -> None:
+        """Let the plan named `trail` hold what is kept under these keys, too."""
+        for key in keys:
+            if key in self._kept:
+                self._kept[key].trails.add(trail)
+                self._trails.setdefault(trail, set()).add(key)
+
+    def judge(self, trail: bytes, loss: float) -> None:
+        """Say how good a plan turned out; the best one's states are the last to go."""
+        if self._best is None or loss < self._best[0]:
+            self._best = loss, trail
+
+    def clear(self) -> None:
+        """Free everything; which plan is best is forgotten, too."""
+        self._kept.clear()
+        self._trails.clear()
+        self.nbytes, self._best = 0, None
+
+    def _shrink(self) -> None:
+        while self.nbytes > self.budget and self._trails:
+            best = None if self._best is None else self._best[1]
+            oldest = next((trail for trail in self._trails if trail != best), best)
+            assert oldest is not None
+            for key in self._trails.pop(oldest):
+                kept = self._kept[key]
+                kept.trails.discard(oldest)
+                if not kept.trails:
+                    self.nbytes -= kept.nbytes
+                    del self._kept[key]

@@ -1,0 +1,269 @@
+"""A model taken apart into embedding, decoder layers and head, each run on its own, bit for bit as in the whole.
+
+The layers' calls are learnt by running the model's own forward with every decoder layer replaced by a stand-in that
+notes its arguments; the head is that same forward with the last stand-in answering the given hidden states. So masks,
+positions, norms, scalings and soft caps are the model's own, whatever its class.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from moeopt.errors import ModelError
+from moeopt.models.layers import moe_layers
+
+Inputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """How a model calls one decoder layer: the hidden states come first, or under `hidden_states`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+    def __call__(self, layer: nn.Module, hidden: Tensor, device: torch.device | None = None) -> Tensor:
+        """The layer's hidden states for `hidden`; arguments are moved to `device` where one is named."""
+        args, kwargs = self.args, self.kwargs
+        if device is not None:
+            hidden, args, kwargs = hidden.to(device), send_to_device(args, device), send_to_device(kwargs, device)
+        output = layer(*args, hidden_states=hidden, **kwargs) if self.by_name else layer(hidden, *args, **kwargs)
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+
+class Layerwise:
+    """The parts of a causal language model; made by `layerwise`, which checks that they add up to the whole.
+
+    Attributes:
+        layers: the decoder layers, in the order they run.
+        moe: for every MoE layer, the index of its decoder layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers, self.moe = _decoder_layers(model)
+        self._model = weakref.ref(model)
+        self._tuples = [False] * len(self.layers)
+
+    @property
+    def model(self) -> nn.Module:
+        found = self._model()
+        assert found is not None
+        return found
+
+    def begin(self, inputs: Inputs) -> tuple[Tensor, list[Call]]:
+        """Hidden states that enter the first layer, (rows, width, hidden), and how each layer is called.
+
+        Args:
+            inputs: what the model's forward takes: `input_ids`, `attention_mask`, ...
+        """
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def note(index: int, *args: Any, **kwargs: Any) -> Any:
+            by_name = "hidden_states" in kwargs
+            hidden = kwargs.pop("hidden_states") if by_name else args[0]
+            first.append(hidden)
+            calls.append(Call(args if by_name else args[1:], kwargs, by_name))
+            return (hidden,) if self._tuples[index] else hidden
+
+        self._forward(note, inputs, head=False)
+        return first[0], calls
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (tokens, vocabulary) of hidden states that left the last layer, (tokens, hidden)."""
+        last = len(self.layers) - 1
+
+        def answer(index: int, *args: Any, **kwargs: Any) -> Any:
+            given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            given = hidden[None] if index == last else given
+            return (given,) if self._tuples[index] else given
+
+        output = self._forward(answer, {"inputs_embeds": hidden[None]})
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _forward(self, stand_in: Callable[..., Any], inputs: Inputs, head: bool = True) -> Any:
+        """The model's forward with `stand_in(index, *args, **kwargs)` in place of every decoder layer."""
+        with ExitStack() as stack:
+            for i, layer in enumerate(self.layers):
+                stack.enter_context(_forward_is(layer, lambda *args, i=i, **kwargs: stand_in(i, *args, **kwargs)))
+            return self.model(**inputs, **self._options(head))
+
+    def _options(self, all_logits: bool) -> dict[str, Any]:
+        known = inspect.signature(self.model.forward).parameters
+        options = {"use_cache": False, "output_router_logits": False, "logits_to_keep": 0 if all_logits else 1}
+        return {name: value for name, value in options.items() if name in known or name == "use_cache"}
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[torch.device | None]:
+        """Layer `index` with its weights in place, to be called often: under accelerate's offload they are moved once.
+
+        Yields their device, to which arguments must be moved.
+        """
+        layer = self.layers[index]
+        offloaded = [module for module in layer.modules() if _offloads(module)]
+        with ExitStack() as stack:
+            for module in offloaded:
+                hook: Any = module._hf_hook
+                hook.pre_forward(module)
+                stack.callback(hook.post_forward, module, None)
+                stack.enter_context(_forward_is(module, module._old_forward))  # type: ignore[arg-type]
+            yield next((p.device for p in layer.parameters() if not p.is_meta), None)
+
+    def check(self) -> None:
+        """Run a few tokens in parts and as a whole; raises ModelError where the two differ."""
+        name, n = type(self.model).__name__, len(self.layers)
+        config: Any = self.model.config
+        vocabulary = int(config.get_text_config().vocab_size)
+        generator = torch.Generator().manual_seed(0)
+        device = _input_device(self.model)
+        batches = []
+        for _ in range(2):
+            ids = torch.randint(vocabulary, (2, 6), generator=generator)
+            mask = torch.ones_like(ids)
+            mask[1, 4:] = 0
+            batches.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
+        seen = [self._watched(inputs) for inputs in batches]
+        for run in seen:
+            if [index for index, *_ in run[0]] != list(range(n)):
+                raise ModelError(f"{name} does not run its {n} decoder layers once each, in order")
+        for inputs, (records, _) in zip(batches, seen):
+            self._tuples = [isinstance(output, tuple) for *_, output in records]
+            if any(isinstance(o, tuple) and any(x is not None for x in o[1:]) for *_, o in records):
+                raise ModelError(f"the decoder layers of {name} return more than hidden states")
+            hidden, calls = self.begin(inputs)
+            for (index, entering, call, output), own in zip(records, calls):
+                before = hidden if index == 0 else _first(records[index - 1][3])
+                if not _equal(entering, before):
+                    raise ModelError(f"{name} changes the hidden states between decoder layers, before layer {index}")
+                if not _equal((call.args, call.kwargs), (own.args, own.kwargs)):
+                    raise ModelError(f"decoder layer {index} of {name} is given what earlier layers computed")
+                if not isinstance(_first(output), Tensor):
+                    raise ModelError(f"decoder layer {index} of {name} returns no tensor")
+        for records, _ in reversed(
+            seen
+        ):  # not in the order of before: what a layer stored for a later one is stale now
+            for index, entering, call, output in reversed(records):
+                with self.loaded(index) as there:
+                    if not _equal(call(self.layers[index], entering, there), _first(output)):
+                        raise ModelError(f"{name} keeps state across layers: layer {index} alone gives something else")
+        records, logits = seen[0]
+        alone = self.head(_first(records[-1][3]).flatten(0, 1)).view(logits.shape)
+        if not torch.allclose(alone.float(), logits.float(), rtol=0.05, atol=0.05 * float(logits.float().std())):
+            raise ModelError(f"the head of {name} needs more than the hidden states of its last layer")
+
+    def _watched(self, inputs: Inputs) -> tuple[list[tuple[int, Tensor, Call, Any]], Tensor]:
+        """The whole model's run: (index, hidden states entering, call, output) of every layer called, and logits."""
+        records: list[tuple[int, Tensor, Call, Any]] = []
+
+        def watch(index: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                by_name = "hidden_states" in kwargs
+                kwargs = dict(kwargs)
+                hidden = kwargs.pop("hidden_states") if by_name else args[0]
+                records.append((index, hidden, Call(args if by_name else args[1:], kwargs, by_name), output))
+
+            return hook
+
+        with ExitStack() as stack:
+            for i, layer in enumerate(self.layers):
+                handle = layer.register_forward_hook(watch(i), with_kwargs=True)
+                stack.callback(handle.remove)
+            output = self.model(**inputs, **self._options(True))
+        return records, output.logits
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, Layerwise | str] = weakref.WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def layerwise(model: nn.Module) -> Layerwise:
+    """The model in parts, checked once on a few tokens; the model must be in eval mode and bear no plan.
+
+    Raises:
+        ModelError: where the parts do not give, bit for bit, what the whole gives: state is kept across layers.
+    """
+    known = _KNOWN.get(model)
+    if isinstance(known, str):
+        raise ModelError(known)
+    if known is not None and all(a is b for a, b in zip(known.layers, _decoder_layers(model)[0])):
+        return known
+    try:
+        parts = Layerwise(model)
+        parts.check()
+    except ModelError as error:
+        _KNOWN[model] = str(error)
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        _KNOWN[model] = f"{type(model).__name__} cannot be run layer by layer ({reason})"
+        raise ModelError(str(_KNOWN[model])) from error
+    _KNOWN[model] = parts
+    return parts
+
+
+def _decoder_layers(model: nn.Module) -> tuple[tuple[nn.Module, ...], tuple[int, ...]]:
+    """The list of layers that holds every MoE layer, and the place of each MoE layer in it."""
+    modules = dict(model.named_modules())
+    homes, places = set(), []
+    for layer in moe_layers(model):
+        parts = layer.name.split(".")
+        home = next((i for i in range(len(parts)) if isinstance(modules[".".join(parts[:i])], nn.ModuleList)), None)
+        if home is None:
+            raise ModelError(f"{layer.name} lies in no list of decoder layers")
+        homes.add(".".join(parts[:home]))
+        places.append(int(parts[home]))
+    if len(homes) != 1:
+        raise ModelError(f"the MoE layers lie in several lists of layers: {', '.join(sorted(homes))}")
+    stack = modules[homes.pop()]
+    assert isinstance(stack, nn.ModuleList)
+    return tuple(stack), tuple(places)
+
+
+@contextmanager
+def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _offloads(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Bitwise equality of nested tuples, lists and dictionaries of tensors and plain values."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, Sequence) and isinstance(b, Sequence) and not isinstance(a, str):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b))
+    return type(a) is type(b) and bool(a == b)
