@@ -93,13 +93,13 @@ def run(args: argparse.Namespace) -> None:
 
     def killed_inside(trial: optuna.Trial) -> float:
         if trial.number == args.kill_at:
-            evaluate = objective.evaluator.evaluate
+            race = objective.evaluator.race
 
-            def kill(plan: Any) -> Any:
-                evaluate(plan)
+            def kill(plan: Any, known: Any) -> Any:
+                next(race(plan, known))
                 os.kill(os.getpid(), signal.SIGKILL)
 
-            objective.evaluator.evaluate = kill  # type: ignore[method-assign, assignment]
+            objective.evaluator.race = kill  # type: ignore[method-assign, assignment]
         return objective(trial)
 
     moeopt.optimize(study, killed_inside, trials=args.trials)

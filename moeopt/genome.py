@@ -27,6 +27,7 @@ GENOME = "moeopt:genome"
 ORIGIN = "moeopt:origin"
 SCORES = "moeopt:scores"
 RETRIES = "retry_history"  # Optuna's own key, as `RetryHeartbeatStaleTrialCallback` writes it
+ESTIMATE = "estimate"  # user attribute of a pruned trial: an honest estimate of its loss over all examples
 INTERRUPTED = "interrupted"  # user attribute of a trial that Ctrl-C ended
 CHUNK = 60_000  # characters; MariaDB and MySQL hold 65,535 bytes an attribute
 LARGEST = 1 << 24  # numbers in one vector; anything larger is a damaged or hostile study

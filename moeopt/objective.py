@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import optuna
+from optuna.trial import TrialState
 
-from moeopt import genome
-from moeopt.errors import NonFiniteLossError, SpaceError, StudyError
-from moeopt.evaluation import Evaluator
-from moeopt.models import describe, shape_of
+from moeopt import genome, racing
+from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError
+from moeopt.evaluation import Evaluation, Evaluator
+from moeopt.models import Storage, describe, shape_of
+from moeopt.plan import Plan
 from moeopt.spaces import Space
 
 if TYPE_CHECKING:
-    import optuna
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moeopt.tasks import Task
 
+Report = Literal["mean", "block"]
+
 FAILURE = "failure"
+COPIED_FROM = "copied_from"
 
 
 class Objective:
     """`objective(trial) -> float`: the task loss of the trial's plan; works with any `study.optimize`.
 
     Every trial keeps, as user attributes, `accuracy` (0 to 1), `seconds`, `tokens` (non-padding tokens run),
-    `layer_tokens` (tokens times decoder layers), `operator`, `phase` and `parents` where the sampler names them, and
-    `drift` (mean absolute distance of the genotype from the start); its per-example losses are packed in a system
-    attribute. A plan whose loss is NaN or infinite makes the trial fail, with the layer in `failure`; the search goes
-    on.
+    `layer_tokens` (decoder layers that they went through, summed: what the trial cost), `operator`, `phase` and
+    `parents` where the sampler names them, and `drift` (mean absolute distance of the genotype from the start); the
+    scores of every example are packed in a system attribute.
+
+    With several `rungs` the trial is raced: after each rung but the last it reports its loss so far, with the number of
+    examples as step, and any pruner of Optuna may end it. A pruned trial keeps, as `estimate`, what its loss over all
+    examples would be: the incumbent's plus the mean paired difference so far, which moeopt's samplers read.
+
+    No plan is evaluated twice: what a finished trial of the study, of whichever worker, knows of the plan on the same
+    examples is taken from it (`copied_from`), at no cost. A plan whose loss is NaN or infinite, or that runs out of
+    memory, makes the trial fail, with the reason in `failure`; the search goes on.
 
     Args:
         model, tokenizer: the full model, as `moeopt.load` returns them. Its parameters are never changed.
@@ -39,10 +52,16 @@ class Objective:
         limit: use only so many examples (text: windows), the same ones every time.
         batch_tokens: padded tokens a forward pass.
         max_length: tokens a sequence may have; longer prompts lose their beginning.
+        rungs: how often a trial may be stopped, the end included; 1: never.
+        report: ``"mean"``: rungs grow by 2, and what is reported is the mean so far, for `moeopt.RacingPruner`,
+            Hyperband and the like; ``"block"``: rungs are equal blocks, and what is reported is the block's own mean,
+            as Optuna's `WilcoxonPruner` takes it (some 20 blocks suit it).
+        prefix_memory, prefix_device, storage: as for `Evaluator`.
 
     Raises:
         SpaceError: when the space is for a model of another shape.
         TaskError: when the task has no such split.
+        StudyError: when `rungs` or `report` is out of range.
     """
 
     def __init__(
@@ -56,11 +75,22 @@ class Objective:
         limit: int | None = None,
         batch_tokens: int = 1024,
         max_length: int | None = None,
+        rungs: int = 1,
+        report: Report = "mean",
+        prefix_memory: int | None = None,
+        prefix_device: str | None = None,
+        storage: Storage = "auto",
     ) -> None:
         shape = shape_of(model)
         if shape != space.shape:
             raise SpaceError(f"the space is for {space.shape}, the model has {shape}")
+        if isinstance(rungs, bool) or not isinstance(rungs, int) or rungs < 1:
+            raise StudyError(f"rungs must be an integer of at least 1, got {rungs!r}")
+        if report not in get_args(Report):
+            raise StudyError(f"report must be 'mean' or 'block', got {report!r}")
         self.model, self.tokenizer, self.task, self.space, self.split = model, tokenizer, task, space, split
+        self.report: Report = report
+        sizes = racing.rung_sizes if report == "mean" else racing.blocks
         self.evaluator = Evaluator(
             model,
             tokenizer,
@@ -69,14 +99,19 @@ class Objective:
             limit=limit,
             batch_tokens=batch_tokens,
             max_length=max_length,
+            rungs=lambda examples: sizes(examples, rungs),
+            prefix_memory=prefix_memory,
+            prefix_device=prefix_device,
+            storage=storage,
         )
         self._limits = {"split": split, "limit": limit, "max_length": max_length}
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> float:
-        """The loss of the trial's plan, NaN where it is not finite.
+        """The loss of the trial's plan, NaN where there is none.
 
         Raises:
             StudyError: when the study maximises.
+            optuna.TrialPruned: when the study's pruner says so.
         """
         study = getattr(trial, "study", None)
         if study is not None and study.direction.name == "MAXIMIZE":
@@ -92,14 +127,22 @@ class Objective:
         for key, value in _facts(genome.origin(trial)).items():
             trial.set_user_attr(key, value)
         x = self.space.vector(trial)
+        plan = self.space.decode(x)
+        known = self._known(study, trial, plan)
+        evaluation: Evaluation | None = None
+        pruned, sizes = False, self.evaluator.rungs
         try:
-            evaluation = self.evaluator.evaluate(self.space.decode(x))
-        except NonFiniteLossError as error:
+            for evaluation in self.evaluator.race(plan, known):
+                if study is not None:
+                    self._write(study, trial, evaluation)
+                if len(sizes) > 1:
+                    pruned = self._report(trial, evaluation)
+                if pruned:
+                    break
+        except (NonFiniteLossError, OutOfMemoryError) as error:
             trial.set_user_attr(FAILURE, str(error))
             return float("nan")
-        if study is not None:
-            scores = np.stack([evaluation.losses, evaluation.weights, evaluation.correct])
-            genome.write(study, trial, genome.pack(genome.SCORES, scores.reshape(-1)))
+        assert evaluation is not None
         facts = {
             "accuracy": evaluation.accuracy,
             "seconds": round(time.perf_counter() - started, 4),
@@ -107,17 +150,69 @@ class Objective:
             "layer_tokens": evaluation.layer_tokens,
             "drift": round(self.space.drift(x), 6),
         }
+        if pruned:
+            facts[genome.ESTIMATE] = self._estimate(study, evaluation)
         for key, value in facts.items():
             trial.set_user_attr(key, value)
+        if pruned:
+            raise optuna.TrialPruned
         return evaluation.loss
 
+    def _known(
+        self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, plan: Plan
+    ) -> NDArray[np.float32] | None:
+        """Scores (3, examples) of the plan on the first of these examples, from the trial or trial that knows most."""
+        if study is None:
+            return None
+        found = self._scores(trial)
+        origin, fingerprint = genome.origin(trial), plan.fingerprint
+        if "plan" not in origin:
+            genome.write(study, trial, {genome.ORIGIN: {**origin, "plan": fingerprint}})
+        for other in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+            if genome.origin(other).get("plan") == fingerprint:
+                scores = self._scores(other)
+                if scores is not None and (found is None or scores.shape[1] > found.shape[1]):
+                    found = scores
+                    trial.set_user_attr(COPIED_FROM, other.number)
+        return found
+
+    def _scores(self, trial: optuna.trial.BaseTrial) -> NDArray[np.float32] | None:
+        head = genome.attributes(trial).get(genome.SCORES)
+        if not isinstance(head, dict) or head.get("of") != self.evaluator.fingerprint:
+            return None
+        return genome.read_scores(trial)
+
+    def _write(self, study: optuna.Study, trial: optuna.trial.BaseTrial, evaluation: Evaluation) -> None:
+        attrs = genome.pack(genome.SCORES, evaluation.scores.reshape(-1))
+        attrs[genome.SCORES]["of"] = self.evaluator.fingerprint
+        genome.write(study, trial, attrs)
+
+    def _report(self, trial: optuna.trial.BaseTrial, evaluation: Evaluation) -> bool:
+        """Reports what the rung gave; whether the trial is to stop there."""
+        n = len(evaluation.losses)
+        first = ([0, *self.evaluator.rungs])[self.evaluator.rungs.index(n)] if self.report == "block" else 0
+        losses, weights = evaluation.losses[first:].astype(np.float64), evaluation.weights[first:]
+        trial.report(float(np.average(losses, weights=weights)), n)
+        return n < self.evaluator.examples and trial.should_prune()
+
+    def _estimate(self, study: optuna.Study | None, evaluation: Evaluation) -> float:
+        best = None if study is None else racing.incumbent(study, evaluation.scores)
+        reference = None if best is None else genome.read_scores(best)
+        return evaluation.loss if reference is None else racing.honest_estimate(evaluation.scores, reference)
+
     def describe(self) -> dict[str, Any]:
-        """Model, task and space as JSON: what a study must agree on to be resumed."""
+        """Model, task, space and evaluation as JSON: what a study must agree on to be resumed."""
+        config = self.model.config
+        backends = {kind: getattr(config, f"_{key}_implementation", None) for kind, key in BACKENDS.items()}
         return {
             "model": describe(self.model),
             "task": {**self.task.describe(), **self._limits},
             "space": self.space.describe(),
+            "evaluation": {"rungs": list(self.evaluator.rungs), "report": self.report, **backends},
         }
+
+
+BACKENDS = {"attention": "attn", "experts": "experts"}
 
 
 def _facts(origin: dict[str, Any]) -> dict[str, Any]:

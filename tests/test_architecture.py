@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "plan"},
     "tasks": {"errors"},
     "evaluation": {"errors", "plan", "models", "tasks"},
-    "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation"},
+    "racing": {"errors", "genome"},
+    "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing"},
     "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "worker"},
     "exporting": {"errors", "plan", "models", "study"},
     "demo": {

@@ -251,11 +251,11 @@ def test_an_interrupted_trial_is_queued_again_once(objective: moeopt.Objective, 
     url = f"sqlite:///{tmp_path}/study.db"
     study = moeopt.create_study("s", objective=objective, storage=url, **SMALL)
     study.optimize(objective, n_trials=2)
-    evaluate = objective.evaluator.evaluate
-    objective.evaluator.evaluate = lambda plan: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[assignment, method-assign]
+    race = objective.evaluator.race
+    objective.evaluator.race = lambda plan, known: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[assignment, method-assign]
     with pytest.raises(KeyboardInterrupt):
         study.optimize(objective, n_trials=1)
-    objective.evaluator.evaluate = evaluate  # type: ignore[method-assign]
+    objective.evaluator.race = race  # type: ignore[method-assign]
     for _ in range(2):
         study = moeopt.create_study("s", objective=objective, storage=url, load_if_exists=True, **SMALL)
     assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "WAITING"]

@@ -7,8 +7,9 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -52,7 +53,8 @@ class Evaluator:
         limit: how many examples (windows, for text); None for all.
         batch_tokens: most padded tokens a forward pass; a longer sequence runs alone. More than 1k bring no speed.
         max_length: most tokens a sequence; None for the model's `max_position_embeddings`.
-        rungs: rising numbers of examples after which `race` pauses, the last being all of them; None: no pause.
+        rungs: rising numbers of examples after which `race` pauses, the last being all of them, or a function that
+            gives them for a number of examples; None: no pause.
         prefix_memory: bytes for hidden states of earlier plans, oldest out; 0 turns prefix reuse off. None: 1 GiB if
             the model allows it.
         prefix_device: where they are kept, such as ``"cpu"``; None: where they were computed.
@@ -80,7 +82,7 @@ class Evaluator:
         limit: int | None = None,
         batch_tokens: int = 1024,
         max_length: int | None = None,
-        rungs: Sequence[int] | None = None,
+        rungs: Sequence[int] | Callable[[int], Sequence[int]] | None = None,
         prefix_memory: int | None = None,
         prefix_device: str | None = None,
         storage: Storage = "auto",
@@ -96,10 +98,10 @@ class Evaluator:
         numbers = [request.example for request in self._requests]
         distinct = sorted(set(numbers))
         self.examples = len(distinct)
-        self.rungs = _checked_rungs(rungs, self.examples)
+        self.rungs = _checked_rungs(rungs(self.examples) if callable(rungs) else rungs, self.examples)
         ends = [int(np.searchsorted(numbers, distinct[size - 1], side="right")) for size in self.rungs]
         self._spans = list(zip([0, *ends], ends))
-        self._cache, self._storage = MergedCache(), storage
+        self._cache, self._merged_in = MergedCache(), storage
         self._runner: LayerMajor | Whole = Whole(model, int(config.num_hidden_layers))
         with _lock_of(model), torch.inference_mode(), evaluation_mode(model), without_plan(model):
             self._moe = moe_layers(model)
@@ -121,7 +123,7 @@ class Evaluator:
         """Non-padding tokens that one evaluation runs."""
         return sum(batch.tokens for rung in self._batches for batch in rung)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that name the token sequences and what is scored of them."""
         digest = hashlib.sha256()
@@ -190,7 +192,7 @@ class Evaluator:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(evaluation_mode(self.model))
             if plan is not None:
-                storage = self._storage_for(plan)
+                storage = self._where_merged(plan)
                 stack.enter_context(patched(self.model, plan, storage=storage, cache=self._cache))
             run = self._runner.run(rung, self._batches[rung])
             for batch, logits_of in run.outputs:
@@ -202,9 +204,9 @@ class Evaluator:
             run.keep()
         return run
 
-    def _storage_for(self, plan: Plan) -> Storage:
-        if self._storage != "auto" or all(layer.w_em is None for layer in plan.layers):
-            return self._storage
+    def _where_merged(self, plan: Plan) -> Storage:
+        if self._merged_in != "auto" or all(layer.w_em is None for layer in plan.layers):
+            return self._merged_in
         needed = merged_bytes(self._moe, plan) - self._cache.nbytes
         free = free_bytes(next(self.model.parameters()).device)
         return "auto" if needed <= free // 2 else "scratch"

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
 
-ESTIMATE = "estimate"
-"""User attribute of a pruned trial: the honest estimate of its loss, read in place of its last reported value."""
-
 START = "start"
 """Operator of a search's own first trial, its start."""
 
@@ -210,8 +207,8 @@ class GenomeSampler(BaseSampler):
         if x is None or x.size != self.space.size:
             return None
         loss = trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
-        if trial.state == TrialState.PRUNED and isinstance(trial.user_attrs.get(ESTIMATE), float):
-            loss = trial.user_attrs[ESTIMATE]
+        if trial.state == TrialState.PRUNED and isinstance(trial.user_attrs.get(genome.ESTIMATE), float):
+            loss = trial.user_attrs[genome.ESTIMATE]
         told = Told(
             number=trial.number,
             slot=genome.slot(trial, trials),
