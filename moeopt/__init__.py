@@ -16,6 +16,7 @@ _HOMES = {
     "Objective": "moeopt.objective",
     "Plan": "moeopt.plan",
     "PruneSpace": "moeopt.spaces",
+    "RacingPruner": "moeopt.racing",
     "create_study": "moeopt.study",
     "enqueue": "moeopt.study",
     "export": "moeopt.exporting",
@@ -40,6 +41,7 @@ __all__ = [
     "Objective",
     "Plan",
     "PruneSpace",
+    "RacingPruner",
     "__version__",
     "create_study",
     "demo",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from moeopt.models import load, moe_layers, patched, shape_of
     from moeopt.objective import Objective
     from moeopt.plan import LayerPlan, ModelShape, Plan
+    from moeopt.racing import RacingPruner
     from moeopt.spaces import EEPSpace, MergeSpace, PruneSpace
     from moeopt.study import create_study, enqueue, load_study, optimize
 

@@ -160,7 +160,7 @@ def search(
     scale: Annotated[float | None, SPACE(metavar="X", help="Step of a merge space. Default: 0.065.")] = None,
     warm_start: Annotated[list[Path] | None, SPACE(metavar="PLAN", help="Try this plan first; repeatable.")] = None,
     sampler: Annotated[
-        str, OPTIMISER(metavar="NAME", help="eep, random, tpe, cmaes, or nevergrad:NAME such as nevergrad:DE.")
+        str, OPTIMISER(metavar="NAME", help="eep, local, cmaes, blockcmaes, tpe, random, or nevergrad:DE and so on.")
     ] = "eep",
     sampler_option: Annotated[
         list[str] | None, OPTIMISER(metavar="NAME=VALUE", help="A hyperparameter, such as prune_until=40; repeatable.")
@@ -171,6 +171,14 @@ def search(
     ] = 400,
     timeout: Annotated[float | None, STOP(metavar="S", min=0, help="Seconds after which no trial starts.")] = None,
     patience: Annotated[int | None, STOP(metavar="N", min=1, help="Stop after N trials without a better one.")] = None,
+    rungs: Annotated[
+        int,
+        STOP(
+            metavar="N", min=1,
+            help="Race: a trial is held against the best one after a half, a quarter, ... of the examples, N - 1 "
+            "times, and stopped when it is surely worse. Worth it from some 64 examples on.",
+        ),
+    ] = 1,
     storage: Storage = DEFAULT_STORAGE,
     resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
     device_map: Annotated[str, MACHINE(metavar="MAP", help="Where weights go: auto, cpu, cuda:0, ...")] = "auto",
@@ -178,6 +186,10 @@ def search(
         Literal["auto", "float32", "bfloat16", "float16"], MACHINE(help="Type of the weights in memory.")
     ] = "auto",
     batch_tokens: Annotated[int, MACHINE(metavar="N", min=1, help="Padded tokens a forward pass.")] = 1024,
+    prefix_memory: Annotated[
+        int | None,
+        MACHINE(metavar="MIB", min=0, help="Memory for hidden states of earlier plans, which spare passes. [1024]"),
+    ] = None,
 ) -> None:  # fmt: skip
     """Start or resume a search: every trial prunes or merges the model's experts and scores it on the task."""
     task_options = arguments.pairs("--task-option", task_option)
@@ -225,12 +237,16 @@ def search(
         from moeopt.objective import Objective
 
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
-        objective = Objective(loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens)
+        objective = Objective(
+            loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
+            prefix_memory=None if prefix_memory is None else prefix_memory << 20,
+        )  # fmt: skip
         record = create_study(
             study,
             objective=objective,
             storage=storage,
             sampler=chosen_sampler,
+            pruner="racing" if rungs > 1 else None,
             load_if_exists=resume,
             warm_starts=starts,
         )

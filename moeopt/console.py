@@ -13,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moeopt.genome import ESTIMATE
 from moeopt.plan import LayerPlan, Matrix, Plan
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class SearchProgress:
         parts = [
             f"trial {done}" + (f"/{self.trials}" if self.trials else ""),
             str(trial.user_attrs.get("phase") or trial.user_attrs.get("operator") or ""),
-            f"loss {trial.value:.4f}" if trial.value is not None else "failed",
+            _outcome(trial),
             f"best {best.value:.4f} (trial {best.number})" if best is not None else "",
             f"{timedelta(seconds=round(left))} left" if (left := self.left(done)) is not None else "",
         ]
@@ -96,6 +97,13 @@ class SearchProgress:
         if self.trials is not None:
             limits.append(elapsed / self.here * max(0, self.trials - done))
         return min(limits, default=None)
+
+
+def _outcome(trial: FrozenTrial) -> str:
+    if trial.state.name == "PRUNED":
+        estimate = trial.user_attrs.get(ESTIMATE)
+        return f"pruned, about {estimate:.4f}" if isinstance(estimate, float) else "pruned"
+    return "failed" if trial.value is None else f"loss {trial.value:.4f}"
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
@@ -185,6 +193,7 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
                     (t.value for t in members if t.state.name == "COMPLETE" and t.value is not None), default=None
                 ),
                 "seconds": round(sum(t.user_attrs.get("seconds", 0.0) for t in members), 2),
+                "layer_tokens": sum(t.user_attrs.get("layer_tokens", 0) for t in members),
             }
             for phase, members in phases.items()
         ],
@@ -195,20 +204,30 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
 
 def trial_record(trial: FrozenTrial) -> dict[str, Any]:
     """Number, loss and attributes of a completed trial."""
-    facts = ("accuracy", "phase", "operator", "parents", "drift", "seconds", "tokens")
+    facts = ("accuracy", "phase", "operator", "parents", "drift", "seconds", "tokens", "layer_tokens")
     return {"number": trial.number, "loss": trial.value} | {key: trial.user_attrs.get(key) for key in facts}
 
 
 def studies_table(records: Sequence[dict[str, Any]], title: str) -> Table:
     """One row a study."""
     table = Table(
-        "study", "done", "failed", "running", "best loss", "sampler", "task", "model", title=title, title_justify="left"
+        "study",
+        "done",
+        "pruned",
+        "failed",
+        "running",
+        "best loss",
+        "sampler",
+        "task",
+        "model",
+        title=title,
+        title_justify="left",
     )
     for record in records:
         about = record["description"] or {}
         table.add_row(
             record["name"],
-            *(str(record["trials"][state]) for state in ("done", "failed", "running")),
+            *(str(record["trials"][state]) for state in ("done", "pruned", "failed", "running")),
             number(record["best"] and record["best"]["loss"]),
             *(
                 about.get(part, {}).get(key, "?") if about else "not of moeopt"
@@ -234,16 +253,20 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         )
     if record["best"] is None:
         return Group(facts, Text("no trial is finished yet"))
-    phases = Table("phase", "trials", "best loss", "seconds", title="phases", title_justify="left")
+    phases = Table("phase", "trials", "best loss", "layer-tokens", "seconds", title="phases", title_justify="left")
     for phase in record["phases"]:
-        phases.add_row(phase["phase"], str(phase["trials"]), number(phase["best_loss"]), number(phase["seconds"], 1))
+        phases.add_row(
+            phase["phase"], str(phase["trials"]), number(phase["best_loss"]), f"{phase['layer_tokens']:,}",
+            number(phase["seconds"], 1),
+        )  # fmt: skip
     top = Table(
-        "trial", "loss", "accuracy", "operator", "parents", "seconds", title="best trials", title_justify="left"
-    )
+        "trial", "loss", "accuracy", "operator", "parents", "layer-tokens", "seconds", title="best trials",
+        title_justify="left",
+    )  # fmt: skip
     for trial in record["top"]:
         top.add_row(
             str(trial["number"]), number(trial["loss"]), percent(trial["accuracy"]), str(trial["operator"] or ""),
-            " ".join(map(str, trial["parents"] or ())), number(trial["seconds"], 2),
+            " ".join(map(str, trial["parents"] or ())), f"{trial['layer_tokens'] or 0:,}", number(trial["seconds"], 2),
         )  # fmt: skip
     shown: list[RenderableType] = [facts, phases, top]
     if plan is not None:

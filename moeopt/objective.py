@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from moeopt import genome, racing
 from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError
-from moeopt.evaluation import Evaluation, Evaluator
+from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
 from moeopt.models import Storage, describe, shape_of
 from moeopt.plan import Plan
 from moeopt.spaces import Space
@@ -104,7 +104,7 @@ class Objective:
             prefix_device=prefix_device,
             storage=storage,
         )
-        self._limits = {"split": split, "limit": limit, "max_length": max_length}
+        self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> float:
         """The loss of the trial's plan, NaN where there is none.
@@ -199,6 +199,18 @@ class Objective:
         best = None if study is None else racing.incumbent(study, evaluation.scores)
         reference = None if best is None else genome.read_scores(best)
         return evaluation.loss if reference is None else racing.honest_estimate(evaluation.scores, reference)
+
+    def noise_floor(self) -> NoiseFloor:
+        """How much the full model's loss on the first rung moves with experts backend and batch size."""
+        return noise_floor(
+            self.model,
+            self.tokenizer,
+            self.task,
+            split=self.split,
+            limit=self.evaluator.rungs[0],
+            batch_tokens=self.evaluator.batch_tokens,
+            max_length=self._limits["max_length"],
+        )
 
     def describe(self) -> dict[str, Any]:
         """Model, task, space and evaluation as JSON: what a study must agree on to be resumed."""

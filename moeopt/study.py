@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import __version__, genome, samplers, worker
 from moeopt.errors import StorageError, StudyError
 from moeopt.genome import INTERRUPTED
 from moeopt.plan import Plan
+from moeopt.racing import NOISE_FLOOR, RacingPruner
+from moeopt.samplers.shadow import describe
 from moeopt.spaces import Space, from_description
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ def create_study(
     storage: str | BaseStorage | None = DEFAULT_STORAGE,
     sampler: str | BaseSampler = "eep",
     seed: int = 0,
+    pruner: str | BasePruner | None = None,
     load_if_exists: bool = False,
     warm_starts: Iterable[Plan] = (),
     **sampler_options: Any,
@@ -55,13 +59,16 @@ def create_study(
         storage: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL/MariaDB), an Optuna storage, or None for memory.
         sampler: ``"eep"``, ``"cmaes"``, ``"tpe"``, ``"random"``, ``"nevergrad:NAME"``, or any Optuna sampler.
         seed: of the sampler, where it is given by name.
+        pruner: ``"racing"`` (`RacingPruner`), any Optuna pruner, or None; one that prunes needs an objective with
+            `rungs`. For racing, the noise floor is measured first, on the first rung.
         load_if_exists: resume a study of this name. Trials that died with a worker of this host are queued again.
         warm_starts: plans to evaluate next, unless the study did so before.
         sampler_options: hyperparameters of a sampler given by name.
 
     Raises:
         StudyError: when the name is taken (and `load_if_exists` is not set), or the study to resume was made with
-            another model, task, space or sampler; the message names the fields that differ.
+            another model, task, space, sampler or pruner; the message names the fields that differ. Also when the
+            pruner is unknown, or the objective has a single rung.
         StorageError: when the storage cannot be opened or is not Optuna's.
         SamplerError: when the sampler is unknown or its options are.
     """
@@ -70,7 +77,8 @@ def create_study(
     for plan in plans:
         objective.space.encode(plan)
     opened = open_storage(storage) if isinstance(storage, str) else storage
-    description = {**objective.describe(), "sampler": chosen.settings()}
+    racer = _pruner(pruner, objective)
+    description = {**objective.describe(), "sampler": chosen.settings(), "pruner": describe(racer)}
     with readable_errors(storage):
         existing = _find(opened, study_name)
         if existing is not None:
@@ -83,18 +91,33 @@ def create_study(
             study_name=study_name,
             storage=opened,
             sampler=chosen,
-            pruner=optuna.pruners.NopPruner(),
+            pruner=racer,
             direction="minimize",
             load_if_exists=load_if_exists,
         )
         if DESCRIPTION not in study.user_attrs:
             study.set_user_attr(DESCRIPTION, {"version": __version__, **description})
+        if isinstance(racer, RacingPruner) and racer.noise_floor is None and NOISE_FLOOR not in study.user_attrs:
+            study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
         started = {trial.user_attrs.get(WARM_START) for trial in study.get_trials(deepcopy=False)}
         for plan in plans:
             if plan.fingerprint not in started:
                 enqueue(study, objective.space, plan, **{WARM_START: plan.fingerprint})
         reclaim(study)
     return study
+
+
+def _pruner(pruner: str | BasePruner | None, objective: Objective) -> BasePruner:
+    if pruner is None or isinstance(pruner, optuna.pruners.NopPruner):
+        return optuna.pruners.NopPruner()
+    if not isinstance(pruner, BasePruner) and pruner != "racing":
+        raise StudyError(f"a pruner is 'racing', an Optuna pruner object or None, got {pruner!r}")
+    if len(objective.evaluator.rungs) == 1:
+        raise StudyError(
+            f"pruner {pruner if isinstance(pruner, str) else type(pruner).__name__!r} has nothing to prune: the "
+            f"objective scores its {objective.evaluator.examples} examples in one rung; give it Objective(rungs=5)"
+        )
+    return pruner if isinstance(pruner, BasePruner) else RacingPruner()
 
 
 def enqueue(study: optuna.Study, space: Space, plan: Plan, **user_attrs: Any) -> None:

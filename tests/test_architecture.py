@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"errors", "plan", "models", "tasks"},
     "racing": {"errors", "genome"},
     "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing"},
-    "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "worker"},
+    "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "racing", "worker"},
     "exporting": {"errors", "plan", "models", "study"},
     "demo": {
         "console",

@@ -253,14 +253,14 @@ def test_help_shows_every_option_and_its_default() -> None:
 DYING = """
 import os, signal, sys
 from moeopt.evaluation import Evaluator
-whole, calls = Evaluator.evaluate, 0
-def dying(self, plan=None):
+whole, calls = Evaluator.race, 0
+def dying(self, plan=None, known=None):
     global calls
     calls += 1
     if calls == 6:
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-    return whole(self, plan)
-Evaluator.evaluate = dying
+    return whole(self, plan, known)
+Evaluator.race = dying
 from moeopt.cli import main
 sys.exit(main(sys.argv[2:]))
 """
