@@ -119,9 +119,19 @@ class Evaluator:
         self._pack(batch_tokens)
 
     @property
+    def batches(self) -> tuple[Batch, ...]:
+        """The forward passes of all rungs."""
+        return tuple(batch for rung in self._batches for batch in rung)
+
+    @property
     def tokens(self) -> int:
         """Non-padding tokens that one evaluation runs."""
-        return sum(batch.tokens for rung in self._batches for batch in rung)
+        return sum(batch.tokens for batch in self.batches)
+
+    def clear(self) -> None:
+        """Free the hidden states and merged experts of earlier plans."""
+        self._runner.clear()
+        self._cache.clear()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -218,13 +228,11 @@ class Evaluator:
         ]
 
     def _halve_batches(self, reason: str) -> None:
-        self._runner.clear()
-        self._cache.clear()
+        self.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        batches = [batch for rung in self._batches for batch in rung]
-        largest = max(batch.ids.numel() for batch in batches)
-        if all(len(batch.ids) == 1 for batch in batches):
+        largest = max(batch.ids.numel() for batch in self.batches)
+        if all(len(batch.ids) == 1 for batch in self.batches):
             raise OutOfMemoryError(f"not even a single sequence, of {largest} tokens, fits into memory: {reason}")
         smaller = max(1, min(self.batch_tokens, largest) // 2)
         warnings.warn(f"out of memory: going on with {smaller} tokens a forward pass", stacklevel=2)

@@ -45,7 +45,7 @@ class PrefixCache:
         for key in keys:
             kept = self._kept.get(key)
             if kept is not None:
-                for trail in sorted(kept.trails, key=list(self._trails).index):
+                for trail in [trail for trail in self._trails if trail in kept.trails]:
                     self._trails.move_to_end(trail)
                 return key[1], kept.states
         return None

@@ -18,7 +18,7 @@ NEAR = 1 << 19
 
 
 def score(batch: Batch, logits_of: Callable[[slice], Tensor]) -> tuple[Tensor, Tensor]:
-    """For every scored token, its natural-log likelihood (float32) and whether it is the model's first choice (bool).
+    """For every scored token, its natural-log likelihood (float32) and whether no token is likelier (bool).
 
     Both are (scored,), on the CPU.
 
@@ -39,5 +39,5 @@ def score(batch: Batch, logits_of: Callable[[slice], Tensor]) -> tuple[Tensor, T
             a, b = torch.searchsorted(cells, torch.tensor([first, first + len(block)])).tolist()
             cell, target = (t.to(logits.device) for t in (cells[a:b] - first, batch.target[order[a:b]]))
             likelihood[order[a:b]] = block.log_softmax(1, dtype=torch.float32)[cell, target].cpu()
-            greedy[order[a:b]] = (block.max(1).indices[cell] == target).cpu()
+            greedy[order[a:b]] = (block[cell, target] == block.amax(1)[cell]).cpu()
     return likelihood, greedy

@@ -1,0 +1,266 @@
+"""What a search costs, in layer-tokens, to reach the loss that EEP as published reaches after 400 full trials.
+
+    python benchmarks/search_cost.py [--skill caesar] [--seeds 3]
+    python benchmarks/search_cost.py --model MODEL --task text --data FILES --limit 6 --seeds 1 --share 0.25
+
+A layer-token is one token through one decoder layer. EEP as published (`redraw=0`) pays for every trial in full, for
+one equal to an earlier one, too; "redrawn" draws such proposals again. The others pay what their trials cost with
+prefix reuse, and "warm" ones one forward of the full model, which ranks experts by soft activation (mean routing
+probability). Every method is stopped at `--share` of the 400 full trials' layer-tokens. All search the same space, on
+the same examples; each seed has its own target. Seconds of EEP are those of a trial run in full, times their number;
+those of the others are what their trials took, without sampler and storage (see scaling.py). Test losses, on examples
+that no search saw, are compared at equal layer-tokens, with a paired bootstrap interval over test examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial
+from rich.console import Console
+from rich.table import Table
+
+import moeopt
+from moeopt.evaluation import Evaluator
+from moeopt.models import routing_rules
+from moeopt.plan import Plan
+
+PUBLISHED = "eep as published"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is set up.
+
+    Args:
+        sampler, options: as for `moeopt.create_study`.
+        warm: whether the ranking by soft activation is enqueued.
+        full: whether every trial is paid for in full.
+        rungs: of the objective; above 1, trials are raced.
+    """
+
+    sampler: str
+    options: dict[str, Any]
+    warm: bool = False
+    full: bool = False
+    rungs: int = 1
+
+
+METHODS = {
+    PUBLISHED: Method("eep", {"redraw": 0}, full=True),
+    "eep, redrawn": Method("eep", {}, full=True),
+    "eep, redrawn, prefix reuse": Method("eep", {}),
+    "local": Method("local", {}),
+    "local, warm": Method("local", {}, warm=True),
+    "blockcmaes, warm": Method("blockcmaes", {}, warm=True),
+    "local, warm, raced": Method("local", {}, warm=True, rungs=4),
+}
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    console = Console(width=150)
+    model, tokenizer = moeopt.load(args.model)
+    if args.task is None:
+        task = moeopt.demo.skill_task(args.skill)
+    else:
+        task = moeopt.tasks.get(args.task, data=args.data, **json.loads(args.task_options))
+    space = moeopt.EEPSpace.of(model, keep=args.keep, groups=args.groups)
+    test = Evaluator(model, tokenizer, task, split="test", limit=args.test_limit)
+    objectives = {
+        rungs: moeopt.Objective(model, tokenizer, task, space, limit=args.limit, rungs=rungs, prefix_memory=2 << 30)
+        for rungs in sorted({METHODS[name].rungs for name in args.methods} | {1})
+    }
+    evaluator = objectives[1].evaluator
+    full_trial = evaluator.tokens * evaluator.layers
+    ranking = soft_activation(model, evaluator, args.keep)
+
+    runs: dict[tuple[str, int], Run] = {}
+    for seed in range(args.seeds):
+        for name in dict.fromkeys([PUBLISHED, *args.methods]):
+            method = METHODS[name]
+            study = moeopt.create_study(
+                f"{task.name} {name} {seed}",
+                objective=objectives[method.rungs],
+                storage=args.storage,
+                sampler=method.sampler,
+                seed=seed,
+                pruner="racing" if method.rungs > 1 else None,
+                load_if_exists=True,
+                warm_starts=[ranking] if method.warm else [],
+                **method.options,
+            )
+            run = Run(study, method, full_trial)
+            objectives[method.rungs].evaluator.clear()
+            if method.full:
+                moeopt.optimize(study, objectives[method.rungs], trials=args.trials)
+            else:
+                run.spend(objectives[method.rungs], args.share * args.trials * full_trial, args.most)
+            runs[name, seed] = run
+            console.print(f"{study.study_name}: {len(study.trials)} trials, best {study.best_value:.4f}", style="dim")
+
+    budget = args.trials * full_trial
+    table = Table(
+        title=f"{task.name}, {args.keep} of {space.shape.experts} experts, {evaluator.tokens} search tokens in "
+        f"{evaluator.examples} examples: to reach the loss of EEP as published after {args.trials} full trials"
+    )
+    for column in ("", "reached", "layer-tokens, % of EEP's", "seconds, % of EEP's", "best loss at 10 %", "at the end"):
+        table.add_column(column)
+    for name in dict.fromkeys([PUBLISHED, *args.methods]):
+        shares: list[float] = []
+        times: list[float] = []
+        tenth: list[float] = []
+        last: list[float] = []
+        for seed in range(args.seeds):
+            published, run = runs[PUBLISHED, seed], runs[name, seed]
+            found = run.reaching(published.study.best_value)
+            if found is not None:
+                shares.append(100 * found[0] / budget)
+                times.append(100 * found[1] / (args.trials * published.full_seconds()))
+            tenth.append(run.best_within(0.1 * budget).value or 0.0)
+            last.append(run.study.best_value)
+        table.add_row(
+            name, f"{len(shares)} of {args.seeds}", *(spread(x, 1) for x in (shares, times)),
+            *(spread(x, 4) for x in (tenth, last)),
+        )  # fmt: skip
+    console.print(table)
+
+    table = Table(
+        title=f"test loss at equal layer-tokens, {test.tokens} tokens in {test.examples} examples; "
+        f"full model: {test.evaluate(None).loss:.4f}"
+    )
+    for column in ("", "seed", "at % of EEP's", "EEP as published", "this", "this - EEP [95%]"):
+        table.add_column(column)
+    for name in args.methods:
+        for seed in range(args.seeds):
+            for share in (0.1, args.share):
+                limit = share * budget
+                theirs, ours = (
+                    test.evaluate(space.plan(runs[key, seed].best_within(limit))) for key in (PUBLISHED, name)
+                )
+                gap = moeopt.paired_bootstrap(ours, theirs)
+                difference = f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
+                table.add_row(
+                    name, str(seed), f"{100 * share:.0f}", f"{theirs.loss:.4f}", f"{ours.loss:.4f}", difference
+                )
+    console.print(table)
+
+
+class Run:
+    """A method's study, and what its trials cost.
+
+    Args:
+        study: with or without trials.
+        method: how it was set up.
+        full_trial: layer-tokens of a trial run in full.
+    """
+
+    def __init__(self, study: optuna.Study, method: Method, full_trial: int) -> None:
+        self.study, self.method, self.full_trial = study, method, full_trial
+
+    def spend(self, objective: moeopt.Objective, budget: float, most: int) -> None:
+        """Search until the layer-tokens are spent, or there are `most` trials."""
+
+        def stop(study: optuna.Study, trial: FrozenTrial | None = None) -> None:
+            if self.spent() >= budget:
+                study.stop()
+
+        if self.spent() < budget:
+            moeopt.optimize(self.study, objective, trials=most, callbacks=[stop])
+
+    def spent(self) -> int:
+        costs = [cost for _, cost, _ in self.costs()]
+        return costs[-1] if costs else 0
+
+    def costs(self) -> Iterator[tuple[FrozenTrial, int, float]]:
+        """Every finished trial, with the layer-tokens and seconds spent when it ended."""
+        spent, seconds = (self.full_trial if self.method.warm else 0), 0.0
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state.is_finished():
+                spent += self.full_trial if self.method.full else trial.user_attrs.get("layer_tokens", self.full_trial)
+                seconds += self.full_seconds() if self.method.full else trial.user_attrs.get("seconds", 0.0)
+                yield trial, spent, seconds
+
+    def full_seconds(self) -> float:
+        """The median of the trials that were run in full."""
+        trials = self.study.get_trials(deepcopy=False)
+        whole = [t for t in trials if t.user_attrs.get("layer_tokens") == self.full_trial]
+        return statistics.median(t.user_attrs["seconds"] for t in whole) if whole else 0.0
+
+    def reaching(self, loss: float) -> tuple[int, float] | None:
+        """Layer-tokens and seconds spent when a trial first had at most this loss."""
+        for trial, spent, seconds in self.costs():
+            if trial.state.name == "COMPLETE" and trial.value is not None and trial.value <= loss:
+                return spent, seconds
+        return None
+
+    def best_within(self, budget: float) -> FrozenTrial:
+        """The best trial of those that ended within the budget (the first one at any rate)."""
+        done = [(t, spent) for t, spent, _ in self.costs() if t.state.name == "COMPLETE"]
+        within = [t for t, spent in done if spent <= budget] or [done[0][0]]
+        return min(within, key=lambda t: (t.value, t.number))
+
+
+def soft_activation(model: Any, evaluator: Evaluator, keep: int) -> Plan:
+    """The pruning that keeps the experts of largest mean routing probability over the search tokens."""
+    layers, rules = moeopt.moe_layers(model), routing_rules(model)
+    totals = [torch.zeros(layer.n) for layer in layers]
+
+    def count(index: int, output: Any) -> None:
+        totals[index] += rules[index].scores(output[0]).float().sum(0)
+
+    handles = [
+        layer.router.register_forward_hook(lambda _m, _i, output, index=layer.index: count(index, output))
+        for layer in layers
+    ]
+    try:
+        with torch.inference_mode():
+            for batch in evaluator.batches:
+                for ids, mask in zip(batch.ids, batch.mask):
+                    model(input_ids=ids[mask.bool()][None], use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    kept = [sorted(total.topk(keep).indices.tolist()) for total in totals]
+    return Plan.one_hot(kept, experts=layers[0].n, k=layers[0].k)
+
+
+def spread(values: list[float], digits: int) -> str:
+    if not values:
+        return "–"
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(moeopt.demo.MODEL), help="folder or hub name; default: the demo model")
+    parser.add_argument("--skill", default=moeopt.demo.DEFAULT_SKILL, help="of the demo model, where no task is given")
+    parser.add_argument("--task")
+    parser.add_argument("--data", help="file or folder of the task")
+    parser.add_argument("--task-options", default="{}", help='JSON, such as {"suffixes": [".py"]}')
+    parser.add_argument("--keep", type=int, default=4)
+    parser.add_argument("--groups", type=int, help="default: every layer is its own")
+    parser.add_argument("--limit", type=int, default=100, help="search examples (text: windows of 256 tokens)")
+    parser.add_argument("--test-limit", type=int, default=300)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS)[1:], choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=400, help="full trials of EEP")
+    parser.add_argument("--share", type=float, default=0.25, help="of their layer-tokens that the others may spend")
+    parser.add_argument("--most", type=int, default=2000, help="trials of the others")
+    parser.add_argument("--storage", default="sqlite:///search_cost.db")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
