@@ -19,13 +19,17 @@ from moeopt.errors import StorageError
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
 Vector = NDArray[np.float32]
+Attrs = Mapping[str, Any]
+Params = Mapping[str, tuple[Any, "BaseDistribution"]]
 
 GENOME = "moeopt:genome"
 ORIGIN = "moeopt:origin"
 SCORES = "moeopt:scores"
+NOT_FINITE = "moeopt:not_finite"  # what the scores of a trial are of that ended without a finite loss
 RETRIES = "retry_history"  # Optuna's own key, as `RetryHeartbeatStaleTrialCallback` writes it
 ESTIMATE = "estimate"  # user attribute of a pruned trial: an honest estimate of its loss over all examples
 INTERRUPTED = "interrupted"  # user attribute of a trial that Ctrl-C ended
@@ -70,10 +74,10 @@ def unpack(key: str, attrs: Mapping[str, Any]) -> Vector | None:
 
 
 def attributes(trial: optuna.trial.BaseTrial) -> Mapping[str, Any]:
-    """System attributes of a running `Trial` or a `FrozenTrial`."""
+    """System attributes of a running `Trial`, as this process knows them, or of a `FrozenTrial`."""
     if hasattr(trial, "system_attrs"):
         return trial.system_attrs  # type: ignore[no-any-return]
-    return trial.storage.get_trial_system_attrs(trial._trial_id)  # type: ignore[attr-defined,no-any-return]
+    return trial._cached_frozen_trial.system_attrs  # type: ignore[attr-defined,no-any-return]
 
 
 def read(trial: optuna.trial.BaseTrial) -> Vector | None:
@@ -90,18 +94,43 @@ def read_scores(trial: optuna.trial.BaseTrial) -> NDArray[np.float32] | None:
     return None if found is None else found[: found.size // 3 * 3].reshape(3, -1)
 
 
+def scores_of(trial: optuna.trial.BaseTrial) -> str | None:
+    """Names the model, task and examples that a trial's scores are of; None where its objective does not say."""
+    head = attributes(trial).get(SCORES)
+    return head.get("of") if isinstance(head, dict) else None
+
+
 def origin(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
     """Where the trial's genotype came from: slot, operator, parents, plan fingerprint, worker; empty when unknown."""
     found = attributes(trial).get(ORIGIN, {})
     return found if isinstance(found, dict) else {}
 
 
-def write(study: optuna.Study, trial: optuna.trial.BaseTrial, attrs: Mapping[str, Any]) -> None:
-    """Set system attributes of a running trial, in its storage and in the copy at hand."""
-    for key, value in attrs.items():
-        study._storage.set_trial_system_attr(trial._trial_id, key, value)  # type: ignore[attr-defined]
-        if hasattr(trial, "system_attrs"):
-            trial.system_attrs[key] = value
+def write(
+    study: optuna.Study, trial: Any, attrs: Attrs, user: Attrs | None = None, params: Params | None = None
+) -> None:
+    """Set system and user attributes and new parameters of a running trial, in its storage and in the copy at hand.
+
+    A database gets them in one transaction, all or none: of writing them, transactions are what takes the time.
+    """
+    from moeopt import transaction
+
+    storage, user, params = study._storage, user or {}, params or {}
+    database = getattr(storage, "_backend", storage)
+    if transaction.serves(database):
+        transaction.write(database, trial._trial_id, attrs, user, params)
+    else:
+        for key, value in attrs.items():
+            storage.set_trial_system_attr(trial._trial_id, key, value)
+        for key, value in user.items():
+            storage.set_trial_user_attr(trial._trial_id, key, value)
+        for name, (value, distribution) in params.items():
+            storage.set_trial_param(trial._trial_id, name, distribution.to_internal_repr(value), distribution)
+    known = getattr(trial, "_cached_frozen_trial", trial)
+    known.system_attrs.update(attrs)
+    known.user_attrs.update(user)
+    known.params.update({name: value for name, (value, _) in params.items()})
+    known.distributions.update({name: distribution for name, (_, distribution) in params.items()})
 
 
 def whole_study(study: optuna.Study) -> optuna.Study:
@@ -141,24 +170,3 @@ def retry(trial: FrozenTrial) -> FrozenTrial:
     attrs = {**trial.system_attrs, "failed_trial": history[0], RETRIES: history}
     origin_attr = {key: value for key, value in origin(trial).items() if key != "worker"}
     return waiting({**attrs, ORIGIN: origin_attr}, {})
-
-
-def reseed(sampler: Any, seed: int) -> None:
-    """Seed every random state that an Optuna sampler and the samplers inside it hold, from one integer."""
-    seeds = np.random.SeedSequence(seed)
-    seen: set[int] = set()
-
-    def visit(thing: Any, depth: int) -> None:
-        if id(thing) in seen or depth > 3:
-            return
-        seen.add(id(thing))
-        for name, value in sorted(vars(thing).items()):
-            state = getattr(value, "rng", value) if type(value).__name__ == "LazyRandomState" else value
-            if isinstance(state, np.random.RandomState):
-                state.seed(seeds.spawn(1)[0].generate_state(4))
-            elif isinstance(state, np.random.Generator):
-                setattr(thing, name, np.random.default_rng(seeds.spawn(1)[0]))
-            elif hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in ("numpy", "torch"):
-                visit(value, depth + 1)
-
-    visit(sampler, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -12,7 +14,7 @@ from optuna.trial import TrialState
 from moeopt import genome, racing
 from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
-from moeopt.models import Storage, describe, shape_of
+from moeopt.models import Storage, describe, fingerprint, shape_of
 from moeopt.plan import Plan
 from moeopt.spaces import Space
 
@@ -26,6 +28,7 @@ Report = Literal["mean", "block"]
 
 FAILURE = "failure"
 COPIED_FROM = "copied_from"
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class Objective:
@@ -124,26 +127,31 @@ class Objective:
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
         started = time.perf_counter()
-        for key, value in _facts(genome.origin(trial)).items():
-            trial.set_user_attr(key, value)
         x = self.space.vector(trial)
         plan = self.space.decode(x)
-        known = self._known(study, trial, plan)
+        facts = _facts(genome.origin(trial))
+        attrs: dict[str, Any] = {}
         evaluation: Evaluation | None = None
-        pruned, sizes = False, self.evaluator.rungs
+        pruned, examples = False, self.evaluator.examples
         try:
+            known = self._known(study, trial, plan, facts)
             for evaluation in self.evaluator.race(plan, known):
-                if study is not None:
-                    self._write(study, trial, evaluation)
-                if len(sizes) > 1:
-                    pruned = self._report(trial, evaluation)
-                if pruned:
-                    break
+                attrs = self._packed(evaluation)
+                n = len(evaluation.losses)
+                if len(self.evaluator.rungs) > 1:
+                    if study is not None and n < examples:
+                        genome.write(study, trial, attrs)  # for the pruner
+                    self._report(trial, evaluation)
+                    finished = n == examples or (known is not None and known.shape[1] == examples)
+                    if not finished and trial.should_prune():
+                        pruned = True
+                        break
         except (NonFiniteLossError, OutOfMemoryError) as error:
-            trial.set_user_attr(FAILURE, str(error))
+            attrs = {genome.NOT_FINITE: self._of} if isinstance(error, NonFiniteLossError) else {}
+            self._note(study, trial, attrs, facts | {FAILURE: str(error)})
             return float("nan")
         assert evaluation is not None
-        facts = {
+        facts |= {
             "accuracy": evaluation.accuracy,
             "seconds": round(time.perf_counter() - started, 4),
             "tokens": evaluation.tokens,
@@ -152,51 +160,63 @@ class Objective:
         }
         if pruned:
             facts[genome.ESTIMATE] = self._estimate(study, evaluation)
-        for key, value in facts.items():
-            trial.set_user_attr(key, value)
+        self._note(study, trial, attrs, facts)
         if pruned:
             raise optuna.TrialPruned
         return evaluation.loss
 
+    def _note(
+        self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, attrs: dict[str, Any], facts: dict[str, Any]
+    ) -> None:
+        if study is not None:
+            genome.write(study, trial, attrs, facts)
+            return
+        for key, value in facts.items():
+            trial.set_user_attr(key, value)
+
     def _known(
-        self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, plan: Plan
+        self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, plan: Plan, facts: dict[str, Any]
     ) -> NDArray[np.float32] | None:
-        """Scores (3, examples) of the plan on the first of these examples, from the trial or trial that knows most."""
+        """Scores (3, n) of the plan on the first n examples, from the trial that knows most; noted in `facts`."""
         if study is None:
             return None
         found = self._scores(trial)
-        origin, fingerprint = genome.origin(trial), plan.fingerprint
+        origin, name = genome.origin(trial), plan.fingerprint
         if "plan" not in origin:
-            genome.write(study, trial, {genome.ORIGIN: {**origin, "plan": fingerprint}})
-        for other in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-            if genome.origin(other).get("plan") == fingerprint:
+            genome.write(study, trial, {genome.ORIGIN: {**origin, "plan": name}})
+        for other in study.get_trials(deepcopy=False, states=FINISHED):
+            if genome.origin(other).get("plan") == name:
+                if genome.attributes(other).get(genome.NOT_FINITE) == self._of:
+                    facts[COPIED_FROM] = other.number
+                    raise NonFiniteLossError(str(other.user_attrs.get(FAILURE)), layer=None)
                 scores = self._scores(other)
                 if scores is not None and (found is None or scores.shape[1] > found.shape[1]):
                     found = scores
-                    trial.set_user_attr(COPIED_FROM, other.number)
+                    facts[COPIED_FROM] = other.number
         return found
 
     def _scores(self, trial: optuna.trial.BaseTrial) -> NDArray[np.float32] | None:
-        head = genome.attributes(trial).get(genome.SCORES)
-        if not isinstance(head, dict) or head.get("of") != self.evaluator.fingerprint:
-            return None
-        return genome.read_scores(trial)
+        return genome.read_scores(trial) if genome.scores_of(trial) == self._of else None
 
-    def _write(self, study: optuna.Study, trial: optuna.trial.BaseTrial, evaluation: Evaluation) -> None:
+    @cached_property
+    def _of(self) -> str:
+        """16 hex digits that name model, task and examples."""
+        parts = self.evaluator.fingerprint, self.task.fingerprint(self.split), fingerprint(self.model)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _packed(self, evaluation: Evaluation) -> dict[str, Any]:
         attrs = genome.pack(genome.SCORES, evaluation.scores.reshape(-1))
-        attrs[genome.SCORES]["of"] = self.evaluator.fingerprint
-        genome.write(study, trial, attrs)
+        attrs[genome.SCORES]["of"] = self._of
+        return attrs
 
-    def _report(self, trial: optuna.trial.BaseTrial, evaluation: Evaluation) -> bool:
-        """Reports what the rung gave; whether the trial is to stop there."""
-        n = len(evaluation.losses)
-        first = ([0, *self.evaluator.rungs])[self.evaluator.rungs.index(n)] if self.report == "block" else 0
+    def _report(self, trial: optuna.trial.BaseTrial, evaluation: Evaluation) -> None:
+        n, rungs = len(evaluation.losses), self.evaluator.rungs
+        first = ([0, *rungs])[rungs.index(n)] if self.report == "block" else 0
         losses, weights = evaluation.losses[first:].astype(np.float64), evaluation.weights[first:]
         trial.report(float(np.average(losses, weights=weights)), n)
-        return n < self.evaluator.examples and trial.should_prune()
 
     def _estimate(self, study: optuna.Study | None, evaluation: Evaluation) -> float:
-        best = None if study is None else racing.incumbent(study, evaluation.scores)
+        best = None if study is None else racing.incumbent(study, evaluation.scores, self._of)
         reference = None if best is None else genome.read_scores(best)
         return evaluation.loss if reference is None else racing.honest_estimate(evaluation.scores, reference)
 

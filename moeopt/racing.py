@@ -89,7 +89,7 @@ class RacingPruner(BasePruner):
         n = 0 if scores is None else scores.shape[1]
         if scores is None or n < self.n_min or trial.last_step != n:
             return False
-        best = incumbent(study, scores)
+        best = incumbent(study, scores, genome.scores_of(trial))
         if best is None:
             return False
         reference = genome.read_scores(best)
@@ -104,15 +104,19 @@ class RacingPruner(BasePruner):
         return float(study.user_attrs.get(NOISE_FLOOR, 0.0))
 
 
-def incumbent(study: Study, scores: Array | None = None) -> FrozenTrial | None:
+def incumbent(study: Study, scores: Array | None = None, of: str | None = None) -> FrozenTrial | None:
     """The complete trial of least value, the earliest of equals, whose scores `genome.read_scores` reads; or None.
 
-    With the `scores` (3, n) of another trial it must have more examples, the first n of them with the same weights.
+    With the `scores` (3, n) of another trial it must have more examples, the first n of them with the same weights, and
+    its scores must be `of` the same (`genome.scores_of`).
     """
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     for trial in sorted((t for t in done if t.value is not None), key=lambda t: (t.value, t.number)):
         found = genome.read_scores(trial)
-        if found is not None and (scores is None or (found.shape[1] > scores.shape[1] and _paired(scores, found))):
+        if found is None:
+            continue
+        paired = scores is None or (found.shape[1] > scores.shape[1] and _paired(scores, found))
+        if paired and (scores is None or genome.scores_of(trial) == of):
             return trial
     return None
 

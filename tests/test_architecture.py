@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "plan": {"errors"},
     "genome": {"errors"},
+    "transaction": set(),
     "worker": set(),
     "spaces": {"errors", "plan", "genome"},
     "samplers": {"errors", "plan", "genome", "spaces", "worker"},

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
 import base64
+import os
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from moeopt import genome
@@ -123,23 +130,50 @@ def test_a_retry_forgets_the_worker_only() -> None:
     assert np.array_equal(genome.read(retried), np.ones(2))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: optuna.samplers.RandomSampler(),
-        lambda: optuna.samplers.TPESampler(n_startup_trials=2),
-        lambda: optuna.samplers.NSGAIISampler(population_size=2),
-        lambda: optuna.samplers.PartialFixedSampler({"y": 0.5}, optuna.samplers.TPESampler(n_startup_trials=2)),
-    ],
-    ids=["random", "tpe", "nsga2", "nested"],
-)
-def test_reseed_reaches_every_random_state(make: Any) -> None:
-    def draws(seed: int) -> list[float]:
-        sampler = make()
-        genome.reseed(sampler, seed)
-        study = optuna.create_study(sampler=sampler)
-        study.optimize(lambda trial: trial.suggest_float("x", 0, 1) + trial.suggest_float("y", 0, 1), n_trials=6)
-        return [trial.params["x"] for trial in study.trials]
+@pytest.fixture(params=["memory", "journal", "sqlite", "postgres", "mysql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """Every kind of Optuna storage; a database with the study ``write`` that is deleted afterwards."""
+    if request.param == "memory":
+        yield optuna.storages.InMemoryStorage()
+    elif request.param == "journal":
+        yield JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
+    else:
+        variable = f"MOEOPT_TEST_{request.param.upper()}_URL"
+        url = f"sqlite:///{tmp_path}/study.db" if request.param == "sqlite" else os.environ.get(variable)
+        if url is None:
+            pytest.skip(f"{variable} is not set")
+        storage = optuna.storages.RDBStorage(url)
+        yield storage
+        optuna.delete_study(study_name="write", storage=storage)
+        storage.engine.dispose()
 
-    assert draws(1) == draws(1)
-    assert draws(1) != draws(2)
+
+def test_writing_gives_what_optuna_reads(storage: Any) -> None:
+    study = optuna.create_study(storage=storage, study_name="write")
+    live = study.ask()
+    attrs, user = {"a": {"b": [1, None, "ü"]}, **genome.pack("x", np.ones(3, np.float32))}, {"c": 1.5, "d": "text"}
+    params = {"f": (0.25, FloatDistribution(0, 1)), "i": (3, IntDistribution(0, 5))}
+    genome.write(study, live, attrs, user, params)
+    genome.write(study, live, {"a": 2}, {"c": [1]})
+    assert genome.attributes(live) == attrs | {"a": 2}
+    assert (live.user_attrs, live.params) == (user | {"c": [1]}, {"f": 0.25, "i": 3})
+    assert live.suggest_float("f", 0, 1) == 0.25
+    live.suggest_float("own", 0, 1)
+    study.tell(live, 1.0)
+    trial = optuna.load_study(study_name="write", storage=storage).trials[0]
+    assert (trial.system_attrs, trial.user_attrs) == (attrs | {"a": 2}, user | {"c": [1]})
+    assert trial.params == {"f": 0.25, "i": 3, "own": live.params["own"]}
+    assert trial.distributions == {"own": FloatDistribution(0, 1), "f": params["f"][1], "i": params["i"][1]}
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        genome.write(study, live, {"late": 1})
+
+
+def test_a_database_gets_one_transaction(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db")
+    live, engine, committed = study.ask(), study._storage._backend.engine, []
+    sqlalchemy.event.listen(engine, "commit", committed.append)
+    genome.write(study, live, {"a": 1, "b": 2}, {"c": 3, "d": 4}, {"f": (0.25, FloatDistribution(0, 1))})
+    assert len(committed) == 1
+    with pytest.raises(TypeError):
+        genome.write(study, live, {"e": 5}, {"f": object()})
+    assert "e" not in study.trials[0].system_attrs

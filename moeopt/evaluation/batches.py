@@ -99,7 +99,8 @@ def _rows(requests: Sequence[Request], branching: bool) -> list[_Row]:
     for i, request in enumerate(requests):
         split = request.scored_from if branching else len(request.ids) - 1
         prompt, branch = request.ids[:split], request.ids[split:-1]
-        row = rows.setdefault(prompt, _Row(prompt, [], []))
+        key = (request.example, prompt) if branching else prompt
+        row = rows.setdefault(key, _Row(prompt, [], []))
         if branch and branch not in row.branches:
             row.branches.append(branch)
         row.members.append((i, row.branches.index(branch) if branch else -1))

@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -205,7 +205,7 @@ class Evaluator:
                 storage = self._where_merged(plan)
                 stack.enter_context(patched(self.model, plan, storage=storage, cache=self._cache))
             run = self._runner.run(rung, self._batches[rung])
-            for batch, logits_of in run.outputs:
+            for batch, logits_of in stack.enter_context(closing(run.outputs)):
                 likelihoods, hits = score(batch, logits_of)
                 if not likelihoods.isfinite().all():
                     self._raise_non_finite(batch)
@@ -232,6 +232,11 @@ class Evaluator:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         largest = max(batch.ids.numel() for batch in self.batches)
+        if self._branching and all(len(batch.ids) == 1 for batch in self.batches):
+            warnings.warn("out of memory: going on with every option in a row of its own", stacklevel=2)
+            self._branching = False
+            self._pack(self.batch_tokens)
+            return
         if all(len(batch.ids) == 1 for batch in self.batches):
             raise OutOfMemoryError(f"not even a single sequence, of {largest} tokens, fits into memory: {reason}")
         smaller = max(1, min(self.batch_tokens, largest) // 2)

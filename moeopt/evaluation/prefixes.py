@@ -54,13 +54,16 @@ class PrefixCache:
         """Keep states under `key` for the plan named `trail`."""
         kept = self._kept.get(key)
         if kept is None:
-            own = list(states) if self.device is None else [t.to(self.device) for t in states]
-            kept = self._kept[key] = _Kept(own)
+            kept = self._kept[key] = _Kept(self.placed(states))
             self.nbytes += kept.nbytes
         kept.trails.add(trail)
         self._trails.setdefault(trail, set()).add(key)
         self._trails.move_to_end(trail)
         self._shrink()
+
+    def placed(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """The states where this cache keeps them."""
+        return list(states) if self.device is None else [t.to(self.device) for t in states]
 
     def share(self, trail: bytes, keys: Iterable[Key]) -> None:
         """Let the plan named `trail` hold what is kept under these keys, too."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,8 @@ from moeopt.evaluation.batches import Batch
 from moeopt.evaluation.prefixes import PrefixCache
 from moeopt.models import Layerwise, moe_layers, plan_in_force
 from moeopt.models.layerwise import Call
+from moeopt.models.merging import identity
+from moeopt.models.patching import PREFIX
 from moeopt.plan import LayerPlan, Plan
 
 LogitsOf = Callable[[slice], Tensor]
@@ -35,7 +36,7 @@ class Run:
         trail: names the plan among those whose states are kept.
     """
 
-    outputs: Iterable[tuple[Batch, LogitsOf]]
+    outputs: Generator[tuple[Batch, LogitsOf], None, None]
     layer_tokens: int
     keep: Callable[[], None]
     trail: bytes = b""
@@ -88,7 +89,7 @@ class LayerMajor:
         self.parts, self.layers = parts, len(parts.layers)
         self.prefixes = PrefixCache(memory, device)
         self._begun: dict[int, list[tuple[Tensor, list[Call]]]] = {}
-        self._salt = b""
+        self._salt: object = None
         everything = (LayerPlan(layer.n, layer.k, kept=tuple(range(layer.n))) for layer in moe_layers(parts.model))
         self._unpatched = Plan(tuple(everything))
 
@@ -111,7 +112,7 @@ class LayerMajor:
         passed: list[tuple[Any, list[Tensor]]] = []
         for i in range(start, self.layers):
             if i > start and i % every == 0 and self.prefixes.budget:
-                passed.append((keys[i], list(states)))
+                passed.append((keys[i], self.prefixes.placed(states)))
             with self.parts.loaded(i) as there:
                 for b, (_, calls) in enumerate(begun):
                     states[b] = calls[i](self.parts.layers[i], states[b], there)
@@ -121,8 +122,12 @@ class LayerMajor:
             for key, entering in passed:
                 self.prefixes.keep(trail, key, entering)
 
-        outputs = ((batch, self._logits_of(batch, hidden)) for batch, hidden in zip(batches, states))
-        return Run(outputs, sum(batch.tokens for batch in batches) * (self.layers - start), keep, trail)
+        def outputs() -> Generator[tuple[Batch, LogitsOf], None, None]:
+            with self.parts.head_loaded():
+                for batch, hidden in zip(batches, states):
+                    yield batch, self._logits_of(batch, hidden)
+
+        return Run(outputs(), sum(batch.tokens for batch in batches) * (self.layers - start), keep, trail)
 
     def _logits_of(self, batch: Batch, hidden: Tensor) -> LogitsOf:
         scored = hidden.flatten(0, 1)[batch.cells.to(hidden.device)]
@@ -153,9 +158,9 @@ def hidden_dtype(model: nn.Module) -> torch.dtype:
     return found
 
 
-def _state(model: nn.Module) -> bytes:
-    """Changes when parameters are written, or when another implementation of attention or experts is chosen."""
+def _state(model: nn.Module) -> object:
+    """Compares unequal after weights were written or replaced, or attention or experts implemented otherwise."""
     config: Any = model.config
-    backends = [getattr(config, f"_{kind}_implementation", None) for kind in ("attn", "experts")]
-    versions = [0 if p.is_inference() else p._version for p in model.parameters()]
-    return hashlib.sha256(repr((backends, versions, model.dtype)).encode()).digest()
+    backends = [str(getattr(config, f"_{kind}_implementation", None)) for kind in ("attn", "experts")]
+    tensors = model.state_dict(keep_vars=True).values()
+    return [name.removeprefix(PREFIX) for name in backends], model.dtype, [identity(t) for t in tensors]

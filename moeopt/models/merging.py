@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from moeopt.models.layers import stacked
+from moeopt.models.layers import _weights_map, stacked
 from moeopt.plan import Matrix
 
 CHUNK_BYTES = 4 << 20
@@ -57,7 +58,7 @@ class MergedCache:
     def tensors(self, experts: nn.Module, w_em: Matrix) -> Mapping[str, Tensor]:
         """The (r, ...) merged tensors of an experts module whose weights are on their device now."""
         source = stacked(experts, w_em.shape[1])
-        key = _key(source, w_em)
+        key = _key(experts, source, w_em)
         known, buffers = self._entries.get(experts, (None, {}))
         if known != key:
             self._entries.pop(experts, None)  # so that an interrupted merge is not taken for a finished one
@@ -90,7 +91,7 @@ class Scratch:
     def tensors(self, experts: nn.Module, w_em: Matrix) -> Mapping[str, Tensor]:
         """The (r, ...) merged tensors of an experts module, valid until the next call."""
         source = stacked(experts, w_em.shape[1])
-        key = _key(source, w_em)
+        key = _key(experts, source, w_em)
         if self._held is None or self._held[0]() is not experts or self._held[1] != key:
             self._held = None
             merge_into(self._buffers, source, w_em)
@@ -127,9 +128,13 @@ def merged_view(experts: nn.Module, tensors: Mapping[str, Tensor], n: int) -> An
     return view
 
 
-def _key(source: Mapping[str, Tensor], w_em: Matrix) -> object:
-    return w_em.shape, w_em.tobytes(), [(name, _version(t), t.dtype, t.device) for name, t in source.items()]
+def _key(experts: nn.Module, source: Mapping[str, Tensor], w_em: Matrix) -> object:
+    away = hasattr(experts, "_hf_hook") and bool(_weights_map(experts))  # then every load makes new tensors
+    own = [(name, t.dtype, t.device, None if away else identity(t)) for name, t in source.items()]
+    return w_em.shape, w_em.tobytes(), own
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def identity(tensor: Tensor) -> object:
+    """Compares unequal once the tensor was written, or has other memory; a storage's name is not used twice."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, None if tensor.is_meta else StorageWeakRef(tensor.untyped_storage())

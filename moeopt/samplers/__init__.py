@@ -1,8 +1,10 @@
 """Optimisers as Optuna samplers over moeopt's spaces."""
 
 from moeopt.samplers.base import GenomeSampler, Proposal, Told
+from moeopt.samplers.blockcmaes import BlockCMAESSampler
 from moeopt.samplers.cmaes import CMAESSampler
 from moeopt.samplers.eep import EEPSampler
+from moeopt.samplers.local import LocalSampler
 from moeopt.samplers.nevergrad import NevergradSampler
 from moeopt.samplers.random import RandomSampler
 from moeopt.samplers.registry import SAMPLERS, get
@@ -10,9 +12,11 @@ from moeopt.samplers.shadow import ShadowSampler, TPESampler
 
 __all__ = [
     "SAMPLERS",
+    "BlockCMAESSampler",
     "CMAESSampler",
     "EEPSampler",
     "GenomeSampler",
+    "LocalSampler",
     "NevergradSampler",
     "Proposal",
     "RandomSampler",

@@ -21,7 +21,7 @@ from moeopt import genome, worker
 from moeopt.errors import SamplerError
 from moeopt.genome import Vector
 from moeopt.plan import Plan
-from moeopt.spaces.base import Space
+from moeopt.spaces.base import NAMED_AT_MOST, Space
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -171,7 +171,18 @@ class GenomeSampler(BaseSampler):
                 origin["phase"] = proposal.phase
         origin["plan"] = self.space.decode(x).fingerprint
         packed = genome.pack(genome.GENOME, x) if proposal is not None else {}
-        genome.write(whole, trial, {genome.ORIGIN: origin, **packed})
+        params = {name: number for name, number in self.parameters(x).items() if name not in trial.params}
+        genome.write(whole, trial, {genome.ORIGIN: origin, **packed}, params=params)
+
+    def parameters(self, x: Vector) -> dict[str, tuple[float, BaseDistribution]]:
+        """The named parameters of a genotype, as `Space.vector` suggests them: its numbers, or its drift if many."""
+        from optuna.distributions import FloatDistribution
+
+        if self.space.size <= NAMED_AT_MOST:
+            values = x.astype(int).tolist() if self.space.integer else x.tolist()
+            return {name: (value, kind) for value, (name, kind) in zip(values, self.space.distributions().items())}
+        limit = self.space.drift_limit
+        return {"drift": (min(self.space.drift(x), limit), FloatDistribution(0.0, limit))}
 
     def _new_plan(self, history: list[Told], slot: int) -> Proposal:
         taken = {told.fingerprint for told in history}
@@ -185,10 +196,11 @@ class GenomeSampler(BaseSampler):
         """Finished and running trials that hold a genotype, by slot; each slot once, the finished one first."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         by_slot: dict[int, Told] = {}
+        retries = [trial for trial in trials if trial.system_attrs.get(genome.RETRIES)]
         for trial in trials:
             if trial.number == without or trial.state == TrialState.WAITING:
                 continue
-            told = self._tell(study.study_name, trial, trials, sign)
+            told = self._tell(study.study_name, trial, retries, sign)
             if told is None:
                 continue
             other = by_slot.get(told.slot)
@@ -196,7 +208,7 @@ class GenomeSampler(BaseSampler):
                 by_slot[told.slot] = told
         return [by_slot[slot] for slot in sorted(by_slot)]
 
-    def _tell(self, study_name: str, trial: FrozenTrial, trials: list[FrozenTrial], sign: float) -> Told | None:
+    def _tell(self, study_name: str, trial: FrozenTrial, retries: list[FrozenTrial], sign: float) -> Told | None:
         key = (study_name, trial.number, trial.datetime_start)
         if key in self._told:
             return self._told[key]
@@ -211,7 +223,7 @@ class GenomeSampler(BaseSampler):
             loss = trial.user_attrs[genome.ESTIMATE]
         told = Told(
             number=trial.number,
-            slot=genome.slot(trial, trials),
+            slot=genome.slot(trial, retries),
             x=x,
             loss=None if loss is None or not np.isfinite(loss) else sign * loss,
             failed=trial.state.is_finished() and (loss is None or not np.isfinite(loss)),
@@ -233,16 +245,7 @@ class GenomeSampler(BaseSampler):
         return {}
 
     def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
-        """The genotype's own number under its name; any other parameter of the objective is drawn at random."""
-        from optuna.distributions import IntDistribution
-
-        x = genome.read(trial)
-        assert x is not None, "before_trial writes a genotype"
-        if name == "drift":
-            return min(self.space.drift(x), self.space.drift_limit)
-        if name in self.space.names:
-            value = float(x[self.space.names.index(name)])
-            return int(value) if isinstance(distribution, IntDistribution) else value
+        """A random number: those of the genotype are there already, so it is another parameter of the objective."""
         seed = np.random.SeedSequence([self.seed, trial.number, *name.encode()]).generate_state(1)[0]
         return RandomSampler(seed=int(seed)).sample_independent(study, trial, name, distribution)
 

@@ -11,8 +11,10 @@ from optuna.samplers import BaseSampler
 
 from moeopt.errors import SamplerError, nearest
 from moeopt.samplers.base import GenomeSampler
+from moeopt.samplers.blockcmaes import BlockCMAESSampler
 from moeopt.samplers.cmaes import CMAESSampler
 from moeopt.samplers.eep import EEPSampler
+from moeopt.samplers.local import LocalSampler
 from moeopt.samplers.nevergrad import NevergradSampler
 from moeopt.samplers.random import RandomSampler
 from moeopt.samplers.shadow import ShadowSampler, TPESampler
@@ -25,6 +27,8 @@ SAMPLERS: dict[str, Callable[..., GenomeSampler]] = {
     "nevergrad": NevergradSampler,
     "tpe": TPESampler,
     "random": RandomSampler,
+    "local": LocalSampler,
+    "blockcmaes": BlockCMAESSampler,
 }
 """Every sampler that `get` knows by name. ``"nevergrad:DE"`` is short for ``"nevergrad"`` with ``optimizer="DE"``."""
 

@@ -14,21 +14,22 @@ import inspect
 import json
 import uuid
 from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from moeopt import genome
 from moeopt.errors import SamplerError
 from moeopt.genome import Vector
 from moeopt.plan import Plan
 from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
+from moeopt.samplers.seeding import reseed
 from moeopt.spaces.base import Space
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class ShadowSampler(GenomeSampler):
             raise SamplerError(f"{type(sampler).__name__} knows the space already: use it without ShadowSampler")
         if any(isinstance(inner, CmaEsSampler) for inner in (sampler, *vars(sampler).values())):
             raise SamplerError("Optuna's CmaEsSampler keeps a pickled optimiser in the study; use sampler='cmaes'")
-        self.sampler = copy.deepcopy(sampler)
+        self.sampler = self._alone = copy.deepcopy(sampler)
         self.x0 = starting_point(space, start)
         self._shadow: _Shadow | None = None
 
@@ -85,9 +86,10 @@ class ShadowSampler(GenomeSampler):
         if self._shadow is None or not self._shadow.leads_to(history, slot, attempt):
             self._shadow = _Shadow(self.space)
         self._shadow.tell(history, slot)
+        running = any(told.loss is None and not told.failed for told in history)
         for again in range(self._shadow.asks, attempt + 1):
-            sampler = copy.deepcopy(self.sampler)
-            genome.reseed(sampler, int(self.rng(slot, again).integers(1 << 62)))
+            sampler = copy.deepcopy(self.sampler if running else self._alone)
+            reseed(sampler, int(self.rng(slot, again).integers(1 << 62)))
             x, notes = self._shadow.ask(sampler)
         return Proposal(x, OPERATOR, notes=notes)
 
@@ -121,9 +123,11 @@ class TPESampler(ShadowSampler):
         }  # fmt: skip
         try:
             sampler = optuna.samplers.TPESampler(**self.options)  # type: ignore[arg-type]
+            alone = optuna.samplers.TPESampler(**self.options | {"constant_liar": False})  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise SamplerError(f"tpe: {error}") from None
         super().__init__(space, sampler, seed=seed, redraw=redraw, start=start)
+        self._alone = alone  # the same proposals in less time: no lie is told when no other trial runs
 
     def settings(self) -> dict[str, Any]:
         return {"name": "tpe", "seed": self.seed, "redraw": self.redraw, **self.options, "start": digest(self.x0)}
@@ -157,6 +161,8 @@ class _Shadow:
         """Whether going on from here gives what building anew would."""
         wanted = _by_index(history, slot)
         for old, new in zip(self._told, wanted):
+            if old is new:
+                continue
             settled = old is None or old.loss is not None or old.failed
             if (old is None) != (new is None) or (settled and _facts(old) != _facts(new)):
                 return False
@@ -179,8 +185,8 @@ class _Shadow:
                     self._told[i] = told
             else:
                 if told is not None and self._open is not None:
-                    for (name, distribution), value in zip(self.distributions.items(), told.x.tolist()):
-                        self.storage.set_trial_param(self._open, name, value, distribution)
+                    for name, value in self._values(told).items():
+                        self.storage.set_trial_param(self._open, name, value, self.distributions[name])
                     self._finish(self._open, told)
                 else:
                     self._add(told)
@@ -228,27 +234,30 @@ class _Shadow:
         if told is None:
             self.storage.create_new_trial(self._id, create_trial(state=TrialState.FAIL))
             return
-        values = zip(self.distributions.items(), told.x.tolist())
-        trial = create_trial(
-            state=_state(told),
-            value=told.loss,
-            params={name: distribution.to_external_repr(value) for (name, distribution), value in values},
-            distributions=self.distributions,
+        now, state = datetime.now(), _state(told)
+        trial = FrozenTrial(
+            number=-1, trial_id=-1, state=state, value=told.loss,
+            datetime_start=now, datetime_complete=now if state.is_finished() else None,
+            params=_Shared(self._values(told)), distributions=self.distributions,
             system_attrs=dict(told.notes.get("trial", {})) if told.operator == OPERATOR else {},
-        )
-        trial.distributions = self.distributions
+            user_attrs={}, intermediate_values={},
+        )  # fmt: skip
         self.storage.create_new_trial(self._id, trial)
         if told.operator == OPERATOR:
             for key, value in told.notes.get("study", {}).items():
                 self.storage.set_study_system_attr(self._id, key, value)
+
+    def _values(self, told: Told) -> dict[str, float]:
+        values = told.x.astype(int).tolist() if self.space.integer else told.x.tolist()
+        return dict(zip(self.space.names, values))
 
     def _finish(self, trial_id: int, told: Told) -> None:
         if _state(told).is_finished():
             self.storage.set_trial_state_values(trial_id, _state(told), None if told.loss is None else [told.loss])
 
 
-class _Shared(dict[str, BaseDistribution]):
-    """The distributions of all trials: one dictionary, however often a storage copies its trials."""
+class _Shared(dict[str, Any]):
+    """Parameters or distributions that nobody changes: one dictionary, however often a storage copies its trials."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
@@ -269,13 +278,13 @@ def _state(told: Told) -> TrialState:
     return TrialState.RUNNING if told.loss is None else TrialState.COMPLETE
 
 
-def describe(sampler: BaseSampler) -> dict[str, Any]:
-    """The class of a sampler and those of its constructor's arguments that can be read off it and written as JSON."""
+def describe(sampler: BaseSampler | BasePruner) -> dict[str, Any]:
+    """The class of a sampler or pruner, and of its constructor's arguments those that it shows and JSON can hold."""
     kind = type(sampler)
     found: dict[str, Any] = {"class": f"{kind.__module__}.{kind.__qualname__}"}
     for name in inspect.signature(kind.__init__).parameters:
         value = vars(sampler).get(name, vars(sampler).get(f"_{name}", inspect.Parameter.empty))
-        if isinstance(value, BaseSampler):
+        if isinstance(value, (BaseSampler, BasePruner)):
             found[name] = describe(value)
         elif _is_simple(value):
             found[name] = value

@@ -1,0 +1,57 @@
+"""A bandit over cheap and dear changes: Thompson sampling of gain per layer-token (Chapelle & Li 2011).
+
+A play has a reward, mostly 0, and a cost, and rewards dry up where they were found. In units of the mean positive one,
+rewards are taken for events of a Poisson process that runs while layer-tokens are spent: after plays whose rewards sum
+to s and whose costs sum to t, an arm's rate has the posterior Gamma(c m + s, c + t), m being the rate over all arms and
+c the weight of that mean, worth `prior` plays of mean cost. Every later play takes a factor exp(-1 / memory) off a
+play's weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from moeopt.samplers.base import Told
+from moeopt.spaces.base import Space
+
+A = TypeVar("A", bound=Hashable)
+
+
+def choose(
+    rng: np.random.Generator,
+    arms: Sequence[A],
+    plays: Sequence[tuple[A, float, float]],
+    *,
+    prior: float,
+    memory: float,
+) -> A:
+    """The arm whose drawn gain per unit of cost is largest.
+
+    Args:
+        arms: to choose from.
+        plays: (arm, gain >= 0, cost > 0), oldest first; those of other arms are passed over.
+        prior: weight of the mean over all arms, in plays of mean cost.
+        memory: plays after which one counts 1 / e.
+    """
+    weights = np.exp((np.arange(len(plays)) - len(plays) + 1) / memory)
+    gain_unit = np.mean([gain for _, gain, _ in plays if gain > 0] or [1.0])
+    cost_unit = np.mean([cost for _, _, cost in plays] or [1.0])
+    gained, spent = dict.fromkeys(arms, 0.0), dict.fromkeys(arms, 0.0)
+    for (arm, gain, cost), weight in zip(plays, weights):
+        if arm in gained:
+            gained[arm] += weight * gain / gain_unit
+            spent[arm] += weight * cost / cost_unit
+    mean = (1 + sum(gained.values())) / (1 + sum(spent.values()))
+    drawn = [rng.gamma(prior * mean + gained[arm]) / (prior + spent[arm]) for arm in arms]
+    return arms[int(np.argmax(drawn))]
+
+
+def layers_run(told: Told, space: Space, first: int) -> float:
+    """Layers that a trial ran, by its own account; without one, all from the first of group `first` to the last."""
+    used, tokens = told.attrs.get("layer_tokens"), told.attrs.get("tokens")
+    if used and tokens:
+        return float(used) / float(tokens)
+    return float(space.shape.layers - space.groups[first][0])

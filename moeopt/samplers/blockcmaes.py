@@ -1,0 +1,189 @@
+"""Block-coordinate search: CMA-ES on the numbers of a few consecutive layer groups, then on those of others.
+
+A block is a window of consecutive groups with at most `block_size` numbers (a part of one group where a group has
+more), so that all trials of a block share the layers before it (prefix reuse). Within a block CMA-ES runs for
+`generations` around the best point so far; numbers outside the block stay as they are there. The next block is the
+choice of a bandit (see `moeopt.samplers.bandit`), whose reward is what a trial of the block won over that point.
+
+As in `moeopt.samplers.cmaes`, nothing of the optimiser is stored: proposals note block, generation and centre, and
+it is rebuilt by telling it the first `population_size` finished trials of each generation, by slot.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moeopt.errors import SamplerError
+from moeopt.genome import Vector
+from moeopt.plan import Plan
+from moeopt.samplers.bandit import choose, layers_run
+from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
+from moeopt.spaces.base import Space
+
+OPERATOR = "blockcmaes"
+
+
+Block = tuple[int, int]
+"""First number of a block, and the one after its last."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A run of CMA-ES in one block.
+
+    Args:
+        number: visits before it.
+        block: it.
+        around: the trial at the first mean; None stands for the sampler's start.
+        generations: the finished trials to tell, of each complete generation.
+    """
+
+    number: int
+    block: Block
+    around: Told | None
+    generations: list[list[Told]]
+
+
+class BlockCMAESSampler(GenomeSampler):
+    """CMA-ES in blocks of consecutive layer groups.
+
+    Args:
+        space: what to search.
+        seed, redraw: as for `GenomeSampler`.
+        sigma: first standard deviation of each number of a block, as a multiple of `space.step`.
+        start: the plan or vector (size,) to start at; by default `space.start()`.
+        block_size: most numbers of a block.
+        generations: CMA-ES generations a block.
+        population_size: trials per generation; by default 4 + floor(3 ln d) for a block of d numbers.
+        prior, memory: the bandit's, in trials.
+
+    Raises:
+        SamplerError: naming the argument that does not fit.
+        SpaceError: when `start` is not of this space.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        seed: int | None = None,
+        redraw: int = 20,
+        sigma: float = 1.0,
+        start: Plan | ArrayLike | None = None,
+        block_size: int = 100,
+        generations: int = 3,
+        population_size: int | None = None,
+        prior: float = 10.0,
+        memory: float = 200.0,
+    ) -> None:
+        super().__init__(space, seed=seed, redraw=redraw)
+        for name, value in {"sigma": sigma, "prior": prior, "memory": memory}.items():
+            if not 0 < value < float("inf"):
+                raise SamplerError(f"{name} must be a positive number, got {value!r}")
+        least = {
+            "block_size": (block_size, 1),
+            "generations": (generations, 1),
+            "population_size": (population_size, 4),
+        }
+        for name, (count, low) in least.items():
+            if name == "population_size" and count is None:
+                continue
+            if isinstance(count, bool) or not isinstance(count, int) or count < low:
+                raise SamplerError(f"{name} must be an integer of at least {low}, got {count!r}")
+        self.sigma, self.prior, self.memory = float(sigma), float(prior), float(memory)
+        self.block_size, self.generations, self.population_size = block_size, generations, population_size
+        self.x0 = starting_point(space, start)
+        self.blocks = blocks(space, block_size)
+
+    def settings(self) -> dict[str, Any]:
+        names = ("seed", "redraw", "sigma", "block_size", "generations", "population_size", "prior", "memory")
+        return {"name": "blockcmaes", **{name: getattr(self, name) for name in names}, "start": digest(self.x0)}
+
+    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
+        if attempt == 0 and self.opens(history, slot):
+            return Proposal(self.x0, START)
+        rng = self.rng(slot, attempt)
+        visit = self.visit(rng, history)
+        part, center = slice(*visit.block), self.x0 if visit.around is None else visit.around.x
+        optimizer = self._optimizer(visit, center)
+        optimizer.reseed_rng(int(rng.integers(1 << 32)))
+        x = center.astype(np.float64)
+        x[part] += optimizer.ask() * self.space.step[part]
+        around, parents = (None, ()) if visit.around is None else (visit.around.slot, (visit.around.number,))
+        notes = {"visit": visit.number, "block": visit.block, "around": around, "generation": len(visit.generations)}
+        return Proposal(x, OPERATOR, parents, notes=notes)
+
+    def visit(self, rng: np.random.Generator, history: list[Told]) -> Visit:
+        """The visit that goes on, or a new one: around the best trial so far, of the block that the bandit chooses."""
+        by_slot = {told.slot: told for told in history}
+        own = [told for told in history if told.operator == OPERATOR]
+        number = max((told.notes["visit"] for told in own), default=-1)
+        latest = [told for told in own if told.notes["visit"] == number]
+        if latest:
+            block, around = latest[0].notes["block"], latest[0].notes["around"]
+            same = [told for told in latest if (told.notes["block"], told.notes["around"]) == (block, around)]
+            generations = self.complete(same, self.trials(block))
+            if len(generations) < self.generations:
+                return Visit(number, tuple(block), by_slot.get(around), generations)
+        finished = [told for told in history if told.loss is not None]
+        best = min(finished, key=lambda told: told.loss or 0.0, default=None)
+        plays = []
+        for told in own:
+            if told.loss is None and not told.failed:
+                continue
+            block, center = tuple(told.notes["block"]), by_slot.get(told.notes["around"])
+            won = 0.0
+            if center is not None and center.loss is not None and told.loss is not None:
+                won = max(0.0, center.loss - told.loss)
+            plays.append((block, won, layers_run(told, self.space, self.group(block))))
+        return Visit(number + 1, choose(rng, self.blocks, plays, prior=self.prior, memory=self.memory), best, [])
+
+    def complete(self, members: list[Told], size: int) -> list[list[Told]]:
+        """The finished trials to tell, `size` of each complete generation."""
+        finished = [told for told in members if told.loss is not None or told.failed]
+        found: list[list[Told]] = []
+        while len(now := [told for told in finished if told.notes["generation"] == len(found)]) >= size:
+            found.append(now[:size])
+        return found
+
+    def group(self, block: Block) -> int:
+        """The first layer group of a block."""
+        return block[0] * len(self.space.groups) // self.space.size
+
+    def trials(self, block: Block) -> int:
+        """Trials of a generation in this block."""
+        return self.population_size or 4 + math.floor(3 * math.log(block[1] - block[0]))
+
+    def _optimizer(self, visit: Visit, center: Vector) -> Any:
+        """The optimiser of a visit, in z = (x - center) / step, told its complete generations."""
+        from cmaes import CMA
+
+        part = slice(*visit.block)
+        mean, step = center[part].astype(np.float64), self.space.step[part]
+        bounds = np.stack([(self.space.low[part] - mean) / step, (self.space.high[part] - mean) / step], axis=1)
+        optimizer = CMA(
+            mean=np.zeros(len(mean)), sigma=self.sigma, seed=0, bounds=bounds, n_max_resampling=0,
+            population_size=self.trials(visit.block),
+        )  # fmt: skip
+        for generation in visit.generations:
+            worst = max((told.loss for told in generation if told.loss is not None), default=0.0)
+            z = [(told.x[part] - mean) / step for told in generation]
+            optimizer.tell([(z[i], worst if told.loss is None else told.loss) for i, told in enumerate(generation)])
+        return optimizer
+
+
+def blocks(space: Space, size: int) -> tuple[Block, ...]:
+    """All numbers of a space in consecutive blocks of about equal size, at most `size`; none ends within a group
+    unless it is a part of that group alone."""
+    per_group = space.size // len(space.groups)
+    if per_group <= size:
+        parts = np.array_split(np.arange(len(space.groups)), math.ceil(len(space.groups) / (size // per_group)))
+        return tuple((int(part[0]) * per_group, (int(part[-1]) + 1) * per_group) for part in parts)
+    parts = np.array_split(np.arange(per_group), math.ceil(per_group / size))
+    firsts = range(0, space.size, per_group)
+    return tuple((first + int(part[0]), first + int(part[-1]) + 1) for first in firsts for part in parts)

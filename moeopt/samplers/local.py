@@ -1,0 +1,241 @@
+"""Local search in windows of consecutive layer groups, chosen by expected gain per layer-token.
+
+A trial whose plan first differs from its parent's at layer l runs only the layers from l on (prefix reuse), so a change
+near the end is cheap. A proposal changes one window of consecutive groups of one parent, drawn uniformly from the
+`population` best trials; one is hill climbing. The best of many noisy losses is a lucky one that hardly any child
+beats, so a parent's loss counts for more with every child it has (`fade`).
+
+What to change is the choice of a bandit (see `moeopt.samplers.bandit`): an arm is (move, groups in the window, band of
+depth in which it begins), its reward max(0, parent's loss - trial's loss), its cost the layers run.
+
+Moves, in each group of the window:
+
+* ``swap``: a kept expert gives way to a dropped one, W_RM following W_EM;
+* ``route``: a kept expert is given a part of a dropped one's routing probability (W_RM);
+* ``remap``: entries of W_RM get Gaussian noise;
+* ``blend``: a row of W_EM moves towards a dropped expert, and takes over as much of that expert's routing;
+* ``perturb``: entries of both matrices get Gaussian noise.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moeopt.errors import SamplerError
+from moeopt.genome import Vector
+from moeopt.plan import Matrix, Plan
+from moeopt.samplers.bandit import choose, layers_run
+from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
+from moeopt.spaces.base import Phase, Space
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What the bandit chooses among: a move, the groups a window has, and the band of depth where it begins."""
+
+    move: str
+    width: int
+    band: int
+
+
+class LocalSampler(GenomeSampler):
+    """Hill climbing, or a small population, in windows of consecutive layer groups.
+
+    Args:
+        space: what to search.
+        seed, redraw: as for `GenomeSampler`.
+        start: the plan or vector (size,) of the search's own first trial; by default `space.start()`, where no
+            trial was enqueued before.
+        population: parents are drawn from so many best trials, enqueued ones among them.
+        fade: what every child adds to its parent's loss when parents are chosen, in lower quartiles of the absolute
+            difference between child and parent.
+        widths: how many consecutive groups a window may have; those beyond the space's groups are left out.
+        bands: parts of the depth, of equal numbers of groups, whose gains the bandit tells apart.
+        moves: which moves to use, as far as the space has them.
+        sigma: largest standard deviation of noise, as a multiple of `space.step`; each proposal draws its own,
+            log-uniformly, from a sixteenth of it up.
+        p_entry: probability of an entry of the window to get noise.
+        prior: weight of the mean over all arms in an arm's posterior, in trials.
+        memory: trials after which one counts 1 / e in the posterior.
+
+    Raises:
+        SamplerError: naming the argument that does not fit.
+        SpaceError: when `start` is not of this space.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        seed: int | None = None,
+        redraw: int = 20,
+        start: Plan | ArrayLike | None = None,
+        population: int = 1,
+        fade: float = 0.1,
+        widths: Sequence[int] = (1, 2, 3),
+        bands: int = 4,
+        moves: Sequence[str] = ("swap", "route", "remap"),
+        sigma: float = 2.0,
+        p_entry: float = 0.5,
+        prior: float = 3.0,
+        memory: float = 50.0,
+    ) -> None:
+        super().__init__(space, seed=seed, redraw=redraw)
+        counts = {"population": population, "bands": bands, **{f"widths[{i}]": w for i, w in enumerate(widths)}}
+        for name, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise SamplerError(f"{name} must be an integer of at least 1, got {count!r}")
+        for name, value in {"sigma": sigma, "prior": prior, "memory": memory}.items():
+            if not 0 < value < float("inf"):
+                raise SamplerError(f"{name} must be a positive number, got {value!r}")
+        if not 0 <= fade < float("inf"):
+            raise SamplerError(f"fade must be a number of at least 0, got {fade!r}")
+        if not 0 < p_entry <= 1:
+            raise SamplerError(f"p_entry is a probability above 0 and at most 1, got {p_entry!r}")
+        if not widths:
+            raise SamplerError("widths must name at least one width")
+        self.moves = tuple(move for move in moves if move in MOVES and MOVES[move][0] in space.phases)
+        if not self.moves or set(moves) - set(MOVES):
+            able = [move for move, (phase, _) in MOVES.items() if phase in space.phases]
+            raise SamplerError(f"moves must be some of {', '.join(able)} for this space, got {list(moves)}")
+        self.population, self.bands, self.p_entry = population, bands, p_entry
+        self.fade, self.sigma, self.prior, self.memory = float(fade), float(sigma), float(prior), float(memory)
+        self.widths = tuple(sorted({w for w in widths if w <= len(space.groups)})) or (len(space.groups),)
+        self.x0, self.given = starting_point(space, start), start is not None
+
+    def settings(self) -> dict[str, Any]:
+        names = ("seed", "redraw", "population", "fade", "bands", "sigma", "p_entry", "prior", "memory")
+        lists = {"widths": list(self.widths), "moves": list(self.moves)}
+        start = digest(self.x0) if self.given else None
+        return {"name": "local", **{name: getattr(self, name) for name in names}, **lists, "start": start}
+
+    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
+        if attempt == 0 and self.opens(history, slot) and (self.given or not history):
+            return Proposal(self.x0, START)
+        rng = self.rng(slot, attempt)
+        parent = self.parent(rng, history)
+        arm = self.arm(rng, history)
+        first = int(rng.choice(self.begins(arm)))
+        groups = range(first, first + arm.width)
+        x = self.moved(rng, self.x0 if parent is None else parent.x, arm.move, groups)
+        notes = {"first": first, "width": arm.width, "parent": None if parent is None else parent.slot}
+        return Proposal(x, arm.move, () if parent is None else (parent.number,), MOVES[arm.move][0], notes)
+
+    def parent(self, rng: np.random.Generator, history: list[Told]) -> Told | None:
+        """One of the best `population` trials with different plans, a trial's loss counting for more with every child
+        that it has; None, for the start, while nothing is finished."""
+        finished = {told.slot: told for told in history if told.loss is not None}
+        families = [(told, finished.get(told.notes["parent"])) for told in finished.values() if self.is_own(told)]
+        changes = [(told.loss or 0.0) - (parent.loss or 0.0) for told, parent in families if parent is not None]
+        children = Counter(told.notes["parent"] for told, _ in families)
+        step = self.fade * float(np.quantile(np.abs(changes), 0.25)) if changes else 0.0
+        ranked = sorted(finished.values(), key=lambda told: (told.loss or 0.0) + step * children[told.slot])
+        by_plan: dict[str, Told] = {}
+        for told in ranked:
+            by_plan.setdefault(told.fingerprint, told)
+        best = list(by_plan.values())[: self.population]
+        return best[rng.integers(len(best))] if best else None
+
+    def is_own(self, told: Told) -> bool:
+        """Whether a trial is a move of this sampler."""
+        return told.operator in MOVES and "parent" in told.notes
+
+    def band(self, first: int) -> int:
+        """The band of depth of a window that begins at group `first`."""
+        return first * self.bands // len(self.space.groups)
+
+    def arms(self) -> list[Arm]:
+        groups = range(len(self.space.groups))
+        windows = sorted(
+            {(width, self.band(first)) for width in self.widths for first in groups[: len(groups) - width + 1]}
+        )
+        return [Arm(move, *window) for move in self.moves for window in windows]
+
+    def begins(self, arm: Arm) -> list[int]:
+        """The groups at which a window of the arm may begin."""
+        groups = range(len(self.space.groups) - arm.width + 1)
+        return [first for first in groups if self.band(first) == arm.band]
+
+    def arm(self, rng: np.random.Generator, history: list[Told]) -> Arm:
+        """The bandit's choice."""
+        return choose(rng, self.arms(), self.plays(history), prior=self.prior, memory=self.memory)
+
+    def plays(self, history: list[Told]) -> list[tuple[Arm, float, float]]:
+        """Arm, gain and cost (in layers run) of every finished proposal of this sampler, by slot."""
+        losses = {told.slot: told.loss for told in history}
+        found = []
+        for told in history:
+            if not self.is_own(told) or (told.loss is None and not told.failed):
+                continue
+            before, first = losses.get(told.notes["parent"]), told.notes["first"]
+            gain = 0.0 if before is None or told.loss is None else max(0.0, before - told.loss)
+            arm = Arm(told.operator, told.notes["width"], self.band(first))
+            found.append((arm, gain, layers_run(told, self.space, first)))
+        return found
+
+    def moved(self, rng: np.random.Generator, x: Vector, move: str, groups: range) -> Vector:
+        """A copy of `x` after the move; numbers of other groups than these stay as they are."""
+        matrices = self.space.matrices(x).copy()
+        scale = self.sigma * float(self.space.step[0]) * 16 ** -rng.random()
+        for group in groups:
+            MOVES[move][1](rng, matrices[group], scale, self.p_entry)
+        window = slice(groups.start, groups.stop)
+        child = x.reshape(len(self.space.groups), -1).copy()
+        child[window] = self.space.from_matrices(matrices).reshape(child.shape)[window]
+        return self.space.snap(child)
+
+
+def swap(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
+    """In a row of both matrices of a group, (2, r, n), its expert and one that is no row's change places."""
+    row, kept, dropped = _row(rng, pair)
+    pair[:, row, [kept, dropped]] = pair[:, row, [dropped, kept]]
+
+
+def route(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
+    """Adds up to one whole of a dropped expert's probability to that of a row's expert."""
+    row, _, dropped = _row(rng, pair)
+    pair[1, row, dropped] += rng.uniform(0.0, 1.0)
+
+
+def remap(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
+    pair[1] += _noise(rng, pair[1].shape, scale, p_entry)
+
+
+def blend(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
+    """Moves a row of W_EM up to half of the way to a dropped expert; W_RM adds as much."""
+    row, _, dropped = _row(rng, pair)
+    part = rng.uniform(0.0, 0.5)
+    pair[0, row] *= 1 - part
+    pair[:, row, dropped] += part
+
+
+def perturb(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
+    pair += _noise(rng, pair.shape, scale, p_entry)
+
+
+MOVES: dict[str, tuple[Phase, Callable[[np.random.Generator, Matrix, float, float], None]]] = {
+    "swap": ("prune", swap),
+    "route": ("merge", route),
+    "remap": ("merge", remap),
+    "blend": ("merge", blend),
+    "perturb": ("merge", perturb),
+}
+"""Every move: the phase whose matrices it makes, and what it does to one group."""
+
+
+def _row(rng: np.random.Generator, pair: Matrix) -> tuple[int, int, int]:
+    """A row, its largest entry, and an expert that is no row's largest (the same one where there is none)."""
+    experts = pair[0].argmax(axis=1)
+    row = int(rng.integers(len(experts)))
+    dropped = np.setdiff1d(np.arange(pair.shape[2]), experts)
+    return row, int(experts[row]), int(rng.choice(dropped)) if dropped.size else int(experts[row])
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale: float, p_entry: float) -> Matrix:
+    return ((rng.random(shape) < p_entry) * scale * rng.standard_normal(shape)).astype(np.float32)
