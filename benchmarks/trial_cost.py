@@ -10,6 +10,12 @@ description; and the limits of the machine, measured in the same run: the forwar
 large matrix product, the merge's bytes at the speed of a copy. `--profile` adds what an average trial, one that changes
 a merged plan from the middle layer on, spends its time on. `--cpu-time` counts the process's CPU seconds instead of
 those on the wall, for one thread on a machine that others use.
+
+Measured so far, SmolMoE (30 layers, bf16), 1,530 tokens, one thread, CPU seconds over the bare forward's 2.8 to 3.1, on
+a busy machine: one-hot 1.05; before scoring was made cheaper by 0.07: dense 1.25, a quarter of the layers changed 1.10,
+scratch 1.29, first changed layer 7, 15, 22, 29 of 30: 0.95, 0.66, 0.42, 0.17; EEP's released procedure 1.59. What an
+average trial spends its time on: matrix products (65 %: experts, projections, head), attention (11 %), copies, most of
+them the conversions to float32 of merging (5 %). The 16k goals were not yet held against a quiet machine.
 """
 
 from __future__ import annotations
