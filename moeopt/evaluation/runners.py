@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moeopt.evaluation.batches import Batch
 from moeopt.evaluation.prefixes import PrefixCache
 from moeopt.models import Layerwise, moe_layers, plan_in_force
-from moeopt.models.layerwise import Call
+from moeopt.models.layerwise import Call, input_device
 from moeopt.models.merging import identity
 from moeopt.models.patching import PREFIX
 from moeopt.plan import LayerPlan, Plan
@@ -144,12 +144,6 @@ class LayerMajor:
         """Free all hidden states."""
         self.prefixes.clear()
         self._begun.clear()
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go; for offloaded weights the CPU, from where accelerate moves them."""
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def hidden_dtype(model: nn.Module) -> torch.dtype:

@@ -124,7 +124,7 @@ class Layerwise:
         config: Any = self.model.config
         vocabulary = int(config.get_text_config().vocab_size)
         generator = torch.Generator().manual_seed(0)
-        device = _input_device(self.model)
+        device = input_device(self.model)
         batches = []
         for width in (6, 9):  # what a layer keeps may depend on nothing but shape and mask
             ids = torch.randint(vocabulary, (2, width), generator=generator)
@@ -259,7 +259,8 @@ def _offloads(module: nn.Module) -> bool:
     return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
 
 
-def _input_device(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go; for offloaded weights the CPU, from where accelerate moves them."""
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
     return torch.device("cpu") if device.type == "meta" else device
 
