@@ -287,6 +287,21 @@ def by_slot(storage: str, study: str = "s") -> dict[int, tuple[Any, ...]]:
     return found
 
 
+def test_a_raced_search_with_local(place: Place, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'x.db'}"
+    arguments = place.search("--limit", "24", "--rungs", "2", "--sampler", "local", "--trials", "10", storage=storage)
+    arguments = [*arguments, "--prefix-memory", "8"]
+    assert main(arguments) == 0
+    study = load_study("s", storage)
+    assert study.user_attrs["noise_floor"] >= 0
+    half, whole = study.user_attrs["moeopt"]["evaluation"]["rungs"]
+    assert all(set(trial.intermediate_values) <= {half, whole} for trial in study.trials)
+    pruned = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.PRUNED]
+    assert all(list(trial.intermediate_values) == [half] and "estimate" in trial.user_attrs for trial in pruned)
+    assert main(arguments) == 0
+    assert main([*arguments, "--rungs", "3"]) == 2
+
+
 def test_ctrl_c_finishes_the_trial_and_says_how_to_go_on(place: Place, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     stopped = dies("SIGINT", place.search(*EEP, storage=storage))
