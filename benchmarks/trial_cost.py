@@ -11,11 +11,24 @@ large matrix product, the merge's bytes at the speed of a copy. `--profile` adds
 a merged plan from the middle layer on, spends its time on. `--cpu-time` counts the process's CPU seconds instead of
 those on the wall, for one thread on a machine that others use.
 
-Measured so far, SmolMoE (30 layers, bf16), 1,530 tokens, one thread, CPU seconds over the bare forward's 2.8 to 3.1, on
-a busy machine: one-hot 1.05; before scoring was made cheaper by 0.07: dense 1.25, a quarter of the layers changed 1.10,
-scratch 1.29, first changed layer 7, 15, 22, 29 of 30: 0.95, 0.66, 0.42, 0.17; EEP's released procedure 1.59. What an
-average trial spends its time on: matrix products (65 %: experts, projections, head), attention (11 %), copies, most of
-them the conversions to float32 of merging (5 %). The 16k goals were not yet held against a quiet machine.
+Measured so far on SmolMoE (30 layers, bf16, r = 4 of 8), one thread, `--cpu-time`, over the bare forward:
+
+| | 16,285 tokens (31.9 s, one repeat) | 1,530 tokens (3.1 s, median of 3) |
+|---|---|---|
+| one-hot | 1.015 | 1.05 |
+| dense, every layer merged anew | 0.991 | 1.25 * |
+| lazy, a quarter of the layers changed | 0.989 | 1.10 * |
+| scratch | 0.996 | 1.29 * |
+| first changed layer 7, 15, 22, 29 | 0.795, 0.555, 0.344, 0.149 | 0.95, 0.66, 0.42, 0.17 * |
+| EEP's released procedure | 1.009 (+742 MiB) | 1.59 (+885 MiB) |
+| limit: the forward at a large product's speed | 0.55 | |
+| limit: merging at a copy's bandwidth | 0.002 | 0.04 |
+
+(* before scoring was made cheaper, by some 0.07.) Of the goals at 16k tokens, dense 1.03 and scratch 1.05 are met,
+one-hot 1.00 is missed by 0.015: the log-softmax, which the bare forward does not do. Scratch peaked at 72 MiB above the
+full model, as did the others, activations of all batches included; a layer of merged experts is 20 MiB. What an average
+trial spends its time on: matrix products (65 %: experts, projections, head), attention (11 %), copies, most of them
+conversions to float32 of merging (5 %).
 """
 
 from __future__ import annotations
