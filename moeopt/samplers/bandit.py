@@ -49,6 +49,13 @@ def choose(
     return arms[int(np.argmax(drawn))]
 
 
+def gain(told: Told, parent: Told | None) -> float:
+    """How much a trial's loss is below its parent's; 0 where it is not, or one of them is not known."""
+    if parent is None or parent.loss is None or told.loss is None:
+        return 0.0
+    return max(0.0, parent.loss - told.loss)
+
+
 def layers_run(told: Told, space: Space, first: int) -> float:
     """Layers that a trial ran, by its own account; without one, all from the first of group `first` to the last."""
     used, tokens = told.attrs.get("layer_tokens"), told.attrs.get("tokens")

@@ -21,8 +21,9 @@ from numpy.typing import ArrayLike
 from moeopt.errors import SamplerError
 from moeopt.genome import Vector
 from moeopt.plan import Plan
-from moeopt.samplers.bandit import choose, layers_run
+from moeopt.samplers.bandit import choose, gain, layers_run
 from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
+from moeopt.samplers.cmaes import complete, tell
 from moeopt.spaces.base import Space
 
 OPERATOR = "blockcmaes"
@@ -127,7 +128,7 @@ class BlockCMAESSampler(GenomeSampler):
         if latest:
             block, around = latest[0].notes["block"], latest[0].notes["around"]
             same = [told for told in latest if (told.notes["block"], told.notes["around"]) == (block, around)]
-            generations = self.complete(same, self.trials(block))
+            generations = complete(same, self.trials(block))
             if len(generations) < self.generations:
                 return Visit(number, tuple(block), by_slot.get(around), generations)
         finished = [told for told in history if told.loss is not None]
@@ -137,19 +138,8 @@ class BlockCMAESSampler(GenomeSampler):
             if told.loss is None and not told.failed:
                 continue
             block, center = tuple(told.notes["block"]), by_slot.get(told.notes["around"])
-            won = 0.0
-            if center is not None and center.loss is not None and told.loss is not None:
-                won = max(0.0, center.loss - told.loss)
-            plays.append((block, won, layers_run(told, self.space, self.group(block))))
+            plays.append((block, gain(told, center), layers_run(told, self.space, self.group(block))))
         return Visit(number + 1, choose(rng, self.blocks, plays, prior=self.prior, memory=self.memory), best, [])
-
-    def complete(self, members: list[Told], size: int) -> list[list[Told]]:
-        """The finished trials to tell, `size` of each complete generation."""
-        finished = [told for told in members if told.loss is not None or told.failed]
-        found: list[list[Told]] = []
-        while len(now := [told for told in finished if told.notes["generation"] == len(found)]) >= size:
-            found.append(now[:size])
-        return found
 
     def group(self, block: Block) -> int:
         """The first layer group of a block."""
@@ -171,9 +161,7 @@ class BlockCMAESSampler(GenomeSampler):
             population_size=self.trials(visit.block),
         )  # fmt: skip
         for generation in visit.generations:
-            worst = max((told.loss for told in generation if told.loss is not None), default=0.0)
-            z = [(told.x[part] - mean) / step for told in generation]
-            optimizer.tell([(z[i], worst if told.loss is None else told.loss) for i, told in enumerate(generation)])
+            tell(optimizer, generation, [(told.x[part] - mean) / step for told in generation])
         return optimizer
 
 

@@ -10,6 +10,7 @@ the first mean; none of them is told, as they were not drawn from the distributi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,14 +86,7 @@ class CMAESSampler(GenomeSampler):
 
     def generations(self, history: list[Told]) -> list[list[Told]]:
         """The finished trials to tell, `population_size` of each complete generation."""
-        members: dict[int, list[Told]] = {}
-        for told in history:
-            if told.operator == OPERATOR and (told.loss is not None or told.failed):
-                members.setdefault(told.notes.get("generation", -1), []).append(told)
-        complete: list[list[Told]] = []
-        while len(members.get(len(complete), [])) >= self.population_size:
-            complete.append(members[len(complete)][: self.population_size])
-        return complete
+        return complete((told for told in history if told.operator == OPERATOR), self.population_size)
 
     def _rebuilt(self, around: Told | None, generations: list[list[Told]]) -> Any:
         """The optimiser that was told these generations; kept and extended while the history only grows."""
@@ -102,9 +96,7 @@ class CMAESSampler(GenomeSampler):
             self._cache = (center, [], self._new(self.x0 if around is None else around.x))
         _, known, optimizer = self._cache
         for generation, key in zip(generations[len(known) :], keys[len(known) :]):
-            finite = [told.loss for told in generation if told.loss is not None]
-            worst = max(finite, default=0.0)
-            optimizer.tell([(self._z(told.x), worst if told.loss is None else told.loss) for told in generation])
+            tell(optimizer, generation, [self._z(told.x) for told in generation])
             known.append(key)
         return optimizer
 
@@ -119,3 +111,21 @@ class CMAESSampler(GenomeSampler):
 
     def _z(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         return (x.astype(np.float64) - self.x0) / self.space.step
+
+
+def complete(members: Iterable[Told], size: int) -> list[list[Told]]:
+    """The finished trials to tell, by their noted generation: `size` of each that has so many, up to the first not."""
+    finished: dict[int, list[Told]] = {}
+    for told in members:
+        if told.loss is not None or told.failed:
+            finished.setdefault(told.notes.get("generation", -1), []).append(told)
+    found: list[list[Told]] = []
+    while len(finished.get(len(found), [])) >= size:
+        found.append(finished[len(found)][:size])
+    return found
+
+
+def tell(optimizer: Any, generation: Sequence[Told], points: Sequence[NDArray[np.float64]]) -> None:
+    """Tell an optimiser of the `cmaes` package a generation at these points; failed trials count as its worst."""
+    worst = max((told.loss for told in generation if told.loss is not None), default=0.0)
+    optimizer.tell([(z, worst if told.loss is None else told.loss) for told, z in zip(generation, points)])

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 from moeopt.errors import SamplerError
 from moeopt.genome import Vector
 from moeopt.plan import Matrix, Plan
-from moeopt.samplers.bandit import choose, layers_run
+from moeopt.samplers.bandit import choose, gain, layers_run
 from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
 from moeopt.spaces.base import Phase, Space
 
@@ -168,15 +168,14 @@ class LocalSampler(GenomeSampler):
 
     def plays(self, history: list[Told]) -> list[tuple[Arm, float, float]]:
         """Arm, gain and cost (in layers run) of every finished proposal of this sampler, by slot."""
-        losses = {told.slot: told.loss for told in history}
+        by_slot = {told.slot: told for told in history}
         found = []
         for told in history:
             if not self.is_own(told) or (told.loss is None and not told.failed):
                 continue
-            before, first = losses.get(told.notes["parent"]), told.notes["first"]
-            gain = 0.0 if before is None or told.loss is None else max(0.0, before - told.loss)
+            parent, first = by_slot.get(told.notes["parent"]), told.notes["first"]
             arm = Arm(told.operator, told.notes["width"], self.band(first))
-            found.append((arm, gain, layers_run(told, self.space, first)))
+            found.append((arm, gain(told, parent), layers_run(told, self.space, first)))
         return found
 
     def moved(self, rng: np.random.Generator, x: Vector, move: str, groups: range) -> Vector:

@@ -16,6 +16,7 @@ from moeopt import genome
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import BlockCMAESSampler, Told
 from moeopt.samplers.blockcmaes import blocks
+from moeopt.samplers.cmaes import complete
 from moeopt.spaces import EEPSpace, MergeSpace, PruneSpace, Space
 
 SHAPE = ModelShape(layers=4, experts=6, k=1)
@@ -117,7 +118,7 @@ def test_late_trials_of_a_visit_are_ignored_and_failed_ones_are_the_worst() -> N
     assert genome.origin(study._storage.get_trial(study.ask()._trial_id))["notes"]["visit"] == 1
     history = sampler.history(study, study.trials, without=-1)
     members = [told for told in history if told.notes.get("visit") == 0]
-    assert [told.loss for told in sampler.complete(members, 4)[0]] == [None, 3.0, 1.0, 2.0]
+    assert [told.loss for told in complete(members, 4)[0]] == [None, 3.0, 1.0, 2.0]
 
 
 def test_bandit_prefers_the_block_that_gained() -> None:
