@@ -123,6 +123,7 @@ def layer_rows(plan: Plan) -> Iterator[dict[str, Any]]:
             "kept": layer.kept_experts,
             "of": layer.experts,
             "k": layer.k,
+            "skip": layer.skip,
             "merged_rows": int(_mixed(w_em).sum()),
             "routing": _routing(layer),
             "negative_w_em": int((w_em < 0).sum()),
@@ -143,7 +144,9 @@ def _mixed(matrix: Matrix) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def _routing(layer: LayerPlan) -> str:
-    where = {"rows": "router rows", "prob": "probabilities", "logit": "logits"}[layer.router]
+    where = {"rows": "router rows", "prob": "probabilities", "logit": "logits", "alias": "picks"}[layer.router]
+    if layer.router == "alias":
+        return f"{where}, aliased"
     if layer.router_rows is not None:
         followed = layer.kept is not None and layer.router_rows == layer.kept
         return f"{where}, {'as kept' if followed else 'one-hot'}"
@@ -161,8 +164,9 @@ def plan_table(plan: Plan, title: str | None = None) -> Table:
     for row in layer_rows(plan):
         negative = f"{row['negative_w_em']} W_EM, {row['negative_w_rm']} W_RM"
         merged = f"{row['merged_rows']} of {row['kept']}"
+        active = f"{row['k']}, skip {row['skip']:.2f}" if row["skip"] else str(row["k"])
         table.add_row(
-            row["layers"], row["experts"], str(row["kept"]), merged, row["routing"], str(row["k"]),
+            row["layers"], row["experts"], str(row["kept"]), merged, row["routing"], active,
             negative if row["negative_w_em"] or row["negative_w_rm"] else "none",
         )  # fmt: skip
     return table

@@ -137,6 +137,16 @@ def why_not_stock(plan: Plan) -> str | None:
                 f"layer {i} has (r, k) = {(layer.kept_experts, layer.k)}, layer 0 {(first.kept_experts, first.k)}: "
                 "a stock checkpoint has one r and one k for all layers; search with one keep= and one k="
             )
+        if layer.skip:
+            return (
+                f"layer {i} skips experts token by token (skip={layer.skip:g}), which a stock checkpoint has no place "
+                "for; export the same plan without skipping: plan.with_skip(0)"
+            )
+        if layer.router == "alias":
+            return (
+                f"layer {i} lets its router choose among all {layer.experts} experts and aliases its picks, which a "
+                "stock checkpoint has no place for; sum the probabilities of a cluster instead and export a logit map"
+            )
         if layer.router == "prob" and layer.router_rows is None:
             return (
                 f"layer {i} maps router probabilities by a dense W_RM, which a stock checkpoint has no place for; "

@@ -9,6 +9,8 @@ A `LayerPlan` keeps r <= n experts by two matrices (EEP, arXiv 2407.00945, secti
 * ``w_em`` (r, n), expert merging: every weight tensor of new expert i is ``sum_j w_em[i, j] * (that tensor of E_j)``;
 * ``w_rm`` (r, n), router mapping: ``p' = w_rm @ p``, before top-k and renormalisation.
 
+Dynamic skipping (NAEE, arXiv 2402.14800, section 3.3) also leaves out, token by token, experts of little weight.
+
 Arrays here are numpy float32; nothing in this module needs torch, except reading EEP's own `.pth` files.
 """
 
@@ -29,12 +31,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeopt.errors import PlanError
 
-Router = Literal["rows", "prob", "logit"]
+Router = Literal["rows", "prob", "logit", "alias"]
 Negative = Literal["clamp", "eep"]
 Matrix = NDArray[np.float32]
 
 FORMAT = "moeopt-plan"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of files that hold an alias or skip; others are written as version 1."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,19 @@ class LayerPlan:
 
     Args:
         experts: n, the layer's number of experts in the full model.
-        k: experts activated per token in the planned layer, 1 <= k <= r.
+        k: experts activated per token in the planned layer, 1 <= k <= r (with ``router="alias"``, 1 <= k <= n).
         kept: indices of the r experts kept, distinct, in the order of the new experts (a pruning).
         w_em: (r, n) float32, the expert merging matrix.
         w_rm: (r, n) float32, the router mapping. None means the one-hot rows of `kept`.
         router: where `w_rm` acts. ``"rows"``: it is one-hot and selects rows of the router's weight, so that the
             softmax runs over the r selected logits (a stock checkpoint expresses it). ``"prob"``: on the probabilities,
             after softmax and before top-k, as in the EEP paper. ``"logit"``: on the router's weight, before softmax.
+            ``"alias"``: after top-k; the router picks k of the n experts as ever, and new expert i, where w_rm[i, j] is
+            1, answers for expert j (HC-SMoE, arXiv 2410.08589). Every column then has one 1.
         negative: what happens to negative entries of ``w_rm @ p`` under ``router="prob"``. ``"clamp"`` sets them to 0
             (a token whose whole top-k is 0 gets a zero MoE output); ``"eep"`` keeps them, as EEP's code does.
+        skip: beta of dynamic skipping, between 0 (no skipping) and 1: of the k experts of a token those whose weight is
+            less than beta times the largest are left out, and the weights of the others renormalised.
 
     Raises:
         PlanError: naming the value that does not fit and the shape or range that would.
@@ -86,6 +93,7 @@ class LayerPlan:
     w_rm: Matrix | None = None
     router: Router = "rows"
     negative: Negative = "clamp"
+    skip: float = 0.0
 
     def __post_init__(self) -> None:
         n = _integer("experts", self.experts, low=1)
@@ -95,6 +103,8 @@ class LayerPlan:
             raise PlanError(f"router must be one of {', '.join(get_args(Router))}, got {self.router!r}")
         if self.negative not in get_args(Negative):
             raise PlanError(f"negative must be one of {', '.join(get_args(Negative))}, got {self.negative!r}")
+        if isinstance(self.skip, bool) or not isinstance(self.skip, (int, float)) or not 0 <= self.skip <= 1:
+            raise PlanError(f"skip must be a number between 0 and 1, got {self.skip!r}")
         if self.w_em is not None:
             w_em = _matrix("w_em", self.w_em, n)
             rows = _one_hot_rows(w_em)
@@ -113,15 +123,25 @@ class LayerPlan:
             w_rm = _matrix("w_rm", self.w_rm, n, rows=r)
             if self.router == "rows" and _one_hot_rows(w_rm) is None:
                 raise PlanError('router="rows" needs a one-hot w_rm; a dense one needs router="prob" or "logit"')
+            if self.router == "alias" and _one_hot_rows(w_rm.T) is None:
+                raise PlanError(
+                    'router="alias" needs a w_rm whose columns have one 1 each: who answers for that expert'
+                )
             redundant = self.router == "rows" and _one_hot_rows(w_rm) == self.kept
             object.__setattr__(self, "w_rm", None if redundant else w_rm)
         elif self.kept is None:
             raise PlanError(
                 "a merged layer needs w_rm, the (r, n) router mapping: with merged experts it is not implied"
             )
+        elif self.router == "alias":
+            raise PlanError('router="alias" needs w_rm: which of the experts kept answers for each of the others')
         elif self.router != "rows":
             object.__setattr__(self, "w_rm", _frozen(one_hot(self.kept, n)))
-        _integer("k", self.k, low=1, high=r, what=f"k must be between 1 and the {r} experts kept")
+        if self.router == "alias":
+            _integer("k", self.k, low=1, high=n, what=f"k must be between 1 and the {n} experts that the router ranks")
+        else:
+            _integer("k", self.k, low=1, high=r, what=f"k must be between 1 and the {r} experts kept")
+        object.__setattr__(self, "skip", float(np.float32(self.skip)) if self.k > 1 else 0.0)
 
     @property
     def kept_experts(self) -> int:
@@ -140,20 +160,28 @@ class LayerPlan:
 
     @property
     def router_rows(self) -> tuple[int, ...] | None:
-        """The router rows that `w_rm` selects when it is one-hot, else None."""
+        """The router rows that `w_rm` selects before top-k when it is one-hot, else None."""
+        if self.router == "alias":
+            return None
         return self.kept if self.w_rm is None else _one_hot_rows(self.w_rm)
 
     @property
+    def aliases(self) -> tuple[int, ...] | None:
+        """For ``router="alias"``, the new expert that answers for each of the n experts; else None."""
+        return _one_hot_rows(cast(Matrix, self.w_rm).T) if self.router == "alias" else None
+
+    @property
     def is_identity(self) -> bool:
-        """Whether the layer keeps all n experts, in order, with the router untouched (k may still differ)."""
+        """Whether the layer keeps all n experts, in order, router untouched, none skipped (k may still differ)."""
         everything = tuple(range(self.experts))
-        return self.kept == everything and self.router_rows == everything
+        return self.kept == everything and self.router_rows == everything and not self.skip
 
     def _key(self, *, ordered: bool) -> bytes:
         matrix = np.concatenate([self.expert_matrix, self.router_matrix], axis=1) + np.float32(0.0)  # -0.0 becomes 0.0
         if not ordered:
             matrix = matrix[np.lexsort(matrix.T[::-1])]
-        head = f"{self.experts},{self.k},{self.router},{self.negative if self.router == 'prob' else ''};"
+        head = f"{self.experts},{self.k},{self.router},{self.negative if self.router == 'prob' else ''}"
+        head += f",{self.skip!r};" if self.skip else ";"
         return head.encode() + np.ascontiguousarray(matrix, dtype="<f4").tobytes()
 
     def __eq__(self, other: object) -> bool:
@@ -223,8 +251,8 @@ class Plan:
 
     @property
     def is_one_hot(self) -> bool:
-        """Whether every layer is a plain pruning: kept experts with their own router rows."""
-        return all(layer.kept is not None and layer.router_rows == layer.kept for layer in self.layers)
+        """Whether every layer is a plain pruning: kept experts with their own router rows, none skipped."""
+        return all(x.kept is not None and x.router_rows == x.kept and not x.skip for x in self.layers)
 
     def first_difference(self, other: Plan) -> int | None:
         """Index of the first layer in which `other` differs, or None when the plans are equal.
@@ -252,13 +280,15 @@ class Plan:
                     "kept": kept,
                     "router": layer.router,
                     "negative": layer.negative,
+                    **({"skip": layer.skip} if layer.skip else {}),
                 }
             )
             for name in ("w_em", "w_rm"):
                 matrix = getattr(layer, name)
                 if matrix is not None:
                     tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(matrix)
-        metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "layers": json.dumps(records)}
+        version = FORMAT_VERSION if any(x.skip or x.router == "alias" for x in self.layers) else 1
+        metadata = {"format": FORMAT, "version": str(version), "layers": json.dumps(records)}
         write_atomically(Path(path), save(tensors, metadata=metadata))
 
     @classmethod
@@ -283,9 +313,9 @@ class Plan:
             raise PlanError(f"{str(path)!r} is not a plan: it cannot be read as a safetensors file ({error})") from None
         if metadata.get("format") != FORMAT:
             raise PlanError(f"{str(path)!r} is a safetensors file, but not a moeopt plan")
-        if metadata.get("version") != str(FORMAT_VERSION):
+        if metadata.get("version") not in {str(version) for version in range(1, FORMAT_VERSION + 1)}:
             found = metadata.get("version")
-            raise PlanError(f"{str(path)!r} has plan format version {found!r}; this moeopt reads {FORMAT_VERSION}")
+            raise PlanError(f"{str(path)!r} has plan format version {found!r}; this moeopt reads 1 to {FORMAT_VERSION}")
         try:
             records = json.loads(metadata["layers"])
             layers = tuple(
@@ -297,6 +327,7 @@ class Plan:
                     w_rm=tensors.pop(f"layers.{i}.w_rm", None),
                     router=record["router"],
                     negative=record["negative"],
+                    skip=record.get("skip", 0.0),
                 )
                 for i, record in enumerate(records)
             )
@@ -329,6 +360,19 @@ class Plan:
     def with_k(self, k: int) -> Plan:
         """The same plan with k experts activated per token in every layer."""
         return Plan(tuple(replace(layer, k=k) for layer in self.layers))
+
+    def with_skip(self, skip: float | Sequence[float]) -> Plan:
+        """The same plan with dynamic skipping: one beta for all layers, or one for each.
+
+        Raises:
+            PlanError: when there are not as many as layers, or one is out of [0, 1].
+        """
+        betas = [skip] * len(self.layers) if isinstance(skip, (int, float)) else list(skip)
+        if len(betas) != len(self.layers):
+            raise PlanError(
+                f"skip must be one number or one for each of the {len(self.layers)} layers, got {len(betas)}"
+            )
+        return Plan(tuple(replace(layer, skip=float(beta)) for layer, beta in zip(self.layers, betas)))
 
 
 def one_hot(indices: Iterable[int], n: int) -> Matrix:

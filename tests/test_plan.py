@@ -145,7 +145,7 @@ W = np.full((2, 4), 0.25)
         ({"k": 1, "kept": (-1,)}, "an entry of kept must be an integer between 0 and 3, got -1"),
         ({"k": 1, "kept": ()}, "at least one expert, and each only once"),
         ({"k": 1, "kept": (1, 1)}, r"each only once, got \[1, 1\]"),
-        ({"k": 1, "kept": (0,), "router": "logits"}, "router must be one of rows, prob, logit, got 'logits'"),
+        ({"k": 1, "kept": (0,), "router": "logits"}, "router must be one of rows, prob, logit, alias, got 'logits'"),
         ({"k": 1, "kept": (0,), "negative": "drop"}, "negative must be one of clamp, eep, got 'drop'"),
         ({"k": 1, "w_em": np.ones((2, 3)), "w_rm": W}, r"w_em must have shape \(r, 4\), got \(2, 3\)"),
         ({"k": 1, "w_em": np.ones(4), "w_rm": W}, r"w_em must have shape \(r, 4\), got \(4,\)"),
@@ -188,8 +188,8 @@ def test_bad_files(tmp_path: Path) -> None:
     save_file({"a": np.zeros(2)}, tmp_path / "other")
     with pytest.raises(PlanError, match="not a moeopt plan"):
         Plan.load(tmp_path / "other")
-    save_file({}, tmp_path / "newer", metadata={"format": "moeopt-plan", "version": "2"})
-    with pytest.raises(PlanError, match="plan format version '2'; this moeopt reads 1"):
+    save_file({}, tmp_path / "newer", metadata={"format": "moeopt-plan", "version": "3"})
+    with pytest.raises(PlanError, match="plan format version '3'; this moeopt reads 1 to 2"):
         Plan.load(tmp_path / "newer")
     head = {"format": "moeopt-plan", "version": "1"}
     save_file({}, tmp_path / "malformed", metadata=head | {"layers": "[{}]"})

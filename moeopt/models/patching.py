@@ -1,4 +1,5 @@
-"""Apply a plan to a model reversibly: hooks on the routers, and an experts implementation that sees merged experts."""
+"""Apply a plan to a model reversibly: hooks on the routers, and an experts implementation that sees merged experts and
+runs none that a token skips."""
 
 from __future__ import annotations
 
@@ -22,6 +23,11 @@ from moeopt.plan import LayerPlan, Matrix, Plan, one_hot
 Storage = Literal["auto", "resident", "scratch"]
 PREFIX = "moeopt-"
 
+Forward = Callable[..., Tensor]
+"""An experts module or a view of it, hidden states, expert numbers and weights -> hidden states."""
+Run = Callable[[Forward, nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""What a plan makes of a forward: called with that forward and its arguments."""
+
 
 @dataclass(frozen=True)
 class Patched:
@@ -43,6 +49,14 @@ class Patched:
         Such a token gets nothing from the layer's experts. Padding counts like any token.
         """
         return tuple(self._routers[i].zero_tokens if i in self._routers else 0 for i in range(len(self.layers)))
+
+    @property
+    def active(self) -> tuple[float, ...]:
+        """For each layer, the mean number of experts that a token has run so far: k, or less with dynamic skipping.
+
+        Padding counts like any token.
+        """
+        return tuple(self._routers[x.index].active if x.index in self._routers else float(x.k) for x in self.layers)
 
 
 @contextmanager
@@ -66,7 +80,7 @@ def patched(
 
     Raises:
         PlanError: when the plan does not fit the model.
-        ModelError: when the model has no MoE layers, routes by an unknown rule, or cannot merge its experts.
+        ModelError: when the model has no MoE layers, routes by an unknown rule, or cannot merge or skip its experts.
     """
     if storage not in ("auto", "resident", "scratch"):
         raise ModelError(f"storage must be 'auto', 'resident' or 'scratch', got {storage!r}")
@@ -112,7 +126,7 @@ class _Patch:
 
     layers: tuple[MoELayer, ...]
     routers: Mapping[int, MappedRouter]
-    merged: Mapping[int, Callable[[nn.Module], Any]]
+    experts: Mapping[int, Run]
     plan: Plan | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     implementations: list[tuple[Any, str | None]] = field(default_factory=list)
@@ -121,9 +135,9 @@ class _Patch:
         self.detach()
         for i, hook in self.routers.items():
             self.handles.append(self.layers[i].router.register_forward_hook(hook, with_kwargs=True))
-        for i, view in self.merged.items():
+        for i, run in self.experts.items():
             experts = self.layers[i].experts
-            _MERGED[experts] = view
+            _RUN[experts] = run
             config: Any = experts.config
             backend = config._experts_implementation
             if not str(backend).startswith(PREFIX):
@@ -133,8 +147,8 @@ class _Patch:
     def detach(self) -> None:
         while self.handles:
             self.handles.pop().remove()
-        for i in self.merged:
-            _MERGED.pop(self.layers[i].experts, None)
+        for i in self.experts:
+            _RUN.pop(self.layers[i].experts, None)
         while self.implementations:
             config, backend = self.implementations.pop()
             config._experts_implementation = {"": backend}
@@ -150,7 +164,7 @@ class _Attachment:
 
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[_Patch]] = weakref.WeakKeyDictionary()
-_MERGED: weakref.WeakKeyDictionary[nn.Module, Callable[[nn.Module], Any]] = weakref.WeakKeyDictionary()
+_RUN: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[object, _Attachment]] = weakref.WeakKeyDictionary()
 
 
@@ -168,15 +182,17 @@ def _suspended(model: nn.Module) -> Iterator[list[_Patch]]:
 
 
 def _implementation(backend: str | None) -> str:
-    """Name of a registered experts implementation: `backend`, on the merged view of the modules that have one."""
+    """Name of a registered experts implementation: `backend`, as the plan in force for a module wants it run."""
     name = f"{PREFIX}{backend}"
 
-    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        view = _MERGED.get(module)
-        target = module if view is None else view(module)
+    def stock(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if backend in (None, "eager"):
-            return type(module).forward.__wrapped__(target, *args, **kwargs)  # type: ignore[attr-defined, no-any-return]
-        return ALL_EXPERTS_FUNCTIONS[backend](target, *args, **kwargs)  # type: ignore[no-any-return]
+            return type(module).forward.__wrapped__(module, *args, **kwargs)  # type: ignore[attr-defined, no-any-return]
+        return ALL_EXPERTS_FUNCTIONS[backend](module, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        run = _RUN.get(module)
+        return stock(module, *args, **kwargs) if run is None else run(stock, module, *args, **kwargs)
 
     if name not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(name, forward)
@@ -196,7 +212,7 @@ def _check_plan(plan: Plan, layers: tuple[MoELayer, ...]) -> None:
 def _patch_for(model: nn.Module, plan: Plan, attachment: _Attachment, storage: Storage, cache: MergedCache) -> _Patch:
     scratch = Scratch()
     routers: dict[int, MappedRouter] = {}
-    merged: dict[int, Callable[[nn.Module], Any]] = {}
+    experts: dict[int, Run] = {}
     for layer, rule, part in zip(attachment.layers, attachment.rules, plan.layers):
         if part.is_identity and part.k == layer.k:
             continue
@@ -204,12 +220,44 @@ def _patch_for(model: nn.Module, plan: Plan, attachment: _Attachment, storage: S
         if part.w_em is not None:
             _check_merging(model, attachment, layer)
             keep = storage == "resident" or (storage == "auto" and not is_offloaded(layer.experts))
-            merged[layer.index] = _viewer(cache if keep else scratch, part.w_em)
-    return _Patch(attachment.layers, routers, merged, plan)
+            experts[layer.index] = _merging(cache if keep else scratch, part.w_em)
+        if part.skip:
+            _check_dispatch(layer, "skipped")
+            experts[layer.index] = _skipping(experts.get(layer.index))
+    return _Patch(attachment.layers, routers, experts, plan)
 
 
-def _viewer(store: MergedCache | Scratch, w_em: Matrix) -> Callable[[nn.Module], Any]:
-    return lambda experts: merged_view(experts, store.tensors(experts, w_em), w_em.shape[1])
+def _merging(store: MergedCache | Scratch, w_em: Matrix) -> Run:
+    """Run on the merged experts."""
+
+    def run(forward: Forward, experts: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return forward(merged_view(experts, store.tensors(experts, w_em), w_em.shape[1]), *args, **kwargs)
+
+    return run
+
+
+def _skipping(inner: Run | None) -> Run:
+    """Run only the experts whose weight is not 0."""
+
+    def run(
+        forward: Forward, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        def stock(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            if inner is None:
+                return forward(experts, hidden, index, weights)
+            return inner(forward, experts, hidden, index, weights)
+
+        active = top_k_weights != 0
+        token, place = active.nonzero(as_tuple=True)
+        if len(token) == active.numel():
+            return stock(hidden_states, top_k_index, top_k_weights)
+        outputs = hidden_states.new_zeros(*active.shape, hidden_states.shape[-1])
+        if len(token):
+            pairs = top_k_index[token, place][:, None], top_k_weights[token, place][:, None]
+            outputs[token, place] = stock(hidden_states[token], *pairs)
+        return outputs.sum(1)
+
+    return run
 
 
 def _attach(model: nn.Module) -> _Attachment:
@@ -258,25 +306,29 @@ def _check_merging(model: nn.Module, attachment: _Attachment, layer: MoELayer) -
             f"{layer.name}: the experts are quantised and cannot be merged; keep experts instead (a one-hot plan), "
             "or load the model unquantised"
         )
-    dispatches = hasattr(getattr(layer.experts, "config", None), "_experts_implementation")
-    if not dispatches or not hasattr(type(layer.experts).forward, "__wrapped__"):
-        raise ModelError(
-            f"{layer.name}: {type(layer.experts).__name__} does not dispatch through transformers' experts interface, "
-            "so its experts cannot be merged; keep experts instead (a one-hot plan)"
-        )
+    _check_dispatch(layer, "merged")
     if _kind(layer) in attachment.merging_checked:
         return
     last = (layer.n - 1,)
     plan, rule = LayerPlan(layer.n, 1, kept=last), attachment.rules[layer.index]
     kept = _Patch(attachment.layers, {layer.index: MappedRouter(layer, rule, plan)}, {})
-    viewer = _viewer(Scratch(), one_hot(last, layer.n))
+    merging = _merging(Scratch(), one_hot(last, layer.n))
     routers = {layer.index: MappedRouter(layer, rule, plan, renumber=False)}
-    merged = _Patch(attachment.layers, routers, {layer.index: viewer})
+    merged = _Patch(attachment.layers, routers, {layer.index: merging})
     if not _same(_run(layer, kept), _run(layer, merged)):
         raise ModelError(
             f"{layer.name}: {type(layer.experts).__name__} gives other results on a merged copy of an expert"
         )
     attachment.merging_checked.add(_kind(layer))
+
+
+def _check_dispatch(layer: MoELayer, what: str) -> None:
+    dispatches = hasattr(getattr(layer.experts, "config", None), "_experts_implementation")
+    if not dispatches or not hasattr(type(layer.experts).forward, "__wrapped__"):
+        raise ModelError(
+            f"{layer.name}: {type(layer.experts).__name__} does not dispatch through transformers' experts interface, "
+            f"so its experts cannot be {what}; keep experts instead (a one-hot plan)"
+        )
 
 
 def _run(layer: MoELayer, patch: _Patch | None = None) -> list[Tensor]:

@@ -184,15 +184,21 @@ class MappedRouter:
         self.rule, self.plan = rule, plan
         self.calls = 0
         self._zero: Tensor | None = None
+        self._active: Tensor | None = None
+        self._seen = 0
         self._tensors: dict[str, Tensor] = {}
         rows = plan.router_rows
-        if rule.correction is not None and (plan.router == "prob" or rows is None):
+        if rule.correction is not None and plan.router != "alias" and (plan.router == "prob" or rows is None):
             raise ModelError(
                 f"{layer.name}: {type(layer.router).__name__} corrects its choice of experts by a bias; a mapping of "
                 f'probabilities or logits (router="{plan.router}") does not say how: keep experts with router="rows"'
             )
-        if renumber if renumber is not None else plan.kept is not None:
-            self._tensors["numbers"] = torch.tensor(plan.kept)
+        numbers = torch.tensor(plan.kept) if (plan.kept is not None if renumber is None else renumber) else None
+        if plan.aliases is not None:
+            aliases = torch.tensor(plan.aliases)
+            numbers = aliases if numbers is None else numbers[aliases]
+        if numbers is not None:
+            self._tensors["numbers"] = numbers
         if plan.router == "prob":
             self._tensors["w_rm"] = torch.from_numpy(plan.router_matrix.copy())
             return
@@ -201,7 +207,9 @@ class MappedRouter:
                 continue
             source = materialised(layer.router, name)
             source = source.reshape(-1) if role != "weight" else source
-            if rows is not None:
+            if plan.router == "alias":
+                self._tensors[role] = source
+            elif rows is not None:
                 self._tensors[role] = source[list(rows)]
             else:
                 matrix = torch.from_numpy(plan.router_matrix.copy()).to(source.device)
@@ -221,8 +229,21 @@ class MappedRouter:
             assert weight is not None
             mapped = self.rule.logits(hidden, weight, bias).to(logits.dtype)
             top, index = self.rule.select(mapped, self.plan.k, correction)
+        if self.plan.skip:
+            top = self._skipped(top)
         numbers = self._on(logits.device, "numbers")
         return logits, top.to(weights.dtype), index if numbers is None else numbers[index]
+
+    def _skipped(self, top: Tensor) -> Tensor:
+        """Weights (tokens, k) with those below beta times the largest made 0; the rest sums to what the whole did."""
+        kept = top.masked_fill(top < self.plan.skip * top.amax(-1, keepdim=True), 0.0)
+        active = (kept != 0).sum()
+        self._active = active if self._active is None else self._active + active
+        self._seen += len(top)
+        if not self.rule.normalised:
+            return kept
+        rest = kept.sum(-1, keepdim=True)
+        return kept * (top.sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1.0))
 
     def _by_probability(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         w_rm = self._on(logits.device, "w_rm")
@@ -242,6 +263,11 @@ class MappedRouter:
         if tensor is not None and tensor.device != device:
             tensor = self._tensors[role] = tensor.to(device)
         return tensor
+
+    @property
+    def active(self) -> float:
+        """Mean number of experts run per token so far, k without skipping."""
+        return self.plan.k if self._active is None else int(self._active) / self._seen
 
     @property
     def zero_tokens(self) -> int:
