@@ -27,6 +27,10 @@ class SamplerError(MoeoptError, ValueError):
     """A sampler is unknown, or does not fit the space or study it is used with."""
 
 
+class MethodError(MoeoptError, ValueError):
+    """A one-shot method is unknown, or cannot do what it is asked on this model or these data."""
+
+
 class StudyError(MoeoptError, ValueError):
     """A study cannot be created, opened or resumed as asked."""
 

@@ -1,13 +1,21 @@
-"""Fixtures shared by every test: a byte-level tokenizer and random Mixtrals small enough to build in milliseconds."""
+"""Fixtures shared by every test: a byte-level tokenizer and random models small enough to build in milliseconds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 torch.set_num_threads(1)
 
@@ -85,3 +93,66 @@ def tiny_model() -> MixtralForCausalLM:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
+
+
+EXPERTS, KEPT = 7, 4
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("num_local_experts", {}),
+    "olmoe": ("num_experts", {}),
+    "qwen2_moe": ("num_experts", {"shared_expert_intermediate_size": 24, "norm_topk_prob": False}),
+    "qwen3_moe": ("num_experts", {"norm_topk_prob": True}),
+    "gpt_oss": ("num_local_experts", {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]}),
+    "granitemoe": ("num_local_experts", {}),
+    "minimax": ("num_local_experts", {"layer_types": ["full_attention", "full_attention"], "head_dim": 8}),
+    "hunyuan_v1_moe": ("num_experts", {"moe_topk": 2, "head_dim": 8}),
+    "deepseek_v3": ("n_routed_experts", {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "q_lora_rank": 16}),
+    "ernie4_5_moe": ("moe_num_experts", {"moe_k": 2, "moe_layer_start_index": 0, "moe_num_shared_experts": 1}),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def build(
+    family: str,
+    experts: int = EXPERTS,
+    *,
+    dtype: torch.dtype = torch.float32,
+    corrected: bool = False,
+    vocabulary: int = 96,
+) -> Any:
+    field, extra = FAMILIES[family]
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": vocabulary,
+            "hidden_size": 32,
+            "intermediate_size": 24,
+            "moe_intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_experts_per_tok": 2,
+            "initializer_range": 0.3,
+            "max_position_embeddings": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            field: experts,
+        }
+        | extra,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("router.bias") or (corrected and "correction_bias" in name):
+                nn.init.normal_(tensor, std=0.2)
+    return model.to(dtype)
+
+
+@pytest.fixture
+def build_family() -> Callable[..., Any]:
+    return build

@@ -5,7 +5,15 @@ from moeopt.models.layers import MoELayer, materialised, moe_layers, shape_of
 from moeopt.models.layerwise import Layerwise, layerwise
 from moeopt.models.loading import check_checkpoint, load
 from moeopt.models.merging import MergedCache, merge
-from moeopt.models.patching import Patched, Storage, patched, plan_in_force, routing_rules, without_plan
+from moeopt.models.patching import (
+    Patched,
+    Storage,
+    experts_run_by,
+    patched,
+    plan_in_force,
+    routing_rules,
+    without_plan,
+)
 from moeopt.models.routing import RoutingRule
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "Storage",
     "check_checkpoint",
     "describe",
+    "experts_run_by",
     "fingerprint",
     "layerwise",
     "load",

@@ -106,8 +106,37 @@ def plan_in_force(model: nn.Module) -> Plan | None:
 @contextmanager
 def without_plan(model: nn.Module) -> Iterator[None]:
     """While the context is open, no plan is in force; afterwards the one that was is so again."""
-    with _suspended(model):
-        yield
+    with _suspended(model) as stack:
+        nothing = _Patch((), {}, {})
+        stack.append(nothing)
+        try:
+            yield
+        finally:
+            stack.remove(nothing)
+
+
+@contextmanager
+def experts_run_by(model: nn.Module, run: Callable[[MoELayer], Run]) -> Iterator[bool]:
+    """While the context is open, `run(layer)` computes what each layer's experts give, with no plan in force.
+
+    Yields whether it does: where experts do not dispatch through transformers' experts interface, they run as ever.
+
+    Raises:
+        ModelError: as `patched`.
+    """
+    with _suspended(model) as stack:
+        layers = _attach(model).layers
+        if not all(_dispatches(layer) for layer in layers):
+            yield False
+            return
+        patch = _Patch(layers, {}, {layer.index: run(layer) for layer in layers})
+        stack.append(patch)
+        try:
+            patch.attach()
+            yield True
+        finally:
+            patch.detach()
+            stack.remove(patch)
 
 
 def routing_rules(model: nn.Module) -> tuple[RoutingRule, ...]:
@@ -322,9 +351,13 @@ def _check_merging(model: nn.Module, attachment: _Attachment, layer: MoELayer) -
     attachment.merging_checked.add(_kind(layer))
 
 
+def _dispatches(layer: MoELayer) -> bool:
+    config = getattr(layer.experts, "config", None)
+    return hasattr(config, "_experts_implementation") and hasattr(type(layer.experts).forward, "__wrapped__")
+
+
 def _check_dispatch(layer: MoELayer, what: str) -> None:
-    dispatches = hasattr(getattr(layer.experts, "config", None), "_experts_implementation")
-    if not dispatches or not hasattr(type(layer.experts).forward, "__wrapped__"):
+    if not _dispatches(layer):
         raise ModelError(
             f"{layer.name}: {type(layer.experts).__name__} does not dispatch through transformers' experts interface, "
             f"so its experts cannot be {what}; keep experts instead (a one-hot plan)"

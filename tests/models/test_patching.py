@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moeopt.errors import ModelError, PlanError
-from moeopt.models import MergedCache, moe_layers, patched, shape_of
+from moeopt.models import MergedCache, moe_layers, patched, plan_in_force, shape_of, without_plan
 from moeopt.plan import LayerPlan, ModelShape, Plan
 
 KEPT = [[0, 3, 5, 6], [7, 1, 2, 4], [1, 2, 3, 4]]
@@ -324,3 +324,17 @@ def test_a_patched_model_can_be_freed(make_mixtral, ids, dense_plan):
     gc.collect()
     assert alive() is None
     assert cache.nbytes == 0
+
+
+def test_without_a_plan_stays_so_after_an_inner_one(make_mixtral, ids):
+    model, outer = make_mixtral(), Plan.one_hot(KEPT, experts=8, k=2)
+    plain = logits(model, ids)
+    with patched(model, outer):
+        pruned = logits(model, ids)
+        with without_plan(model):
+            assert torch.equal(logits(model, ids), plain)
+            with patched(model, outer.with_k(1)):
+                assert not torch.equal(logits(model, ids), plain)
+            assert torch.equal(logits(model, ids), plain)
+            assert plan_in_force(model) is None
+        assert torch.equal(logits(model, ids), pruned)

@@ -1,0 +1,103 @@
+"""Mergings by clusters of experts, weighed by how often each is picked.
+
+HC-SMoE (arXiv 2410.08589) clusters experts by their mean outputs, agglomeratively with average linkage. M-SMoE (arXiv
+2310.01334) keeps the most frequent experts and lets every other join the one whose router logits are most like its own.
+As published, the router still picks k of all n experts and its picks are aliased to the merged ones
+(``router="alias"``). The ``_summed`` variants add up a cluster's probabilities before top-k (W_RM), which EEP's space
+can express.
+
+Left out: M-SMoE also permutes neurons before it merges and gives layers different numbers of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import fcluster, linkage
+
+from moeopt.methods.base import Method, Wanted
+from moeopt.methods.statistics import Array, MeanOutputs, Routing, Statistic
+from moeopt.plan import LayerPlan
+
+Labels = NDArray[np.int64]
+Grouping = Callable[[Mapping[str, Any], Wanted], Labels]
+
+
+class Clustering(Method):
+    """Merges clusters of experts.
+
+    Args:
+        summary: what it does.
+        group: from statistics to the cluster, 0..r-1, of each expert, (n,).
+        kinds: the statistics beside `Routing` that it needs.
+        router: what becomes of the router.
+    """
+
+    def __init__(
+        self, summary: str, group: Grouping, kinds: tuple[type[MeanOutputs], ...], router: Literal["alias", "prob"]
+    ) -> None:
+        self.summary, self.group, self.kinds = summary, group, kinds
+        self.router: Literal["alias", "prob"] = router
+
+    def needs(self, wanted: Wanted) -> dict[str, Statistic]:
+        kinds: tuple[type[Routing] | type[MeanOutputs], ...] = (Routing, *self.kinds)
+        return {kind.__name__: kind(wanted.experts, wanted.k) for kind in kinds}
+
+    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
+        labels = self.group(statistics, wanted)
+        routing = statistics["Routing"]
+        assert isinstance(routing, Routing)
+        members = (labels == np.arange(wanted.keep)[:, None]).astype(np.float64)
+        return LayerPlan(
+            wanted.experts,
+            wanted.active,
+            w_em=merged(members, routing.visits).astype(np.float32),
+            w_rm=members.astype(np.float32),
+            router=self.router,
+        )
+
+
+def merged(members: Array, visits: Array) -> Array:
+    """W_EM: each cluster's mean, weighed by visits; by nothing where none of the cluster was visited.
+
+    Args:
+        members: (r, n), 1 where an expert belongs to a cluster.
+        visits: v_j, (n,).
+    """
+    weighed = members * visits
+    sums = weighed.sum(axis=1, keepdims=True)
+    means: Array = np.where(
+        sums > 0, weighed / np.where(sums > 0, sums, 1), members / members.sum(axis=1, keepdims=True)
+    )
+    return means
+
+
+def by_outputs(statistics: Mapping[str, Any], wanted: Wanted) -> Labels:
+    """HC-SMoE: average linkage of mean expert outputs under the Euclidean distance, cut where r clusters are left."""
+    tree = linkage(statistics["MeanOutputs"].means, method="average")
+    return numbered(fcluster(tree, wanted.keep, criterion="maxclust"), wanted.keep)
+
+
+def by_logits(statistics: Mapping[str, Any], wanted: Wanted) -> Labels:
+    """M-SMoE: the r most frequent experts, joined by those whose logits have the largest cosine with theirs."""
+    routing: Routing = statistics["Routing"]
+    dominant = np.sort(np.argsort(-routing.visits, kind="stable")[: wanted.keep])
+    norms = np.sqrt(np.maximum(routing.logits.diagonal(), np.finfo(float).tiny))
+    cosine = routing.logits / norms / norms[:, None]
+    labels: Labels = cosine[:, dominant].argmax(axis=1).astype(np.int64)
+    labels[dominant] = np.arange(wanted.keep)
+    return labels
+
+
+def numbered(labels: NDArray[Any], r: int) -> Labels:
+    """Clusters numbered by their first expert; where ties left fewer than r, last ones of the largest stand alone."""
+    firsts = {label: i for i, label in reversed(list(enumerate(labels.tolist())))}
+    order = {label: number for number, label in enumerate(sorted(firsts, key=lambda label: firsts[label]))}
+    found = np.array([order[label] for label in labels.tolist()], dtype=np.int64)
+    while (clusters := int(found.max()) + 1) < r:
+        largest = int(np.bincount(found).argmax())
+        found[np.flatnonzero(found == largest)[-1]] = clusters
+    return found

@@ -1,0 +1,218 @@
+"""One-shot methods by name, and the passes that fill what they need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moeopt.errors import MethodError, ModelError, nearest
+from moeopt.methods import clustering, ranking
+from moeopt.methods.base import Method, Wanted
+from moeopt.methods.calibration import Calibration, Seen, Stream
+from moeopt.methods.naee import Naee, NaeeProgressive
+from moeopt.methods.output_fit import OutputFit
+from moeopt.methods.ranking import Ranking
+from moeopt.methods.statistics import MeanOutputs, Norms, Routing, Statistic
+from moeopt.plan import LayerPlan, Plan
+
+METHODS: dict[str, Method] = {
+    "random": ranking.Random(),
+    "frequency": Ranking("the experts picked most often", Routing, ranking.frequency),
+    "soft_activation": Ranking("largest sum of gates over the tokens routed to them", Routing, ranking.soft_activation),
+    "soft_activation_all": Ranking(
+        "largest sum of probabilities over all tokens", Routing, ranking.soft_activation_all
+    ),
+    "ean": Ranking("largest sum of output norms over the tokens routed to them", Norms, ranking.ean),
+    "ean_mean": Ranking("largest mean output norm over the tokens routed to them", Norms, ranking.ean_mean),
+    "reap": Ranking("largest mean gated output norm over the tokens routed to them", Norms, ranking.reap),
+    "naee": Naee(),
+    "naee_progressive": NaeeProgressive(),
+    "hc_smoe": clustering.Clustering(
+        "clusters of mean outputs merged, picks aliased", clustering.by_outputs, (MeanOutputs,), "alias"
+    ),
+    "hc_smoe_summed": clustering.Clustering(
+        "clusters of mean outputs merged, probabilities summed", clustering.by_outputs, (MeanOutputs,), "prob"
+    ),
+    "m_smoe": clustering.Clustering(
+        "frequent experts merged with those routed alike, picks aliased", clustering.by_logits, (), "alias"
+    ),
+    "m_smoe_summed": clustering.Clustering(
+        "frequent experts merged with those routed alike, probabilities summed", clustering.by_logits, (), "prob"
+    ),
+    "output_fit": OutputFit(),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method found.
+
+    Args:
+        plan: the plan.
+        layer_tokens: what it would cost alone: tokens times decoder layers, a pass over all n experts counting as
+            n / k of it, one over those routed to as 1.
+        seconds: wall time of the passes it shared with others, and of its own.
+    """
+
+    plan: Plan
+    layer_tokens: int
+    seconds: float
+
+
+def get(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        MethodError: when there is none; the nearest name is suggested.
+    """
+    if name not in METHODS:
+        raise MethodError(f"unknown method {name!r}{nearest(name, list(METHODS))} (there are {', '.join(METHODS)})")
+    return METHODS[name]
+
+
+def plan(name: str, calibration: Calibration, *, keep: int, k: int | None = None, seed: int = 0) -> Plan:
+    """The plan of one method; see `plans`."""
+    return plans([name], calibration, keep=keep, k=k, seed=seed)[name].plan
+
+
+def plans(
+    names: Iterable[str],
+    calibration: Calibration,
+    *,
+    keep: int,
+    k: int | None = None,
+    seed: int = 0,
+) -> dict[str, Found]:
+    """The plans of several methods, by name; those that need the same statistics share a pass.
+
+    Args:
+        names: of `METHODS`.
+        calibration: model and token sequences.
+        keep: r, experts kept per layer.
+        k: experts that run per token in the plans; the model's by default.
+        seed: of `random`.
+
+    Raises:
+        MethodError: for an unknown name, or a method that cannot do it on this model.
+        ValueError: when keep or k is out of range.
+    """
+    chosen = {name: get(name) for name in names}
+    shape = calibration.shape
+    wanted = Wanted(shape.experts, shape.k, keep, shape.k if k is None else k, seed)
+    _check(wanted)
+    layers = {layer.index: layer for layer in calibration.layers}
+    if any((layer.n, layer.k) != (shape.experts, shape.k) for layer in layers.values()):
+        raise MethodError("the MoE layers of the model differ in n or k; one-shot methods need equal layers")
+    at_once = {name: method for name, method in chosen.items() if not method.progressive}
+    found: dict[str, Found] = {}
+    if at_once:
+        found |= _at_once(at_once, calibration, wanted)
+    for name, method in chosen.items():
+        if method.progressive:
+            found[name] = _progressively(name, method, calibration, wanted)
+    return {name: found[name] for name in chosen}
+
+
+def _at_once(chosen: Mapping[str, Method], calibration: Calibration, wanted: Wanted) -> dict[str, Found]:
+    """One pass of the full model for all."""
+    started = time.perf_counter()
+    needs = {name: method.needs(wanted) for name, method in chosen.items()}
+    kinds = {key: statistic for need in needs.values() for key, statistic in need.items()}
+    parts: dict[str, list[LayerPlan]] = {name: [] for name in chosen}
+    spent = dict.fromkeys(chosen, 0.0)
+    open_: dict[int, dict[str, Statistic]] = {}
+
+    def close(index: int) -> None:
+        shared = open_.pop(index, {})
+        for name, method in chosen.items():
+            begun = time.perf_counter()
+            own = {key: shared[key] for key in needs[name]}
+            parts[name].append(method.layer(own, wanted, np.random.default_rng([wanted.seed, index])))
+            spent[name] += time.perf_counter() - begun
+
+    def see(seen: Seen) -> None:
+        index = seen.layer.index
+        if index not in open_:
+            if by_layer and index:
+                close(index - 1)
+            fresh = {key: value for method in chosen.values() for key, value in method.needs(wanted).items()}
+            open_[index] = dict(sorted(fresh.items(), key=lambda item: item[1].outputs != "all"))
+        for statistic in open_[index].values():
+            statistic.add(seen)
+
+    by_layer = any(statistic.by_layer for statistic in kinds.values())
+    if kinds:
+        try:
+            all_outputs = any(statistic.outputs == "all" for statistic in kinds.values())
+            calibration.run(see, layer_by_layer=by_layer, all_outputs=all_outputs)
+        except ModelError as error:
+            raise MethodError(f"{', '.join(chosen)}: {error}") from error
+    for index in range(len(parts[next(iter(chosen))]), len(calibration.layers)):
+        close(index)
+    seconds = time.perf_counter() - started - sum(spent.values())
+    return {
+        name: Found(Plan(tuple(parts[name])), _cost(needs[name], calibration), seconds + spent[name]) for name in chosen
+    }
+
+
+def _progressively(name: str, method: Method, calibration: Calibration, wanted: Wanted) -> Found:
+    """Two streams: what the full model gives, and the same tokens through the layers planned so far."""
+    started = time.perf_counter()
+    shape = calibration.shape
+    full = Plan.identity(shape.layers, shape.experts, shape.k)
+    planned: list[LayerPlan] = []
+    targets: list[torch.Tensor] = []
+    statistics: dict[str, Statistic] = {}
+    looking = False
+
+    def see(seen: Seen) -> None:
+        if not looking:
+            targets.append(seen.routed)
+            return
+        target = targets.pop(0)
+        for statistic in statistics.values():
+            statistic.add(seen, target)  # type: ignore[call-arg]
+
+    with calibration.ready():
+        try:
+            reference, pruned = Stream(calibration), Stream(calibration)
+        except ModelError as error:
+            raise MethodError(f"{name} goes layer by layer, which this model does not allow: {error}") from error
+        for index in range(reference.depth):
+            is_moe = index in reference.moe
+            with calibration.watching(see) as watch:
+                reference.advance(index, watch)
+                if is_moe:
+                    statistics, looking = method.needs(wanted), True
+                    pruned.look(index, watch)
+                    looking = False
+            if is_moe:
+                rng = np.random.default_rng([wanted.seed, len(planned)])
+                planned.append(method.layer(statistics, wanted, rng))
+            pruned.advance(index, lambda batch: None, Plan((*planned, *full.layers[len(planned) :])))
+    passes = calibration.tokens * reference.depth
+    cost = 2 * passes + _cost(method.needs(wanted), calibration)
+    return Found(Plan(tuple(planned)), cost, time.perf_counter() - started)
+
+
+def _cost(needs: Mapping[str, Statistic], calibration: Calibration) -> int:
+    if not needs:
+        return 0
+    shape = calibration.shape
+    extra = {"none": 0.0, "routed": 1.0, "all": shape.experts / shape.k}
+    most = max(extra[statistic.outputs] for statistic in needs.values())
+    depth = calibration.decoder_layers
+    return round(calibration.tokens * (depth + most * shape.layers))
+
+
+def _check(wanted: Wanted) -> None:
+    for name, value, most, why in (
+        ("keep", wanted.keep, wanted.experts, f"the {wanted.experts} experts each layer has"),
+        ("k", wanted.active, wanted.keep, f"the {wanted.keep} experts kept"),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise MethodError(f"{name} must be an integer between 1 and {why}, got {value!r}")

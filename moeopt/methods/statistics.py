@@ -1,0 +1,132 @@
+"""What one-shot methods need to know of a layer, added up over a calibration pass in float64.
+
+Notation: p = the router's scores of all n experts, T = the k that run, g_j = p_j / sum over T of p, X_j = the tokens
+routed to j, v_j = |X_j|, f_j = expert j's output without its gate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moeopt.methods.calibration import Seen
+
+Array = NDArray[np.float64]
+
+
+class Statistic(ABC):
+    """Adds up, for one MoE layer, what is seen of it, batch by batch."""
+
+    outputs: Literal["none", "routed", "all"] = "none"
+    """Which expert outputs it takes beyond the forward pass: of the k experts routed to, of all n."""
+
+    by_layer: bool = False
+    """Whether it grows with tokens, so that one layer's has to be used up before the next one's is begun."""
+
+    @abstractmethod
+    def add(self, seen: Seen) -> None:
+        """Called with every batch."""
+
+
+class Routing(Statistic):
+    """What the router does; costs nothing beyond the forward pass.
+
+    Attributes:
+        tokens: how many there were.
+        visits: v_j, (n,).
+        gates: sum over X_j of g_j, (n,).
+        probabilities: sum over all tokens of p_j, (n,).
+        logits: sum over all tokens of l_i * l_j, the router's logits, (n, n).
+    """
+
+    def __init__(self, n: int, k: int) -> None:
+        self.tokens = 0
+        self.visits, self.gates, self.probabilities = np.zeros(n), np.zeros(n), np.zeros(n)
+        self.logits = np.zeros((n, n))
+        self._ratios: list[NDArray[np.float32]] = []
+
+    def add(self, seen: Seen) -> None:
+        weights, index = seen.picks
+        self.tokens += len(index)
+        self.visits += np.bincount(_numpy(index.flatten()).astype(np.int64), minlength=len(self.visits))
+        np.add.at(self.gates, _numpy(index.flatten()).astype(np.int64), _numpy(weights.flatten()))
+        self.probabilities += _numpy(seen.probabilities.double().sum(0))
+        logits = seen.logits.double()
+        self.logits += _numpy(logits.T @ logits)
+        self._ratios.append(_numpy(weights[:, -1] / weights[:, 0]).astype(np.float32))
+
+    @property
+    def ratios(self) -> NDArray[np.float32]:
+        """For every token, the weight of the last of its k experts over that of the first, (tokens,)."""
+        return np.concatenate(self._ratios)
+
+
+class Norms(Statistic):
+    """Norms of the outputs that each expert gave to the tokens routed to it.
+
+    Attributes:
+        visits: v_j, (n,).
+        norms: sum over X_j of ||f_j||, (n,).
+        gated: sum over X_j of g_j ||f_j||, (n,).
+    """
+
+    outputs = "routed"
+
+    def __init__(self, n: int, k: int) -> None:
+        self.visits, self.norms, self.gated = np.zeros(n), np.zeros(n), np.zeros(n)
+
+    def add(self, seen: Seen) -> None:
+        for j, tokens, gates in routed(seen):
+            norms = seen.output(j, tokens).float().norm(dim=-1).double()
+            self.visits[j] += len(norms)
+            self.norms[j] += float(norms.sum())
+            self.gated[j] += float((norms * gates.double()).sum())
+
+
+class MeanOutputs(Statistic):
+    """Every expert's mean output over all tokens, whether routed to it or not.
+
+    Attributes:
+        means: (n, hidden).
+    """
+
+    outputs = "all"
+
+    def __init__(self, n: int, k: int) -> None:
+        self.tokens = 0
+        self.sums: Array | None = None
+
+    def add(self, seen: Seen) -> None:
+        sums = _numpy(seen.outputs.sum(1, dtype=torch.float32))
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.tokens += len(seen.hidden)
+
+    @property
+    def means(self) -> Array:
+        assert self.sums is not None
+        return self.sums / self.tokens
+
+
+def routed(seen: Seen) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Of every expert that has any: its number, the tokens routed to it, and their gates g_j."""
+    weights, index = seen.picks
+    for j in range(seen.layer.n):
+        tokens, place = (index == j).nonzero(as_tuple=True)
+        if len(tokens):
+            yield j, tokens, weights[tokens, place]
+
+
+def gram(vectors: Tensor) -> Tensor:
+    """Inner products of m vectors for every token: (m, tokens, hidden) -> float32 (tokens, m, m)."""
+    by_token = vectors.transpose(0, 1).float()
+    return by_token @ by_token.transpose(1, 2)
+
+
+def _numpy(tensor: Tensor) -> Array:
+    return tensor.cpu().numpy().astype(np.float64)

@@ -1,0 +1,406 @@
+"""One-shot methods: each rule against the obvious way to compute it, and what every method promises."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+from scipy.optimize import nnls
+
+from moeopt import methods
+from moeopt.errors import MethodError, ModelError
+from moeopt.evaluation import Evaluator
+from moeopt.methods import naee, output_fit
+from moeopt.methods.base import Wanted
+from moeopt.methods.statistics import MeanOutputs, Norms, Routing
+from moeopt.models import moe_layers, patched
+from moeopt.plan import LayerPlan, Plan
+from moeopt.tasks import Example, MultipleChoiceTask, TextTask
+
+TEXT = "All happy families are alike; each unhappy family is unhappy in its own way. " * 4
+WINDOW, SEQUENCES = 20, 10
+WANTED = Wanted(experts=8, k=2, keep=4, active=2)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return TextTask("text", search=[TEXT[i * 7 :] + str(i) for i in range(2)], window=WINDOW)
+
+
+@pytest.fixture
+def model(make_mixtral):
+    return make_mixtral(seed=3)
+
+
+@pytest.fixture
+def calibration(model, tiny_tokenizer, text):
+    return methods.Calibration(model, tiny_tokenizer, text, limit=SEQUENCES, batch_tokens=70)
+
+
+def sequences(text, tokenizer, limit=SEQUENCES):
+    return [request.ids for request in text.requests("search", tokenizer, limit=limit)]
+
+
+def entering(model, ids, plan=None):
+    """What enters every MoE block for one sequence, [(tokens, hidden)], from an ordinary forward."""
+    layers, found = moe_layers(model), []
+    handles = [x.block.register_forward_pre_hook(lambda _m, args: found.append(args[0][0].clone())) for x in layers]
+    with torch.no_grad():
+        if plan is None:
+            model(torch.tensor([ids]))
+        else:
+            with patched(model, plan):
+                model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def block_output(model, layer, hidden, part=None):
+    """(tokens, hidden) of one MoE block alone, as one layer of a plan or as it is."""
+    with torch.no_grad():
+        if part is None:
+            output = layer.block(hidden[None])
+        else:
+            layers = [LayerPlan(x.n, x.k, kept=tuple(range(x.n))) for x in moe_layers(model)]
+            layers[layer.index] = part
+            with patched(model, Plan(tuple(layers))):
+                output = layer.block(hidden[None])
+    return (output[0] if isinstance(output, tuple) else output)[0]
+
+
+def expert(layer, j, h):
+    """f_j of one token."""
+    with torch.no_grad():
+        return layer.experts(h[None], torch.tensor([[j]]), torch.ones(1, 1))[0].double()
+
+
+@pytest.fixture
+def tokens(model, text, tiny_tokenizer):
+    """For every layer and token: p (n,), the picked experts with their g, the logits, and f of every expert."""
+    found = [[] for _ in moe_layers(model)]
+    for ids in sequences(text, tiny_tokenizer):
+        for layer, hidden in zip(moe_layers(model), entering(model, ids)):
+            for h in hidden:
+                logits = (layer.router.weight.detach().double() @ h.double()).numpy()
+                p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+                picked = sorted(range(8), key=lambda j: -p[j])[:2]
+                g = {j: p[j] / sum(p[i] for i in picked) for j in picked}
+                found[layer.index].append((p, g, logits, [expert(layer, j, h).numpy() for j in range(8)]))
+    return found
+
+
+def test_statistics(calibration, tokens):
+    made = [{"r": Routing(8, 2), "n": Norms(8, 2), "m": MeanOutputs(8, 2)} for _ in tokens]
+    calibration.run(lambda seen: [s.add(seen) for s in made[seen.layer.index].values()])
+    for got, seen in zip(made, tokens):
+        expected = {name: np.zeros(8) for name in ("visits", "gates", "probabilities", "norms", "gated")}
+        for p, g, _, f in seen:
+            expected["probabilities"] += p
+            for j, gate in g.items():
+                expected["visits"][j] += 1
+                expected["gates"][j] += gate
+                expected["norms"][j] += np.linalg.norm(f[j])
+                expected["gated"][j] += gate * np.linalg.norm(f[j])
+        for name in ("visits", "gates", "probabilities"):
+            np.testing.assert_allclose(getattr(got["r"], name), expected[name], rtol=1e-4)
+        np.testing.assert_allclose(got["n"].norms, expected["norms"], rtol=1e-4)
+        np.testing.assert_allclose(got["n"].gated, expected["gated"], rtol=1e-4)
+        np.testing.assert_allclose(got["r"].logits, sum(np.outer(x[2], x[2]) for x in seen), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(got["m"].means, np.mean([x[3] for x in seen], axis=0), rtol=1e-3, atol=1e-6)
+        assert got["r"].tokens == len(seen)
+
+
+RULES = {
+    "frequency": lambda seen, j: sum(j in g for _, g, _, _ in seen),
+    "soft_activation": lambda seen, j: sum(g.get(j, 0.0) for _, g, _, _ in seen),
+    "soft_activation_all": lambda seen, j: sum(p[j] for p, _, _, _ in seen),
+    "ean": lambda seen, j: sum(np.linalg.norm(f[j]) for _, g, _, f in seen if j in g),
+    "ean_mean": lambda seen, j: mean([np.linalg.norm(f[j]) for _, g, _, f in seen if j in g]),
+    "reap": lambda seen, j: mean([g[j] * np.linalg.norm(f[j]) for _, g, _, f in seen if j in g]),
+}
+
+
+def mean(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rankings(calibration, tokens, name):
+    plan = methods.plan(name, calibration, keep=3)
+    for part, seen in zip(plan.layers, tokens):
+        scores = [RULES[name](seen, j) for j in range(8)]
+        assert set(part.kept) == set(sorted(range(8), key=lambda j: -scores[j])[:3])
+
+
+def brute_force(model, inputs, layer, r, k, targets=None):
+    """NAEE's enumeration: C(n, r) forwards of the block for every sequence; `BATCH` sequences a calibration batch."""
+    errors = {}
+    for kept in itertools.combinations(range(layer.n), r):
+        errors[kept] = 0.0
+        for first in range(0, len(inputs), naee.BATCH):
+            hidden = torch.cat(list(inputs[first : first + naee.BATCH]))
+            own = (
+                block_output(model, layer, hidden)
+                if targets is None
+                else torch.cat(targets[first : first + naee.BATCH])
+            )
+            output = block_output(model, layer, hidden, LayerPlan(layer.n, k, kept=kept))
+            errors[kept] += float(torch.linalg.norm(own.double() - output.double()))
+    return errors
+
+
+@pytest.mark.parametrize(("r", "k"), [(4, 2), (6, 2), (3, 1)])
+def test_naee_equals_brute_force(model, calibration, text, tiny_tokenizer, r, k):
+    made = [naee.SetErrors(8, 2, r=r, active=k) for _ in range(3)]
+    calibration.run(lambda seen: made[seen.layer.index].add(seen))
+    inputs = list(zip(*[entering(model, ids) for ids in sequences(text, tiny_tokenizer)]))
+    for layer, got in zip(moe_layers(model), made):
+        expected = brute_force(model, inputs[layer.index], layer, r, k)
+        np.testing.assert_allclose(got.errors, [expected[kept] for kept in got.sets], rtol=1e-4)
+        assert sorted(got.sets, key=lambda kept: got.errors[got.sets.index(kept)]) == sorted(expected, key=expected.get)
+        assert got.best == min(expected, key=expected.get)
+
+
+def test_naee_progressive_equals_brute_force(model, calibration, text, tiny_tokenizer):
+    plan = methods.plan("naee_progressive", calibration, keep=4)
+    ids = sequences(text, tiny_tokenizer)
+    full = list(zip(*[entering(model, one) for one in ids]))
+    parts = [LayerPlan(8, 2, kept=tuple(range(8)))] * 3
+    for layer in moe_layers(model):
+        targets = [block_output(model, layer, hidden) for hidden in full[layer.index]]
+        pruned = [entering(model, one, Plan(tuple(parts)))[layer.index] for one in ids]
+        expected = brute_force(model, pruned, layer, 4, 2, targets)
+        best = min(expected, key=expected.get)
+        assert plan.layers[layer.index].kept == best
+        parts[layer.index] = LayerPlan(8, 2, kept=best)
+    assert plan != methods.plan("naee", calibration, keep=4)
+
+
+def test_naee_beyond_enumeration(calibration, monkeypatch):
+    exact = [naee.SetErrors(8, 2, r=4, active=2) for _ in range(3)]
+    calibration.run(lambda seen: exact[seen.layer.index].add(seen))
+    monkeypatch.setattr(naee, "MOST_SETS", 69)
+    plan = methods.plan("naee", calibration, keep=4)
+    for part, all_sets in zip(plan.layers, exact):
+        errors = dict(zip(all_sets.sets, all_sets.errors))
+        swapped = [s for s in all_sets.sets if len({*s} & {*part.kept}) == 3]
+        assert errors[part.kept] <= min(errors[s] for s in swapped)
+        assert errors[part.kept] < np.median(all_sets.errors)
+
+
+def slow_average_linkage(points, r):
+    """Merge the two clusters of least mean pairwise distance until r are left."""
+    clusters = [[i] for i in range(len(points))]
+    while len(clusters) > r:
+
+        def distance(pair):
+            a, b = pair
+            return np.mean([np.linalg.norm(points[i] - points[j]) for i in clusters[a] for j in clusters[b]])
+
+        a, b = min(itertools.combinations(range(len(clusters)), 2), key=distance)
+        clusters[a] += clusters.pop(b)
+    return {frozenset(cluster) for cluster in clusters}
+
+
+def clusters_of(part):
+    return {frozenset(np.flatnonzero(row).tolist()) for row in part.w_rm}
+
+
+def check_merged(part, seen):
+    """W_EM is the frequency-weighted mean of every cluster, W_RM says who belongs to it."""
+    visits = np.array([sum(j in g for _, g, _, _ in seen) for j in range(8)])
+    for row, members in zip(part.expert_matrix, part.w_rm):
+        share = visits * members
+        expected = share / share.sum() if share.sum() else members / members.sum()
+        np.testing.assert_allclose(row, expected, rtol=1e-5)
+    assert (part.w_rm.sum(0) == 1).all()
+
+
+@pytest.mark.parametrize("keep", [2, 4, 7])
+def test_hc_smoe(calibration, tokens, keep):
+    aliased = methods.plan("hc_smoe", calibration, keep=keep)
+    summed = methods.plan("hc_smoe_summed", calibration, keep=keep)
+    for part, other, seen in zip(aliased.layers, summed.layers, tokens):
+        points = np.mean([x[3] for x in seen], axis=0)
+        assert clusters_of(part) == slow_average_linkage(points, keep)
+        check_merged(part, seen)
+        assert (part.router, other.router) == ("alias", "prob")
+        assert np.array_equal(part.w_rm, other.w_rm)
+        assert np.array_equal(part.w_em, other.w_em)
+
+
+def test_m_smoe(calibration, tokens):
+    plan = methods.plan("m_smoe", calibration, keep=3)
+    for part, seen in zip(plan.layers, tokens):
+        visits = [sum(j in g for _, g, _, _ in seen) for j in range(8)]
+        dominant = sorted(range(8), key=lambda j: -visits[j])[:3]
+        columns = np.array([x[2] for x in seen]).T
+
+        def cosine(i, j, columns=columns):
+            return columns[i] @ columns[j] / np.linalg.norm(columns[i]) / np.linalg.norm(columns[j])
+
+        groups = {j: {j} for j in dominant}
+        for j in set(range(8)) - set(dominant):
+            groups[max(dominant, key=lambda i: cosine(i, j))].add(j)
+        assert clusters_of(part) == {frozenset(group) for group in groups.values()}
+        check_merged(part, seen)
+
+
+def test_clusters_survive_ties():
+    for labels in ([1, 1, 1, 1], [2, 2, 1, 1]):
+        for r in (2, 3, 4):
+            found = methods.clustering.numbered(np.array(labels), r)
+            assert sorted(set(found.tolist())) == list(range(r))
+
+
+def test_output_fit_column_is_the_least_squares_solution():
+    rng = np.random.default_rng(0)
+    outputs, gates = rng.normal(size=(30, 6, 5)), rng.random(30)
+    a = sum(g**2 * f @ f.T for g, f in zip(gates, outputs))
+    kept, j = (0, 2, 5), 3
+    stacked = np.concatenate([g * f[list(kept)].T for g, f in zip(gates, outputs)])
+    wanted = np.concatenate([g * f[j] for g, f in zip(gates, outputs)])
+    expected, residual = nnls(stacked, wanted)
+    c, left = output_fit.column(a, kept, j)
+    np.testing.assert_allclose(c, expected, atol=1e-8)
+    assert left == pytest.approx(residual**2)
+
+
+def test_output_fit_is_nearer_to_the_layer_than_naee(model, calibration, text, tiny_tokenizer):
+    fitted, pruned = (methods.plan(name, calibration, keep=4) for name in ("output_fit", "naee"))
+    inputs = list(zip(*[entering(model, ids) for ids in sequences(text, tiny_tokenizer)]))
+    better = 0
+    for layer, ours, theirs in zip(moe_layers(model), fitted.layers, pruned.layers):
+
+        def error(part, layer=layer):
+            differences = [
+                block_output(model, layer, h) - block_output(model, layer, h, part) for h in inputs[layer.index]
+            ]
+            batches = [differences[i : i + naee.BATCH] for i in range(0, len(differences), naee.BATCH)]
+            return sum(sum(float((d.double() ** 2).sum()) for d in batch) ** 0.5 for batch in batches)
+
+        assert error(ours) <= error(theirs) * (1 + 1e-5)
+        better += error(ours) < error(theirs) * 0.99
+    assert better
+
+
+def test_skipping(model, calibration, text, tiny_tokenizer):
+    plan = methods.plan("naee", calibration, keep=4)
+    skipping = methods.skipping(plan, calibration)
+    ratios = [[] for _ in plan.layers]
+    for ids in sequences(text, tiny_tokenizer):
+        for layer, hidden in zip(moe_layers(model), entering(model, ids, plan)):
+            for h in hidden:
+                rows = layer.router.weight.detach().double()[list(plan.layers[layer.index].kept)]
+                p = np.sort(torch.softmax(rows @ h.double(), 0).numpy())[::-1]
+                ratios[layer.index].append(p[1] / p[0])
+    for part, of in zip(skipping.layers, ratios):
+        assert part.skip == pytest.approx(float(np.median(of)), rel=1e-4)
+    assert skipping.with_skip(0) == plan
+    quarter = methods.skipping(plan, calibration, quantile=0.25)
+    assert all(a.skip < b.skip for a, b in zip(quarter.layers, skipping.layers))
+    with patched(model, skipping) as state, torch.no_grad():
+        for ids in sequences(text, tiny_tokenizer):
+            model(torch.tensor([ids]))
+    assert state.active[0] == pytest.approx(1.5, abs=0.02)  # later layers see what skipping in earlier ones changes
+    assert all(1.3 < active < 1.7 for active in state.active)
+
+
+def test_random_is_uniform_and_seeded(calibration):
+    drawn = [methods.plan("random", calibration, keep=4, seed=seed) for seed in range(60)]
+    assert drawn[0] == methods.plan("random", calibration, keep=4, seed=0)
+    counts = np.bincount([e for plan in drawn for part in plan.layers for e in part.kept], minlength=8)
+    assert counts.min() > 50
+    assert counts.max() < 130
+    assert drawn[0].layers[0] != drawn[0].layers[1] or drawn[1].layers[0] != drawn[1].layers[1]
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+class TestEveryMethod:
+    def test_its_plan_is_of_the_size_asked_for(self, model, tiny_tokenizer, text, calibration, name):
+        for keep, k in ((6, None), (3, 1), (8, 2)):
+            plan = methods.plan(name, calibration, keep=keep, k=k)
+            assert len(plan.layers) == 3
+            assert all((p.kept_experts, p.k, p.experts) == (keep, k or 2, 8) for p in plan.layers)
+            loss = Evaluator(model, tiny_tokenizer, text, limit=2).evaluate(plan).loss
+            assert np.isfinite(loss)
+
+    def test_it_is_a_function_of_the_tokens(self, model, tiny_tokenizer, text, name):
+        plans = [
+            methods.plan(name, methods.Calibration(model, tiny_tokenizer, text, limit=12, batch_tokens=size), keep=4)
+            for size in (40, 1024)
+        ]
+        for a, b in zip(*(plan.layers for plan in plans)):
+            np.testing.assert_allclose(a.expert_matrix, b.expert_matrix, atol=1e-5)
+            np.testing.assert_allclose(a.router_matrix, b.router_matrix, atol=1e-5)
+
+    def test_it_works_offloaded_and_leaves_no_trace(self, make_mixtral, tiny_tokenizer, text, name):
+        expected = methods.plan(name, methods.Calibration(make_mixtral(), tiny_tokenizer, text, limit=6), keep=4)
+        model = cpu_offload(make_mixtral(), execution_device="cpu")
+        before = {n: len(m._forward_hooks) for n, m in model.named_modules()}
+        plan = methods.plan(name, methods.Calibration(model, tiny_tokenizer, text, limit=6), keep=4)
+        assert plan == expected
+        assert before == {n: len(m._forward_hooks) for n, m in model.named_modules()}
+        assert all(p.is_meta for p in moe_layers(model)[0].experts.parameters())
+
+    def test_families(self, family, build_family, tiny_tokenizer, text, name):
+        small = TextTask("text", search=["".join(chr(40 + i * j % 50) for i in range(90)) for j in (3, 7)], window=30)
+        model = build_family(family, vocabulary=300)
+        calibration = methods.Calibration(model, tiny_tokenizer, small)
+        corrected = any(rule.correction is not None for rule in calibration.rules)
+        if corrected and name == "output_fit":
+            with pytest.raises(MethodError, match="use naee"):
+                methods.plan(name, calibration, keep=4)
+            return
+        plan = methods.plan(name, calibration, keep=4)
+        evaluator = Evaluator(model, tiny_tokenizer, small)
+        merges = any(part.w_em is not None for part in plan.layers)
+        dispatches = hasattr(type(calibration.layers[0].experts).forward, "__wrapped__")
+        if (corrected and any(part.router == "prob" for part in plan.layers)) or (merges and not dispatches):
+            with pytest.raises(ModelError, match=r"corrects its choice|cannot be merged"):
+                evaluator.evaluate(plan)
+        else:
+            assert np.isfinite(evaluator.evaluate(plan).loss)
+
+
+def test_methods_share_a_pass(calibration):
+    together = methods.plans(methods.METHODS, calibration, keep=4)
+    assert list(together) == list(methods.METHODS)
+    for name, found in together.items():
+        alone = methods.plans([name], calibration, keep=4)[name]
+        assert alone.plan == found.plan
+        assert alone.layer_tokens == found.layer_tokens
+    forward = calibration.tokens * 3
+    costs = {name: found.layer_tokens / forward for name, found in together.items()}
+    assert (costs["random"], costs["frequency"], costs["reap"], costs["naee"]) == (0, 1, 2, 5)
+    assert costs["naee_progressive"] == 7
+
+
+def test_calibration_takes_the_right_answers(model, tiny_tokenizer):
+    rows = [Example(str(i), f"{i} plus {i} is", (f" {2 * i}", f" {2 * i + 1}"), i % 2) for i in range(6)]
+    task = MultipleChoiceTask("sums", search=rows)
+    calibration = methods.Calibration(model, tiny_tokenizer, task, limit=4)
+    chosen = task.examples("search")[:4]
+    wanted = {tuple(tiny_tokenizer(e.prompt + e.options[e.answer])["input_ids"]) for e in chosen}
+    got = {tuple(ids[mask.bool()].tolist()) for b in calibration.batches for ids, mask in zip(b.ids, b.mask)}
+    assert got == wanted
+    assert calibration.sequences == 4
+
+
+def test_bad_input(calibration):
+    with pytest.raises(MethodError, match="unknown method 'freqency'; did you mean 'frequency'"):
+        methods.plan("freqency", calibration, keep=4)
+    for keep in (0, 9, 2.5, True):
+        with pytest.raises(MethodError, match=f"keep must be an integer between 1 and the 8 experts.*{keep!r}"):
+            methods.plan("naee", calibration, keep=keep)
+    with pytest.raises(MethodError, match="k must be an integer between 1 and the 1 experts kept, got 2"):
+        methods.plan("naee", calibration, keep=1)
+    plan = Plan.identity(3, 8, 2)
+    with pytest.raises(MethodError, match="quantile must be between 0 and 1, got 2"):
+        methods.skipping(plan, calibration, quantile=2)
+    with pytest.raises(MethodError, match="nothing to skip"):
+        methods.skipping(plan.with_k(1), calibration)
