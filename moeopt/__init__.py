@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ActiveSpace": "moeopt.spaces",
     "EEPSpace": "moeopt.spaces",
     "LayerPlan": "moeopt.plan",
     "MergeSpace": "moeopt.spaces",
@@ -29,9 +30,22 @@ _HOMES = {
     "shape_of": "moeopt.models",
     "Evaluator": "moeopt.evaluation",
 }
-_ROOMS = {"demo", "errors", "evaluation", "models", "samplers", "spaces", "study", "tasks"}
+_ROOMS = {
+    "analysis",
+    "figures",
+    "methods",
+    "demo",
+    "errors",
+    "evaluation",
+    "models",
+    "samplers",
+    "spaces",
+    "study",
+    "tasks",
+}
 
 __all__ = [
+    "ActiveSpace",
     "EEPSpace",
     "Evaluator",
     "LayerPlan",
@@ -43,14 +57,17 @@ __all__ = [
     "PruneSpace",
     "RacingPruner",
     "__version__",
+    "analysis",
     "create_study",
     "demo",
     "enqueue",
     "errors",
     "evaluation",
     "export",
+    "figures",
     "load",
     "load_study",
+    "methods",
     "models",
     "moe_layers",
     "optimize",
@@ -64,7 +81,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from moeopt import demo, errors, evaluation, models, samplers, spaces, study, tasks
+    from moeopt import analysis, demo, errors, evaluation, figures, methods, models, samplers, spaces, study, tasks
     from moeopt.errors import MoeoptError
     from moeopt.evaluation import Evaluator, paired_bootstrap
     from moeopt.exporting import export
@@ -72,7 +89,7 @@ if TYPE_CHECKING:
     from moeopt.objective import Objective
     from moeopt.plan import LayerPlan, ModelShape, Plan
     from moeopt.racing import RacingPruner
-    from moeopt.spaces import EEPSpace, MergeSpace, PruneSpace
+    from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
     from moeopt.study import create_study, enqueue, load_study, optimize
 
 

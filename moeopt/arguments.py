@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,22 +47,53 @@ def quick_shape(model: str) -> ModelShape | None:
 BELONGS = {
     "keep": ("eep", "prune"),
     "active": ("eep", "prune"),
+    "groups": ("eep", "prune", "merge"),
     "encoding": ("prune",),
     "router": ("eep", "merge"),
-    "around": ("merge",),
+    "around": ("merge", "active"),
     "scale": ("merge",),
 }
 """Options of `moeopt search` that only some spaces have."""
 
 
-def check_belongs(space: str, **given: Any) -> None:
+@dataclass(frozen=True)
+class Active:
+    """What `--active`, `--skip` and `--active-groups` say: one k, or ranges to search, and their groups."""
+
+    k: int | None
+    k_range: tuple[int, int] | None
+    skip: float | None
+    groups: int | list[tuple[int, int]] | None
+
+    @property
+    def searched(self) -> bool:
+        return self.k_range is not None or self.skip is not None
+
+
+def active(text: str | None, skip: float | None, groups: int | list[tuple[int, int]] | None) -> Active:
+    """The checked values of `--active` (``2``, or ``1-2`` to search), `--skip` (a largest beta) and their groups."""
+    if skip is not None and not 0 < skip <= 1:
+        raise SpaceError(f"--skip must be a beta above 0 and at most 1, got {skip:g}")
+    match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", text or "1")
+    if match is None:
+        raise SpaceError(f"--active must be a number of at least 1, or a range as 1-2 to search, got {text!r}")
+    k = int(match[1]) if text is not None and match[2] is None else None
+    found = Active(k, (int(match[1]), int(match[2])) if match[2] else None, skip, groups)
+    if groups is not None and not found.searched:
+        raise SpaceError("--active-groups needs something to search: --active with a range as 1-2, or --skip")
+    return found
+
+
+def check_belongs(space: str, *, searched: bool, **given: Any) -> None:
     """Raise SpaceError when an option that was given is not one of this space, or one that it needs was not."""
     for option, value in given.items():
         if value is not None and space not in BELONGS[option]:
             raise SpaceError(f"--{option} {value} belongs to --space {' or '.join(BELONGS[option])}, not to {space}")
     if space == "merge" and given["around"] is None:
         raise SpaceError("--space merge needs --around, the plan it starts from")
-    if space != "merge" and given["keep"] is None:
+    if space == "active" and not searched:
+        raise SpaceError("--space active needs something to search: --active with a range as 1-2, or --skip")
+    if space not in ("merge", "active") and given["keep"] is None:
         raise SpaceError("say how many experts each layer keeps, such as --keep 4")
 
 
@@ -73,20 +106,28 @@ def space(
     scale: float | None,
     encoding: str | None,
     router: str | None,
-    active: int | None,
+    active: Active,
 ) -> Space:
     """The search space of `moeopt search`, once the model's shape is known."""
     from moeopt import spaces
 
-    given = {"groups": groups, "scale": scale, "encoding": encoding, "router": router, "k": active, "keep": keep}
+    given = {"groups": groups, "scale": scale, "encoding": encoding, "router": router, "k": active.k, "keep": keep}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    searched: dict[str, Any] = {"k": active.k_range, "groups": active.groups}
+    searched["skip"] = False if active.skip is None else (0.0, active.skip)
+    plan = None if around is None else read_plan(around, shape.layers)
+    if kind == "active":
+        return spaces.ActiveSpace(shape, around=plan, **searched)
+    inner: Space
     if kind == "merge":
-        assert around is not None
-        return spaces.MergeSpace(shape, around=read_plan(around, shape.layers), **options)
-    return (spaces.PruneSpace if kind == "prune" else spaces.EEPSpace)(shape, **options)
+        assert plan is not None
+        inner = spaces.MergeSpace(shape, around=plan, **options)
+    else:
+        inner = (spaces.PruneSpace if kind == "prune" else spaces.EEPSpace)(shape, **options)
+    return spaces.ActiveSpace(inner, **searched) if active.searched else inner
 
 
-def groups(text: str | None) -> int | list[tuple[int, int]] | None:
+def groups(text: str | None, option: str = "--groups") -> int | list[tuple[int, int]] | None:
     """A number of groups, or inclusive layer ranges; not yet held against a model.
 
     >>> groups("0-7,8-31")
@@ -95,7 +136,7 @@ def groups(text: str | None) -> int | list[tuple[int, int]] | None:
     if text is None or text.isdecimal():
         return None if text is None else int(text)
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise SpaceError(f"--groups must be a number of groups or layer ranges such as 0-7,8-31, got {text!r}")
+        raise SpaceError(f"{option} must be a number of groups or layer ranges such as 0-7,8-31, got {text!r}")
     ends = [part.split("-") for part in text.split(",")]
     return [(int(end[0]), int(end[-1])) for end in ends]
 
@@ -123,6 +164,23 @@ def read_plan(path: Path, layers: int | None) -> Plan:
     if layers is None:
         raise PlanError(f"{str(path)!r} does not say how many MoE layers its model has: give --layers")
     return Plan.from_eep(path, layers)
+
+
+def warm_starts(given: Iterable[str], layers: int, space: Space) -> list[Plan | str]:
+    """Plan files as plans, and names of one-shot methods, each held against the space."""
+    from moeopt.study import check_expressible
+
+    starts: list[Plan | str] = []
+    for text in given:
+        if Path(text).exists() or text.endswith((".safetensors", ".pth")):
+            plan = read_plan(Path(text), layers)
+            space.encode(plan)
+            starts.append(plan)
+            continue
+        for name in text.split(","):
+            check_expressible(name.strip(), space)
+            starts.append(name.strip())
+    return starts
 
 
 def chosen_plan(

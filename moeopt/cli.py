@@ -131,16 +131,25 @@ def search(
     ] = None,
     keep: Annotated[int | None, SPACE(metavar="R", min=1, help="Experts each layer keeps.")] = None,
     active: Annotated[
-        int | None, SPACE(metavar="K", min=1, help="Experts active per token. Default: the model's.")
+        str | None,
+        SPACE(metavar="K|LOW-HIGH", help="Experts active per token; a range as 1-2 is searched. Default: the model's."),
+    ] = None,
+    skip: Annotated[
+        float | None,
+        SPACE(metavar="BETA", help="Search dynamic skipping of experts of little weight, with betas from 0 to this."),
+    ] = None,
+    active_groups: Annotated[
+        str | None, SPACE(help="As --groups, for what --active and --skip search; 1: the same for all layers.")
     ] = None,
     groups: Annotated[
         str | None,
         SPACE(help="Layers that share one choice: a number of groups, or ranges as 0-7,8-31. Default: none share."),
     ] = None,
     space: Annotated[
-        Literal["eep", "prune", "merge"],
+        Literal["eep", "prune", "merge", "active"],
         SPACE(
-            help="prune: which experts stay. merge: matrices around a plan. eep: first the one, then the other."
+            help="prune: which experts stay. merge: matrices around a plan. eep: first the one, then the other. "
+            "active: how many experts are active, of the full model or of a plan, and nothing else."
         ),
     ] = "eep",
     router: Annotated[
@@ -155,10 +164,16 @@ def search(
         SPACE(help="Numbers of a prune space: one per expert, expert indices, a subset's index. Default: scores."),
     ] = None,
     around: Annotated[
-        Path | None, SPACE(metavar="PLAN", help="Plan file (or EEP .pth) that a merge space starts from.")
+        Path | None, SPACE(metavar="PLAN", help="Plan file (or EEP .pth) that a merge or active space starts from.")
     ] = None,
     scale: Annotated[float | None, SPACE(metavar="X", help="Step of a merge space. Default: 0.065.")] = None,
-    warm_start: Annotated[list[Path] | None, SPACE(metavar="PLAN", help="Try this plan first; repeatable.")] = None,
+    active_weight: Annotated[
+        float, GOAL(metavar="X", min=0, help="Loss that an active expert, per token and layer, must be worth.")
+    ] = 0.0,
+    warm_start: Annotated[
+        list[str] | None,
+        SPACE(metavar="NAMES|PLAN", help="Try first: one-shot methods, as naee,reap, or a plan file; repeatable."),
+    ] = None,
     sampler: Annotated[
         str, OPTIMISER(metavar="NAME", help="eep, local, cmaes, blockcmaes, tpe, random, or nevergrad:DE and so on.")
     ] = "eep",
@@ -195,16 +210,18 @@ def search(
     task_options = arguments.pairs("--task-option", task_option)
     sampler_options = arguments.pairs("--sampler-option", sampler_option)
     ranges = arguments.groups(groups)
+    chosen_active = arguments.active(active, skip, arguments.groups(active_groups, "--active-groups"))
     arguments.check_belongs(
-        space, keep=keep, active=active, encoding=encoding, router=router, around=around, scale=scale
-    )
+        space, keep=keep, active=chosen_active.k, encoding=encoding, router=router, around=around, scale=scale,
+        groups=groups, searched=chosen_active.searched,
+    )  # fmt: skip
     from moeopt import samplers, tasks
     from moeopt.plan import ModelShape
     from moeopt.spaces import PruneSpace
 
     shape = arguments.quick_shape(model)
     if shape is not None:
-        arguments.space(space, shape, keep, ranges, around, scale, encoding, router, active)
+        arguments.space(space, shape, keep, ranges, around, scale, encoding, router, chosen_active)
     chosen_task = tasks.get(task, data=data, **task_options)
     chosen_task.examples("search")
     if shape is None:  # its config takes transformers, and perhaps a download: first what can be judged without
@@ -212,10 +229,8 @@ def search(
         from moeopt.models import check_checkpoint
 
         shape = check_checkpoint(model)
-    chosen_space = arguments.space(space, shape, keep, ranges, around, scale, encoding, router, active)
-    starts = [arguments.read_plan(path, shape.layers) for path in warm_start or ()]
-    for plan in starts:
-        chosen_space.encode(plan)
+    chosen_space = arguments.space(space, shape, keep, ranges, around, scale, encoding, router, chosen_active)
+    starts = arguments.warm_starts(warm_start or (), shape.layers, chosen_space)
     chosen_sampler = samplers.get(sampler, chosen_space, seed=seed, **sampler_options)
     described = {
         "task": {**chosen_task.describe(), "split": "search", "limit": limit, "max_length": None},
@@ -239,7 +254,7 @@ def search(
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         objective = Objective(
             loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
-            prefix_memory=None if prefix_memory is None else prefix_memory << 20,
+            active_weight=active_weight, prefix_memory=None if prefix_memory is None else prefix_memory << 20,
         )  # fmt: skip
         record = create_study(
             study,
@@ -273,7 +288,10 @@ def search(
         out.print(f"{finished(record)} trials done, and none gave a finite loss", markup=False)
         return
     accuracy = best.user_attrs.get("accuracy")
-    scored = f"loss {best.value:.4f}" + (f", accuracy {100 * accuracy:.1f}%" if accuracy is not None else "")
+    weighed = active_weight * best.user_attrs.get("active", 0.0)
+    scored = f"loss {best.value - weighed:.4f}" + (f", accuracy {100 * accuracy:.1f}%" if accuracy is not None else "")
+    if chosen_active.searched:
+        scored += f", {best.user_attrs['active']:.2f} experts active"
     place = shlex.join(["--storage", hidden(storage)])
     out.print(
         f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n"
@@ -407,6 +425,7 @@ def _command(ctx: typer.Context, storage: str) -> str:
     given = sys.argv[1:] if ctx.obj is None else ctx.obj
     words = [word.replace(storage, hidden(storage)) for word in given if word != "--no-resume"]
     return shlex.join(["moeopt", *words])
+
 
 
 if __name__ == "__main__":

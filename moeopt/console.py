@@ -208,7 +208,9 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
 
 def trial_record(trial: FrozenTrial) -> dict[str, Any]:
     """Number, loss and attributes of a completed trial."""
-    facts = ("accuracy", "phase", "operator", "parents", "drift", "seconds", "tokens", "layer_tokens")
+    facts = (
+        "accuracy", "phase", "operator", "method", "parents", "drift", "active", "seconds", "tokens", "layer_tokens",
+    )  # fmt: skip
     return {"number": trial.number, "loss": trial.value} | {key: trial.user_attrs.get(key) for key in facts}
 
 
@@ -269,7 +271,8 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
     )  # fmt: skip
     for trial in record["top"]:
         top.add_row(
-            str(trial["number"]), number(trial["loss"]), percent(trial["accuracy"]), str(trial["operator"] or ""),
+            str(trial["number"]), number(trial["loss"]), percent(trial["accuracy"]),
+            str(trial["method"] or trial["operator"] or ""),
             " ".join(map(str, trial["parents"] or ())), f"{trial['layer_tokens'] or 0:,}", number(trial["seconds"], 2),
         )  # fmt: skip
     shown: list[RenderableType] = [facts, phases, top]

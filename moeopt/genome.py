@@ -164,9 +164,13 @@ def waiting(attrs: Mapping[str, Any], user_attrs: Mapping[str, Any]) -> FrozenTr
     )
 
 
-def retry(trial: FrozenTrial) -> FrozenTrial:
-    """A waiting trial that repeats a dead one under a new number, marked as Optuna marks its own retries."""
+def retry(trial: FrozenTrial, keep: Iterable[str] = ()) -> FrozenTrial:
+    """A waiting trial that repeats a dead one under a new number, marked as Optuna marks its own retries.
+
+    Of its user attributes it gets those to `keep`.
+    """
     history = [*trial.system_attrs.get(RETRIES, []), trial.number]
     attrs = {**trial.system_attrs, "failed_trial": history[0], RETRIES: history}
     origin_attr = {key: value for key, value in origin(trial).items() if key != "worker"}
-    return waiting({**attrs, ORIGIN: origin_attr}, {})
+    kept = {key: trial.user_attrs[key] for key in keep if key in trial.user_attrs}
+    return waiting({**attrs, ORIGIN: origin_attr}, kept)

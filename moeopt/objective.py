@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,23 +20,29 @@ from moeopt.plan import Plan
 from moeopt.spaces import Space
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moeopt.methods import Found
     from moeopt.tasks import Task
 
 Report = Literal["mean", "block"]
 
 FAILURE = "failure"
 COPIED_FROM = "copied_from"
+ACTIVE = "active"
+"""Key, in the head of a trial's scores, of the experts active per token and layer over the same examples."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class Objective:
     """`objective(trial) -> float`: the task loss of the trial's plan; works with any `study.optimize`.
 
-    Every trial keeps, as user attributes, `accuracy` (0 to 1), `seconds`, `tokens` (non-padding tokens run),
-    `layer_tokens` (decoder layers that they went through, summed: what the trial cost), `operator`, `phase` and
+    With `active_weight` it is the task loss plus so much for every expert that a token runs in an MoE layer, on
+    average: without it, an `ActiveSpace` would be searched for as many active experts as may be.
+
+    Every trial keeps, as user attributes, `accuracy` (0 to 1), `active` (the mean number of experts that a token ran in
+    an MoE layer, see `Evaluation`), `seconds`, `tokens` (non-padding tokens run), `layer_tokens` (decoder layers that
+    they went through, summed: what the trial cost), `operator`, `phase` and
     `parents` where the sampler names them, and `drift` (mean absolute distance of the genotype from the start); the
     scores of every example are packed in a system attribute.
 
@@ -59,12 +66,13 @@ class Objective:
         report: ``"mean"``: rungs grow by 2, and what is reported is the mean so far, for `moeopt.RacingPruner`,
             Hyperband and the like; ``"block"``: rungs are equal blocks, and what is reported is the block's own mean,
             as Optuna's `WilcoxonPruner` takes it (some 20 blocks suit it).
+        active_weight: what one more active expert per token and layer must gain in loss; at least 0.
         prefix_memory, prefix_device, storage: as for `Evaluator`.
 
     Raises:
         SpaceError: when the space is for a model of another shape.
         TaskError: when the task has no such split.
-        StudyError: when `rungs` or `report` is out of range.
+        StudyError: when `rungs`, `report` or `active_weight` is out of range.
     """
 
     def __init__(
@@ -80,6 +88,7 @@ class Objective:
         max_length: int | None = None,
         rungs: int = 1,
         report: Report = "mean",
+        active_weight: float = 0.0,
         prefix_memory: int | None = None,
         prefix_device: str | None = None,
         storage: Storage = "auto",
@@ -91,6 +100,10 @@ class Objective:
             raise StudyError(f"rungs must be an integer of at least 1, got {rungs!r}")
         if report not in get_args(Report):
             raise StudyError(f"report must be 'mean' or 'block', got {report!r}")
+        weighs = isinstance(active_weight, (int, float)) and not isinstance(active_weight, bool)
+        if not weighs or not 0 <= active_weight < float("inf"):
+            raise StudyError(f"active_weight must be a number of at least 0, got {active_weight!r}")
+        self.active_weight = float(active_weight)
         self.model, self.tokenizer, self.task, self.space, self.split = model, tokenizer, task, space, split
         self.report: Report = report
         sizes = racing.rung_sizes if report == "mean" else racing.blocks
@@ -110,7 +123,7 @@ class Objective:
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> float:
-        """The loss of the trial's plan, NaN where there is none.
+        """The loss of the trial's plan, active experts weighed in, NaN where there is none.
 
         Raises:
             StudyError: when the study maximises.
@@ -142,7 +155,7 @@ class Objective:
                     if study is not None and n < examples:
                         genome.write(study, trial, attrs)  # for the pruner
                     self._report(trial, evaluation)
-                    finished = n == examples or (known is not None and known.shape[1] == examples)
+                    finished = n == examples or (known is not None and len(known.losses) == examples)
                     if not finished and trial.should_prune():
                         pruned = True
                         break
@@ -153,6 +166,7 @@ class Objective:
         assert evaluation is not None
         facts |= {
             "accuracy": evaluation.accuracy,
+            "active": _active(evaluation),
             "seconds": round(time.perf_counter() - started, 4),
             "tokens": evaluation.tokens,
             "layer_tokens": evaluation.layer_tokens,
@@ -163,7 +177,11 @@ class Objective:
         self._note(study, trial, attrs, facts)
         if pruned:
             raise optuna.TrialPruned
-        return evaluation.loss
+        return evaluation.loss + self._penalty(evaluation)
+
+    def _penalty(self, evaluation: Evaluation) -> float:
+        """What the active experts of an evaluation add to the loss."""
+        return self.active_weight * _active(evaluation) if self.active_weight else 0.0
 
     def _note(
         self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, attrs: dict[str, Any], facts: dict[str, Any]
@@ -176,11 +194,11 @@ class Objective:
 
     def _known(
         self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, plan: Plan, facts: dict[str, Any]
-    ) -> NDArray[np.float32] | None:
-        """Scores (3, n) of the plan on the first n examples, from the trial that knows most; noted in `facts`."""
+    ) -> Evaluation | None:
+        """What the trial that knows most knows of the plan on the first examples; noted in `facts`."""
         if study is None:
             return None
-        found = self._scores(trial)
+        found = self._remembered(trial, plan)
         origin, name = genome.origin(trial), plan.fingerprint
         if "plan" not in origin:
             genome.write(study, trial, {genome.ORIGIN: {**origin, "plan": name}})
@@ -189,14 +207,23 @@ class Objective:
                 if genome.attributes(other).get(genome.NOT_FINITE) == self._of:
                     facts[COPIED_FROM] = other.number
                     raise NonFiniteLossError(str(other.user_attrs.get(FAILURE)), layer=None)
-                scores = self._scores(other)
-                if scores is not None and (found is None or scores.shape[1] > found.shape[1]):
-                    found = scores
+                seen = self._remembered(other, plan)
+                if seen is not None and (found is None or len(seen.losses) > len(found.losses)):
+                    found = seen
                     facts[COPIED_FROM] = other.number
         return found
 
-    def _scores(self, trial: optuna.trial.BaseTrial) -> NDArray[np.float32] | None:
-        return genome.read_scores(trial) if genome.scores_of(trial) == self._of else None
+    def _remembered(self, trial: optuna.trial.BaseTrial, plan: Plan) -> Evaluation | None:
+        """The evaluation of the plan that a trial's scores are of; None if they are of something else."""
+        scores = genome.read_scores(trial) if genome.scores_of(trial) == self._of else None
+        if scores is None:
+            return None
+        active = genome.attributes(trial)[genome.SCORES].get(ACTIVE)
+        if active is None:  # scores of an older version, which searched no skipping
+            if any(layer.skip for layer in plan.layers):
+                return None
+            active = sum(layer.k for layer in plan.layers) / len(plan.layers)
+        return Evaluation(scores[0], scores[1], scores[2], 0, 0, 0.0, float(active))
 
     @cached_property
     def _of(self) -> str:
@@ -206,19 +233,36 @@ class Objective:
 
     def _packed(self, evaluation: Evaluation) -> dict[str, Any]:
         attrs = genome.pack(genome.SCORES, evaluation.scores.reshape(-1))
-        attrs[genome.SCORES]["of"] = self._of
+        attrs[genome.SCORES] |= {"of": self._of, ACTIVE: evaluation.active}
+        if self.active_weight:
+            attrs[genome.SCORES][racing.PENALTY] = self._penalty(evaluation)
         return attrs
 
     def _report(self, trial: optuna.trial.BaseTrial, evaluation: Evaluation) -> None:
         n, rungs = len(evaluation.losses), self.evaluator.rungs
         first = ([0, *rungs])[rungs.index(n)] if self.report == "block" else 0
         losses, weights = evaluation.losses[first:].astype(np.float64), evaluation.weights[first:]
-        trial.report(float(np.average(losses, weights=weights)), n)
+        trial.report(float(np.average(losses, weights=weights)) + self._penalty(evaluation), n)
 
     def _estimate(self, study: optuna.Study | None, evaluation: Evaluation) -> float:
         best = None if study is None else racing.incumbent(study, evaluation.scores, self._of)
         reference = None if best is None else genome.read_scores(best)
-        return evaluation.loss if reference is None else racing.honest_estimate(evaluation.scores, reference)
+        loss = evaluation.loss if reference is None else racing.honest_estimate(evaluation.scores, reference)
+        return loss + self._penalty(evaluation)
+
+    def calibrated(self, names: Iterable[str], *, seed: int = 0) -> dict[str, Found]:
+        """What one-shot methods make of the objective's examples, for its space: the same k, r and groups.
+
+        Raises:
+            MethodError: as `moeopt.methods.plans`.
+        """
+        from moeopt import methods
+
+        limits = {name: self._limits[name] for name in ("split", "limit", "max_length")}
+        batch_tokens = self.evaluator.batch_tokens
+        calibration = methods.Calibration(self.model, self.tokenizer, self.task, batch_tokens=batch_tokens, **limits)
+        space = self.space
+        return methods.plans(names, calibration, keep=space.keep, k=space.k, groups=space.groups, seed=seed)
 
     def noise_floor(self) -> NoiseFloor:
         """How much the full model's loss on the first rung moves with experts backend and batch size."""
@@ -236,15 +280,20 @@ class Objective:
         """Model, task, space and evaluation as JSON: what a study must agree on to be resumed."""
         config = self.model.config
         backends = {kind: getattr(config, f"_{key}_implementation", None) for kind, key in BACKENDS.items()}
+        weight = {"active_weight": self.active_weight} if self.active_weight else {}
         return {
             "model": describe(self.model),
             "task": {**self.task.describe(), **self._limits},
             "space": self.space.describe(),
-            "evaluation": {"rungs": list(self.evaluator.rungs), "report": self.report, **backends},
+            "evaluation": {"rungs": list(self.evaluator.rungs), "report": self.report, **backends, **weight},
         }
 
 
 BACKENDS = {"attention": "attn", "experts": "experts"}
+
+
+def _active(evaluation: Evaluation) -> float:
+    return round(evaluation.active, 4)
 
 
 def _facts(origin: dict[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,11 @@ sample without replacement (Hall 1992; Babu & Singh 1985), g being the skewness 
 
     T = q + max(0, -g ((1 - f) / 2 + (2 - f) (q^2 - 1) / 6) / sqrt(n (1 - f)))
 
-A trial is pruned when D - T sqrt(V) exceeds the noise floor. Means of growing samples have the covariances of a
-Brownian motion seen at the information n N / (N - n), so that the error rate can be spent over looks (Lan & DeMets
-1983): by n examples the part n / N of it, each look getting the level that `critical` finds by recursive integration
-(Armitage, McPherson & Rowe 1969). Spending earlier, as sqrt(n / N), would save 2% of the examples more, and at a tie
-break the stated rate where differences are very skewed.
+A trial is pruned when D - T sqrt(V), plus what its `penalty` is above the incumbent's, exceeds the noise floor. Means
+of growing samples have the covariances of a Brownian motion seen at the information n N / (N - n), so that the error
+rate can be spent over looks (Lan & DeMets 1983): by n examples the part n / N of it, each look getting the level that
+`critical` finds by recursive integration (Armitage, McPherson & Rowe 1969). Spending earlier, as sqrt(n / N), would
+save 2% of the examples more, and at a tie break the stated rate where differences are very skewed.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 NOISE_FLOOR = "noise_floor"
 """User attribute of a study: differences of mean loss up to this are noise (`moeopt.evaluation.noise_floor`)."""
+
+PENALTY = "penalty"
+"""Key, in the head of a trial's scores, of what its objective adds to their mean loss."""
 
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(256)
 _FAR = 9.0
@@ -96,12 +99,19 @@ class RacingPruner(BasePruner):
         assert reference is not None
         looks = tuple(sorted(step for step in trial.intermediate_values if self.n_min <= step <= n))
         p = critical(looks, reference.shape[1], self.error)[-1]
-        return lower_bound(scores[0], reference[0], reference[1], p) > self._floor(study)
+        worse = lower_bound(scores[0], reference[0], reference[1], p) + penalty(trial) - penalty(best)
+        return worse > self._floor(study)
 
     def _floor(self, study: Study) -> float:
         if self.noise_floor is not None:
             return self.noise_floor
         return float(study.user_attrs.get(NOISE_FLOOR, 0.0))
+
+
+def penalty(trial: FrozenTrial) -> float:
+    """What the trial's objective adds to the mean of its scores' losses, as noted with the scores; 0 by default."""
+    head = genome.attributes(trial).get(genome.SCORES)
+    return float(head.get(PENALTY, 0.0)) if isinstance(head, dict) else 0.0
 
 
 def incumbent(study: Study, scores: Array | None = None, of: str | None = None) -> FrozenTrial | None:

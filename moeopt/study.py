@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import __version__, genome, samplers, worker
-from moeopt.errors import StorageError, StudyError
+from moeopt.errors import SpaceError, StorageError, StudyError
 from moeopt.genome import INTERRUPTED
 from moeopt.plan import Plan
 from moeopt.racing import NOISE_FLOOR, RacingPruner
@@ -26,17 +26,23 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from sqlalchemy import Engine
 
+    from moeopt.methods import Found
     from moeopt.objective import Objective
 
 DESCRIPTION = "moeopt"
 """User attribute of a study: the JSON description of model, task, space and sampler it was made with."""
 WARM_START = "warm_start"
 """User attribute of a trial that `create_study` enqueued: its plan's fingerprint."""
+METHOD = "method"
+"""User attribute of such a trial: the one-shot method that made its plan."""
+CALIBRATION = "calibration_layer_tokens"
+"""And what that cost, beyond the trial's own layer-tokens."""
 MAY_DIFFER = ("version", "model.name_or_path")
 """Fields of the description that a resumed study need not share: the same weights may lie elsewhere."""
 DEFAULT_STORAGE = "sqlite:///moeopt.db"
 
 Callback = Callable[[optuna.Study, FrozenTrial], None]
+WarmStarts = Iterable["Plan | str"] | Mapping[str, "Plan | Found"]
 
 
 def create_study(
@@ -48,7 +54,7 @@ def create_study(
     seed: int = 0,
     pruner: str | BasePruner | None = None,
     load_if_exists: bool = False,
-    warm_starts: Iterable[Plan] = (),
+    warm_starts: WarmStarts = (),
     **sampler_options: Any,
 ) -> optuna.Study:
     """Create a study for an objective, or resume it: an ordinary `optuna.Study` that minimises the task loss.
@@ -62,7 +68,9 @@ def create_study(
         pruner: ``"racing"`` (`RacingPruner`), any Optuna pruner, or None; one that prunes needs an objective with
             `rungs`. For racing, the noise floor is measured first, on the first rung.
         load_if_exists: resume a study of this name. Trials that died with a worker of this host are queued again.
-        warm_starts: plans to evaluate next, unless the study did so before.
+        warm_starts: what to evaluate next, unless the study did so before: plans, names of `moeopt.methods`, which are
+            then calibrated on the objective's examples, or what methods found, by name. Such trials have their
+            method's name as user attribute ``method``. EEP counts them among its initial solutions.
         sampler_options: hyperparameters of a sampler given by name.
 
     Raises:
@@ -71,11 +79,11 @@ def create_study(
             pruner is unknown, or the objective has a single rung.
         StorageError: when the storage cannot be opened or is not Optuna's.
         SamplerError: when the sampler is unknown or its options are.
+        MethodError: when a method is unknown.
+        SpaceError: when a warm start is not a plan of the objective's space.
     """
     chosen = samplers.get(sampler, objective.space, seed=seed, **sampler_options)
-    plans = list(warm_starts)
-    for plan in plans:
-        objective.space.encode(plan)
+    starts = _warm_starts(warm_starts, objective.space)
     opened = open_storage(storage) if isinstance(storage, str) else storage
     racer = _pruner(pruner, objective)
     description = {**objective.describe(), "sampler": chosen.settings(), "pruner": describe(racer)}
@@ -99,12 +107,61 @@ def create_study(
             study.set_user_attr(DESCRIPTION, {"version": __version__, **description})
         if isinstance(racer, RacingPruner) and racer.noise_floor is None and NOISE_FLOOR not in study.user_attrs:
             study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
-        started = {trial.user_attrs.get(WARM_START) for trial in study.get_trials(deepcopy=False)}
-        for plan in plans:
-            if plan.fingerprint not in started:
-                enqueue(study, objective.space, plan, **{WARM_START: plan.fingerprint})
+        _enqueue_new(study, objective, starts)
         reclaim(study)
     return study
+
+
+def _warm_starts(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Found | None]]:
+    """Method and plan of every warm start, checked; a method that has yet to be run comes without a plan."""
+    if isinstance(given, Mapping):
+        starts: list[tuple[str | None, Plan | Found | None]] = list(given.items())
+    else:
+        starts = [(start, None) if isinstance(start, str) else (None, start) for start in given]
+    for name, found in starts:
+        if found is not None:
+            space.encode(found if isinstance(found, Plan) else found.plan)
+        else:
+            assert name is not None
+            check_expressible(name, space)
+    return starts
+
+
+def check_expressible(method: str, space: Space) -> None:
+    """Raise MethodError for an unknown method, SpaceError for one whose plans the space does not hold."""
+    from moeopt.methods.names import ROUTERS, check
+
+    check(method)
+    router = ROUTERS[method]
+    if router == "alias":
+        raise SpaceError(
+            f"{method} aliases what the router picks, which no search space expresses; start from {method}_summed"
+        )
+    if router == "prob" and (space.router != "prob" or "merge" not in space.phases):
+        raise SpaceError(f"{method} maps probabilities, which this space does not; search an EEPSpace(router='prob')")
+
+
+def _enqueue_new(
+    study: optuna.Study, objective: Objective, starts: list[tuple[str | None, Plan | Found | None]]
+) -> None:
+    """Queue the warm starts that the study does not hold yet, running the methods among them first."""
+    held = [trial.user_attrs for trial in study.get_trials(deepcopy=False)]
+    run = {attrs.get(METHOD) for attrs in held}
+    new = [name for name, found in starts if found is None and name is not None and name not in run]
+    made = objective.calibrated(new) if new else {}
+    for name, start in starts:
+        found = made.get(name or "") if start is None else start
+        if found is None:
+            continue
+        plan = found if isinstance(found, Plan) else found.plan
+        attrs: dict[str, Any] = {WARM_START: plan.fingerprint}
+        if name is not None:
+            attrs[METHOD] = name
+        if any(attrs.items() <= known.items() for known in held):
+            continue
+        if not isinstance(found, Plan):
+            attrs[CALIBRATION] = found.layer_tokens
+        enqueue(study, objective.space, plan, **attrs)
 
 
 def _pruner(pruner: str | BasePruner | None, objective: Objective) -> BasePruner:
@@ -207,7 +264,7 @@ def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:
                 study.tell(trial.number, state=TrialState.FAIL)
             except ValueError:  # it ended, or another worker reclaimed it, in the meantime
                 continue
-        study.add_trial(genome.retry(trial))
+        study.add_trial(genome.retry(trial, keep=(WARM_START, METHOD, CALIBRATION)))
         reclaimed.append(trial.number)
     return reclaimed
 

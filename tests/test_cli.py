@@ -46,7 +46,7 @@ class Place:
         """Arguments of a search that runs as it is."""
         goal = ["--task", "multiple_choice", "--data", str(self.data), "--limit", "4"]
         where = ["--storage", storage or self.storage, "--study", study]
-        kept = [] if "--keep" in more or "merge" in more else ["--keep", str(keep)]
+        kept = [] if {"--keep", "merge", "active"} & set(more) else ["--keep", str(keep)]
         return ["search", str(self.model), *goal, *where, *kept, *more]
 
 
@@ -86,6 +86,15 @@ BAD_SEARCH = {
     "fewer experts than active": (["--keep", "1"], "keep=1", "k=2"),
     "no expert active": (["--active", "0"], "--active", "'0'"),
     "more active than kept": (["--active", "4"], "keep=3", "k=4"),
+    "no range of active experts": (["--active", "2-"], "--active", "'2-'"),
+    "a range of one": (["--active", "2-2"], "(2, 2)", "low < high"),
+    "a range beyond what is kept": (["--active", "1-4"], "(1, 4)", "the 3 that are kept"),
+    "skipping more than all": (["--skip", "1.5"], "--skip", "1.5"),
+    "groups of nothing searched": (["--active", "1", "--active-groups", "1"], "--active-groups", "--skip"),
+    "too many active groups": (["--skip", "0.5", "--active-groups", "4"], "4", "3 MoE layers"),
+    "active groups that are none": (["--skip", "0.5", "--active-groups", "x"], "--active-groups", "'x'"),
+    "an active space of nothing": (["--space", "active"], "--space active", "--skip"),
+    "a negative weight": (["--active-weight", "-1"], "--active-weight", "'-1'"),
     "more groups than layers": (["--groups", "5"], "5", "3 MoE layers"),
     "no group": (["--groups", "0"], "groups", "0"),
     "overlapping ranges": (["--groups", "0-1,1-2"], "1-2", "overlaps"),
@@ -108,6 +117,8 @@ BAD_SEARCH = {
     "encoding of another space": (["--encoding", "rows"], "--encoding rows", "prune"),
     "keep of a merge space": (["--space", "merge", "--keep", "3"], "--keep 3", "prune"),
     "missing plan to start from": (["--warm-start", "missing.safetensors"], "missing.safetensors", "no plan file"),
+    "unknown method to start from": (["--warm-start", "naee,repa"], "'repa'", "did you mean 'reap'"),
+    "method that aliases": (["--warm-start", "m_smoe"], "m_smoe", "start from m_smoe_summed"),
     "misspelt option": (["--patients", "3"], "--patients", "--patience"),
     "storage that is no URL": (["--storage", "studies.db"], "'studies.db'", "sqlite:///"),
     "storage in no folder": (["--storage", "sqlite:////no/such/x.db"], "/no/such", "does not exist"),
@@ -302,6 +313,53 @@ def test_a_raced_search_with_local(place: Place, tmp_path: Path) -> None:
     assert main([*arguments, "--rungs", "3"]) == 2
 
 
+def test_k_and_skipping_are_searched(place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'x.db'}"
+    searched = ["--active", "1-3", "--skip", "0.5", "--active-groups", "2", "--active-weight", "0.25"]
+    pruning = place.search("--space", "prune", *searched, "--sampler", "local", "--trials", "8", storage=storage)
+    assert main(pruning) == 0
+    assert "experts active" in capsys.readouterr().out
+    study = load_study("s", storage)
+    space = space_of(study)
+    assert space.names[-4:] == ("k.L0", "k.L1-2", "skip.L0", "skip.L1-2")
+    assert space.high[-4:].tolist() == [3, 3, 0.5, 0.5]
+    assert study.user_attrs["moeopt"]["evaluation"]["active_weight"] == 0.25
+    assert len({trial.user_attrs["active"] for trial in study.trials}) > 1
+    assert "evaluation.active_weight: study has 0.25, now 0.5" in refused_late(
+        [*pruning, "--active-weight", "0.5"], capsys
+    )
+    assert main(["show", "s", "--storage", storage]) == 0
+
+    file = tmp_path / "plan.safetensors"
+    assert main(["plan", "--study", "s", "--storage", storage, "--out", str(file)]) == 0
+    alone = ["--space", "active", "--active", "1-2", "--around", str(file), "--sampler", "tpe", "--trials", "3"]
+    assert main(place.search(*alone, storage=storage, study="around")) == 0
+    opened = load_study("around", storage)
+    found = space_of(opened).plan(opened.trials[0])
+    assert [layer.kept for layer in found.layers] == [layer.kept for layer in Plan.load(file).layers]
+
+
+def test_active_experts_of_the_demo_model_are_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage, data = f"sqlite:///{tmp_path / 'x.db'}", tmp_path / "caesar.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in moeopt.demo.rows("caesar", "search", 64)))
+    goal = ["--task", "multiple_choice", "--data", str(data), "--limit", "16", "--storage", storage, "--study", "s"]
+    what = ["--space", "active", "--active", "1-2", "--active-weight", "0.05", "--sampler", "local", "--trials", "12"]
+    assert main(["search", str(moeopt.demo.MODEL), *goal, *what]) == 0
+    assert "experts active" in capsys.readouterr().out
+    trials = load_study("s", storage).get_trials()
+    best = min(trials, key=lambda trial: trial.value)
+    assert trials[0].user_attrs["active"] == 2.0
+    assert best.user_attrs["active"] < 1.75
+    assert best.value < trials[0].value
+
+
+def refused_late(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The error of a command that is refused once the model is loaded."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
 def test_ctrl_c_finishes_the_trial_and_says_how_to_go_on(place: Place, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     stopped = dies("SIGINT", place.search(*EEP, storage=storage))
@@ -372,6 +430,18 @@ def test_a_plan_goes_from_study_to_file_to_search_and_export(
         small = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{i}")
         assert small.config.num_local_experts == 3
         assert small.config.num_hidden_layers == LAYERS
+
+
+def test_a_search_starts_from_methods(place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'x.db'}"
+    search = place.search("--warm-start", "naee,reap", "--trials", "3", storage=storage, study="warm")
+    assert main(search) == 0
+    trials = load_study("warm", storage).trials
+    assert [trial.user_attrs.get("method") for trial in trials] == ["naee", "reap", None]
+    capsys.readouterr()
+    assert main(["show", "warm", "--storage", storage, "--json"]) == 0
+    top = json.loads(capsys.readouterr().out)["top"]
+    assert {trial["method"] for trial in top} == {"naee", "reap", None}
 
 
 def test_export_refuses_what_no_ordinary_checkpoint_holds(place: Place, refused: Refused, tmp_path: Path) -> None:

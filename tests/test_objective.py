@@ -520,3 +520,127 @@ def test_threads_take_the_losses_of_their_own_plans(make: Any, url: str) -> None
         whole = unraced.evaluator.evaluate(objective.space.plan(trial))
         np.testing.assert_allclose(scores[0], whole.losses[: scores.shape[1]], atol=2e-5)
     assert os.path.exists(url.removeprefix("sqlite:///"))
+
+
+# Active experts -----------------------------------------------------------------------------------------------------
+
+FULL = Plan.identity(LAYERS, EXPERTS, 2)
+HALF_SKIPPED = FULL.with_skip([0.0, 0.5, 0.9, 0.3])
+
+
+def active_space(model: Any) -> Any:
+    return moeopt.ActiveSpace.of(model, k=(1, 3), skip=True)
+
+
+def test_without_a_weight_the_objective_is_the_loss_and_active_is_noted(make: Any, model: Any) -> None:
+    objective = make(space=active_space(model))
+    assert "active_weight" not in objective.describe()["evaluation"]
+    full, fewer, skipped = enqueue(plain_study(objective), objective, FULL, FULL.with_k(1), HALF_SKIPPED)
+    for trial, plan in ((full, FULL), (fewer, FULL.with_k(1)), (skipped, HALF_SKIPPED)):
+        evaluation = objective.evaluator.evaluate(plan)
+        assert trial.value == evaluation.loss
+        assert trial.user_attrs["active"] == round(evaluation.active, 4)
+    assert (full.user_attrs["active"], fewer.user_attrs["active"]) == (2.0, 1.0)
+    assert 1 < skipped.user_attrs["active"] < 2
+
+
+@pytest.mark.parametrize("report", ["mean", "block"])
+def test_active_experts_are_weighed_in_wherever_a_loss_is_told(make: Any, model: Any, report: Any) -> None:
+    objective = make(space=active_space(model), rungs=4, report=report, active_weight=0.75)
+    free = make(space=active_space(model), rungs=4, report=report)
+    assert objective.describe()["evaluation"] == free.describe()["evaluation"] | {"active_weight": 0.75}
+    study = plain_study(objective)
+    first, again = enqueue(study, objective, HALF_SKIPPED, HALF_SKIPPED)
+    stages = list(free.evaluator.race(HALF_SKIPPED))
+    assert first.value == pytest.approx(stages[-1].loss + 0.75 * stages[-1].active, abs=1e-4)
+    assert first.value == stages[-1].loss + 0.75 * first.user_attrs["active"]
+    np.testing.assert_array_equal(genome.read_scores(first), stages[-1].scores)
+    for before, stage in zip([0, *free.evaluator.rungs], stages):
+        losses, weights = (part[before if report == "block" else 0 :] for part in (stage.losses, stage.weights))
+        told = first.intermediate_values[len(stage.losses)]
+        assert told == pytest.approx(np.average(losses, weights=weights) + 0.75 * stage.active, abs=1e-4)
+    assert (again.value, again.user_attrs["active"]) == (first.value, first.user_attrs["active"])
+    assert again.user_attrs["copied_from"] == first.number
+    study.pruner = Stop(5)
+    (pruned,) = enqueue(study, objective, FULL)
+    assert pruned.state == TrialState.PRUNED
+    assert pruned.user_attrs["active"] == 2.0
+    assert pruned.user_attrs["estimate"] == pytest.approx(honest(study, pruned) + 1.5, abs=1e-9)
+    study.pruner = optuna.pruners.NopPruner()
+    (whole,) = enqueue(study, objective, FULL)  # the rest of the pruned trial
+    assert whole.user_attrs["copied_from"] == pruned.number
+    assert whole.value == pytest.approx(free.evaluator.evaluate(FULL).loss + 1.5, abs=1e-5)
+
+
+def test_a_pruned_trial_of_a_skipping_plan_is_gone_on_with(make: Any, model: Any) -> None:
+    objective = make(space=active_space(model), rungs=4, active_weight=2.0)
+    study = plain_study(objective, pruner=Stop(10))
+    (pruned,) = enqueue(study, objective, HALF_SKIPPED)
+    study.pruner = optuna.pruners.NopPruner()
+    (whole,) = enqueue(study, objective, HALF_SKIPPED)
+    alone = make(space=active_space(model), rungs=4).evaluator.evaluate(HALF_SKIPPED)
+    assert (pruned.state, whole.state) == (TrialState.PRUNED, TrialState.COMPLETE)
+    assert pruned.user_attrs["active"] != whole.user_attrs["active"] == round(alone.active, 4)
+    assert whole.user_attrs["layer_tokens"] < alone.layer_tokens
+
+
+@pytest.mark.parametrize("weight", [0.0, 5.0])
+def test_racing_stops_a_plan_for_its_active_experts(make: Any, model: Any, weight: float) -> None:
+    """A plan that is as good as the incumbent but runs twice the experts is stopped only if experts weigh something."""
+    objective = make(space=active_space(model), rungs=4, active_weight=weight)
+    study = plain_study(objective, RacingPruner(error=0.05, noise_floor=0.0, n_min=4))
+    one, two = enqueue(study, objective, FULL.with_k(1), FULL)
+    losses = [make(space=active_space(model)).evaluator.evaluate(plan).loss for plan in (FULL.with_k(1), FULL)]
+    assert losses[1] - losses[0] < 0.01
+    assert one.state == TrialState.COMPLETE
+    assert two.state == (TrialState.PRUNED if weight else TrialState.COMPLETE)
+
+
+def test_scores_of_an_older_version_are_taken_where_their_k_says_what_ran(make: Any, model: Any) -> None:
+    objective = make(space=active_space(model), active_weight=1.0)
+    study = plain_study(objective)
+    enqueue(study, objective, FULL, HALF_SKIPPED)
+    for trial in study.get_trials(deepcopy=False):
+        for key in ("active", "penalty"):
+            del genome.attributes(trial)[genome.SCORES][key]
+    full, skipped = enqueue(study, objective, FULL, HALF_SKIPPED)
+    assert (full.user_attrs["active"], full.user_attrs["copied_from"]) == (2.0, 0)
+    assert "copied_from" not in skipped.user_attrs
+    assert skipped.value == study.trials[1].value
+
+
+def test_a_study_is_not_resumed_with_another_weight(make: Any, model: Any, url: str) -> None:
+    space = active_space(model)
+    moeopt.create_study("s", objective=make(space=space, active_weight=0.5), storage=url)
+    moeopt.create_study("s", objective=make(space=space, active_weight=0.5), storage=url, load_if_exists=True)
+    with pytest.raises(StudyError, match=r"evaluation.active_weight: study has 0.5, now None"):
+        moeopt.create_study("s", objective=make(space=space), storage=url, load_if_exists=True)
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf, "1", True])
+def test_bad_weights_are_refused(make: Any, weight: Any) -> None:
+    with pytest.raises(StudyError, match="active_weight must be a number of at least 0, got"):
+        make(active_weight=weight)
+
+
+def test_a_search_of_the_demo_model_ends_with_fewer_active_experts() -> None:
+    """One expert a token in almost every layer is worth it, and one layer is better off with two."""
+    model, tokenizer = moeopt.load(moeopt.demo.MODEL)
+    space = moeopt.ActiveSpace.of(model, k=(1, 2))
+    task, weight = moeopt.demo.skill_task("caesar"), 0.05
+    objective = moeopt.Objective(model, tokenizer, task, space, limit=32, active_weight=weight)
+    study = moeopt.create_study("s", objective=objective, storage=None, sampler="local", seed=0)
+    moeopt.optimize(study, objective, trials=20)
+    start, best = study.trials[0], study.best_trial
+    assert space.plan(start) == Plan.identity(6, 8, 2)
+    assert best.value < start.value - 0.02
+    assert best.user_attrs["active"] < 1.5
+    for trial in (start, best):
+        plan = space.plan(trial)
+        assert trial.user_attrs["active"] == round(sum(layer.k for layer in plan.layers) / 6, 4)
+        assert trial.value == pytest.approx(
+            objective.evaluator.evaluate(plan).loss + weight * trial.user_attrs["active"]
+        )
+    least = objective.evaluator.evaluate(Plan.identity(6, 8, 1))
+    assert best.value <= least.loss + weight * least.active
+    assert best.user_attrs["accuracy"] == pytest.approx(1.0, abs=0.05)

@@ -20,8 +20,8 @@ import torch
 from optuna.trial import TrialState
 
 import moeopt
-from moeopt import genome, samplers
-from moeopt.errors import SamplerError, SpaceError, StorageError, StudyError
+from moeopt import genome, methods, samplers
+from moeopt.errors import MethodError, SamplerError, SpaceError, StorageError, StudyError
 from moeopt.samplers import EEPSampler
 from moeopt.study import finished, hidden, reclaim, space_of, stalled
 from moeopt.tasks import MultipleChoiceTask, TextTask
@@ -281,6 +281,65 @@ def test_warm_starts_survive_a_kill_at_any_point(objective: moeopt.Objective, tm
         assert len(study.trials) == present
     study.optimize(objective, n_trials=3)
     assert [objective.space.plan(t) for t in study.trials] == plans
+
+
+def test_methods_are_warm_starts(objective: moeopt.Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    ran: list[list[str]] = []
+    own = methods.plans
+
+    def plans(names: Any, *args: Any, **options: Any) -> Any:
+        ran.append(list(names))
+        return own(ran[-1], *args, **options)
+
+    monkeypatch.setattr(methods, "plans", plans)
+    names = ["naee", "frequency", "m_smoe_summed"]
+    for given in (names[:2], names, names):
+        study = moeopt.create_study("s", objective=objective, storage=url, warm_starts=given, load_if_exists=True)
+    assert ran == [["naee", "frequency"], ["m_smoe_summed"]]
+    study.optimize(objective, n_trials=3)
+    assert [trial.user_attrs["method"] for trial in study.trials] == names
+    space, evaluator = objective.space, objective.evaluator
+    calibration = methods.Calibration(objective.model, objective.tokenizer, objective.task)
+    for trial in study.trials:
+        found = own([trial.user_attrs["method"]], calibration, keep=3, groups=space.groups)[trial.user_attrs["method"]]
+        assert space.plan(trial).fingerprint == found.plan.fingerprint
+        assert trial.value == evaluator.evaluate(found.plan).loss
+        assert trial.user_attrs["calibration_layer_tokens"] == found.layer_tokens > 0
+    found = own(["reap"], calibration, keep=3, groups=space.groups)
+    study = moeopt.create_study("s", objective=objective, storage=url, warm_starts=found, load_if_exists=True)
+    study.ask()
+    assert study.trials[-1].user_attrs["method"] == "reap"
+
+
+def test_eep_takes_methods_in_place_of_random_solutions(objective: moeopt.Objective) -> None:
+    starts = ["naee", "soft_activation"]
+    study = moeopt.create_study("s", objective=objective, storage=None, warm_starts=starts, initial=2, prune_until=8)
+    study.optimize(objective, n_trials=5)
+    assert [trial.user_attrs["operator"] for trial in study.trials] == ["enqueued"] * 2 + ["prune"] * 3
+    assert set(study.trials[2].user_attrs["parents"]) <= {0, 1}
+
+
+def test_a_retried_warm_start_keeps_its_method(objective: moeopt.Objective) -> None:
+    study = moeopt.create_study("s", objective=objective, storage=None, warm_starts=["naee"])
+    trial = study.ask()
+    trial.set_user_attr("interrupted", True)
+    study.tell(trial, state=TrialState.FAIL)
+    assert reclaim(study) == [0]
+    study.optimize(objective, n_trials=1)
+    assert study.trials[1].user_attrs["method"] == "naee"
+
+
+def test_methods_that_the_space_does_not_hold(objective: moeopt.Objective) -> None:
+    with pytest.raises(MethodError, match="unknown method 'nae'; did you mean 'naee'"):
+        moeopt.create_study("s", objective=objective, storage=None, warm_starts=["nae"])
+    with pytest.raises(SpaceError, match="start from hc_smoe_summed"):
+        moeopt.create_study("s", objective=objective, storage=None, warm_starts=["hc_smoe"])
+    pruning = moeopt.PruneSpace.of(objective.model, keep=3)
+    pruner = moeopt.Objective(objective.model, objective.tokenizer, objective.task, pruning)
+    for name in ("output_fit", "m_smoe_summed"):
+        with pytest.raises(SpaceError, match=f"{name} maps probabilities"):
+            moeopt.create_study("s", objective=pruner, storage=None, warm_starts=[name])
 
 
 def test_a_trial_whose_worker_died_before_proposing_is_run_again(objective: moeopt.Objective, tmp_path: Path) -> None:

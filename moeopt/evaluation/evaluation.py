@@ -14,7 +14,8 @@ class Evaluation:
 
     `loss` and `accuracy` are the means of `losses` and `correct`, weighted by `weights`; all three arrays are float32
     (examples,). `tokens` counts the non-padding tokens that were run, `layer_tokens` the decoder layers that each of
-    them went through, summed: what the evaluation cost. `seconds` is wall time.
+    them went through, summed: what the evaluation cost. `seconds` is wall time. `active` is the mean number of experts
+    that a token ran in an MoE layer: k, or with dynamic skipping what was measured; padding counts like any token.
     """
 
     losses: NDArray[np.float32]
@@ -23,6 +24,7 @@ class Evaluation:
     tokens: int
     layer_tokens: int
     seconds: float
+    active: float = float("nan")
 
     @property
     def loss(self) -> float:

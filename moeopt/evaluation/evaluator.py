@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -24,7 +24,7 @@ from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.memory import free_bytes, merged_bytes, ran_out
 from moeopt.evaluation.runners import LayerMajor, Run, Whole
 from moeopt.evaluation.scoring import score
-from moeopt.models import MergedCache, Storage, layerwise, moe_layers, patched, without_plan
+from moeopt.models import MergedCache, Storage, layerwise, moe_layers, patched, plan_in_force, without_plan
 from moeopt.plan import Plan
 
 if TYPE_CHECKING:
@@ -153,34 +153,38 @@ class Evaluator:
         *_, last = self.race(plan)
         return last
 
-    def race(self, plan: Plan | None = None, known: NDArray[np.float32] | None = None) -> Iterator[Evaluation]:
+    def race(self, plan: Plan | None = None, known: Evaluation | None = None) -> Iterator[Evaluation]:
         """Scores the model under `plan` rung after rung: after each, what is known of the examples so far.
 
         Nothing is computed before it is asked for. Tokens, layer-tokens and seconds are those of all rungs so far.
 
         Args:
             plan: as for `evaluate`, which also says what is raised.
-            known: `Evaluation.scores`, float32 (3, examples), that the plan got on the first so many examples before;
-                rungs that it covers are not run.
+            known: what the plan got on the first so many examples before; rungs that it covers are not run.
         """
         likelihood = np.zeros(len(self._requests))
         greedy = np.zeros(len(self._requests), dtype=np.int64)
-        tokens = layer_tokens = 0
-        seconds = 0.0
+        tokens = layer_tokens = padded = 0
+        seconds = active = 0.0
         for rung, (size, (first, end)) in enumerate(zip(self.rungs, self._spans)):
             started = time.perf_counter()
             run: Run | None = None
-            if known is None or known.shape[1] < size:
+            covered, measured = (0, 0.0) if known is None else (len(known.losses), known.active)
+            if covered < size:
                 with _lock_of(self.model):
                     run = self._run(rung, plan, likelihood[first:end], greedy[first:end])
                 tokens += sum(batch.tokens for batch in self._batches[rung])
                 layer_tokens += run.layer_tokens
+                measured = run.active()
+            places = sum(batch.ids.numel() for batch in self._batches[rung])
+            padded += places
+            active += places * measured
             scores = self.task.reduce(self.split, self._requests[:end], likelihood[:end], greedy[:end])
             found = np.stack([scores.losses, scores.weights, scores.correct]).astype(np.float32)
             if known is not None:
-                found[:, : known.shape[1]] = known[:, :size]
+                found[:, :covered] = known.scores[:, :size]
             seconds += time.perf_counter() - started
-            evaluation = Evaluation(found[0], found[1], found[2], tokens, layer_tokens, seconds)
+            evaluation = Evaluation(found[0], found[1], found[2], tokens, layer_tokens, seconds, active / padded)
             if run is not None and size == self.examples:
                 self._runner.judge(run.trail, evaluation.loss)
             yield evaluation
@@ -201,10 +205,12 @@ class Evaluator:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(evaluation_mode(self.model))
+            plan, active = plan_in_force(self.model) if plan is None else plan, self._stock
             if plan is not None:
                 storage = self._where_merged(plan)
-                stack.enter_context(patched(self.model, plan, storage=storage, cache=self._cache))
-            run = self._runner.run(rung, self._batches[rung])
+                state = stack.enter_context(patched(self.model, plan, storage=storage, cache=self._cache))
+                active = partial(getattr, state, "active")
+            run = self._runner.run(rung, self._batches[rung], active)
             for batch, logits_of in stack.enter_context(closing(run.outputs)):
                 likelihoods, hits = score(batch, logits_of)
                 if not likelihoods.isfinite().all():
@@ -213,6 +219,10 @@ class Evaluator:
                 np.add.at(greedy, batch.request.numpy(), hits.long().numpy())
             run.keep()
         return run
+
+    def _stock(self) -> tuple[float, ...]:
+        """Experts that a token runs in each MoE layer of the model as it is."""
+        return tuple(float(layer.k) for layer in self._moe)
 
     def _where_merged(self, plan: Plan) -> Storage:
         if self._merged_in != "auto" or all(layer.w_em is None for layer in plan.layers):

@@ -15,6 +15,7 @@ Key = tuple[int, int, bytes]
 @dataclass
 class _Kept:
     states: list[Tensor]
+    active: tuple[float, ...] = ()
     trails: set[bytes] = field(default_factory=set)
 
     @property
@@ -40,21 +41,22 @@ class PrefixCache:
         self._trails: OrderedDict[bytes, set[Key]] = OrderedDict()
         self._best: tuple[float, bytes] | None = None
 
-    def longest(self, keys: Iterable[Key]) -> tuple[int, Sequence[Tensor]] | None:
-        """Decoder layer and states, one tensor a batch, of the first of `keys` that is kept; None when none is."""
+    def longest(self, keys: Iterable[Key]) -> tuple[int, Sequence[Tensor], tuple[float, ...]] | None:
+        """Decoder layer, states, one tensor a batch, and what was noted of the layers before it, of the first of `keys`
+        that is kept; None when none is."""
         for key in keys:
             kept = self._kept.get(key)
             if kept is not None:
                 for trail in [trail for trail in self._trails if trail in kept.trails]:
                     self._trails.move_to_end(trail)
-                return key[1], kept.states
+                return key[1], kept.states, kept.active
         return None
 
-    def keep(self, trail: bytes, key: Key, states: Sequence[Tensor]) -> None:
-        """Keep states under `key` for the plan named `trail`."""
+    def keep(self, trail: bytes, key: Key, states: Sequence[Tensor], active: tuple[float, ...] = ()) -> None:
+        """Keep states under `key` for the plan named `trail`, with the experts a token ran in each MoE layer before."""
         kept = self._kept.get(key)
         if kept is None:
-            kept = self._kept[key] = _Kept(self.placed(states))
+            kept = self._kept[key] = _Kept(self.placed(states), active)
             self.nbytes += kept.nbytes
         kept.trails.add(trail)
         self._trails.setdefault(trail, set()).add(key)

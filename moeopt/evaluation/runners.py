@@ -21,6 +21,9 @@ from moeopt.plan import LayerPlan, Plan
 LogitsOf = Callable[[slice], Tensor]
 """Logits (cells, vocabulary) of a slice of a batch's cells."""
 
+Active = Callable[[], tuple[float, ...]]
+"""Experts that a token has run in each MoE layer, the mean over what ran under the plan in force."""
+
 TRAILS = 4
 """The states of so many plans shall fit into the prefix memory; where they do not, those of fewer layers are kept."""
 
@@ -33,12 +36,14 @@ class Run:
         outputs: every batch with the logits of its cells; to be gone through once.
         layer_tokens: what it cost.
         keep: to be called when the outputs proved finite.
+        active: experts run per token and MoE layer, a mean over padding, too; to be called after the outputs.
         trail: names the plan among those whose states are kept.
     """
 
     outputs: Generator[tuple[Batch, LogitsOf], None, None]
     layer_tokens: int
     keep: Callable[[], None]
+    active: Callable[[], float]
     trail: bytes = b""
 
 
@@ -54,10 +59,11 @@ class Whole:
         self.model, self.layers = model, layers
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def run(self, rung: int, batches: Sequence[Batch]) -> Run:
+    def run(self, rung: int, batches: Sequence[Batch], active: Active = tuple) -> Run:
+        """The batches of a rung."""
         tokens = sum(batch.tokens for batch in batches)
         outputs = ((batch, self._logits_of(batch)) for batch in batches)
-        return Run(outputs, tokens * self.layers, lambda: None)
+        return Run(outputs, tokens * self.layers, lambda: None, lambda: _mean(active()))
 
     def _logits_of(self, batch: Batch) -> LogitsOf:
         width = batch.ids.shape[1]
@@ -93,20 +99,22 @@ class LayerMajor:
         everything = (LayerPlan(layer.n, layer.k, kept=tuple(range(layer.n))) for layer in moe_layers(parts.model))
         self._unpatched = Plan(tuple(everything))
 
-    def run(self, rung: int, batches: Sequence[Batch]) -> Run:
+    def run(self, rung: int, batches: Sequence[Batch], active: Active = tuple) -> Run:
         """The batches of a rung under the plan in force."""
         salt = _state(self.parts.model)
         if salt != self._salt:
             self.clear()
             self._salt = salt
         digests = (plan_in_force(self.parts.model) or self._unpatched).prefixes()
-        keys = [(rung, i, digests[sum(place < i for place in self.parts.moe)]) for i in range(self.layers)]
+        before = [sum(place < i for place in self.parts.moe) for i in range(self.layers)]
+        keys = [(rung, i, digests[before[i]]) for i in range(self.layers)]
         trail = digests[-1]
         if rung not in self._begun:
             device, dtype = input_device(self.parts.model), hidden_dtype(self.parts.model)
             self._begun[rung] = [self.parts.begin(batch.inputs(device, dtype)) for batch in batches]
         begun = self._begun[rung]
-        start, states = self.prefixes.longest(reversed(keys[1:])) or (0, [hidden for hidden, _ in begun])
+        known = self.prefixes.longest(reversed(keys[1:]))
+        start, states, reused = known or (0, [hidden for hidden, _ in begun], ())
         states = list(states)
         every = max(1, -(-TRAILS * self.layers * self._bytes_a_layer() // max(1, self.prefixes.budget)))
         passed: list[tuple[Any, list[Tensor]]] = []
@@ -116,18 +124,20 @@ class LayerMajor:
             with self.parts.loaded(i) as there:
                 for b, (_, calls) in enumerate(begun):
                     states[b] = calls[i](self.parts.layers[i], states[b], there)
+        found = (*reused, *active()[len(reused) :])
 
         def keep() -> None:
             self.prefixes.share(trail, keys[: start + 1])
             for key, entering in passed:
-                self.prefixes.keep(trail, key, entering)
+                self.prefixes.keep(trail, key, entering, found[: before[key[1]]])
 
         def outputs() -> Generator[tuple[Batch, LogitsOf], None, None]:
             with self.parts.head_loaded():
                 for batch, hidden in zip(batches, states):
                     yield batch, self._logits_of(batch, hidden)
 
-        return Run(outputs(), sum(batch.tokens for batch in batches) * (self.layers - start), keep, trail)
+        layer_tokens = sum(batch.tokens for batch in batches) * (self.layers - start)
+        return Run(outputs(), layer_tokens, keep, lambda: _mean(found), trail)
 
     def _logits_of(self, batch: Batch, hidden: Tensor) -> LogitsOf:
         scored = hidden.flatten(0, 1)[batch.cells.to(hidden.device)]
@@ -150,6 +160,10 @@ def hidden_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the hidden states."""
     found: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
     return found
+
+
+def _mean(active: Sequence[float]) -> float:
+    return sum(active) / len(active)
 
 
 def _state(model: nn.Module) -> object:

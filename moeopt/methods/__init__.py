@@ -1,8 +1,50 @@
 """One-shot methods of the literature: calibration data in, one `Plan` out."""
 
-from moeopt.methods.base import Method, Wanted
-from moeopt.methods.calibration import Calibration, Seen
-from moeopt.methods.registry import METHODS, Found, get, plan, plans
-from moeopt.methods.skipping import skipping
+from __future__ import annotations
 
-__all__ = ["METHODS", "Calibration", "Found", "Method", "Seen", "Wanted", "get", "plan", "plans", "skipping"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "METHODS": "registry",
+    "ROUTERS": "names",
+    "Calibration": "calibration",
+    "Found": "registry",
+    "Method": "base",
+    "Seen": "calibration",
+    "Wanted": "base",
+    "check": "names",
+    "get": "registry",
+    "plan": "registry",
+    "plans": "registry",
+    "skipping": "thresholds",
+}
+
+__all__ = [
+    "METHODS",
+    "ROUTERS",
+    "Calibration",
+    "Found",
+    "Method",
+    "Seen",
+    "Wanted",
+    "check",
+    "get",
+    "plan",
+    "plans",
+    "skipping",
+]
+
+if TYPE_CHECKING:
+    from moeopt.methods.base import Method, Wanted
+    from moeopt.methods.calibration import Calibration, Seen
+    from moeopt.methods.names import ROUTERS, check
+    from moeopt.methods.registry import METHODS, Found, get, plan, plans
+    from moeopt.methods.thresholds import skipping
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used: names can be checked without torch."""
+    if name in _HOMES:
+        return getattr(import_module(f"moeopt.methods.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'moeopt.methods' has no attribute {name!r}")

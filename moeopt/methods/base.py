@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moeopt.errors import MethodError
 from moeopt.plan import LayerPlan
 
 if TYPE_CHECKING:
@@ -31,6 +32,15 @@ class Wanted:
     keep: int
     active: int
     seed: int = 0
+
+    def check(self) -> None:
+        """Raise MethodError when `keep` or `active` is out of range."""
+        for name, value, most, why in (
+            ("keep", self.keep, self.experts, f"the {self.experts} experts each layer has"),
+            ("k", self.active, self.keep, f"the {self.keep} experts kept"),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise MethodError(f"{name} must be an integer between 1 and {why}, got {value!r}")
 
     def pruned(self, kept: tuple[int, ...] | list[int]) -> LayerPlan:
         """The layer that keeps these experts, in order of number."""

@@ -20,7 +20,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from moeopt.methods.base import Method, Wanted
 from moeopt.methods.statistics import Array, MeanOutputs, Routing, Statistic
-from moeopt.plan import LayerPlan
+from moeopt.plan import LayerPlan, Router
 
 Labels = NDArray[np.int64]
 Grouping = Callable[[Mapping[str, Any], Wanted], Labels]
@@ -40,7 +40,7 @@ class Clustering(Method):
         self, summary: str, group: Grouping, kinds: tuple[type[MeanOutputs], ...], router: Literal["alias", "prob"]
     ) -> None:
         self.summary, self.group, self.kinds = summary, group, kinds
-        self.router: Literal["alias", "prob"] = router
+        self.router: Router = router
 
     def needs(self, wanted: Wanted) -> dict[str, Statistic]:
         kinds: tuple[type[Routing] | type[MeanOutputs], ...] = (Routing, *self.kinds)

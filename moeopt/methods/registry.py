@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from moeopt.errors import MethodError, ModelError, nearest
+from moeopt.errors import MethodError, ModelError
 from moeopt.methods import clustering, ranking
 from moeopt.methods.base import Method, Wanted
 from moeopt.methods.calibration import Calibration, Seen, Stream
 from moeopt.methods.naee import Naee, NaeeProgressive
+from moeopt.methods.names import check
 from moeopt.methods.output_fit import OutputFit
 from moeopt.methods.ranking import Ranking
 from moeopt.methods.statistics import MeanOutputs, Norms, Routing, Statistic
 from moeopt.plan import LayerPlan, Plan
+
+Groups = Sequence[tuple[int, int]]
 
 METHODS: dict[str, Method] = {
     "random": ranking.Random(),
@@ -53,8 +56,8 @@ class Found:
 
     Args:
         plan: the plan.
-        layer_tokens: what it would cost alone: tokens times decoder layers, a pass over all n experts counting as
-            n / k of it, one over those routed to as 1.
+        layer_tokens: what it would cost alone: tokens times decoder layers, a layer whose n experts all run counting as
+            n / k layers, one whose experts run again for the tokens routed to them as 2.
         seconds: wall time of the passes it shared with others, and of its own.
     """
 
@@ -69,14 +72,21 @@ def get(name: str) -> Method:
     Raises:
         MethodError: when there is none; the nearest name is suggested.
     """
-    if name not in METHODS:
-        raise MethodError(f"unknown method {name!r}{nearest(name, list(METHODS))} (there are {', '.join(METHODS)})")
+    check(name)
     return METHODS[name]
 
 
-def plan(name: str, calibration: Calibration, *, keep: int, k: int | None = None, seed: int = 0) -> Plan:
+def plan(
+    name: str,
+    calibration: Calibration,
+    *,
+    keep: int,
+    k: int | None = None,
+    groups: Groups | None = None,
+    seed: int = 0,
+) -> Plan:
     """The plan of one method; see `plans`."""
-    return plans([name], calibration, keep=keep, k=k, seed=seed)[name].plan
+    return plans([name], calibration, keep=keep, k=k, groups=groups, seed=seed)[name].plan
 
 
 def plans(
@@ -85,6 +95,7 @@ def plans(
     *,
     keep: int,
     k: int | None = None,
+    groups: Groups | None = None,
     seed: int = 0,
 ) -> dict[str, Found]:
     """The plans of several methods, by name; those that need the same statistics share a pass.
@@ -94,65 +105,81 @@ def plans(
         calibration: model and token sequences.
         keep: r, experts kept per layer.
         k: experts that run per token in the plans; the model's by default.
+        groups: inclusive ranges of MoE layers that share one choice, as `Space.groups`, whose statistics are added up;
+            None: every layer has its own.
         seed: of `random`.
 
     Raises:
-        MethodError: for an unknown name, or a method that cannot do it on this model.
-        ValueError: when keep or k is out of range.
+        MethodError: for an unknown name, or a method that cannot do it on this model; when keep, k or groups is out of
+            range.
     """
     chosen = {name: get(name) for name in names}
     shape = calibration.shape
     wanted = Wanted(shape.experts, shape.k, keep, shape.k if k is None else k, seed)
-    _check(wanted)
+    wanted.check()
     layers = {layer.index: layer for layer in calibration.layers}
     if any((layer.n, layer.k) != (shape.experts, shape.k) for layer in layers.values()):
         raise MethodError("the MoE layers of the model differ in n or k; one-shot methods need equal layers")
+    ranges = _ranges(groups, shape.layers)
     at_once = {name: method for name, method in chosen.items() if not method.progressive}
-    found: dict[str, Found] = {}
-    if at_once:
-        found |= _at_once(at_once, calibration, wanted)
+    found = _at_once(at_once, calibration, wanted, ranges) if at_once else {}
     for name, method in chosen.items():
         if method.progressive:
+            if len(ranges) < shape.layers:
+                raise MethodError(f"{name} goes layer by layer: layers cannot share a choice, got {len(ranges)} groups")
             found[name] = _progressively(name, method, calibration, wanted)
     return {name: found[name] for name in chosen}
 
 
-def _at_once(chosen: Mapping[str, Method], calibration: Calibration, wanted: Wanted) -> dict[str, Found]:
+def _ranges(groups: Groups | None, layers: int) -> Groups:
+    ranges = [(i, i) for i in range(layers)] if groups is None else [(int(a), int(b)) for a, b in groups]
+    if [i for a, b in ranges for i in range(a, b + 1)] != list(range(layers)):
+        raise MethodError(f"groups must be layer ranges that cover layers 0-{layers - 1} once, in order, got {ranges}")
+    return ranges
+
+
+def _at_once(
+    chosen: Mapping[str, Method], calibration: Calibration, wanted: Wanted, ranges: Groups
+) -> dict[str, Found]:
     """One pass of the full model for all."""
     started = time.perf_counter()
+    group_of = [group for group, (first, last) in enumerate(ranges) for _ in range(first, last + 1)]
     needs = {name: method.needs(wanted) for name, method in chosen.items()}
     kinds = {key: statistic for need in needs.values() for key, statistic in need.items()}
+    by_layer = any(statistic.by_layer for statistic in kinds.values())
     parts: dict[str, list[LayerPlan]] = {name: [] for name in chosen}
     spent = dict.fromkeys(chosen, 0.0)
-    open_: dict[int, dict[str, Statistic]] = {}
+    open_groups: dict[int, dict[str, Statistic]] = {}
 
-    def close(index: int) -> None:
-        shared = open_.pop(index, {})
+    def close(group: int) -> None:
+        shared = open_groups.pop(group, {})
+        first, last = ranges[group]
         for name, method in chosen.items():
             begun = time.perf_counter()
             own = {key: shared[key] for key in needs[name]}
-            parts[name].append(method.layer(own, wanted, np.random.default_rng([wanted.seed, index])))
+            part = method.layer(own, wanted, np.random.default_rng([wanted.seed, group]))
+            parts[name] += [part] * (last - first + 1)
             spent[name] += time.perf_counter() - begun
 
     def see(seen: Seen) -> None:
-        index = seen.layer.index
-        if index not in open_:
-            if by_layer and index:
-                close(index - 1)
+        group = group_of[seen.layer.index]
+        if group not in open_groups:
+            if by_layer and group:
+                close(group - 1)
             fresh = {key: value for method in chosen.values() for key, value in method.needs(wanted).items()}
-            open_[index] = dict(sorted(fresh.items(), key=lambda item: item[1].outputs != "all"))
-        for statistic in open_[index].values():
+            open_groups[group] = dict(sorted(fresh.items(), key=lambda item: item[1].outputs != "all"))
+        for statistic in open_groups[group].values():
             statistic.add(seen)
 
-    by_layer = any(statistic.by_layer for statistic in kinds.values())
     if kinds:
         try:
             all_outputs = any(statistic.outputs == "all" for statistic in kinds.values())
             calibration.run(see, layer_by_layer=by_layer, all_outputs=all_outputs)
         except ModelError as error:
             raise MethodError(f"{', '.join(chosen)}: {error}") from error
-    for index in range(len(parts[next(iter(chosen))]), len(calibration.layers)):
-        close(index)
+    begun = len(next(iter(parts.values())))
+    for group in range(group_of[begun] if begun < len(group_of) else len(ranges), len(ranges)):
+        close(group)
     seconds = time.perf_counter() - started - sum(spent.values())
     return {
         name: Found(Plan(tuple(parts[name])), _cost(needs[name], calibration), seconds + spent[name]) for name in chosen
@@ -183,14 +210,13 @@ def _progressively(name: str, method: Method, calibration: Calibration, wanted: 
         except ModelError as error:
             raise MethodError(f"{name} goes layer by layer, which this model does not allow: {error}") from error
         for index in range(reference.depth):
-            is_moe = index in reference.moe
             with calibration.watching(see) as watch:
                 reference.advance(index, watch)
-                if is_moe:
-                    statistics, looking = method.needs(wanted), True
+            if index in reference.moe:
+                statistics, looking = method.needs(wanted), True
+                with calibration.watching(see, all_outputs=True) as watch:
                     pruned.look(index, watch)
-                    looking = False
-            if is_moe:
+                looking = False
                 rng = np.random.default_rng([wanted.seed, len(planned)])
                 planned.append(method.layer(statistics, wanted, rng))
             pruned.advance(index, lambda batch: None, Plan((*planned, *full.layers[len(planned) :])))
@@ -203,16 +229,7 @@ def _cost(needs: Mapping[str, Statistic], calibration: Calibration) -> int:
     if not needs:
         return 0
     shape = calibration.shape
-    extra = {"none": 0.0, "routed": 1.0, "all": shape.experts / shape.k}
+    extra = {"none": 0.0, "routed": 1.0, "all": shape.experts / shape.k - 1}
     most = max(extra[statistic.outputs] for statistic in needs.values())
     depth = calibration.decoder_layers
     return round(calibration.tokens * (depth + most * shape.layers))
-
-
-def _check(wanted: Wanted) -> None:
-    for name, value, most, why in (
-        ("keep", wanted.keep, wanted.experts, f"the {wanted.experts} experts each layer has"),
-        ("k", wanted.active, wanted.keep, f"the {wanted.keep} experts kept"),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise MethodError(f"{name} must be an integer between 1 and {why}, got {value!r}")

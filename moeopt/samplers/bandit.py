@@ -57,8 +57,8 @@ def gain(told: Told, parent: Told | None) -> float:
 
 
 def layers_run(told: Told, space: Space, first: int) -> float:
-    """Layers that a trial ran, by its own account; without one, all from the first of group `first` to the last."""
+    """Layers that a trial ran, by its own account; without one, all from layer `first` to the last."""
     used, tokens = told.attrs.get("layer_tokens"), told.attrs.get("tokens")
     if used and tokens:
         return float(used) / float(tokens)
-    return float(space.shape.layers - space.groups[first][0])
+    return float(space.shape.layers - first)

@@ -179,8 +179,8 @@ class GenomeSampler(BaseSampler):
         from optuna.distributions import FloatDistribution
 
         if self.space.size <= NAMED_AT_MOST:
-            values = x.astype(int).tolist() if self.space.integer else x.tolist()
-            return {name: (value, kind) for value, (name, kind) in zip(values, self.space.distributions().items())}
+            values, kinds = self.space.values(x), self.space.distributions()
+            return {name: (value, kind) for value, (name, kind) in zip(values, kinds.items())}
         limit = self.space.drift_limit
         return {"drift": (min(self.space.drift(x), limit), FloatDistribution(0.0, limit))}
 

@@ -1,7 +1,8 @@
 """Block-coordinate search: CMA-ES on the numbers of a few consecutive layer groups, then on those of others.
 
 A block is a window of consecutive groups with at most `block_size` numbers (a part of one group where a group has
-more), so that all trials of a block share the layers before it (prefix reuse). Within a block CMA-ES runs for
+more), so that all trials of a block share the layers before it (prefix reuse). What a space has beyond the matrices
+(see `ActiveSpace`) makes blocks of its own. Within a block CMA-ES runs for
 `generations` around the best point so far; numbers outside the block stay as they are there. The next block is the
 choice of a bandit (see `moeopt.samplers.bandit`), whose reward is what a trial of the block won over that point.
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from moeopt.errors import SamplerError
 from moeopt.genome import Vector
@@ -30,7 +31,7 @@ OPERATOR = "blockcmaes"
 
 
 Block = tuple[int, int]
-"""First number of a block, and the one after its last."""
+"""First number of a block, and the one after its last; of a block of extras, among the first kind of them."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class BlockCMAESSampler(GenomeSampler):
             return Proposal(self.x0, START)
         rng = self.rng(slot, attempt)
         visit = self.visit(rng, history)
-        part, center = slice(*visit.block), self.x0 if visit.around is None else visit.around.x
+        part, center = self.numbers(visit.block), self.x0 if visit.around is None else visit.around.x
         optimizer = self._optimizer(visit, center)
         optimizer.reseed_rng(int(rng.integers(1 << 32)))
         x = center.astype(np.float64)
@@ -138,22 +139,32 @@ class BlockCMAESSampler(GenomeSampler):
             if told.loss is None and not told.failed:
                 continue
             block, center = tuple(told.notes["block"]), by_slot.get(told.notes["around"])
-            plays.append((block, gain(told, center), layers_run(told, self.space, self.group(block))))
+            plays.append((block, gain(told, center), layers_run(told, self.space, self.layer(block))))
         return Visit(number + 1, choose(rng, self.blocks, plays, prior=self.prior, memory=self.memory), best, [])
 
-    def group(self, block: Block) -> int:
-        """The first layer group of a block."""
-        return block[0] * len(self.space.groups) // self.space.size
+    def layer(self, block: Block) -> int:
+        """The first layer of a block."""
+        matrices = int(self.space.extras.start)
+        if block[0] < matrices:
+            return self.space.groups[block[0] * len(self.space.groups) // matrices][0]
+        return self.space.extra_groups[block[0] - matrices][0]
 
     def trials(self, block: Block) -> int:
         """Trials of a generation in this block."""
-        return self.population_size or 4 + math.floor(3 * math.log(block[1] - block[0]))
+        return self.population_size or 4 + math.floor(3 * math.log(len(self.numbers(block))))
+
+    def numbers(self, block: Block) -> NDArray[np.intp]:
+        """The numbers of a block: of extras, every kind of the same layers."""
+        own, ranges = np.arange(*block), len(self.space.extra_groups)
+        if block[0] < self.space.extras.start:
+            return own
+        return (own + np.arange(0, self.space.size - self.space.extras.start, ranges)[:, None]).reshape(-1)
 
     def _optimizer(self, visit: Visit, center: Vector) -> Any:
         """The optimiser of a visit, in z = (x - center) / step, told its complete generations."""
         from cmaes import CMA
 
-        part = slice(*visit.block)
+        part = self.numbers(visit.block)
         mean, step = center[part].astype(np.float64), self.space.step[part]
         bounds = np.stack([(self.space.low[part] - mean) / step, (self.space.high[part] - mean) / step], axis=1)
         optimizer = CMA(
@@ -168,10 +179,21 @@ class BlockCMAESSampler(GenomeSampler):
 def blocks(space: Space, size: int) -> tuple[Block, ...]:
     """All numbers of a space in consecutive blocks of about equal size, at most `size`; none ends within a group
     unless it is a part of that group alone."""
-    per_group = space.size // len(space.groups)
+    matrices, ranges = space.extras.start, len(space.extra_groups)
+    found: list[Block] = []
+    if matrices:
+        found += _blocks(len(space.groups), matrices // len(space.groups), size)
+    if ranges:
+        kinds = (space.size - matrices) // ranges
+        found += [(matrices + a, matrices + b) for a, b in _blocks(ranges, 1, max(1, size // kinds))]
+    return tuple(found)
+
+
+def _blocks(groups: int, per_group: int, size: int) -> list[Block]:
+    """Blocks of so many groups with so many numbers each."""
     if per_group <= size:
-        parts = np.array_split(np.arange(len(space.groups)), math.ceil(len(space.groups) / (size // per_group)))
-        return tuple((int(part[0]) * per_group, (int(part[-1]) + 1) * per_group) for part in parts)
+        parts = np.array_split(np.arange(groups), math.ceil(groups / (size // per_group)))
+        return [(int(part[0]) * per_group, (int(part[-1]) + 1) * per_group) for part in parts]
     parts = np.array_split(np.arange(per_group), math.ceil(per_group / size))
-    firsts = range(0, space.size, per_group)
-    return tuple((first + int(part[0]), first + int(part[-1]) + 1) for first in firsts for part in parts)
+    firsts = range(0, groups * per_group, per_group)
+    return [(first + int(part[0]), first + int(part[-1]) + 1) for first in firsts for part in parts]

@@ -12,6 +12,9 @@ best (the best `crossover_pool` at least): a changed matrix takes each row from 
 parent as above. Then every entry of a changed matrix gets, with probability `p_entry`, Gaussian noise of scale `sigma`,
 and with probability `p_normalise` the rows of W_EM are divided by their sums.
 
+What a space has beyond the matrices (experts active, see `ActiveSpace`) a child takes from its first parent, in either
+phase, each number getting, with probability `p_entry`, Gaussian noise of its own step's scale.
+
 The defaults are the configuration of the released code, but for two things: duplicates of known solutions are drawn
 again (``redraw=0`` is as published), and entries are clipped to the space's bounds, [-1, 2]. The paper's Algorithm 1
 also crosses over in the prune phase (`prune_crossover=True`) and spends 40 + 160 evaluations (`prune_until=40`). The
@@ -125,7 +128,7 @@ class EEPSampler(GenomeSampler):
         population = [told for told in history if told.loss is not None]
         if not population or len(history) < self.initial:
             return Proposal(self.space.sample(rng), "initial", phase=self.space.phases[0])
-        phase = self.phase(len(population))
+        phase, space = self.phase(len(population)), self.space
         changed = rng.random((len(self.space.groups), 2)) < self.p_change
         while not changed.any():
             changed = rng.random(changed.shape) < (self.p_change or 1.0)
@@ -135,15 +138,18 @@ class EEPSampler(GenomeSampler):
         if crossing and rng.random() < self.p_crossover:
             pool = self.parents(population, self.crossover_band, self.crossover_pool)
             first, second = (pool[i] for i in rng.choice(len(pool), 2, replace=False))
-            child = self.crossover(rng, self.space.matrices(first.x), self.space.matrices(second.x), changed, phase)
+            child = self.crossover(rng, space.matrices(first.x), space.matrices(second.x), changed, phase)
             parents: tuple[int, ...] = (first.number, second.number)
             operator = f"crossover+{phase}"
         else:
             pool = self.parents(population, self.band)
-            parent = pool[rng.integers(len(pool))]
-            child, parents, operator = self.space.matrices(parent.x).copy(), (parent.number,), phase
+            first = pool[rng.integers(len(pool))]
+            child, parents, operator = space.matrices(first.x).copy(), (first.number,), phase
         mutate = self.repoint if phase == "prune" else self.perturb
-        return Proposal(self.space.from_matrices(mutate(rng, child, changed)), operator, parents, phase)
+        x = space.with_matrices(first.x, mutate(rng, child, changed))
+        step = space.step[space.extras]
+        x[space.extras] += (rng.random(step.size) < self.p_entry) * step * rng.standard_normal(step.size)
+        return Proposal(x, operator, parents, phase)
 
     def parents(self, population: list[Told], band: float, least: int = 1) -> list[Told]:
         """Solutions within the band of the best, and the `least` best ones at any rate; best first."""

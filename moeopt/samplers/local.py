@@ -14,7 +14,9 @@ Moves, in each group of the window:
 * ``route``: a kept expert is given a part of a dropped one's routing probability (W_RM);
 * ``remap``: entries of W_RM get Gaussian noise;
 * ``blend``: a row of W_EM moves towards a dropped expert, and takes over as much of that expert's routing;
-* ``perturb``: entries of both matrices get Gaussian noise.
+* ``perturb``: entries of both matrices get Gaussian noise;
+* ``active``: in an `ActiveSpace`, a k goes up or down by one, a beta gets Gaussian noise; the window is one of the
+  groups that these have.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class LocalSampler(GenomeSampler):
         moves: which moves to use, as far as the space has them.
         sigma: largest standard deviation of noise, as a multiple of `space.step`; each proposal draws its own,
             log-uniformly, from a sixteenth of it up.
-        p_entry: probability of an entry of the window to get noise.
+        p_entry: probability of an entry of the window to get noise (move ``active``: of a number; one does at least).
         prior: weight of the mean over all arms in an arm's posterior, in trials.
         memory: trials after which one counts 1 / e in the posterior.
 
@@ -80,7 +82,7 @@ class LocalSampler(GenomeSampler):
         fade: float = 0.1,
         widths: Sequence[int] = (1, 2, 3),
         bands: int = 4,
-        moves: Sequence[str] = ("swap", "route", "remap"),
+        moves: Sequence[str] = ("swap", "route", "remap", "active"),
         sigma: float = 2.0,
         p_entry: float = 0.5,
         prior: float = 3.0,
@@ -100,13 +102,15 @@ class LocalSampler(GenomeSampler):
             raise SamplerError(f"p_entry is a probability above 0 and at most 1, got {p_entry!r}")
         if not widths:
             raise SamplerError("widths must name at least one width")
-        self.moves = tuple(move for move in moves if move in MOVES and MOVES[move][0] in space.phases)
-        if not self.moves or set(moves) - set(MOVES):
-            able = [move for move, (phase, _) in MOVES.items() if phase in space.phases]
+        able = [move for move, (phase, _) in MOVES.items() if phase in space.phases]
+        able += [ACTIVE] if space.extra_groups else []
+        self.moves = tuple(move for move in moves if move in able)
+        if not self.moves or set(moves) - {*MOVES, ACTIVE}:
             raise SamplerError(f"moves must be some of {', '.join(able)} for this space, got {list(moves)}")
         self.population, self.bands, self.p_entry = population, bands, p_entry
         self.fade, self.sigma, self.prior, self.memory = float(fade), float(sigma), float(prior), float(memory)
-        self.widths = tuple(sorted({w for w in widths if w <= len(space.groups)})) or (len(space.groups),)
+        most = max(len(self.groups(move)) for move in self.moves)
+        self.widths = tuple(sorted({w for w in widths if w <= most})) or (most,)
         self.x0, self.given = starting_point(space, start), start is not None
 
     def settings(self) -> dict[str, Any]:
@@ -123,9 +127,11 @@ class LocalSampler(GenomeSampler):
         arm = self.arm(rng, history)
         first = int(rng.choice(self.begins(arm)))
         groups = range(first, first + arm.width)
-        x = self.moved(rng, self.x0 if parent is None else parent.x, arm.move, groups)
+        x, change = self.x0 if parent is None else parent.x, self.activated if arm.move == ACTIVE else self.moved
         notes = {"first": first, "width": arm.width, "parent": None if parent is None else parent.slot}
-        return Proposal(x, arm.move, () if parent is None else (parent.number,), MOVES[arm.move][0], notes)
+        phase = "active" if arm.move == ACTIVE else MOVES[arm.move][0]
+        parents = () if parent is None else (parent.number,)
+        return Proposal(change(rng, x, arm.move, groups), arm.move, parents, phase, notes)
 
     def parent(self, rng: np.random.Generator, history: list[Told]) -> Told | None:
         """One of the best `population` trials with different plans, a trial's loss counting for more with every child
@@ -144,23 +150,29 @@ class LocalSampler(GenomeSampler):
 
     def is_own(self, told: Told) -> bool:
         """Whether a trial is a move of this sampler."""
-        return told.operator in MOVES and "parent" in told.notes
+        return (told.operator in MOVES or told.operator == ACTIVE) and "parent" in told.notes
 
-    def band(self, first: int) -> int:
+    def groups(self, move: str) -> Sequence[tuple[int, int]]:
+        """The layer ranges that the windows of a move are made of."""
+        return self.space.extra_groups if move == ACTIVE else self.space.groups
+
+    def band(self, first: int, move: str = "swap") -> int:
         """The band of depth of a window that begins at group `first`."""
-        return first * self.bands // len(self.space.groups)
+        return first * self.bands // len(self.groups(move))
 
     def arms(self) -> list[Arm]:
-        groups = range(len(self.space.groups))
-        windows = sorted(
-            {(width, self.band(first)) for width in self.widths for first in groups[: len(groups) - width + 1]}
-        )
-        return [Arm(move, *window) for move in self.moves for window in windows]
+        found: list[Arm] = []
+        for move in self.moves:
+            count = len(self.groups(move))
+            widths = [width for width in self.widths if width <= count] or [count]
+            windows = {(width, self.band(first, move)) for width in widths for first in range(count - width + 1)}
+            found += [Arm(move, *window) for window in sorted(windows)]
+        return found
 
     def begins(self, arm: Arm) -> list[int]:
         """The groups at which a window of the arm may begin."""
-        groups = range(len(self.space.groups) - arm.width + 1)
-        return [first for first in groups if self.band(first) == arm.band]
+        firsts = range(len(self.groups(arm.move)) - arm.width + 1)
+        return [first for first in firsts if self.band(first, arm.move) == arm.band]
 
     def arm(self, rng: np.random.Generator, history: list[Told]) -> Arm:
         """The bandit's choice."""
@@ -174,8 +186,9 @@ class LocalSampler(GenomeSampler):
             if not self.is_own(told) or (told.loss is None and not told.failed):
                 continue
             parent, first = by_slot.get(told.notes["parent"]), told.notes["first"]
-            arm = Arm(told.operator, told.notes["width"], self.band(first))
-            found.append((arm, gain(told, parent), layers_run(told, self.space, first)))
+            arm = Arm(told.operator, told.notes["width"], self.band(first, told.operator))
+            layer = self.groups(told.operator)[first][0]
+            found.append((arm, gain(told, parent), layers_run(told, self.space, layer)))
         return found
 
     def moved(self, rng: np.random.Generator, x: Vector, move: str, groups: range) -> Vector:
@@ -184,10 +197,25 @@ class LocalSampler(GenomeSampler):
         scale = self.sigma * float(self.space.step[0]) * 16 ** -rng.random()
         for group in groups:
             MOVES[move][1](rng, matrices[group], scale, self.p_entry)
-        window = slice(groups.start, groups.stop)
-        child = x.reshape(len(self.space.groups), -1).copy()
-        child[window] = self.space.from_matrices(matrices).reshape(child.shape)[window]
+        window, own = slice(groups.start, groups.stop), slice(0, self.space.extras.start)
+        child, changed = x.copy(), self.space.with_matrices(x, matrices)
+        parts = [vector[own].reshape(len(self.space.groups), -1) for vector in (child, changed)]
+        parts[0][window] = parts[1][window]
         return self.space.snap(child)
+
+    def activated(self, rng: np.random.Generator, x: Vector, move: str, groups: range) -> Vector:
+        """A copy of `x` with other extras in these of their groups; integers go a step up or down, where they can."""
+        space, child = self.space, x.copy()
+        ranges = len(space.extra_groups)
+        numbers = np.arange(space.extras.start, space.size).reshape(-1, ranges)[:, groups.start : groups.stop]
+        chosen = numbers[rng.random(numbers.shape) < self.p_entry]
+        if not chosen.size:
+            chosen = rng.choice(numbers.reshape(-1), 1)
+        scale = self.sigma * 16 ** -rng.random()
+        noise = scale * space.step[chosen] * rng.standard_normal(chosen.size)
+        up = np.where(x[chosen] <= space.low[chosen], True, (x[chosen] < space.high[chosen]) & (noise > 0))
+        child[chosen] += np.where(space.whole[chosen], np.where(up, 1, -1), noise)
+        return space.snap(child)
 
 
 def swap(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
@@ -225,7 +253,9 @@ MOVES: dict[str, tuple[Phase, Callable[[np.random.Generator, Matrix, float, floa
     "blend": ("merge", blend),
     "perturb": ("merge", perturb),
 }
-"""Every move: the phase whose matrices it makes, and what it does to one group."""
+"""Every move of matrices: the phase whose matrices it makes, and what it does to one group."""
+ACTIVE = "active"
+"""The move that changes what an `ActiveSpace` has beyond the matrices."""
 
 
 def _row(rng: np.random.Generator, pair: Matrix) -> tuple[int, int, int]:

@@ -248,8 +248,7 @@ class _Shadow:
                 self.storage.set_study_system_attr(self._id, key, value)
 
     def _values(self, told: Told) -> dict[str, float]:
-        values = told.x.astype(int).tolist() if self.space.integer else told.x.tolist()
-        return dict(zip(self.space.names, values))
+        return dict(zip(self.space.names, self.space.values(told.x)))
 
     def _finish(self, trial_id: int, told: Told) -> None:
         if _state(told).is_finished():

@@ -1,9 +1,19 @@
 """Search spaces: numbers on one side, plans on the other."""
 
+from moeopt.spaces.active import ActiveSpace
 from moeopt.spaces.base import NAMED_AT_MOST, Space, layer_groups
 from moeopt.spaces.described import from_description
 from moeopt.spaces.eep import EEPSpace
 from moeopt.spaces.merge import MergeSpace
 from moeopt.spaces.prune import PruneSpace
 
-__all__ = ["NAMED_AT_MOST", "EEPSpace", "MergeSpace", "PruneSpace", "Space", "from_description", "layer_groups"]
+__all__ = [
+    "NAMED_AT_MOST",
+    "ActiveSpace",
+    "EEPSpace",
+    "MergeSpace",
+    "PruneSpace",
+    "Space",
+    "from_description",
+    "layer_groups",
+]

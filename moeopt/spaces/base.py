@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Groups: TypeAlias = int | Sequence[tuple[int, int]]
 MapAt = Literal["prob", "logit"]
-Phase = Literal["prune", "merge"]
+Phase = Literal["prune", "merge", "active"]
 
 NAMED_AT_MOST = 48
 """Spaces of at most so many numbers appear as ordinary named Optuna parameters as well."""
@@ -30,7 +30,8 @@ class Space(ABC):
     """What may vary: the numbers a sampler chooses, and the plans they stand for.
 
     All layers of a group share one pair of matrices. Vectors are float32 of shape ``(size,)``; matrices of all groups
-    are float32 of shape ``(groups, 2, r, n)``, `[:, 0]` being W_EM and `[:, 1]` W_RM.
+    are float32 of shape ``(groups, 2, r, n)``, `[:, 0]` being W_EM and `[:, 1]` W_RM. The numbers of the matrices come
+    first, group by group; `extras`, the numbers beyond them, are an `ActiveSpace`'s alone.
 
     Args:
         shape: layers, experts and k of the model (`of` reads it off a model).
@@ -46,13 +47,15 @@ class Space(ABC):
     """
 
     phases: tuple[Phase, ...]
-    """Which of EEP's two phases has something to change here."""
+    """Which of EEP's two phases has something to change here; ``("active",)`` where there are only extras."""
     names: tuple[str, ...]
     low: Vector
     high: Vector
     step: Vector
     """A natural first step of each number, for samplers that want a standard deviation."""
     integer: bool = False
+    extra_groups: tuple[tuple[int, int], ...] = ()
+    """Layer ranges that the extras are of; `x[space.extras]` is (kinds of extras, these ranges), flattened."""
 
     def __init__(
         self,
@@ -102,6 +105,20 @@ class Space(ABC):
     @abstractmethod
     def from_matrices(self, matrices: Matrix) -> Vector:
         """The numbers that stand for these matrices, as near as this space has them."""
+
+    @property
+    def extras(self) -> slice:
+        """The numbers beyond those of the matrices; an empty slice where there are none."""
+        return slice(self.size, self.size)
+
+    @property
+    def whole(self) -> NDArray[np.bool_]:
+        """Which numbers are integers, (size,)."""
+        return np.full(self.size, self.integer)
+
+    def with_matrices(self, x: Vector, matrices: Matrix) -> Vector:
+        """`x` with these matrices, (groups, 2, r, n), in place of its own; its extras stay."""
+        return self.from_matrices(matrices)
 
     @abstractmethod
     def start(self) -> Vector:
@@ -183,15 +200,25 @@ class Space(ABC):
         if np.isnan(vector).any():
             raise SpaceError(f"number {self.names[int(np.isnan(vector).argmax())]!r} is NaN")
         vector = np.clip(vector, self.low, self.high)
-        return (np.rint(vector) if self.integer else vector).astype(np.float32) + np.float32(0)
+        return np.where(self.whole, np.rint(vector), vector).astype(np.float32) + np.float32(0)
+
+    def values(self, x: Vector) -> list[float]:
+        """A genotype as parameters of `distributions`: Python floats, and ints where a number is an integer."""
+        if self.integer:
+            return x.astype(int).tolist()  # type: ignore[no-any-return]
+        found = x.tolist()
+        for i in np.flatnonzero(self.whole):
+            found[i] = int(found[i])
+        return found  # type: ignore[no-any-return]
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """The numbers as Optuna distributions, by name, in order."""
         from optuna.distributions import FloatDistribution, IntDistribution
 
-        if self.integer:
-            return {name: IntDistribution(int(a), int(b)) for name, a, b in zip(self.names, self.low, self.high)}
-        return {name: FloatDistribution(float(a), float(b)) for name, a, b in zip(self.names, self.low, self.high)}
+        return {
+            name: IntDistribution(int(a), int(b)) if whole else FloatDistribution(float(a), float(b))
+            for name, a, b, whole in zip(self.names, self.low, self.high, self.whole)
+        }
 
     def plan(self, trial: optuna.trial.BaseTrial) -> Plan:
         """The plan of a trial, live or finished, however its numbers are stored.
@@ -259,8 +286,17 @@ class Space(ABC):
 
     def group_names(self) -> list[str]:
         """`L00-07`, `L08-15`, ...: the layers of each group."""
-        width = len(str(self.shape.layers - 1))
-        return [f"L{a:0{width}}" if a == b else f"L{a:0{width}}-{b:0{width}}" for a, b in self.groups]
+        return range_names(self.groups)
+
+
+def range_names(ranges: Sequence[tuple[int, int]]) -> list[str]:
+    """The names of layer ranges that cover all layers.
+
+    >>> range_names([(0, 7), (8, 8), (9, 31)])
+    ['L00-07', 'L08', 'L09-31']
+    """
+    width = len(str(ranges[-1][1]))
+    return [f"L{a:0{width}}" if a == b else f"L{a:0{width}}-{b:0{width}}" for a, b in ranges]
 
 
 def layer_groups(groups: Groups, layers: int) -> tuple[tuple[int, int], ...]:

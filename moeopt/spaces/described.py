@@ -8,6 +8,7 @@ from typing import Any
 from moeopt import genome
 from moeopt.errors import SpaceError, StorageError
 from moeopt.plan import ModelShape
+from moeopt.spaces.active import ActiveSpace, plan_described
 from moeopt.spaces.base import Space
 from moeopt.spaces.eep import EEPSpace
 from moeopt.spaces.merge import MergeSpace
@@ -38,6 +39,17 @@ def from_description(description: Mapping[str, Any]) -> Space:
                 around = space.decode_matrices(entries.reshape(len(groups), 2, keep, shape.experts))
                 return MergeSpace(
                     shape, around=around, groups=groups, scale=description["scale"], router=mapped["router"]
+                )
+            case "active":
+                inner = description["inner"]
+                alone = inner["kind"] == "plan"
+                k_range, skip_range = description["k_range"], description["skip_range"]
+                return ActiveSpace(
+                    shape if alone else from_description(inner),
+                    around=plan_described(inner["plan"], shape) if alone else None,
+                    k=k_range and tuple(k_range),
+                    skip=tuple(skip_range) if skip_range else False,
+                    groups=[(first, last) for first, last in description["active_groups"]],
                 )
             case kind:
                 raise SpaceError(f"this moeopt knows no space of kind {kind!r}")

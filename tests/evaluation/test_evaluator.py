@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moeopt.errors import NonFiniteLossError, TaskError
 from moeopt.evaluation import Evaluator
+from moeopt.evaluation.runners import Whole
+from moeopt.models import patched
 from moeopt.plan import LayerPlan, Plan
 from moeopt.tasks import Example, MultipleChoiceTask, TextTask
 
@@ -217,3 +221,82 @@ def test_bad_arguments_are_refused(tiny_model, tiny_tokenizer, questions):
     long = TextTask("long", search=["a" * 2000], window=1000)
     with pytest.raises(TaskError, match="exceed the limit of 512"):
         Evaluator(tiny_model, tiny_tokenizer, long)
+
+
+# Active experts -----------------------------------------------------------------------------------------------------
+
+
+def skipping(*layers: tuple[int, float]) -> Plan:
+    """All four experts of each layer, with its k and beta."""
+    return Plan(tuple(LayerPlan(experts=4, k=k, kept=(0, 1, 2, 3), skip=beta) for k, beta in layers))
+
+
+@pytest.mark.parametrize("rungs", [None, (7, 25)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_active_counts_the_experts_that_ran(make_mixtral, tiny_tokenizer, questions, monkeypatch, rungs, whole):
+    model = make_mixtral(layers=3, experts=4)
+    model.set_experts_implementation("eager")
+    evaluator = Evaluator(model, tiny_tokenizer, questions, batch_tokens=64, rungs=rungs, prefix_memory=0)
+    if whole:
+        evaluator._runner = Whole(model, 3)
+    plan = skipping((2, 0.9), (3, 0.6), (1, 0.0))
+    evaluator.evaluate(plan)  # what it checks first runs experts, too
+    pairs, own = [], type(model.model.layers[0].mlp.experts).forward.__wrapped__
+
+    def counting(self, hidden_states, top_k_index, top_k_weights):
+        pairs.append(top_k_index.numel())
+        return own(self, hidden_states, top_k_index, top_k_weights)
+
+    monkeypatch.setattr(type(model.model.layers[0].mlp.experts).forward, "__wrapped__", counting)
+    places = 0
+    for rung, evaluation in zip(evaluator._batches, evaluator.race(plan)):
+        places += sum(batch.ids.numel() for batch in rung)
+        assert evaluation.active == pytest.approx(sum(pairs) / (3 * places))
+    assert 1 < evaluation.active < 2
+    assert evaluator.evaluate().active == 2.0
+    assert evaluator.evaluate(Plan.identity(3, 4, 2)).active == 2.0
+    assert evaluator.evaluate(skipping((1, 0.0), (2, 0.0), (4, 0.0))).active == pytest.approx(7 / 3)
+    with patched(model, plan):
+        assert evaluator.evaluate().active == evaluation.active
+
+
+LAYER_CHOICES = ((2, 0.0), (1, 0.0), (2, 0.5), (2, 0.9), (3, 0.7))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    chosen=st.lists(st.lists(st.sampled_from(LAYER_CHOICES), min_size=4, max_size=4), min_size=2, max_size=6),
+    layers=st.sampled_from([1, 3, 6, 1000]),
+    rungs=st.sampled_from([None, (5, 25)]),
+)
+def test_layers_that_are_not_run_again_count_as_when_they_were(
+    make_mixtral, tiny_tokenizer, questions, chosen, layers, rungs
+):
+    model = make_mixtral(layers=4, experts=4, hidden=16, intermediate=16)
+    plain = Evaluator(model, tiny_tokenizer, questions, batch_tokens=64, rungs=rungs, prefix_memory=0)
+    bytes_a_layer = sum(4 * 16 * batch.ids.numel() for batch in plain.batches)
+    reusing = Evaluator(
+        model, tiny_tokenizer, questions, batch_tokens=64, rungs=rungs, prefix_memory=layers * bytes_a_layer
+    )
+    for parts in (*chosen, chosen[0]):
+        plan = skipping(*parts)
+        for got, expected in zip(reusing.race(plan), plain.race(plan), strict=True):
+            assert got.active == expected.active
+            np.testing.assert_array_equal(got.losses, expected.losses)
+    if layers == 1000:
+        assert got.layer_tokens == got.tokens < expected.layer_tokens
+
+
+def test_what_is_known_of_a_plan_keeps_its_active_experts(tiny_model, tiny_tokenizer, questions):
+    evaluator = Evaluator(tiny_model, tiny_tokenizer, questions, batch_tokens=64, rungs=(5, 12, 25))
+    plan = skipping((2, 0.5), (2, 0.9))
+    stages = list(evaluator.race(plan))
+    assert len({stage.active for stage in stages}) == 3
+    for stage in stages:
+        evaluator.clear()
+        *_, last = evaluator.race(plan, stage)
+        assert last.active == pytest.approx(stages[-1].active, abs=1e-12)
+        np.testing.assert_array_equal(last.scores, stages[-1].scores)
+        seen = len(stage.losses)
+        assert last.tokens == stages[-1].tokens - stage.tokens
+        assert [s.active for s in evaluator.race(plan, stage) if len(s.losses) == seen] == [pytest.approx(stage.active)]

@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 from moeopt import methods
 from moeopt.errors import MethodError, ModelError
 from moeopt.evaluation import Evaluator
-from moeopt.methods import naee, output_fit
+from moeopt.methods import clustering, naee, output_fit
 from moeopt.methods.base import Wanted
 from moeopt.methods.statistics import MeanOutputs, Norms, Routing
 from moeopt.models import moe_layers, patched
@@ -253,7 +253,7 @@ def test_m_smoe(calibration, tokens):
 def test_clusters_survive_ties():
     for labels in ([1, 1, 1, 1], [2, 2, 1, 1]):
         for r in (2, 3, 4):
-            found = methods.clustering.numbered(np.array(labels), r)
+            found = clustering.numbered(np.array(labels), r)
             assert sorted(set(found.tolist())) == list(range(r))
 
 
@@ -326,6 +326,7 @@ class TestEveryMethod:
             plan = methods.plan(name, calibration, keep=keep, k=k)
             assert len(plan.layers) == 3
             assert all((p.kept_experts, p.k, p.experts) == (keep, k or 2, 8) for p in plan.layers)
+            assert {p.router for p in plan.layers} <= {methods.ROUTERS[name], "rows"}
             loss = Evaluator(model, tiny_tokenizer, text, limit=2).evaluate(plan).loss
             assert np.isfinite(loss)
 
@@ -367,6 +368,12 @@ class TestEveryMethod:
             assert np.isfinite(evaluator.evaluate(plan).loss)
 
 
+def test_every_name_is_there():
+    assert list(methods.METHODS) == list(methods.ROUTERS)
+    for name in methods.__all__:
+        assert getattr(methods, name) is not None
+
+
 def test_methods_share_a_pass(calibration):
     together = methods.plans(methods.METHODS, calibration, keep=4)
     assert list(together) == list(methods.METHODS)
@@ -376,8 +383,25 @@ def test_methods_share_a_pass(calibration):
         assert alone.layer_tokens == found.layer_tokens
     forward = calibration.tokens * 3
     costs = {name: found.layer_tokens / forward for name, found in together.items()}
-    assert (costs["random"], costs["frequency"], costs["reap"], costs["naee"]) == (0, 1, 2, 5)
-    assert costs["naee_progressive"] == 7
+    assert (costs["random"], costs["frequency"], costs["reap"], costs["naee"]) == (0, 1, 2, 4)
+    assert costs["naee_progressive"] == 6
+
+
+def test_groups_share_a_choice(calibration, tokens):
+    groups = [(0, 1), (2, 2)]
+    names = [name for name in methods.METHODS if name != "naee_progressive"]
+    for name, found in methods.plans(names, calibration, keep=3, groups=groups).items():
+        assert found.plan.layers[0] == found.plan.layers[1], name
+        alone = methods.plan(name, calibration, keep=3)
+        assert name == "random" or found.plan.layers[2] == alone.layers[2]
+    both = tokens[0] + tokens[1]
+    scores = [RULES["reap"](both, j) for j in range(8)]
+    kept = methods.plan("reap", calibration, keep=3, groups=groups).layers[0].kept
+    assert set(kept) == set(sorted(range(8), key=lambda j: -scores[j])[:3])
+    with pytest.raises(MethodError, match="layers cannot share a choice, got 2 groups"):
+        methods.plan("naee_progressive", calibration, keep=3, groups=groups)
+    with pytest.raises(MethodError, match="must be layer ranges that cover layers 0-2 once"):
+        methods.plan("naee", calibration, keep=3, groups=[(0, 1)])
 
 
 def test_calibration_takes_the_right_answers(model, tiny_tokenizer):

@@ -17,7 +17,7 @@ from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import BlockCMAESSampler, Told
 from moeopt.samplers.blockcmaes import blocks
 from moeopt.samplers.cmaes import complete
-from moeopt.spaces import EEPSpace, MergeSpace, PruneSpace, Space
+from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space
 
 SHAPE = ModelShape(layers=4, experts=6, k=1)
 AROUND = Plan.one_hot([[0, 1], [2, 3], [4, 5], [0, 3]], experts=6, k=1)
@@ -46,6 +46,34 @@ def test_blocks_cover_the_space_once() -> None:
                 assert whole or first // per_group == (stop - 1) // per_group
     assert blocks(SPACE, 48) == ((0, 48), (48, 96))
     assert blocks(SPACE, 16) == tuple((i, i + 12) for i in range(0, 96, 12))
+
+
+def test_k_and_betas_have_blocks_of_their_own() -> None:
+    shape = ModelShape(layers=6, experts=6, k=2)
+    inner = PruneSpace(shape, keep=3, groups=2)
+    both = ActiveSpace(inner, k=(1, 3), skip=True, groups=[(0, 0), (1, 2), (3, 5)])
+    alone = ActiveSpace(shape, k=(1, 2))
+    for space in (both, alone):
+        for size in (1, 2, 4, 6, 100):
+            sampler = BlockCMAESSampler(space, seed=0, block_size=size)
+            found = [sampler.numbers(block).tolist() for block in sampler.blocks]
+            assert sorted(i for numbers in found for i in numbers) == list(range(space.size))
+            for numbers in found:
+                assert len(numbers) <= max(size, 2 if space is both else 1)
+                assert max(numbers) < space.inner.size or min(numbers) >= space.inner.size
+    sampler = BlockCMAESSampler(both, seed=0, block_size=4)
+    assert [sampler.numbers(block).tolist() for block in sampler.blocks[-2:]] == [[12, 13, 15, 16], [14, 17]]
+    assert [sampler.layer(block) for block in sampler.blocks] == [0, 0, 3, 3, 0, 3]
+    study = optuna.create_study(sampler=BlockCMAESSampler(both, seed=0, population_size=4, generations=2))
+    evaluate(study, both, both.sample(np.random.default_rng(1)), 60)
+    played = set()
+    for trial in study.trials[1:]:
+        origin = genome.origin(trial)
+        differs = np.flatnonzero(genome.read(trial) != genome.read(study.trials[origin["parents"][0]]))
+        numbers = sampler.numbers(tuple(origin["notes"]["block"]))
+        assert set(differs) <= set(numbers)
+        played.add(int(numbers[0]))
+    assert played == {0, 12}
 
 
 def test_only_the_block_differs_from_the_centre() -> None:

@@ -20,7 +20,7 @@ from moeopt import genome
 from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import SAMPLERS, GenomeSampler, get
-from moeopt.spaces import EEPSpace, MergeSpace, PruneSpace, Space
+from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -33,6 +33,8 @@ SPACES: dict[str, Callable[[], Space]] = {
     "subset": lambda: PruneSpace(SHAPE, keep=3, groups=3, encoding="subset"),
     "merge": lambda: MergeSpace(SHAPE, around=AROUND, groups=2),
     "eep": lambda: EEPSpace(SHAPE, keep=3, groups=2),
+    "active": lambda: ActiveSpace(PruneSpace(SHAPE, keep=3, groups=3), k=(1, 2), skip=True, groups=2),
+    "active alone": lambda: ActiveSpace(SHAPE, k=(1, 2)),
 }
 
 Make = Callable[..., GenomeSampler]
@@ -58,16 +60,20 @@ MAKE: dict[str, Make] = {
 
 each_sampler = pytest.mark.parametrize("name", MAKE)
 each_space = pytest.mark.parametrize("kind", SPACES)
-two_spaces = pytest.mark.parametrize("kind", ["scores", "merge"])
+three_spaces = pytest.mark.parametrize("kind", ["scores", "merge", "active"])
 
 
 def loss_of(plan: Plan) -> float:
-    """How far each layer's mixture is off a target: smooth in the matrices, with interactions between experts."""
+    """How far each layer's mixture is off a target: smooth in the matrices, with interactions between experts.
+
+    Some layers are better off with one active expert, and all with some skipping.
+    """
     total = 0.0
     for i, layer in enumerate(plan.layers):
         experts, target = _layer_data(i // 2, layer.experts)
         mixture = (layer.expert_matrix + 0.5 * layer.router_matrix).mean(axis=0) @ experts
         total += float(((mixture - target) ** 2).mean())
+        total += (2 - layer.k) * (0.2 if i % 3 else -0.3) + layer.skip * (layer.skip - 0.6)
     return total / len(plan.layers)
 
 
@@ -153,7 +159,7 @@ STUBBORN = ("nevergrad:NelderMead", "nevergrad:NGOpt")
 
 
 @each_sampler
-@two_spaces
+@three_spaces
 def test_seeds(name: str, kind: str) -> None:
     space = SPACES[kind]()
     assert proposals(run(name, space, 6)) == uninterrupted(name, kind)[:6]
@@ -187,10 +193,10 @@ def test_every_storage_gives_the_same(name: str, kind: str, storage: Any) -> Non
 
 
 @each_sampler
-@pytest.mark.parametrize("kind", ["scores", "subset", "merge"])
+@pytest.mark.parametrize("kind", ["scores", "subset", "merge", "active"])
 def test_no_plan_is_evaluated_twice(name: str, kind: str) -> None:
     fingerprints = plans(run(name, SPACES[kind](), 25, redraw=100))
-    if name not in STUBBORN or kind == "merge":
+    if name not in STUBBORN or kind in ("merge", "active"):
         assert len(set(fingerprints)) == 25
     else:
         assert len(set(fingerprints)) > 2
@@ -206,7 +212,7 @@ def test_an_exhausted_space_goes_on(name: str, encoding: Any) -> None:
 
 
 @each_sampler
-@two_spaces
+@three_spaces
 def test_enqueued_plan_is_evaluated_as_it_is_and_told(name: str, kind: str) -> None:
     space = SPACES[kind]()
     plan = space.decode(space.sample(np.random.default_rng(5)))
@@ -236,7 +242,7 @@ def test_enqueue_by_parameter_names(name: str) -> None:
 
 
 @each_sampler
-@two_spaces
+@three_spaces
 def test_failed_trials(name: str, kind: str) -> None:
     space = SPACES[kind]()
     study = optuna.create_study(sampler=MAKE[name](space))
@@ -282,11 +288,12 @@ CAREFUL = ("nevergrad:OldCMA", "nevergrad:NelderMead")
 
 
 @each_sampler
-@two_spaces
+@three_spaces
 def test_finds_better_plans(name: str, kind: str) -> None:
     """Better than its first trial, and than 19 of 20 random plans."""
     space = SPACES[kind]()
-    losses = [t.value for t in run(name, space, BUDGET.get(name, 90)).trials]
+    budget = 90 if kind == "active" else BUDGET.get(name, 90)
+    losses = [t.value for t in run(name, space, budget).trials]
     rng = np.random.default_rng(0)
     chance = np.array([loss_of(space.decode(space.sample(rng))) for _ in range(400)])
     assert min(losses) < losses[0]
@@ -307,7 +314,7 @@ def test_global_random_states_are_left_alone(name: str) -> None:
 
 
 @each_sampler
-@two_spaces
+@three_spaces
 def test_maximising_is_minimising_the_negative(name: str, kind: str) -> None:
     space = SPACES[kind]()
     study = optuna.create_study(direction="maximize", sampler=MAKE[name](space))
@@ -324,7 +331,7 @@ def test_multi_objective_is_refused(name: str) -> None:
 
 
 @each_sampler
-@two_spaces
+@three_spaces
 def test_workers_do_not_try_the_same_plan(name: str, kind: str) -> None:
     space = SPACES[kind]()
     study = run(name, space, 5)
@@ -352,3 +359,22 @@ def test_settings_describe_the_sampler(name: str) -> None:
     assert settings["seed"] == 1
     assert settings != MAKE[name](space, seed=2).settings()
     assert settings != MAKE[name](space, redraw=3).settings()
+
+
+@each_sampler
+@pytest.mark.parametrize("kind", ["active", "active alone"])
+def test_k_and_beta_move(name: str, kind: str) -> None:
+    """Every one of them takes several values, and the plans have them."""
+    space = SPACES[kind]()
+    bold = {"sigma": 4.0} if name in CAREFUL else {}
+    study = run(name, space, BUDGET.get(name, 90), **bold)
+    extras = np.stack([stored(trial)[space.extras] for trial in study.trials])
+    count = len(space.extra_groups)
+    for trial, row in zip(study.trials, extras):
+        layers = [space.plan(trial).layers[first] for first, _ in space.extra_groups]
+        ks, betas = row[:count].tolist(), row[count:].tolist() or [0.0] * count
+        assert [layer.k for layer in layers] == ks
+        assert [layer.skip for layer in layers] == [beta if k > 1 else 0.0 for k, beta in zip(ks, betas)]
+    if name not in STUBBORN:
+        assert (np.ptp(extras, axis=0) > 0).all()
+        assert set(np.unique(extras[:, :count])) == {1.0, 2.0}

@@ -13,7 +13,7 @@ from moeopt import genome
 from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import EEPSampler, Told
-from moeopt.spaces import EEPSpace, MergeSpace, PruneSpace
+from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
 
 SHAPE = ModelShape(layers=6, experts=8, k=2)
 SPACE = EEPSpace(SHAPE, keep=4, groups=3)
@@ -260,3 +260,45 @@ def test_redraw_avoids_duplicates_and_as_published_has_them() -> None:
     space = EEPSpace(SHAPE, keep=4, groups=1)
     assert len({genome.origin(t)["plan"] for t in run(space, 50, initial=10, redraw=200).trials}) == 50
     assert len({genome.origin(t)["plan"] for t in run(space, 50, initial=10, redraw=0).trials}) < 40
+
+
+@pytest.mark.parametrize("phase", ["prune", "merge"])
+def test_children_take_k_and_betas_from_their_first_parent(phase: str) -> None:
+    """And a quarter of these numbers gets noise, each of the scale of its own step."""
+    space = ActiveSpace(EEPSpace(SHAPE, keep=4, groups=3), k=(1, 4), skip=True)
+    rng = np.random.default_rng(0)
+    history = []
+    for number in range(40):
+        x = space.sample(rng)
+        x[space.extras] = np.where(np.arange(12) < 6, 2 + number % 2, 0.4 + 0.2 * (number % 2))
+        history.append(Told(number, number, space.snap(x), 1.0, False, str(number), "initial", {}))
+    sampler = EEPSampler(space, seed=0, prune_until=100 if phase == "prune" else 1)
+    plain = EEPSampler(space.inner, seed=0, prune_until=sampler.prune_until)
+    without = [Told(t.number, t.slot, t.x[: space.inner.size], 1.0, False, "", "initial", {}) for t in history]
+    ks, betas, crossed = [], [], 0
+    for slot in range(40, 640):
+        proposal, same = sampler.propose(history, slot, 0), plain.propose(without, slot, 0)
+        assert np.array_equal(proposal.x[: space.inner.size], same.x)
+        assert (proposal.parents, proposal.operator) == (same.parents, same.operator)
+        crossed += len(proposal.parents) == 2
+        moved = proposal.x[space.extras] - history[proposal.parents[0]].x[space.extras]
+        ks.append(moved[:6])
+        betas.append(moved[6:])
+    for moved, step in ((np.array(ks), 0.75), (np.array(betas), 0.25)):
+        hit = moved[moved != 0]
+        assert hit.size / moved.size == pytest.approx(0.25, abs=0.03)
+        assert hit.std() == pytest.approx(step, rel=0.1)
+        assert abs(hit.mean()) < step / 5
+    assert (crossed > 0) == (phase == "merge")
+
+
+def test_active_experts_alone_make_a_phase_of_their_own() -> None:
+    space = ActiveSpace(SHAPE, k=(1, 2))
+    target = np.array([1, 2, 1, 1, 2, 1])
+    study = optuna.create_study(sampler=EEPSampler(space, seed=0, initial=6))
+    for _ in range(50):
+        trial = study.ask()
+        study.tell(trial, float(np.abs([layer.k for layer in space.plan(trial).layers] - target).sum()))
+    assert study.best_value == 0
+    assert {genome.origin(trial)["phase"] for trial in study.trials} == {"active"}
+    assert {genome.origin(trial)["operator"] for trial in study.trials} == {"initial", "active"}

@@ -14,8 +14,8 @@ from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import LocalSampler, Told
 from moeopt.samplers.bandit import choose
-from moeopt.samplers.local import MOVES
-from moeopt.spaces import NAMED_AT_MOST, EEPSpace, MergeSpace, PruneSpace, Space
+from moeopt.samplers.local import ACTIVE, MOVES
+from moeopt.spaces import NAMED_AT_MOST, ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space
 
 SHAPE = ModelShape(layers=8, experts=6, k=2)
 AROUND = Plan.one_hot([[0, 1, 2]] * 8, experts=6, k=2)
@@ -247,3 +247,69 @@ def test_settings_name_every_argument() -> None:
 
     named = set(inspect.signature(LocalSampler).parameters) - {"space"} | {"name"}
     assert set(LocalSampler(EEP).settings()) == named
+
+
+# Active experts -----------------------------------------------------------------------------------------------------
+
+
+def test_the_active_move_changes_k_and_betas_of_its_window() -> None:
+    inner = PruneSpace(SHAPE, keep=3, groups=2)
+    space = ActiveSpace(inner, k=(1, 3), skip=True, groups=4)
+    sampler = LocalSampler(space, seed=0, moves=[ACTIVE], widths=[1, 2], p_entry=0.3)
+    history = [told(0, 5.0, space.sample(np.random.default_rng(0)))]
+    before, seen = history[0].x[inner.size :].reshape(2, 4), set()
+    for slot in range(1, 120):
+        proposal = sampler.propose(history, slot, 0)
+        assert (proposal.operator, proposal.phase, proposal.parents) == (ACTIVE, "active", (0,))
+        assert np.array_equal(proposal.x[: inner.size], history[0].x[: inner.size])
+        after = proposal.x[inner.size :].reshape(2, 4)
+        first, width = proposal.notes["first"], proposal.notes["width"]
+        changed = np.flatnonzero((before != after).any(axis=0))
+        assert set(changed) <= set(range(first, first + width))
+        assert changed.size
+        assert np.abs(after[0] - before[0]).max() in (0, 1)
+        seen |= {(first, width)}
+    assert seen == {(first, width) for width in (1, 2) for first in range(5 - width)}
+
+
+def test_other_moves_leave_k_and_betas_alone() -> None:
+    space = ActiveSpace(EEPSpace(SHAPE, keep=3, groups=4), k=(1, 2), skip=True, groups=2)
+    history = [told(0, 5.0, space.sample(np.random.default_rng(0)))]
+    sampler = LocalSampler(space, seed=0, moves=list(MOVES))
+    for slot in range(1, 60):
+        x = sampler.propose(history, slot, 0).x
+        assert np.array_equal(x[space.extras], history[0].x[space.extras])
+        assert not np.array_equal(x, history[0].x)
+
+
+def test_active_moves_cost_the_layers_from_their_window_on() -> None:
+    space = ActiveSpace(PruneSpace(SHAPE, keep=3), k=(1, 2), groups=[(0, 5), (6, 6), (7, 7)])
+    sampler = LocalSampler(space, seed=0)
+    assert sampler.moves == ("swap", ACTIVE)
+    x = space.start()
+    history = [told(0, 5.0, x), played(1, ACTIVE, 1, 4.5, x=x), played(2, "swap", 1, 4.0, x=x)]
+    assert [(arm.move, gain, cost) for arm, gain, cost in sampler.plays(history)] == [
+        (ACTIVE, 0.5, 2.0),
+        ("swap", 1.0, 7.0),
+    ]
+
+
+def test_active_experts_of_one_plan_alone() -> None:
+    """Eight numbers to get right; one for all layers has the move of a single window."""
+    target = np.array([1, 2, 1, 1, 2, 1, 2, 2])
+    space = ActiveSpace(SHAPE, around=AROUND, k=(1, 2))
+    study = optuna.create_study(sampler=LocalSampler(space, seed=0))
+    for _ in range(40):
+        trial = study.ask()
+        study.tell(trial, float(np.abs([layer.k for layer in space.plan(trial).layers] - target).sum()))
+    assert study.best_value == 0
+    assert {genome.origin(t)["operator"] for t in study.trials[1:]} == {ACTIVE}
+    single = ActiveSpace(SHAPE, k=(1, 2), groups=1)
+    study = optuna.create_study(sampler=LocalSampler(single, seed=0, widths=[2, 3]))
+    assert {study.ask().params["k.L0-7"] for _ in range(4)} == {1, 2}
+
+
+def test_the_active_move_needs_an_active_space() -> None:
+    with pytest.raises(SamplerError, match=r"moves must be some of swap for this space, got \['active'\]"):
+        LocalSampler(SPACES["rows"], moves=[ACTIVE])
+    assert LocalSampler(ActiveSpace(SHAPE, k=(1, 2))).moves == (ACTIVE,)

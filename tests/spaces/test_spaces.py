@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import combinations
 from math import comb
 from typing import Any
@@ -15,7 +16,7 @@ from moeopt import genome
 from moeopt.errors import SpaceError
 from moeopt.plan import LayerPlan, ModelShape, Plan
 from moeopt.samplers import RandomSampler
-from moeopt.spaces import EEPSpace, MergeSpace, PruneSpace, Space, from_description, layer_groups
+from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space, from_description, layer_groups
 
 SHAPE = ModelShape(layers=5, experts=6, k=2)
 PRUNING = Plan.one_hot([[0, 2, 4]] * 2 + [[1, 2, 5]] * 3, experts=6, k=2)
@@ -25,12 +26,27 @@ MERGING = Plan(
         for i in (0, 0, 2, 2, 2)
     )
 )
+ALIASES = np.repeat(np.eye(3, dtype=np.float32), 2, axis=1)
+MIXED = Plan(
+    (
+        LayerPlan(6, 2, kept=(0, 2, 4)),
+        LayerPlan(6, 1, w_em=ALIASES / 2, w_rm=ALIASES, router="alias"),
+        LayerPlan(6, 2, kept=(0, 1, 3), router="logit", w_rm=np.full((3, 6), 0.5)),
+        *MERGING.layers[3:],
+    )
+)
 
 SPACES: dict[str, Space] = {
     **{e: PruneSpace(SHAPE, keep=3, groups=2, encoding=e) for e in ("scores", "rows", "subset")},  # type: ignore[arg-type]
     "merge": MergeSpace(SHAPE, around=MERGING, groups=2),
     "merge one-hot": MergeSpace(SHAPE, around=PRUNING, groups=2, router="logit"),
     "eep": EEPSpace(SHAPE, keep=3, groups=2),
+    "active scores": ActiveSpace(PruneSpace(SHAPE, keep=3, groups=2), k=(1, 3), skip=True, groups=3),
+    "active subset": ActiveSpace(PruneSpace(SHAPE, keep=3, groups=2, encoding="subset"), k=(1, 2)),
+    "active merge": ActiveSpace(MergeSpace(SHAPE, around=MERGING, groups=2), skip=(0.1, 0.6), groups=1),
+    "active eep": ActiveSpace(EEPSpace(SHAPE, keep=3, groups=2), k=(1, 2), skip=True),
+    "active alone": ActiveSpace(SHAPE, k=(1, 4), skip=True),
+    "active around": ActiveSpace(SHAPE, around=MIXED, k=(1, 3)),
 }
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys())
 
@@ -56,9 +72,13 @@ def test_every_vector_is_a_plan_of_the_space(space: Space, seed: int) -> None:
     x = rng.uniform(space.low - 5, space.high + 5)
     plan = space.decode(x)
     assert len(plan.layers) == 5
-    assert {(layer.experts, layer.kept_experts, layer.k) for layer in plan.layers} == {(6, 3, 2)}
+    low, high = getattr(space, "k_range", None) or (2, 2)
+    assert {(layer.experts, layer.kept_experts) for layer in plan.layers} == {(6, space.keep)}
+    assert all(low <= layer.k <= high for layer in plan.layers)
     for first, last in space.groups:
-        assert len({plan.layers[i] for i in range(first, last + 1)}) == 1
+        assert len({replace(plan.layers[i], k=1) for i in range(first, last + 1)}) == 1
+    for first, last in space.extra_groups:
+        assert len({(plan.layers[i].k, plan.layers[i].skip) for i in range(first, last + 1)}) == 1
     snapped = space.snap(x)
     assert snapped.dtype == np.float32
     assert ((snapped >= space.low) & (snapped <= space.high)).all()
@@ -79,6 +99,9 @@ def test_start_sample_names_and_description(space: Space) -> None:
     assert json.loads(json.dumps(description)) == description
     others = [other.describe() for other in SPACES.values() if other is not space]
     assert description not in others
+    same = from_description(json.loads(json.dumps(description)))
+    assert same.describe() == description
+    assert [same.decode(x) for x in (space.low, space.high)] == [space.decode(x) for x in (space.low, space.high)]
     assert space.drift(space.start()) == 0.0
     assert all(space.drift(space.snap(corner)) <= space.drift_limit for corner in (space.low, space.high))
 
@@ -272,3 +295,140 @@ def test_a_released_solution_keeps_its_treatment_of_negative_probabilities() -> 
     for space in (EEPSpace(shape, keep=2, negative="eep"), MergeSpace(shape, around=solution)):
         assert space.decode(space.encode(solution)) == solution
         assert from_description(space.describe()).decode(space.encode(solution)) == solution
+
+
+# Active experts -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_active_plans_are_encoded_number_by_number(data: Any) -> None:
+    """Any k and beta of the ranges over any pruning, against a plan made layer by layer."""
+    layers = data.draw(st.integers(1, 6))
+    shape = ModelShape(layers, experts=5, k=data.draw(st.integers(1, 3)))
+    inner = PruneSpace(shape, keep=3, groups=data.draw(st.integers(1, layers)))
+    groups = layer_groups(data.draw(st.integers(1, layers)), layers)
+    high = data.draw(st.integers(2, 3))
+    space = ActiveSpace(inner, k=(1, high), skip=(0.0, 0.75), groups=groups)
+    pruning = inner.decode(inner.sample(np.random.default_rng(data.draw(st.integers(0, 99)))))
+    parts, expected = list(pruning.layers), []
+    for first, last in groups:
+        k, beta = data.draw(st.integers(1, high)), data.draw(st.floats(0, 0.75, width=32))
+        expected.append((k, beta if k > 1 else 0.0))
+        for i in range(first, last + 1):
+            parts[i] = LayerPlan(5, k, kept=parts[i].kept, skip=beta)
+    x = space.encode(Plan(tuple(parts)))
+    assert space.decode(x) == Plan(tuple(parts))
+    assert np.array_equal(x[: inner.size], inner.encode(pruning))
+    assert x[space.extras].tolist() == [k for k, _ in expected] + [beta for _, beta in expected]
+
+
+def test_an_active_space_begins_where_its_inner_space_does() -> None:
+    space = SPACES["active scores"]
+    assert space.decode(space.start()) == PruneSpace(SHAPE, keep=3, groups=2).decode(np.full(12, 0.5))
+    assert space.names[12:] == ("k.L0", "k.L1", "k.L2-4", "skip.L0", "skip.L1", "skip.L2-4")
+    assert space.start()[space.extras].tolist() == [2, 2, 2, 0, 0, 0]
+    assert space.step[space.extras].tolist() == [0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+    alone = SPACES["active alone"]
+    assert alone.decode(alone.start()) == Plan.identity(5, 6, 2)
+    assert ActiveSpace.of(SHAPE, k=(1, 2)).describe() == ActiveSpace(SHAPE, k=(1, 2)).describe()
+    around = SPACES["active around"]
+    assert around.decode(around.start()) == MIXED
+    assert ActiveSpace(SHAPE, k=(3, 4)).decode(np.full(5, 3)) == Plan.identity(5, 6, 3)
+    assert [layer.skip for layer in SPACES["active merge"].decode(SPACES["active merge"].start()).layers] == [
+        pytest.approx(0.1)
+    ] * 5
+
+
+def test_numbers_of_an_active_space_are_rounded_where_they_are_stored() -> None:
+    space = SPACES["active scores"]
+    assert not space.integer
+    x = space.start()
+    x[12], x[15] = 2.6, 0.3
+    assert space.snap(x)[12] == space.decode(x).layers[0].k == 3
+    assert space.snap(x)[15] == np.float32(0.3) == np.float32(space.decode(x).layers[0].skip)
+    kinds = [type(kind).__name__ for kind in space.distributions().values()]
+    assert kinds == ["FloatDistribution"] * 12 + ["IntDistribution"] * 3 + ["FloatDistribution"] * 3
+    assert [type(value) for value in space.values(space.snap(x))] == [float] * 12 + [int] * 3 + [float] * 3
+    assert SPACES["active subset"].integer
+
+
+@pytest.mark.parametrize("name", ["active scores", "active alone"])
+def test_a_plain_optuna_sampler_searches_active_experts(name: str) -> None:
+    space, live = SPACES[name], []
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    study.optimize(lambda trial: live.append(space.plan(trial)) or 0.0, n_trials=6)  # type: ignore[func-returns-value]
+    assert [space.plan(trial) for trial in study.trials] == live
+    assert all(type(trial.params["k.L0"]) is int for trial in study.trials)
+    assert len({trial.params["k.L0"] for trial in study.trials}) > 1
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_matrices_are_replaced_and_the_rest_stays(name: str) -> None:
+    space, rng = SPACES[name], np.random.default_rng(0)
+    x, other = space.sample(rng), space.sample(rng)
+    mixed = space.with_matrices(x, space.matrices(other))
+    assert np.array_equal(space.matrices(mixed), space.matrices(other))
+    assert np.array_equal(mixed[space.extras], x[space.extras])
+    assert space.matrices(x).shape[0] == len(space.groups)
+    if not name.startswith("active"):
+        assert np.array_equal(mixed, space.from_matrices(space.matrices(other)))
+        assert x[space.extras].size == 0
+
+
+@pytest.mark.parametrize(
+    ("space", "plan", "message"),
+    [
+        ("active scores", PRUNING.with_k(3).with_skip([0.5, 0.5, 0.5, 0.25, 0.5]), "layers 2-4 share one skip in this"),
+        ("active subset", PRUNING.with_k(3), "layer 0 of the plan has k=3, the space 1 to 2"),
+        ("active subset", PRUNING.with_skip(0.5), r"skips experts \(skip=0.5\), this space does not"),
+        ("active merge", MERGING.with_skip(0.75), "layer 0 of the plan has skip=0.75, the space 0.1 to 0.6"),
+        ("active merge", MERGING.with_k(1), r"\(n, r, k\) = \(6, 3, 1\), the space \(6, 3, 2\)"),
+        ("active eep", Plan.one_hot([[0, 1]] * 5, experts=6, k=1), r"\(n, r, k\) = \(6, 2, 2\), the space"),
+        ("active alone", PRUNING, "layer 0 of the plan is another than that of the plan this space is around"),
+        ("active alone", Plan.identity(4, 6, 2), "the plan has 4 layers, the space 5"),
+        ("active around", MIXED.with_skip(0.5), "layer 0 of the plan has another k or skip than the plan"),
+    ],
+)  # fmt: skip
+def test_plans_that_an_active_space_has_not(space: str, plan: Plan, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        SPACES[space].encode(plan)
+
+
+PRUNE = PruneSpace(SHAPE, keep=3, groups=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ActiveSpace(PRUNE), "searches k, a range such as .*, or skip, or both; neither was given"),
+        (lambda: ActiveSpace(PRUNE, k=(1, 4)), r"k=\(1, 4\) asks for 4 active experts of the 3 that are kept"),
+        (lambda: ActiveSpace(SHAPE, k=(1, 7)), r"k=\(1, 7\) asks for 7 active experts of the 6"),
+        (lambda: ActiveSpace(SHAPE, around=PRUNING, k=(1, 4)), r"asks for 4 active experts of the 3 that are kept"),
+        (lambda: ActiveSpace(PRUNE, k=(0, 2)), r"k must be a range \(low, high\) .* got \(0, 2\)"),
+        (lambda: ActiveSpace(PRUNE, k=(2, 2)), r"1 <= low < high, .* got \(2, 2\)"),
+        (lambda: ActiveSpace(PRUNE, k=2), "k must be a range .* got 2"),  # type: ignore[arg-type]
+        (lambda: ActiveSpace(PRUNE, k=(1.0, 2.5)), r"got \(1.0, 2.5\)"),  # type: ignore[arg-type]
+        (lambda: ActiveSpace(PRUNE, skip=(0.5, 1.5)), r"0 <= low < high <= 1, got \(0.5, 1.5\)"),
+        (lambda: ActiveSpace(PRUNE, skip=0.5), "skip must be True or a range .* got 0.5"),  # type: ignore[arg-type]
+        (lambda: ActiveSpace(PruneSpace(SHAPE, keep=3, k=1), skip=True), "at least 2 active experts .* have k=1"),
+        (lambda: ActiveSpace(PRUNE, k=(1, 2), groups=9), "groups must be between 1 and the model's 5"),
+        (lambda: ActiveSpace(ActiveSpace(SHAPE, k=(1, 2)), skip=True), "got another ActiveSpace"),
+        (lambda: ActiveSpace(PRUNE, around=PRUNING, k=(1, 2)), "got both a space and a plan"),
+        (lambda: ActiveSpace(SHAPE, around=Plan.identity(4, 6, 2), k=(1, 2)), "has 4 layers, the model 5"),
+        (lambda: ActiveSpace(SHAPE, around=Plan.identity(5, 8, 2), k=(1, 2)), "for 8 experts, the model has 6"),
+    ],
+)  # fmt: skip
+def test_bad_active_spaces(make: Any, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        make()
+
+
+def test_what_is_no_description_of_an_active_space() -> None:
+    description = SPACES["active around"].describe()
+    for key in ("inner", "k_range", "active_groups"):
+        with pytest.raises(SpaceError, match="not the description of a space"):
+            from_description({name: value for name, value in description.items() if name != key})
+    broken = {**description, "inner": {**description["inner"], "plan": {"layers": []}}}
+    with pytest.raises(SpaceError, match="not the description of a space"):
+        from_description(broken)
