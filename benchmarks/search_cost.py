@@ -5,11 +5,12 @@
 
 A layer-token is one token through one decoder layer. EEP as published (`redraw=0`) pays for every trial in full, for
 one equal to an earlier one, too; "redrawn" draws such proposals again. The others pay what their trials cost with
-prefix reuse, and "warm" ones one forward of the full model, which ranks experts by soft activation (mean routing
-probability). Every method is stopped at `--share` of the 400 full trials' layer-tokens. All search the same space, on
-the same examples; each seed has its own target. Seconds of EEP are those of a trial run in full, times their number;
-those of the others are what their trials took, without sampler and storage (see scaling.py). Test losses, on examples
-that no search saw, are compared at equal layer-tokens, with a paired bootstrap interval over test examples.
+prefix reuse, and "warm" ones the passes of the one-shot methods that they start from: `soft_activation_all`, and for
+EEP four more, in place of its random solutions. Every method is stopped at `--share` of the 400 full trials'
+layer-tokens. All search the same space, on the same examples; each seed has its own target. Seconds of EEP are those of
+a trial run in full, times their number; those of the others are what their trials took, without sampler and storage
+(see scaling.py). Test losses, on examples that no search saw, are compared at equal layer-tokens, with a paired
+bootstrap interval over test examples.
 
 Measured so far. SmolMoE, Python text, 1,530 search tokens, every layer its own group, seed 0: EEP as published ends at
 2.4120 (full model 2.4199; at 10 % of its layer-tokens 2.4155). "local, warm" has that after 0.8 % of layer-tokens and
@@ -50,8 +51,6 @@ from rich.table import Table
 
 import moeopt
 from moeopt.evaluation import Evaluator
-from moeopt.models import routing_rules
-from moeopt.plan import Plan
 
 PUBLISHED = "eep as published"
 
@@ -62,26 +61,31 @@ class Method:
 
     Args:
         sampler, options: as for `moeopt.create_study`.
-        warm: whether the ranking by soft activation is enqueued.
+        warm: one-shot methods whose plans are enqueued.
         full: whether every trial is paid for in full.
         rungs: of the objective; above 1, trials are raced.
     """
 
     sampler: str
     options: dict[str, Any]
-    warm: bool = False
+    warm: tuple[str, ...] = ()
     full: bool = False
     rungs: int = 1
 
 
+WARM = ("soft_activation_all",)
+WARM_EEP = ("soft_activation_all", "soft_activation", "frequency", "ean", "naee")
 METHODS = {
     PUBLISHED: Method("eep", {"redraw": 0}, full=True),
     "eep, redrawn": Method("eep", {}, full=True),
+    "eep, redrawn, band 0.1": Method("eep", {"band": 0.1}, full=True),
+    "eep, redrawn, band 0.03": Method("eep", {"band": 0.03, "crossover_band": 0.03}, full=True),
     "eep, redrawn, prefix reuse": Method("eep", {}),
+    "eep, warm": Method("eep", {"initial": len(WARM_EEP)}, warm=WARM_EEP),
     "local": Method("local", {}),
-    "local, warm": Method("local", {}, warm=True),
-    "blockcmaes, warm": Method("blockcmaes", {}, warm=True),
-    "local, warm, raced": Method("local", {}, warm=True, rungs=4),
+    "local, warm": Method("local", {}, warm=WARM),
+    "blockcmaes, warm": Method("blockcmaes", {}, warm=WARM),
+    "local, warm, raced": Method("local", {}, warm=WARM, rungs=4),
 }
 
 
@@ -103,7 +107,6 @@ def main() -> None:
     }
     evaluator = objectives[1].evaluator
     full_trial = evaluator.tokens * evaluator.layers
-    ranking = soft_activation(model, evaluator, args.keep)
 
     runs: dict[tuple[str, int], Run] = {}
     for seed in range(args.seeds):
@@ -117,7 +120,7 @@ def main() -> None:
                 seed=seed,
                 pruner="racing" if method.rungs > 1 else None,
                 load_if_exists=True,
-                warm_starts=[ranking] if method.warm else [],
+                warm_starts=method.warm,
                 **method.options,
             )
             run = Run(study, method, full_trial)
@@ -204,9 +207,10 @@ class Run:
 
     def costs(self) -> Iterator[tuple[FrozenTrial, int, float]]:
         """Every finished trial, with the layer-tokens and seconds spent when it ended."""
-        spent, seconds = (self.full_trial if self.method.warm else 0), 0.0
+        spent, seconds = 0, 0.0
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state.is_finished():
+                spent += trial.user_attrs.get("calibration_layer_tokens", 0)
                 spent += self.full_trial if self.method.full else trial.user_attrs.get("layer_tokens", self.full_trial)
                 seconds += self.full_seconds() if self.method.full else trial.user_attrs.get("seconds", 0.0)
                 yield trial, spent, seconds
@@ -229,30 +233,6 @@ class Run:
         done = [(t, spent) for t, spent, _ in self.costs() if t.state.name == "COMPLETE"]
         within = [t for t, spent in done if spent <= budget] or [done[0][0]]
         return min(within, key=lambda t: (t.value, t.number))
-
-
-def soft_activation(model: Any, evaluator: Evaluator, keep: int) -> Plan:
-    """The pruning that keeps the experts of largest mean routing probability over the search tokens."""
-    layers, rules = moeopt.moe_layers(model), routing_rules(model)
-    totals = [torch.zeros(layer.n) for layer in layers]
-
-    def count(index: int, output: Any) -> None:
-        totals[index] += rules[index].scores(output[0]).float().sum(0)
-
-    handles = [
-        layer.router.register_forward_hook(lambda _m, _i, output, index=layer.index: count(index, output))
-        for layer in layers
-    ]
-    try:
-        with torch.inference_mode():
-            for batch in evaluator.batches:
-                for ids, mask in zip(batch.ids, batch.mask):
-                    model(input_ids=ids[mask.bool()][None], use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    kept = [sorted(total.topk(keep).indices.tolist()) for total in totals]
-    return Plan.one_hot(kept, experts=layers[0].n, k=layers[0].k)
 
 
 def spread(values: list[float], digits: int) -> str:
