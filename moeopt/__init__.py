@@ -32,11 +32,12 @@ _HOMES = {
 }
 _ROOMS = {
     "analysis",
-    "figures",
-    "methods",
+    "comparing",
     "demo",
     "errors",
     "evaluation",
+    "figures",
+    "methods",
     "models",
     "samplers",
     "spaces",
@@ -58,6 +59,7 @@ __all__ = [
     "RacingPruner",
     "__version__",
     "analysis",
+    "comparing",
     "create_study",
     "demo",
     "enqueue",
@@ -81,7 +83,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from moeopt import analysis, demo, errors, evaluation, figures, methods, models, samplers, spaces, study, tasks
+    from moeopt import (
+        analysis,
+        comparing,
+        demo,
+        errors,
+        evaluation,
+        figures,
+        methods,
+        models,
+        samplers,
+        spaces,
+        study,
+        tasks,
+    )
     from moeopt.errors import MoeoptError
     from moeopt.evaluation import Evaluator, paired_bootstrap
     from moeopt.exporting import export

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moeopt import __version__, arguments
+from moeopt import __version__, arguments, cli_compare
 from moeopt.errors import ExportError, MoeoptError, PlanError
 
 DEFAULT_STORAGE = "sqlite:///moeopt.db"
@@ -427,6 +427,7 @@ def _command(ctx: typer.Context, storage: str) -> str:
     return shlex.join(["moeopt", *words])
 
 
+cli_compare.register(app)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -145,7 +145,7 @@ def why_not_stock(plan: Plan) -> str | None:
         if layer.router == "alias":
             return (
                 f"layer {i} lets its router choose among all {layer.experts} experts and aliases its picks, which a "
-                "stock checkpoint has no place for; sum the probabilities of a cluster instead and export a logit map"
+                'stock checkpoint has no place for; a pruning exports, and so does a merging with router="logit"'
             )
         if layer.router == "prob" and layer.router_rows is None:
             return (

@@ -24,10 +24,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "plan"},
     "tasks": {"errors"},
     "evaluation": {"errors", "plan", "models", "tasks"},
+    "methods": {"errors", "plan", "models", "tasks", "evaluation"},
     "racing": {"errors", "genome"},
     "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing"},
     "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "racing", "worker"},
     "exporting": {"errors", "plan", "models", "study"},
+    "comparing": {"errors", "plan", "models", "tasks", "evaluation", "methods"},
+    "figures": {"errors", "plan"},
     "demo": {
         "console",
         "errors",

@@ -135,7 +135,16 @@ def test_old_bin_checkpoints_are_read(full: Any, tmp_path: Path) -> None:
 
 def test_what_a_stock_checkpoint_cannot_express_is_refused(full: Any, tmp_path: Path) -> None:
     mixed_k = Plan((*pruning().layers[:2], pruning().with_k(1).layers[2]))
-    for plan, reason in ((merging("prob"), 'search with router="logit"'), (mixed_k, "one r and one k")):
+    w_rm = np.eye(3, 6, dtype=np.float32)
+    w_rm[0, 3:] = 1
+    aliased = Plan((LayerPlan(6, 2, kept=(0, 1, 2), w_rm=w_rm, router="alias"),) * 3)
+    cases = {
+        'search with router="logit"': merging("prob"),
+        "one r and one k": mixed_k,
+        "plan.with_skip(0)": pruning().with_skip(0.5),
+        "a pruning exports": aliased,
+    }
+    for reason, plan in cases.items():
         assert reason in str(why_not_stock(plan))
         with pytest.raises(ExportError, match="cannot express"):
             moeopt.export(plan, tmp_path / "small", model=full)

@@ -49,7 +49,6 @@ class Routing(Statistic):
         self.tokens = 0
         self.visits, self.gates, self.probabilities = np.zeros(n), np.zeros(n), np.zeros(n)
         self.logits = np.zeros((n, n))
-        self._ratios: list[NDArray[np.float32]] = []
 
     def add(self, seen: Seen) -> None:
         weights, index = seen.picks
@@ -59,12 +58,6 @@ class Routing(Statistic):
         self.probabilities += _numpy(seen.probabilities.double().sum(0))
         logits = seen.logits.double()
         self.logits += _numpy(logits.T @ logits)
-        self._ratios.append(_numpy(weights[:, -1] / weights[:, 0]).astype(np.float32))
-
-    @property
-    def ratios(self) -> NDArray[np.float32]:
-        """For every token, the weight of the last of its k experts over that of the first, (tokens,)."""
-        return np.concatenate(self._ratios)
 
 
 class Norms(Statistic):

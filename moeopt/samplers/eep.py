@@ -45,7 +45,7 @@ class EEPSampler(GenomeSampler):
     Args:
         space: what to search.
         seed, redraw: as for `GenomeSampler`. EEP as published is ``redraw=0``.
-        initial: random solutions before the first proposal.
+        initial: solutions before the first proposal: those enqueued (warm starts) and, for the rest, random ones.
         prune_until: population size at which the prune phase ends, the initial solutions counted.
         p_change: probability of a group matrix to change.
         p_row: probability of a row of a changed W_EM to be re-pointed (prune phase).

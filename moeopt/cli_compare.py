@@ -1,0 +1,219 @@
+"""`moeopt compare-methods`: arguments are checked and handed to `moeopt.comparing.compare`."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from moeopt import arguments
+from moeopt.errors import MoeoptError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+LINE_EVERY = 10.0
+"""Seconds between progress lines where there is no terminal to draw on."""
+EXAMPLES = (
+    "[bold]Examples[/bold]\n\n"
+    "moeopt compare-methods ./mixtral --task boolq --data boolq.jsonl --keep 6,4,2 --limit 128 --test-limit 512\n\n"
+    "moeopt compare-methods ./mixtral --task boolq --keep 4 --methods naee,reap --active 2,1 --skip "
+    "--study boolq-8to4\n\n"
+    "moeopt compare-methods ./mixtral --task boolq --keep 4 --calibration-task text --calibration-data wiki/\n\n"
+    "Everything found is kept in --out at once: the same command again goes on after [bold]Ctrl-C[/bold], and computes "
+    "nothing twice."
+)
+
+GOAL, COMPARED, LOOKED_AT, STUDY, MACHINE = (
+    partial(typer.Option, rich_help_panel=panel)
+    for panel in ("Task", "What is compared", "What one-shot methods look at", "Study", "Machine")
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("compare-methods", epilog=EXAMPLES)(compare_methods)
+
+
+def compare_methods(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id of the full model.")],
+    task: Annotated[str, GOAL(help="What to be good at: boolq, wic, multiple_choice, text.")],
+    keep: Annotated[str, COMPARED(metavar="R,R,...", help="Experts each layer keeps, such as 6,4,2.")],
+    data: Annotated[
+        str | None, GOAL(metavar="DATA", help="JSONL or parquet file, folder or hub id. Default: the task's own.")
+    ] = None,
+    task_option: Annotated[
+        list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as window=512; repeatable.")
+    ] = None,
+    limit: Annotated[
+        int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")
+    ] = None,
+    test_limit: Annotated[
+        int | None, GOAL(metavar="N", min=1, help="Use N dev and N test examples. Default: all.")
+    ] = None,
+    methods: Annotated[
+        str | None, COMPARED(metavar="NAME,...", help="One-shot methods, such as naee,reap. Default: all there are.")
+    ] = None,
+    active: Annotated[
+        str | None, COMPARED(metavar="K,K,...", help="Experts active per token, such as 2,1. Default: the model's.")
+    ] = None,
+    skip: Annotated[
+        bool, COMPARED("--skip", help="Also each plan with NAEE's dynamic skipping, its thresholds calibrated.")
+    ] = False,
+    draws: Annotated[
+        int, COMPARED(metavar="N", min=0, help="Random prunings; dev and test see the first 5 and the best.")
+    ] = 20,
+    seed: Annotated[int, COMPARED(metavar="N", min=0, help="Seed of the random prunings.")] = 0,
+    calibration_task: Annotated[
+        str | None, LOOKED_AT(metavar="TASK", help="Another task, for task-agnostic methods. Default: the task itself.")
+    ] = None,
+    calibration_data: Annotated[
+        str | None, LOOKED_AT(metavar="DATA", help="Its data, as --data; alone, other data of the same task.")
+    ] = None,
+    calibration_option: Annotated[
+        list[str] | None, LOOKED_AT(metavar="NAME=VALUE", help="An option of it, as --task-option; repeatable.")
+    ] = None,
+    calibration_limit: Annotated[
+        int | None, LOOKED_AT(metavar="N", min=1, help="Use N of its search examples. Default: as --limit.")
+    ] = None,
+    study: Annotated[
+        str | None, STUDY(metavar="NAME", help="A study of this model and task, whose best trials join the table.")
+    ] = None,
+    storage: Annotated[
+        str, STUDY(metavar="URL", help="Where studies are kept: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL).")
+    ] = "sqlite:///moeopt.db",
+    out: Annotated[Path, typer.Option(help="Folder for the table, the plans and all that is known.")] = Path(
+        "compare-out"
+    ),
+    device_map: Annotated[str, MACHINE(metavar="MAP", help="Where weights go: auto, cpu, cuda:0, ...")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], MACHINE(help="Type of the weights in memory.")
+    ] = "auto",
+    batch_tokens: Annotated[int, MACHINE(metavar="N", min=1, help="Padded tokens a forward pass.")] = 1024,
+) -> None:
+    """Compare one-shot methods with the full model, random prunings and a search, on examples that none has seen."""
+    keeps = numbers("--keep", keep)
+    actives = None if active is None else numbers("--active", active)
+    names = None if methods is None else words("--methods", methods)
+    options = arguments.pairs("--task-option", task_option)
+    other_options = arguments.pairs("--calibration-option", calibration_option)
+    from moeopt import comparing, tasks
+
+    comparing.check_methods(names)
+    shape = arguments.quick_shape(model)
+    if shape is not None:
+        comparing.check(shape, keeps, actives)
+    chosen = tasks.get(task, data=data, **options)
+    chosen.examples("search")
+    other = None
+    if calibration_task is not None or calibration_data is not None:
+        same = options if calibration_task in (None, task) else {}
+        other = tasks.get(calibration_task or task, data=calibration_data, **(same | other_options))
+        other.examples("search")
+    elif other_options:
+        raise MoeoptError("--calibration-option needs --calibration-task or --calibration-data")
+    comparing.check_folder(out, {"task": chosen.describe(), "calibration": (other or chosen).describe()})
+    opened = None
+    if study is not None:
+        from moeopt.study import load_study
+
+        opened = load_study(study, storage)
+        comparing.check_study(opened, chosen)
+    from moeopt.console import consoles
+    from moeopt.models import check_checkpoint, load
+
+    if shape is None:
+        comparing.check(check_checkpoint(model), keeps, actives)
+    console, err = consoles()
+    try:
+        err.print(f"loading {model}", markup=False)
+        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+        with Steps(err) as progress:
+            found = comparing.compare(
+                loaded,
+                tokenizer,
+                chosen,
+                keep=keeps,
+                methods=names,
+                active=actives,
+                skipping=skip,
+                draws=draws,
+                calibration=other,
+                limit=limit,
+                test_limit=test_limit,
+                calibration_limit=calibration_limit,
+                study=opened,
+                seed=seed,
+                batch_tokens=batch_tokens,
+                out=out,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        err.print("Interrupted; all that was found is kept. To go on:")
+        err.print(f"  {_command(ctx, storage)}", markup=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    console.print(comparing.view(found))
+    console.print(f"\n{out} holds table.csv, table.json and the plans.", markup=False, soft_wrap=True)
+
+
+class Steps:
+    """The progress of a comparison: one live line, or where there is no terminal a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console, self.shown = console, time.monotonic()
+        columns = BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+        self.live = Progress(*columns, console=console, transient=True)
+        self.bar = self.live.add_task("")
+
+    def __enter__(self) -> Steps:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self.console.is_terminal:
+            self.live.update(self.bar, completed=done, total=total, description=what)
+        elif time.monotonic() - self.shown >= LINE_EVERY:
+            self.shown = time.monotonic()
+            self.console.print(f"{done} of {total} steps · {what}", markup=False, soft_wrap=True)
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """
+    >>> numbers("--keep", "6,4,2")
+    [6, 4, 2]
+    """
+    if not re.fullmatch(r"\s*[1-9]\d*(\s*,\s*[1-9]\d*)*\s*", text):
+        raise MoeoptError(f"{option} must be numbers of at least 1, such as 6,4,2, got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def words(option: str, text: str) -> list[str]:
+    """Names between commas."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise MoeoptError(f"{option} must be names between commas, such as naee,reap, got {text!r}")
+    return found
+
+
+def _command(ctx: typer.Context, storage: str) -> str:
+    """The command that was given, to give again; without a storage's password."""
+    from moeopt.study import hidden
+
+    given: Sequence[str] = sys.argv[1:] if ctx.obj is None else ctx.obj
+    return shlex.join(["moeopt", *(word.replace(storage, hidden(storage)) for word in given)])

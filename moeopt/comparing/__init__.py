@@ -1,0 +1,47 @@
+"""Comparing on one task: the full model, random prunings, one-shot methods and what a search found."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "Calibrated": "comparison",
+    "Comparison": "comparison",
+    "ComparisonError": "checks",
+    "Row": "comparison",
+    "Size": "comparison",
+    "check": "checks",
+    "check_folder": "checks",
+    "check_methods": "checks",
+    "check_study": "checks",
+    "compare": "run",
+    "view": "table",
+}
+
+__all__ = [
+    "Calibrated",
+    "Comparison",
+    "ComparisonError",
+    "Row",
+    "Size",
+    "check",
+    "check_folder",
+    "check_methods",
+    "check_study",
+    "compare",
+    "view",
+]
+
+if TYPE_CHECKING:
+    from moeopt.comparing.checks import ComparisonError, check, check_folder, check_methods, check_study
+    from moeopt.comparing.comparison import Calibrated, Comparison, Row, Size
+    from moeopt.comparing.run import compare
+    from moeopt.comparing.table import view
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used: arguments can be checked without torch."""
+    if name in _HOMES:
+        return getattr(import_module(f"moeopt.comparing.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'moeopt.comparing' has no attribute {name!r}")

@@ -1,0 +1,136 @@
+"""What can be judged before anything heavy is imported: numbers, names, the folder, the study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeopt.errors import MethodError, MoeoptError, StudyError
+from moeopt.methods import names as known
+from moeopt.plan import ModelShape
+
+if TYPE_CHECKING:
+    import optuna
+    from torch import nn
+
+    from moeopt.tasks import Task
+
+MANIFEST = "comparison.json"
+FORMAT, VERSION = "moeopt-comparison", 1
+MAY_DIFFER = ("model.name_or_path",)
+"""The same weights may lie elsewhere."""
+
+
+class ComparisonError(MoeoptError, ValueError):
+    """A comparison cannot be made as asked, or not in this folder."""
+
+
+def check(shape: ModelShape, keep: Sequence[int], active: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The numbers of active experts that are asked for.
+
+    Raises:
+        ComparisonError: when a model of this shape does not have so many experts, or more would run than are kept.
+    """
+    ks = tuple(dict.fromkeys((shape.k,) if active is None else active))
+    if not keep or not ks:
+        raise ComparisonError("say how many experts are kept and active: at least one number of each")
+    for name, values in (("keep", keep), ("active", ks)):
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= shape.experts:
+                raise ComparisonError(
+                    f"{name} must be between 1 and the {shape.experts} experts each layer has, got {value!r}"
+                )
+    if max(ks) > min(keep):
+        hint = "" if active is not None else f", the model's own; ask for fewer with active={min(keep)}"
+        raise ComparisonError(f"keep={min(keep)} is fewer than the k={max(ks)} experts each token activates{hint}")
+    return ks
+
+
+def check_methods(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The methods that are asked for, each once; None: all but random.
+
+    Raises:
+        MethodError: for an unknown one, the nearest name being suggested, or for random.
+    """
+    if names is None:
+        return tuple(name for name in known.ROUTERS if name != "random")
+    for name in names:
+        known.check(name)
+    if "random" in names:
+        raise MethodError("random prunings are always compared; say how many with draws, and leave out 'random'")
+    return tuple(dict.fromkeys(names))
+
+
+def check_study(study: optuna.Study, task: Task, model: nn.Module | None = None) -> None:
+    """Raise StudyError, naming what differs, unless a study searched this task and this model.
+
+    Args:
+        study: it.
+        task: its examples must be the same, and the study must not have searched those of the test split.
+        model: None: not loaded yet, not compared.
+    """
+    from moeopt.study import DESCRIPTION
+
+    found = study.user_attrs.get(DESCRIPTION)
+    if not isinstance(found, dict):
+        raise StudyError(f"study {study.study_name!r} does not say what it searched; moeopt did not make it")
+    about, own = found["task"], task.describe()
+    if about["fingerprint"] != own["fingerprint"]:
+        raise StudyError(
+            f"study {study.study_name!r} searched another task: {about['name']!r} with examples "
+            f"{about['fingerprint'][:16]}, here is {own['name']!r} with {own['fingerprint'][:16]}"
+        )
+    if about["split"] == "test":
+        raise StudyError(f"study {study.study_name!r} searched the test split: its result there would mean nothing")
+    if model is not None:
+        from moeopt.models import describe
+
+        ours = describe(model)
+        differing = [key for key in ("config_hash", "weights") if found["model"][key] != ours[key]]
+        if differing:
+            raise StudyError(
+                f"study {study.study_name!r} searched another model ({found['model']['name_or_path']}): "
+                + ", ".join(f"{key} {found['model'][key][:16]}, here {ours[key][:16]}" for key in differing)
+            )
+
+
+def check_folder(folder: Path, of: Mapping[str, Any]) -> None:
+    """Raise ComparisonError unless a folder is new, empty, or of a comparison of the same model and tasks.
+
+    Args:
+        folder: it.
+        of: descriptions of model, task and calibration task, or of some of these.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ComparisonError(f"{str(folder)!r} is a file; give a folder for the comparison")
+    try:
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return
+        there = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        ours = there["format"] == FORMAT
+    except FileNotFoundError:
+        raise ComparisonError(f"{str(folder)!r} is not empty and holds no comparison; give a new folder") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ComparisonError(f"{str(folder / MANIFEST)!r} cannot be read: {error}") from None
+    if not ours or there.get("version") != VERSION:
+        raise ComparisonError(f"{str(folder)!r} is of another program, or of another version of moeopt")
+    differences = [
+        f"{path}: it has {old!r}, now {new!r}"
+        for key in of
+        for path, old, new in _differences(there.get(key), json.loads(json.dumps(of[key])), key)
+        if path not in MAY_DIFFER
+    ]
+    if differences:
+        raise ComparisonError(
+            f"{str(folder)!r} holds a comparison of something else; give another folder. {'; '.join(differences)}"
+        )
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}")
+    elif old != new:
+        yield path, old, new

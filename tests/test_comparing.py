@@ -1,0 +1,677 @@
+"""Comparisons: the numbers are those of direct evaluation, nothing is computed twice, bad input is one clear line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+import moeopt
+from moeopt import comparing, methods
+from moeopt.cli import main
+from moeopt.comparing import Comparison, ComparisonError, Row, compare, view
+from moeopt.demo import MODEL
+from moeopt.demo import task as demo_task
+from moeopt.errors import MethodError, StudyError
+from moeopt.evaluation import Evaluator, paired_bootstrap
+from moeopt.exporting import export
+from moeopt.plan import LayerPlan, Plan
+from moeopt.tasks import MultipleChoiceTask
+
+KEEP, DRAWS, TEST_DRAWS, SEED = 4, 3, 2, 3
+LIMITS = {"search": 4, "dev": 3, "test": 3}
+NAMES = ("reap", "naee", "naee_progressive")
+SMALL: dict[str, Any] = {
+    "keep": [KEEP],
+    "methods": ["reap", "naee"],
+    "draws": DRAWS,
+    "test_draws": TEST_DRAWS,
+    "limit": LIMITS["search"],
+    "test_limit": LIMITS["test"],
+    "seed": SEED,
+}
+
+
+skill_task = cache(demo_task.skill_task)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The demo model, its tokenizer, and a task."""
+
+    model: Any
+    tokenizer: Any
+    task: Any
+
+    def compare(self, **options: Any) -> Comparison:
+        options = SMALL | options
+        return compare(self.model, self.tokenizer, options.pop("task", self.task), **options)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Demo:
+    return Demo(*moeopt.load(MODEL), skill_task("caesar"))
+
+
+@pytest.fixture(scope="module")
+def study(demo: Demo) -> optuna.Study:
+    """Four trials: three random prunings, and a better plan that merges a little."""
+    space = moeopt.EEPSpace.of(demo.model, keep=KEEP)
+    objective = moeopt.Objective(demo.model, demo.tokenizer, demo.task, space, limit=LIMITS["search"])
+    calibration = methods.Calibration(demo.model, demo.tokenizer, demo.task, limit=LIMITS["search"])
+    pruned = methods.plan("soft_activation", calibration, keep=KEEP)
+    merged = [LayerPlan(8, 2, w_em=x.expert_matrix + 0.01, w_rm=x.expert_matrix, router="prob") for x in pruned.layers]
+    found = moeopt.create_study(
+        "s", objective=objective, storage=None, sampler="eep", warm_starts=[Plan(tuple(merged))], initial=8
+    )
+    moeopt.optimize(found, objective, trials=4)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compare") / "out"
+
+
+@pytest.fixture(scope="module")
+def found(demo: Demo, study: optuna.Study, folder: Path) -> Comparison:
+    return demo.compare(methods=NAMES, active=[2, 1], skipping=True, study=study, out=folder)
+
+
+@pytest.fixture(scope="module")
+def evaluators(demo: Demo) -> dict[str, Evaluator]:
+    return {
+        split: Evaluator(demo.model, demo.tokenizer, demo.task, split=split, limit=n) for split, n in LIMITS.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take most of the time; `found` has them."""
+    monkeypatch.setattr("moeopt.comparing.saving.find_spec", lambda name: None)
+
+
+def row(found: Comparison, name: str, k: int = 2) -> Row:
+    return next(row for row in found.rows if (row.name, row.k) == (name, k))
+
+
+@dataclass
+class Calls:
+    """How often plans were evaluated, and passes of a calibration made."""
+
+    evaluated: int = 0
+    passes: int = 0
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    counted = Calls()
+    race, watching = Evaluator.race, methods.Calibration.watching
+
+    def counting_race(self: Evaluator, *args: Any) -> Any:
+        counted.evaluated += 1
+        return race(self, *args)
+
+    def counting_watch(self: methods.Calibration, *args: Any, **options: Any) -> Any:
+        counted.passes += 1
+        return watching(self, *args, **options)
+
+    monkeypatch.setattr(Evaluator, "race", counting_race)
+    monkeypatch.setattr(methods.Calibration, "watching", counting_watch)
+    return counted
+
+
+@pytest.mark.parametrize("k", [2, 1])
+def test_methods_are_those_of_the_methods_room_and_scored_as_the_evaluator_does(
+    demo: Demo, found: Comparison, evaluators: dict[str, Evaluator], k: int
+) -> None:
+    calibration = methods.Calibration(demo.model, demo.tokenizer, demo.task, limit=LIMITS["search"])
+    expected = methods.plans(NAMES, calibration, keep=KEEP, k=k)
+    for name in NAMES:
+        line = row(found, name, k)
+        assert line.plan == expected[name].plan
+        assert (line.keep, line.kind, line.layer_tokens) == (KEEP, "method", expected[name].layer_tokens)
+        assert line.active == k
+        for split, evaluator in evaluators.items():
+            scores = evaluator.evaluate(line.plan)
+            assert np.array_equal(line.evaluations[split].scores, scores.scores)
+            assert (line.loss[split], line.accuracy[split]) == (scores.loss, scores.accuracy)
+    assert found.calibrated == comparing.Calibrated("demo:caesar", True, calibration.sequences, calibration.tokens)
+
+
+def test_skipping_is_calibrated_for_every_plan_of_two_active_experts(
+    demo: Demo, found: Comparison, evaluators: dict[str, Evaluator]
+) -> None:
+    calibration = methods.Calibration(demo.model, demo.tokenizer, demo.task, limit=LIMITS["search"])
+    plain = [line for line in found.rows if line.k == 2 and not line.skips and line.kind != "random"]
+    pairs = [(line, row(found, f"{line.name} + skipping")) for line in plain]
+    assert len(pairs) == 1 + 1 + len(NAMES) + 2
+    assert not any(line.skips for line in found.rows if line.k == 1)
+    for line, skipped in pairs:
+        plan = Plan.identity(6, 8, 2) if line.plan is None else line.plan
+        assert skipped.plan == methods.skipping(plan, calibration)
+        assert skipped.layer_tokens == line.layer_tokens + 6 * calibration.tokens
+        assert 1 < skipped.active < 2
+        assert skipped.active == evaluators["test"].evaluate(skipped.plan).active
+
+
+def test_the_full_model_comes_first_and_with_fewer_active_experts(
+    found: Comparison, evaluators: dict[str, Evaluator]
+) -> None:
+    assert found.rows[0] is found.full
+    assert found.full.plan is None
+    assert found.full.against_full is None
+    assert found.full.loss == {split: evaluator.evaluate().loss for split, evaluator in evaluators.items()}
+    fewer = row(found, "full model", 1)
+    assert fewer.loss["test"] == evaluators["test"].evaluate(Plan.identity(6, 8, 1)).loss
+    assert fewer.active == 1
+    assert found.splits == {s: comparing.Size(e.examples, e.tokens) for s, e in evaluators.items()}
+
+
+@pytest.mark.parametrize("k", [2, 1])
+def test_random_prunings_are_drawn_and_the_best_is_chosen_on_search(
+    found: Comparison, evaluators: dict[str, Evaluator], k: int
+) -> None:
+    plans = []
+    for draw in range(DRAWS):
+        rngs = [np.random.default_rng([SEED, draw, layer]) for layer in range(6)]
+        kept = [sorted(rng.permutation(8)[:KEEP].tolist()) for rng in rngs]
+        plans.append(Plan.one_hot(kept, experts=8, k=k))
+    mean = row(found, f"mean of {DRAWS} random", k)
+    for split, n in (("search", DRAWS), ("dev", TEST_DRAWS), ("test", TEST_DRAWS)):
+        scored = [evaluators[split].evaluate(plan) for plan in plans[:n]]
+        assert mean.loss[split] == pytest.approx(np.mean([e.loss for e in scored]), rel=1e-12)
+        assert mean.loss_sd[split] == pytest.approx(np.std([e.loss for e in scored]), rel=1e-12)
+        assert mean.accuracy[split] == pytest.approx(np.mean([e.accuracy for e in scored]), rel=1e-12)
+        assert mean.drawn[split] == n
+    losses = [evaluators["search"].evaluate(plan).loss for plan in plans]
+    assert row(found, f"best of {DRAWS} random", k).plan == plans[int(np.argmin(losses))]
+    assert mean.plan is None
+    assert mean.against_full is None
+
+
+def test_intervals_are_those_of_the_paired_bootstrap_on_test(found: Comparison) -> None:
+    full = found.full.evaluations["test"]
+    for line in found.rows[1:]:
+        if line.kind == "random":
+            continue
+        assert line.against_full == paired_bootstrap(line.evaluations["test"], full)
+        best = found.best_one_shot(line.keep, line.k)
+        if line.kind == "full" or line is best:
+            assert line.against_best is None
+        else:
+            assert best is not None
+            assert line.against_best == paired_bootstrap(line.evaluations["test"], best.evaluations["test"])
+
+
+def test_sizes_are_those_of_the_exported_checkpoint(demo: Demo, found: Comparison, tmp_path: Path) -> None:
+    line = row(found, "naee")
+    assert line.plan is not None
+    small = AutoModelForCausalLM.from_pretrained(export(line.plan, tmp_path / "small", model=demo.model))
+    assert line.parameters == sum(p.numel() for p in small.parameters())
+    assert line.gib * 2**30 == sum(p.numel() * p.element_size() for p in small.parameters())
+    assert found.full.parameters == sum(p.numel() for p in demo.model.parameters())
+
+
+def mixed_task(*, dev: bool = True, test: bool = True) -> MultipleChoiceTask:
+    """What is best on search and dev is not on test: that is another skill."""
+    caesar, dates = skill_task("caesar"), skill_task("dates")
+    parts = caesar.examples("search"), caesar.examples("dev") if dev else (), dates.examples("test") if test else ()
+    return MultipleChoiceTask("mixed", *parts)
+
+
+def test_the_best_one_shot_method_is_chosen_on_dev_never_on_test(demo: Demo) -> None:
+    found = demo.compare(task=mixed_task(), methods=NAMES, draws=0)
+    lines = [row(found, name) for name in NAMES]
+    least = {split: min(lines, key=lambda line: line.loss[split]).name for split in ("dev", "test")}
+    assert least["dev"] != least["test"]
+    best = found.best_one_shot(KEEP, 2)
+    assert best is not None
+    assert (best.name, found.chosen_on) == (least["dev"], "dev")
+    assert row(found, least["test"]).against_best == paired_bootstrap(
+        row(found, least["test"]).evaluations["test"], best.evaluations["test"]
+    )
+
+
+def test_without_dev_search_chooses_and_without_test_nothing_is_claimed(demo: Demo) -> None:
+    found = demo.compare(task=mixed_task(dev=False, test=False), methods=["naee", "reap"])
+    assert list(found.splits) == ["search"]
+    assert found.chosen_on == "search"
+    best = found.best_one_shot(KEEP, 2)
+    assert best is min((row(found, name) for name in ("naee", "reap")), key=lambda line: line.loss["search"])
+    assert all(line.against_full is None and line.against_best is None for line in found.rows)
+    assert "no test split" in found.sentences(KEEP)[0]
+    assert "Interval" not in printed(found, 120)
+
+
+def test_task_agnostic_methods_look_at_another_task(demo: Demo) -> None:
+    text = skill_task("text")
+    found = demo.compare(methods=["naee", "reap"], calibration=text, calibration_limit=3, draws=0)
+    calibration = methods.Calibration(demo.model, demo.tokenizer, text, limit=3)
+    expected = methods.plans(["naee", "reap"], calibration, keep=KEEP)
+    assert row(found, "naee").plan == expected["naee"].plan
+    assert row(found, "reap").plan == expected["reap"].plan
+    assert found.calibrated == comparing.Calibrated("demo:text", False, 3, calibration.tokens)
+    assert "another task, demo:text" in printed(found, 200)
+
+
+def test_a_second_run_evaluates_and_calibrates_nothing(
+    demo: Demo, study: optuna.Study, found: Comparison, folder: Path, calls: Calls
+) -> None:
+    files = {name: (folder / name).read_bytes() for name in ("table.csv", "table.json", "records.jsonl")}
+    again = demo.compare(methods=NAMES, active=[2, 1], skipping=True, study=study, out=folder)
+    assert (calls.evaluated, calls.passes) == (0, 0)
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    assert [line.plan for line in again.rows] == [line.plan for line in found.rows]
+    more = demo.compare(methods=[*NAMES, "ean"], out=folder)
+    assert (calls.evaluated, calls.passes) == (3, 1)
+    assert row(more, "naee").loss == row(found, "naee").loss
+
+
+def test_steps_are_counted_beforehand(demo: Demo, study: optuna.Study) -> None:
+    seen: list[tuple[int, int, str]] = []
+    options: dict[str, Any] = {"keep": [KEEP], "methods": ["reap", "naee_progressive"], "skipping": True}
+    demo.compare(
+        **options, draws=2, limit=2, test_limit=2, active=[1, 2], study=study, progress=lambda *step: seen.append(step)
+    )
+    total = seen[0][1]
+    assert [done for done, _, _ in seen] == list(range(total + 1))
+    assert {steps for _, steps, _ in seen} == {total}
+    assert seen[-1][2] == "done"
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(demo: Demo, tmp_path: Path, calls: Calls) -> None:
+    whole = demo.compare()
+    evaluated, passes = calls.evaluated, calls.passes
+    calls.evaluated = calls.passes = 0
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo.compare(out=tmp_path, progress=stop)
+    assert 0 < calls.evaluated < evaluated
+    with (tmp_path / "records.jsonl").open("rb+") as file:  # and the last line was torn
+        file.truncate(file.seek(0, os.SEEK_END) - 20)
+    rest = demo.compare(out=tmp_path)
+    assert (calls.evaluated, calls.passes) == (evaluated + 1, passes)
+    assert [line.loss for line in rest.rows] == [line.loss for line in whole.rows]
+    demo.compare(out=tmp_path)
+    assert calls.evaluated == evaluated + 1
+
+
+def test_plans_and_records_that_are_damaged_are_made_again(demo: Demo, tmp_path: Path, calls: Calls) -> None:
+    options: dict[str, Any] = {"methods": ["naee", "reap"], "draws": 0, "out": tmp_path}
+    first = demo.compare(**options)
+    (tmp_path / "plans" / "naee-keep4-k2.safetensors").unlink()
+    row(first, "naee").plan.save(tmp_path / "plans" / "reap-keep4-k2.safetensors")  # type: ignore[union-attr]
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if '"evaluation"' in line)
+    lines[at] = lines[at].replace('"z": "', '"z": "AAAA')
+    (tmp_path / "records.jsonl").write_text("\n".join([*lines, "17", "[]", "{}", "\x00"]) + "\n")
+    calls.evaluated = calls.passes = 0
+    again = demo.compare(**options)
+    assert (calls.evaluated, calls.passes) == (1, 1)
+    assert [line.plan for line in again.rows] == [line.plan for line in first.rows]
+    assert [line.loss for line in again.rows] == [line.loss for line in first.rows]
+
+
+def test_the_folder_of_something_else_is_refused_by_what_differs(demo: Demo, folder: Path, found: Comparison) -> None:
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(ComparisonError, match=r"task\.name: it has 'demo:caesar', now 'demo:dates'"):
+        demo.compare(task=skill_task("dates"), calibration=demo.task, out=folder)
+    with pytest.raises(ComparisonError, match=r"calibration\.name: it has 'demo:caesar', now 'demo:text'"):
+        demo.compare(calibration=skill_task("text"), out=folder)
+    weight = demo.model.model.layers[0].mlp.gate.weight.data
+    kept = weight.clone()
+    try:
+        weight.mul_(2)
+        with pytest.raises(ComparisonError, match=r"model\.weights"):
+            demo.compare(out=folder)
+    finally:
+        weight.copy_(kept)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_folders_that_cannot_serve_are_refused(demo: Demo, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ComparisonError, match="is a file"):
+        demo.compare(out=tmp_path / "file")
+    with pytest.raises(ComparisonError, match="not empty"):
+        demo.compare(out=tmp_path)
+    (tmp_path / "comparison.json").write_text("{")
+    with pytest.raises(ComparisonError, match="cannot be read"):
+        demo.compare(out=tmp_path)
+    (tmp_path / "comparison.json").write_text('{"format": "songs"}')
+    with pytest.raises(ComparisonError, match="another program"):
+        demo.compare(out=tmp_path)
+
+
+def test_files_hold_every_row(found: Comparison, tmp_path: Path) -> None:
+    found.save(tmp_path)
+    record = json.loads((tmp_path / "table.json").read_text())
+    with (tmp_path / "table.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(record["rows"]) == len(found.rows)
+    best = {(line["keep"], line["k"]): line["name"] for line in record["best_one_shot"]["methods"]}
+    for line, cells, entry in zip(found.rows, table, record["rows"]):
+        assert (cells["name"], int(cells["keep"]), int(cells["k"])) == (line.name, line.keep, line.k)
+        assert entry["name"] == line.name
+        for split in line.loss:
+            assert float(cells[f"{split}_loss"]) == entry["scores"][split]["loss"] == line.loss[split]
+            assert float(cells[f"{split}_accuracy"]) == line.accuracy[split]
+        assert int(cells["parameters"]) == entry["parameters"] == line.parameters
+        if line.against_full is None:
+            assert cells["test_minus_full_low"] == ""
+            assert entry["test_minus_full"] is None
+        else:
+            assert float(cells["test_minus_full_low"]) == entry["test_minus_full"]["low"] == line.against_full.low
+        if line.plan is not None:
+            assert Plan.load(tmp_path / entry["file"]) == line.plan
+            assert entry["plan"] == cells["plan"] == line.plan.fingerprint
+        assert (
+            entry["best_one_shot"] == (cells["best_one_shot"] == "True") == (best.get((line.keep, line.k)) == line.name)
+        )
+    assert record["splits"]["test"] == {"examples": 3, "tokens": found.splits["test"].tokens}
+    assert record["random"] == {"draws": DRAWS, "test_draws": TEST_DRAWS, "seed": SEED}
+    assert str(MODEL) not in (tmp_path / "table.json").read_text()
+
+
+def test_there_are_figures_where_something_can_draw_them(found: Comparison, folder: Path, tmp_path: Path) -> None:
+    assert (folder / "methods.html").stat().st_size > 1000
+    assert (folder / "methods.png").read_bytes().startswith(b"\x89PNG")
+    found.save(tmp_path)
+    assert (tmp_path / "table.json").is_file()
+    assert not list(tmp_path.glob("methods.*"))
+
+
+def test_the_study_joins_with_its_best_trial_and_its_best_pruning(
+    study: optuna.Study, found: Comparison, evaluators: dict[str, Evaluator]
+) -> None:
+    space = moeopt.study.space_of(study)
+    ranked = sorted(study.trials, key=lambda trial: trial.value)
+    pruned = next(trial for trial in ranked if space.plan(trial).is_one_hot)
+    assert pruned.number != ranked[0].number
+    for name, trial in (("search", ranked[0]), ("search, pruning only", pruned)):
+        line = row(found, name)
+        assert line.plan == space.plan(trial)
+        assert line.loss["search"] == pytest.approx(trial.value, abs=1e-12)
+        assert line.evaluations["test"].loss == evaluators["test"].evaluate(line.plan).loss
+        assert line.layer_tokens == sum(trial.user_attrs["layer_tokens"] for trial in study.trials)
+        assert line.against_best is not None
+    assert any("search is worse" in s or "search beats" in s or "no difference" in s for s in found.sentences(KEEP))
+
+
+def test_a_study_says_which_method_it_started_from(demo: Demo) -> None:
+    space = moeopt.PruneSpace.of(demo.model, keep=KEEP)
+    objective = moeopt.Objective(demo.model, demo.tokenizer, demo.task, space, limit=4)
+    study = moeopt.create_study("warm", objective=objective, storage=None, sampler="random")
+    plan = Plan.one_hot([range(KEEP)] * 6, experts=8, k=2)
+    moeopt.enqueue(study, space, plan, method="naee")
+    moeopt.optimize(study, objective, trials=1)
+    found = demo.compare(methods=["reap"], study=study, draws=0)
+    assert row(found, "search (from naee)").plan == plan
+    assert [line.kind for line in found.rows].count("search") == 1
+
+
+def test_studies_of_something_else_are_refused(demo: Demo, study: optuna.Study) -> None:
+    with pytest.raises(StudyError, match=r"another task.*'demo:caesar'.*'demo:dates'"):
+        demo.compare(task=skill_task("dates"), study=study)
+    with pytest.raises(ComparisonError, match=r"keeps 4 experts.*6, 3"):
+        demo.compare(keep=[6, 3], study=study)
+    with pytest.raises(StudyError, match="moeopt did not make it"):
+        demo.compare(study=optuna.create_study())
+    empty = optuna.create_study(study_name="empty")
+    description = study.user_attrs["moeopt"]
+    empty.set_user_attr("moeopt", description)
+    with pytest.raises(StudyError, match="'empty' has no completed trial"):
+        demo.compare(study=empty)
+    empty.set_user_attr("moeopt", {**description, "task": {**description["task"], "split": "test"}})
+    with pytest.raises(StudyError, match="test split"):
+        demo.compare(study=empty)
+    empty.set_user_attr("moeopt", {**description, "model": {**description["model"], "weights": "f" * 32}})
+    with pytest.raises(StudyError, match=r"another model.*weights f"):
+        demo.compare(study=empty)
+
+
+class Impossible(methods.Method):
+    """A method that no model suits."""
+
+    summary = "cannot"
+
+    def layer(self, statistics: Any, wanted: Any, rng: Any) -> LayerPlan:
+        raise MethodError("this model does not suit")
+
+
+def test_what_a_method_cannot_do_is_said_and_only_a_named_one_stops_the_rest(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in set(methods.METHODS) - {"random", "reap"}:
+        monkeypatch.delitem(methods.ROUTERS, name)
+    monkeypatch.setitem(methods.ROUTERS, "cannot", "rows")
+    monkeypatch.setitem(methods.METHODS, "cannot", Impossible())
+    found = demo.compare(methods=None, draws=0)
+    assert [line.name for line in found.rows] == ["full model", "reap"]
+    assert found.left_out == ("cannot, keep 4, k 2: this model does not suit",)
+    assert "Left out: cannot, keep 4" in printed(found, 160)
+    with pytest.raises(MethodError, match="does not suit"):
+        demo.compare(methods=["reap", "cannot"], draws=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"keep": [9]}, ComparisonError, "keep.*8 experts.*9"),
+        ({"keep": [0]}, ComparisonError, "keep.*8 experts.*0"),
+        ({"keep": []}, ComparisonError, "at least one"),
+        ({"keep": [4, 1]}, ComparisonError, "keep=1.*k=2.*active=1"),
+        ({"active": [5]}, ComparisonError, "keep=4.*k=5"),
+        ({"draws": -1}, ComparisonError, "draws.*-1"),
+        ({"test_draws": 1.5}, ComparisonError, r"test_draws.*1\.5"),
+        ({"methods": ["nae"]}, MethodError, "'nae'.*did you mean 'naee'"),
+        ({"methods": ["random"]}, MethodError, "draws"),
+    ],
+)
+def test_bad_arguments_are_named(demo: Demo, options: dict[str, Any], error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named):
+        demo.compare(**options)
+
+
+def printed(found: Comparison, width: int) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(view(found))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [120, 160])
+def test_the_table_fits_and_tells_the_sizes(found: Comparison, width: int) -> None:
+    text = printed(found, width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    for line in found.rows:
+        name = "+ skipping" if line.name.endswith(" + skipping") else line.name
+        assert any(text.strip().startswith(name) and f"{line.loss['test']:.4f}" in text for text in lines), name
+    size = found.splits["test"]
+    assert f"test {size.examples} examples ({size.tokens:,} tokens)" in text
+    assert "chosen on dev" in text
+    assert f"{DRAWS} on search, the first {TEST_DRAWS} of them on dev and test" in text
+    assert all(sentence in text for sentence in found.sentences(KEEP))
+    assert found.table(KEEP).row_count == len(found.rows) + 2
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        ((-0.012, -0.021, -0.003), "search beats the best one-shot method (naee) on test by 0.0120 [0.0030, 0.0210]."),
+        (
+            (0.01, 0.003, 0.02),
+            "search is worse than the best one-shot method (naee) on test by 0.0100 [0.0030, 0.0200].",
+        ),
+        (
+            (-0.001, -0.004, 0.002),
+            "no difference on test between search and the best one-shot method (naee): -0.0010 [-0.0040, 0.0020].",
+        ),
+    ],
+)
+def test_the_sentence_follows_the_interval(interval: tuple[float, ...], said: str) -> None:
+    def line(name: str, kind: Any, **more: Any) -> Row:
+        plan = Plan.one_hot([[0, 1]], experts=4, k=1)
+        scores = {"search": 1.0, "dev": 1.0, "test": 1.0}
+        return Row(2, 1, name, kind, plan, scores, scores, parameters=1, gib=1.0, active=1.0, **more)
+
+    against = comparing.comparison.Interval(*interval)
+    rows = line("full model", "full"), line("naee", "method"), line("search", "search", against_best=against)
+    sizes = {split: comparing.Size(1, 1) for split in ("search", "dev", "test")}
+    shape = moeopt.ModelShape(1, 4, 1)
+    found = Comparison({}, {"name": "t"}, shape, sizes, None, rows, "dev", draws=0, test_draws=0, seed=0)
+    assert found.sentences(2) == [f"Keep 2: {said}"]
+
+
+# The command line.
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a task file of the demo model, and a study of it."""
+
+    data: Path
+    storage: str
+
+    def arguments(self, *more: str, out: Path) -> list[str]:
+        goal = ["--task", "multiple_choice", "--data", str(self.data), "--limit", "4", "--test-limit", "3"]
+        what = [] if "--keep" in more else ["--keep", "4"]
+        what += [] if "--methods" in more else ["--methods", "reap,naee"]
+        return ["compare-methods", str(MODEL), *goal, *what, "--draws", "3", "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("compare-cli")
+    rows = moeopt.demo.rows("caesar", "search", 64)
+    (folder / "caesar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = Place(folder / "caesar.jsonl", f"sqlite:///{folder / 'studies.db'}")
+    goal = ["--task", "multiple_choice", "--data", str(found.data), "--limit", "8", "--storage", found.storage]
+    search = ["--space", "prune", "--sampler", "random", "--trials", "3", "--study", "s", "--keep", "4"]
+    assert main(["search", str(MODEL), *goal, *search]) == 0
+    return found
+
+
+def test_the_command_prints_and_saves_and_does_nothing_twice(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], calls: Calls
+) -> None:
+    study = ["--study", "s", "--storage", place.storage]
+    given = place.arguments("--methods", "naee", "--active", "2,1", "--skip", *study, out=tmp_path / "out")
+    capsys.readouterr()
+    assert main(given) == 0
+    printed = capsys.readouterr().out
+    for text in ("Keep 4 of 8 experts", "best of 3 random", "naee", "+ skipping", "search", "test − best one-shot"):
+        assert text in printed
+    record = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert {entry["kind"] for entry in record["rows"]} == {"full", "random", "best random", "method", "search"}
+    calls.evaluated = calls.passes = 0
+    assert main(given) == 0
+    assert (calls.evaluated, calls.passes) == (0, 0)
+    assert capsys.readouterr().out == printed
+    assert main([*place.arguments(out=tmp_path / "out"), "--task-option", "fractions=[0.4,0.3,0.3]"]) == 2
+    assert "something else" in capsys.readouterr().err
+
+
+def test_the_command_takes_another_task_to_look_at(place: Place, tmp_path: Path) -> None:
+    text = tmp_path / "texts"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text(f"The {i}th of these stories is about a fox, and it is the {i}th only. " * 3)
+    other = ["--calibration-task", "text", "--calibration-data", str(text), "--calibration-option", "window=32"]
+    assert main(place.arguments(*other, "--calibration-limit", "5", out=tmp_path / "out")) == 0
+    record = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert record["calibration"] | {"tokens": 0} == {"task": "text", "own": False, "sequences": 5, "tokens": 0}
+
+
+BAD = {
+    "unknown method": (["--methods", "reap,nae"], "'nae'", "did you mean 'naee'"),
+    "random among the methods": (["--methods", "random"], "draws"),
+    "no name": (["--methods", "reap,,naee"], "--methods", "'reap,,naee'"),
+    "more experts than there are": (["--keep", "9,4"], "keep", "8 experts", "9"),
+    "more active than kept": (["--keep", "4,1"], "keep=1", "k=2"),
+    "no number": (["--keep", "4,x"], "--keep", "'4,x'"),
+    "no active expert": (["--active", "0"], "--active", "'0'"),
+    "unknown study": (["--study", "z"], "no study 'z'"),
+    "study of other examples": (["--study", "s", "--task-option", "fractions=[0.4,0.3,0.3]"], "another task"),
+    "unknown task": (["--task", "bolq"], "'bolq'", "did you mean 'boolq'"),
+    "unknown task to look at": (["--calibration-task", "txt"], "'txt'", "did you mean 'text'"),
+    "option of no task": (["--calibration-option", "window=32"], "--calibration-task"),
+    "missing data": (["--data", "missing.jsonl"], "missing.jsonl"),
+    "misspelt option": (["--drawz", "3"], "--drawz", "--draws"),
+    "negative draws": (["--draws", "-1"], "--draws", "'-1'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_one_line_before_the_model_loads(
+    name: str, place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, *named = BAD[name]
+
+    def load(*args: Any, **options: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("moeopt.models.load", load)
+    capsys.readouterr()
+    assert main(place.arguments("--storage", place.storage, *options, out=tmp_path / "out")) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1, err
+    assert all(text in err for text in named), err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    race = Evaluator.race
+
+    def interrupted(self: Evaluator, *args: Any) -> Any:
+        if calls.evaluated == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return race(self, *args)
+
+    given = place.arguments("--methods", "reap", out=tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "race", interrupted)
+        assert main(given) == 130
+    command = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert command == ["moeopt", *given]
+    calls.evaluated = 0
+    assert main(command[1:]) == 0
+    resumed = calls.evaluated
+    assert main([*given, "--out", str(tmp_path / "fresh")]) == 0
+    assert calls.evaluated == resumed + resumed + 4
+
+
+def test_help_and_light_errors_import_nothing_slow(place: Place, tmp_path: Path) -> None:
+    light = [
+        place.arguments(*options, out=tmp_path / "out") for name, (options, *_) in BAD.items() if "study" not in name
+    ]
+    given = [["compare-methods", "--help"], *light]
+    code = (
+        "import json, sys\nfrom moeopt.cli import main\nfor given in json.loads(sys.argv[1]): main(given)\n"
+        "assert not [name for name in ('torch', 'transformers', 'optuna') if name in sys.modules]\n"
+    )
+    subprocess.run([sys.executable, "-c", code, json.dumps(given)], capture_output=True, check=True)
