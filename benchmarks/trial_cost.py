@@ -11,24 +11,26 @@ large matrix product, the merge's bytes at the speed of a copy. `--profile` adds
 a merged plan from the middle layer on, spends its time on. `--cpu-time` counts the process's CPU seconds instead of
 those on the wall, for one thread on a machine that others use.
 
-Measured so far on SmolMoE (30 layers, bf16, r = 4 of 8), one thread, `--cpu-time`, over the bare forward:
+Measured on SmolMoE (30 layers, bf16, r = 4 of 8), one thread, `--cpu-time`, over the bare forward. The first column is
+one repeat on a quiet machine, the others two repeats while two other jobs ran, which raises what waits for memory:
 
-| | 16,285 tokens (31.9 s, one repeat) | 1,530 tokens (3.1 s, median of 3) |
-|---|---|---|
-| one-hot | 1.015 | 1.05 |
-| dense, every layer merged anew | 0.991 | 1.25 * |
-| lazy, a quarter of the layers changed | 0.989 | 1.10 * |
-| scratch | 0.996 | 1.29 * |
-| first changed layer 7, 15, 22, 29 | 0.795, 0.555, 0.344, 0.149 | 0.95, 0.66, 0.42, 0.17 * |
-| EEP's released procedure | 1.009 (+742 MiB) | 1.59 (+885 MiB) |
-| limit: the forward at a large product's speed | 0.55 | |
-| limit: merging at a copy's bandwidth | 0.002 | 0.04 |
+| | 16,285 tokens (31.9 s) | 16,285 (53.4 s) | 1,530 (5.4 s) |
+|---|---|---|---|
+| one-hot | 1.015 | 1.07 | 1.05 |
+| dense, every layer merged anew | 0.991 | 1.05 | 1.14 |
+| lazy, a quarter of the layers changed | 0.989 | 1.02 | 1.01 |
+| scratch | 0.996 | 1.04 | 1.05 |
+| first changed layer 7, 15, 22, 29 | 0.80, 0.56, 0.34, 0.15 | 0.85, 0.60, 0.38, 0.16 | 0.79, 0.55, 0.36, 0.15 |
+| EEP's released procedure | 1.009 (+742 MiB) | 1.10 (+747 MiB) | 1.69 (+970 MiB) |
+| limit: the forward at a large product's speed | 0.55 | 0.66 | 0.59 |
+| limit: merging at a copy's bandwidth | 0.002 | 0.001 | 0.013 |
 
-(* before scoring was made cheaper, by some 0.07.) Of the goals at 16k tokens, dense 1.03 and scratch 1.05 are met,
-one-hot 1.00 is missed by 0.015: the log-softmax, which the bare forward does not do. Scratch peaked at 72 MiB above the
-full model, as did the others, activations of all batches included; a layer of merged experts is 20 MiB. What an average
-trial spends its time on: matrix products (65 %: experts, projections, head), attention (11 %), copies, most of them
-conversions to float32 of merging (5 %).
+Of the goals at 16k tokens, dense 1.03 and scratch 1.05 are met on a quiet machine (1.05 and 1.04 on a busy one, whose
+repeats differ by as much); one-hot 1.00 is missed by 0.015 to 0.07: the log-softmax, which the bare forward does not
+do, and smaller batches in cache. Peak memory above the start, activations of all batches included, was 48 to 72 MiB for
+scratch, less than the bare forward's 96; a layer of merged experts is 20 MiB, and a test holds scratch to one such.
+What an average trial, dense from the middle layer on, spends its time on: matrix products 75 % (experts, projections,
+head), attention 9 %, the elementwise product and silu of the experts 5 %; log-softmax 2 %, merging's copies 1.5 %.
 """
 
 from __future__ import annotations
