@@ -31,6 +31,10 @@ class MethodError(MoeoptError, ValueError):
     """A one-shot method is unknown, or cannot do what it is asked on this model or these data."""
 
 
+class FigureError(MoeoptError, ValueError):
+    """A figure cannot be drawn from these values or written as asked, or a package that draws is missing."""
+
+
 class StudyError(MoeoptError, ValueError):
     """A study cannot be created, opened or resumed as asked."""
 

@@ -222,7 +222,7 @@ def test_of_very_many_sets_ranks_are_drawn_with_best_and_worst() -> None:
     cloud = kept_set_errors(array, raw=True).data[0]
     for i, row in enumerate(array):
         drawn = cloud.y[np.abs(cloud.x - i) < 0.5]
-        assert len(drawn) == figures.DRAWN_SETS
+        assert len(drawn) == figures.kept_sets.DRAWN_SETS
         assert set(drawn) <= set(row)
         assert (drawn.min(), drawn.max()) == (row.min(), row.max())
         np.testing.assert_allclose(np.median(drawn), np.median(row), atol=0.01)
@@ -295,6 +295,14 @@ def test_method_rows_need_every_key_and_reference_a_known_split() -> None:
         methods_bar(method_rows(), reference={"tets": 1.0})
 
 
+def test_loss_axes_say_loss_or_what_they_are_told() -> None:
+    assert ensemble_curve({"a": [1.0]}).layout.yaxis.title.text == "loss"
+    assert ensemble_curve({"a": [1.0]}, label="bits < 1").layout.yaxis.title.text == "bits &lt; 1"
+    panels = methods_bar(method_rows(), label="test loss").layout
+    assert panels.xaxis.title.text == panels.xaxis2.title.text == "test loss"
+    assert methods_bar(method_rows()).layout.xaxis.title.text == "loss"
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_png_has_the_asked_size_and_shows_something(name: str, tmp_path: Path) -> None:
     write_png(FIGURES[name](), tmp_path / "figure.png", width=801, height=433, scale=1.5)
@@ -318,7 +326,7 @@ def test_png_of_a_heat_map_tells_zero_from_removed(tmp_path: Path) -> None:
     for name, value in (("zero", 0.0), ("removed", np.nan)):
         write_png(activation_pattern([[value, 1.0]]), tmp_path / "figure.png", width=600, height=400, scale=1)
         image = imread(tmp_path / "figure.png")
-        areas[name] = [shade(image, colour) for colour in (figures.SEQUENTIAL[0], figures.SEQUENTIAL[-1], figures.GONE)]
+        areas[name] = [shade(image, colour) for colour in ("#440154", "#fde725", figures.style.GONE)]
     half = areas["zero"][1]
     assert half > 0.2 * 600 * 400
     assert areas["zero"][0] > 0.9 * half
@@ -346,9 +354,9 @@ def test_png_shows_marks_lines_and_interval_bars_in_their_colours(tmp_path: Path
     for low, high in ((1.9, 2.1), (1.0, 3.0)):
         curves = {"wide": ([2.0, 2.0], [[0.5, 3.5]] * 2), "all layers": ([2.0, 2.0], [[low, high]] * 2)}
         shown = image(ensemble_curve(curves, 1.0))
-        orange.append(shade(shown, figures.CATEGORICAL[1], within=90))
-        assert shade(shown, figures.CATEGORICAL[0]) > 100
-        assert shade(shown, figures.INK) > 100
+        orange.append(shade(shown, figures.style.CATEGORICAL[1], within=90))
+        assert shade(shown, figures.style.CATEGORICAL[0]) > 100
+        assert shade(shown, figures.style.INK) > 100
     assert orange[0] > 100
     assert orange[1] > orange[0] + 50
 
@@ -373,7 +381,7 @@ CROWDED: dict[str, Callable[[], go.Figure]] = {
 
 @pytest.mark.parametrize("name", CROWDED)
 def test_no_two_labels_of_an_axis_overlap(name: str) -> None:
-    canvas = figures._redrawn(CROWDED[name](), figures.WIDTH, figures.HEIGHT, 1.0)
+    canvas = figures.png.redrawn(CROWDED[name](), figures.style.WIDTH, figures.style.HEIGHT, 1.0)
     canvas.draw()
     page = canvas.figure.bbox
     for ax in canvas.figure.axes:
@@ -409,7 +417,7 @@ def test_names_are_text_and_neither_tags_nor_formulas(tmp_path: Path) -> None:
     name, title = "<b>50%</b> & $x_{$", "a title of $\\alpha$ </script> that is " + "long " * 40
     figure = ensemble_curve({name: [2.0, 1.0]}, title=title)
     assert figure.data[0].name == "&lt;b&gt;50%&lt;/b&gt; &amp; $x_{$"
-    canvas = figures._redrawn(figure, 800, 500, 1.0)
+    canvas = figures.png.redrawn(figure, 800, 500, 1.0)
     (legend,) = canvas.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [name]
     assert canvas.figure.get_suptitle().replace("\n", " ") == title.strip()

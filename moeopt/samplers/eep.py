@@ -58,8 +58,8 @@ class EEPSampler(GenomeSampler):
         band, crossover_band: how far from the best a parent may be, a single one and one of two. For accuracy in
             percentage points (default 3.0 and 1.0), for a loss in standard deviations of the initial losses (default
             0.3 and 0.1).
-            On a task whose random prunings differ much, a narrower band of 0.1 found as good a loss in an eighth of the
-            trials (benchmarks/search_cost.py).
+            On a task whose random prunings differ much, a band of 0.1 found better solutions in as many trials
+            (benchmarks/search_cost.py).
         crossover_pool: the best so many may always be crossed.
         prune_crossover: cross over in the prune phase too, as the paper's Algorithm 1.
     """

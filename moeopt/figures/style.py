@@ -1,0 +1,158 @@
+"""What the figures share: fonts, colours, the plotly template, parts that more than one has, and checks of values."""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeopt.errors import FigureError
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure as Figure
+
+Floats = NDArray[np.float64]
+
+WIDTH, HEIGHT = 1200, 700
+"""Pixels that labels and marks are laid out for."""
+FONT = "Inter, Helvetica Neue, Arial, sans-serif"
+TEXT_SIZE, TITLE_SIZE, TICK_SIZE = 13, 17, 12
+INK, FAINT, GRID, GONE = "#333333", "#8c8c8c", "#e6e6e6", "#ececec"
+SEQUENTIAL = "Viridis"
+"""Even steps of lightness, so that it survives greyscale and colour blindness."""
+CATEGORICAL = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")
+"""Okabe and Ito's colours, without the yellow that white swallows."""
+SYMBOLS = {
+    "circle": "o", "diamond": "D", "square": "s", "triangle-up": "^", "triangle-down": "v", "pentagon": "p",
+    "star": "*", "hexagon": "h", "x": "X", "cross": "P", "x-thin": "x",
+}  # fmt: skip
+"""Marker symbols of plotly, and matplotlib's for the same shape; "-open" leaves them unfilled."""
+LAST = 2000
+"""Rank in the legend, where 1000 is plotly's default."""
+
+
+def plotly() -> Any:
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        raise FigureError("drawing a figure needs plotly: pip install 'moeopt[figures]'") from None
+    return go
+
+
+def empty(title: str) -> Figure:
+    """A figure with nothing but the template and a title."""
+    axis = {
+        "gridcolor": GRID, "linecolor": FAINT, "showline": True, "zeroline": False, "ticks": "outside", "ticklen": 4,
+        "tickcolor": FAINT, "tickfont": {"size": TICK_SIZE}, "title": {"font": {"size": TEXT_SIZE}, "standoff": 10},
+    }  # fmt: skip
+    template = {
+        "font": {"family": FONT, "size": TEXT_SIZE, "color": INK}, "colorway": list(CATEGORICAL),
+        "paper_bgcolor": "#ffffff", "plot_bgcolor": "#ffffff", "margin": {"l": 70, "r": 30, "t": 90, "b": 65},
+        "title": {"x": 0.02, "xanchor": "left", "font": {"size": TITLE_SIZE}}, "xaxis": axis, "yaxis": axis,
+        "legend": {"font": {"size": TICK_SIZE}}, "hoverlabel": {"font": {"family": FONT, "size": TICK_SIZE}},
+    }  # fmt: skip
+    lines = "<br>".join(safe(line) for line in textwrap.wrap(str(title), 110))
+    return plotly().Figure(layout={"template": {"layout": template}, "title": {"text": lines}, "showlegend": True})
+
+
+def panel(figure: Figure, p: int, of: int, title: str | None, *, x: dict[str, Any], y: dict[str, Any]) -> None:
+    """Panel p of a row: its axes, and its title over it. Only the first shows its y axis's labels."""
+    gap = 0.03 if of > 1 else 0.0
+    width = (1 - gap * (of - 1)) / of
+    left = p * (width + gap)
+    across, down = on(p).values()
+    x = {"domain": [left, min(1.0, left + width)], "anchor": down, **x}
+    y = {"anchor": across, **y} | ({"matches": "y", "showticklabels": False, "title": {"text": ""}} if p else {})
+    figure.update_layout({f"xaxis{across[1:]}": x, f"yaxis{down[1:]}": y})
+    if title:
+        figure.add_annotation(
+            text=title, showarrow=False, xref=f"{across} domain", yref=f"{down} domain", x=0.5, y=1.0,
+            xanchor="center", yanchor="bottom", yshift=4, font={"size": TEXT_SIZE},
+        )  # fmt: skip
+
+
+def on(p: int) -> dict[str, str]:
+    """The axes of panel p, as a trace names them."""
+    return {f"{letter}axis": f"{letter}{p + 1 if p else ''}" for letter in "xy"}
+
+
+def scatter(figure: Figure, p: int, x: Any, y: Any, hover: list[str], **style: Any) -> None:
+    figure.add_trace(plotly().Scatter(x=x, y=y, hovertext=hover, hoverinfo="text", **style, **on(p)))
+
+
+def reference_line(
+    figure: Figure, p: int, x: list[float], y: list[float], hover: str, *, name: str, colour: str = INK
+) -> None:
+    """A dashed line with a legend entry, which no curve can cover as it would a label."""
+    line = {"color": colour, "width": 1.5, "dash": "dash"}
+    style = {"name": name, "legendgroup": name, "legendrank": LAST, "showlegend": p == 0}
+    scatter(figure, p, np.array(x), np.array(y), [hover, hover], mode="lines", line=line, **style)
+
+
+def error_bar(losses: Floats, limits: Floats, colour: str) -> dict[str, Any]:
+    """From losses (n,) to the ends of their intervals (n, 2); none where they are NaN."""
+    below, above = np.maximum(losses - limits[:, 0], 0.0), np.maximum(limits[:, 1] - losses, 0.0)
+    ends = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+    return {**ends, "color": colour, "thickness": 1.5, "width": 3}
+
+
+def lanes(count: int, apart: float) -> list[float]:
+    """Offsets around 0 that keep `count` intervals of one place beside each other."""
+    step = min(apart, 0.7 / max(count, 1))
+    return [(i - (count - 1) / 2) * step for i in range(count)]
+
+
+def numbered(count: int, most: int, *, first: int = 0) -> dict[str, Any]:
+    """Ticks at `first`, ..., one for each of `count` places, or at multiples of a power of 2 where `most` is less."""
+    step = 2 ** max(0, math.ceil(math.log2(count / most)))
+    ticks = [first, *(i for i in range(first + 1, first + count) if i % step == 0)]
+    return {"tickvals": ticks, "ticktext": [str(tick) for tick in ticks]}
+
+
+def safe(text: str) -> str:
+    """Plain text, where plotly would read tags."""
+    return html.escape(text, quote=False)
+
+
+def label(name: str) -> str:
+    """A name for a legend or an axis: cut where it would take the figure's width."""
+    return safe(name if len(name) <= 32 else name[:31] + "…")
+
+
+def with_interval(loss: float, low: float, high: float) -> str:
+    return f"{loss:.4f}" + ("" if math.isnan(low) or math.isnan(high) else f" [{low:.4f}, {high:.4f}]")
+
+
+def numbers(name: str, value: Any, *, what: str, ndim: int, shape: tuple[int, ...] | None = None) -> Floats:
+    """A float64 copy of an array; NaN is allowed, infinity is not."""
+    try:
+        array = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise FigureError(f"{name} must be an array {what} of numbers, got {type(value).__name__}") from None
+    if array.ndim != ndim or 0 in array.shape or (shape is not None and array.shape != shape):
+        expected = f"{what} = {shape}" if shape is not None else what
+        raise FigureError(f"{name} must have shape {expected}, got {array.shape}")
+    if np.isinf(array).any():
+        raise FigureError(f"{name} must not hold infinite values")
+    return array
+
+
+def finite(name: str, value: Any) -> float:
+    with suppress(TypeError, ValueError):
+        if math.isfinite(number := float(value)):
+            return number
+    raise FigureError(f"{name} must be a finite number, got {value!r}")
+
+
+def check_intervals(name: str, losses: Floats, limits: Floats) -> None:
+    """Losses (n,) must lie in their intervals (n, 2), where these are not NaN."""
+    slack = 1e-9 * (1 + np.abs(losses))
+    outside = (limits[:, 0] > losses + slack) | (limits[:, 1] < losses - slack)
+    if outside.any():
+        i = int(np.argmax(outside))
+        raise FigureError(f"{name}: the interval {limits[i].tolist()} does not hold its loss {float(losses[i])}")
