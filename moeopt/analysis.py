@@ -78,10 +78,11 @@ def ensemble_losses(
     wrong = [layer for layer in layers if not 0 <= layer < shape.layers]
     if wrong:
         raise MethodError(f"layers must be between 0 and {shape.layers - 1}, got {wrong[0]}")
+    methods.check(method)
+    if methods.ROUTERS[method] != "rows":
+        raise MethodError(f"{method} does more than prune; give a method that only prunes, such as soft_activation")
     full = Plan.identity(shape.layers, shape.experts, shape.k)
     best = [methods.plan(method, calibration, keep=m, k=min(m, shape.k)) for m in range(1, shape.experts)]
-    if not all(plan.is_one_hot for plan in best):
-        raise MethodError(f"{method} merges experts; give a method that prunes, such as soft_activation")
     found = {"all layers": [evaluator.evaluate(plan) for plan in [*best, full]]}
     for layer in layers:
         alone = [replace(full, layers=_with(full, layer, plan.layers[layer])) for plan in [*best, full]]
@@ -100,11 +101,11 @@ def kept_set_errors(calibration: Calibration, *, keep: int, k: int | None = None
         MethodError: when there are more than 20,000 sets.
     """
     shape = calibration.shape
+    active = shape.k if k is None else k
+    methods.Wanted(shape.experts, shape.k, keep, active).check()
     sets = comb(shape.experts, keep)
     if sets > MOST_SETS:
         raise MethodError(f"C({shape.experts}, {keep}) = {sets} kept sets are too many to show; at most {MOST_SETS}")
-    active = shape.k if k is None else k
-    methods.Wanted(shape.experts, shape.k, keep, active).check()
     of = [SetErrors(shape.experts, shape.k, r=keep, active=active) for _ in range(shape.layers)]
     calibration.run(lambda seen: of[seen.layer.index].add(seen), all_outputs=True)
     return [dict(zip(one.sets, one.errors.tolist())) for one in of]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -251,7 +252,7 @@ class Objective:
         return loss + self._penalty(evaluation)
 
     def calibrated(self, names: Iterable[str], *, seed: int = 0) -> dict[str, Found]:
-        """What one-shot methods make of the objective's examples, for its space: the same k, r and groups.
+        """What one-shot methods make of the objective's examples, for its space, with k and skip as at its start.
 
         Raises:
             MethodError: as `moeopt.methods.plans`.
@@ -261,8 +262,14 @@ class Objective:
         limits = {name: self._limits[name] for name in ("split", "limit", "max_length")}
         batch_tokens = self.evaluator.batch_tokens
         calibration = methods.Calibration(self.model, self.tokenizer, self.task, batch_tokens=batch_tokens, **limits)
-        space = self.space
-        return methods.plans(names, calibration, keep=space.keep, k=space.k, groups=space.groups, seed=seed)
+        space, start = self.space, self.space.decode(self.space.start()).layers
+        most = max(layer.k for layer in start)
+        found = methods.plans(names, calibration, keep=space.keep, k=most, groups=space.groups, seed=seed)
+
+        def started(plan: Plan) -> Plan:
+            return Plan(tuple(replace(a, k=b.k, skip=b.skip) for a, b in zip(plan.layers, start)))
+
+        return {name: replace(one, plan=started(one.plan)) for name, one in found.items()}
 
     def noise_floor(self) -> NoiseFloor:
         """How much the full model's loss on the first rung moves with experts backend and batch size."""

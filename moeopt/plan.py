@@ -23,6 +23,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -103,7 +104,7 @@ class LayerPlan:
             raise PlanError(f"router must be one of {', '.join(get_args(Router))}, got {self.router!r}")
         if self.negative not in get_args(Negative):
             raise PlanError(f"negative must be one of {', '.join(get_args(Negative))}, got {self.negative!r}")
-        if isinstance(self.skip, bool) or not isinstance(self.skip, (int, float)) or not 0 <= self.skip <= 1:
+        if isinstance(self.skip, bool) or not isinstance(self.skip, Real) or not 0 <= self.skip <= 1:
             raise PlanError(f"skip must be a number between 0 and 1, got {self.skip!r}")
         if self.w_em is not None:
             w_em = _matrix("w_em", self.w_em, n)
@@ -367,7 +368,7 @@ class Plan:
         Raises:
             PlanError: when there are not as many as layers, or one is out of [0, 1].
         """
-        betas = [skip] * len(self.layers) if isinstance(skip, (int, float)) else list(skip)
+        betas = [float(skip)] * len(self.layers) if isinstance(skip, Real) else list(cast(Sequence[float], skip))
         if len(betas) != len(self.layers):
             raise PlanError(
                 f"skip must be one number or one for each of the {len(self.layers)} layers, got {len(betas)}"

@@ -95,6 +95,9 @@ def create_study(
                     f"study {study_name!r} already exists; resume it with load_if_exists=True, or choose another name"
                 )
             check_same(existing, description)
+    held = [] if existing is None else [trial.user_attrs for trial in existing.get_trials(deepcopy=False)]
+    found = _calibrated(starts, objective, held)
+    with readable_errors(storage):
         study = optuna.create_study(
             study_name=study_name,
             storage=opened,
@@ -107,7 +110,7 @@ def create_study(
             study.set_user_attr(DESCRIPTION, {"version": __version__, **description})
         if isinstance(racer, RacingPruner) and racer.noise_floor is None and NOISE_FLOOR not in study.user_attrs:
             study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
-        _enqueue_new(study, objective, starts)
+        _enqueue_new(study, objective.space, found, held)
         reclaim(study)
     return study
 
@@ -129,7 +132,7 @@ def _warm_starts(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan
 
 def check_expressible(method: str, space: Space) -> None:
     """Raise MethodError for an unknown method, SpaceError for one whose plans the space does not hold."""
-    from moeopt.methods.names import ROUTERS, check
+    from moeopt.methods.names import PROGRESSIVE, ROUTERS, check
 
     check(method)
     router = ROUTERS[method]
@@ -139,20 +142,26 @@ def check_expressible(method: str, space: Space) -> None:
         )
     if router == "prob" and (space.router != "prob" or "merge" not in space.phases):
         raise SpaceError(f"{method} maps probabilities, which this space does not; search an EEPSpace(router='prob')")
+    if method in PROGRESSIVE and len(space.groups) < space.shape.layers:
+        raise SpaceError(f"{method} goes layer by layer, but layers share a choice in this space's groups")
 
 
-def _enqueue_new(
-    study: optuna.Study, objective: Objective, starts: list[tuple[str | None, Plan | Found | None]]
-) -> None:
-    """Queue the warm starts that the study does not hold yet, running the methods among them first."""
-    held = [trial.user_attrs for trial in study.get_trials(deepcopy=False)]
+def _calibrated(
+    starts: list[tuple[str | None, Plan | Found | None]], objective: Objective, held: list[dict[str, Any]]
+) -> list[tuple[str | None, Plan | Found]]:
+    """The warm starts with their plans; methods that the study already ran are left out."""
     run = {attrs.get(METHOD) for attrs in held}
     new = [name for name, found in starts if found is None and name is not None and name not in run]
     made = objective.calibrated(new) if new else {}
-    for name, start in starts:
-        found = made.get(name or "") if start is None else start
-        if found is None:
-            continue
+    found = [(name, made.get(name or "") if start is None else start) for name, start in starts]
+    return [(name, start) for name, start in found if start is not None]
+
+
+def _enqueue_new(
+    study: optuna.Study, space: Space, starts: list[tuple[str | None, Plan | Found]], held: list[dict[str, Any]]
+) -> None:
+    """Queue the warm starts that the study does not hold yet."""
+    for name, found in starts:
         plan = found if isinstance(found, Plan) else found.plan
         attrs: dict[str, Any] = {WARM_START: plan.fingerprint}
         if name is not None:
@@ -161,7 +170,7 @@ def _enqueue_new(
             continue
         if not isinstance(found, Plan):
             attrs[CALIBRATION] = found.layer_tokens
-        enqueue(study, objective.space, plan, **attrs)
+        enqueue(study, space, plan, **attrs)
 
 
 def _pruner(pruner: str | BasePruner | None, objective: Objective) -> BasePruner:

@@ -83,7 +83,8 @@ def test_kept_set_errors(demo):
     plan = methods.plan("naee", calibration, keep=4)
     assert [len(errors) for errors in found] == [70] * 6
     assert [min(errors, key=errors.get) for errors in found] == [part.kept for part in plan.layers]
-    assert list(analysis.kept_set_errors(calibration, keep=8)[0].values()) == [0.0]
+    (nothing_lost,) = analysis.kept_set_errors(calibration, keep=8)[0].values()
+    assert nothing_lost < 1e-5 * min(found[0].values())
 
 
 def test_bad_input(demo):
@@ -91,7 +92,7 @@ def test_bad_input(demo):
     evaluator = moeopt.Evaluator(model, tokenizer, task, limit=2)
     with pytest.raises(MethodError, match="layers must be between 0 and 5, got 6"):
         analysis.ensemble_losses(evaluator, calibration, layers=[6])
-    with pytest.raises(MethodError, match="m_smoe merges experts"):
+    with pytest.raises(MethodError, match="m_smoe does more than prune"):
         analysis.ensemble_losses(evaluator, calibration, method="m_smoe")
     with pytest.raises(MethodError, match="keep must be an integer between 1 and the 8 experts"):
         analysis.kept_set_errors(calibration, keep=9)

@@ -335,11 +335,35 @@ def test_methods_that_the_space_does_not_hold(objective: moeopt.Objective) -> No
         moeopt.create_study("s", objective=objective, storage=None, warm_starts=["nae"])
     with pytest.raises(SpaceError, match="start from hc_smoe_summed"):
         moeopt.create_study("s", objective=objective, storage=None, warm_starts=["hc_smoe"])
+    with pytest.raises(SpaceError, match="naee_progressive goes layer by layer"):
+        moeopt.create_study("s", objective=objective, storage=None, warm_starts=["naee_progressive"])
     pruning = moeopt.PruneSpace.of(objective.model, keep=3)
     pruner = moeopt.Objective(objective.model, objective.tokenizer, objective.task, pruning)
     for name in ("output_fit", "m_smoe_summed"):
         with pytest.raises(SpaceError, match=f"{name} maps probabilities"):
             moeopt.create_study("s", objective=pruner, storage=None, warm_starts=[name])
+
+
+def test_a_method_that_fails_leaves_no_study(
+    objective: moeopt.Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(methods, "plans", fails)
+    with pytest.raises(RuntimeError, match="no such luck"):
+        moeopt.create_study("s", objective=objective, storage=url, warm_starts=["naee"])
+    assert optuna.get_all_study_names(url) == []
+
+
+def test_methods_start_an_active_space_within_its_range(objective: moeopt.Objective) -> None:
+    space = moeopt.ActiveSpace(objective.space, k=(1, 3), skip=(0.25, 0.5))
+    wide = moeopt.Objective(objective.model, objective.tokenizer, objective.task, space)
+    study = moeopt.create_study("s", objective=wide, storage=None, warm_starts=["naee"])
+    study.optimize(wide, n_trials=1)
+    assert {(layer.k, layer.skip) for layer in space.plan(study.trials[0]).layers} == {(2, 0.25)}
 
 
 def test_a_trial_whose_worker_died_before_proposing_is_run_again(objective: moeopt.Objective, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from moeopt.comparing.bench import Bench, found_by_each
 from moeopt.comparing.comparison import SKIPPING, Kind, Row
 from moeopt.comparing.searched import Searched
 from moeopt.comparing.sizes import Sizes
-from moeopt.errors import MethodError, NonFiniteLossError
+from moeopt.errors import MethodError, ModelError, NonFiniteLossError
 from moeopt.evaluation import Evaluation
 from moeopt.methods import METHODS, Wanted
 from moeopt.plan import ModelShape, Plan
@@ -49,11 +49,15 @@ class Maker:
         if not draws:
             return
         plans = [_random(self.shape, keep, k, self.seed, draw) for draw in range(draws)]
-        found: dict[str, list[Evaluation]] = {}
+        label = f"random prunings, keep {keep}, k {k}"
+        finite = self._finite(plans, "search", label)
+        if not finite:
+            return
+        plans = [plan for plan, _ in finite]
+        found = {"search": [evaluation for _, evaluation in finite]}
         for split in self.bench.sizes:
-            some = plans if split == "search" else plans[:test_draws]
-            label = f"random prunings, keep {keep}, k {k}"
-            found[split] = [self.bench.evaluate(plan, split, label) for plan in some]
+            if split != "search":
+                found[split] = [evaluation for _, evaluation in self._finite(plans[:test_draws], split, label)]
         losses = {split: np.array([e.loss for e in of]) for split, of in found.items() if of}
         accuracies = {split: np.array([e.accuracy for e in of]) for split, of in found.items() if of}
         parameters, size = self.sizes.of(plans[0])
@@ -61,7 +65,7 @@ class Maker:
             Row(
                 keep=keep,
                 k=k,
-                name=f"mean of {draws} random",
+                name=f"mean of {len(plans)} random",
                 kind="random",
                 plan=None,
                 loss={split: float(x.mean()) for split, x in losses.items()},
@@ -75,22 +79,34 @@ class Maker:
             )
         )
         best = plans[int(losses["search"].argmin())]
-        name = f"best of {draws} random"
+        name = f"best of {len(plans)} random"
         self._row("best random", name, best, keep, k, 0)
         self._skipping("best random", name, best, keep, k, 0)
 
     def methods(self, names: Sequence[str], keep: int, k: int, *, strict: bool) -> None:
         """One-shot methods; of these, those that cannot are left out, unless `strict`."""
         for name, known in found_by_each(self.bench, names, keep, k, self.seed).items():
+            before = len(self.rows)
             try:
                 if isinstance(known, MethodError):
                     raise known
                 self._row("method", name, known.plan, keep, k, known.layer_tokens)
                 self._skipping("method", name, known.plan, keep, k, known.layer_tokens)
-            except (MethodError, NonFiniteLossError) as error:
+            except (MethodError, ModelError, NonFiniteLossError) as error:
                 if strict:
                     raise
+                del self.rows[before:]
                 self.left_out.append(f"{name}, keep {keep}, k {k}: {error}")
+
+    def _finite(self, plans: Sequence[Plan], split: str, label: str) -> list[tuple[Plan, Evaluation]]:
+        """Plans whose loss is finite, and what they give; the others are noted as left out."""
+        found = []
+        for plan in plans:
+            try:
+                found.append((plan, self.bench.evaluate(plan, split, label)))
+            except NonFiniteLossError as error:
+                self.left_out.append(f"one of the {label}, {split}: {error}")
+        return found
 
     def search(self, one: Searched) -> None:
         """A trial of a study."""

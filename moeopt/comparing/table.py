@@ -22,7 +22,8 @@ def view(comparison: Comparison) -> RenderableType:
 def table(comparison: Comparison, keep: int, *, caption: bool = True) -> Table:
     """The rows of one keep, the full model on top, a section for each k; the best one-shot method is bold."""
     c = comparison
-    rows = [row for row in c.rows if row.keep == keep and row.kind != "full"]
+    order = list(dict.fromkeys(row.k for row in c.rows if row.keep == keep and row.kind != "full"))
+    rows = [row for k in order for row in c.rows if (row.keep, row.k) == (keep, k) and row.kind != "full"]
     full = [row for row in c.rows if row.kind == "full"]
     shown = Table(
         title=_title(c, rows[0]),

@@ -39,7 +39,7 @@ class Wanted:
             ("keep", self.keep, self.experts, f"the {self.experts} experts each layer has"),
             ("k", self.active, self.keep, f"the {self.keep} experts kept"),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
                 raise MethodError(f"{name} must be an integer between 1 and {why}, got {value!r}")
 
     def pruned(self, kept: tuple[int, ...] | list[int]) -> LayerPlan:

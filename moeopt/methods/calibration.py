@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -72,32 +73,40 @@ class Seen:
         top, order = self.probabilities.gather(1, self.index).sort(dim=-1, descending=True)
         return top / top.sum(-1, keepdim=True).clamp_min(TINY), self.index.gather(1, order)
 
-    def weights(self, kept: Tensor, k: int) -> Tensor:
-        """What the layer would weigh each expert with if it had none but those kept, their logits being as they are.
+    def chosen(self, kept: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Which experts would run, and with what weights, if the layer had none but those kept, with their logits.
 
         Args:
             kept: sets of experts, bool (sets, n).
             k: how many of them run.
 
         Returns:
-            float32 (tokens, sets, n), 0 for experts that do not run.
+            Numbers, int64, and weights, float32, both (tokens, sets, k).
         """
-        p = self.probabilities[:, None, :]
+        p = self.probabilities[:, None, :].masked_fill(~kept, 0.0)
+        if self.rule.score != "sigmoid":
+            p = p / p.sum(-1, keepdim=True).clamp_min(TINY)
         choice = p if self.correction is None else p + self.correction
         index = choice.masked_fill(~kept, -torch.inf).topk(k, dim=-1).indices
-        among = p.masked_fill(~kept, 0.0)
-        top = among.gather(-1, index)
+        return index, self.gated(p.gather(-1, index))
+
+    def gated(self, scores: Tensor) -> Tensor:
+        """The weights that the layer makes of the scores of the experts that run, (..., k)."""
         if self.rule.normalised:
-            top = top / top.sum(-1, keepdim=True).clamp_min(TINY)
-        elif self.rule.score == "softmax":
-            top = top / among.sum(-1, keepdim=True).clamp_min(TINY)
-        return torch.zeros_like(among).scatter(-1, index, top * self.rule.scale)
+            scores = scores / (scores.sum(-1, keepdim=True) + self.rule.epsilon).clamp_min(TINY)
+        return scores * self.rule.scale
+
+    @property
+    def depends_on_set(self) -> bool:
+        """Whether what is kept changes the weights, or the order of choice, of experts that run in any case."""
+        return self.rule.score != "sigmoid" and (self.correction is not None or not self.rule.normalised)
 
     @cached_property
     def full_weights(self) -> Tensor:
-        """The same for the layer as it is: float32 (tokens, n)."""
+        """Weights of the layer as it is, float32 (tokens, n), 0 for experts that do not run."""
         everything = torch.ones(1, self.layer.n, dtype=torch.bool, device=self.logits.device)
-        return self.weights(everything, self.layer.k)[:, 0]
+        index, weights = self.chosen(everything, self.layer.k)
+        return torch.zeros_like(self.probabilities).scatter(-1, index[:, 0], weights[:, 0])
 
     @cached_property
     def correction(self) -> Tensor | None:
@@ -114,7 +123,8 @@ class Seen:
 
     def without_states(self) -> Seen:
         """The same without hidden states: what routing needs."""
-        return replace(self, hidden=self.hidden[:0], routed=self.routed[:0], every=None)
+        nothing = self.hidden.new_empty(0, self.hidden.shape[1])  # not a view, which would hold the whole
+        return replace(self, hidden=nothing, routed=nothing, every=None)
 
     def output(self, expert: int, tokens: Tensor | slice) -> Tensor:
         """One expert's output without its gate, (tokens, hidden)."""
@@ -223,9 +233,12 @@ class Calibration:
 
         Raises:
             ModelError: when it cannot be done `layer_by_layer`, because the model keeps state across layers.
+            MethodError: for a plan with `all_outputs`, and when what experts give is not finite.
             PlanError: when the plan does not fit the model.
         """
         offloaded = any(is_offloaded(layer.experts) for layer in self.layers)
+        if plan is not None and all_outputs:
+            raise MethodError("the outputs of all experts are those of the full model: give no plan, or no all_outputs")
         with self.ready(), ExitStack() as stack:
             stream = self._stream(needed=layer_by_layer) if layer_by_layer or offloaded else None
             if plan is not None:
@@ -235,10 +248,12 @@ class Calibration:
                 for layer in range(stream.depth):
                     stream.advance(layer, watch)
                 return
-            device = input_device(self.model)
+            device, options = input_device(self.model), dict[str, Any](use_cache=False)
+            if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+                options["logits_to_keep"] = 1
             for batch in self.batches:
                 watch(batch)
-                self.model(**batch.inputs(device), use_cache=False, logits_to_keep=1)
+                self.model(**batch.inputs(device), **options)
 
     def _stream(self, *, needed: bool) -> Stream | None:
         try:
@@ -358,6 +373,11 @@ class _Hook:
         real = batch.mask.bool().flatten()
         every = self.found.pop("every", None)
         found = {name: t[real.to(t.device)] for name, t in self.found.items()}
+        if not (found["routed"] if every is None else every).isfinite().all():
+            raise MethodError(
+                f"{self.layer.name}: what its experts give is not finite in {found['routed'].dtype}; load the model in "
+                "another dtype, such as bfloat16 or float32"
+            )
         if every is not None:
             found["every"] = every[:, real.to(every.device)]
         self.found.clear()

@@ -3,7 +3,7 @@
 For every kept set S of size r the layer routes with the experts outside S at minus infinity; its error is the sum over
 calibration batches of the Frobenius norm, not squared, of the difference between its output and the full layer's. All
 C(n, r) errors come from one pass over all experts: with G the Gram matrix of a token's expert outputs and d the
-difference of weights, the squared error of the token is d' G d.
+difference of weights, the squared error of the token is d' G d. Layers that share a choice add up their squares.
 
 Beyond `MOST_SETS` sets, the r experts of largest gated output norm, and those that a greedy elimination leaves, are
 improved by the best swap until none helps. That comes with no guarantee.
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from math import comb
 
 import numpy as np
@@ -28,6 +30,8 @@ from moeopt.plan import LayerPlan
 MOST_SETS = 20_000
 BATCH = 8
 """Sequences a calibration batch, as in NAEE's code."""
+MOST_RANKED = 20
+"""Up to so many experts, which ones a token would pick of a set is looked up (see `ByRank`)."""
 AT_ONCE = 1 << 24
 """Numbers in memory at a time."""
 
@@ -57,10 +61,17 @@ class SetErrors(Statistic):
     def __init__(self, n: int, k: int, *, r: int, active: int, batch: int = BATCH) -> None:
         self.sets, self.active = kept_sets(n, r), active
         self._masks = masks(self.sets, n)
+        self._by_rank = by_rank(n, active) if n <= MOST_RANKED else None
         self._sums = Sums(batch)
 
     def add(self, seen: Seen, target: Tensor | None = None) -> None:
-        self._sums.add(seen, squared_errors(seen, self._masks.to(seen.logits.device), self.active, target))
+        problem, kept = Problem.of(seen, target), self._masks.to(seen.logits.device)
+        if self._by_rank is not None and not seen.depends_on_set:
+            self._sums.add(seen, self._by_rank.squared_errors(problem, kept))
+            return
+        step = max(1, AT_ONCE // problem.grams[:, 0].numel())
+        parts = (kept[first : first + step] for first in range(0, len(kept), step))
+        self._sums.add(seen, torch.cat([problem.squared_errors(*seen.chosen(p, self.active)) for p in parts], dim=1))
 
     @property
     def errors(self) -> Array:
@@ -87,42 +98,38 @@ class TokenGrams(Statistic):
     def __init__(self, n: int, k: int, *, batch: int = BATCH) -> None:
         self.n, self.batch = n, batch
         self.norms = np.zeros(n)
-        self._seen: list[tuple[Seen, Tensor, Tensor]] = []
+        self._problems: list[Problem] = []
 
     def add(self, seen: Seen, target: Tensor | None = None) -> None:
-        grams, full = _problem(seen, target)
-        norms = grams.diagonal(dim1=1, dim2=2)[:, : self.n].clamp_min(0).sqrt()
+        problem = Problem.of(seen, target)
+        norms = problem.grams.diagonal(dim1=1, dim2=2)[:, : self.n].clamp_min(0).sqrt()
         self.norms += (seen.full_weights * norms).sum(0).double().cpu().numpy()
-        self._seen.append((seen.without_states(), grams, full))
+        self._problems.append(problem)
 
-    @property
-    def corrected(self) -> bool:
-        """Whether the router corrects its choice of experts."""
-        return any(seen.correction is not None for seen, *_ in self._seen)
-
-    def errors(self, weights: Callable[[Seen], Tensor]) -> Array:
-        """Errors, as `SetErrors.errors`, of choices given by their weights (tokens, choices, n): (choices,)."""
+    def errors(self, choose: Callable[[Seen], tuple[Tensor, Tensor]]) -> Array:
+        """Errors, as `SetErrors.errors`, of choices given as `Seen.chosen` gives them: (choices,)."""
         sums = Sums(self.batch)
-        for seen, grams, full in self._seen:
-            sums.add(seen, _squares(weights(seen), grams, full))
+        for problem in self._problems:
+            sums.add(problem.seen, problem.squared_errors(*choose(problem.seen)))
         return sums.norms
 
     def of_sets(self, sets: list[Kept], active: int) -> Array:
         """Errors of some kept sets, (sets,)."""
-        step = max(1, AT_ONCE // (self.n * max(len(grams) for _, grams, _ in self._seen)))
+        step = max(1, AT_ONCE // (self.n * max(len(problem.grams) for problem in self._problems)))
         parts = [masks(sets[first : first + step], self.n) for first in range(0, len(sets), step)]
 
-        def weights(part: Tensor) -> Callable[[Seen], Tensor]:
-            return lambda seen: seen.weights(part.to(seen.logits.device), active)
+        def choose(part: Tensor) -> Callable[[Seen], tuple[Tensor, Tensor]]:
+            return lambda seen: seen.chosen(part.to(seen.logits.device), active)
 
-        return np.concatenate([self.errors(weights(part)) for part in parts])
+        return np.concatenate([self.errors(choose(part)) for part in parts])
 
     def fits(self) -> Array:
         """A_j = sum over X_j of g_j^2 G, (n, n, n), g being the layer's own weights."""
         found = np.zeros((self.n,) * 3)
-        for seen, grams, _ in self._seen:
-            squares = seen.full_weights.double() ** 2
-            found += torch.einsum("tj,tab->jab", squares, grams[:, : self.n, : self.n].double()).cpu().numpy()
+        for problem in self._problems:
+            squares = problem.seen.full_weights.double() ** 2
+            grams = problem.grams[:, : self.n, : self.n].double()
+            found += torch.einsum("tj,tab->jab", squares, grams).cpu().numpy()
         return found
 
 
@@ -132,7 +139,7 @@ def best_set(tokens: TokenGrams, r: int, active: int) -> Kept:
     kept = tuple(range(tokens.n))
     while len(kept) > r:
         smaller = [kept[:i] + kept[i + 1 :] for i in range(len(kept))]
-        kept = smaller[int(tokens.of_sets(smaller, min(active, len(kept) - 1)).argmin())]
+        kept = smaller[int(tokens.of_sets(smaller, active).argmin())]
     return min((_descended(tokens, start, active) for start in (by_norm, kept)), key=lambda end: end[0])[1]
 
 
@@ -201,35 +208,86 @@ def masks(sets: list[Kept], n: int) -> Tensor:
     return torch.from_numpy(found)
 
 
-def squared_errors(seen: Seen, kept: Tensor, active: int, target: Tensor | None = None) -> Tensor:
-    """Squared norm of the difference between the layer's output with only some experts and its own (or `target`).
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a layer's output is to be matched with, for every token of a batch.
 
     Args:
-        seen: a batch.
-        kept: sets, bool (sets, n).
-        active: experts that run per token.
-        target: (tokens, hidden), where it is not the layer's own output.
-
-    Returns:
-        float32 (tokens, sets).
+        seen: the batch, without its hidden states.
+        grams: inner products of the experts' outputs, and of the target's where it is not the layer's own output,
+            float32 (tokens, m, m), m being n, or n + 1.
+        cross: inner products of each expert's output with what is to be matched, float64 (tokens, n).
+        own: squared norm of what is to be matched, float64 (tokens,).
     """
-    grams, full = _problem(seen, target)
-    step = max(1, AT_ONCE // grams[:, 0].numel())
-    parts = (kept[first : first + step] for first in range(0, len(kept), step))
-    return torch.cat([_squares(seen.weights(part, active), grams, full) for part in parts], dim=1)
+
+    seen: Seen
+    grams: Tensor
+    cross: Tensor
+    own: Tensor
+
+    @classmethod
+    def of(cls, seen: Seen, target: Tensor | None) -> Problem:
+        """The layer's own output, or `target`, (tokens, hidden), is to be matched."""
+        if target is None:
+            grams, weights = gram(seen.outputs), seen.full_weights.double()
+        else:
+            grams = gram(torch.cat([seen.outputs, target[None].to(seen.outputs)]))
+            weights = torch.zeros(grams.shape[:2], dtype=torch.float64, device=grams.device)
+            weights[:, -1] = 1
+        cross = (grams.double() @ weights[..., None])[..., 0]
+        return cls(seen.without_states(), grams, cross[:, : seen.layer.n], (cross * weights).sum(-1))
+
+    def squared_errors(self, index: Tensor, weights: Tensor) -> Tensor:
+        """Squared norms of the difference when experts `index` run with `weights`, both (tokens, choices, k).
+
+        Returns:
+            float64 (tokens, choices).
+        """
+        tokens, choices, k = index.shape
+        weights, flat = weights.double(), index.reshape(tokens, -1)
+        linear = (weights * self.cross.gather(1, flat).view_as(weights)).sum(-1)
+        pairs = index[..., :, None] * self.grams.shape[1] + index[..., None, :]
+        inner = self.grams.flatten(1).gather(1, pairs.reshape(tokens, -1)).view(tokens, choices, k, k).double()
+        quadratic = (weights[..., :, None] * inner * weights[..., None, :]).sum((-1, -2))
+        return (self.own[:, None] - 2 * linear + quadratic).clamp_min(0)
 
 
-def _problem(seen: Seen, target: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gram matrices (tokens, m, m), weights (tokens, m) of what is to be matched; m is n, or n + 1 with a target."""
-    if target is None:
-        return gram(seen.outputs), seen.full_weights
-    vectors = torch.cat([seen.outputs, target[None].to(seen.outputs)])
-    full = torch.zeros(len(target), len(vectors), device=target.device)
-    full[:, -1] = 1
-    return gram(vectors), full
+@cache
+def by_rank(n: int, k: int) -> ByRank:
+    """The table for n experts, k of which run; made once."""
+    return ByRank(n, k)
 
 
-def _squares(weights: Tensor, grams: Tensor, full: Tensor) -> Tensor:
-    """d' G d of weights (tokens, choices, n): (tokens, choices)."""
-    d = torch.nn.functional.pad(weights, (0, grams.shape[1] - weights.shape[-1])) - full[:, None]
-    return ((d @ grams) * d).sum(-1).clamp_min(0)
+class ByRank:
+    """Which experts a token would pick of a set, by table: where its k best among the set stand in its own ranking.
+
+    With experts ranked by the token's scores, a set is a number whose bit i says whether the i-th best is in it. For
+    all tokens and sets these numbers are one matrix product, and the errors of the C(n, k) possible picks of a token
+    are computed once, not once a set.
+
+    Args:
+        n: experts, at most `MOST_RANKED`.
+        k: how many run.
+    """
+
+    def __init__(self, n: int, k: int) -> None:
+        self.picks = torch.tensor(list(itertools.combinations(range(n), k)))
+        number = {pick: i for i, pick in enumerate(itertools.combinations(range(n), k))}
+        self.table = torch.zeros(1 << n, dtype=torch.int64)
+        for mask in range(1 << n):
+            best = tuple(itertools.islice((i for i in range(n) if mask >> i & 1), k))
+            self.table[mask] = number.get(best, 0)
+
+    def squared_errors(self, problem: Problem, kept: Tensor) -> Tensor:
+        """As `Problem.squared_errors`, for sets, bool (sets, n): (tokens, sets)."""
+        seen = problem.seen
+        device = seen.logits.device
+        choice = seen.probabilities if seen.correction is None else seen.probabilities + seen.correction
+        order = choice.argsort(dim=1, descending=True)
+        index = order[:, self.picks.to(device)]
+        scores = seen.probabilities.gather(1, index.flatten(1)).view(index.shape)
+        errors = problem.squared_errors(index, seen.gated(scores))
+        bits = torch.zeros_like(seen.probabilities, dtype=torch.float64)
+        bits.scatter_(1, order, (2.0 ** torch.arange(order.shape[1], device=device)).double().expand_as(order))
+        numbers = (bits @ kept.T.double()).long()
+        return errors.gather(1, self.table.to(device)[numbers])

@@ -24,6 +24,10 @@ ROUTERS: dict[str, Router] = {
 """For every method, where the W_RM of its plans acts; "rows" for prunings."""
 
 
+PROGRESSIVE = ("naee_progressive",)
+"""Methods that go layer by layer, so that layers cannot share a choice."""
+
+
 def check(name: str) -> None:
     """Raise MethodError, suggesting the nearest name, when there is no such method."""
     if name not in ROUTERS:

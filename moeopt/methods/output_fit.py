@@ -25,9 +25,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from moeopt.errors import MethodError
 from moeopt.methods.base import Method, Wanted
-from moeopt.methods.calibration import TINY, Seen
+from moeopt.methods.calibration import Seen
 from moeopt.methods.naee import Kept, TokenGrams, best_set, kept_sets
 from moeopt.methods.statistics import Array, Statistic
 from moeopt.plan import LayerPlan, one_hot
@@ -53,11 +52,6 @@ class OutputFit(Method):
     def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
         tokens = statistics["TokenGrams"]
         assert isinstance(tokens, TokenGrams)
-        if tokens.corrected:
-            raise MethodError(
-                "output_fit maps probabilities (W_RM), which a router that corrects its choice of experts by a bias "
-                "does not allow; use naee"
-            )
         n, r, fits = wanted.experts, wanted.keep, tokens.fits()
         sets: list[Kept] = [best_set(tokens, r, wanted.active)]
         if comb(n, r) <= MOST_SETS:
@@ -67,9 +61,10 @@ class OutputFit(Method):
                 min(every, key=lambda kept: sum(column(fits[j], kept, j)[1] for j in range(n) if j not in kept))
             )
         found = [fitted(tokens, fits, kept, wanted.active) for kept in dict.fromkeys(sets)]
-        _, kept, w_rm = min(found, key=lambda one: one[0])
-        if np.array_equal(w_rm, one_hot(kept, n)):
-            return wanted.pruned(kept)
+        error, kept, w_rm = min(found, key=lambda one: one[0])
+        prunings = tokens.of_sets(sets, wanted.active)  # by selected rows, which may differ from a one-hot W_RM
+        if prunings.min() <= error:
+            return wanted.pruned(sets[int(prunings.argmin())])
         return LayerPlan(n, wanted.active, kept=kept, w_rm=w_rm.astype(np.float32), router="prob")
 
 
@@ -117,16 +112,10 @@ def fitted(tokens: TokenGrams, fits: Array, kept: Kept, active: int) -> tuple[fl
 def errors_of(tokens: TokenGrams, w_rm: Array, kept: Kept, active: int) -> Array:
     """The layer's error under router mappings (choices, r, n) of kept experts: (choices,)."""
     matrices = torch.from_numpy(w_rm).float()
-    return tokens.errors(lambda seen: mapped_weights(seen, matrices.to(seen.logits.device), kept, active))
+    return tokens.errors(lambda seen: mapped(seen, matrices.to(seen.logits.device), kept, active))
 
 
-def mapped_weights(seen: Seen, w_rm: Tensor, kept: Kept, active: int) -> Tensor:
-    """Expert weights, float32 (tokens, choices, n), that router mappings (choices, r, n) of probabilities give."""
-    mapped = torch.einsum("tn,crn->tcr", seen.probabilities, w_rm)
-    top, index = mapped.topk(active, dim=-1)
-    if seen.rule.normalised:
-        top = top / top.sum(-1, keepdim=True).clamp_min(TINY)
-    weights = torch.zeros_like(mapped).scatter(-1, index, top * seen.rule.scale)
-    return torch.zeros(*weights.shape[:2], seen.layer.n, device=weights.device).index_copy(
-        -1, torch.tensor(kept, device=weights.device), weights
-    )
+def mapped(seen: Seen, w_rm: Tensor, kept: Kept, active: int) -> tuple[Tensor, Tensor]:
+    """Experts that run and their weights, (tokens, choices, k), under router mappings (choices, r, n)."""
+    top, index = torch.einsum("tn,crn->tcr", seen.probabilities, w_rm).topk(active, dim=-1)
+    return torch.tensor(kept, device=index.device)[index], seen.gated(top)

@@ -14,7 +14,7 @@ from moeopt.methods import clustering, ranking
 from moeopt.methods.base import Method, Wanted
 from moeopt.methods.calibration import Calibration, Seen, Stream
 from moeopt.methods.naee import Naee, NaeeProgressive
-from moeopt.methods.names import check
+from moeopt.methods.names import ROUTERS, check
 from moeopt.methods.output_fit import OutputFit
 from moeopt.methods.ranking import Ranking
 from moeopt.methods.statistics import MeanOutputs, Norms, Routing, Statistic
@@ -113,7 +113,15 @@ def plans(
         MethodError: for an unknown name, or a method that cannot do it on this model; when keep, k or groups is out of
             range.
     """
+    if isinstance(names, str):
+        raise MethodError(f"names must be a list of methods, such as [{names!r}], got {names!r}")
     chosen = {name: get(name) for name in names}
+    for name in chosen:
+        if ROUTERS[name] == "prob" and any(rule.correction is not None for rule in calibration.rules):
+            raise MethodError(
+                f"{name} maps probabilities (W_RM), which a router that corrects its choice of experts by a bias does "
+                "not allow; use naee"
+            )
     shape = calibration.shape
     wanted = Wanted(shape.experts, shape.k, keep, shape.k if k is None else k, seed)
     wanted.check()

@@ -32,8 +32,11 @@ def skipping(plan: Plan, calibration: Calibration, *, quantile: float = 0.5) -> 
 
     def see(seen: Seen) -> None:
         gates = seen.gates.float()
-        largest = gates.amax(-1)
-        ratio = gates.amin(-1) / largest.where(largest > 0, 1.0)
+        if seen.rule.ordered:  # a sum of mapped probabilities below 0 turns the signs of all
+            first, last = gates[:, 0], gates[:, -1]
+        else:
+            first, last = gates.amax(-1), gates.amin(-1)
+        ratio = last / first.where(first != 0, 1.0)
         ratios[seen.layer.index].append(ratio.clamp(0, 1).cpu().numpy())
 
     calibration.run(see, plan=plan.with_skip(0))

@@ -158,7 +158,8 @@ class Layerwise:
         records, logits = seen[0]
         alone = self.head(_first(records[-1][3]).flatten(0, 1)).view(logits.shape)
         off = 1e-4 if logits.dtype == torch.float32 else 0.05
-        if not torch.allclose(alone.float(), logits.float(), rtol=off, atol=off * float(logits.float().std())):
+        spread = float(logits.float().nan_to_num(posinf=0.0, neginf=0.0).std())
+        if not torch.allclose(alone.float(), logits.float(), rtol=off, atol=off * spread, equal_nan=True):
             raise ModelError(f"the head of {name} needs more than the hidden states of its last layer")
 
     def _watched(self, inputs: Inputs) -> tuple[list[tuple[int, Tensor, Call, Any]], Tensor]:
@@ -269,10 +270,15 @@ def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _equal_with_nan(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
 def _equal(a: Any, b: Any) -> bool:
     """Bitwise equality of nested tuples, lists and dictionaries of tensors and plain values."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+        b = b.to(a.device)
+        return a.dtype == b.dtype and (torch.equal(a, b) or (a.is_floating_point() and _equal_with_nan(a, b)))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     if isinstance(a, Sequence) and isinstance(b, Sequence) and not isinstance(a, str):

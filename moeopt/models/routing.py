@@ -228,22 +228,24 @@ class MappedRouter:
             weight, bias, correction = (self._on(logits.device, role) for role in ("weight", "bias", "correction"))
             assert weight is not None
             mapped = self.rule.logits(hidden, weight, bias).to(logits.dtype)
-            top, index = self.rule.select(mapped, self.plan.k, correction)
-        if self.plan.skip:
-            top = self._skipped(top)
+            whole, index = self.rule.select(mapped, self.plan.k, correction)
+            top = self._kept(whole)
+            if self.plan.skip and self.rule.normalised:
+                rest = top.sum(-1, keepdim=True)
+                top = top * (whole.sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1.0))
         numbers = self._on(logits.device, "numbers")
         return logits, top.to(weights.dtype), index if numbers is None else numbers[index]
 
-    def _skipped(self, top: Tensor) -> Tensor:
-        """Weights (tokens, k) with those below beta times the largest made 0; the rest sums to what the whole did."""
-        kept = top.masked_fill(top < self.plan.skip * top.amax(-1, keepdim=True), 0.0)
+    def _kept(self, top: Tensor) -> Tensor:
+        """Scores or weights (tokens, k) with those below beta times the largest made 0, and counted."""
+        if not self.plan.skip:
+            return top
+        largest = top.amax(-1, keepdim=True)
+        kept = top.masked_fill((top < self.plan.skip * largest) & (top < largest), 0.0)
         active = (kept != 0).sum()
         self._active = active if self._active is None else self._active + active
         self._seen += len(top)
-        if not self.rule.normalised:
-            return kept
-        rest = kept.sum(-1, keepdim=True)
-        return kept * (top.sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1.0))
+        return kept
 
     def _by_probability(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         w_rm = self._on(logits.device, "w_rm")
@@ -251,6 +253,7 @@ class MappedRouter:
         mapped = self.rule.scores(logits).float() @ w_rm.T
         clamp = self.plan.negative == "clamp"
         top, index = (mapped.clamp(min=0) if clamp else mapped).topk(self.plan.k, dim=-1, sorted=self.rule.ordered)
+        top = self._kept(top)
         total = top.sum(-1, keepdim=True)
         if clamp:
             empty = total == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ WANTED = Wanted(experts=8, k=2, keep=4, active=2)
 
 @pytest.fixture(scope="module")
 def text():
-    return TextTask("text", search=[TEXT[i * 7 :] + str(i) for i in range(2)], window=WINDOW)
+    return TextTask("text", search=[TEXT[i * 7 :][: 53 + i % 3] + str(i) for i in range(6)], window=WINDOW)
 
 
 @pytest.fixture
@@ -178,6 +179,98 @@ def test_naee_progressive_equals_brute_force(model, calibration, text, tiny_toke
         assert plan.layers[layer.index].kept == best
         parts[layer.index] = LayerPlan(8, 2, kept=best)
     assert plan != methods.plan("naee", calibration, keep=4)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_gram_errors_equal_patched_forwards_in_every_family(family, build_family, tiny_tokenizer, corrected):
+    model = build_family(family, vocabulary=300, corrected=corrected)
+    small = TextTask("text", search=["".join(chr(40 + i * j % 50) for i in range(90)) for j in (3, 7)], window=30)
+    calibration = methods.Calibration(model, tiny_tokenizer, small)
+    n, k = calibration.shape.experts, calibration.shape.k
+    made = [naee.SetErrors(n, k, r=4, active=k) for _ in calibration.layers]
+    calibration.run(lambda seen: made[seen.layer.index].add(seen))
+    whole = [LayerPlan(n, k, kept=tuple(range(n)))] * len(calibration.layers)
+    for layer, got in zip(calibration.layers, made):
+        for kept in got.sets[::7]:
+            outputs = {}
+            for name, part in (("full", whole[layer.index]), ("kept", LayerPlan(n, k, kept=kept))):
+                parts = [*whole[: layer.index], part, *whole[layer.index + 1 :]]
+                found = outputs[name] = []
+                handle = layer.experts.register_forward_hook(lambda _m, _i, o, found=found: found.append(o.clone()))
+                with patched(model, Plan(tuple(parts))), torch.no_grad():
+                    for batch in calibration.batches:
+                        model(batch.ids, attention_mask=batch.mask)
+                handle.remove()
+            squares = {}
+            for batch, a, b in zip(calibration.batches, outputs["full"], outputs["kept"]):
+                of = (batch.numbers // naee.BATCH)[:, None].expand_as(batch.mask)[batch.mask.bool()]
+                d = (a - b).reshape(*batch.mask.shape, -1)[batch.mask.bool()].double()
+                for number in of.unique().tolist():
+                    squares[number] = squares.get(number, 0.0) + float((d[of == number] ** 2).sum())
+            expected = sum(square**0.5 for square in squares.values())
+            assert got.errors[got.sets.index(kept)] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_padding_does_not_count(make_mixtral, tiny_tokenizer, text, dtype):
+    model = make_mixtral(seed=3, dtype=dtype)
+    together, alone = (
+        methods.Calibration(model, tiny_tokenizer, text, limit=SEQUENCES, batch_tokens=size) for size in (200, 1)
+    )
+    assert any((batch.mask == 0).any() for batch in together.batches)
+    assert all((batch.mask == 1).all() for batch in alone.batches)
+    kinds = (Routing, Norms, MeanOutputs, partial(naee.SetErrors, r=4, active=2))
+    for kind in kinds:
+        found = []
+        for calibration in (together, alone):
+            made = [kind(8, 2) for _ in range(3)]
+            calibration.run(lambda seen, made=made: made[seen.layer.index].add(seen))
+            found.append(made)
+        for a, b in zip(*found):
+            exact = dtype == torch.float32  # in bfloat16 a token near a tie may pick another expert
+            for name in ("visits", "gated", "probabilities", "means", "errors")[0 if exact else 2 :]:
+                if hasattr(a, name):
+                    tolerance = 1e-4 if exact else 0.05
+                    np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=tolerance, atol=tolerance / 10)
+
+
+def test_what_is_kept_of_a_token_is_small(calibration):
+    made = [naee.TokenGrams(8, 2) for _ in range(3)]
+    calibration.run(lambda seen: made[seen.layer.index].add(seen))
+    for problem in made[0]._problems:
+        assert problem.seen.hidden.untyped_storage().nbytes() == problem.seen.routed.untyped_storage().nbytes() == 0
+
+
+def test_output_fit_measures_what_it_returns(build_family, tiny_tokenizer):
+    model = build_family("qwen2_moe", vocabulary=300)
+    small = TextTask("text", search=["".join(chr(40 + i * j % 50) for i in range(90)) for j in (3, 7)], window=30)
+    calibration = methods.Calibration(model, tiny_tokenizer, small)
+    with torch.no_grad():
+        for layer in calibration.layers:
+            layer.router.weight[3:] *= 0.01
+    ours, theirs = (methods.plan(name, calibration, keep=5) for name in ("output_fit", "naee"))
+    inputs = [[] for _ in calibration.layers]
+    calibration.run(lambda seen: inputs[seen.layer.index].append(seen.hidden))
+    for layer, a, b in zip(calibration.layers, ours.layers, theirs.layers):
+
+        def error(part, layer=layer):
+            return sum(
+                float((block_output(model, layer, h) - block_output(model, layer, h, part)).double().norm() ** 2)
+                for h in inputs[layer.index]
+            )
+
+        assert error(a) <= error(b) * (1 + 1e-5)
+
+
+def test_outputs_that_are_not_finite_are_named(make_mixtral, tiny_tokenizer, text):
+    model = make_mixtral()
+    with torch.no_grad():
+        moe_layers(model)[1].experts.down_proj[5] *= torch.inf
+    calibration = methods.Calibration(model, tiny_tokenizer, text, limit=4)
+    for name in ("naee", "output_fit", "hc_smoe", "naee_progressive"):
+        with pytest.raises(MethodError, match=r"layers\.1\..*not finite in torch.float32"):
+            methods.plan(name, calibration, keep=4)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_naee_beyond_enumeration(calibration, monkeypatch):
@@ -423,7 +516,11 @@ def test_bad_input(calibration):
             methods.plan("naee", calibration, keep=keep)
     with pytest.raises(MethodError, match="k must be an integer between 1 and the 1 experts kept, got 2"):
         methods.plan("naee", calibration, keep=1)
+    with pytest.raises(MethodError, match="names must be a list of methods"):
+        methods.plans("naee", calibration, keep=4)
     plan = Plan.identity(3, 8, 2)
+    with pytest.raises(MethodError, match="give no plan, or no all_outputs"):
+        calibration.run(lambda seen: None, plan=plan, all_outputs=True)
     with pytest.raises(MethodError, match="quantile must be between 0 and 1, got 2"):
         methods.skipping(plan, calibration, quantile=2)
     with pytest.raises(MethodError, match="nothing to skip"):

@@ -151,6 +151,20 @@ def test_families_skip(family, build_family, ids):
     assert all(1 <= active < layer.k for active in state.active)
 
 
+def test_negative_weights_are_skipped_by_their_mapped_probability(make_mixtral):
+    model = make_mixtral()
+    layer = moe_layers(model)[0]
+    w_rm = np.zeros((2, 8), np.float32)
+    w_rm[0, 0], w_rm[1] = 0.02, -0.5  # a sum below 0: the weights' signs are those of the mapped, turned
+    part = LayerPlan(8, 2, kept=(0, 1), w_rm=w_rm, router="prob", negative="eep", skip=0.5)
+    hidden = torch.randn(10, layer.hidden, generator=torch.Generator().manual_seed(0))
+    expected = outputs_of_block(layer, hidden)[0]  # the first alone, with weight 1
+    with patched(model, Plan((part,) * 3)), torch.no_grad():
+        got = layer.block(hidden[None])
+    got = got[0] if isinstance(got, tuple) else got
+    torch.testing.assert_close(got.reshape(10, -1), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_files_and_fingerprints(tmp_path):
     plain = Plan.one_hot([[0, 1, 2]] * 2, experts=4, k=2)
     skipping = plain.with_skip([0.25, 0.5])
