@@ -17,7 +17,7 @@ the exponent of the number of finished trials between two sizes: 1 is a scan of 
 grow. Studies in databases other than SQLite are deleted afterwards.
 
 Goals at 2,048 numbers and 1,000 finished trials: 50 ms a trial for eep, 5% of a SmolMoE trial (165 ms) for the others.
-On two cores with other jobs, SQLite on a disk that commits in 1 ms: eep 34 to 36 ms, of them 31 of CPU, random 32,
+On two cores with other jobs, SQLite on a disk that commits in 1 ms: eep 34 to 36 ms (31 of CPU), random 32,
 local 37. A complete run (`--patience 20`) on two cores that three other jobs used, disk included, gave:
 
 | sampler | ms a trial at 100, 1,000, 5,000 trials | of it CPU | share of a SmolMoE trial | grows as, last two sizes |
