@@ -32,9 +32,9 @@ local 37. A complete run (`--patience 20`) on two cores that three other jobs us
 
 So on a slow or busy disk eep misses 50 ms: five commits a trial are Optuna's new trial, the worker's name (so that a
 trial whose worker dies while it proposes is found), the genotype, the scores, and Optuna's end of the trial. Layers 8
-to 64, groups 1 to 32 and experts 8 to 128 move a trial of eep between 77 and 102 ms, one of sepcmaes between 87 and 147.
-Workers of eep on SQLite: 12, 16, 18 trials a second for 1, 2, 4 processes whose evaluation takes no time, 0.87, 1.73,
-3.53 where it takes a second. Reading 5,000 trials takes 2.8 s, the best one 5 ms.
+to 64, groups 1 to 32 and experts 8 to 128 move a trial of eep between 77 and 102 ms, one of sepcmaes between 87 and
+147. Workers of eep on SQLite: 12, 16, 18 trials a second for 1, 2, 4 processes whose evaluation takes no time, 0.87,
+1.73, 3.53 where it takes a second. Reading 5,000 trials takes 2.8 s, the best one 5 ms.
 
 Not reached: tpe. Optuna's estimator evaluates 24 candidates against every finished trial for each of the 2,048 numbers,
 49 million kernels a trial at 1,000 trials, and walks the trials in Python once a number. It is linear in trials; use it
