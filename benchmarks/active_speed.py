@@ -6,7 +6,19 @@ Prefill is one forward pass over a batch of prompts that fills the KV cache; dec
 `generate`, greedy. Betas are calibrated on other windows of the same data. Every variant runs in turn with the full
 model, and the table has the median of the paired ratios of tokens per second, this over the full model's, wall time.
 
-MEASURED
+SmolMoE (bf16, 30 layers, 8 experts, top-2), prompts of 256 tokens of Python text, 16 new, one thread, medians of 3:
+
+| | active | prefill over full, batch 1, 4 | decode over full, batch 1, 4 |
+|---|---|---|---|
+| full | 2 | 276, 314 tokens/s | 10.1, 21.8 tokens/s |
+| full, skipping | 1.45, 1.52 | 1.13, 1.14 | 1.10 (1.09 to 1.16), 1.04 (0.82 to 1.10) |
+| full, k = 1 | 1 | 1.33, 1.46 | 1.31 (1.21 to 1.44), 0.97 (0.68 to 1.25) |
+| r = 4 | 2 | 1.06, 1.02 | 1.01 (0.82 to 1.02), 1.11 (0.64 to 1.38) |
+| r = 4, skipping | 1.46, 1.52 | 1.18, 1.32 | 1.04 (1.01 to 1.25), 1.10 (0.77 to 1.28) |
+| r = 4, k = 1 | 1 | 1.52, 1.74 | 1.22 (1.14 to 1.22), 1.35 (1.11 to 1.35) |
+
+Skipping a quarter of the experts' work speeds prefill up by a seventh, k = 1 by a third to a half. Decoding on a CPU is
+bound by the overhead of thirty small layers, and its ratios scatter; they say little at batch 4.
 """
 
 from __future__ import annotations

@@ -16,9 +16,13 @@ Measured so far. SmolMoE, Python text, 1,530 search tokens, every layer its own 
 2.4120 (full model 2.4199; at 10 % of its layer-tokens 2.4155). "local, warm" has that after 0.8 % of layer-tokens and
 0.6 % of the seconds, most of it the start (2.4127 by soft activation alone), and is at 2.4097 after 10 %, 2.4058 after
 20 %. On test, 10,193 tokens, the two do not differ at equal layer-tokens: +0.0009 [-0.0034, +0.0054] at 10 %, +0.0030
-[-0.0015, +0.0073] at 20 %. EEP does better in 10 groups of layers (2.4067 after 157 forwards, 2.4037 after 192, by a
-run that was not finished), and against that target `local` saves a factor of three to four, not ten. Much of what a
-search gains on so few tokens is luck: noise of 1e-3 in W_RM moves the bf16 loss by 1e-3.
+[-0.0015, +0.0073] at 20 %. Much of what a search gains on so few tokens is luck: noise of 1e-3 in W_RM moves the bf16
+loss by 1e-3.
+
+The same in 10 groups of layers (`--groups 10`), where EEP does better: as published it ends at 2.4037, after 97 % of
+its layer-tokens, 22 of its 400 proposals being duplicates; at 10 % it has 2.4217. "local, warm" has that after 19.2 %
+of layer-tokens and 22 % of seconds (2.4073 at 10 %, 2.4004 at 25 %): a factor of five, not ten. Cold, `local` is at
+2.4153 after 10 %, 2.4062 after 25 %, and never there.
 
 Demo model, caesar, 2,799 search tokens (`--limit 64`), three seeds, median (range); EEP as published ends at 0.0796
 (0.0546 to 0.0812):

@@ -370,20 +370,19 @@ class _Hook:
 
     def block(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         batch = self.current[0]
-        real = batch.mask.bool().flatten()
-        every = self.found.pop("every", None)
-        found = {name: t[real.to(t.device)] for name, t in self.found.items()}
+        found, self.found = self.found, {}
+        every, real = found.pop("every", None), batch.mask.bool().flatten()
+        if not real.all():
+            found = {name: t[real.to(t.device)] for name, t in found.items()}
+            every = None if every is None else every[:, real.to(every.device)]
         if not (found["routed"] if every is None else every).isfinite().all():
             raise MethodError(
                 f"{self.layer.name}: what its experts give is not finite in {found['routed'].dtype}; load the model in "
                 "another dtype, such as bfloat16 or float32"
             )
-        if every is not None:
-            found["every"] = every[:, real.to(every.device)]
-        self.found.clear()
         self.busy = True
         try:
-            self.see(Seen(self.layer, self.rule, sequence=batch.sequence, **found))
+            self.see(Seen(self.layer, self.rule, sequence=batch.sequence, every=every, **found))
         finally:
             self.busy = False
 

@@ -117,8 +117,13 @@ def routed(seen: Seen) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 def gram(vectors: Tensor) -> Tensor:
     """Inner products of m vectors for every token: (m, tokens, hidden) -> float32 (tokens, m, m)."""
-    by_token = vectors.transpose(0, 1).float()
-    return by_token @ by_token.transpose(1, 2)
+    m, tokens, _ = vectors.shape
+    vectors = vectors.float()
+    found = vectors.new_empty(tokens, m, m)
+    for i in range(m):  # three times faster on a CPU than a product of many small matrices
+        found[:, i, i:] = torch.einsum("th,mth->tm", vectors[i], vectors[i:])
+        found[:, i:, i] = found[:, i, i:]
+    return found
 
 
 def _numpy(tensor: Tensor) -> Array:
