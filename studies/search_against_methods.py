@@ -40,9 +40,10 @@ helps. Aliased picks are better than summed probabilities for both clusterings.
 At r = 2 (no search): frequency 2.3208, -.0151 [-.0212, -.0101] against the full model; ean 2.3224; m_smoe 2.3234, the
 best on dev; hc_smoe 2.3261; output_fit 2.3292; naee 2.3319, -.0040 [-.0103, +.0019]; reap 2.3401; mean of 8 random
 2.3574. On WiC, r = 4, 128 test questions, full 1.2086: naee -.1175 [-.1415, -.0943], the best; frequency -.0860
-[-.1023, -.0705]; m_smoe -.0562; hc_smoe +.0070 [-.0106, +.0252]; the mean of 2 random prunings 1.7025. On BoolQ, r = 4, 32 test questions, full 1.0664:
-hc_smoe -.0589 [-.0846, -.0327], the best on dev; naee -.0478 [-.0914, -.0056]; frequency +.0784; m_smoe +.1245; the
-better of 2 random prunings -.1050 [-.1747, -.0281], from hc_smoe not to be told apart.
+[-.1023, -.0705]; m_smoe -.0562; hc_smoe +.0070 [-.0106, +.0252]; the mean of 2 random prunings 1.7025. On BoolQ, r = 4,
+32 test questions, full 1.0664: hc_smoe -.0589 [-.0846, -.0327], the best on dev; naee -.0478 [-.0914, -.0056];
+frequency +.0784; m_smoe +.1245; the better of 2 random prunings -.1050 [-.1747, -.0281], from hc_smoe not to be told
+apart.
 """
 
 from __future__ import annotations
