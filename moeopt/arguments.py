@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,6 +183,14 @@ def warm_starts(given: Iterable[str], layers: int, space: Space) -> list[Plan | 
             check_expressible(name.strip(), space)
             starts.append(name.strip())
     return starts
+
+
+def command_again(given: Sequence[str] | None, storage: str) -> str:
+    """The command that was given (None: of this process), to resume with; without a storage's password."""
+    from moeopt.study import hidden
+
+    words = [word for word in (sys.argv[1:] if given is None else given) if word != "--no-resume"]
+    return shlex.join(["moeopt", *(word.replace(storage, hidden(storage)) for word in words)])
 
 
 def chosen_plan(

@@ -18,9 +18,22 @@ import typer
 
 from moeopt import __version__, arguments, cli_compare
 from moeopt.errors import ExportError, MoeoptError, PlanError
-
-DEFAULT_STORAGE = "sqlite:///moeopt.db"
-INTERRUPTED = 130
+from moeopt.options import (
+    DEFAULT_STORAGE,
+    GOAL,
+    INTERRUPTED,
+    MACHINE,
+    STUDY,
+    BatchTokens,
+    Data,
+    DeviceMap,
+    Dtype,
+    Limit,
+    Model,
+    Storage,
+    Task,
+    TaskOption,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -31,13 +44,9 @@ app = typer.Typer(
     epilog="[bold]moeopt demo[/bold] shows the whole way on a small model that comes with it, in two minutes.",
 )
 
-GOAL, SPACE, OPTIMISER, STOP, STUDY, MACHINE = (
-    partial(typer.Option, rich_help_panel=panel)
-    for panel in ("Task", "What may vary", "Optimiser", "When to stop", "Study", "Machine")
+SPACE, OPTIMISER, STOP = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("What may vary", "Optimiser", "When to stop")
 )
-Storage = Annotated[
-    str, STUDY(metavar="URL", help="Where studies are kept: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL).")
-]
 StudyName = Annotated[str | None, STUDY("--study", metavar="NAME", help="The study's name in the storage.")]
 TRIAL = "A trial's number, or best: the one of least loss"
 
@@ -117,18 +126,12 @@ def demo(
 )
 def search(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id of the full model.")],
-    task: Annotated[str, GOAL(help="What to be good at: boolq, wic, multiple_choice, text.")],
+    model: Model,
+    task: Task,
     study: Annotated[str, STUDY(metavar="NAME", help="Name of the study to start or to resume.")],
-    data: Annotated[
-        str | None, GOAL(metavar="DATA", help="JSONL or parquet file, folder or hub id. Default: the task's own.")
-    ] = None,
-    task_option: Annotated[
-        list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as window=512; repeatable.")
-    ] = None,
-    limit: Annotated[
-        int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")
-    ] = None,
+    data: Data = None,
+    task_option: TaskOption = None,
+    limit: Limit = None,
     keep: Annotated[int | None, SPACE(metavar="R", min=1, help="Experts each layer keeps.")] = None,
     active: Annotated[
         str | None,
@@ -196,11 +199,9 @@ def search(
     ] = 1,
     storage: Storage = DEFAULT_STORAGE,
     resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
-    device_map: Annotated[str, MACHINE(metavar="MAP", help="Where weights go: auto, cpu, cuda:0, ...")] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], MACHINE(help="Type of the weights in memory.")
-    ] = "auto",
-    batch_tokens: Annotated[int, MACHINE(metavar="N", min=1, help="Padded tokens a forward pass.")] = 1024,
+    device_map: DeviceMap = "auto",
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = 1024,
     prefix_memory: Annotated[
         int | None,
         MACHINE(metavar="MIB", min=0, help="Memory for hidden states of earlier plans, which spare passes. [1024]"),
@@ -281,7 +282,7 @@ def search(
         ended = False
     if not ended:
         err.print("Interrupted; every finished trial is stored. To resume:")
-        err.print(f"  {_command(ctx, storage)}", markup=False, soft_wrap=True)
+        err.print(f"  {arguments.command_again(ctx.obj, storage)}", markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     best = best_trial(record)
     if best is None:
@@ -379,7 +380,7 @@ def plan(
     "moeopt export ./mixtral small/ --plan pruned.safetensors"
 )
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id of the full model.")],
+    model: Model,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write, new or empty.")],
     plan: Annotated[Path | None, typer.Option(help="Plan file of moeopt, or an EEP .pth.")] = None,
     study: StudyName = None,
@@ -416,15 +417,6 @@ def export(
         title += f"; the best of all is trial {best.number} (loss {best.value:.4f})"
     size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors")) / 2**20
     console.print(f"{out_dir}: {size:.1f} MiB of weights, {title}", markup=False, soft_wrap=True)
-
-
-def _command(ctx: typer.Context, storage: str) -> str:
-    """The command that was given, to give again; without a storage's password."""
-    from moeopt.study import hidden
-
-    given = sys.argv[1:] if ctx.obj is None else ctx.obj
-    words = [word.replace(storage, hidden(storage)) for word in given if word != "--no-resume"]
-    return shlex.join(["moeopt", *words])
 
 
 cli_compare.register(app)

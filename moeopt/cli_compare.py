@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeopt import arguments
 from moeopt.errors import MoeoptError
+from moeopt.options import (
+    DEFAULT_STORAGE,
+    GOAL,
+    INTERRUPTED,
+    STUDY,
+    BatchTokens,
+    Data,
+    DeviceMap,
+    Dtype,
+    Limit,
+    Model,
+    Storage,
+    Task,
+    TaskOption,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-INTERRUPTED = 130
 LINE_EVERY = 10.0
 """Seconds between progress lines where there is no terminal to draw on."""
 EXAMPLES = (
@@ -32,9 +43,8 @@ EXAMPLES = (
     "nothing twice."
 )
 
-GOAL, COMPARED, LOOKED_AT, STUDY, MACHINE = (
-    partial(typer.Option, rich_help_panel=panel)
-    for panel in ("Task", "What is compared", "What one-shot methods look at", "Study", "Machine")
+COMPARED, LOOKED_AT = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("What is compared", "What one-shot methods look at")
 )
 
 
@@ -45,18 +55,12 @@ def register(app: typer.Typer) -> None:
 
 def compare_methods(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id of the full model.")],
-    task: Annotated[str, GOAL(help="What to be good at: boolq, wic, multiple_choice, text.")],
+    model: Model,
+    task: Task,
     keep: Annotated[str, COMPARED(metavar="R,R,...", help="Experts each layer keeps, such as 6,4,2.")],
-    data: Annotated[
-        str | None, GOAL(metavar="DATA", help="JSONL or parquet file, folder or hub id. Default: the task's own.")
-    ] = None,
-    task_option: Annotated[
-        list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as window=512; repeatable.")
-    ] = None,
-    limit: Annotated[
-        int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")
-    ] = None,
+    data: Data = None,
+    task_option: TaskOption = None,
+    limit: Limit = None,
     test_limit: Annotated[
         int | None, GOAL(metavar="N", min=1, help="Use N dev and N test examples. Default: all.")
     ] = None,
@@ -88,17 +92,13 @@ def compare_methods(
     study: Annotated[
         str | None, STUDY(metavar="NAME", help="A study of this model and task, whose best trials join the table.")
     ] = None,
-    storage: Annotated[
-        str, STUDY(metavar="URL", help="Where studies are kept: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL).")
-    ] = "sqlite:///moeopt.db",
+    storage: Storage = DEFAULT_STORAGE,
     out: Annotated[Path, typer.Option(help="Folder for the table, the plans and all that is known.")] = Path(
         "compare-out"
     ),
-    device_map: Annotated[str, MACHINE(metavar="MAP", help="Where weights go: auto, cpu, cuda:0, ...")] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], MACHINE(help="Type of the weights in memory.")
-    ] = "auto",
-    batch_tokens: Annotated[int, MACHINE(metavar="N", min=1, help="Padded tokens a forward pass.")] = 1024,
+    device_map: DeviceMap = "auto",
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = 1024,
 ) -> None:
     """Compare one-shot methods with the full model, random prunings and a search, on examples that none has seen."""
     keeps = numbers("--keep", keep)
@@ -159,7 +159,7 @@ def compare_methods(
             )
     except KeyboardInterrupt:
         err.print("Interrupted; all that was found is kept. To go on:")
-        err.print(f"  {_command(ctx, storage)}", markup=False, soft_wrap=True)
+        err.print(f"  {arguments.command_again(ctx.obj, storage)}", markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     console.print(comparing.view(found))
     console.print(f"\n{out} holds table.csv, table.json and the plans.", markup=False, soft_wrap=True)
@@ -209,11 +209,3 @@ def words(option: str, text: str) -> list[str]:
     if not all(found):
         raise MoeoptError(f"{option} must be names between commas, such as naee,reap, got {text!r}")
     return found
-
-
-def _command(ctx: typer.Context, storage: str) -> str:
-    """The command that was given, to give again; without a storage's password."""
-    from moeopt.study import hidden
-
-    given: Sequence[str] = sys.argv[1:] if ctx.obj is None else ctx.obj
-    return shlex.join(["moeopt", *(word.replace(storage, hidden(storage)) for word in given)])

@@ -285,16 +285,17 @@ def check_same(study: optuna.Study, description: dict[str, Any]) -> None:
         if study.get_trials(deepcopy=False) or study.user_attrs:
             raise StudyError(f"study {study.study_name!r} was not made by moeopt; choose another name")
         return
-    differences = [found for found in _differences(stored, description) if found[0] not in MAY_DIFFER]
+    differences = [found for found in differences_of(stored, description) if found[0] not in MAY_DIFFER]
     if differences:
         listed = "; ".join(f"{path}: study has {old!r}, now {new!r}" for path, old, new in differences)
         raise StudyError(f"study {study.study_name!r} cannot be resumed with something else. {listed}")
 
 
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences_of(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted path, old and new value of every field in which two descriptions differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+            yield from differences_of(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
     elif old != new and not (isinstance(old, list) and isinstance(new, (list, tuple)) and old == list(new)):
         yield path, old, new
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,21 +116,15 @@ def check_folder(folder: Path, of: Mapping[str, Any]) -> None:
         raise ComparisonError(f"{str(folder / MANIFEST)!r} cannot be read: {error}") from None
     if not ours or there.get("version") != VERSION:
         raise ComparisonError(f"{str(folder)!r} is of another program, or of another version of moeopt")
+    from moeopt.study import differences_of
+
     differences = [
         f"{path}: it has {old!r}, now {new!r}"
         for key in of
-        for path, old, new in _differences(there.get(key), json.loads(json.dumps(of[key])), key)
+        for path, old, new in differences_of(there.get(key), json.loads(json.dumps(of[key])), key)
         if path not in MAY_DIFFER
     ]
     if differences:
         raise ComparisonError(
             f"{str(folder)!r} holds a comparison of something else; give another folder. {'; '.join(differences)}"
         )
-
-
-def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}")
-    elif old != new:
-        yield path, old, new

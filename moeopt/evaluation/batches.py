@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moeopt.tasks import Request
 
 Tokens = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,20 @@ def pack(requests: Sequence[Request], batch_tokens: int, *, branching: bool = Tr
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
-    rows = _rows(requests, branching)
-    groups: list[list[_Row]] = []
+    groups = grouped(_rows(requests, branching), lambda row: row.length, batch_tokens)
+    return [_batch(group, requests) for group in groups]
+
+
+def grouped(rows: Iterable[T], length: Callable[[T], int], batch_tokens: int) -> list[list[T]]:
+    """Rows of like length together, longest first, at most `batch_tokens` padded tokens or one row a group."""
+    groups: list[list[T]] = []
     width = 0
-    for row in sorted(rows, key=lambda row: row.length, reverse=True):
+    for row in sorted(rows, key=length, reverse=True):
         if not groups or (len(groups[-1]) + 1) * width > batch_tokens:
             groups.append([])
-            width = row.length
+            width = length(row)
         groups[-1].append(row)
-    return [_batch(group, requests) for group in groups]
+    return groups
 
 
 def _rows(requests: Sequence[Request], branching: bool) -> list[_Row]:

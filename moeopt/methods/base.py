@@ -52,8 +52,8 @@ class Method(ABC):
 
     Attributes:
         summary: what it does, in a few words.
-        progressive: whether a layer's statistics are taken with the earlier layers as planned, `add` being given the
-            full model's output as target.
+        progressive: whether a layer's statistics are taken with the earlier layers as planned, `Seen.target` being what
+            the full model gives.
     """
 
     summary: str

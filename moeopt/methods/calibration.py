@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import MethodError, ModelError
+from moeopt.evaluation.batches import grouped
 from moeopt.evaluation.evaluator import evaluation_mode
 from moeopt.models import (
     MoELayer,
@@ -50,6 +51,7 @@ class Seen:
         routed: what its experts gave, weighted and summed, (tokens, hidden).
         sequence: which sequence each token belongs to, int64 (tokens,).
         every: `outputs`, where they are known already.
+        target: what the routed experts should have given, (tokens, hidden), where that is not `routed`.
     """
 
     layer: MoELayer
@@ -61,6 +63,7 @@ class Seen:
     routed: Tensor
     sequence: Tensor
     every: Tensor | None = None
+    target: Tensor | None = None
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -124,7 +127,7 @@ class Seen:
     def without_states(self) -> Seen:
         """The same without hidden states: what routing needs."""
         nothing = self.hidden.new_empty(0, self.hidden.shape[1])  # not a view, which would hold the whole
-        return replace(self, hidden=nothing, routed=nothing, every=None)
+        return replace(self, hidden=nothing, routed=nothing, every=None, target=None)
 
     def output(self, expert: int, tokens: Tensor | slice) -> Tensor:
         """One expert's output without its gate, (tokens, hidden)."""
@@ -389,13 +392,8 @@ class _Hook:
 
 def _packed(sequences: Sequence[Sequence[int]], batch_tokens: int) -> list[_Batch]:
     """Sequences of like lengths together, longest first."""
-    groups: list[list[int]] = []
-    for number in sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True):
-        if not groups or (len(groups[-1]) + 1) * len(sequences[groups[-1][0]]) > batch_tokens:
-            groups.append([])
-        groups[-1].append(number)
     batches = []
-    for group in groups:
+    for group in grouped(range(len(sequences)), lambda number: len(sequences[number]), batch_tokens):
         ids = torch.zeros(len(group), len(sequences[group[0]]), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, number in enumerate(group):

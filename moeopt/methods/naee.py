@@ -64,8 +64,8 @@ class SetErrors(Statistic):
         self._by_rank = by_rank(n, active) if n <= MOST_RANKED else None
         self._sums = Sums(batch)
 
-    def add(self, seen: Seen, target: Tensor | None = None) -> None:
-        problem, kept = Problem.of(seen, target), self._masks.to(seen.logits.device)
+    def add(self, seen: Seen) -> None:
+        problem, kept = Problem.of(seen), self._masks.to(seen.logits.device)
         if self._by_rank is not None and not seen.depends_on_set:
             self._sums.add(seen, self._by_rank.squared_errors(problem, kept))
             return
@@ -100,8 +100,8 @@ class TokenGrams(Statistic):
         self.norms = np.zeros(n)
         self._problems: list[Problem] = []
 
-    def add(self, seen: Seen, target: Tensor | None = None) -> None:
-        problem = Problem.of(seen, target)
+    def add(self, seen: Seen) -> None:
+        problem = Problem.of(seen)
         norms = problem.grams.diagonal(dim1=1, dim2=2)[:, : self.n].clamp_min(0).sqrt()
         self.norms += (seen.full_weights * norms).sum(0).double().cpu().numpy()
         self._problems.append(problem)
@@ -226,12 +226,12 @@ class Problem:
     own: Tensor
 
     @classmethod
-    def of(cls, seen: Seen, target: Tensor | None) -> Problem:
-        """The layer's own output, or `target`, (tokens, hidden), is to be matched."""
-        if target is None:
+    def of(cls, seen: Seen) -> Problem:
+        """The layer's own output, or `Seen.target`, is to be matched."""
+        if seen.target is None:
             grams, weights = gram(seen.outputs), seen.full_weights.double()
         else:
-            grams = gram(torch.cat([seen.outputs, target[None].to(seen.outputs)]))
+            grams = gram(torch.cat([seen.outputs, seen.target[None].to(seen.outputs)]))
             weights = torch.zeros(grams.shape[:2], dtype=torch.float64, device=grams.device)
             weights[:, -1] = 1
         cross = (grams.double() @ weights[..., None])[..., 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -185,8 +185,7 @@ def _at_once(
             calibration.run(see, layer_by_layer=by_layer, all_outputs=all_outputs)
         except ModelError as error:
             raise MethodError(f"{', '.join(chosen)}: {error}") from error
-    begun = len(next(iter(parts.values())))
-    for group in range(group_of[begun] if begun < len(group_of) else len(ranges), len(ranges)):
+    for group in sorted(open_groups) if kinds else range(len(ranges)):
         close(group)
     seconds = time.perf_counter() - started - sum(spent.values())
     return {
@@ -208,9 +207,9 @@ def _progressively(name: str, method: Method, calibration: Calibration, wanted: 
         if not looking:
             targets.append(seen.routed)
             return
-        target = targets.pop(0)
+        aimed = replace(seen, target=targets.pop(0))
         for statistic in statistics.values():
-            statistic.add(seen, target)  # type: ignore[call-arg]
+            statistic.add(aimed)
 
     with calibration.ready():
         try:
@@ -229,7 +228,7 @@ def _progressively(name: str, method: Method, calibration: Calibration, wanted: 
                 planned.append(method.layer(statistics, wanted, rng))
             pruned.advance(index, lambda batch: None, Plan((*planned, *full.layers[len(planned) :])))
     passes = calibration.tokens * reference.depth
-    cost = 2 * passes + _cost(method.needs(wanted), calibration)
+    cost = 2 * passes + _cost(statistics, calibration)
     return Found(Plan(tuple(planned)), cost, time.perf_counter() - started)
 
 

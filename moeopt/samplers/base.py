@@ -98,8 +98,7 @@ class GenomeSampler(BaseSampler):
     def __init__(self, space: Space, *, seed: int | None = None, redraw: int = 20) -> None:
         if not isinstance(space, Space):
             raise SamplerError(f"a sampler needs one of moeopt's spaces, got {type(space).__name__}")
-        if isinstance(redraw, bool) or not isinstance(redraw, int) or redraw < 0:
-            raise SamplerError(f"redraw must be an integer of at least 0, got {redraw!r}")
+        check_counts({"redraw": redraw}, least=0)
         self.space = space
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
         if self.seed < 0:
@@ -251,6 +250,20 @@ class GenomeSampler(BaseSampler):
 
     def reseed_rng(self) -> None:
         """Nothing to do: proposals of concurrent trials differ by their slot."""
+
+
+def check_counts(counts: Mapping[str, Any], *, least: int = 1) -> None:
+    """Raise SamplerError, naming the argument, unless all are integers of at least so much."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise SamplerError(f"{name} must be an integer of at least {least}, got {count!r}")
+
+
+def check_positive(values: Mapping[str, float]) -> None:
+    """Raise SamplerError, naming the argument, unless all are positive numbers."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise SamplerError(f"{name} must be a positive number, got {value!r}")
 
 
 def starting_point(space: Space, start: Plan | ArrayLike | None) -> Vector:

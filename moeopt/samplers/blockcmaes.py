@@ -19,11 +19,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeopt.errors import SamplerError
 from moeopt.genome import Vector
 from moeopt.plan import Plan
 from moeopt.samplers.bandit import choose, gain, layers_run
-from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
+from moeopt.samplers.base import (
+    START,
+    GenomeSampler,
+    Proposal,
+    Told,
+    check_counts,
+    check_positive,
+    digest,
+    starting_point,
+)
 from moeopt.samplers.cmaes import complete, tell
 from moeopt.spaces.base import Space
 
@@ -84,19 +92,10 @@ class BlockCMAESSampler(GenomeSampler):
         memory: float = 200.0,
     ) -> None:
         super().__init__(space, seed=seed, redraw=redraw)
-        for name, value in {"sigma": sigma, "prior": prior, "memory": memory}.items():
-            if not 0 < value < float("inf"):
-                raise SamplerError(f"{name} must be a positive number, got {value!r}")
-        least = {
-            "block_size": (block_size, 1),
-            "generations": (generations, 1),
-            "population_size": (population_size, 4),
-        }
-        for name, (count, low) in least.items():
-            if name == "population_size" and count is None:
-                continue
-            if isinstance(count, bool) or not isinstance(count, int) or count < low:
-                raise SamplerError(f"{name} must be an integer of at least {low}, got {count!r}")
+        check_positive({"sigma": sigma, "prior": prior, "memory": memory})
+        check_counts({"block_size": block_size, "generations": generations})
+        if population_size is not None:
+            check_counts({"population_size": population_size}, least=4)
         self.sigma, self.prior, self.memory = float(sigma), float(prior), float(memory)
         self.block_size, self.generations, self.population_size = block_size, generations, population_size
         self.x0 = starting_point(space, start)

@@ -16,9 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeopt.errors import SamplerError
 from moeopt.plan import Plan
-from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
+from moeopt.samplers.base import (
+    START,
+    GenomeSampler,
+    Proposal,
+    Told,
+    check_counts,
+    check_positive,
+    digest,
+    starting_point,
+)
 from moeopt.spaces.base import Space
 
 OPERATOR = "cmaes"
@@ -52,12 +60,10 @@ class CMAESSampler(GenomeSampler):
         population_size: int | None = None,
     ) -> None:
         super().__init__(space, seed=seed, redraw=redraw)
-        if not 0 < sigma < float("inf"):
-            raise SamplerError(f"sigma must be a positive number, got {sigma!r}")
+        check_positive({"sigma": sigma})
         if population_size is None:
             population_size = 4 + math.floor(3 * math.log(space.size))
-        if isinstance(population_size, bool) or not isinstance(population_size, int) or population_size < 3:
-            raise SamplerError(f"population_size must be an integer of at least 3, got {population_size!r}")
+        check_counts({"population_size": population_size}, least=3)
         self.sigma, self.separable, self.population_size = float(sigma), bool(separable), population_size
         self.x0 = starting_point(space, start)
         self._cache: tuple[Any, list[Any], Any] | None = None

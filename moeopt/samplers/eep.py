@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from moeopt.errors import SamplerError
 from moeopt.plan import Matrix
-from moeopt.samplers.base import GenomeSampler, Proposal, Told
+from moeopt.samplers.base import GenomeSampler, Proposal, Told, check_counts
 from moeopt.spaces.base import Space
 
 Score = Literal["loss", "accuracy"]
@@ -95,9 +95,7 @@ class EEPSampler(GenomeSampler):
                 raise SamplerError(f"{name} is a probability between 0 and 1, got {value!r}")
         if score not in get_args(Score):
             raise SamplerError(f"score must be 'loss' or 'accuracy', got {score!r}")
-        for name, count in {"initial": initial, "prune_until": prune_until, "crossover_pool": crossover_pool}.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise SamplerError(f"{name} must be an integer of at least 1, got {count!r}")
+        check_counts({"initial": initial, "prune_until": prune_until, "crossover_pool": crossover_pool})
         if not _is_number(sigma) or sigma <= 0:
             raise SamplerError(f"sigma must be a positive number, got {sigma!r}")
         bands = BANDS[score]

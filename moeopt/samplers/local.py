@@ -33,7 +33,16 @@ from moeopt.errors import SamplerError
 from moeopt.genome import Vector
 from moeopt.plan import Matrix, Plan
 from moeopt.samplers.bandit import choose, gain, layers_run
-from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
+from moeopt.samplers.base import (
+    START,
+    GenomeSampler,
+    Proposal,
+    Told,
+    check_counts,
+    check_positive,
+    digest,
+    starting_point,
+)
 from moeopt.spaces.base import Phase, Space
 
 
@@ -89,13 +98,8 @@ class LocalSampler(GenomeSampler):
         memory: float = 50.0,
     ) -> None:
         super().__init__(space, seed=seed, redraw=redraw)
-        counts = {"population": population, "bands": bands, **{f"widths[{i}]": w for i, w in enumerate(widths)}}
-        for name, count in counts.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise SamplerError(f"{name} must be an integer of at least 1, got {count!r}")
-        for name, value in {"sigma": sigma, "prior": prior, "memory": memory}.items():
-            if not 0 < value < float("inf"):
-                raise SamplerError(f"{name} must be a positive number, got {value!r}")
+        check_counts({"population": population, "bands": bands, **{f"widths[{i}]": w for i, w in enumerate(widths)}})
+        check_positive({"sigma": sigma, "prior": prior, "memory": memory})
         if not 0 <= fade < float("inf"):
             raise SamplerError(f"fade must be a number of at least 0, got {fade!r}")
         if not 0 < p_entry <= 1:
