@@ -23,6 +23,7 @@ from moeopt.spaces import Space
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moeopt.evaluation.evaluator import Score
     from moeopt.methods import Found
     from moeopt.tasks import Task
 
@@ -68,7 +69,7 @@ class Objective:
             Hyperband and the like; ``"block"``: rungs are equal blocks, and what is reported is the block's own mean,
             as Optuna's `WilcoxonPruner` takes it (some 20 blocks suit it).
         active_weight: what one more active expert per token and layer must gain in loss; at least 0.
-        prefix_memory, prefix_device, storage: as for `Evaluator`.
+        prefix_memory, prefix_device, storage, score: as for `Evaluator`.
 
     Raises:
         SpaceError: when the space is for a model of another shape.
@@ -93,6 +94,7 @@ class Objective:
         prefix_memory: int | None = None,
         prefix_device: str | None = None,
         storage: Storage = "auto",
+        score: Score = "likelihood",
     ) -> None:
         shape = shape_of(model)
         if shape != space.shape:
@@ -120,6 +122,7 @@ class Objective:
             prefix_memory=prefix_memory,
             prefix_device=prefix_device,
             storage=storage,
+            score=score,
         )
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
 
@@ -287,12 +290,13 @@ class Objective:
         """Model, task, space and evaluation as JSON: what a study must agree on to be resumed."""
         config = self.model.config
         backends = {kind: getattr(config, f"_{key}_implementation", None) for kind, key in BACKENDS.items()}
+        score = {"score": self.evaluator.score} if self.evaluator.score != "likelihood" else {}
         weight = {"active_weight": self.active_weight} if self.active_weight else {}
         return {
             "model": describe(self.model),
             "task": {**self.task.describe(), **self._limits},
             "space": self.space.describe(),
-            "evaluation": {"rungs": list(self.evaluator.rungs), "report": self.report, **backends, **weight},
+            "evaluation": {"rungs": list(self.evaluator.rungs), "report": self.report, **backends, **score, **weight},
         }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ class Evaluation:
     (examples,). `tokens` counts the non-padding tokens that were run, `layer_tokens` the decoder layers that each of
     them went through, summed: what the evaluation cost. `seconds` is wall time. `active` is the mean number of experts
     that a token ran in an MoE layer: k, or with dynamic skipping what was measured; padding counts like any token.
+    `metrics` are the task's published numbers by name; empty where they were not computed here.
     """
 
     losses: NDArray[np.float32]
@@ -25,6 +27,7 @@ class Evaluation:
     layer_tokens: int
     seconds: float
     active: float = float("nan")
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moeopt.tasks import Task
 
 PREFIX_MEMORY = 1 << 30
+Score = Literal["likelihood", "metric"]
 
 
 class Evaluator:
@@ -60,6 +61,8 @@ class Evaluator:
         prefix_device: where they are kept, such as ``"cpu"``; None: where they were computed.
         storage: where merged experts live, see `moeopt.patched`. ``"auto"``: scratch if they would take more than half
             of the free memory.
+        score: what a loss is. ``"likelihood"``: the task's own, smooth one; ``"metric"``: 1 minus the correctness of
+            the example, so that the mean loss is 1 minus the task's metric.
 
     Attributes:
         examples: how many there are (windows, for text).
@@ -86,7 +89,11 @@ class Evaluator:
         prefix_memory: int | None = None,
         prefix_device: str | None = None,
         storage: Storage = "auto",
+        score: Score = "likelihood",
     ) -> None:
+        if score not in get_args(Score):
+            raise ValueError(f"score must be one of {', '.join(get_args(Score))}, got {score!r}")
+        self.score: Score = score
         if prefix_memory is not None and prefix_memory < 0:
             raise ValueError(f"prefix_memory must be at least 0 bytes, got {prefix_memory}")
         config = model.config.get_text_config()
@@ -135,8 +142,8 @@ class Evaluator:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that name the token sequences and what is scored of them."""
-        digest = hashlib.sha256()
+        """16 hex digits that name the token sequences, what is scored of them, and how."""
+        digest = hashlib.sha256(b"" if self.score == "likelihood" else self.score.encode())
         for request in self._requests:
             digest.update(repr((request.example, request.option, request.ids, request.scored_from)).encode())
         return digest.hexdigest()[:16]
@@ -180,11 +187,14 @@ class Evaluator:
             padded += places
             active += places * measured
             scores = self.task.reduce(self.split, self._requests[:end], likelihood[:end], greedy[:end])
-            found = np.stack([scores.losses, scores.weights, scores.correct]).astype(np.float32)
+            losses = 1 - scores.correct if self.score == "metric" else scores.losses
+            found = np.stack([losses, scores.weights, scores.correct]).astype(np.float32)
             if known is not None:
                 found[:, :covered] = known.scores[:, :size]
+            metrics = self.task.metrics(self.split, scores) if known is None else {}
             seconds += time.perf_counter() - started
-            evaluation = Evaluation(found[0], found[1], found[2], tokens, layer_tokens, seconds, active / padded)
+            costs = tokens, layer_tokens, seconds
+            evaluation = Evaluation(found[0], found[1], found[2], *costs, active / padded, metrics)
             if run is not None and size == self.examples:
                 self._runner.judge(run.trail, evaluation.loss)
             yield evaluation

@@ -22,7 +22,8 @@ SPLITS = ("search", "dev", "test")
 class Example:
     """One item of a task: `options` are texts that continue `prompt` verbatim, `options[answer]` is the right one.
 
-    A document of a text task is an example with an empty prompt and a single option.
+    A document of a text task is an example with an empty prompt and a single option. Examples of the same `group`, such
+    as questions about one passage, go to the same split where a hash divides them.
 
     Raises:
         TaskError: if a field has the wrong type, there is no option or an empty one, or `answer` is not an index.
@@ -32,6 +33,7 @@ class Example:
     prompt: str
     options: tuple[str, ...]
     answer: int
+    group: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", tuple(self.options))
@@ -63,11 +65,15 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Per example, float32 (examples,): loss, weight in the means, and correctness in [0, 1]."""
+    """Per example, float32 (examples,): loss, weight in the means, and correctness in [0, 1].
+
+    `chosen`, int64 (examples,), is the option that the model chose, where it chooses among options.
+    """
 
     losses: NDArray[np.float32]
     weights: NDArray[np.float32]
     correct: NDArray[np.float32]
+    chosen: NDArray[np.int64] | None = None
 
 
 class Task(ABC):
@@ -78,6 +84,8 @@ class Task(ABC):
     """
 
     name: str
+    metric: str = "accuracy"
+    """What the mean of `Scores.correct` is called."""
 
     @property
     @abstractmethod
@@ -107,6 +115,13 @@ class Task(ABC):
         `log_likelihood` (requests,) is the summed natural-log likelihood of the scored tokens, `greedy` (requests,) how
         many of them are the model's first choice.
         """
+
+    def metrics(self, split: str, scores: Scores) -> dict[str, float]:
+        """The numbers that are published for the task, by name, from the scores of the first examples of a split.
+
+        Overridden where they are not plain means, such as a macro F1.
+        """
+        return {self.metric: float(np.average(scores.correct.astype(np.float64), weights=scores.weights))}
 
     @abstractmethod
     def fingerprint(self, split: str | None = None) -> str:

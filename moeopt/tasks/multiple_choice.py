@@ -138,8 +138,11 @@ class MultipleChoiceTask(Task):
             means.setdefault(request.example, []).append(float(total) / (len(request.ids) - request.scored_from))
         answers = {i: examples[i].answer for i in means}
         losses = [-options[answers[i]] for i, options in means.items()]
-        correct = [float(np.argmax(options)) == answers[i] for i, options in means.items()]
-        return Scores(np.asarray(losses, np.float32), np.ones(len(means), np.float32), np.asarray(correct, np.float32))
+        chosen = np.asarray([np.argmax(options) for options in means.values()])
+        correct = chosen == np.asarray(list(answers.values()))
+        return Scores(
+            np.asarray(losses, np.float32), np.ones(len(means), np.float32), correct.astype(np.float32), chosen
+        )
 
     def fingerprint(self, split: str | None = None) -> str:
         return self._splits.fingerprint(split)

@@ -6,9 +6,9 @@ A data set's own splits are respected:
 - two of them              -> the later one is test; a hash divides the earlier one into search and dev;
 - one file, or one split   -> a hash divides it into search, dev and test.
 
-The hash is over an example's prompt and options, so equal examples never straddle a split, and a file that grows moves
-none of its old examples. An example that a data set repeats in a later split of its own is dropped from the earlier
-one.
+The hash is over an example's prompt and options, or over its group, so equal examples, and those of a group, never
+straddle a split, and a file that grows moves none of its old examples. An example that a data set repeats in a later
+split of its own is dropped from the earlier one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def divide(examples: Iterable[Example], fractions: Sequence[float] = FRACTIONS) 
     search, dev, _ = fractions
     parts: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for example in examples:
-        u = int(content_hash(example)[:13], 16) / 16**13
+        name = content_hash(example) if example.group is None else hashlib.sha256(example.group.encode()).hexdigest()
+        u = int(name[:13], 16) / 16**13
         parts["search" if u < search else "dev" if u < search + dev or fractions[2] == 0 else "test"].append(example)
     return parts
 
