@@ -5,7 +5,8 @@
     {"kind": "evaluation", "plan": "9f...", "split": "dev", "examples": "4c...", "model": "77...", "scores": {...}, ...}
     {"kind": "plan", "of": "a0...", "fingerprint": "9f...", "file": "naee-keep4-k2.safetensors", "layer_tokens": ...}
 
-Lines are appended whole. One that cannot be read, such as the last after a crash, counts as not written.
+A line is appended by one write, so that two comparisons in one folder keep each other's. One that cannot be read, such
+as the last after a crash, counts as not written.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Ledger:
                 manifest = {"format": FORMAT, "version": VERSION, **of}
                 write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
             content = (folder / RECORDS).read_bytes() if (folder / RECORDS).exists() else b""
-            self._file = (folder / RECORDS).open("ab")
+            self._file = (folder / RECORDS).open("ab", buffering=0)
             if content and not content.endswith(b"\n"):
                 self._file.write(b"\n")
         except OSError as error:
@@ -103,7 +104,6 @@ class Ledger:
     def _append(self, record: dict[str, Any]) -> None:
         if self.folder is not None:
             self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
 
     def _take(self, record: dict[str, Any]) -> None:
         if record["kind"] == "evaluation":
