@@ -137,12 +137,13 @@ class Prompting:
             except TaskError as error:
                 raise TaskError(f"task {task!r}: {error}") from error
             longest = max(map(len, found.options), default=0) + reserve
-            return found, len(found.prompt) + longest - (max_length or 0)
+            return found, 0 if max_length is None else len(found.prompt) + longest - max_length
 
         for first in range(len(self.shots) + 1):
             found, over = tokens(self.shots[first:], example.prompt)
-            if max_length is None or over <= 0:
+            if over <= 0:
                 return found, len(self.shots) - first, True
+        assert max_length is not None
         longest = max_length + over - len(found.prompt)
         if not self.chat:
             bos = context_prefix(tokenizer)
