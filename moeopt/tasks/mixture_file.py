@@ -53,8 +53,10 @@ def mixture_task(data: str | Path, *, use: Use = "share") -> MixtureTask:
         if kind not in REGISTRY or REGISTRY[kind] is mixture_task:
             known = [key for key in REGISTRY if REGISTRY[key] is not mixture_task]
             raise TaskError(f"{where}: unknown task {kind!r}{nearest(kind, known)} (there are {', '.join(known)})")
-        if not isinstance(options, dict) or not isinstance(name, str):
-            raise TaskError(f'{where}: "options" must be an object and "name" a text, got {options!r} and {name!r}')
+        if not isinstance(options, dict) or options.keys() & set(ENTRY) or not isinstance(name, str):
+            raise TaskError(
+                f'{where}: "options" must be the task\'s own and "name" a text, got {options!r} and {name!r}'
+            )
         if name in members:
             raise TaskError(f'{where}: a task before is called {name!r} already; give it a "name" of its own')
         try:
