@@ -60,9 +60,10 @@ class MixtureTask(Task):
     """Several tasks as one; its splits are those that all members have.
 
     `examples` gives the members' examples in the mixture's order, ids prefixed by the member's name; for a text member
-    these are documents, where requests count windows. Metrics are the mixture's mean correctness, and those of every
-    member as "name/metric", where it has an example so far. Members share no example across splits, as far as their
-    texts tell: two templates over one file must be given the same splits by the file.
+    these are documents, where requests count windows. Metrics are the "score", the mixture's mean correctness, and
+    those of every member as "name/metric", where it has an example so far. Every member is scored by its `reduce`,
+    also one that has metrics of generated text besides. Members share no example across splits, as far as their texts
+    tell: of one question in two templates they do not, so that such members need data with splits of their own.
 
     Args:
         members: task and weight by name; or a sequence of them, which take the tasks' names.
@@ -73,6 +74,8 @@ class MixtureTask(Task):
         TaskError: if there is no member or no common split, two members have one name, a weight is not above 0, or an
             example is in one split of one member and in another of another.
     """
+
+    metric = "score"
 
     def __init__(
         self,
@@ -96,8 +99,6 @@ class MixtureTask(Task):
         self.name, self.use = name, use
         self.members = {key: task for key, (task, _) in listed}
         self.shares = {key: weight / total for key, (_, weight) in listed}
-        metrics = {task.metric for task in self.members.values()}
-        self.metric = metrics.pop() if len(metrics) == 1 else "score"
         self._splits = tuple(s for s in SPLITS if all(s in task.splits for task in self.members.values()))
         if not self._splits:
             have = "; ".join(f"{key} has {', '.join(task.splits)}" for key, task in self.members.items())

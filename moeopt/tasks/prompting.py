@@ -35,7 +35,7 @@ import hashlib
 import json
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example
@@ -50,8 +50,7 @@ OPTIONS = ("shots", "chat", "system", "separator")
 """Options that `moeopt.tasks.get` gives every task of examples; see `checked`."""
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """Token ids of a prompt, and of every option that continues it; the special tokens are the prompt's."""
 
     prompt: list[int]
@@ -68,17 +67,16 @@ class Prompting:
     separator: str = SEPARATOR
 
     def encode(
-        self, task: str, tokenizer: Any, examples: Sequence[Example], max_length: int | None, reserve: int | None = None
+        self, task: str, tokenizer: Any, examples: Sequence[Example], max_length: int | None, room: int = 0
     ) -> list[Encoded]:
         """Tokens of the examples, as the top of this file says; prompts that were shortened are counted in a warning.
 
         Args:
             task: its name, for messages.
             tokenizer: of transformers.
-            examples: what to encode.
+            examples: whose prompts and options to encode.
             max_length: most tokens of a prompt and its longest option; None for any number.
-            reserve: None to encode the options; otherwise they are left out, and so many tokens of `max_length` are
-                kept for what the model writes.
+            room: tokens that are left behind a prompt at least, for what the model writes.
 
         Raises:
             TaskError: if a prompt or an option has no tokens or does not fit, naming the example; if there is no chat
@@ -86,8 +84,10 @@ class Prompting:
         """
         encoded, fewer, cut = [], 0, 0
         for example in examples:
-            options = example.options if reserve is None else ()
-            found, shots, whole = self._fitting(task, tokenizer, example, options, max_length, reserve or 0)
+            try:
+                found, shots, whole = self._fitting(tokenizer, example, max_length, room)
+            except TaskError as error:
+                raise TaskError(f"task {task!r}: {error}") from error
             if not found.prompt or not all(found.options):
                 raise TaskError(f"task {task!r}: a text of example {example.id!r} has no tokens: {example!r}")
             encoded.append(found)
@@ -127,40 +127,38 @@ class Prompting:
         return hashlib.sha256(json.dumps([examples, facts]).encode()).hexdigest() if facts else examples
 
     def _fitting(
-        self, task: str, tokenizer: Any, example: Example, options: Sequence[str], max_length: int | None, reserve: int
+        self, tokenizer: Any, example: Example, max_length: int | None, room: int
     ) -> tuple[Encoded, int, bool]:
         """Tokens with as many shots as fit, how many these are, and whether the question is whole."""
 
-        def tokens(shots: Sequence[Example], question: str) -> tuple[Encoded, int]:
-            try:
-                found = self._tokens(tokenizer, shots, question, options)
-            except TaskError as error:
-                raise TaskError(f"task {task!r}: {error}") from error
-            longest = max(map(len, found.options), default=0) + reserve
-            return found, 0 if max_length is None else len(found.prompt) + longest - max_length
+        def tokens(shots: Sequence[Example], question: str) -> tuple[Encoded, int, int]:
+            """With the tokens kept behind the prompt, and how many there are too many."""
+            found = self._tokens(tokenizer, shots, question, example.options)
+            behind = max(room, *map(len, found.options))
+            return found, behind, 0 if max_length is None else len(found.prompt) + behind - max_length
 
         for first in range(len(self.shots) + 1):
-            found, over = tokens(self.shots[first:], example.prompt)
+            found, behind, over = tokens(self.shots[first:], example.prompt)
             if over <= 0:
                 return found, len(self.shots) - first, True
         assert max_length is not None
-        longest = max_length + over - len(found.prompt)
         if not self.chat:
             bos = context_prefix(tokenizer)
             head = bos if found.prompt[: len(bos)] == bos else []
-            room = max_length - longest - len(head)
-            if room >= 1:
-                return Encoded(head + found.prompt[-room:], found.options), 0, False
+            left = max_length - behind - len(head)
+            if left >= 1:
+                return Encoded(head + found.prompt[-left:], found.options), 0, False
         else:
-            low, high = 1, len(example.prompt)  # characters to cut: the fewest that do, within [low, high]
+            low, high = 1, len(example.prompt)  # characters to cut: the fewest that do, from low to high
             while low < high:
                 middle = (low + high) // 2
-                low, high = (low, middle) if tokens((), example.prompt[middle:])[1] <= 0 else (middle + 1, high)
-            found, over = tokens((), example.prompt[low:])
-            if over <= 0 and low < len(example.prompt):
-                return found, 0, False
-        needed = f"an option of example {example.id!r} has {longest} tokens" if options else f"{reserve} new tokens"
-        raise TaskError(f"task {task!r}: {needed}, which leaves no room for its prompt within {max_length}")
+                low, high = (low, middle) if tokens((), example.prompt[middle:])[2] <= 0 else (middle + 1, high)
+            if low < len(example.prompt):
+                return tokens((), example.prompt[low:])[0], 0, False
+        what = f"an option of example {example.id!r} has {behind} tokens, which leaves"
+        if behind > max(map(len, found.options)):
+            what = f"{room} new tokens leave"
+        raise TaskError(f"{what} no room for its prompt within {max_length}")
 
     def _tokens(self, tokenizer: Any, shots: Sequence[Example], question: str, options: Sequence[str]) -> Encoded:
         text, continuations = self._render(tokenizer, shots, question, options)

@@ -62,7 +62,7 @@ def test_loss_of_all_is_the_weighted_mean_of_the_members(tiny_model, tiny_tokeni
         accuracy += weight / 6 * own.accuracy
         assert got.metrics[f"{name}/accuracy"] == pytest.approx(own.metrics["accuracy"], abs=1e-6)
     assert got.loss == pytest.approx(loss, abs=1e-5)
-    assert got.accuracy == got.metrics["accuracy"] == pytest.approx(accuracy, abs=1e-5)
+    assert got.accuracy == got.metrics["score"] == pytest.approx(accuracy, abs=1e-5)
 
 
 def test_loss_in_shares_is_the_weighted_mean_over_what_is_in_use(tiny_model, tiny_tokenizer, members, plan):
@@ -178,7 +178,7 @@ def test_member_that_a_limit_leaves_out_is_named(tiny_tokenizer):
         requests = mixture.requests("search", tiny_tokenizer, 3)
     zeros = np.zeros(len(requests))
     scores = mixture.reduce("search", requests, zeros, zeros.astype(np.int64))
-    assert set(mixture.metrics("search", scores)) == {"accuracy", "a/accuracy"}
+    assert set(mixture.metrics("search", scores)) == {"score", "a/accuracy"}
     with pytest.raises(TaskError, match="limit must be at least 1, got 0"):
         mixture.requests("search", tiny_tokenizer, 0)
 

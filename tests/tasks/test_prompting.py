@@ -101,6 +101,7 @@ def test_too_few_examples(examples, shots, most):
     assert make(3).prompted(shots=2).examples("search")
 
 
+@pytest.mark.filterwarnings("ignore:.*lost shots")
 def test_too_long_loses_whole_shots_first_and_then_the_question(tiny_tokenizer):
     task = make().prompted(shots=3)
     shots = [shot.prompt + shot.options[shot.answer] for shot in task._prompting.shots]
@@ -163,6 +164,17 @@ def test_what_a_template_puts_before_the_reply(chat_tokenizer, template, prompt,
     assert tokenizer.decode(request.ids[request.scored_from :]) == scored
 
 
+def test_room_for_what_the_model_writes(tiny_tokenizer):
+    example = Example("1", "abcdefgh", (" yes",), 0)
+    prompting = make().prompted(shots=1)._prompting
+    with pytest.warns(UserWarning, match="1 of 1 prompts lost shots"):
+        ((prompt, (option,)),) = prompting.encode("t", tiny_tokenizer, [example], 15, room=6)
+    assert tiny_tokenizer.decode(prompt + option) == "<s>abcdefgh yes"
+    with pytest.raises(TaskError, match="task 't': 15 new tokens leave no room for its prompt within 15"):
+        prompting.encode("t", tiny_tokenizer, [example], 15, room=15)
+
+
+@pytest.mark.filterwarnings("ignore:.*lost shots")
 def test_too_long_chat_keeps_its_template(chat_tokenizer):
     tokenizer = chat_tokenizer()
     text = "abcdefghijklmnopqrstuvwxyz"
