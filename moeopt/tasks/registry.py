@@ -61,5 +61,12 @@ def get(name: str, data: Any = None, **options: Any) -> Task:
         options["data"] = data
     elif data is not None:
         raise TaskError(f"task {name!r} takes no data, got {data!r}")
+    for option, parameter in parameters.items():
+        needed = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        )
+        if needed and option not in options:
+            raise TaskError(f"task {name!r} needs the option {option!r}")
     task = make(**options)
     return task.prompted(**prompting) if prompting else task

@@ -35,6 +35,10 @@ class Half(Task):
 
 def nothing():
     return 3
+
+
+def needy(top, *args, **more):
+    return sums(top)
 """
 
 
@@ -74,6 +78,7 @@ def test_description_follows_the_text_of_the_file(file):
         ("sums", {"topp": 3}, "no option 'topp'; did you mean 'top'"),
         ("sums", {"data": "x"}, "takes no data, got 'x'"),
         ("Lines", {}, "needs data"),
+        ("needy", {}, "needs the option 'top'"),
         ("Half", {}, "task 'Half' of .* lacks describe, examples, fingerprint, reduce, requests, splits"),
         ("nothing", {}, "'nothing' of .* gives int, not a moeopt.tasks.Task"),
     ],
