@@ -249,9 +249,10 @@ def search(
     out, err = consoles()
     try:
         err.print(f"loading {model}", markup=False)
-        from moeopt.models import load
+        from moeopt.models import load, load_tokenizer
         from moeopt.objective import Objective
 
+        chosen_task.check(load_tokenizer(model))
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         objective = Objective(
             loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,

@@ -129,13 +129,16 @@ def compare_methods(
         opened = load_study(study, storage)
         comparing.check_study(opened, chosen)
     from moeopt.console import consoles
-    from moeopt.models import check_checkpoint, load
+    from moeopt.models import check_checkpoint, load, load_tokenizer
 
     if shape is None:
         comparing.check(check_checkpoint(model), keeps, actives)
     console, err = consoles()
     try:
         err.print(f"loading {model}", markup=False)
+        early = load_tokenizer(model)
+        for one in (chosen, other or chosen):
+            one.check(early)
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         with Steps(err) as progress:
             found = comparing.compare(

@@ -13,12 +13,14 @@ INTERRUPTED = 130
 GOAL, STUDY, MACHINE = (partial(typer.Option, rich_help_panel=panel) for panel in ("Task", "Study", "Machine"))
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id of the full model.")]
-Task = Annotated[str, GOAL(help="What to be good at: boolq, wic, multiple_choice, text.")]
+Task = Annotated[
+    str, GOAL(help="What to be good at: boolq, wic, multiple_choice, text, mixture, or FILE.py:NAME of your own.")
+]
 Data = Annotated[
     str | None, GOAL(metavar="DATA", help="JSONL or parquet file, folder or hub id. Default: the task's own.")
 ]
 TaskOption = Annotated[
-    list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as window=512; repeatable.")
+    list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as shots=5; repeatable.")
 ]
 Limit = Annotated[int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")]
 DeviceMap = Annotated[str, MACHINE(metavar="MAP", help="Where weights go: auto, cpu, cuda:0, ...")]

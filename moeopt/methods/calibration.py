@@ -202,10 +202,7 @@ class Calibration:
             self.layers, self.rules = moe_layers(model), routing_rules(model)
         first = self.layers[0]
         self.shape = ModelShape(len(self.layers), first.n, first.k)
-        requests = task.requests(split, tokenizer, limit=limit, max_length=max_length)
-        if any(request.option for request in requests):
-            answers = [example.answer for example in task.examples(split)]
-            requests = [request for request in requests if request.option == answers[request.example]]
+        requests = task.solutions(split, task.requests(split, tokenizer, limit=limit, max_length=max_length))
         sequences = [request.ids for request in requests]
         self.sequences, self.tokens = len(sequences), sum(map(len, sequences))
         self.batches = _packed(sequences, batch_tokens)

@@ -3,7 +3,7 @@
 from moeopt.models.identity import describe, fingerprint
 from moeopt.models.layers import MoELayer, materialised, moe_layers, shape_of
 from moeopt.models.layerwise import Layerwise, layerwise
-from moeopt.models.loading import check_checkpoint, load
+from moeopt.models.loading import check_checkpoint, load, load_tokenizer
 from moeopt.models.merging import MergedCache, merge
 from moeopt.models.patching import (
     Patched,
@@ -29,6 +29,7 @@ __all__ = [
     "fingerprint",
     "layerwise",
     "load",
+    "load_tokenizer",
     "materialised",
     "merge",
     "moe_layers",

@@ -46,10 +46,7 @@ def load(
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
     check_checkpoint(source, trust_remote_code=trust_remote_code, **hub)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{str(source)!r} has no tokenizer that can be read: {_first_line(error)}") from error
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
     try:
@@ -68,6 +65,14 @@ def load(
         named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ModelError(f"{str(source)!r} lacks tensors that would be filled with random numbers: {named}")
     return model.eval(), tokenizer
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer alone; arguments and errors as `check_checkpoint`."""
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{str(source)!r} has no tokenizer that can be read: {_first_line(error)}") from error
 
 
 def check_checkpoint(source: Source, *, trust_remote_code: bool = False, **hub: Any) -> ModelShape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from moeopt.errors import TaskError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -55,25 +55,29 @@ class Request:
     """One token sequence: the tokens `ids[scored_from:]` are scored, each given all tokens before it.
 
     `example` is the position of the example among those evaluated, `option` the option scored; `scored_from >= 1`.
+    `source` is whatever the task wants back with it in `reduce`.
     """
 
     example: int
     option: int
     ids: tuple[int, ...]
     scored_from: int
+    source: Any = field(default=None, kw_only=True, compare=False, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
     """Per example, float32 (examples,): loss, weight in the means, and correctness in [0, 1].
 
-    `chosen`, int64 (examples,), is the option that the model chose, where it chooses among options.
+    `chosen`, int64 (examples,), is the option that the model chose, where it chooses among options. `members` are the
+    scores of the tasks that a mixture is made of.
     """
 
     losses: NDArray[np.float32]
     weights: NDArray[np.float32]
     correct: NDArray[np.float32]
     chosen: NDArray[np.int64] | None = None
+    members: Mapping[str, Scores] | None = None
 
 
 class Task(ABC):
@@ -115,6 +119,33 @@ class Task(ABC):
         `log_likelihood` (requests,) is the summed natural-log likelihood of the scored tokens, `greedy` (requests,) how
         many of them are the model's first choice.
         """
+
+    def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> NDArray[np.float32]:
+        """The weights that `reduce` gives all examples of a split, float32 (examples,), in their order.
+
+        One each, unless a task says otherwise; mixtures ask for them.
+        """
+        return np.ones(len(self.examples(split)), np.float32)
+
+    def solutions(self, split: str, requests: Sequence[Request]) -> list[Request]:
+        """Those of the requests that end in the right answer: the text that one-shot methods calibrate on."""
+        if not any(request.option for request in requests):
+            return list(requests)
+        examples = self.examples(split)
+        return [request for request in requests if request.option == examples[request.example].answer]
+
+    def prompted(
+        self, *, shots: int = 0, chat: bool = False, system: str | None = None, separator: str = "\n\n"
+    ) -> Task:
+        """The task with `shots` solved examples before every prompt, or as a `chat`; see `moeopt.tasks.prompting`.
+
+        Raises:
+            TaskError: if the task has no prompts, there are too few examples to show, or an option is not one.
+        """
+        raise TaskError(f"task {self.name!r} has no prompts of its own: it takes neither shots nor chat")
+
+    def check(self, tokenizer: Any) -> None:  # noqa: B027
+        """Raise `TaskError` if the tokenizer cannot serve the task, such as one without a chat template."""
 
     def metrics(self, split: str, scores: Scores) -> dict[str, float]:
         """The numbers that are published for the task, by name, from the scores of the first examples of a split.

@@ -6,23 +6,22 @@ The loss of an example is the mean negative log-likelihood, per token, of the ri
 choice is the option with the highest mean log-likelihood, so that long options are not at a disadvantage; the first of
 equals wins.
 
-Tokens: `prompt + option` is encoded as one text, with special tokens, wherever the prompt's own tokens are a prefix of
-that for every option, which is the usual case; otherwise a token would span the border, and each option is encoded on
-its own and appended to the prompt's tokens. Either way the scored tokens are the option's, and nothing else.
+Shots, chat templates and tokens: see `moeopt.tasks.prompting`.
 """
 
 from __future__ import annotations
 
-import warnings
+import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import Example, Request, Scores, Task
+from moeopt.tasks.prompting import SEPARATOR, Prompting, checked, draw
 from moeopt.tasks.rows import Data, Row, load, own_examples
 from moeopt.tasks.splits import FRACTIONS, Splits, divide, from_own
-from moeopt.tasks.tokens import context_prefix, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,6 +53,7 @@ class MultipleChoiceTask(Task):
         self.name = name
         self.template = template
         self._splits = Splits(name, search, dev, test)
+        self._prompting = Prompting()
         for split in self._splits.names:
             for example in self._splits.examples(split):
                 if len(example.options) < 2:
@@ -92,38 +92,31 @@ class MultipleChoiceTask(Task):
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
     ) -> list[Request]:
-        """One request an option. A prompt too long for `max_length` loses its beginning, with a warning.
+        """One request an option. What is too long for `max_length` is shortened from its beginning, with a warning.
 
         Raises:
             TaskError: if a prompt or an option has no tokens, or an option alone is too long; it names the example.
         """
-        requests: list[Request] = []
-        truncated = 0
-        bos = context_prefix(tokenizer)
-        chosen = self._splits.first(split, limit)
-        for i, example in enumerate(chosen):
-            prompt, options = _encode_example(tokenizer, example)
-            longest = max(map(len, options))
-            if not prompt or not min(map(len, options)):
-                raise TaskError(f"task {self.name!r}: a text of example {example.id!r} has no tokens: {example!r}")
-            if max_length is not None and len(prompt) + longest > max_length:
-                head = bos if prompt[: len(bos)] == bos else []
-                room = max_length - longest - len(head)
-                if room < 1:
-                    raise TaskError(
-                        f"task {self.name!r}: an option of example {example.id!r} has {longest} tokens, which leaves no"
-                        f" room for its prompt within {max_length}"
-                    )
-                prompt = head + prompt[-room:]
-                truncated += 1
-            requests += [Request(i, j, (*prompt, *option), len(prompt)) for j, option in enumerate(options)]
-        if truncated:
-            warnings.warn(
-                f"task {self.name!r}: {truncated} of {len(chosen)} prompts were cut at their beginning to fit"
-                f" {max_length} tokens",
-                stacklevel=2,
-            )
-        return requests
+        encoded = self._prompting.encode(self.name, tokenizer, self._splits.first(split, limit), max_length)
+        return [
+            Request(i, j, (*one.prompt, *option), len(one.prompt))
+            for i, one in enumerate(encoded)
+            for j, option in enumerate(one.options)
+        ]
+
+    def prompted(
+        self, *, shots: int = 0, chat: bool = False, system: str | None = None, separator: str = SEPARATOR
+    ) -> MultipleChoiceTask:
+        count, prompting = checked(shots, chat, system, separator)
+        if self._prompting != Prompting():
+            raise TaskError(f"task {self.name!r} has shots or chat already")
+        task = copy.copy(self)
+        shown, task._splits = draw(self._splits, count)
+        task._prompting = replace(prompting, shots=shown)
+        return task
+
+    def check(self, tokenizer: Any) -> None:
+        self._prompting.check(self.name, tokenizer)
 
     def reduce(
         self,
@@ -145,7 +138,7 @@ class MultipleChoiceTask(Task):
         )
 
     def fingerprint(self, split: str | None = None) -> str:
-        return self._splits.fingerprint(split)
+        return self._prompting.fingerprint(self._splits.fingerprint(split))
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -154,6 +147,7 @@ class MultipleChoiceTask(Task):
             "fingerprint": self.fingerprint(),
             "examples": self._splits.counts(),
             "template": self.template,
+            **self._prompting.describe(),
         }
 
 
@@ -184,12 +178,3 @@ def multiple_choice_task(
 
     own = own_examples(load(data, config), to_example, lambda row: row.values.get("answer") is not None)
     return MultipleChoiceTask("multiple_choice", **from_own(own, fractions), template="verbatim v1")
-
-
-def _encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt and of every option; see the top of this file."""
-    prompt = encode(tokenizer, example.prompt, special=True)
-    whole = [encode(tokenizer, example.prompt + option, special=True) for option in example.options]
-    if all(ids[: len(prompt)] == prompt for ids in whole):
-        return prompt, [ids[len(prompt) :] for ids in whole]
-    return prompt, [encode(tokenizer, option, special=False) for option in example.options]

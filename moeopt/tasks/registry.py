@@ -9,38 +9,64 @@ from typing import Any
 from moeopt.errors import TaskError, nearest
 from moeopt.tasks.base import Task
 from moeopt.tasks.boolq import boolq_task
+from moeopt.tasks.mixture_file import mixture_task
 from moeopt.tasks.multiple_choice import multiple_choice_task
+from moeopt.tasks.own import is_own, own_maker
+from moeopt.tasks.prompting import OPTIONS, checked
 from moeopt.tasks.text import text_task
 from moeopt.tasks.wic import wic_task
 
 REGISTRY: dict[str, Callable[..., Task]] = {
     "boolq": boolq_task,
+    "mixture": mixture_task,
     "multiple_choice": multiple_choice_task,
     "text": text_task,
     "wic": wic_task,
 }
 """Name -> function(data, **options) -> Task. Add your own: `REGISTRY["mine"] = my_task`."""
 
+PROMPTLESS = ("mixture", "text")
+"""Tasks that take neither shots nor chat."""
+
 
 def get(name: str, data: Any = None, **options: Any) -> Task:
     """The task of that name, its data read and checked.
 
     Args:
-        name: a key of `REGISTRY`.
+        name: a key of `REGISTRY`; or ``"FILE.py:NAME"``, a task class or function of a Python file, which is run (see
+            `moeopt.tasks.own`).
         data: where the data is; None for the task's hub data set, if it has one.
-        **options: of the task's own function, such as `window=512` for "text".
+        **options: of the task's own function, such as `window=512` for "text"; and for every task of examples `shots`,
+            `chat`, `system` and `separator`, see `moeopt.tasks.prompting`.
 
     Raises:
         TaskError: if the name or an option is unknown, or the data is missing or malformed.
     """
-    if name not in REGISTRY:
+    own = is_own(name)
+    if not own and name not in REGISTRY:
         raise TaskError(f"unknown task {name!r}{nearest(name, list(REGISTRY))} (there are {', '.join(REGISTRY)})")
-    parameters = inspect.signature(REGISTRY[name]).parameters
+    make = own_maker(name) if own else REGISTRY[name]
+    parameters = inspect.signature(make).parameters
     allowed = [p for p in parameters if p != "data"]
+    shared = [p for p in OPTIONS if p not in parameters and name not in PROMPTLESS]
     for option in options:
-        if option not in allowed:
-            hint = nearest(option, allowed)
-            raise TaskError(f"task {name!r} has no option {option!r}{hint} (it has {', '.join(allowed)})")
-    if data is None and parameters["data"].default is inspect.Parameter.empty:
-        raise TaskError(f"task {name!r} needs data: a file, a folder or a hub id")
-    return REGISTRY[name](data, **options)
+        if option not in allowed + shared:
+            hint = nearest(option, allowed + shared)
+            raise TaskError(f"task {name!r} has no option {option!r}{hint} (it has {', '.join(allowed + shared)})")
+    prompting = {option: options.pop(option) for option in shared if option in options}
+    checked(**prompting)
+    if "data" in parameters:
+        if data is None and parameters["data"].default is inspect.Parameter.empty:
+            raise TaskError(f"task {name!r} needs data: a file, a folder or a hub id")
+        options["data"] = data
+    elif data is not None:
+        raise TaskError(f"task {name!r} takes no data, got {data!r}")
+    for option, parameter in parameters.items():
+        needed = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        )
+        if needed and option not in options:
+            raise TaskError(f"task {name!r} needs the option {option!r}")
+    task = make(**options)
+    return task.prompted(**prompting) if prompting else task

@@ -107,12 +107,15 @@ class TextTask(Task):
         log_likelihood: NDArray[np.float64],
         greedy: NDArray[np.int64],
     ) -> Scores:
-        tokens = np.asarray([len(request.ids) - request.scored_from for request in requests])
+        tokens = _scored(requests)
         return Scores(
             (-log_likelihood / tokens).astype(np.float32),
             tokens.astype(np.float32),
             (greedy / tokens).astype(np.float32),
         )
+
+    def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> NDArray[np.float32]:
+        return _scored(self.requests(split, tokenizer, max_length=max_length)).astype(np.float32)
 
     def fingerprint(self, split: str | None = None) -> str:
         return self._splits.fingerprint(split)
@@ -177,6 +180,10 @@ def text_task(
                 f" {':'.join(map(str, fractions))}; give more files, or piece=2000 to cut them"
             )
     return TextTask("text", **_texts(parts), window=window)
+
+
+def _scored(requests: Sequence[Request]) -> NDArray[np.int64]:
+    return np.asarray([len(request.ids) - request.scored_from for request in requests], np.int64)
 
 
 def _examples(kind: str, texts: Iterable[str]) -> list[Example]:

@@ -1,0 +1,79 @@
+"""Mixtures from a JSON file: `moeopt search ... --task mixture --data mixture.json`.
+
+{"tasks": [{"task": "boolq", "data": "boolq.jsonl", "weight": 2, "options": {"shots": 2}},
+           {"task": "text", "data": "notes/", "weight": 1, "name": "notes"}]}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moeopt.errors import TaskError, nearest
+from moeopt.tasks.base import Task
+from moeopt.tasks.mixture import MixtureTask, Use
+from moeopt.tasks.rows import is_missing_file
+
+ENTRY = ("task", "data", "weight", "options", "name")
+
+
+def mixture_task(data: str | Path, *, use: Use = "share") -> MixtureTask:
+    """A mixture from a JSON file as at the top of `moeopt.tasks.mixture_file`.
+
+    Args:
+        data: the file. Each of its tasks has "task", a registered name, and may have "data", where that is a path from
+            the file's folder, "weight" (1), "options" of the task, and "name" (the task's).
+        use: "share" or "all", see `moeopt.tasks.mixture`.
+
+    Raises:
+        TaskError: naming the file and whatever is missing, unknown or malformed in it.
+    """
+    from moeopt.tasks.registry import REGISTRY, get
+
+    path = Path(data)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise TaskError(f"cannot read mixture file {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise TaskError(f"mixture file {path} is not JSON: {error}") from error
+    entries = content.get("tasks") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries or set(content) != {"tasks"}:
+        raise TaskError(f'mixture file {path} must be {{"tasks": [{{"task": ..., "data": ..., "weight": ...}}, ...]}}')
+    members: dict[str, tuple[Task, float]] = {}
+    for number, entry in enumerate(entries, start=1):
+        where = f"{path}, task {number}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("task"), str):
+            raise TaskError(f'{where}: expected an object with a "task", got {entry!r}')
+        for key in entry:
+            if key not in ENTRY:
+                raise TaskError(f"{where}: unknown {key!r}{nearest(key, list(ENTRY))} (there are {', '.join(ENTRY)})")
+        kind, options, name = entry["task"], entry.get("options", {}), entry.get("name", entry["task"])
+        if kind not in REGISTRY or REGISTRY[kind] is mixture_task:
+            known = [key for key in REGISTRY if REGISTRY[key] is not mixture_task]
+            raise TaskError(f"{where}: unknown task {kind!r}{nearest(kind, known)} (there are {', '.join(known)})")
+        if not isinstance(options, dict) or options.keys() & set(ENTRY) or not isinstance(name, str):
+            raise TaskError(
+                f'{where}: "options" must be the task\'s own and "name" a text, got {options!r} and {name!r}'
+            )
+        if name in members:
+            raise TaskError(f'{where}: a task before is called {name!r} already; give it a "name" of its own')
+        try:
+            task = get(kind, _beside(path, entry.get("data")), **options)
+        except TaskError as error:
+            raise TaskError(f"{where}: {error}") from error
+        members[name] = task, entry.get("weight", 1)
+    return MixtureTask(members, use=use)
+
+
+def _beside(file: Path, data: Any) -> Any:
+    """What an entry calls its data: paths start from the file's folder, hub ids stay as they are."""
+    if isinstance(data, list):
+        return [_beside(file, one) for one in data]
+    if not isinstance(data, str):
+        if data is None:
+            return None
+        raise TaskError(f'"data" must be a path, a list of paths or a hub id, got {data!r}')
+    path = file.parent / data
+    return str(path) if path.exists() or is_missing_file(data) else data

@@ -1,0 +1,274 @@
+"""How an example becomes tokens: solved examples before it (shots), a chat template around it.
+
+Two shots and a question, with the default separator, and the option that is scored::
+
+    Ice is frozen water.
+    Question: is ice cold?
+    Answer: yes
+
+    Fire is hot.
+    Question: is fire wet?
+    Answer: no
+
+    Snow falls in winter.
+    Question: does snow fall?
+    Answer: yes
+
+A shot is a prompt with its right option, as in lm-evaluation-harness. Shots come from the search split, the same for
+every example: the last of its fixed random order, at most one of a group, none of a group that dev or test has too.
+They leave the search split, with whatever equals them or is of their group, so that nothing shown is scored.
+
+With `chat` the prompt is a user message, rendered by the tokenizer's chat template with its generation prompt, shots
+are earlier turns, and the option, without leading white space, is the assistant's reply. What is scored is what the
+template writes of the reply, up to its last character: white space that the template puts before it belongs to it, any
+other text, such as an empty thought, to the prompt. The template writes the special tokens; none is added.
+
+Tokens: prompt and option are encoded as one text wherever the prompt's own tokens are a prefix of that for every
+option, which is the usual case; otherwise a token would span the border, and each option is encoded on its own and
+appended to the prompt's tokens. Either way the scored tokens are the option's, and nothing else. A text too long loses
+whole shots, the first ones, and only then the beginning of its question.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moeopt.errors import TaskError
+from moeopt.tasks.base import SPLITS, Example
+from moeopt.tasks.splits import Splits, content_hash
+from moeopt.tasks.tokens import context_prefix, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SEPARATOR = "\n\n"
+OPTIONS = ("shots", "chat", "system", "separator")
+"""Options that `moeopt.tasks.get` gives every task of examples; see `checked`."""
+
+
+class Encoded(NamedTuple):
+    """Token ids of a prompt, and of every option that continues it; the special tokens are the prompt's."""
+
+    prompt: list[int]
+    options: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """Shots and chat of a task; by default neither, and a prompt is its own text."""
+
+    shots: tuple[Example, ...] = ()
+    chat: bool = False
+    system: str | None = None
+    separator: str = SEPARATOR
+
+    def encode(
+        self, task: str, tokenizer: Any, examples: Sequence[Example], max_length: int | None, room: int = 0
+    ) -> list[Encoded]:
+        """Tokens of the examples, as the top of this file says; prompts that were shortened are counted in a warning.
+
+        Args:
+            task: its name, for messages.
+            tokenizer: of transformers.
+            examples: whose prompts and options to encode.
+            max_length: most tokens of a prompt and its longest option; None for any number.
+            room: tokens that are left behind a prompt at least, for what the model writes.
+
+        Raises:
+            TaskError: if a prompt or an option has no tokens or does not fit, naming the example; if there is no chat
+                template, or one that does not take these messages.
+        """
+        encoded, fewer, cut = [], 0, 0
+        for example in examples:
+            try:
+                found, shots, whole = self._fitting(tokenizer, example, max_length, room)
+            except TaskError as error:
+                raise TaskError(f"task {task!r}: {error}") from error
+            if not found.prompt or not all(found.options):
+                raise TaskError(f"task {task!r}: a text of example {example.id!r} has no tokens: {example!r}")
+            encoded.append(found)
+            fewer += shots < len(self.shots)
+            cut += not whole
+        for count, what in ((fewer, "lost shots, the first ones,"), (cut, "were cut at their beginning")):
+            if count:
+                warnings.warn(
+                    f"task {task!r}: {count} of {len(examples)} prompts {what} to fit {max_length} tokens", stacklevel=3
+                )
+        return encoded
+
+    def text(self, tokenizer: Any, example: Example) -> str:
+        """What the model reads before it answers the example; the tokenizer is needed for `chat` only."""
+        return self._render(tokenizer, self.shots, example.prompt, ())[0]
+
+    def check(self, task: str, tokenizer: Any) -> None:
+        """Raise TaskError unless the tokenizer has a chat template that takes such messages, where one is needed."""
+        if self.chat:
+            sample = Example("sample", "question", ("answer",), 0)
+            self.encode(task, tokenizer, [*self.shots[:1], sample], None)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON facts under "prompting"; nothing for prompts as they are."""
+        facts: dict[str, Any] = {}
+        if self.shots:
+            shown = json.dumps([[shot.prompt, shot.options[shot.answer]] for shot in self.shots])
+            facts = {"shots": len(self.shots), "shown": hashlib.sha256(shown.encode()).hexdigest()[:16]}
+            facts |= {} if self.chat else {"separator": self.separator}
+        if self.chat:
+            facts |= {"chat": True, "system": self.system}
+        return {"prompting": facts} if facts else {}
+
+    def fingerprint(self, examples: str) -> str:
+        """The fingerprint of examples, prompted so."""
+        facts = self.describe()
+        return hashlib.sha256(json.dumps([examples, facts]).encode()).hexdigest() if facts else examples
+
+    def _fitting(
+        self, tokenizer: Any, example: Example, max_length: int | None, room: int
+    ) -> tuple[Encoded, int, bool]:
+        """Tokens with as many shots as fit, how many these are, and whether the question is whole."""
+
+        def tokens(shots: Sequence[Example], question: str) -> tuple[Encoded, int, int]:
+            """With the tokens kept behind the prompt, and how many there are too many."""
+            found = self._tokens(tokenizer, shots, question, example.options)
+            behind = max(room, *map(len, found.options))
+            return found, behind, 0 if max_length is None else len(found.prompt) + behind - max_length
+
+        for first in range(len(self.shots) + 1):
+            found, behind, over = tokens(self.shots[first:], example.prompt)
+            if over <= 0:
+                return found, len(self.shots) - first, True
+        assert max_length is not None
+        if not self.chat:
+            bos = context_prefix(tokenizer)
+            head = bos if found.prompt[: len(bos)] == bos else []
+            left = max_length - behind - len(head)
+            if left >= 1:
+                return Encoded(head + found.prompt[-left:], found.options), 0, False
+        else:
+            low, high = 1, len(example.prompt)  # characters to cut: the fewest that do, from low to high
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if tokens((), example.prompt[middle:])[2] <= 0 else (middle + 1, high)
+            if low < len(example.prompt):
+                return tokens((), example.prompt[low:])[0], 0, False
+        what = f"an option of example {example.id!r} has {behind} tokens, which leaves"
+        if behind > max(map(len, found.options)):
+            what = f"{room} new tokens leave"
+        raise TaskError(f"{what} no room for its prompt within {max_length}")
+
+    def _tokens(self, tokenizer: Any, shots: Sequence[Example], question: str, options: Sequence[str]) -> Encoded:
+        text, continuations = self._render(tokenizer, shots, question, options)
+        special = not self.chat
+        prompt = encode(tokenizer, text, special)
+        whole = [encode(tokenizer, text + continuation, special) for continuation in continuations]
+        if all(ids[: len(prompt)] == prompt for ids in whole):
+            return Encoded(prompt, [ids[len(prompt) :] for ids in whole])
+        return Encoded(prompt, [encode(tokenizer, continuation, special=False) for continuation in continuations])
+
+    def _render(
+        self, tokenizer: Any, shots: Sequence[Example], question: str, options: Sequence[str]
+    ) -> tuple[str, Sequence[str]]:
+        """The prompt's text, and the texts that continue it."""
+        if not self.chat:
+            shown = [shot.prompt + shot.options[shot.answer] for shot in shots]
+            return self.separator.join([*shown, question]), options
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for shot in shots:
+            messages.append({"role": "user", "content": shot.prompt})
+            messages.append({"role": "assistant", "content": shot.options[shot.answer].lstrip()})
+        messages.append({"role": "user", "content": question})
+        prompt = _templated(tokenizer, messages, add_generation_prompt=True)
+        if self.system is not None and self.system.strip() not in prompt:
+            raise TaskError("the tokenizer's chat template leaves the system message out; put it into the prompts")
+        borders, ends = set(), []
+        for option in options:
+            reply = option.lstrip()
+            if not reply:
+                raise TaskError(f"option {option!r} is white space, which is no reply in a chat")
+            whole = _templated(
+                tokenizer, [*messages, {"role": "assistant", "content": reply}], continue_final_message=True
+            )
+            start = whole.rindex(reply.rstrip())
+            spaced = whole.startswith(prompt) and not whole[len(prompt) : start].strip()
+            border = len(prompt) if spaced else start
+            borders.add(whole[:border])
+            ends.append(whole[border:])
+        if len(borders) > 1:
+            raise TaskError("the tokenizer's chat template writes different prompts for the options of one question")
+        return borders.pop() if borders else prompt, ends
+
+
+def checked(
+    shots: int = 0, chat: bool = False, system: str | None = None, separator: str = SEPARATOR
+) -> tuple[int, Prompting]:
+    """How many shots to draw, and the rest, from options as users give them.
+
+    Args:
+        shots: solved examples before every prompt.
+        chat: whether prompts are messages of the tokenizer's chat template.
+        system: the system message of a chat.
+        separator: text between shots that are no chat.
+
+    Raises:
+        TaskError: naming an option that is of the wrong type, or has nothing to act on.
+    """
+    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0:
+        raise TaskError(f"shots must be an integer of at least 0, got {shots!r}")
+    if not isinstance(chat, bool):
+        raise TaskError(f"chat must be true or false, got {chat!r}")
+    if system is not None and (not isinstance(system, str) or not system.strip()):
+        raise TaskError(f"system must be a text, got {system!r}")
+    if not isinstance(separator, str):
+        raise TaskError(f"separator must be a text, got {separator!r}")
+    if system is not None and not chat:
+        raise TaskError("a system message needs chat=True")
+    if separator != SEPARATOR and (chat or not shots):
+        raise TaskError("a separator stands between shots that are no chat: give shots, without chat")
+    return shots, Prompting((), chat, system, separator)
+
+
+def draw(splits: Splits, count: int) -> tuple[tuple[Example, ...], Splits]:
+    """So many shots of the search split, and the splits without them; the choice is told at the top of this file.
+
+    Fewer shots are the last ones of more, and the first examples of the split are the same for all numbers of shots.
+
+    Raises:
+        TaskError: if there are too few examples to show so many and still score one.
+    """
+    if count == 0:
+        return (), splits
+    pool = {split: splits.examples(split) if split in splits.names else () for split in SPLITS}
+    elsewhere = {example.group for split in ("dev", "test") for example in pool[split]} - {None}
+    shots: list[Example] = []
+    shown: set[str] = set()
+    groups: set[str | None] = set()
+    for example in reversed(pool["search"]):
+        if len(shots) == count:
+            break
+        if content_hash(example) not in shown and example.group not in groups | elsewhere:
+            shots.insert(0, example)
+            shown.add(content_hash(example))
+            groups |= {example.group} - {None}
+    search = [e for e in pool["search"] if content_hash(e) not in shown and e.group not in groups]
+    if len(shots) < count or not search:
+        raise TaskError(
+            f"task {splits.task!r} cannot show {count} shots: they leave its search split, whose {len(pool['search'])}"
+            f" examples give at most {max(0, len(shots) - (not search))} that may be shown"
+        )
+    return tuple(shots), Splits(splits.task, search, pool["dev"], pool["test"])
+
+
+def _templated(tokenizer: Any, messages: Sequence[dict[str, str]], **how: bool) -> str:
+    """The conversation as the tokenizer's chat template writes it."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise TaskError("the tokenizer has no chat template, which chat=True needs; leave chat out for a base model")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
+    except Exception as error:  # a template raises what it likes
+        roles = " and ".join(dict.fromkeys(message["role"] for message in messages))
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise TaskError(f"the tokenizer's chat template refuses {roles} messages: {reason}") from error
