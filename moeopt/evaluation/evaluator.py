@@ -156,11 +156,6 @@ class Evaluator:
         if self.teacher is not None:
             self.teacher.forget()
 
-    @property
-    def accuracy_is(self) -> str:
-        """What `Evaluation.accuracy` is the share of: the task's metric, or agreement with the full model."""
-        return self.task.metric if self.teacher is None else "agreement"
-
     def clock(self) -> float:
         """Seconds, of which only differences mean something; while the full model is learnt, they stand still."""
         return time.perf_counter() - (0.0 if self.teacher is None else self.teacher.seconds)

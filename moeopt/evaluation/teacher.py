@@ -125,6 +125,12 @@ class Teacher:
         """Probability of the tokens of a position that are not kept, the mean over the rungs that were run."""
         return _ratio(sum(float(known.rest.double().exp().sum()) for known in self._known.values()), self._held)
 
+    def __str__(self) -> str:
+        return (
+            f"{self._held:,} positions in {self.seconds:.1f} s, {self.kept:.0f} tokens of each kept in "
+            f"{self.nbytes / 2**20:.1f} MiB, {self.rest:.2g} of the probability left out"
+        )
+
     @property
     def _held(self) -> int:
         return sum(len(known.start) for known in self._known.values())
