@@ -30,6 +30,7 @@ from moeopt.options import (
     Dtype,
     Limit,
     Model,
+    Score,
     Storage,
     Task,
     TaskOption,
@@ -120,6 +121,8 @@ def demo(
     "moeopt search ./mixtral --task boolq --data boolq.jsonl --keep 4 --groups 4 --study boolq-8to4\n\n"
     "moeopt search ./mixtral --task text --data src/ --task-option suffixes=.py --keep 6 --space prune "
     "--sampler cmaes --study code-8to6\n\n"
+    "moeopt search ./mixtral --task text --data prompts.jsonl --task-option column=prompt --score kl --keep 6 "
+    "--study unlabelled\n\n"
     "moeopt search ./mixtral --task boolq --space merge --around pruned.safetensors --study boolq-merge\n\n"
     "The same command again resumes the study. [bold]Ctrl-C[/bold] lets the running trial finish; a second one does "
     "not, and the trial is run again on resuming."
@@ -132,6 +135,7 @@ def search(
     data: Data = None,
     task_option: TaskOption = None,
     limit: Limit = None,
+    score: Score = "likelihood",
     keep: Annotated[int | None, SPACE(metavar="R", min=1, help="Experts each layer keeps.")] = None,
     active: Annotated[
         str | None,
@@ -257,6 +261,7 @@ def search(
         objective = Objective(
             loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
             active_weight=active_weight, prefix_memory=None if prefix_memory is None else prefix_memory << 20,
+            score=score,
         )  # fmt: skip
         record = create_study(
             study,
@@ -274,6 +279,9 @@ def search(
         started = time.monotonic()
         with SearchProgress(err, trials, timeout) as progress:
             optimize(record, objective, trials=trials, timeout=timeout, patience=patience, callbacks=[progress])
+        teacher = objective.evaluator.teacher
+        if teacher is not None and teacher.nbytes:
+            err.print(f"full model: {teacher}", markup=False)
         ended = (
             finished(record) >= trials
             or (timeout is not None and time.monotonic() - started >= timeout)
@@ -291,7 +299,9 @@ def search(
         return
     accuracy = best.user_attrs.get("accuracy")
     weighed = active_weight * best.user_attrs.get("active", 0.0)
-    scored = f"loss {best.value - weighed:.4f}" + (f", accuracy {100 * accuracy:.1f}%" if accuracy is not None else "")
+    scored = f"loss {best.value - weighed:.4f}"
+    if accuracy is not None:
+        scored += f", {'agreement' if score in ('kl', 'acceptance') else 'accuracy'} {100 * accuracy:.1f}%"
     if chosen_active.searched:
         scored += f", {best.user_attrs['active']:.2f} experts active"
     place = shlex.join(["--storage", hidden(storage)])

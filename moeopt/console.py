@@ -251,6 +251,7 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         ("study", f"{record['name']}: " + ", ".join(f"{count} {state}" for state, count in record["trials"].items())),
         ("model", f"{about['model']['name_or_path']} ({about['model']['architecture']})"),
         ("task", _task_line(about["task"])),
+        ("score", about.get("evaluation", {}).get("score", "likelihood")),
         ("space", _space_line(about["space"])),
         ("sampler", ", ".join(f"{key}={value}" for key, value in about["sampler"].items() if key != "name")),
     ):
@@ -265,9 +266,10 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
             phase["phase"], str(phase["trials"]), number(phase["best_loss"]), f"{phase['layer_tokens']:,}",
             number(phase["seconds"], 1),
         )  # fmt: skip
+    label_free = about.get("evaluation", {}).get("score") in ("kl", "acceptance")
     top = Table(
-        "trial", "loss", "accuracy", "operator", "parents", "layer-tokens", "seconds", title="best trials",
-        title_justify="left",
+        "trial", "loss", "agreement" if label_free else "accuracy", "operator", "parents", "layer-tokens", "seconds",
+        title="best trials", title_justify="left",
     )  # fmt: skip
     for trial in record["top"]:
         top.add_row(

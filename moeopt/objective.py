@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from moeopt.spaces import Space
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moeopt.evaluation import Compression
     from moeopt.evaluation.evaluator import Score
     from moeopt.methods import Found
     from moeopt.tasks import Task
@@ -69,7 +69,7 @@ class Objective:
             Hyperband and the like; ``"block"``: rungs are equal blocks, and what is reported is the block's own mean,
             as Optuna's `WilcoxonPruner` takes it (some 20 blocks suit it).
         active_weight: what one more active expert per token and layer must gain in loss; at least 0.
-        prefix_memory, prefix_device, storage, score: as for `Evaluator`.
+        prefix_memory, prefix_device, storage, score, compression: as for `Evaluator`.
 
     Raises:
         SpaceError: when the space is for a model of another shape.
@@ -95,6 +95,7 @@ class Objective:
         prefix_device: str | None = None,
         storage: Storage = "auto",
         score: Score = "likelihood",
+        compression: Compression | None = None,
     ) -> None:
         shape = shape_of(model)
         if shape != space.shape:
@@ -123,6 +124,7 @@ class Objective:
             prefix_device=prefix_device,
             storage=storage,
             score=score,
+            compression=compression,
         )
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
 
@@ -143,7 +145,7 @@ class Objective:
             raise
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
-        started = time.perf_counter()
+        started = self.evaluator.clock()
         x = self.space.vector(trial)
         plan = self.space.decode(x)
         facts = _facts(genome.origin(trial))
@@ -171,7 +173,7 @@ class Objective:
         facts |= {
             "accuracy": evaluation.accuracy,
             "active": _active(evaluation),
-            "seconds": round(time.perf_counter() - started, 4),
+            "seconds": round(self.evaluator.clock() - started, 4),
             "tokens": evaluation.tokens,
             "layer_tokens": evaluation.layer_tokens,
             "drift": round(self.space.drift(x), 6),
@@ -275,11 +277,18 @@ class Objective:
         return {name: replace(one, plan=started(one.plan)) for name, one in found.items()}
 
     def noise_floor(self) -> NoiseFloor:
-        """How much the full model's loss on the first rung moves with experts backend and batch size."""
+        """How much the full model's loss on the first rung moves with experts backend and batch size.
+
+        Where losses are distances from the full model, it is that of the space's start.
+        """
+        teacher = self.evaluator.teacher
         return noise_floor(
             self.model,
             self.tokenizer,
             self.task,
+            plan=None if teacher is None else self.space.decode(self.space.start()),
+            score=self.evaluator.score,
+            compression=None if teacher is None else teacher.compression,
             split=self.split,
             limit=self.evaluator.rungs[0],
             batch_tokens=self.evaluator.batch_tokens,
@@ -290,7 +299,9 @@ class Objective:
         """Model, task, space and evaluation as JSON: what a study must agree on to be resumed."""
         config = self.model.config
         backends = {kind: getattr(config, f"_{key}_implementation", None) for kind, key in BACKENDS.items()}
-        score = {"score": self.evaluator.score} if self.evaluator.score != "likelihood" else {}
+        score: dict[str, Any] = {"score": self.evaluator.score} if self.evaluator.score != "likelihood" else {}
+        if self.evaluator.teacher is not None:
+            score |= {"top_p": self.evaluator.teacher.compression.top_p, "kept_tokens": self.evaluator.teacher.most}
         weight = {"active_weight": self.active_weight} if self.active_weight else {}
         return {
             "model": describe(self.model),

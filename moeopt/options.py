@@ -22,6 +22,13 @@ Data = Annotated[
 TaskOption = Annotated[
     list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as shots=5; repeatable.")
 ]
+Score = Annotated[
+    Literal["likelihood", "metric", "kl", "acceptance"],
+    GOAL(
+        help="What is minimised. likelihood: minus the answers' log-likelihood. metric: 1 minus the task's metric. "
+        "Without answers, against the full model: kl, the divergence; acceptance: 1 minus speculative decoding's rate."
+    ),
+]
 Limit = Annotated[int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")]
 DeviceMap = Annotated[str, MACHINE(metavar="MAP", help="Where weights go: auto, cpu, cuda:0, ...")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], MACHINE(help="Type of the weights in memory.")]

@@ -4,5 +4,15 @@ from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.evaluator import Evaluator
 from moeopt.evaluation.noise import NoiseFloor, noise_floor
 from moeopt.evaluation.statistics import Interval, paired_bootstrap
+from moeopt.evaluation.teacher import Compression, Teacher
 
-__all__ = ["Evaluation", "Evaluator", "Interval", "NoiseFloor", "noise_floor", "paired_bootstrap"]
+__all__ = [
+    "Compression",
+    "Evaluation",
+    "Evaluator",
+    "Interval",
+    "NoiseFloor",
+    "Teacher",
+    "noise_floor",
+    "paired_bootstrap",
+]

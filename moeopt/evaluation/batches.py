@@ -25,8 +25,9 @@ class Batch:
     `position`, int64, (rows, width), and `sees`, bool, (rows, width, width), say where each token stands and which
     tokens it attends to; elsewhere they are None: rows are plain causal.
 
-    Entry e of `cell`, `target` and `request`, int64, each (scored,), says that the logits at the `cell`-th of
-    `cells`, (cells,), flat positions in (rows, width), predict the token `target` of that request.
+    Entry e of `cell`, `target`, `request` and `place`, int64, each (scored,), says that the logits at the `cell`-th of
+    `cells`, (cells,), flat positions in (rows, width), predict the token `target`, which is `ids[place]` of that
+    request.
     """
 
     ids: Tensor
@@ -37,6 +38,7 @@ class Batch:
     cell: Tensor
     target: Tensor
     request: Tensor
+    place: Tensor
 
     @cached_property
     def tokens(self) -> int:
@@ -120,7 +122,7 @@ def _batch(rows: Sequence[_Row], requests: Sequence[Request]) -> Batch:
     branching = any(len(row.branches) > 1 for row in rows)
     position = torch.zeros_like(ids) if branching else None
     sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1) if branching else None
-    entries: list[tuple[int, int, int]] = []
+    entries: list[tuple[int, int, int, int]] = []
     for r, row in enumerate(rows):
         ids[r, : row.length] = torch.tensor([*row.prompt, *(t for branch in row.branches for t in branch)])
         mask[r, : row.length] = 1
@@ -141,7 +143,7 @@ def _batch(rows: Sequence[_Row], requests: Sequence[Request]) -> Batch:
             request = requests[i]
             for t in range(request.scored_from, len(request.ids)):
                 before = t - 1 if t <= n else starts[branch_index] + t - 1 - n
-                entries.append((r * width + before, request.ids[t], i))
-    places, target, request_of = torch.tensor(entries).unbind(1)
-    cells, cell = places.unique(return_inverse=True)
-    return Batch(ids, mask, position, sees, cells, cell, target, request_of)
+                entries.append((r * width + before, request.ids[t], i, t))
+    flat, target, request_of, place = torch.tensor(entries).unbind(1)
+    cells, cell = flat.unique(return_inverse=True)
+    return Batch(ids, mask, position, sees, cells, cell, target, request_of, place)

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
@@ -22,18 +23,19 @@ from moeopt.evaluation.batches import Batch, pack
 from moeopt.evaluation.branching import may_branch
 from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.memory import free_bytes, merged_bytes, ran_out
-from moeopt.evaluation.runners import LayerMajor, Run, Whole
+from moeopt.evaluation.runners import LayerMajor, Run, Whole, state_of
 from moeopt.evaluation.scoring import score
+from moeopt.evaluation.teacher import LABEL_FREE, Compression, Teacher
 from moeopt.models import MergedCache, Storage, layerwise, moe_layers, patched, plan_in_force, without_plan
 from moeopt.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moeopt.tasks import Task
+    from moeopt.tasks import Scores, Task
 
 PREFIX_MEMORY = 1 << 30
-Score = Literal["likelihood", "metric"]
+Score = Literal["likelihood", "metric", "kl", "acceptance"]
 
 
 class Evaluator:
@@ -62,12 +64,19 @@ class Evaluator:
         storage: where merged experts live, see `moeopt.patched`. ``"auto"``: scratch if they would take more than half
             of the free memory.
         score: what a loss is. ``"likelihood"``: the task's own, smooth one; ``"metric"``: 1 minus the correctness of
-            the example, so that the mean loss is 1 minus the task's metric.
+            the example, so that the mean loss is 1 minus the task's metric. ``"kl"`` and ``"acceptance"`` need no
+            answers: how far the model under a plan is from the model without, see `moeopt.evaluation.teacher`. The loss
+            of an example is then the mean over the positions behind which the task scores a token, its weight their
+            number, and its correctness the share of them where both models have the same first choice. The full model
+            runs once more, when a plan is first evaluated, after weights, attention or experts backend have changed,
+            and after memory ran out.
+        compression: how much of what the full model says is kept for that.
 
     Attributes:
         examples: how many there are (windows, for text).
         rungs: as given, or one of all examples.
         layers: decoder layers of the model.
+        teacher: what is known of the full model, and what that cost; None where the task's own scores are the loss.
 
     Raises:
         TaskError: if the split is empty, or an example does not fit.
@@ -90,6 +99,7 @@ class Evaluator:
         prefix_device: str | None = None,
         storage: Storage = "auto",
         score: Score = "likelihood",
+        compression: Compression | None = None,
     ) -> None:
         if score not in get_args(Score):
             raise ValueError(f"score must be one of {', '.join(get_args(Score))}, got {score!r}")
@@ -108,6 +118,10 @@ class Evaluator:
         self.rungs = _checked_rungs(rungs(self.examples) if callable(rungs) else rungs, self.examples)
         ends = [int(np.searchsorted(numbers, distinct[size - 1], side="right")) for size in self.rungs]
         self._spans = list(zip([0, *ends], ends))
+        self.teacher: Teacher | None = None
+        if score in LABEL_FREE:
+            rows = [self._requests[first:end] for first, end in self._spans]
+            self.teacher = Teacher(rows, int(config.vocab_size), compression or Compression())
         self._cache, self._merged_in = MergedCache(), storage
         self._runner: LayerMajor | Whole = Whole(model, int(config.num_hidden_layers))
         with _lock_of(model), torch.inference_mode(), evaluation_mode(model), without_plan(model):
@@ -136,14 +150,22 @@ class Evaluator:
         return sum(batch.tokens for batch in self.batches)
 
     def clear(self) -> None:
-        """Free the hidden states and merged experts of earlier plans."""
+        """Free the hidden states and merged experts of earlier plans, and what is known of the full model."""
         self._runner.clear()
         self._cache.clear()
+        if self.teacher is not None:
+            self.teacher.forget()
+
+    def clock(self) -> float:
+        """Seconds, of which only differences mean something; while the full model is learnt, they stand still."""
+        return time.perf_counter() - (0.0 if self.teacher is None else self.teacher.seconds)
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that name the token sequences, what is scored of them, and how."""
         digest = hashlib.sha256(b"" if self.score == "likelihood" else self.score.encode())
+        if self.teacher is not None:
+            digest.update(repr((self.teacher.compression.top_p, self.teacher.most)).encode())
         for request in self._requests:
             digest.update(repr((request.example, request.option, request.ids, request.scored_from)).encode())
         return digest.hexdigest()[:16]
@@ -169,52 +191,61 @@ class Evaluator:
             plan: as for `evaluate`, which also says what is raised.
             known: what the plan got on the first so many examples before; rungs that it covers are not run.
         """
-        likelihood = np.zeros(len(self._requests))
-        greedy = np.zeros(len(self._requests), dtype=np.int64)
+        sums = np.zeros((2 if self.teacher is None else 3, len(self._requests)))
         tokens = layer_tokens = padded = 0
         seconds = active = 0.0
         for rung, (size, (first, end)) in enumerate(zip(self.rungs, self._spans)):
-            started = time.perf_counter()
+            started = self.clock()
             run: Run | None = None
             covered, measured = (0, 0.0) if known is None else (len(known.losses), known.active)
             if covered < size:
                 with _lock_of(self.model):
-                    run = self._run(rung, plan, likelihood[first:end], greedy[first:end])
+                    run = self._run(rung, plan, sums[:, first:end])
                 tokens += sum(batch.tokens for batch in self._batches[rung])
                 layer_tokens += run.layer_tokens
                 measured = run.active()
             places = sum(batch.ids.numel() for batch in self._batches[rung])
             padded += places
             active += places * measured
-            scores = self.task.reduce(self.split, self._requests[:end], likelihood[:end], greedy[:end])
-            losses = 1 - scores.correct if self.score == "metric" else scores.losses
-            found = np.stack([losses, scores.weights, scores.correct]).astype(np.float32)
+            scores, metrics = self._reduce(sums[:, :end])
+            found = np.stack([scores.losses, scores.weights, scores.correct]).astype(np.float32)
             if known is not None:
                 found[:, :covered] = known.scores[:, :size]
-            metrics = self.task.metrics(self.split, scores) if known is None else {}
-            seconds += time.perf_counter() - started
+                metrics = {}
+            seconds += self.clock() - started
             costs = tokens, layer_tokens, seconds
             evaluation = Evaluation(found[0], found[1], found[2], *costs, active / padded, metrics)
             if run is not None and size == self.examples:
                 self._runner.judge(run.trail, evaluation.loss)
             yield evaluation
 
-    def _run(self, rung: int, plan: Plan | None, likelihood: NDArray[np.float64], greedy: NDArray[np.int64]) -> Run:
-        """Fills in what the requests of a rung got, both (requests,), with smaller batches if memory runs out."""
+    def _reduce(self, sums: NDArray[np.float64]) -> tuple[Scores, dict[str, float]]:
+        """Scores and metrics from what the first so many requests got."""
+        requests = self._requests[: sums.shape[1]]
+        if self.teacher is not None:
+            return self.teacher.reduce(requests, sums, "kl" if self.score == "kl" else "acceptance")
+        scores = self.task.reduce(self.split, requests, sums[0], sums[1].astype(np.int64))
+        metrics = self.task.metrics(self.split, scores)
+        return (replace(scores, losses=1 - scores.correct) if self.score == "metric" else scores), metrics
+
+    def _run(self, rung: int, plan: Plan | None, sums: NDArray[np.float64]) -> Run:
+        """Fills in what the requests of a rung got, (values, requests), with smaller batches if memory runs out."""
         while True:
             try:
-                return self._attempt(rung, plan, likelihood, greedy)
+                return self._attempt(rung, plan, sums)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
                 reason = str(error).partition("\n")[0]
             self._halve_batches(reason)
 
-    def _attempt(self, rung: int, plan: Plan | None, likelihood: NDArray[np.float64], greedy: NDArray[np.int64]) -> Run:
-        likelihood[:], greedy[:] = 0, 0
+    def _attempt(self, rung: int, plan: Plan | None, sums: NDArray[np.float64]) -> Run:
+        sums[:] = 0
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(evaluation_mode(self.model))
+            if self.teacher is not None:
+                self._learn(rung, self.teacher)
             plan, active = plan_in_force(self.model) if plan is None else plan, self._stock
             if plan is not None:
                 storage = self._where_merged(plan)
@@ -222,13 +253,30 @@ class Evaluator:
                 active = partial(getattr, state, "active")
             run = self._runner.run(rung, self._batches[rung], active)
             for batch, logits_of in stack.enter_context(closing(run.outputs)):
-                likelihoods, hits = score(batch, logits_of)
-                if not likelihoods.isfinite().all():
+                if self.teacher is not None:
+                    request, values = self.teacher.compare(rung, batch, logits_of)
+                else:
+                    request, values = batch.request.numpy(), np.stack([t.double() for t in score(batch, logits_of)])
+                if not np.isfinite(values).all():
                     self._raise_non_finite(batch)
-                np.add.at(likelihood, batch.request.numpy(), likelihoods.double().numpy())
-                np.add.at(greedy, batch.request.numpy(), hits.long().numpy())
+                for total, value in zip(sums, values):
+                    np.add.at(total, request, value)
             run.keep()
         return run
+
+    def _learn(self, rung: int, teacher: Teacher) -> None:
+        """Lets the teacher see the model without a plan, unless it has; nothing of that run is kept for plans."""
+        if teacher.knows(rung, state_of(self.model)):
+            return
+        started = time.perf_counter()
+        try:
+            with without_plan(self.model):
+                run = self._runner.run(rung, self._batches[rung], self._stock)
+                with closing(run.outputs):
+                    teacher.learn(rung, run.outputs)
+            teacher.layer_tokens += run.layer_tokens
+        finally:
+            teacher.seconds += time.perf_counter() - started
 
     def _stock(self) -> tuple[float, ...]:
         """Experts that a token runs in each MoE layer of the model as it is."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moeopt.evaluation.evaluation import Evaluation
+    from moeopt.evaluation.evaluator import Score
+    from moeopt.evaluation.teacher import Compression
     from moeopt.plan import Plan
     from moeopt.tasks import Task
 
@@ -74,14 +76,16 @@ def noise_floor(
     limit: int | None = None,
     batch_tokens: int = 1024,
     max_length: int | None = None,
+    score: Score = "likelihood",
+    compression: Compression | None = None,
     backends: Sequence[str] = BACKENDS,
     dtypes: Sequence[torch.dtype] = (),
 ) -> NoiseFloor:
     """Evaluates the plan once as it is, then once for each change: other experts backends, smaller batches, dtypes.
 
     Args:
-        model, tokenizer, task, split, limit, batch_tokens, max_length: as for `Evaluator`. The model is left as it was
-            found.
+        model, tokenizer, task, split, limit, batch_tokens, max_length, score, compression: as for `Evaluator`. The
+            model is left as it was found.
         plan: what to evaluate; None for the model as it is.
         backends: experts implementations; the model's own is passed over, and so is what it does not offer.
         dtypes: for each, a copy of the whole model in this dtype is made and evaluated: its memory comes on top.
@@ -91,8 +95,8 @@ def noise_floor(
     """
 
     def evaluate(model: PreTrainedModel, batch_tokens: int = batch_tokens) -> Evaluation:
-        limits = {"split": split, "limit": limit, "max_length": max_length}
-        return Evaluator(model, tokenizer, task, batch_tokens=batch_tokens, **limits).evaluate(plan)  # type: ignore[arg-type]
+        given = {"split": split, "limit": limit, "max_length": max_length, "score": score, "compression": compression}
+        return Evaluator(model, tokenizer, task, batch_tokens=batch_tokens, **given).evaluate(plan)  # type: ignore[arg-type]
 
     base = evaluate(model)
     movements: list[Movement] = []

@@ -101,7 +101,7 @@ class LayerMajor:
 
     def run(self, rung: int, batches: Sequence[Batch], active: Active = tuple) -> Run:
         """The batches of a rung under the plan in force."""
-        salt = _state(self.parts.model)
+        salt = state_of(self.parts.model)
         if salt != self._salt:
             self.clear()
             self._salt = salt
@@ -166,7 +166,7 @@ def _mean(active: Sequence[float]) -> float:
     return sum(active) / len(active)
 
 
-def _state(model: nn.Module) -> object:
+def state_of(model: nn.Module) -> object:
     """Compares unequal after weights were written or replaced, or attention or experts implemented otherwise."""
     config: Any = model.config
     backends = [str(getattr(config, f"_{kind}_implementation", None)) for kind in ("attn", "experts")]
