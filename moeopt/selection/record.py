@@ -200,7 +200,7 @@ def sentence(search: float, test: Interval) -> str:
     there = f"{test.mean:.4f} [{test.low:.4f}, {test.high:.4f}]"
     gained = f"The gain on search ({search:.4f})"
     words = {
-        "none": f"No gain on search ({search:.4f}) that could vanish: on test it is {there}.",
+        "none": f"No gain on search to lose: winner - full is {-search:+.4f} there, {_signed(_negated(test))} on test.",
         "reversed": f"{gained} reversed on test ({there}): the winner is worse than the full model.",
         "vanished": f"{gained} vanished on test ({there})",
         "shrank": f"{gained} shrank to {there} on test.",
