@@ -24,6 +24,7 @@ from moeopt.options import (
     Task,
     TaskOption,
 )
+from moeopt.selection.checks import MOST, TOP
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -48,8 +49,8 @@ def select(
     data: Data = None,
     task_option: TaskOption = None,
     top: Annotated[
-        int, GOAL(metavar="N", min=1, max=1000, help="Judge so many of the best distinct plans on dev.")
-    ] = 20,
+        int, GOAL(metavar="N", min=1, max=MOST, help="Judge so many of the best distinct plans on dev.")
+    ] = TOP,
     dev_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N dev examples. Default: all.")] = None,
     test_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N test examples. Default: all.")] = None,
     score: Annotated[

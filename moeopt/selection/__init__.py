@@ -1,4 +1,4 @@
-"""Selecting one plan of a study: searched on one split, chosen on a second, judged once on a third (EEP, section 4)."""
+"""Selecting one plan of a study: searched on one split, chosen on a second, reported on a third, once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _HOMES = {
     "Candidate": "record",
     "SELECTION": "record",
     "Selection": "record",
-    "check": "run",
+    "check": "checks",
     "recorded": "record",
     "select": "run",
     "selected_trial": "record",
@@ -32,9 +32,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from moeopt.selection.checks import check
     from moeopt.selection.kept import on_test
     from moeopt.selection.record import SELECTION, Candidate, Selection, recorded, selected_trial, verdict
-    from moeopt.selection.run import check, select
+    from moeopt.selection.run import select
     from moeopt.selection.table import view
 
 

@@ -6,30 +6,26 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from moeopt.errors import NonFiniteLossError, StudyError, TaskError
+from moeopt.errors import NonFiniteLossError, StudyError
 from moeopt.evaluation import Evaluation, Evaluator
-from moeopt.evaluation.evaluator import Score
 from moeopt.models import without_plan
 from moeopt.objective import Objective, remembered, scores_name
 from moeopt.plan import Plan
+from moeopt.selection.checks import TOP, UNSEEN, check, check_arguments
 from moeopt.selection.kept import Kept, name_of
 from moeopt.selection.record import FULL, SEARCH_BEST, SELECTION, WINNER, Candidate, Selection, look_warning
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
-    from torch import nn
     from transformers import PreTrainedModel
 
+    from moeopt.evaluation.evaluator import Score
     from moeopt.tasks import Task
-
-TOP, MOST = 20, 1000
-"""Candidates unless said otherwise, and most of them: the study keeps their losses in one attribute of 60,000 bytes."""
-UNSEEN = ("dev", "test")
 
 Progress = Callable[[int, int, str], None]
 Ranked = list[tuple["FrozenTrial", Plan]]
@@ -116,7 +112,7 @@ def select(
     settings = {
         "top": top, "dev_limit": dev_limit, "test_limit": test_limit, "score": score, "stock_only": stock_only,
     }  # fmt: skip
-    _check_arguments(top=top, dev_limit=dev_limit, test_limit=test_limit, score=score)
+    check_arguments(top=top, dev_limit=dev_limit, test_limit=test_limit, score=score)
     with without_plan(model):
         check(study, task, model)
         ranked = _ranked(study, top, stock_only)
@@ -151,33 +147,6 @@ def select(
         study.set_user_attr(SELECTION, selection.record)
     bench.finish()
     return selection
-
-
-def check(study: optuna.Study, task: Task, model: nn.Module | None = None) -> None:
-    """Raise StudyError or TaskError unless something can be selected from the study by this task; see `select`."""
-    from moeopt.study import check_study
-
-    check_study(study, task, model, UNSEEN)
-    missing = [split for split in UNSEEN if split not in task.splits]
-    if missing:
-        raise TaskError(
-            f"task {task.name!r} has no {' and no '.join(missing)} split (it has {', '.join(task.splits)}); a "
-            "selection chooses on dev and reports on test"
-        )
-
-
-def _check_arguments(*, top: int, score: str | None, **limits: int | None) -> None:
-    for name, value in {"top": top, **limits}.items():
-        if (value is not None or name == "top") and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise StudyError(f"{name} must be an integer of at least 1, got {value!r}")
-    if top > MOST:
-        raise StudyError(f"top must be at most {MOST}, got {top}")
-    if score is not None and score not in get_args(Score):
-        raise StudyError(
-            f"score must be one of {', '.join(get_args(Score))}, or None for the study's own, got {score!r}"
-        )
 
 
 def _ranked(study: optuna.Study, top: int, stock_only: bool) -> Ranked:
