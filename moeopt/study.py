@@ -326,6 +326,7 @@ def check_study(
             raise StudyError(
                 f"study {study.study_name!r} searched another model ({found['model']['name_or_path']}): "
                 + ", ".join(f"{key} {found['model'][key][:16]}, here {ours[key][:16]}" for key in differing)
+                + ("; the same weights in another dtype count as others" if differing == ["weights"] else "")
             )
 
 
