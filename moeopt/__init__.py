@@ -27,6 +27,7 @@ _HOMES = {
     "optimize": "moeopt.study",
     "paired_bootstrap": "moeopt.evaluation",
     "patched": "moeopt.models",
+    "select": "moeopt.selection",
     "shape_of": "moeopt.models",
     "Evaluator": "moeopt.evaluation",
 }
@@ -40,6 +41,7 @@ _ROOMS = {
     "methods",
     "models",
     "samplers",
+    "selection",
     "spaces",
     "study",
     "tasks",
@@ -76,6 +78,8 @@ __all__ = [
     "paired_bootstrap",
     "patched",
     "samplers",
+    "select",
+    "selection",
     "shape_of",
     "spaces",
     "study",
@@ -93,6 +97,7 @@ if TYPE_CHECKING:
         methods,
         models,
         samplers,
+        selection,
         spaces,
         study,
         tasks,
@@ -104,6 +109,7 @@ if TYPE_CHECKING:
     from moeopt.objective import Objective
     from moeopt.plan import LayerPlan, ModelShape, Plan
     from moeopt.racing import RacingPruner
+    from moeopt.selection import select
     from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
     from moeopt.study import create_study, enqueue, load_study, optimize
 

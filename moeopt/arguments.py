@@ -202,8 +202,8 @@ def chosen_plan(
     if file is not None:
         return read_plan(file, layers), str(file), None
     assert study is not None
-    if trial not in ("best", "best-stock") and not trial.isdecimal():
-        raise StudyError(f"--trial must be a trial's number, best or best-stock, got {trial!r}")
+    if trial not in ("best", "best-stock", "selected") and not trial.isdecimal():
+        raise StudyError(f"--trial must be a trial's number, best, best-stock or selected, got {trial!r}")
     from moeopt.study import load_study
 
     opened = load_study(study, storage)
@@ -213,10 +213,15 @@ def chosen_plan(
 
 
 def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:
-    """A trial, by number or as `best` or `best-stock`, and its plan."""
+    """A trial, by number or as `best`, `best-stock` or `selected`, and its plan."""
     from moeopt.console import best_trial
     from moeopt.exporting import best_stock_trial, plan_of
 
+    if which == "selected":
+        from moeopt.selection import selected_trial
+
+        winner = selected_trial(study)
+        return winner, plan_of(winner, study)
     if which.isdecimal():
         chosen = next((t for t in study.get_trials(deepcopy=False) if t.number == int(which)), None)
         missing = f"study {study.study_name!r} has no trial {which}"

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moeopt import __version__, arguments, cli_compare
+from moeopt import __version__, arguments, cli_compare, cli_select
 from moeopt.errors import ExportError, MoeoptError, PlanError
 from moeopt.options import (
     DEFAULT_STORAGE,
@@ -49,7 +49,7 @@ SPACE, OPTIMISER, STOP = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("What may vary", "Optimiser", "When to stop")
 )
 StudyName = Annotated[str | None, STUDY("--study", metavar="NAME", help="The study's name in the storage.")]
-TRIAL = "A trial's number, or best: the one of least loss"
+TRIAL = "A trial's number, best: the one of least loss, or selected: what [bold]moeopt select[/bold] chose"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -431,6 +431,7 @@ def export(
 
 
 cli_compare.register(app)
+cli_select.register(app)
 
 if __name__ == "__main__":
     sys.exit(main())

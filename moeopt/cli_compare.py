@@ -124,10 +124,10 @@ def compare_methods(
     comparing.check_folder(out, {"task": chosen.describe(), "calibration": (other or chosen).describe()})
     opened = None
     if study is not None:
-        from moeopt.study import load_study
+        from moeopt.study import check_study, load_study
 
         opened = load_study(study, storage)
-        comparing.check_study(opened, chosen)
+        check_study(opened, chosen)
     from moeopt.console import consoles
     from moeopt.models import check_checkpoint, load, load_tokenizer
 

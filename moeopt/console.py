@@ -173,7 +173,8 @@ def plan_table(plan: Plan, title: str | None = None) -> Table:
 
 
 def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
-    """A study in one JSON object: trials by state, best, phases, the `top` trials and its description."""
+    """A study in one JSON object: trials by state, best, phases, the `top` trials, what was selected, description."""
+    from moeopt.selection import recorded
     from moeopt.study import DESCRIPTION
 
     trials = study.get_trials(deepcopy=False)
@@ -202,6 +203,7 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
             for phase, members in phases.items()
         ],
         "top": [trial_record(trial) for trial in ranked[:top]],
+        "selection": recorded(study),
         "description": study.user_attrs.get(DESCRIPTION),
     }
 
@@ -244,7 +246,7 @@ def studies_table(records: Sequence[dict[str, Any]], title: str) -> Table:
 
 
 def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
-    """A study's description, phases, best trials, and its best plan."""
+    """A study's description, phases, best trials, its best plan, and what was selected."""
     about = record["description"]
     facts = Table.grid(padding=(0, 2))
     for label, text in (
@@ -280,6 +282,10 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
     shown: list[RenderableType] = [facts, phases, top]
     if plan is not None:
         shown.append(plan_table(plan, f"plan of the best trial, {record['best']['number']}"))
+    if record["selection"] is not None:
+        from moeopt.selection import view
+
+        shown.append(view(record["selection"]))
     return Group(*shown)
 
 

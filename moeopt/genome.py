@@ -48,7 +48,7 @@ def pack(key: str, vector: Vector) -> dict[str, Any]:
     return {**{f"{key}.{i}": piece for i, piece in enumerate(pieces[1:], start=1)}, key: head}
 
 
-def unpack(key: str, attrs: Mapping[str, Any]) -> Vector | None:
+def unpack(key: str, attrs: Attrs) -> Vector | None:
     """The vector that `pack` stored under `key`, or None when there is none.
 
     Raises:
@@ -67,13 +67,11 @@ def unpack(key: str, attrs: Mapping[str, Any]) -> Vector | None:
         if len(data) != 4 * size:
             raise ValueError(f"{size} numbers announced, {len(data)} bytes found")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, binascii.Error, zlib.error) as error:
-        raise StorageError(
-            f"attribute {key!r} of a trial is damaged or was written by a newer moeopt: {error}"
-        ) from None
+        raise StorageError(f"attribute {key!r} is damaged or was written by a newer moeopt: {error}") from None
     return np.frombuffer(data, dtype="<f4").astype(np.float32)
 
 
-def attributes(trial: optuna.trial.BaseTrial) -> Mapping[str, Any]:
+def attributes(trial: optuna.trial.BaseTrial) -> Attrs:
     """System attributes of a running `Trial`, as this process knows them, or of a `FrozenTrial`."""
     if hasattr(trial, "system_attrs"):
         return trial.system_attrs  # type: ignore[no-any-return]
@@ -109,10 +107,7 @@ def origin(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
 def write(
     study: optuna.Study, trial: Any, attrs: Attrs, user: Attrs | None = None, params: Params | None = None
 ) -> None:
-    """Set system and user attributes and new parameters of a running trial, in its storage and in the copy at hand.
-
-    A database gets them in one transaction, all or none: of writing them, transactions are what takes the time.
-    """
+    """Set attributes and new parameters of a running trial, also in the copy at hand; in a database all or none."""
     from moeopt import transaction
 
     storage, user, params = study._storage, user or {}, params or {}
@@ -155,13 +150,22 @@ def mark_interrupted(study: optuna.Study, trial: FrozenTrial) -> None:
     study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
 
 
-def waiting(attrs: Mapping[str, Any], user_attrs: Mapping[str, Any]) -> FrozenTrial:
+def waiting(attrs: Attrs, user_attrs: Attrs) -> FrozenTrial:
     """A trial to `study.add_trial`, in one transaction, that the next worker picks up with its genotype attached."""
-    import optuna
+    from optuna.trial import TrialState, create_trial
 
-    return optuna.trial.create_trial(
-        state=optuna.trial.TrialState.WAITING, system_attrs=dict(attrs), user_attrs=dict(user_attrs)
-    )
+    return create_trial(state=TrialState.WAITING, system_attrs=dict(attrs), user_attrs=dict(user_attrs))
+
+
+def study_attributes(study: optuna.Study) -> Attrs:
+    """System attributes of a study, as its storage has them now."""
+    return study._storage.get_study_system_attrs(study._study_id)
+
+
+def write_study(study: optuna.Study, attrs: Attrs) -> None:
+    """Set system attributes of a study, one after the other."""
+    for key, value in attrs.items():
+        study._storage.set_study_system_attr(study._study_id, key, value)
 
 
 def retry(trial: FrozenTrial, keep: Iterable[str] = ()) -> FrozenTrial:
@@ -170,7 +174,6 @@ def retry(trial: FrozenTrial, keep: Iterable[str] = ()) -> FrozenTrial:
     Of its user attributes it gets those to `keep`.
     """
     history = [*trial.system_attrs.get(RETRIES, []), trial.number]
-    attrs = {**trial.system_attrs, "failed_trial": history[0], RETRIES: history}
-    origin_attr = {key: value for key, value in origin(trial).items() if key != "worker"}
-    kept = {key: trial.user_attrs[key] for key in keep if key in trial.user_attrs}
-    return waiting({**attrs, ORIGIN: origin_attr}, kept)
+    came = {key: value for key, value in origin(trial).items() if key != "worker"}
+    attrs = {**trial.system_attrs, "failed_trial": history[0], RETRIES: history, ORIGIN: came}
+    return waiting(attrs, {key: trial.user_attrs[key] for key in keep if key in trial.user_attrs})

@@ -204,7 +204,7 @@ class Objective:
         """What the trial that knows most knows of the plan on the first examples; noted in `facts`."""
         if study is None:
             return None
-        found = self._remembered(trial, plan)
+        found = remembered(trial, plan, self._of)
         origin, name = genome.origin(trial), plan.fingerprint
         if "plan" not in origin:
             genome.write(study, trial, {genome.ORIGIN: {**origin, "plan": name}})
@@ -213,29 +213,15 @@ class Objective:
                 if genome.attributes(other).get(genome.NOT_FINITE) == self._of:
                     facts[COPIED_FROM] = other.number
                     raise NonFiniteLossError(str(other.user_attrs.get(FAILURE)), layer=None)
-                seen = self._remembered(other, plan)
+                seen = remembered(other, plan, self._of)
                 if seen is not None and (found is None or len(seen.losses) > len(found.losses)):
                     found = seen
                     facts[COPIED_FROM] = other.number
         return found
 
-    def _remembered(self, trial: optuna.trial.BaseTrial, plan: Plan) -> Evaluation | None:
-        """The evaluation of the plan that a trial's scores are of; None if they are of something else."""
-        scores = genome.read_scores(trial) if genome.scores_of(trial) == self._of else None
-        if scores is None:
-            return None
-        active = genome.attributes(trial)[genome.SCORES].get(ACTIVE)
-        if active is None:  # scores of an older version, which searched no skipping
-            if any(layer.skip for layer in plan.layers):
-                return None
-            active = sum(layer.k for layer in plan.layers) / len(plan.layers)
-        return Evaluation(scores[0], scores[1], scores[2], 0, 0, 0.0, float(active))
-
     @cached_property
     def _of(self) -> str:
-        """16 hex digits that name model, task and examples."""
-        parts = self.evaluator.fingerprint, self.task.fingerprint(self.split), fingerprint(self.model)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return scores_name(self.evaluator)
 
     def _packed(self, evaluation: Evaluation) -> dict[str, Any]:
         attrs = genome.pack(genome.SCORES, evaluation.scores.reshape(-1))
@@ -309,6 +295,25 @@ class Objective:
             "space": self.space.describe(),
             "evaluation": {"rungs": list(self.evaluator.rungs), "report": self.report, **backends, **score, **weight},
         }
+
+
+def scores_name(evaluator: Evaluator) -> str:
+    """16 hex digits that name model, task, examples and score of what an evaluator gives."""
+    parts = evaluator.fingerprint, evaluator.task.fingerprint(evaluator.split), fingerprint(evaluator.model)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def remembered(trial: optuna.trial.BaseTrial, plan: Plan, of: str) -> Evaluation | None:
+    """What a trial's scores say of its plan; None where they are of something else than `scores_name` names."""
+    scores = genome.read_scores(trial) if genome.scores_of(trial) == of else None
+    if scores is None:
+        return None
+    active = genome.attributes(trial)[genome.SCORES].get(ACTIVE)
+    if active is None:  # scores of an older version, which searched no skipping
+        if any(layer.skip for layer in plan.layers):
+            return None
+        active = sum(layer.k for layer in plan.layers) / len(plan.layers)
+    return Evaluation(scores[0], scores[1], scores[2], 0, 0, 0.0, float(active))
 
 
 BACKENDS = {"attention": "attn", "experts": "experts"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
     from sqlalchemy import Engine
+    from torch import nn
 
     from moeopt.methods import Found
     from moeopt.objective import Objective
+    from moeopt.tasks import Task
 
 DESCRIPTION = "moeopt"
 """User attribute of a study: the JSON description of model, task, space and sampler it was made with."""
@@ -289,6 +291,43 @@ def check_same(study: optuna.Study, description: dict[str, Any]) -> None:
     if differences:
         listed = "; ".join(f"{path}: study has {old!r}, now {new!r}" for path, old, new in differences)
         raise StudyError(f"study {study.study_name!r} cannot be resumed with something else. {listed}")
+
+
+def check_study(
+    study: optuna.Study, task: Task, model: nn.Module | None = None, unseen: Sequence[str] = ("test",)
+) -> None:
+    """Raise StudyError, naming what differs, unless a study searched this task and this model.
+
+    Args:
+        study: it.
+        task: its examples must be the same.
+        model: None: not loaded yet, not compared.
+        unseen: splits that the study must not have searched.
+    """
+    found = study.user_attrs.get(DESCRIPTION)
+    if not isinstance(found, dict):
+        raise StudyError(f"study {study.study_name!r} does not say what it searched; moeopt did not make it")
+    about, own = found["task"], task.describe()
+    if about["fingerprint"] != own["fingerprint"]:
+        raise StudyError(
+            f"study {study.study_name!r} searched another task: {about['name']!r} with examples "
+            f"{about['fingerprint'][:16]}, here is {own['name']!r} with {own['fingerprint'][:16]}"
+        )
+    if about["split"] in unseen:
+        raise StudyError(
+            f"study {study.study_name!r} searched the {about['split']} split: its result there would mean nothing"
+        )
+    if model is not None:
+        from moeopt.models import describe
+
+        ours = describe(model)
+        differing = [key for key in ("config_hash", "weights") if found["model"][key] != ours[key]]
+        if differing:
+            raise StudyError(
+                f"study {study.study_name!r} searched another model ({found['model']['name_or_path']}): "
+                + ", ".join(f"{key} {found['model'][key][:16]}, here {ours[key][:16]}" for key in differing)
+                + ("; the same weights in another dtype count as others" if differing == ["weights"] else "")
+            )
 
 
 def differences_of(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,4 +1,4 @@
-"""BoolQ, 8 experts to 4: prune, then merge, judged on questions the search never saw.
+"""BoolQ, 8 experts to 4: prune, then merge; the best 20 plans judged on dev, and the best of those once on test.
 
     python studies/boolq_8to4.py --model MODEL --data boolq_validation.jsonl
     python studies/boolq_8to4.py --small        # the model that moeopt ships, on one of its own skills
@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import argparse
 
+from rich.console import Console
+
 import moeopt
-from moeopt.exporting import best_stock_trial
+from moeopt.selection import selected_trial, view
 
 
 def main() -> None:
     args = arguments()
     if args.small:
-        args.model, args.trials, args.limit, args.test_limit = str(moeopt.demo.MODEL), 12, 8, 16
+        args.model, args.trials, args.limit, args.dev_limit, args.test_limit = str(moeopt.demo.MODEL), 12, 8, 8, 16
         task = moeopt.demo.skill_task("caesar")
     else:
         task = moeopt.tasks.get("boolq", data=args.data)
@@ -42,18 +44,10 @@ def main() -> None:
     )
     moeopt.optimize(study, objective, trials=args.trials)
 
-    test = moeopt.Evaluator(model, tokenizer, task, split="test", limit=args.test_limit)
-    full = test.evaluate(None)
-    print(f"full model       search {objective.evaluator.evaluate(None).loss:.4f}  test {full.loss:.4f}")
-    for name, trial in {"best pruning": best_stock_trial(study), "best of all": study.best_trial}.items():
-        found = test.evaluate(space.plan(trial))
-        difference = moeopt.paired_bootstrap(found, full)
-        print(
-            f"{name:16} search {trial.value:.4f}  test {found.loss:.4f}  accuracy {found.accuracy:.3f}  "
-            f"test - full {difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]  trial {trial.number}"
-        )
+    limits = {"dev_limit": args.dev_limit, "test_limit": args.test_limit}
+    Console(width=130).print(view(moeopt.select(study, objective, stock_only=bool(args.export), **limits)))
     if args.export:
-        moeopt.export(best_stock_trial(study), args.export, study=study, model=model)
+        moeopt.export(selected_trial(study), args.export, study=study, model=model)
 
 
 def arguments() -> argparse.Namespace:
@@ -65,11 +59,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--limit", type=int, default=200, help="search questions")
-    parser.add_argument("--test-limit", type=int, default=1000, help="test questions")
+    parser.add_argument("--dev-limit", type=int, default=500, help="dev questions, that 20 plans are judged on")
+    parser.add_argument("--test-limit", type=int, default=1000, help="test questions, for the best of them")
     parser.add_argument("--storage", default="sqlite:///moeopt.db")
     parser.add_argument("--study", default="boolq-8to4")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--export", metavar="DIR", help="write the best stock-expressible trial as a checkpoint")
+    parser.add_argument("--export", metavar="DIR", help="choose what an ordinary checkpoint can hold, and write it")
     return parser.parse_args()
 
 

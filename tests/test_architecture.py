@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing"},
     "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "racing", "worker"},
     "exporting": {"errors", "plan", "models", "study"},
+    "selection": {"console", "errors", "plan", "genome", "models", "evaluation", "objective"},
     "comparing": {"errors", "plan", "models", "tasks", "evaluation", "methods"},
     "figures": {"errors", "plan"},
     "demo": {

@@ -44,7 +44,7 @@ def test_long_vectors_come_in_chunks_that_fit_a_database() -> None:
     assert all(len(str(value)) < 65_533 for value in attrs.values())
     assert np.array_equal(genome.unpack("key", attrs), vector)
     del attrs["key.2"]
-    with pytest.raises(StorageError, match="attribute 'key' of a trial is damaged or was written by a newer moeopt"):
+    with pytest.raises(StorageError, match="attribute 'key' is damaged or was written by a newer moeopt"):
         genome.unpack("key", attrs)
 
 
@@ -75,7 +75,7 @@ def packed(data: bytes) -> str:
 def test_damaged_attributes(change: dict[str, Any]) -> None:
     head = {"v": 1, "shape": [2], "dtype": "<f4", "z": packed(b"\0" * 8), "chunks": 1}
     assert genome.unpack("key", {"key": head}) is not None
-    with pytest.raises(StorageError, match="'key' of a trial is damaged"):
+    with pytest.raises(StorageError, match="'key' is damaged"):
         genome.unpack("key", {"key": head | change})
     for value in ("text", 3, [1, 2], None):
         with pytest.raises(StorageError):

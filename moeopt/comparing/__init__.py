@@ -14,7 +14,6 @@ _HOMES = {
     "check": "checks",
     "check_folder": "checks",
     "check_methods": "checks",
-    "check_study": "checks",
     "compare": "run",
     "view": "table",
 }
@@ -28,13 +27,12 @@ __all__ = [
     "check",
     "check_folder",
     "check_methods",
-    "check_study",
     "compare",
     "view",
 ]
 
 if TYPE_CHECKING:
-    from moeopt.comparing.checks import ComparisonError, check, check_folder, check_methods, check_study
+    from moeopt.comparing.checks import ComparisonError, check, check_folder, check_methods
     from moeopt.comparing.comparison import Calibrated, Comparison, Row, Size
     from moeopt.comparing.run import compare
     from moeopt.comparing.table import view

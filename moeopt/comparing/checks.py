@@ -1,21 +1,15 @@
-"""What can be judged before anything heavy is imported: numbers, names, the folder, the study."""
+"""What can be judged before anything heavy is imported: numbers, names, the folder."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moeopt.errors import MethodError, MoeoptError, StudyError
+from moeopt.errors import MethodError, MoeoptError
 from moeopt.methods import names as known
 from moeopt.plan import ModelShape
-
-if TYPE_CHECKING:
-    import optuna
-    from torch import nn
-
-    from moeopt.tasks import Task
 
 MANIFEST = "comparison.json"
 FORMAT, VERSION = "moeopt-comparison", 1
@@ -61,39 +55,6 @@ def check_methods(names: Sequence[str] | None) -> tuple[str, ...]:
     if "random" in names:
         raise MethodError("random prunings are always compared; say how many with draws, and leave out 'random'")
     return tuple(dict.fromkeys(names))
-
-
-def check_study(study: optuna.Study, task: Task, model: nn.Module | None = None) -> None:
-    """Raise StudyError, naming what differs, unless a study searched this task and this model.
-
-    Args:
-        study: it.
-        task: its examples must be the same, and the study must not have searched those of the test split.
-        model: None: not loaded yet, not compared.
-    """
-    from moeopt.study import DESCRIPTION
-
-    found = study.user_attrs.get(DESCRIPTION)
-    if not isinstance(found, dict):
-        raise StudyError(f"study {study.study_name!r} does not say what it searched; moeopt did not make it")
-    about, own = found["task"], task.describe()
-    if about["fingerprint"] != own["fingerprint"]:
-        raise StudyError(
-            f"study {study.study_name!r} searched another task: {about['name']!r} with examples "
-            f"{about['fingerprint'][:16]}, here is {own['name']!r} with {own['fingerprint'][:16]}"
-        )
-    if about["split"] == "test":
-        raise StudyError(f"study {study.study_name!r} searched the test split: its result there would mean nothing")
-    if model is not None:
-        from moeopt.models import describe
-
-        ours = describe(model)
-        differing = [key for key in ("config_hash", "weights") if found["model"][key] != ours[key]]
-        if differing:
-            raise StudyError(
-                f"study {study.study_name!r} searched another model ({found['model']['name_or_path']}): "
-                + ", ".join(f"{key} {found['model'][key][:16]}, here {ours[key][:16]}" for key in differing)
-            )
 
 
 def check_folder(folder: Path, of: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeopt.comparing.bench import Bench, Progress, groups
-from moeopt.comparing.checks import ComparisonError, check, check_methods, check_study
+from moeopt.comparing.checks import ComparisonError, check, check_methods
 from moeopt.comparing.comparison import Comparison, Row, best_one_shot
 from moeopt.comparing.ledger import Ledger
 from moeopt.comparing.making import Maker, kept
@@ -145,6 +145,8 @@ def compare(
 
 
 def _searched(study: optuna.Study, task: Task, model: PreTrainedModel, keep: Sequence[int]) -> list[Searched]:
+    from moeopt.study import check_study
+
     check_study(study, task, model)
     found = searched(study)
     for one in found:

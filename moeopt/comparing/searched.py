@@ -1,4 +1,4 @@
-"""What a study found, to compare: its best trial, and where it merged also its best pruning."""
+"""What a study found, to compare: what was selected, its best trial, and where it merged also its best pruning."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class Searched:
 
 
 def searched(study: optuna.Study) -> list[Searched]:
-    """The best completed trial of a study, then its best pruning if that is another one.
+    """What was selected from a study, if anything, its best completed trial, and its best pruning, if these are others.
 
     Raises:
         StudyError: when the study has no completed trial, or moeopt did not make it.
     """
     from optuna.trial import TrialState
 
+    from moeopt.selection import recorded, selected_trial
     from moeopt.study import CALIBRATION, METHOD, space_of
 
     space = space_of(study)
@@ -43,6 +44,10 @@ def searched(study: optuna.Study) -> list[Searched]:
         pruned = next((t for t in ranked if space.plan(t).with_skip(0).is_one_hot), None)
         if pruned is not None and pruned.number != ranked[0].number:
             chosen["search, pruning only"] = pruned
+    if recorded(study) is not None:
+        selected = selected_trial(study)
+        if selected.number not in {trial.number for trial in chosen.values()}:
+            chosen = {"search, selected on dev": selected, **chosen}
     started = {t.user_attrs.get(METHOD): int(t.user_attrs.get(CALIBRATION, 0)) for t in trials}  # retries repeat them
     cost = sum(int(t.user_attrs.get("layer_tokens", 0)) for t in trials) + sum(started.values())
 

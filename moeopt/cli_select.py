@@ -1,0 +1,110 @@
+"""`moeopt select`: arguments are checked and handed to `moeopt.select`."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from typing import Annotated, Literal
+
+import typer
+
+from moeopt import arguments
+from moeopt.cli_compare import Steps
+from moeopt.options import (
+    DEFAULT_STORAGE,
+    GOAL,
+    INTERRUPTED,
+    STUDY,
+    BatchTokens,
+    Data,
+    DeviceMap,
+    Dtype,
+    Model,
+    Storage,
+    Task,
+    TaskOption,
+)
+from moeopt.selection.checks import MOST, TOP
+
+EXAMPLES = (
+    "[bold]Examples[/bold]\n\n"
+    "moeopt select ./mixtral --study boolq-8to4 --task boolq --data boolq.jsonl\n\n"
+    "moeopt select ./mixtral --study boolq-8to4 --task boolq --top 50 --dev-limit 500 --stock\n\n"
+    "moeopt export ./mixtral small/ --study boolq-8to4 --trial selected\n\n"
+    "Every evaluation is kept in the study at once: the same command again goes on after [bold]Ctrl-C[/bold], and runs "
+    "nothing twice."
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("select", epilog=EXAMPLES)(select)
+
+
+def select(
+    ctx: typer.Context,
+    model: Model,
+    task: Task,
+    study: Annotated[str, STUDY(metavar="NAME", help="A study of this model and task.")],
+    data: Data = None,
+    task_option: TaskOption = None,
+    top: Annotated[
+        int, GOAL(metavar="N", min=1, max=MOST, help="Judge so many of the best distinct plans on dev.")
+    ] = TOP,
+    dev_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N dev examples. Default: all.")] = None,
+    test_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N test examples. Default: all.")] = None,
+    score: Annotated[
+        Literal["likelihood", "metric"] | None,
+        GOAL(help="What the plan is chosen by on dev. Default: what the study minimised."),
+    ] = None,
+    stock: Annotated[bool, GOAL("--stock", help="Only plans that an ordinary checkpoint can hold.")] = False,
+    storage: Storage = DEFAULT_STORAGE,
+    device_map: DeviceMap = "auto",
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = 1024,
+) -> None:
+    """Judge a study's best plans on dev, and the winner once on test: does what the search gained hold there?"""
+    from moeopt import tasks
+
+    options = arguments.pairs("--task-option", task_option)
+    arguments.quick_shape(model)
+    chosen = tasks.get(task, data=data, **options)
+    from moeopt.study import hidden, load_study
+
+    opened = load_study(study, storage)
+    from moeopt import selection
+
+    selection.check(opened, chosen)
+    from moeopt.console import consoles
+    from moeopt.models import load
+
+    console, err = consoles()
+    try:
+        err.print(f"loading {model}", markup=False)
+        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+        with Steps(err) as progress, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The test split has now")  # the record says so too
+            found = selection.select(
+                opened,
+                loaded,
+                tokenizer,
+                chosen,
+                top=top,
+                dev_limit=dev_limit,
+                test_limit=test_limit,
+                score=score,
+                stock_only=stock,
+                batch_tokens=batch_tokens,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        err.print("Interrupted; every plan that was judged is kept. To go on:")
+        err.print(f"  {arguments.command_again(ctx.obj, storage)}", markup=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if not found.evaluated:
+        console.print("All of it was on record; nothing was evaluated.")
+    console.print(selection.view(found))
+    place = shlex.join(["--storage", hidden(storage), "--study", study])
+    console.print(
+        f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --trial selected", markup=False, soft_wrap=True
+    )

@@ -1,0 +1,46 @@
+"""Selecting one plan of a study: searched on one split, chosen on a second, reported on a third, once."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "Candidate": "record",
+    "SELECTION": "record",
+    "Selection": "record",
+    "check": "checks",
+    "recorded": "record",
+    "select": "run",
+    "selected_trial": "record",
+    "on_test": "kept",
+    "verdict": "record",
+    "view": "table",
+}
+
+__all__ = [
+    "SELECTION",
+    "Candidate",
+    "Selection",
+    "check",
+    "on_test",
+    "recorded",
+    "select",
+    "selected_trial",
+    "verdict",
+    "view",
+]
+
+if TYPE_CHECKING:
+    from moeopt.selection.checks import check
+    from moeopt.selection.kept import on_test
+    from moeopt.selection.record import SELECTION, Candidate, Selection, recorded, selected_trial, verdict
+    from moeopt.selection.run import select
+    from moeopt.selection.table import view
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used: a record can be read without torch."""
+    if name in _HOMES:
+        return getattr(import_module(f"moeopt.selection.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'moeopt.selection' has no attribute {name!r}")
