@@ -3,8 +3,12 @@
     {"prompt": "Question: Is ice cold?\\nAnswer:", "options": ["no", "yes"], "answer": 1}
 
 The loss of an example is the mean negative log-likelihood, per token, of the right option given the prompt. The model's
-choice is the option with the highest mean log-likelihood, so that long options are not at a disadvantage; the first of
-equals wins.
+choice is the option with the highest log-likelihood; the first of equals wins. `normalise` says what an option's
+log-likelihood is divided by before the options are compared:
+
+- "tokens": its number of tokens (the default), so that long options are not at a disadvantage;
+- "none": nothing, as in the `acc` of lm-evaluation-harness;
+- "characters": its number of characters, less one space before it, as in the harness's `acc_norm`.
 
 Shots, chat templates and tokens: see `moeopt.tasks.prompting`.
 """
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+NORMALISE = ("tokens", "none", "characters")
+
+
 class MultipleChoiceTask(Task):
     """A task of questions with at least two options each, built from examples that are already in splits.
 
@@ -36,6 +43,7 @@ class MultipleChoiceTask(Task):
         name: what studies record.
         search, dev, test: examples; a split may be empty, the same example may not be in two of them.
         template: name and version of whatever wrote the prompts; recorded with the results.
+        normalise: how options are compared, see the top of this file; recorded unless it is "tokens".
 
     Raises:
         TaskError: if an example has fewer than two options, or splits overlap, or there are no examples.
@@ -49,9 +57,13 @@ class MultipleChoiceTask(Task):
         test: Iterable[Example] = (),
         *,
         template: str = "",
+        normalise: str = "tokens",
     ) -> None:
+        if normalise not in NORMALISE:
+            raise TaskError(f"normalise must be {', '.join(NORMALISE[:-1])} or {NORMALISE[-1]}, got {normalise!r}")
         self.name = name
         self.template = template
+        self.normalise = normalise
         self._splits = Splits(name, search, dev, test)
         self._prompting = Prompting()
         for split in self._splits.names:
@@ -68,6 +80,7 @@ class MultipleChoiceTask(Task):
         *,
         fractions: Sequence[float] = FRACTIONS,
         template: str = "",
+        normalise: str = "tokens",
     ) -> MultipleChoiceTask:
         """A task from any rows, divided into search, dev and test by a hash of each example.
 
@@ -80,7 +93,7 @@ class MultipleChoiceTask(Task):
                 examples.append(to_example(row))
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise TaskError(f"task {name!r}, row {number}: {type(error).__name__}: {error}") from error
-        return cls(name, **divide(examples, fractions), template=template)
+        return cls(name, **divide(examples, fractions), template=template, normalise=normalise)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -88,6 +101,17 @@ class MultipleChoiceTask(Task):
 
     def examples(self, split: str) -> tuple[Example, ...]:
         return self._splits.examples(split)
+
+    def parts(self, example: Example) -> tuple[Example, ...]:
+        """What is encoded and scored: the example itself, or several that share out its options, in their order.
+
+        Overridden where an option's prompt is not that of the others, as in WinoGrande.
+        """
+        return (example,)
+
+    def right(self, example: Example) -> tuple[int, ...]:
+        """The options that count as right; the loss is that of the likeliest of them."""
+        return (example.answer,)
 
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
@@ -97,12 +121,14 @@ class MultipleChoiceTask(Task):
         Raises:
             TaskError: if a prompt or an option has no tokens, or an option alone is too long; it names the example.
         """
-        encoded = self._prompting.encode(self.name, tokenizer, self._splits.first(split, limit), max_length)
-        return [
-            Request(i, j, (*one.prompt, *option), len(one.prompt))
-            for i, one in enumerate(encoded)
-            for j, option in enumerate(one.options)
-        ]
+        chosen = [(i, self.parts(example)) for i, example in enumerate(self._splits.first(split, limit))]
+        every = [part for _, parts in chosen for part in parts]
+        encoded = iter(self._prompting.encode(self.name, tokenizer, every, max_length))
+        requests: list[Request] = []
+        for i, parts in chosen:
+            whole = [(one.prompt, option) for _, one in zip(parts, encoded) for option in one.options]
+            requests += [Request(i, j, (*prompt, *option), len(prompt)) for j, (prompt, option) in enumerate(whole)]
+        return requests
 
     def prompted(
         self, *, shots: int = 0, chat: bool = False, system: str | None = None, separator: str = SEPARATOR
@@ -126,16 +152,30 @@ class MultipleChoiceTask(Task):
         greedy: NDArray[np.int64],
     ) -> Scores:
         examples = self._splits.examples(split)
-        means: dict[int, list[float]] = {}
+        totals: dict[int, list[tuple[float, int]]] = {}
         for request, total in zip(requests, log_likelihood, strict=True):
-            means.setdefault(request.example, []).append(float(total) / (len(request.ids) - request.scored_from))
-        answers = {i: examples[i].answer for i in means}
-        losses = [-options[answers[i]] for i, options in means.items()]
-        chosen = np.asarray([np.argmax(options) for options in means.values()])
-        correct = chosen == np.asarray(list(answers.values()))
-        return Scores(
-            np.asarray(losses, np.float32), np.ones(len(means), np.float32), correct.astype(np.float32), chosen
-        )
+            length = len(request.ids) - request.scored_from
+            totals.setdefault(request.example, []).append((float(total), length))
+        losses, chosen, correct = [], [], []
+        for i, options in totals.items():
+            right = self.right(examples[i])
+            means = [total / length for total, length in options]
+            choice = int(np.argmax(self._compared(examples[i], options)))
+            losses.append(-max(means[j] for j in right))
+            chosen.append(choice)
+            correct.append(choice in right)
+        weights = np.ones(len(losses), np.float32)
+        return Scores(np.asarray(losses, np.float32), weights, np.asarray(correct, np.float32), np.asarray(chosen))
+
+    def _compared(self, example: Example, options: Sequence[tuple[float, int]]) -> list[float]:
+        """What the choice is the largest of, from every option's (log-likelihood, tokens)."""
+        if self.normalise == "none":
+            return [total for total, _ in options]
+        if self.normalise == "characters":
+            options_of = [option for part in self.parts(example) for option in part.options]
+            characters = [len(option.removeprefix(" ")) for option in options_of]
+            return [total / max(n, 1) for (total, _), n in zip(options, characters, strict=True)]
+        return [total / tokens for total, tokens in options]
 
     def fingerprint(self, split: str | None = None) -> str:
         return self._prompting.fingerprint(self._splits.fingerprint(split))
@@ -147,12 +187,18 @@ class MultipleChoiceTask(Task):
             "fingerprint": self.fingerprint(),
             "examples": self._splits.counts(),
             "template": self.template,
+            **({} if self.normalise == "tokens" else {"normalise": self.normalise}),
             **self._prompting.describe(),
         }
 
 
 def multiple_choice_task(
-    data: Data, *, fractions: Sequence[float] = FRACTIONS, delimiter: str = " ", config: str | None = None
+    data: Data,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    delimiter: str = " ",
+    normalise: str = "tokens",
+    config: str | None = None,
 ) -> MultipleChoiceTask:
     """Rows {"prompt", "options", "answer"[, "id"]}; "answer" is an index from 0 or the text of an option.
 
@@ -160,6 +206,7 @@ def multiple_choice_task(
         data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
         fractions: of search, dev and test, where the data has no splits of its own.
         delimiter: put between prompt and option unless one of them has white space there.
+        normalise: how options are compared, see the top of this file.
         config: configuration of a hub data set.
     """
 
@@ -177,4 +224,5 @@ def multiple_choice_task(
         return Example(str(row.values.get("id", row.where)), prompt, tuple(joined), answer)
 
     own = own_examples(load(data, config), to_example, lambda row: row.values.get("answer") is not None)
-    return MultipleChoiceTask("multiple_choice", **from_own(own, fractions), template="verbatim v1")
+    parts = from_own(own, fractions)
+    return MultipleChoiceTask("multiple_choice", **parts, template="verbatim v1", normalise=normalise)

@@ -7,21 +7,44 @@ from collections.abc import Callable
 from typing import Any
 
 from moeopt.errors import TaskError, nearest
+from moeopt.tasks.arc import arc_challenge_task, arc_easy_task
 from moeopt.tasks.base import Task
 from moeopt.tasks.boolq import boolq_task
+from moeopt.tasks.cb import cb_task
+from moeopt.tasks.copa import copa_task
+from moeopt.tasks.hellaswag import hellaswag_task
 from moeopt.tasks.mixture_file import mixture_task
+from moeopt.tasks.mmlu import mmlu_task
 from moeopt.tasks.multiple_choice import multiple_choice_task
+from moeopt.tasks.multirc import multirc_task
+from moeopt.tasks.openbookqa import openbookqa_task
 from moeopt.tasks.own import is_own, own_maker
 from moeopt.tasks.prompting import OPTIONS, checked
+from moeopt.tasks.record import record_task
+from moeopt.tasks.rte import rte_task
 from moeopt.tasks.text import text_task
 from moeopt.tasks.wic import wic_task
+from moeopt.tasks.winogrande import winogrande_task
+from moeopt.tasks.wsc import wsc_task
 
 REGISTRY: dict[str, Callable[..., Task]] = {
+    "arc_challenge": arc_challenge_task,
+    "arc_easy": arc_easy_task,
     "boolq": boolq_task,
     "mixture": mixture_task,
+    "cb": cb_task,
+    "copa": copa_task,
+    "hellaswag": hellaswag_task,
+    "mmlu": mmlu_task,
     "multiple_choice": multiple_choice_task,
+    "multirc": multirc_task,
+    "openbookqa": openbookqa_task,
+    "record": record_task,
+    "rte": rte_task,
     "text": text_task,
     "wic": wic_task,
+    "winogrande": winogrande_task,
+    "wsc": wsc_task,
 }
 """Name -> function(data, **options) -> Task. Add your own: `REGISTRY["mine"] = my_task`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,43 @@ class Row:
             raise TaskError(f"{self.where}: {column!r} must be text, got {value!r}")
         return value
 
+    def texts(self, column: str) -> list[str]:
+        """A column that must be a list of at least one text."""
+        value = self[column]
+        if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+            raise TaskError(f"{self.where}: {column!r} must be a list of texts, got {value!r}")
+        return value
 
-def load(data: Data, config: str | None = None) -> dict[str, list[Row]]:
+    def number(self, column: str) -> int:
+        """A column that must be an integer >= 0."""
+        value = self[column]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise TaskError(f"{self.where}: {column!r} must be a number >= 0, got {value!r}")
+        return value
+
+    def inner(self, column: str) -> Row:
+        """A column that must be an object, as a row of its own."""
+        value = self[column]
+        if not isinstance(value, Mapping):
+            raise TaskError(f"{self.where}: {column!r} must be an object, got {value!r}")
+        return Row(f"{self.where}, {column!r}", value)
+
+    def inners(self, column: str) -> list[Row]:
+        """A column that must be a list of objects, as rows of their own."""
+        value = self[column]
+        if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+            raise TaskError(f"{self.where}: {column!r} must be a list of objects, got {value!r}")
+        return [Row(f"{self.where}, {column!r} {i}", item) for i, item in enumerate(value)]
+
+
+def load(data: Data, config: str | None = None, *, also: Collection[str] = ()) -> dict[str, list[Row]]:
     """Rows by the data set's own split ("train", "validation", "test"); those of a lone file are "train".
 
     Args:
         data: see `Data`. In a folder, files called `train*`, `val*` (`valid*`, `validation*`, `dev*`) and `test*`,
             ending in .jsonl or .parquet, are the splits.
         config: the configuration of a hub data set, such as "wic" of "aps/super_glue".
+        also: further splits to read under their own name, such as the "dev" of MMLU, which is not its validation split.
 
     Raises:
         TaskError: if the file, folder or data set is missing, unreadable, empty or malformed.
@@ -60,13 +89,13 @@ def load(data: Data, config: str | None = None) -> dict[str, list[Row]]:
         for file in sorted(path.iterdir()):
             if file.suffix in ROW_SUFFIXES and (match := _SPLIT_FILE.match(file.stem)):
                 split = match["split"].lower()
-                own.setdefault(_ALIASES.get(split, split), []).extend(read(file))
+                own.setdefault(split if split in also else _ALIASES.get(split, split), []).extend(read(file))
         if not own:
             raise TaskError(f"folder {path} has no train, validation or test file ending in .jsonl or .parquet")
         return own
     if path.exists() or is_missing_file(data):
         return {"train": read(path)}
-    return from_hub(str(data), config)
+    return from_hub(str(data), config, also=also)
 
 
 def is_missing_file(data: str | Path) -> bool:
@@ -89,8 +118,8 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def from_hub(name: str, config: str | None) -> dict[str, list[Row]]:
-    """The train, validation and test splits of a hub data set (or those of them that it has)."""
+def from_hub(name: str, config: str | None, *, also: Collection[str] = ()) -> dict[str, list[Row]]:
+    """The train, validation and test splits, and those of `also`, of a hub data set (or those of them that it has)."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -105,7 +134,7 @@ def from_hub(name: str, config: str | None) -> dict[str, list[Row]]:
         ) from error
     own = {
         split: [Row(f"{name} {split}, row {i}", row) for i, row in enumerate(splits[split])]
-        for split in OWN
+        for split in (*OWN, *also)
         if split in splits
     }
     if not any(own.values()):

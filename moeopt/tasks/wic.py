@@ -24,17 +24,10 @@ included; options " A", " B"):
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from moeopt.errors import TaskError, nearest
 from moeopt.tasks.base import Example
-from moeopt.tasks.labels import has_label, yes_no
-from moeopt.tasks.multiple_choice import MultipleChoiceTask
-from moeopt.tasks.rows import Data, Row, load, own_examples
-from moeopt.tasks.splits import FRACTIONS, from_own
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from moeopt.tasks.benchmark import Benchmark, row_id
+from moeopt.tasks.labels import yes_no
+from moeopt.tasks.rows import Row
 
 
 def harness(row: Row) -> Example:
@@ -45,7 +38,7 @@ def harness(row: Row) -> Example:
         f"Sentence 1: {sentence}\nSentence 2: {row.text('sentence2')}\n"
         f"Question: Is the word '{word}' used in the same way in the two sentences above?\nAnswer:"
     )
-    return Example(str(row.values.get("idx", row.where)), prompt, (" no", " yes"), int(yes_no(row, "label")))
+    return Example(row_id(row), prompt, (" no", " yes"), int(yes_no(row, "label")))
 
 
 def eep(row: Row) -> Example:
@@ -53,34 +46,9 @@ def eep(row: Row) -> Example:
         f"Sentence 1: {row.text('sentence1')}\nSentence 2: {row.text('sentence2')}\n"
         f"Are '{row.text('word')}' in the above two sentenses the same?\nA. Yes\nB. No\nAnswer:"
     )
-    return Example(str(row.values.get("idx", row.where)), prompt, (" A", " B"), int(not yes_no(row, "label")))
+    return Example(row_id(row), prompt, (" A", " B"), int(not yes_no(row, "label")))
 
 
-TEMPLATES = {"harness": harness, "eep": eep}
-
-
-def wic_task(
-    data: Data | None = None,
-    *,
-    template: str = "harness",
-    fractions: Sequence[float] = FRACTIONS,
-    config: str | None = None,
-) -> MultipleChoiceTask:
-    """WiC, from the hub ("aps/super_glue" unless `data` says otherwise) or a local file.
-
-    Args:
-        data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
-        template: "harness" or "eep".
-        fractions: of search, dev and test where the data has no splits of its own; with train and validation and an
-            unlabelled test, validation becomes test and train is divided into search and dev.
-        config: configuration of a hub data set; "wic" for any "super_glue".
-
-    Raises:
-        TaskError: naming file and line of whatever is missing or malformed.
-    """
-    if template not in TEMPLATES:
-        raise TaskError(f"unknown template {template!r}{nearest(template, list(TEMPLATES))}")
-    data = "aps/super_glue" if data is None else data
-    config = "wic" if config is None and str(data).endswith("super_glue") else config
-    own = own_examples(load(data, config), TEMPLATES[template], lambda row: has_label(row, "label"))
-    return MultipleChoiceTask("wic", **from_own(own, fractions), template=f"{template} v1")
+wic_task = Benchmark(
+    "wic", hub="aps/super_glue", configs={"super_glue": "wic"}, templates={"harness": harness, "eep": eep}
+)
