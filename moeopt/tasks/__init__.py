@@ -1,8 +1,20 @@
 """Tasks: examples with scores, in splits that never overlap."""
 
 from moeopt.tasks.base import SPLITS, Example, Request, Scores, Task
+from moeopt.tasks.generation import GenerationTask
 from moeopt.tasks.multiple_choice import MultipleChoiceTask
 from moeopt.tasks.registry import REGISTRY, get
 from moeopt.tasks.text import TextTask
 
-__all__ = ["REGISTRY", "SPLITS", "Example", "MultipleChoiceTask", "Request", "Scores", "Task", "TextTask", "get"]
+__all__ = [
+    "REGISTRY",
+    "SPLITS",
+    "Example",
+    "GenerationTask",
+    "MultipleChoiceTask",
+    "Request",
+    "Scores",
+    "Task",
+    "TextTask",
+    "get",
+]

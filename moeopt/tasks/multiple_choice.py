@@ -4,25 +4,20 @@
 
 The loss of an example is the mean negative log-likelihood, per token, of the right option given the prompt. The model's
 choice is the option with the highest mean log-likelihood, so that long options are not at a disadvantage; the first of
-equals wins.
-
-Tokens: `prompt + option` is encoded as one text, with special tokens, wherever the prompt's own tokens are a prefix of
-that for every option, which is the usual case; otherwise a token would span the border, and each option is encoded on
-its own and appended to the prompt's tokens. Either way the scored tokens are the option's, and nothing else.
+equals wins. How texts become tokens is in `moeopt.tasks.tokens`.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import Example, Request, Scores, Task
-from moeopt.tasks.rows import Data, Row, load, own_examples
+from moeopt.tasks.rows import Data, Row, examples_of, load, own_examples
 from moeopt.tasks.splits import FRACTIONS, Splits, divide, from_own
-from moeopt.tasks.tokens import context_prefix, encode
+from moeopt.tasks.tokens import encode_examples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,12 +69,7 @@ class MultipleChoiceTask(Task):
         Raises:
             TaskError: also when `to_example` fails on a row; it names the row.
         """
-        examples = []
-        for number, row in enumerate(rows):
-            try:
-                examples.append(to_example(row))
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                raise TaskError(f"task {name!r}, row {number}: {type(error).__name__}: {error}") from error
+        examples = examples_of(name, rows, to_example)
         return cls(name, **divide(examples, fractions), template=template)
 
     @property
@@ -97,33 +87,13 @@ class MultipleChoiceTask(Task):
         Raises:
             TaskError: if a prompt or an option has no tokens, or an option alone is too long; it names the example.
         """
-        requests: list[Request] = []
-        truncated = 0
-        bos = context_prefix(tokenizer)
         chosen = self._splits.first(split, limit)
-        for i, example in enumerate(chosen):
-            prompt, options = _encode_example(tokenizer, example)
-            longest = max(map(len, options))
-            if not prompt or not min(map(len, options)):
-                raise TaskError(f"task {self.name!r}: a text of example {example.id!r} has no tokens: {example!r}")
-            if max_length is not None and len(prompt) + longest > max_length:
-                head = bos if prompt[: len(bos)] == bos else []
-                room = max_length - longest - len(head)
-                if room < 1:
-                    raise TaskError(
-                        f"task {self.name!r}: an option of example {example.id!r} has {longest} tokens, which leaves no"
-                        f" room for its prompt within {max_length}"
-                    )
-                prompt = head + prompt[-room:]
-                truncated += 1
-            requests += [Request(i, j, (*prompt, *option), len(prompt)) for j, option in enumerate(options)]
-        if truncated:
-            warnings.warn(
-                f"task {self.name!r}: {truncated} of {len(chosen)} prompts were cut at their beginning to fit"
-                f" {max_length} tokens",
-                stacklevel=2,
-            )
-        return requests
+        encoded = encode_examples(self.name, tokenizer, chosen, lambda e: e.options, max_length=max_length)
+        return [
+            Request(i, j, (*prompt, *option), len(prompt))
+            for i, (prompt, options) in enumerate(encoded)
+            for j, option in enumerate(options)
+        ]
 
     def reduce(
         self,
@@ -184,12 +154,3 @@ def multiple_choice_task(
 
     own = own_examples(load(data, config), to_example, lambda row: row.values.get("answer") is not None)
     return MultipleChoiceTask("multiple_choice", **from_own(own, fractions), template="verbatim v1")
-
-
-def _encode_example(tokenizer: Any, example: Example) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt and of every option; see the top of this file."""
-    prompt = encode(tokenizer, example.prompt, special=True)
-    whole = [encode(tokenizer, example.prompt + option, special=True) for option in example.options]
-    if all(ids[: len(prompt)] == prompt for ids in whole):
-        return prompt, [ids[len(prompt) :] for ids in whole]
-    return prompt, [encode(tokenizer, option, special=False) for option in example.options]

@@ -9,13 +9,23 @@ from typing import Any
 from moeopt.errors import TaskError, nearest
 from moeopt.tasks.base import Task
 from moeopt.tasks.boolq import boolq_task
+from moeopt.tasks.drop import drop_task
+from moeopt.tasks.generation import generation_task
+from moeopt.tasks.gsm8k import gsm8k_task
+from moeopt.tasks.math_problems import math_task
 from moeopt.tasks.multiple_choice import multiple_choice_task
+from moeopt.tasks.squad import squad_task
 from moeopt.tasks.text import text_task
 from moeopt.tasks.wic import wic_task
 
 REGISTRY: dict[str, Callable[..., Task]] = {
     "boolq": boolq_task,
+    "drop": drop_task,
+    "generation": generation_task,
+    "gsm8k": gsm8k_task,
+    "math": math_task,
     "multiple_choice": multiple_choice_task,
+    "squad": squad_task,
     "text": text_task,
     "wic": wic_task,
 }
