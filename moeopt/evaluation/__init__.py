@@ -2,7 +2,8 @@
 
 from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.evaluator import Evaluator
+from moeopt.evaluation.generating import Generation
 from moeopt.evaluation.noise import NoiseFloor, noise_floor
 from moeopt.evaluation.statistics import Interval, paired_bootstrap
 
-__all__ = ["Evaluation", "Evaluator", "Interval", "NoiseFloor", "noise_floor", "paired_bootstrap"]
+__all__ = ["Evaluation", "Evaluator", "Generation", "Interval", "NoiseFloor", "noise_floor", "paired_bootstrap"]

@@ -211,7 +211,7 @@ def from_templates(
     stop: Sequence[str] | str | None,
     max_new_tokens: int | None,
 ) -> GenerationTask:
-    """The task of that name from rows by the data set's own splits; `stop` and `max_new_tokens` override a template's."""
+    """The task from rows by the data set's own splits; `stop` and `max_new_tokens` override the template's."""
     chosen = templates[template]
     return GenerationTask(
         name,
