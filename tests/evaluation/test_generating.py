@@ -36,8 +36,8 @@ def demo():
 
 @pytest.fixture
 def letters() -> GenerationTask:
-    examples = [Example(str(i), "abc de" * (1 + i % 5) + str(i), (" x",), 0) for i in range(12)]
-    return GenerationTask("letters", examples, stop=["e", "ab"], max_new_tokens=20)
+    examples = [Example(str(i), "abc de" * (1 + i % 3) + str(i), (" x",), 0) for i in range(8)]
+    return GenerationTask("letters", examples, stop=["e", "ab"], max_new_tokens=12)
 
 
 def slowly(model, tokenizer, task: GenerationTask, split: str, ends: set[int]) -> list[str]:
@@ -70,7 +70,7 @@ def test_batches_equal_one_sequence_at_a_time_without_cache(make_mixtral, tiny_t
     assert found.layer_tokens == 2 * found.tokens
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "minimax", "qwen2_moe", "deepseek_v3"], indirect=True)
+@pytest.mark.parametrize("family", ["gpt_oss", "minimax", "deepseek_v3"], indirect=True)
 def test_families_with_other_caches(build_family, family, tiny_tokenizer, letters):
     """Sliding windows, linear attention (whose rows are never dropped), latent attention."""
     model = build_family(family, vocabulary=300)
@@ -78,10 +78,9 @@ def test_families_with_other_caches(build_family, family, tiny_tokenizer, letter
     assert list(found.texts) == slowly(model, tiny_tokenizer, letters, "search", {2, 257})
 
 
-@pytest.mark.parametrize("name", ["roman", "dates"])
-def test_answers_of_different_lengths_end_on_their_own(demo, name):
+def test_answers_of_different_lengths_end_on_their_own(demo):
     model, tokenizer = demo
-    task = skill(name, 24, max_new_tokens=18)
+    task = skill("roman", 16, max_new_tokens=18)
     found = Evaluator(model, tokenizer, task, split="test").generate()
     assert list(found.texts) == slowly(model, tokenizer, task, "test", {tokenizer.eos_token_id})
     assert len(set(map(len, found.texts))) > 2
@@ -103,9 +102,8 @@ def test_a_stop_text_may_span_tokens_and_is_cut_off(demo):
     cut = Evaluator(model, tokenizer, skill("caesar", 12, stop=stop), split="test").generate()
     for before, after in zip(whole.texts, cut.texts, strict=True):
         assert after == before[: min(before.index(s) for s in stop if s in before)]
-    assert cut.tokens == whole.tokens - sum(
-        len(a) - len(b) - 3 + 1 for a, b in zip(whole.texts, cut.texts)
-    )  # up to the stop text, and without the line break behind the whole
+    saved = [len(a) - len(b) - 3 for a, b in zip(whole.texts, cut.texts)]  # what follows the stop text
+    assert cut.tokens == whole.tokens - sum(saved)
 
 
 def test_a_checkpoint_s_generation_config_is_overridden_and_back_afterwards(
@@ -115,7 +113,7 @@ def test_a_checkpoint_s_generation_config_is_overridden_and_back_afterwards(
     greedy = Evaluator(model, tiny_tokenizer, letters).generate()
     own = GenerationConfig(
         do_sample=True, temperature=9.0, top_k=2, repetition_penalty=3.0, no_repeat_ngram_size=1, num_beams=3,
-        min_new_tokens=9, max_length=21, suppress_tokens=[1, 2, 3], eos_token_id=[257, 258],
+        min_new_tokens=9, max_length=21, suppress_tokens=[1, 2, 3], eos_token_id=257,
     )  # fmt: skip
     model.generation_config = own
     model.train()
@@ -227,25 +225,23 @@ def test_the_reported_metric_as_loss(demo):
 
 def test_the_reported_metric_is_searched_raced_and_resumed(demo, tmp_path):
     model, tokenizer = demo
-    space = moeopt.EEPSpace.of(model, keep=6)
+    space, task = moeopt.EEPSpace.of(model, keep=6), skill("caesar", 12, max_new_tokens=12)
 
     def run(url: str | None, *trials: int) -> optuna.Study:
         for n in trials:
-            objective = moeopt.Objective(
-                model, tokenizer, skill("caesar", 16, max_new_tokens=12), space, rungs=3, score="metric"
-            )
+            objective = moeopt.Objective(model, tokenizer, task, space, rungs=3, score="metric")
             study = moeopt.create_study(
                 "s", objective=objective, storage=url, sampler="local", pruner="racing", seed=0, load_if_exists=True
             )
             moeopt.optimize(study, objective, trials=n)
         return study
 
-    whole = run(None, 8)
-    resumed = run(f"sqlite:///{tmp_path}/s.db", 5, 8)
+    whole = run(None, 5)
+    resumed = run(f"sqlite:///{tmp_path}/s.db", 3, 5)
     assert [(t.state, t.values) for t in resumed.trials] == [(t.state, t.values) for t in whole.trials]
     best = whole.best_trial
     assert best.value == pytest.approx(1 - best.user_attrs["accuracy"])
-    judged = Evaluator(model, tokenizer, skill("caesar", 16, max_new_tokens=12)).generate(space.plan(best))
+    assert sorted(best.intermediate_values) == [3, 6, 12]
+    judged = Evaluator(model, tokenizer, task).generate(space.plan(best))
     assert best.value == pytest.approx(1 - judged.means["exact_match"])
-    assert best.user_attrs["layer_tokens"] <= judged.layer_tokens
-    assert min(t.user_attrs["layer_tokens"] for t in whole.trials) < judged.layer_tokens
+    assert best.user_attrs["layer_tokens"] == judged.layer_tokens
