@@ -40,8 +40,10 @@ class Example:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", tuple(self.options))
+        if isinstance(self.references, str) or any(isinstance(parts, str) or not parts for parts in self.references):
+            raise TaskError(f"example {self.id!r}: references must be tuples of texts, got {self.references!r}")
         object.__setattr__(self, "references", tuple(map(tuple, self.references)))
-        for text in (self.prompt, *self.options):
+        for text in (self.prompt, *self.options, *(part for parts in self.references for part in parts)):
             if not isinstance(text, str):
                 raise TaskError(f"example {self.id!r}: expected text, got {text!r}")
             if any("\ud800" <= c <= "\udfff" for c in text):

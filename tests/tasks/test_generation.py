@@ -210,6 +210,9 @@ def test_references_are_part_of_the_fingerprint():
         return GenerationTask("t", [Example("1", "p", ("a",), 0, **facts)]).fingerprint()
 
     assert fingerprint() != fingerprint(references=(("b",),))
+    for bad in ("18", ("18",), ((),), ((18,),)):
+        with pytest.raises(TaskError, match=r"references must be tuples of texts|expected text, got 18"):
+            fingerprint(references=bad)
 
 
 @pytest.mark.parametrize(
