@@ -15,7 +15,7 @@ GOAL, STUDY, MACHINE = (partial(typer.Option, rich_help_panel=panel) for panel i
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id of the full model.")]
 Task = Annotated[
     str,
-    GOAL(help="What to be good at: boolq, mmlu, text, ... (a name that is none lists all), or FILE.py:NAME of your own."),
+    GOAL(help="What to be good at: boolq, mmlu, text, ... (an unknown name lists all), or FILE.py:NAME of your own."),
 ]
 Data = Annotated[
     str | None, GOAL(metavar="DATA", help="JSONL or parquet file, folder or hub id. Default: the task's own.")

@@ -2,6 +2,7 @@
 
 from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.evaluator import Evaluator
+from moeopt.evaluation.generating import Generation
 from moeopt.evaluation.noise import NoiseFloor, noise_floor
 from moeopt.evaluation.statistics import Interval, paired_bootstrap
 from moeopt.evaluation.teacher import Compression, Teacher
@@ -10,6 +11,7 @@ __all__ = [
     "Compression",
     "Evaluation",
     "Evaluator",
+    "Generation",
     "Interval",
     "NoiseFloor",
     "Teacher",

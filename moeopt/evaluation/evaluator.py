@@ -18,16 +18,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError
+from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError, TaskError
 from moeopt.evaluation.batches import Batch, pack
 from moeopt.evaluation.branching import may_branch
 from moeopt.evaluation.evaluation import Evaluation
+from moeopt.evaluation.generating import Generation, Generator
+from moeopt.evaluation.generating import race as race_generated
 from moeopt.evaluation.memory import free_bytes, merged_bytes, ran_out
-from moeopt.evaluation.runners import LayerMajor, Run, Whole, state_of
+from moeopt.evaluation.runners import Active, LayerMajor, Run, Whole, state_of
 from moeopt.evaluation.scoring import score
 from moeopt.evaluation.teacher import LABEL_FREE, Compression, Teacher
 from moeopt.models import MergedCache, Storage, layerwise, moe_layers, patched, plan_in_force, without_plan
 from moeopt.plan import Plan
+from moeopt.tasks.generation import GenerationTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,12 +67,13 @@ class Evaluator:
         storage: where merged experts live, see `moeopt.patched`. ``"auto"``: scratch if they would take more than half
             of the free memory.
         score: what a loss is. ``"likelihood"``: the task's own, smooth one; ``"metric"``: 1 minus the correctness of
-            the example, so that the mean loss is 1 minus the task's metric. ``"kl"`` and ``"acceptance"`` need no
-            answers: how far the model under a plan is from the model without, see `moeopt.evaluation.teacher`. The loss
-            of an example is then the mean over the positions behind which the task scores a token, its weight their
-            number, and its correctness the share of them where both models have the same first choice. The full model
-            runs once more, when a plan is first evaluated, after weights, attention or experts backend have changed,
-            and after memory ran out.
+            the example, so that the mean loss is 1 minus the task's metric; for a `GenerationTask` the model then
+            generates, and the metric is that of the text. ``"kl"`` and ``"acceptance"`` need no answers: how far the
+            model under a plan is from the model without, see `moeopt.evaluation.teacher`. The loss of an example is
+            then the mean over the positions behind which the task scores a token, its weight their number, and its
+            correctness the share of them where both models have the same first choice. The full model runs once more,
+            when a plan is first evaluated, after weights, attention or experts backend have changed, and after memory
+            ran out.
         compression: how much of what the full model says is kept for that.
 
     Attributes:
@@ -109,7 +113,8 @@ class Evaluator:
         config = model.config.get_text_config()
         if max_length is None:
             max_length = getattr(config, "max_position_embeddings", None)
-        self.model, self.task, self.split, self.limit = model, task, split, limit
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.split, self.limit, self.max_length = split, limit, max_length
         requests = task.requests(split, tokenizer, limit=limit, max_length=max_length)
         self._requests = sorted(requests, key=lambda request: request.example)
         numbers = [request.example for request in self._requests]
@@ -166,6 +171,8 @@ class Evaluator:
         digest = hashlib.sha256(b"" if self.score == "likelihood" else self.score.encode())
         if self.teacher is not None:
             digest.update(repr((self.teacher.compression.top_p, self.teacher.most)).encode())
+        if self._generates:
+            digest.update(repr((self.task.metric, self._generator.prompts)).encode())
         for request in self._requests:
             digest.update(repr((request.example, request.option, request.ids, request.scored_from)).encode())
         return digest.hexdigest()[:16]
@@ -191,6 +198,9 @@ class Evaluator:
             plan: as for `evaluate`, which also says what is raised.
             known: what the plan got on the first so many examples before; rungs that it covers are not run.
         """
+        if self._generates:
+            yield from race_generated(partial(self._generated, plan), self.rungs, known)
+            return
         sums = np.zeros((2 if self.teacher is None else 3, len(self._requests)))
         tokens = layer_tokens = padded = 0
         seconds = active = 0.0
@@ -219,6 +229,41 @@ class Evaluator:
                 self._runner.judge(run.trail, evaluation.loss)
             yield evaluation
 
+    def generate(self, plan: Plan | None = None) -> Generation:
+        """What the model writes under `plan` for all examples of a `GenerationTask`; None means the model as it is.
+
+        Decoding is greedy, whatever generation config the checkpoint ships. Batches hold answers of like length; their
+        size moves the logits by rounding only.
+
+        Raises:
+            TaskError: if the task is not one to generate for.
+            PlanError, ModelError, NonFiniteLossError, OutOfMemoryError: as `evaluate`.
+        """
+        return self._generated(plan, 0, self.examples)
+
+    @property
+    def _generates(self) -> bool:
+        return self.score == "metric" and isinstance(self.task, GenerationTask)
+
+    @cached_property
+    def _generator(self) -> Generator:
+        if not isinstance(self.task, GenerationTask):
+            raise TaskError(f"task {self.task.name!r} is not answered by generating; a GenerationTask is")
+        return Generator(
+            self.model,
+            self.tokenizer,
+            self.task,
+            split=self.split,
+            limit=self.limit,
+            max_length=self.max_length,
+            batch_tokens=self.batch_tokens,
+        )
+
+    def _generated(self, plan: Plan | None, first: int, end: int) -> Generation:
+        generator = self._generator
+        with _lock_of(self.model), self._under(plan) as active:
+            return generator.run(first, end, active)
+
     def _reduce(self, sums: NDArray[np.float64]) -> tuple[Scores, dict[str, float]]:
         """Scores and metrics from what the first so many requests got."""
         requests = self._requests[: sums.shape[1]]
@@ -242,15 +287,9 @@ class Evaluator:
     def _attempt(self, rung: int, plan: Plan | None, sums: NDArray[np.float64]) -> Run:
         sums[:] = 0
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
-            stack.enter_context(evaluation_mode(self.model))
             if self.teacher is not None:
                 self._learn(rung, self.teacher)
-            plan, active = plan_in_force(self.model) if plan is None else plan, self._stock
-            if plan is not None:
-                storage = self._where_merged(plan)
-                state = stack.enter_context(patched(self.model, plan, storage=storage, cache=self._cache))
-                active = partial(getattr, state, "active")
+            active = stack.enter_context(self._under(plan))
             run = self._runner.run(rung, self._batches[rung], active)
             for batch, logits_of in stack.enter_context(closing(run.outputs)):
                 if self.teacher is not None:
@@ -270,13 +309,24 @@ class Evaluator:
             return
         started = time.perf_counter()
         try:
-            with without_plan(self.model):
+            with torch.inference_mode(), evaluation_mode(self.model), without_plan(self.model):
                 run = self._runner.run(rung, self._batches[rung], self._stock)
                 with closing(run.outputs):
                     teacher.learn(rung, run.outputs)
             teacher.layer_tokens += run.layer_tokens
         finally:
             teacher.seconds += time.perf_counter() - started
+
+    @contextmanager
+    def _under(self, plan: Plan | None) -> Iterator[Active]:
+        """The model ready to run under a plan (None: the one in force); yields what tells its active experts."""
+        plan = plan_in_force(self.model) if plan is None else plan
+        with torch.inference_mode(), evaluation_mode(self.model):
+            if plan is None:
+                yield self._stock
+                return
+            with patched(self.model, plan, storage=self._where_merged(plan), cache=self._cache) as state:
+                yield partial(getattr, state, "active")
 
     def _stock(self) -> tuple[float, ...]:
         """Experts that a token runs in each MoE layer of the model as it is."""

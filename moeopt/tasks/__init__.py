@@ -1,6 +1,7 @@
 """Tasks: examples with scores, in splits that never overlap."""
 
 from moeopt.tasks.base import SPLITS, Example, Request, Scores, Task
+from moeopt.tasks.generation import GenerationTask
 from moeopt.tasks.mixture import MixtureTask
 from moeopt.tasks.multiple_choice import MultipleChoiceTask
 from moeopt.tasks.registry import REGISTRY, get
@@ -10,6 +11,7 @@ __all__ = [
     "REGISTRY",
     "SPLITS",
     "Example",
+    "GenerationTask",
     "MixtureTask",
     "MultipleChoiceTask",
     "Request",

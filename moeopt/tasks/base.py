@@ -23,7 +23,9 @@ class Example:
     """One item of a task: `options` are texts that continue `prompt` verbatim, `options[answer]` is the right one.
 
     A document of a text task is an example with an empty prompt and a single option. Examples of the same `group`, such
-    as questions about one passage, go to the same split where a hash divides them.
+    as questions about one passage, go to the same split where a hash divides them. `references` are the accepted
+    answers as a generated one is judged against them, each in its parts (a list of names has several), where that is
+    not the text of the options: the number that a worked solution ends in.
 
     Raises:
         TaskError: if a field has the wrong type, there is no option or an empty one, or `answer` is not an index.
@@ -34,10 +36,14 @@ class Example:
     options: tuple[str, ...]
     answer: int
     group: str | None = None
+    references: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", tuple(self.options))
-        for text in (self.prompt, *self.options):
+        if isinstance(self.references, str) or any(isinstance(parts, str) or not parts for parts in self.references):
+            raise TaskError(f"example {self.id!r}: references must be tuples of texts, got {self.references!r}")
+        object.__setattr__(self, "references", tuple(map(tuple, self.references)))
+        for text in (self.prompt, *self.options, *(part for parts in self.references for part in parts)):
             if not isinstance(text, str):
                 raise TaskError(f"example {self.id!r}: expected text, got {text!r}")
             if any("\ud800" <= c <= "\udfff" for c in text):

@@ -15,17 +15,15 @@ Shots, chat templates and tokens: see `moeopt.tasks.prompting`.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeopt.errors import TaskError
-from moeopt.tasks.base import Example, Request, Scores, Task
-from moeopt.tasks.prompting import SEPARATOR, Prompting, checked, draw
-from moeopt.tasks.rows import Data, Row, load, own_examples
-from moeopt.tasks.splits import FRACTIONS, Splits, divide, from_own
+from moeopt.tasks.base import Example, Request, Scores
+from moeopt.tasks.prompted import PromptedTask
+from moeopt.tasks.rows import Data, Row, examples_of, load, own_examples
+from moeopt.tasks.splits import FRACTIONS, divide, from_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 NORMALISE = ("tokens", "none", "characters")
 
 
-class MultipleChoiceTask(Task):
+class MultipleChoiceTask(PromptedTask):
     """A task of questions with at least two options each, built from examples that are already in splits.
 
     Args:
@@ -61,11 +59,8 @@ class MultipleChoiceTask(Task):
     ) -> None:
         if normalise not in NORMALISE:
             raise TaskError(f"normalise must be {', '.join(NORMALISE[:-1])} or {NORMALISE[-1]}, got {normalise!r}")
-        self.name = name
-        self.template = template
+        super().__init__(name, search, dev, test, template=template)
         self.normalise = normalise
-        self._splits = Splits(name, search, dev, test)
-        self._prompting = Prompting()
         for split in self._splits.names:
             for example in self._splits.examples(split):
                 if len(example.options) < 2:
@@ -87,20 +82,8 @@ class MultipleChoiceTask(Task):
         Raises:
             TaskError: also when `to_example` fails on a row; it names the row.
         """
-        examples = []
-        for number, row in enumerate(rows):
-            try:
-                examples.append(to_example(row))
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                raise TaskError(f"task {name!r}, row {number}: {type(error).__name__}: {error}") from error
+        examples = examples_of(name, rows, to_example)
         return cls(name, **divide(examples, fractions), template=template, normalise=normalise)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return self._splits.names
-
-    def examples(self, split: str) -> tuple[Example, ...]:
-        return self._splits.examples(split)
 
     def parts(self, example: Example) -> tuple[Example, ...]:
         """What is encoded and scored: the example itself, or several that share out its options, in their order.
@@ -129,20 +112,6 @@ class MultipleChoiceTask(Task):
             whole = [(one.prompt, option) for _, one in zip(parts, encoded) for option in one.options]
             requests += [Request(i, j, (*prompt, *option), len(prompt)) for j, (prompt, option) in enumerate(whole)]
         return requests
-
-    def prompted(
-        self, *, shots: int = 0, chat: bool = False, system: str | None = None, separator: str = SEPARATOR
-    ) -> MultipleChoiceTask:
-        count, prompting = checked(shots, chat, system, separator)
-        if self._prompting != Prompting():
-            raise TaskError(f"task {self.name!r} has shots or chat already")
-        task = copy.copy(self)
-        shown, task._splits = draw(self._splits, count)
-        task._prompting = replace(prompting, shots=shown)
-        return task
-
-    def check(self, tokenizer: Any) -> None:
-        self._prompting.check(self.name, tokenizer)
 
     def reduce(
         self,
@@ -176,9 +145,6 @@ class MultipleChoiceTask(Task):
             characters = [len(option.removeprefix(" ")) for option in options_of]
             return [total / max(n, 1) for (total, _), n in zip(options, characters, strict=True)]
         return [total / tokens for total, tokens in options]
-
-    def fingerprint(self, split: str | None = None) -> str:
-        return self._prompting.fingerprint(self._splits.fingerprint(split))
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -12,7 +12,11 @@ from moeopt.tasks.base import Task
 from moeopt.tasks.boolq import boolq_task
 from moeopt.tasks.cb import cb_task
 from moeopt.tasks.copa import copa_task
+from moeopt.tasks.drop import drop_task
+from moeopt.tasks.generation import generation_task
+from moeopt.tasks.gsm8k import gsm8k_task
 from moeopt.tasks.hellaswag import hellaswag_task
+from moeopt.tasks.math_problems import math_task
 from moeopt.tasks.mixture_file import mixture_task
 from moeopt.tasks.mmlu import mmlu_task
 from moeopt.tasks.multiple_choice import multiple_choice_task
@@ -22,6 +26,7 @@ from moeopt.tasks.own import is_own, own_maker
 from moeopt.tasks.prompting import OPTIONS, checked
 from moeopt.tasks.record import record_task
 from moeopt.tasks.rte import rte_task
+from moeopt.tasks.squad import squad_task
 from moeopt.tasks.text import text_task
 from moeopt.tasks.wic import wic_task
 from moeopt.tasks.winogrande import winogrande_task
@@ -31,16 +36,21 @@ REGISTRY: dict[str, Callable[..., Task]] = {
     "arc_challenge": arc_challenge_task,
     "arc_easy": arc_easy_task,
     "boolq": boolq_task,
-    "mixture": mixture_task,
     "cb": cb_task,
     "copa": copa_task,
+    "drop": drop_task,
+    "generation": generation_task,
+    "gsm8k": gsm8k_task,
     "hellaswag": hellaswag_task,
+    "math": math_task,
+    "mixture": mixture_task,
     "mmlu": mmlu_task,
     "multiple_choice": multiple_choice_task,
     "multirc": multirc_task,
     "openbookqa": openbookqa_task,
     "record": record_task,
     "rte": rte_task,
+    "squad": squad_task,
     "text": text_task,
     "wic": wic_task,
     "winogrande": winogrande_task,

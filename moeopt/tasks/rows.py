@@ -152,6 +152,19 @@ def own_examples(
     return {split: [to_example(row) for row in items] for split, items in rows.items()}
 
 
+def examples_of(
+    task: str, rows: Iterable[Mapping[str, Any]], to_example: Callable[[Mapping[str, Any]], Example]
+) -> list[Example]:
+    """Examples from any rows; raises `TaskError` also when `to_example` fails on one, and names it."""
+    examples = []
+    for number, row in enumerate(rows):
+        try:
+            examples.append(to_example(row))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise TaskError(f"task {task!r}, row {number}: {type(error).__name__}: {error}") from error
+    return examples
+
+
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
     with path.open("rb") as file:

@@ -107,7 +107,7 @@ class Splits:
     def fingerprint(self, split: str | None = None) -> str:
         digest = hashlib.sha256()
         for name in SPLITS if split is None else (split,):
-            rows = [[e.prompt, e.options, e.answer] for e in self._examples[name]]
+            rows = [[e.prompt, e.options, e.answer, *e.references] for e in self._examples[name]]
             digest.update(json.dumps([name, rows]).encode())
         return digest.hexdigest()
 

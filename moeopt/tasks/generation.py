@@ -1,0 +1,279 @@
+"""Questions that a model answers by writing.
+
+    {"prompt": "Question: How many legs have three cats?\nAnswer:", "answer": ["12", "twelve"]}
+
+Two metrics. The loss of an example, for the search, is the mean negative log-likelihood per token of the reference
+answer given the prompt: smooth, and one teacher-forced pass. What is reported is a metric of the text that the model
+really generates, greedily: exact match, F1, the last number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moeopt.errors import TaskError, nearest
+from moeopt.tasks.answers import METRICS, Judge
+from moeopt.tasks.base import Example, Request, Scores
+from moeopt.tasks.prompted import PromptedTask
+from moeopt.tasks.rows import Data, Row, examples_of, load, own_examples
+from moeopt.tasks.splits import FRACTIONS, divide, from_own
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+GREEDY = "greedy_match"
+"""Name of the teacher-forced metric: the share of examples whose reference greedy decoding writes, to the token."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one example's answer is generated from.
+
+    The answer ends before the first of the texts `stop`, at an end-of-sequence token, or after `max_new_tokens`.
+    """
+
+    example: int
+    ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    max_new_tokens: int
+
+
+class GenerationTask(PromptedTask):
+    """A task of prompts and accepted answers, built from examples that are already in splits.
+
+    An example's options are the accepted answers as texts that continue its prompt; `options[answer]` is the one whose
+    likelihood is the loss. A generated text is judged against `Example.references`, or the options where there are
+    none.
+
+    Args:
+        name: what studies record.
+        search, dev, test: examples; a split may be empty, the same example may not be in two of them.
+        judges: metrics by name, or a name of `moeopt.tasks.answers.METRICS`; the first is the one reported.
+        stop: texts that end an answer and do not belong to it.
+        max_new_tokens: most tokens of an answer.
+        template: name and version of whatever wrote the prompts; recorded with the results.
+
+    Raises:
+        TaskError: if splits overlap, there are no examples, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        search: Iterable[Example] = (),
+        dev: Iterable[Example] = (),
+        test: Iterable[Example] = (),
+        *,
+        judges: Mapping[str, Judge] | str = "exact_match",
+        stop: Sequence[str] | str = (),
+        max_new_tokens: int = 64,
+        template: str = "",
+    ) -> None:
+        super().__init__(name, search, dev, test, template=template)
+        self.judges = judges_named(judges) if isinstance(judges, str) else dict(judges)
+        if not self.judges:
+            raise TaskError(f"task {name!r} needs at least one metric")
+        self.metric = next(iter(self.judges))
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise TaskError(f"task {name!r}: stop must be non-empty texts, got {stop!r}")
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise TaskError(f"task {name!r}: max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
+        self.max_new_tokens = max_new_tokens
+
+    @classmethod
+    def from_rows(
+        cls,
+        name: str,
+        rows: Iterable[Mapping[str, Any]],
+        to_example: Callable[[Mapping[str, Any]], Example],
+        *,
+        fractions: Sequence[float] = FRACTIONS,
+        **options: Any,
+    ) -> GenerationTask:
+        """A task from any rows, divided into search, dev and test by a hash of each example (or of its group).
+
+        Args:
+            name, options: as for the class.
+            rows, to_example: `to_example(row)` for every row.
+            fractions: of search, dev and test.
+
+        Raises:
+            TaskError: also when `to_example` fails on a row; it names the row.
+        """
+        parts: dict[str, Any] = {**divide(examples_of(name, rows, to_example), fractions)}
+        return cls(name, **parts, **options)
+
+    def requests(
+        self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
+    ) -> list[Request]:
+        """One request an example: its reference answer, behind the same prompt that `prompts` gives.
+
+        Raises:
+            TaskError: if a text has no tokens, or there is no room for a prompt; it names the example.
+        """
+        examples = self._splits.first(split, limit)
+        references = [_with_reference_only(example) for example in examples]
+        encoded = self._prompting.encode(self.name, tokenizer, references, max_length, room=self.max_new_tokens)
+        pairs = zip(examples, encoded)
+        return [Request(i, e.answer, (*ids, *answer), len(ids)) for i, (e, (ids, (answer,))) in enumerate(pairs)]
+
+    def reduce(
+        self,
+        split: str,
+        requests: Sequence[Request],
+        log_likelihood: NDArray[np.float64],
+        greedy: NDArray[np.int64],
+    ) -> Scores:
+        """`correct` is whether every token of the reference is the model's first choice: greedy decoding writes it."""
+        tokens = np.asarray([len(request.ids) - request.scored_from for request in requests])
+        losses = (-log_likelihood / tokens).astype(np.float32)
+        return Scores(losses, np.ones_like(losses), (greedy == tokens).astype(np.float32))
+
+    def metrics(self, split: str, scores: Scores) -> dict[str, float]:
+        """The teacher-forced metric; those of generated texts come from `judge`."""
+        return {GREEDY: float(scores.correct.astype(np.float64).mean())}
+
+    def prompts(
+        self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
+    ) -> list[Prompt]:
+        """What to generate from, for the first `limit` examples.
+
+        A prompt that leaves no room for `max_new_tokens` (or for its reference) within `max_length` loses its
+        beginning, with a warning.
+
+        Raises:
+            TaskError: as `requests`.
+        """
+        found = self.requests(split, tokenizer, limit, max_length)
+        return [Prompt(r.example, r.ids[: r.scored_from], self.stop, self.max_new_tokens) for r in found]
+
+    def judge(self, split: str, texts: Sequence[str], first: int = 0) -> dict[str, NDArray[np.float32]]:
+        """Metrics in [0, 1] of generated texts, each float32 (texts,), by name; the first is the reported one.
+
+        Args:
+            split: "search", "dev" or "test".
+            texts: of example `first` of the split and those that follow it.
+            first: position of the first text's example.
+        """
+        examples = self.examples(split)[first : first + len(texts)]
+        pairs = [(text, accepted(example)) for text, example in zip(texts, examples, strict=True)]
+        return {name: np.asarray([judge(*pair) for pair in pairs], np.float32) for name, judge in self.judges.items()}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "kind": "generation",
+            "fingerprint": self.fingerprint(),
+            "examples": self._splits.counts(),
+            "template": self.template,
+            "metrics": list(self.judges),
+            "stop": list(self.stop),
+            "max_new_tokens": self.max_new_tokens,
+            **self._prompting.describe(),
+        }
+
+
+@dataclass(frozen=True)
+class Template:
+    """How rows of a data set become examples, how an answer ends, and how it is judged, the reported metric first."""
+
+    to_example: Callable[[Row], Example]
+    judges: Mapping[str, Judge]
+    stop: tuple[str, ...]
+    max_new_tokens: int
+
+
+def from_templates(
+    name: str,
+    own: Mapping[str, Sequence[Row]],
+    templates: Mapping[str, Template],
+    template: str,
+    *,
+    labelled: Callable[[Row], bool],
+    fractions: Sequence[float],
+    stop: Sequence[str] | str | None,
+    max_new_tokens: int | None,
+) -> GenerationTask:
+    """The task from rows by the data set's own splits; `stop` and `max_new_tokens` override the template's."""
+    chosen = templates[template]
+    return GenerationTask(
+        name,
+        **from_own(own_examples(own, chosen.to_example, labelled), fractions),
+        judges=chosen.judges,
+        stop=chosen.stop if stop is None else stop,
+        max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        template=f"{template} v1",
+    )
+
+
+def check_template(template: str, templates: Iterable[str]) -> None:
+    """Raises `TaskError` if there is no such template."""
+    if template not in templates:
+        raise TaskError(f"unknown template {template!r}{nearest(template, list(templates))}")
+
+
+def accepted(example: Example) -> tuple[tuple[str, ...], ...]:
+    """The accepted answers that a generated one is judged against, each in its parts."""
+    return example.references or tuple((option.strip(),) for option in example.options)
+
+
+def judges_named(metric: str) -> dict[str, Judge]:
+    """A metric of `METRICS`, first; exact match and F1 come together."""
+    if metric not in METRICS:
+        raise TaskError(f"unknown metric {metric!r}{nearest(metric, list(METRICS))} (there are {', '.join(METRICS)})")
+    return {name: METRICS[name] for name in (metric, *({"exact_match": ["f1"], "f1": ["exact_match"]}.get(metric, [])))}
+
+
+def generation_task(
+    data: Data,
+    *,
+    metric: str = "exact_match",
+    stop: Sequence[str] | str = "\n",
+    max_new_tokens: int = 64,
+    fractions: Sequence[float] = FRACTIONS,
+    delimiter: str = " ",
+    config: str | None = None,
+) -> GenerationTask:
+    """Rows {"prompt", "answer"[, "id"]}; "answer" is a text, or a list of accepted ones, the reference first.
+
+    Args:
+        data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
+        metric: "exact_match" or "f1" (both as in SQuAD), or "last_number".
+        stop: a text, or several, before which an answer ends.
+        max_new_tokens: most tokens of an answer.
+        fractions: of search, dev and test, where the data has no splits of its own.
+        delimiter: put between prompt and answer unless one of them has white space there.
+        config: configuration of a hub data set.
+
+    Raises:
+        TaskError: naming file and line of whatever is missing or malformed.
+    """
+
+    def to_example(row: Row) -> Example:
+        prompt, answer = row.text("prompt"), row["answer"]
+        answers = [answer] if isinstance(answer, str) else answer
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise TaskError(f"{row.where}: 'answer' must be a text or a list of texts, not empty ones, got {answer!r}")
+        joined = [a if a[0].isspace() or prompt[-1:].isspace() else delimiter + a for a in answers]
+        return Example(str(row.values.get("id", row.where)), prompt, tuple(joined), 0)
+
+    judges = judges_named(metric)
+    own = own_examples(load(data, config), to_example, lambda row: row.values.get("answer") is not None)
+    return GenerationTask(
+        "generation",
+        **from_own(own, fractions),
+        judges=judges,
+        stop=stop,
+        max_new_tokens=max_new_tokens,
+        template="verbatim v1",
+    )
+
+
+def _with_reference_only(example: Example) -> Example:
+    """The example with the answer whose likelihood is the loss as its only option."""
+    return replace(example, options=(example.options[example.answer],), answer=0)

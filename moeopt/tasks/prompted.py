@@ -1,0 +1,58 @@
+"""A task of examples in splits, whose prompts may have shots before them and a chat template around them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Self
+
+from moeopt.errors import TaskError
+from moeopt.tasks.base import Example, Task
+from moeopt.tasks.prompting import SEPARATOR, Prompting, checked, draw
+from moeopt.tasks.splits import Splits
+
+
+class PromptedTask(Task):
+    """What tasks of prompts share; subclasses say what is scored.
+
+    Args:
+        name: what studies record.
+        search, dev, test: examples; a split may be empty, the same example may not be in two of them.
+        template: name and version of whatever wrote the prompts; recorded with the results.
+
+    Raises:
+        TaskError: if splits overlap, or there are no examples.
+    """
+
+    def __init__(
+        self, name: str, search: Iterable[Example], dev: Iterable[Example], test: Iterable[Example], *, template: str
+    ) -> None:
+        self.name = name
+        self.template = template
+        self._splits = Splits(name, search, dev, test)
+        self._prompting = Prompting()
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return self._splits.names
+
+    def examples(self, split: str) -> tuple[Example, ...]:
+        return self._splits.examples(split)
+
+    def prompted(
+        self, *, shots: int = 0, chat: bool = False, system: str | None = None, separator: str = SEPARATOR
+    ) -> Self:
+        count, prompting = checked(shots, chat, system, separator)
+        if self._prompting != Prompting():
+            raise TaskError(f"task {self.name!r} has shots or chat already")
+        task = copy.copy(self)
+        shown, task._splits = draw(self._splits, count)
+        task._prompting = replace(prompting, shots=shown)
+        return task
+
+    def check(self, tokenizer: Any) -> None:
+        self._prompting.check(self.name, tokenizer)
+
+    def fingerprint(self, split: str | None = None) -> str:
+        return self._prompting.fingerprint(self._splits.fingerprint(split))
