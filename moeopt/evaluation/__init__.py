@@ -2,7 +2,18 @@
 
 from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.evaluator import Evaluator
+from moeopt.evaluation.harness import HarnessReport, HarnessResult, lm_eval_report
 from moeopt.evaluation.noise import NoiseFloor, noise_floor
 from moeopt.evaluation.statistics import Interval, paired_bootstrap
 
-__all__ = ["Evaluation", "Evaluator", "Interval", "NoiseFloor", "noise_floor", "paired_bootstrap"]
+__all__ = [
+    "Evaluation",
+    "Evaluator",
+    "HarnessReport",
+    "HarnessResult",
+    "Interval",
+    "NoiseFloor",
+    "lm_eval_report",
+    "noise_floor",
+    "paired_bootstrap",
+]

@@ -110,7 +110,7 @@ class Evaluator:
         self._spans = list(zip([0, *ends], ends))
         self._cache, self._merged_in = MergedCache(), storage
         self._runner: LayerMajor | Whole = Whole(model, int(config.num_hidden_layers))
-        with _lock_of(model), torch.inference_mode(), evaluation_mode(model), without_plan(model):
+        with lock_of(model), torch.inference_mode(), evaluation_mode(model), without_plan(model):
             self._moe = moe_layers(model)
             try:
                 parts = layerwise(model)
@@ -178,7 +178,7 @@ class Evaluator:
             run: Run | None = None
             covered, measured = (0, 0.0) if known is None else (len(known.losses), known.active)
             if covered < size:
-                with _lock_of(self.model):
+                with lock_of(self.model):
                     run = self._run(rung, plan, likelihood[first:end], greedy[first:end])
                 tokens += sum(batch.tokens for batch in self._batches[rung])
                 layer_tokens += run.layer_tokens
@@ -295,7 +295,7 @@ _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyD
 _LOCKS_LOCK = threading.Lock()
 
 
-def _lock_of(model: nn.Module) -> threading.RLock:
+def lock_of(model: nn.Module) -> threading.RLock:
     """One lock a model: threads (`n_jobs=2`) take turns, since a plan is in force for the whole model."""
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model, threading.RLock())

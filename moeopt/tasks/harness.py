@@ -7,10 +7,12 @@ tasks is loaded, as in the harness itself. The harness is imported when a task i
 from __future__ import annotations
 
 import logging
+import random
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -78,7 +80,7 @@ def load(
             raise TaskError(f"data is given for {name!r}, which is not among the tasks{nearest(name, list(names))}")
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
-    with quiet():
+    with contained():
         for name in names:
             manager = _manager(name, include_path)
             found = _load(manager, name, (data or {}).get(name), num_fewshot)
@@ -87,7 +89,9 @@ def load(
         for name, task in tasks.items():
             _set_shots(name, task, num_fewshot)
             if getattr(task, "UNSAFE_CODE", False) and not unsafe_code:
-                raise TaskError(f"lm_eval task {name!r} runs code that the model writes: allow it with unsafe_code=True")
+                raise TaskError(
+                    f"lm_eval task {name!r} runs code that the model writes: allow it with unsafe_code=True"
+                )
             if getattr(task, "MULTIMODAL", False):
                 raise TaskError(f"lm_eval task {name!r} has images or sounds, which is not supported")
     return Harness(names, tasks, groups, version)
@@ -99,22 +103,22 @@ def harness_version() -> str:
         import lm_eval
         import lm_eval.tasks
     except ImportError as error:
-        raise TaskError(
-            f"lm_eval tasks need lm-evaluation-harness ({error}): pip install 'moeopt[lm-eval]'"
-        ) from error
+        raise TaskError(f"lm_eval tasks need lm-evaluation-harness ({error}): pip install 'moeopt[lm-eval]'") from error
     return str(lm_eval.__version__)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """The harness logs nothing below errors."""
-    logger = logging.getLogger("lm_eval")
+def contained() -> Iterator[None]:
+    """The harness logs nothing below errors, prints to standard error, and leaves Python's random state alone."""
+    logger, state = logging.getLogger("lm_eval"), random.getstate()
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         logger.setLevel(level)
+        random.setstate(state)
 
 
 def reason(error: BaseException) -> str:
@@ -134,9 +138,7 @@ def _manager(name: str, include_path: str | Path | None) -> Any:
     if name not in known and (own is None or name not in own.all_tasks):
         have = [] if own is None else own.all_tasks
         there = f"; {str(include_path)!r} has {', '.join(have) or 'none'}" if own is not None else ""
-        raise TaskError(
-            f"unknown lm_eval task {name!r}{nearest(name, [*have, *known])}{there}{_broken(include_path)}"
-        )
+        raise TaskError(f"unknown lm_eval task {name!r}{nearest(name, [*have, *known])}{there}{_broken(include_path)}")
     if name in known:
         manager = TaskManager(include_path=known[name].parent, include_defaults=False)
         if name in manager.all_subtasks:

@@ -33,7 +33,7 @@ import numpy as np
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example, Request, Scores, Task
-from moeopt.tasks.harness import SEED, Data, load, quiet, reason
+from moeopt.tasks.harness import SEED, Data, contained, load, reason
 from moeopt.tasks.splits import FRACTIONS, Splits, from_own, without_repeats
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class HarnessTask(Task):
                     " objective; moeopt.evaluation.lm_eval_report reports on it"
                 )
             try:
-                with quiet():
+                with contained():
                     own = self._parts_of(leaf_name, leaf, fractions, most)
             except TaskError:
                 raise
@@ -161,7 +161,7 @@ class HarnessTask(Task):
             document = self._documents[examples[number].id]
             answers = [options[j] for j in range(len(document.pairs))]
             pick = int(np.argmax([total for total, *_ in answers[: len(examples[number].options)]]))
-            with quiet():
+            with contained():
                 found = self._harness.tasks[document.task].process_results(
                     document.doc, [(total, hit) for total, hit, _ in answers]
                 )
@@ -218,9 +218,7 @@ class HarnessTask(Task):
             "fewshot_seed": SEED,
         }
 
-    def _parts_of(
-        self, name: str, leaf: Any, fractions: Sequence[float], most: int | None
-    ) -> dict[str, list[Example]]:
+    def _parts_of(self, name: str, leaf: Any, fractions: Sequence[float], most: int | None) -> dict[str, list[Example]]:
         """The examples of one task of the harness by split; keeps their documents."""
         roles = {"train": "training", "validation": "validation", "test": "test"}
         sources = {leaf.get_config(f"{role}_split"): own for own, role in roles.items()}
@@ -269,15 +267,12 @@ class HarnessTask(Task):
             doc=doc, ctx=context, metadata=(name, 0, 1), apply_chat_template=False, chat_template=None
         )
         pairs = tuple((str(one.args[0]), str(one.args[1])) for one in (built if isinstance(built, list) else [built]))
-        if leaf.OUTPUT_TYPE == "loglikelihood":
-            count, right = 1, (0,)
-        else:
-            choices = leaf.doc_to_choice(doc)
-            count, right = len(choices), _right(leaf, doc, choices)
-            if not right:
-                raise TaskError(f"lm_eval task {name!r}: {key!r} has no right option among {choices!r}: {doc!r}")
+        choices = [pairs[0][1]] if leaf.OUTPUT_TYPE == "loglikelihood" else leaf.doc_to_choice(doc)
+        right = (0,) if leaf.OUTPUT_TYPE == "loglikelihood" else _right(leaf, doc, choices)
+        if not right:
+            raise TaskError(f"lm_eval task {name!r}: {key!r} has no right option among {choices!r}: {doc!r}")
         self._documents[key] = Document(name, doc, pairs, right)
-        contexts, continuations = zip(*pairs[:count])
+        contexts, continuations = zip(*pairs[: len(choices)])
         if len(set(contexts)) == 1:
             return Example(key, contexts[0], continuations, right[0])
         return Example(key, "", tuple(a + b for a, b in zip(contexts, continuations)), right[0])
