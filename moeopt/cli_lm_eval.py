@@ -60,7 +60,9 @@ def lm_eval(
     unsafe_code: Annotated[
         bool, GOAL("--unsafe-code", help="Allow tasks that run code which the model writes.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write all of it, by document, as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write all of it, by document, as JSON.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences a forward pass.")] = 8,
     device_map: DeviceMap = "auto",
     dtype: Dtype = "auto",
@@ -122,11 +124,11 @@ def lm_eval(
 def _table(full: HarnessReport, small: HarnessReport | None, title: str) -> Table:
     from rich.table import Table
 
-    columns = ["task", "version", "shots", "documents", "metric", "full"]
+    columns = ["task", "version", "shots", "n", "metric", "full"]
     table = Table(
         *columns,
-        *([] if small is None else ["small", "small − full [95% interval]"]),
-        title=f"lm_eval {full.version}: {title}",
+        *([] if small is None else ["small", "small − full [95%]"]),
+        title=f"lm_eval {full.version}, n documents: {title}",
         title_justify="left",
     )
     for name, result in full.results.items():
@@ -137,10 +139,19 @@ def _table(full: HarnessReport, small: HarnessReport | None, title: str) -> Tabl
                 other = small[name]
                 row.append(_with_error(other.metrics[key], other.stderr.get(key)))
                 gain = other.difference(result, key) if key in result.samples else None
-                row.append("–" if gain is None else f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]")
+                row.append(
+                    "–"
+                    if gain is None
+                    else f"{_short(gain.mean, '+')} [{_short(gain.low, '+')}, {_short(gain.high, '+')}]"
+                )
             table.add_row(*map(str, row))
     return table
 
 
 def _with_error(value: float, stderr: float | None) -> str:
-    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+    return _short(value) + ("" if stderr is None else f" ± {_short(stderr)}")
+
+
+def _short(value: float, sign: str = "") -> str:
+    """A number in few characters: a perplexity may be huge."""
+    return format(value, f"{sign}.3f" if abs(value) < 1000 else f"{sign}.2e")
