@@ -211,10 +211,10 @@ doc_to_choice: "{{[a ~ '+' ~ b ~ '=' ~ choices[0], a ~ '+' ~ b ~ '=' ~ choices[1
 
 @pytest.fixture(scope="session")
 def harness_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tasks of lm-evaluation-harness, one of each kind, on sums; 24 train, 10 validation and 12 test."""
+    """A folder of tasks of lm-evaluation-harness, one of each kind, on sums; 24 train, 10 validation and 40 test."""
     folder = tmp_path_factory.mktemp("harness")
     first = 0
-    for split, count in (("train", 24), ("validation", 10), ("test", 12)):
+    for split, count in (("train", 24), ("validation", 10), ("test", 40)):
         rows = [
             {"a": i, "b": i % 5, "gold": i % 2, "choices": [str(i + i % 5 + i % 2), f"{i + i % 5 + 1 - i % 2}"]}
             for i in range(first, first + count)

@@ -128,22 +128,32 @@ def reason(error: BaseException) -> str:
 
 
 def _manager(name: str, include_path: str | Path | None) -> Any:
-    """A task manager that knows the name. Reading every task of the harness takes it a minute: avoided for a task."""
+    """A task manager that knows the name: of one folder where that is enough, for all tasks take the harness minutes."""
     from lm_eval.tasks import TaskManager
 
     own = None if include_path is None else TaskManager(include_path=include_path, include_defaults=False)
-    if own is not None and name in own.all_subtasks:
+    if own is not None and _complete(own, name):
         return own
-    known = _catalogue()
-    if name not in known and (own is None or name not in own.all_tasks):
-        have = [] if own is None else own.all_tasks
-        there = f"; {str(include_path)!r} has {', '.join(have) or 'none'}" if own is not None else ""
-        raise TaskError(f"unknown lm_eval task {name!r}{nearest(name, [*have, *known])}{there}{_broken(include_path)}")
-    if name in known:
+    known, mine = _catalogue(), [] if own is None else own.all_tasks
+    if name not in known and name not in mine:
+        hint = nearest(name, mine) or nearest(name, list(known))
+        there = "" if own is None else f"; {str(include_path)!r} has {', '.join(mine) or 'none'}"
+        raise TaskError(f"unknown lm_eval task {name!r}{hint}{there}{_broken(include_path)}")
+    if name in known and name not in mine:
         manager = TaskManager(include_path=known[name].parent, include_defaults=False)
-        if name in manager.all_subtasks:
+        if _complete(manager, name):
             return manager
     return _whole(include_path)
+
+
+def _complete(manager: Any, name: Any) -> bool:
+    """Whether the name is a task, or a group of nothing but tasks, that the manager knows."""
+    if name in manager.all_subtasks:
+        return True
+    members = manager.task_index[name].cfg.get("task") if name in manager.all_groups else None
+    return isinstance(members, list) and all(
+        isinstance(member, str) and _complete(manager, member) for member in members
+    )
 
 
 @cache

@@ -241,17 +241,23 @@ class HarnessTask(Task):
         self, name: str, leaf: Any, shots: int, evaluated: Mapping[str, Any], parts: Mapping[str, Sequence[Example]]
     ) -> dict[str, list[Example]]:
         """The same examples with few-shot prompts: those of test as the harness draws them for all it evaluates."""
+        sampler, pool = leaf.sampler, list(leaf.sampler.df)
         leaf.set_fewshot_seed(SEED)
         drawn = {key: self._example(name, leaf, key, doc, shots) for key, doc in evaluated.items()}
         found = {"test": [drawn[example.id] for example in parts["test"]]}
         split_of = {_key(self._documents[e.id].doc): split for split, examples in parts.items() for e in examples}
-        sampler, pool = leaf.sampler, list(leaf.sampler.df)
         try:
             for split, later in (("search", ("dev", "test")), ("dev", ("test",))):
                 shown = [doc for doc in pool if split_of.get(_key(doc)) not in later]
+                own = {_key(doc) for doc in shown} & {_key(self._documents[e.id].doc) for e in parts[split]}
+                if parts[split] and len(shown) < shots + bool(own):
+                    raise TaskError(
+                        f"lm_eval task {name!r} has too few documents outside {' and '.join(later)} to show {shots} of"
+                        f" them in the prompts of {split} ({len(shown)}): lower num_fewshot"
+                    )
                 sampler.replace_df(shown)
                 leaf.set_fewshot_seed(SEED)
-                leaf.sampler = _WithoutOwn(sampler, {_key(doc) for doc in shown})
+                leaf.sampler = _WithoutOwn(sampler, own)
                 found[split] = []
                 for example in parts[split]:
                     doc = leaf.sampler.doc = self._documents[example.id].doc
