@@ -128,7 +128,7 @@ def reason(error: BaseException) -> str:
 
 
 def _manager(name: str, include_path: str | Path | None) -> Any:
-    """A task manager that knows the name: of one folder where that is enough, for all tasks take the harness minutes."""
+    """A task manager that knows the name: of one folder where that is enough, as reading all takes a minute."""
     from lm_eval.tasks import TaskManager
 
     own = None if include_path is None else TaskManager(include_path=include_path, include_defaults=False)
