@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -156,3 +158,75 @@ def build(
 @pytest.fixture
 def build_family() -> Callable[..., Any]:
     return build
+
+
+SUMS = """
+dataset_path: json
+training_split: train
+validation_split: validation
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{a}}+{{b}}="
+doc_to_target: "{{gold}}"
+doc_to_choice: choices
+target_delimiter: ""
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+metadata: {version: 2.0}
+"""
+HARNESS_TASKS = {
+    "sums": "",
+    "sums_alone": "training_split: null\nvalidation_split: null\n",
+    "sums_word": """
+output_type: loglikelihood
+doc_to_target: "{{choices[gold]}}"
+doc_to_choice: null
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+""",
+    "sums_written": """
+output_type: generate_until
+doc_to_target: "{{choices[gold]}}"
+doc_to_choice: null
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+""",
+    "sums_text": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{a}}+{{b}}={{choices[gold]}}"
+doc_to_choice: null
+metric_list:
+  - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+""",
+    "sums_two_prompts": """
+doc_to_text: "{{gold}}"
+doc_to_target: "!"
+doc_to_choice: "{{[a ~ '+' ~ b ~ '=' ~ choices[0], a ~ '+' ~ b ~ '=' ~ choices[1]]}}"
+""",
+}
+
+
+@pytest.fixture(scope="session")
+def harness_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tasks of lm-evaluation-harness, one of each kind, on sums; 24 train, 10 validation and 40 test."""
+    folder = tmp_path_factory.mktemp("harness")
+    first = 0
+    for split, count in (("train", 24), ("validation", 10), ("test", 40)):
+        rows = [
+            {"a": i, "b": i % 5, "gold": i % 2, "choices": [str(i + i % 5 + i % 2), f"{i + i % 5 + 1 - i % 2}"]}
+            for i in range(first, first + count)
+        ]
+        first += count
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    (folder / "base").write_text(SUMS + f"dataset_kwargs: {json.dumps({'data_files': files})}\n")
+    for name, more in HARNESS_TASKS.items():
+        (folder / f"{name}.yaml").write_text(f"include: base\ntask: {name}\n{more}")
+    (folder / "all.yaml").write_text(
+        "group: all_sums\ntask: [sums, sums_two_prompts]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    return folder

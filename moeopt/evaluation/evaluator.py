@@ -129,7 +129,7 @@ class Evaluator:
             self.teacher = Teacher(rows, int(config.vocab_size), compression or Compression())
         self._cache, self._merged_in = MergedCache(), storage
         self._runner: LayerMajor | Whole = Whole(model, int(config.num_hidden_layers))
-        with _lock_of(model), torch.inference_mode(), evaluation_mode(model), without_plan(model):
+        with lock_of(model), torch.inference_mode(), evaluation_mode(model), without_plan(model):
             self._moe = moe_layers(model)
             try:
                 parts = layerwise(model)
@@ -209,7 +209,7 @@ class Evaluator:
             run: Run | None = None
             covered, measured = (0, 0.0) if known is None else (len(known.losses), known.active)
             if covered < size:
-                with _lock_of(self.model):
+                with lock_of(self.model):
                     run = self._run(rung, plan, sums[:, first:end])
                 tokens += sum(batch.tokens for batch in self._batches[rung])
                 layer_tokens += run.layer_tokens
@@ -261,7 +261,7 @@ class Evaluator:
 
     def _generated(self, plan: Plan | None, first: int, end: int) -> Generation:
         generator = self._generator
-        with _lock_of(self.model), self._under(plan) as active:
+        with lock_of(self.model), self._under(plan) as active:
             return generator.run(first, end, active)
 
     def _reduce(self, sums: NDArray[np.float64]) -> tuple[Scores, dict[str, float]]:
@@ -393,7 +393,7 @@ _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyD
 _LOCKS_LOCK = threading.Lock()
 
 
-def _lock_of(model: nn.Module) -> threading.RLock:
+def lock_of(model: nn.Module) -> threading.RLock:
     """One lock a model: threads (`n_jobs=2`) take turns, since a plan is in force for the whole model."""
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model, threading.RLock())

@@ -37,9 +37,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeopt.errors import TaskError
+from moeopt.tasks.answers import f1, normalised
 from moeopt.tasks.base import Example, Scores
 from moeopt.tasks.benchmark import Benchmark
-from moeopt.tasks.f1 import normalised, token_f1
 from moeopt.tasks.multiple_choice import MultipleChoiceTask
 from moeopt.tasks.rows import Row
 
@@ -57,7 +57,7 @@ class Query(Example):
 
     def f1(self, option: int) -> float:
         """The F1 of an option's entity against the best gold answer."""
-        return max(token_f1(self.entities[option], answer) for answer in self.gold)
+        return f1(self.entities[option], [(answer,) for answer in self.gold])
 
 
 class RecordTask(MultipleChoiceTask):

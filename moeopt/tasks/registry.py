@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from moeopt.errors import TaskError, nearest
@@ -16,6 +17,7 @@ from moeopt.tasks.drop import drop_task
 from moeopt.tasks.generation import generation_task
 from moeopt.tasks.gsm8k import gsm8k_task
 from moeopt.tasks.hellaswag import hellaswag_task
+from moeopt.tasks.lm_eval import lm_eval_task
 from moeopt.tasks.math_problems import math_task
 from moeopt.tasks.mixture_file import mixture_task
 from moeopt.tasks.mmlu import mmlu_task
@@ -59,15 +61,16 @@ REGISTRY: dict[str, Callable[..., Task]] = {
 """Name -> function(data, **options) -> Task. Add your own: `REGISTRY["mine"] = my_task`."""
 
 PROMPTLESS = ("mixture", "text")
-"""Tasks that take neither shots nor chat."""
+"""Tasks that take neither shots nor chat; nor do those of lm-evaluation-harness, which has options of its own."""
+HARNESS = "lm_eval:"
 
 
 def get(name: str, data: Any = None, **options: Any) -> Task:
     """The task of that name, its data read and checked.
 
     Args:
-        name: a key of `REGISTRY`; or ``"FILE.py:NAME"``, a task class or function of a Python file, which is run (see
-            `moeopt.tasks.own`).
+        name: a key of `REGISTRY`; "lm_eval:" and the name of a task of lm-evaluation-harness; or "FILE.py:NAME", a task
+            class or function of a Python file, which is run (see `moeopt.tasks.own`).
         data: where the data is; None for the task's hub data set, if it has one.
         **options: of the task's own function, such as `window=512` for "text"; and for every task of examples `shots`,
             `chat`, `system` and `separator`, see `moeopt.tasks.prompting`.
@@ -75,13 +78,13 @@ def get(name: str, data: Any = None, **options: Any) -> Task:
     Raises:
         TaskError: if the name or an option is unknown, or the data is missing or malformed.
     """
-    own = is_own(name)
-    if not own and name not in REGISTRY:
+    harness, own = name.startswith(HARNESS), is_own(name)
+    if not harness and not own and name not in REGISTRY:
         raise TaskError(f"unknown task {name!r}{nearest(name, list(REGISTRY))} (there are {', '.join(REGISTRY)})")
-    make = own_maker(name) if own else REGISTRY[name]
+    make = own_maker(name) if own else REGISTRY.get(name, partial(lm_eval_task, name.removeprefix(HARNESS)))
     parameters = inspect.signature(make).parameters
     allowed = [p for p in parameters if p != "data"]
-    shared = [p for p in OPTIONS if p not in parameters and name not in PROMPTLESS]
+    shared = [p for p in OPTIONS if p not in parameters and not harness and name not in PROMPTLESS]
     for option in options:
         if option not in allowed + shared:
             hint = nearest(option, allowed + shared)

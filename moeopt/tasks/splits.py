@@ -58,12 +58,18 @@ def from_own(own: Mapping[str, Sequence[Example]], fractions: Sequence[float] = 
         parts["test"] = list(given[1])
     else:
         parts = {split: list(examples) for split, examples in zip(SPLITS, given, strict=True)}
+    return without_repeats(parts)
+
+
+def without_repeats(parts: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
+    """Splits in which an example that a later split has is dropped from the earlier one."""
+    kept: dict[str, list[Example]] = {}
     later: set[str] = set()
     for split in reversed(SPLITS):
         hashes = [content_hash(example) for example in parts[split]]
-        parts[split] = [e for e, h in zip(parts[split], hashes, strict=True) if h not in later]
+        kept[split] = [e for e, h in zip(parts[split], hashes, strict=True) if h not in later]
         later.update(hashes)
-    return parts
+    return kept
 
 
 class Splits:

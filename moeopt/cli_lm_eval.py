@@ -1,0 +1,157 @@
+"""`moeopt lm-eval`: arguments are checked and handed to `moeopt.evaluation.lm_eval_report`."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeopt import arguments
+from moeopt.errors import MoeoptError, TaskError
+from moeopt.options import DEFAULT_STORAGE, GOAL, STUDY, DeviceMap, Dtype, Model, Storage
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moeopt.evaluation import HarnessReport
+
+EXAMPLES = (
+    "[bold]Examples[/bold]\n\n"
+    "moeopt lm-eval ./mixtral --tasks arc_easy,hellaswag --study boolq-8to4 --limit 200\n\n"
+    "moeopt lm-eval ./mixtral --tasks my_task --include-path my_tasks/ --plan pruned.safetensors --out results.json\n\n"
+    "moeopt lm-eval ./mixtral --tasks arc_easy --data arc_easy=arc/ --num-fewshot 5"
+)
+SMALL = partial(typer.Option, rich_help_panel="Smaller model")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("lm-eval", epilog=EXAMPLES)(lm_eval)
+
+
+def lm_eval(
+    model: Model,
+    tasks: Annotated[
+        str, GOAL(metavar="NAME,...", help="Tasks, groups or tags of lm-evaluation-harness, such as arc_easy.")
+    ],
+    plan: Annotated[Path | None, SMALL(help="Plan file of moeopt, or an EEP .pth.")] = None,
+    study: Annotated[str | None, STUDY(metavar="NAME", help="A study to take the plan from.")] = None,
+    trial: Annotated[str, STUDY(help="A trial's number, or best: the one of least loss.")] = "best",
+    storage: Storage = DEFAULT_STORAGE,
+    include_path: Annotated[
+        Path | None, GOAL(metavar="DIR", help="Folder with tasks of your own, in the harness's YAML.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        GOAL(metavar="NAME=DATA", help="Local JSONL or parquet file or folder for a task, in its own schema."),
+    ] = None,
+    limit: Annotated[
+        int | None, GOAL(metavar="N", min=1, help="Evaluate the first N documents of each task. Default: all.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, GOAL(metavar="N", min=0, help="Examples in front of every question. Default: the task's.")
+    ] = None,
+    chat_template: Annotated[
+        bool, GOAL("--chat-template", help="Write prompts with the tokenizer's chat template.")
+    ] = False,
+    unsafe_code: Annotated[
+        bool, GOAL("--unsafe-code", help="Allow tasks that run code which the model writes.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write all of it, by document, as JSON.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences a forward pass.")] = 8,
+    device_map: DeviceMap = "auto",
+    dtype: Dtype = "auto",
+) -> None:  # fmt: skip
+    """Run lm-evaluation-harness on the full model and, side by side, on a smaller one; no checkpoint is written."""
+    names = [name.strip() for name in tasks.split(",")]
+    if not all(names):
+        raise TaskError(f"--tasks must be names between commas, such as arc_easy,hellaswag, got {tasks!r}")
+    if plan is not None and study is not None:
+        raise MoeoptError("give --plan or --study, not both")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise MoeoptError(f"cannot write {str(out)!r}: its folder does not exist")
+    places = {}
+    for text in data or ():
+        name, equals, place = text.partition("=")
+        if not equals or not place:
+            raise TaskError(f"--data must be NAME=DATA, got {text!r}")
+        places[name] = place
+    shape = arguments.quick_shape(model)
+    chosen, title = None, "full model"
+    if plan is not None or study is not None:
+        layers = shape.layers if shape else None
+        chosen, title, _ = arguments.chosen_plan("--plan", plan, layers, storage, study, trial)
+    from moeopt.tasks.harness import load as load_tasks
+
+    harness = load_tasks(
+        names, include_path=include_path, data=places, num_fewshot=num_fewshot, unsafe_code=unsafe_code
+    )
+    from moeopt.console import consoles
+    from moeopt.evaluation import lm_eval_report
+    from moeopt.models import load
+    from moeopt.plan import write_atomically
+
+    console, err = consoles()
+    err.print(f"loading {model}", markup=False)
+    loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+    report = partial(
+        lm_eval_report,
+        loaded,
+        tokenizer,
+        harness,
+        limit=limit,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        unsafe_code=unsafe_code,
+    )
+    small = None if chosen is None else report(chosen)
+    full = report()
+    console.print(_table(full, small, title))
+    if out is not None:
+        record = {"full": full.to_json()} | ({} if small is None else {"small": small.to_json(), "plan": title})
+        try:
+            write_atomically(out, (json.dumps(record, indent=2) + "\n").encode())
+        except OSError as error:
+            raise MoeoptError(f"cannot write {str(out)!r}: {error.strerror or error}") from None
+        console.print(f"saved to {out}", markup=False, soft_wrap=True)
+
+
+def _table(full: HarnessReport, small: HarnessReport | None, title: str) -> Table:
+    from rich.table import Table
+
+    columns = ["task", "version", "shots", "n", "metric", "full"]
+    table = Table(
+        *columns,
+        *([] if small is None else ["small", "small − full [95%]"]),
+        title=f"lm_eval {full.version}, n documents: {title}",
+        title_justify="left",
+    )
+    for name, result in full.results.items():
+        for key, value in result.metrics.items():
+            row: list[Any] = [name, result.version, result.num_fewshot, len(result.documents)]
+            row += [key.removesuffix(",none"), _with_error(value, result.stderr.get(key))]
+            if small is not None:
+                other = small[name]
+                row.append(_with_error(other.metrics[key], other.stderr.get(key)))
+                gain = other.difference(result, key) if key in result.samples else None
+                row.append(
+                    "–"
+                    if gain is None
+                    else f"{_short(gain.mean, '+')} [{_short(gain.low, '+')}, {_short(gain.high, '+')}]"
+                )
+            table.add_row(*map(str, row))
+    return table
+
+
+def _with_error(value: float, stderr: float | None) -> str:
+    return _short(value) + ("" if stderr is None else f" ± {_short(stderr)}")
+
+
+def _short(value: float, sign: str = "") -> str:
+    """A number in few characters: a perplexity may be huge."""
+    return format(value, f"{sign}.3f" if abs(value) < 1000 else f"{sign}.2e")

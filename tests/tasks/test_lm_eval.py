@@ -1,0 +1,180 @@
+"""Tasks of lm-evaluation-harness as objectives: its prompts, tokens and metrics, in splits that never overlap."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moeopt
+from moeopt import tasks
+from moeopt.errors import TaskError
+from moeopt.evaluation import Evaluator, lm_eval_report
+
+
+def get(name: str, folder: Path, **options: Any) -> tasks.Task:
+    return tasks.get(f"lm_eval:{name}", include_path=folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "shots"), [("sums", 0), ("sums", 3), ("sums_word", 2), ("sums_two_prompts", 1), ("sums_alone", 2)]
+)
+def test_loss_and_metrics_are_those_of_the_harness(name, shots, harness_tasks, tiny_model, tiny_tokenizer):
+    task = get(
+        name, harness_tasks, num_fewshot=shots, fractions=(0.0, 0.0, 1.0) if name == "sums_word" else (0.4, 0.2, 0.4)
+    )
+    ours = Evaluator(tiny_model, tiny_tokenizer, task, split="test")
+    evaluation = ours.evaluate(None)
+    report = lm_eval_report(tiny_model, tiny_tokenizer, name, include_path=harness_tasks, num_fewshot=shots)
+    theirs = report[name].samples["acc,none"]
+    places = [int(example.id.split()[-1]) for example in task.examples("test")]
+    np.testing.assert_array_equal(evaluation.correct, [theirs[i] for i in places])
+    if name != "sums_alone":
+        assert sorted(places) == list(range(40))
+        assert evaluation.metrics["acc"] == pytest.approx(report[name].metrics["acc,none"])
+    assert ("acc_norm" in evaluation.metrics) == (name != "sums_word")
+
+
+def test_log_likelihoods_are_those_of_the_harness(harness_tasks, tiny_model, tiny_tokenizer):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    task = get("sums", harness_tasks, num_fewshot=2)
+    pairs = [(example.prompt, option) for example in task.examples("test") for option in example.options]
+    lm = HFLM(pretrained=tiny_model, tokenizer=tiny_tokenizer, batch_size=3)
+    expected = [lm.loglikelihood([Instance("loglikelihood", {}, pair, 0)], disable_tqdm=True)[0][0] for pair in pairs]
+    found = Evaluator(tiny_model, tiny_tokenizer, task, split="test").evaluate(None)
+    right = [2 * i + example.answer for i, example in enumerate(task.examples("test"))]
+    tokens = [len(pairs[i][1]) for i in right]  # a token is a byte
+    np.testing.assert_allclose(found.losses, [-expected[i] / n for i, n in zip(right, tokens)], rtol=1e-5)
+
+
+def test_a_prompt_that_is_too_long_is_cut_as_in_the_harness(harness_tasks, tiny_model, tiny_tokenizer):
+    task = get("sums", harness_tasks, num_fewshot=5)
+    with pytest.warns(UserWarning, match="40 of 40 prompts were cut"):
+        ours = Evaluator(tiny_model, tiny_tokenizer, task, split="test", max_length=24)
+    assert max(len(request.ids) for request in task.requests("test", tiny_tokenizer)) > 25
+    evaluation = ours.evaluate(None)
+    report = lm_eval_report(
+        tiny_model, tiny_tokenizer, "sums", include_path=harness_tasks, num_fewshot=5, max_length=24
+    )
+    assert evaluation.metrics["acc"] == pytest.approx(report["sums"].metrics["acc,none"])
+
+
+@pytest.mark.parametrize("name", ["sums", "sums_alone"])
+def test_splits_do_not_overlap_and_no_prompt_shows_its_answer_or_a_later_split(name, harness_tasks):
+    plain, shown = get(name, harness_tasks), get(name, harness_tasks, num_fewshot=4)
+    assert plain.splits == shown.splits == ("search", "dev", "test")
+    questions = {split: {example.prompt for example in plain.examples(split)} for split in plain.splits}
+    assert not questions["search"] & questions["dev"]
+    assert not (questions["search"] | questions["dev"]) & questions["test"]
+    for split, hidden in (("search", questions["dev"] | questions["test"]), ("dev", questions["test"])):
+        assert {e.id for e in plain.examples(split)} == {e.id for e in shown.examples(split)}
+        for example in shown.examples(split):
+            *examples, question = example.prompt.split("\n\n")
+            assert len(examples) == 4
+            asked = {text.partition("=")[0] + "=" for text in examples}
+            assert question in questions[split]
+            assert not asked & (hidden | {question})
+
+
+def test_a_group_is_all_its_tasks(harness_tasks, tiny_model, tiny_tokenizer):
+    task = get("all_sums", harness_tasks)
+    found = Evaluator(tiny_model, tiny_tokenizer, task, split="test").evaluate(None)
+    assert len(found.losses) == 80
+    report = lm_eval_report(tiny_model, tiny_tokenizer, ["all_sums"], include_path=harness_tasks)
+    assert found.metrics["acc"] == pytest.approx(report["all_sums"].metrics["acc,none"])
+    assert report["all_sums"].difference(report["all_sums"]).mean == 0
+    assert len(report["all_sums"].samples["acc,none"]) == 80
+
+
+def test_local_data_replaces_the_hub_for_a_task_of_the_harness(tmp_path):
+    rows = [
+        {"question": f"{i}?", "choices": {"text": ["x", f"y{i}"], "label": ["A", "B"]}, "answerKey": "AB"[i % 2]}
+        for i in range(6)
+    ]
+    for split, part in (("train", rows[:3]), ("test", rows[3:])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    task = tasks.get("lm_eval:arc_easy", data=tmp_path, num_fewshot=1)
+    assert {example.id for example in task.examples("test")} == {f"arc_easy test {i}" for i in range(3)}
+    (example, *_) = (e for e in task.examples("test") if e.id == "arc_easy test 1")
+    assert example.prompt.endswith("Question: 4?\nAnswer:")
+    assert example.options == (" x", " y4")
+    alone = tasks.get("lm_eval:arc_easy", data=tmp_path / "train.jsonl")
+    assert sum(len(alone.examples(split)) for split in alone.splits) == 3
+
+
+def test_describe_names_versions(harness_tasks):
+    import lm_eval
+
+    described = get("sums", harness_tasks, num_fewshot=1).describe()
+    assert json.loads(json.dumps(described)) == described
+    assert described["template"] == f"lm_eval {lm_eval.__version__}"
+    assert described["tasks"]["sums"] == {
+        "version": 2.0, "output_type": "multiple_choice", "num_fewshot": 1, "data_set": ["json", None],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sum", {}, r"unknown lm_eval task 'sum'; did you mean 'sums'\?"),
+        ("sums_written", {}, "'sums_written' .generate_until. does not score given answers"),
+        ("sums", {"num_fewshot": -1}, "num_fewshot must be at least 0, got -1"),
+        ("sums", {"most": 0}, "most must be at least 1, got 0"),
+        ("sums", {"data": "nowhere.jsonl"}, "data file nowhere.jsonl does not exist"),
+        ("sums_alone", {"num_fewshot": 40}, "too few documents .* to show 40 of"),
+        ("all_sums", {"data": "test.jsonl"}, "'all_sums' is a group of lm_eval tasks"),
+        ("sums", {"shots": 1}, "'lm_eval:sums' has no option 'shots'"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(name, options, message, harness_tasks):
+    with pytest.raises(TaskError, match=message):
+        get(name, harness_tasks, **options)
+
+
+def test_a_data_set_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "t.yaml").write_text(
+        "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: x\ndoc_to_target: 0\ndoc_to_choice: [a, b]\n"
+    )
+    with pytest.raises(TaskError, match=r"'t' .data set 'json'. cannot be loaded .FileNotFoundError.*local files"):
+        get("t", tmp_path)
+    (tmp_path / "u.yaml").write_text("task: u\ndoc_to_text: !function gone.f\n")
+    with pytest.raises(TaskError, match=r"unknown lm_eval task 'v'.*u.yaml cannot be read"):
+        get("v", tmp_path)
+
+
+def test_the_harness_is_imported_when_it_is_asked_for(tmp_path):
+    rows = [{"prompt": f"{i}?", "options": ["a", "b"], "answer": 0} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = (
+        "import sys, moeopt; moeopt.tasks.get('multiple_choice', sys.argv[1]); moeopt.evaluation;"
+        "print('lm_eval' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "rows.jsonl")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_without_the_harness_the_error_says_how_to_install_it():
+    code = (
+        "import sys; sys.modules['lm_eval'] = None\n"
+        "import moeopt\n"
+        "try: moeopt.tasks.get('lm_eval:arc_easy')\n"
+        "except moeopt.errors.TaskError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'moeopt[lm-eval]'" in done.stdout
+
+
+def test_an_objective_searches_on_it(harness_tasks, tiny_model, tiny_tokenizer):
+    space = moeopt.PruneSpace.of(tiny_model, keep=2, groups=1)
+    objective = moeopt.Objective(tiny_model, tiny_tokenizer, get("sums", harness_tasks), space, limit=6)
+    study = moeopt.create_study(objective=objective, storage=None, sampler="random")
+    study.optimize(objective, n_trials=2)
+    assert study.best_trial.user_attrs["accuracy"] in np.arange(7, dtype=float) / 6
