@@ -27,6 +27,7 @@ _HOMES = {
     "optimize": "moeopt.study",
     "paired_bootstrap": "moeopt.evaluation",
     "patched": "moeopt.models",
+    "profile": "moeopt.profiling",
     "shape_of": "moeopt.models",
     "Evaluator": "moeopt.evaluation",
 }
@@ -39,6 +40,7 @@ _ROOMS = {
     "figures",
     "methods",
     "models",
+    "profiling",
     "samplers",
     "spaces",
     "study",
@@ -75,6 +77,8 @@ __all__ = [
     "optimize",
     "paired_bootstrap",
     "patched",
+    "profile",
+    "profiling",
     "samplers",
     "shape_of",
     "spaces",
@@ -92,6 +96,7 @@ if TYPE_CHECKING:
         figures,
         methods,
         models,
+        profiling,
         samplers,
         spaces,
         study,
@@ -103,6 +108,7 @@ if TYPE_CHECKING:
     from moeopt.models import load, moe_layers, patched, shape_of
     from moeopt.objective import Objective
     from moeopt.plan import LayerPlan, ModelShape, Plan
+    from moeopt.profiling import profile
     from moeopt.racing import RacingPruner
     from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
     from moeopt.study import create_study, enqueue, load_study, optimize

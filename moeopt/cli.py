@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moeopt import __version__, arguments, cli_compare
+from moeopt import __version__, arguments, cli_compare, cli_profile
 from moeopt.errors import ExportError, MoeoptError, PlanError
 from moeopt.options import (
     DEFAULT_STORAGE,
@@ -420,6 +420,7 @@ def export(
 
 
 cli_compare.register(app)
+cli_profile.register(app)
 
 if __name__ == "__main__":
     sys.exit(main())
