@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moeopt.errors import ModelError, MoeoptError
 from moeopt.models import MergedCache, Sizes, empty_model, is_dense, load_model, moe_layers, patched
+from moeopt.models.layerwise import input_device
 from moeopt.plan import LayerPlan, Plan
 from moeopt.profiling import measuring
 
@@ -138,14 +139,14 @@ class Host:
     def _prompts(self, batch: int, length: int) -> Tensor:
         """(batch, length) token ids, the stream from its start, again and again."""
         ids = self.stream[torch.arange(batch * length) % len(self.stream)]
-        return ids.reshape(batch, length).to(self.model.device)
+        return ids.reshape(batch, length).to(input_device(self.model))
 
     def _rows(self, batch: int, length: int, tokens: int) -> list[Tensor]:
         """The first tokens of the stream, about so many, as batches of rows; none of them twice."""
         length = min(length, tokens, len(self.stream))
         rows = self.stream[: tokens // length * length]
         rows = rows[: len(rows) // length * length].reshape(-1, length)
-        return [part.to(self.model.device) for part in rows.split(batch)]
+        return [part.to(input_device(self.model)) for part in rows.split(batch)]
 
     @staticmethod
     @cache

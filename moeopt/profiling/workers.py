@@ -63,9 +63,8 @@ class Worker:
             raise ProfileError(f"the process that measures {self.source!r} ended with code {code}{hint}")
         answer = json.loads(line)
         if "error" in answer:
-            raise {"ModelError": ModelError, "PlanError": PlanError}.get(answer["error"], ProfileError)(
-                answer["message"]
-            )
+            kind = {"ModelError": ModelError, "PlanError": PlanError}.get(answer["error"], ProfileError)
+            raise kind(answer["message"])
         return answer["answer"]
 
     def close(self) -> None:
