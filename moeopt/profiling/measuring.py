@@ -5,13 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import inspect
-import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,7 +22,7 @@ from moeopt.models import MoELayer
 WARM_UP = 8
 """Tokens of the short run before a timed one."""
 SAMPLE_EVERY = 0.002
-"""Seconds between looks at a process's memory where its high-water mark cannot be reset."""
+"""Seconds between looks at the memory of this process."""
 
 
 @torch.inference_mode()
@@ -68,9 +66,18 @@ def accelerators(model: nn.Module) -> list[torch.device]:
     return sorted({p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}, key=str)
 
 
-def resident_bytes() -> int:
-    """Bytes of RAM this process holds."""
-    return int(psutil.Process().memory_info().rss)
+def settled_bytes() -> int:
+    """Bytes of RAM that are this process's own, once it gave back what it no longer uses."""
+    gc.collect()
+    with suppress(AttributeError, OSError, TypeError):  # where the C library is not glibc, which keeps much
+        ctypes.CDLL(None).malloc_trim(0)
+    return _own_bytes()
+
+
+def _own_bytes() -> int:
+    """Resident bytes but those of mapped files: the system drops these as it likes, and a read checkpoint is one."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
 
 
 @dataclass
@@ -84,64 +91,35 @@ class Peak:
 def peak_memory(model: nn.Module, before: int) -> Iterator[Peak]:
     """The peak of a model's memory while the context is open, weights included.
 
-    With a CUDA device it is what torch allocated at most, on all devices together. Without, the high-water mark of this
-    process's resident memory above `before`, bytes it held before the model was loaded.
+    With a CUDA device it is what torch allocated at most, on all devices together. Without, it is the most of its own
+    memory that this process was seen to hold, every 2 ms, less `before`: its `settled_bytes` before the model was
+    loaded.
     """
     found = Peak()
     devices = [device for device in accelerators(model) if device.type == "cuda"]
-    gc.collect()
+    settled_bytes()
     if devices:
+        torch.cuda.empty_cache()
         for device in devices:
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         yield found
         synchronise(model)
         found.bytes = sum(torch.cuda.max_memory_allocated(device) for device in devices)
         return
-    _return_freed_memory()
-    with ExitStack() as stack:
-        mark = _high_water_mark() or stack.enter_context(_sampled())
-        yield found
-        found.bytes = mark() - before
-
-
-def _return_freed_memory() -> None:
-    """Give the system back what earlier runs freed, where the C library (glibc) can."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        return
-
-
-def _high_water_mark() -> Any:
-    """Reset this process's high-water mark; returns the function that reads it, or None where that is not possible."""
-    status = Path("/proc/self/status")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    if found is None:
-        return None
-    return lambda: 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)[1])  # type: ignore[index]
-
-
-@contextmanager
-def _sampled() -> Iterator[Any]:
-    """A function that returns the most that a thread saw of this process's resident memory."""
-    most, done = [resident_bytes()], threading.Event()
+    seen, done = [_own_bytes()], threading.Event()
 
     def look() -> None:
         while not done.wait(SAMPLE_EVERY):
-            most[0] = max(most[0], resident_bytes())
+            seen[0] = max(seen[0], _own_bytes())
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     try:
-        yield lambda: max(most[0], resident_bytes())
+        yield found
     finally:
         done.set()
         thread.join()
+    found.bytes = max(seen[0], _own_bytes()) - before
 
 
 @torch.inference_mode()

@@ -70,7 +70,7 @@ class Host:
         Args:
             stream: token ids that prompts are cut from.
         """
-        self.before = measuring.resident_bytes()
+        self.before = measuring.settled_bytes()
         self.model: Any = load_model(self.source, **self.options)
         self.layers, _ = usable_layers(self.model)
         self.sizes = Sizes(self.model, self.layers)
@@ -86,7 +86,9 @@ class Host:
             "device_names": cuda,
             "experts_implementation": getattr(config, "_experts_implementation", None) if self.layers else None,
             "threads": torch.get_num_threads(),
-            "peak_from": "torch.cuda.max_memory_allocated" if cuda else "resident memory above that before loading",
+            "peak_from": "torch.cuda.max_memory_allocated"
+            if cuda
+            else "the process's own memory (mapped files apart) over that before loading",
             "torch": torch.__version__,
         }
 
