@@ -27,6 +27,9 @@ from moeopt.models.layerwise import input_device
 from moeopt.plan import LayerPlan, Plan
 from moeopt.profiling import measuring
 
+CUDA_PEAK = "torch.cuda.max_memory_allocated"
+RAM_PEAK = "RAM of the process beyond that before loading, mapped files apart"
+
 
 class Host:
     """A checkpoint in this process; each public method answers one kind of request."""
@@ -86,9 +89,7 @@ class Host:
             "device_names": cuda,
             "experts_implementation": getattr(config, "_experts_implementation", None) if self.layers else None,
             "threads": torch.get_num_threads(),
-            "peak_from": "torch.cuda.max_memory_allocated"
-            if cuda
-            else "the process's own memory (mapped files apart) over that before loading",
+            "peak_from": CUDA_PEAK if cuda else RAM_PEAK,
             "torch": torch.__version__,
         }
 
