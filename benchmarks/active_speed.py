@@ -2,11 +2,13 @@
 
     python benchmarks/active_speed.py MODEL --data FILES [--keep 4] [--prompt 256] [--new 32] [--batch 1 8]
 
-Prefill is one forward pass over a batch of prompts that fills the KV cache; decode is one token at a time after it, by
-`generate`, greedy. Betas are calibrated on other windows of the same data. Every variant runs in turn with the full
-model, and the table has the median of the paired ratios of tokens per second, this over the full model's, wall time.
+Prefill is one forward pass over a batch of prompts that fills the KV cache; decode is one token at a time after it,
+greedy. Betas are calibrated on other windows of the same data. Every variant runs in turn with the full model, and the
+tables of `moeopt.profile` have the median of the paired ratios of tokens per second, this over the full model's, wall
+time.
 
-SmolMoE (bf16, 30 layers, 8 experts, top-2), prompts of 256 tokens of Python text, 16 new, one thread, medians of 3:
+SmolMoE (bf16, 30 layers, 8 experts, top-2), prompts of 256 tokens of Python text, 16 new, one thread, medians of 3,
+decoding by `generate`, which did not yet go through `moeopt.profile`:
 
 | | active | prefill over full, batch 1, 4 | decode over full, batch 1, 4 |
 |---|---|---|---|
@@ -24,78 +26,49 @@ bound by the overhead of thirty small layers, and its ratios scatter; they say l
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from typing import Any
+import gc
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
 import moeopt
-from moeopt import methods
+from moeopt import methods, profiling
 from moeopt.plan import Plan
 
 
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    model, tokenizer = moeopt.load(args.model)
     task = moeopt.tasks.get("text", data=args.data, window=args.prompt)
+    plans = variants(args, task)
+    gc.collect()
+    found = moeopt.profile(
+        {"full": args.model},
+        plans=plans,
+        batch=args.batch,
+        prompt_length=[args.prompt],
+        new_tokens=args.new,
+        repeats=args.repeats,
+        task=task,
+        threads=args.threads,
+    )
+    Console(width=130).print(profiling.view(found))
+
+
+def variants(args: argparse.Namespace, task: moeopt.tasks.Task) -> dict[str, Plan]:
+    """Fewer active experts in every way, alone and with pruning."""
+    model, tokenizer = moeopt.load(args.model)
     calibration = methods.Calibration(model, tokenizer, task, limit=args.calibration)
     shape = calibration.shape
     full = Plan.identity(shape.layers, shape.experts, shape.k)
     pruned = methods.plan("naee", calibration, keep=args.keep)
-    variants = {
-        "full": full,
+    return {
         "full, skipping": methods.skipping(full, calibration),
         "full, k = 1": full.with_k(1),
         f"r = {args.keep}": pruned,
         f"r = {args.keep}, skipping": methods.skipping(pruned, calibration),
         f"r = {args.keep}, k = 1": pruned.with_k(1),
     }
-    requests = task.requests("test", tokenizer)
-    prompts = torch.tensor([request.ids for request in requests if len(request.ids) == args.prompt])
-    console = Console(width=130)
-    for batch in args.batch:
-        ids = prompts[torch.arange(batch) % len(prompts)].to(model.device)
-        console.print(measured(model, ids, variants, args))
-
-
-def measured(model: Any, ids: Tensor, variants: dict[str, Plan], args: argparse.Namespace) -> Table:
-    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    active: dict[str, float] = {}
-    for repeat in range(args.repeats + 1):  # the first one warms up
-        for name, plan in variants.items():
-            with moeopt.patched(model, plan) as state, torch.inference_mode():
-                speed = tokens_per_second(model, ids, args.new)
-            active[name] = statistics.mean(state.active)
-            if repeat:
-                speeds[name].append(speed)
-    table = Table(title=f"batch {len(ids)}, prompts of {ids.shape[1]} tokens, {args.new} new, {args.threads} threads")
-    for column in ("", "active experts", "prefill, tokens/s", "over full", "decode, tokens/s", "over full"):
-        table.add_column(column)
-    for name, own in speeds.items():
-        cells = [f"{active[name]:.2f}"]
-        for part in (0, 1):
-            ratios = [mine[part] / theirs[part] for mine, theirs in zip(own, speeds["full"])]
-            cells += [f"{statistics.median(x[part] for x in own):.1f}"]
-            cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
-        table.add_row(name, *cells)
-    return table
-
-
-def tokens_per_second(model: Any, ids: Tensor, new: int) -> tuple[float, float]:
-    """Of prefill and of decoding."""
-    started = time.perf_counter()
-    model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    prefill = time.perf_counter() - started
-    started = time.perf_counter()
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    decode = time.perf_counter() - started - prefill
-    return ids.numel() / prefill, len(ids) * new / max(decode, 1e-9)
 
 
 def arguments() -> argparse.Namespace:

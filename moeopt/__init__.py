@@ -28,6 +28,7 @@ _HOMES = {
     "paired_bootstrap": "moeopt.evaluation",
     "patched": "moeopt.models",
     "select": "moeopt.selection",
+    "profile": "moeopt.profiling",
     "shape_of": "moeopt.models",
     "Evaluator": "moeopt.evaluation",
 }
@@ -40,6 +41,7 @@ _ROOMS = {
     "figures",
     "methods",
     "models",
+    "profiling",
     "samplers",
     "selection",
     "spaces",
@@ -77,6 +79,8 @@ __all__ = [
     "optimize",
     "paired_bootstrap",
     "patched",
+    "profile",
+    "profiling",
     "samplers",
     "select",
     "selection",
@@ -96,6 +100,7 @@ if TYPE_CHECKING:
         figures,
         methods,
         models,
+        profiling,
         samplers,
         selection,
         spaces,
@@ -108,6 +113,7 @@ if TYPE_CHECKING:
     from moeopt.models import load, moe_layers, patched, shape_of
     from moeopt.objective import Objective
     from moeopt.plan import LayerPlan, ModelShape, Plan
+    from moeopt.profiling import profile
     from moeopt.racing import RacingPruner
     from moeopt.selection import select
     from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace

@@ -25,6 +25,19 @@ def quick_shape(model: str) -> ModelShape | None:
     """The shape that a Mixtral's own config.json tells; None where only transformers can tell."""
     from moeopt.plan import ModelShape
 
+    config = checkpoint_config(model)
+    if config is None:
+        return None
+    if not re.search(r"expert|moe|mixtral", json.dumps(config), re.IGNORECASE):
+        raise ModelError(f"{model!r} is a dense model: its config.json names no experts")
+    numbers: list[Any] = [config.get(key) for key in ("num_hidden_layers", "num_local_experts", "num_experts_per_tok")]
+    if config.get("model_type") != "mixtral" or not all(isinstance(value, int) for value in numbers):
+        return None
+    return ModelShape(*numbers)
+
+
+def checkpoint_config(model: str) -> dict[str, Any] | None:
+    """The config.json of a checkpoint folder; None for what may be a hub id."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         if folder.exists():
@@ -33,17 +46,12 @@ def quick_shape(model: str) -> ModelShape | None:
             raise ModelError(f"no checkpoint folder at {model!r}")
         return None
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{model!r} is not a checkpoint folder: it has no config.json") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{model!r} is not a checkpoint folder: its config.json cannot be read ({error})") from None
-    if not re.search(r"expert|moe|mixtral", json.dumps(config), re.IGNORECASE):
-        raise ModelError(f"{model!r} is a dense model: its config.json names no experts")
-    numbers = [config.get(key) for key in ("num_hidden_layers", "num_local_experts", "num_experts_per_tok")]
-    if config.get("model_type") != "mixtral" or not all(isinstance(value, int) for value in numbers):
-        return None
-    return ModelShape(*numbers)
+    return config
 
 
 BELONGS = {

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moeopt import __version__, arguments, cli_compare, cli_lm_eval, cli_select
+from moeopt import __version__, arguments, cli_compare, cli_lm_eval, cli_profile, cli_select
 from moeopt.errors import ExportError, MoeoptError, PlanError
 from moeopt.options import (
     DEFAULT_STORAGE,
@@ -432,6 +432,7 @@ def export(
 
 cli_compare.register(app)
 cli_lm_eval.register(app)
+cli_profile.register(app)
 cli_select.register(app)
 
 if __name__ == "__main__":

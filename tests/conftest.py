@@ -14,6 +14,8 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
@@ -90,6 +92,15 @@ def make_mixtral() -> MakeMixtral:
 def tiny_model() -> MixtralForCausalLM:
     """2 layers, 4 experts, top-2, float32."""
     return build_mixtral(layers=2, experts=4)
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """2 layers, dense, float32."""
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporting": {"errors", "plan", "models", "study"},
     "selection": {"console", "errors", "plan", "genome", "models", "evaluation", "objective"},
     "comparing": {"errors", "plan", "models", "tasks", "evaluation", "methods"},
+    "profiling": {"errors", "plan", "models"},
     "figures": {"errors", "plan"},
     "demo": {
         "console",

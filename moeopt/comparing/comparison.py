@@ -51,7 +51,7 @@ class Row:
         loss, accuracy: by split.
         loss_sd, accuracy_sd: by split, over the prunings of a mean (of a single one: 0); else empty.
         drawn: by split, how many prunings a mean is over; else empty.
-        parameters: of a stock checkpoint with so many experts.
+        parameters: of the checkpoint that holds the plan.
         gib: what they take in the model's dtypes.
         active: experts that a token ran in an MoE layer, mean, on the last of the splits.
         layer_tokens: what finding it cost; of a search, all its trials.

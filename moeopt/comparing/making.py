@@ -9,10 +9,10 @@ import numpy as np
 from moeopt.comparing.bench import Bench, found_by_each
 from moeopt.comparing.comparison import SKIPPING, Kind, Row
 from moeopt.comparing.searched import Searched
-from moeopt.comparing.sizes import Sizes
 from moeopt.errors import MethodError, ModelError, NonFiniteLossError
 from moeopt.evaluation import Evaluation
 from moeopt.methods import METHODS, Wanted
+from moeopt.models import Sizes
 from moeopt.plan import ModelShape, Plan
 
 
@@ -60,7 +60,7 @@ class Maker:
                 found[split] = [evaluation for _, evaluation in self._finite(plans[:test_draws], split, label)]
         losses = {split: np.array([e.loss for e in of]) for split, of in found.items() if of}
         accuracies = {split: np.array([e.accuracy for e in of]) for split, of in found.items() if of}
-        parameters, size = self.sizes.of(plans[0])
+        size = self.sizes.of(plans[0])
         self.rows.append(
             Row(
                 keep=keep,
@@ -70,8 +70,8 @@ class Maker:
                 plan=None,
                 loss={split: float(x.mean()) for split, x in losses.items()},
                 accuracy={split: float(x.mean()) for split, x in accuracies.items()},
-                parameters=parameters,
-                gib=size / 2**30,
+                parameters=size.parameters,
+                gib=size.bytes / 2**30,
                 active=float(np.mean([e.active for e in found["search"]])),
                 loss_sd={split: float(x.std()) for split, x in losses.items()},
                 accuracy_sd={split: float(x.std()) for split, x in accuracies.items()},
@@ -117,7 +117,7 @@ class Maker:
     def _row(self, kind: Kind, name: str, plan: Plan | None, keep: int, k: int, cost: int) -> None:
         label = f"{name}, keep {keep}, k {k}"
         found = {split: self.bench.evaluate(plan, split, label) for split in self.bench.sizes}
-        parameters, size = self.sizes.of(plan)
+        size = self.sizes.of(plan)
         self.rows.append(
             Row(
                 keep=keep,
@@ -127,8 +127,8 @@ class Maker:
                 plan=plan,
                 loss={split: e.loss for split, e in found.items()},
                 accuracy={split: e.accuracy for split, e in found.items()},
-                parameters=parameters,
-                gib=size / 2**30,
+                parameters=size.parameters,
+                gib=size.bytes / 2**30,
                 active=next(reversed(found.values())).active,
                 layer_tokens=cost,
                 evaluations=found,

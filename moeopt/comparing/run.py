@@ -13,9 +13,8 @@ from moeopt.comparing.comparison import Comparison, Row, best_one_shot
 from moeopt.comparing.ledger import Ledger
 from moeopt.comparing.making import Maker, kept
 from moeopt.comparing.searched import Searched, searched
-from moeopt.comparing.sizes import Sizes
 from moeopt.evaluation import Evaluation, paired_bootstrap
-from moeopt.models import describe, shape_of, without_plan
+from moeopt.models import Sizes, describe, shape_of, without_plan
 from moeopt.plan import ModelShape
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from moeopt.demo.task import skill_task
 from moeopt.errors import StudyError
 from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
 from moeopt.exporting import best_stock_trial, check_folder, export
-from moeopt.models import load, moe_layers
+from moeopt.models import Sizes, load
 from moeopt.objective import Objective
-from moeopt.plan import LayerPlan, Plan
+from moeopt.plan import Plan
 from moeopt.spaces import EEPSpace
 from moeopt.study import create_study, finished, optimize
 
@@ -181,22 +181,11 @@ def _of_trial(name: str, trial: FrozenTrial, space: EEPSpace, model: PreTrainedM
 
 
 def _entry(name: str, model: PreTrainedModel, plan: Plan | None, search_loss: float, test: Evaluator) -> Entry:
-    whole = sum(p.numel() for p in model.parameters())
+    sizes = Sizes(model)
+    parameters = sizes.of(plan).parameters
     stored = sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
-    parameters = whole
-    for i, layer in enumerate(moe_layers(model)):
-        if plan is not None:
-            expert = sum(p.numel() for p in layer.experts.parameters()) // layer.n
-            parameters -= (layer.n - plan.layers[i].kept_experts) * expert
-            parameters += _router_size(plan.layers[i], layer.hidden) - layer.n * layer.hidden
-    return Entry(name, plan, search_loss, test.evaluate(plan), parameters, stored * parameters / whole)
-
-
-def _router_size(layer: LayerPlan, hidden: int) -> int:
-    """Numbers in the planned router: r rows of the weight; for a dense map of probabilities all n, and the map."""
-    if layer.router == "prob" and layer.router_rows is None:
-        return layer.experts * hidden + layer.kept_experts * layer.experts
-    return layer.kept_experts * hidden
+    share = parameters / sizes.of().parameters
+    return Entry(name, plan, search_loss, test.evaluate(plan), parameters, stored * share)
 
 
 def _mean(evaluations: Sequence[Evaluation]) -> Evaluation:

@@ -1,9 +1,9 @@
 """Models: find MoE layers, apply a plan reversibly, load checkpoints. The only room that knows transformers."""
 
 from moeopt.models.identity import describe, fingerprint
-from moeopt.models.layers import MoELayer, materialised, moe_layers, shape_of
+from moeopt.models.layers import MoELayer, is_dense, materialised, moe_layers, shape_of
 from moeopt.models.layerwise import Layerwise, layerwise
-from moeopt.models.loading import check_checkpoint, load, load_tokenizer
+from moeopt.models.loading import check_checkpoint, empty_model, load, load_model, load_tokenizer
 from moeopt.models.merging import MergedCache, merge
 from moeopt.models.patching import (
     Patched,
@@ -15,6 +15,7 @@ from moeopt.models.patching import (
     without_plan,
 )
 from moeopt.models.routing import RoutingRule
+from moeopt.models.sizes import Size, Sizes
 
 __all__ = [
     "Layerwise",
@@ -22,13 +23,18 @@ __all__ = [
     "MoELayer",
     "Patched",
     "RoutingRule",
+    "Size",
+    "Sizes",
     "Storage",
     "check_checkpoint",
     "describe",
+    "empty_model",
     "experts_run_by",
     "fingerprint",
+    "is_dense",
     "layerwise",
     "load",
+    "load_model",
     "load_tokenizer",
     "materialised",
     "merge",

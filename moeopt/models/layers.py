@@ -84,6 +84,11 @@ def moe_layers(model: nn.Module) -> tuple[MoELayer, ...]:
     )
 
 
+def is_dense(model: nn.Module) -> bool:
+    """Whether no module of the model holds experts, of whatever interface."""
+    return not any(isinstance(getattr(module, "experts", None), nn.Module) for module in model.modules())
+
+
 def shape_of(model: nn.Module) -> ModelShape:
     """Number of MoE layers, experts a layer, and experts per token of `model`.
 

@@ -16,6 +16,7 @@ from moeopt.models.layers import shape_of
 from moeopt.plan import ModelShape
 
 Source = str | os.PathLike[str]
+HUB = ("revision", "token", "cache_dir", "local_files_only")
 
 
 def load(
@@ -41,12 +42,49 @@ def load(
         ModelError: when there is no such checkpoint, it has no tokenizer, it is not a causal language model with equal
             MoE layers, or some of its tensors are missing.
     """
+    hub = {name: options[name] for name in HUB if name in options}
+    check_checkpoint(source, trust_remote_code=trust_remote_code, **hub)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
+    model = load_model(
+        source,
+        device_map=device_map,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        experts_implementation=experts_implementation,
+        **options,
+    )
+    return model, tokenizer
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ModelError: when it has none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{str(source)!r} has no tokenizer that can be read: {_first_line(error)}") from error
+
+
+def load_model(
+    source: Source,
+    *,
+    device_map: str | dict[str, int | str] | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    experts_implementation: str | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A causal language model in eval mode, dense or with MoE layers of any form; arguments as of `load`.
+
+    Raises:
+        ModelError: when its weights cannot be read, or some are missing.
+    """
     # oneDNN keeps a compiled primitive for every number of tokens an expert ever saw, 1024 of them: gigabytes
     # in a search on a CPU, and no time saved. It reads the variable at the first bfloat16 product of the process.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
-    check_checkpoint(source, trust_remote_code=trust_remote_code, **hub)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
     try:
@@ -64,15 +102,7 @@ def load(
     if missing:
         named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ModelError(f"{str(source)!r} lacks tensors that would be filled with random numbers: {named}")
-    return model.eval(), tokenizer
-
-
-def load_tokenizer(source: Source, *, trust_remote_code: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
-    """A checkpoint's tokenizer alone; arguments and errors as `check_checkpoint`."""
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{str(source)!r} has no tokenizer that can be read: {_first_line(error)}") from error
+    return model.eval()
 
 
 def check_checkpoint(source: Source, *, trust_remote_code: bool = False, **hub: Any) -> ModelShape:
@@ -85,6 +115,19 @@ def check_checkpoint(source: Source, *, trust_remote_code: bool = False, **hub: 
 
     Raises:
         ModelError: as `load`, but for the tokenizer and the weights.
+    """
+    model = empty_model(source, trust_remote_code=trust_remote_code, **hub)
+    try:
+        return shape_of(model)
+    except ModelError as error:
+        raise ModelError(f"{str(source)!r}: {error}") from None
+
+
+def empty_model(source: Source, *, trust_remote_code: bool = False, **hub: Any) -> PreTrainedModel:
+    """A checkpoint's causal language model on the meta device, from its config alone; arguments as `check_checkpoint`.
+
+    Raises:
+        ModelError: when there is no such checkpoint, or it is not a causal language model.
     """
     _check_folder(source)
     try:
@@ -99,13 +142,9 @@ def check_checkpoint(source: Source, *, trust_remote_code: bool = False, **hub: 
         raise ModelError(f"the config of {str(source)!r} cannot be used: {_first_line(error)}") from error
     try:
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"{str(source)!r} is not a causal language model: {_first_line(error)}") from error
-    try:
-        return shape_of(model)
-    except ModelError as error:
-        raise ModelError(f"{str(source)!r}: {error}") from None
 
 
 def _check_folder(source: Source) -> None:

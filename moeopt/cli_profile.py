@@ -1,0 +1,137 @@
+"""`moeopt profile`: arguments are checked and handed to `moeopt.profile`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeopt import arguments
+from moeopt.cli_compare import Steps, numbers
+from moeopt.errors import MoeoptError
+from moeopt.options import (
+    DEFAULT_STORAGE,
+    GOAL,
+    INTERRUPTED,
+    MACHINE,
+    DeviceMap,
+    Dtype,
+    Storage,
+    TaskOption,
+)
+
+EXAMPLES = (
+    "[bold]Examples[/bold]\n\n"
+    "moeopt profile ./mixtral ./mixtral-4-experts --batch 1,8,32\n\n"
+    "moeopt profile ./mixtral --plan pruned.safetensors --plan skipping.safetensors --data src/ --out profile.json\n\n"
+    "moeopt profile ./mixtral --study boolq-8to4 --trial best --threads 8"
+)
+
+PROFILED, TIMED = (partial(typer.Option, rich_help_panel=panel) for panel in ("What is profiled", "What is timed"))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("profile", epilog=EXAMPLES)(profile)
+
+
+def profile(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="Checkpoint folders or hub ids; the others are held against the first."
+        ),
+    ],
+    plan: Annotated[
+        list[Path] | None,
+        PROFILED(metavar="FILE", help="A plan file, or EEP .pth, applied to the first model; repeatable."),
+    ] = None,
+    study: Annotated[
+        str | None, PROFILED(metavar="NAME", help="A study of the first model, for the plan of a trial.")
+    ] = None,
+    trial: Annotated[str, PROFILED(help="The study's trial: its number, best or best-stock.")] = "best",
+    storage: Storage = DEFAULT_STORAGE,
+    batch: Annotated[str, TIMED(metavar="N,N,...", help="Prompts run at once.")] = "1,8",
+    prompt_length: Annotated[str, TIMED(metavar="N,N,...", help="Tokens a prompt.")] = "256",
+    new_tokens: Annotated[int, TIMED(metavar="N", min=1, help="Tokens to decode after each prefill.")] = 32,
+    repeats: Annotated[int, TIMED(metavar="N", min=1, help="How often each is timed, a warm-up apart.")] = 5,
+    task: Annotated[
+        str | None, GOAL(help="Task whose test examples the prompts are. Default: text if there is --data.")
+    ] = None,
+    data: Annotated[
+        str | None, GOAL(metavar="DATA", help="The task's data. Default: without --task, random token ids.")
+    ] = None,
+    task_option: TaskOption = None,
+    balance_tokens: Annotated[
+        int, GOAL(metavar="N", min=1, help="Tokens that load balance and active experts are counted on.")
+    ] = 2048,
+    seed: Annotated[int, GOAL(metavar="N", min=0, help="Seed of random token ids.")] = 0,
+    device_map: DeviceMap = "auto",
+    dtype: Dtype = "auto",
+    experts: Annotated[
+        str | None, MACHINE(metavar="NAME", help="Experts implementation of transformers. Default: the model's own.")
+    ] = None,
+    threads: Annotated[int | None, MACHINE(metavar="N", min=1, help="Threads of torch. Default: torch's own.")] = None,
+    trust_remote_code: Annotated[
+        bool, MACHINE("--trust-remote-code", help="Run code that comes with a checkpoint.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write all numbers here, and as .csv beside it.")
+    ] = None,
+) -> None:
+    """Measure parameters, memory, speed and expert load balance of models and plans, side by side."""
+    from moeopt import profiling
+
+    batches, lengths = numbers("--batch", batch), numbers("--prompt-length", prompt_length)
+    options = arguments.pairs("--task-option", task_option)
+    if out is not None:
+        profiling.check_out(out)
+    for model in models:
+        arguments.checkpoint_config(model)
+    plans = []
+    if plan or study is not None:
+        shape = arguments.quick_shape(models[0])
+        plans = [(file.stem, arguments.read_plan(file, shape.layers if shape else None)) for file in plan or ()]
+    if study is not None:
+        chosen, title, _ = arguments.chosen_plan("--plan", None, None, storage, study, trial)
+        plans.append((title.partition(" (")[0], chosen))
+    goal = None
+    if task is not None or data is not None:
+        from moeopt import tasks
+
+        goal = tasks.get(task or "text", data=data, **options)
+        goal.examples(goal.splits[-1])
+    elif options:
+        raise MoeoptError("--task-option needs --task or --data")
+    from moeopt.console import consoles
+
+    console, err = consoles()
+    try:
+        with Steps(err) as progress:
+            found = profiling.profile(
+                models,
+                plans=profiling.unique(plans),
+                batch=batches,
+                prompt_length=lengths,
+                new_tokens=new_tokens,
+                repeats=repeats,
+                task=goal,
+                balance_tokens=balance_tokens,
+                seed=seed,
+                device_map=device_map,
+                dtype=dtype,
+                experts_implementation=experts,
+                trust_remote_code=trust_remote_code,
+                threads=threads,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        err.print("Interrupted; nothing is kept of a profile that is not finished.")
+        raise typer.Exit(INTERRUPTED) from None
+    if out is not None:
+        found.save(out)
+    console.print(profiling.view(found))
+    if out is not None:
+        console.print(f"\nsaved to {out} and {out.with_suffix('.csv')}", markup=False, soft_wrap=True)
