@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import sqlite3
@@ -103,6 +104,7 @@ BAD_SEARCH = {
     "no ranges at all": (["--groups", "a-b"], "'a-b'", "0-7,8-31"),
     "no trial": (["--trials", "0"], "--trials", "'0'"),
     "half a trial": (["--trials", "1.5"], "--trials", "'1.5'"),
+    "unknown score": (["--score", "klx"], "--score", "'klx'", "'kl'"),
     "no example": (["--limit", "0"], "--limit", "'0'"),
     "unknown dtype": (["--dtype", "float8"], "'float8'", "bfloat16"),
     "unknown sampler": (["--sampler", "eepp"], "'eepp'", "did you mean 'eep'"),
@@ -311,6 +313,29 @@ def test_a_raced_search_with_local(place: Place, tmp_path: Path) -> None:
     assert all(list(trial.intermediate_values) == [half] and "estimate" in trial.user_attrs for trial in pruned)
     assert main(arguments) == 0
     assert main([*arguments, "--rungs", "3"]) == 2
+
+
+def test_prompts_without_answers_are_searched(place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"a prompt of some length, number {i}"}) + "\n" for i in range(40))
+    )
+    storage = f"sqlite:///{tmp_path / 'new.db'}"
+    task = ["--task", "text", "--data", str(prompts), "--task-option", "column=prompt", "--limit", "4"]
+    more = [*task, "--sampler", "random", "--trials", "4", "--storage", storage, "--study", "u"]
+    again = ["search", str(place.model), "--keep", "3", *more]
+    assert main([*again, "--score", "kl"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"full model: \d+ positions in .* s, \d+ tokens of each kept in .* MiB", err)
+    assert re.search(r"loss 0\.\d+, agreement \d+\.\d% on the search split", out)
+    study = load_study("u", storage)
+    assert all(trial.value > 0 for trial in study.trials)
+    assert main(["show", "u", "--storage", storage]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"score +kl\b", shown)
+    assert "agreement" in shown
+    assert main([*again, "--score", "acceptance"]) == 2
+    assert "'kl', now 'acceptance'" in capsys.readouterr().err
 
 
 def test_k_and_skipping_are_searched(place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

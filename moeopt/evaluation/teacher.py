@@ -51,6 +51,10 @@ TOKEN_BYTES, POSITION_BYTES = 8, 16
 class Compression:
     """How much is kept of what the full model says.
 
+    On a model of 0.7 billion parameters and 49,152 tokens, Python code, a plan of KL 0.0155: top_p 0.9999 keeps 110 kB
+    a position and finds the KL 0.02% too small, 0.999 44 kB and 0.2%, 0.99 11 kB and 2%, 0.9 1.2 kB and 15%. Models
+    with less in the tail keep less.
+
     Args:
         top_p: the probability that the kept tokens of a position must reach; 1 keeps all of them.
         memory: bytes for what is kept of all positions. Where it is short, the kept tokens of a position are at most
@@ -61,7 +65,7 @@ class Compression:
         ValueError: naming an argument that is out of range.
     """
 
-    top_p: float = 0.9999
+    top_p: float = 0.999
     memory: int = MEMORY
     device: str = "cpu"
 
@@ -217,8 +221,10 @@ class Teacher:
         """Of some rows of logits: tokens kept, (rows,), those of all rows, their log-probabilities, the rests'."""
         logits = logits[row.to(logits.device)].float()
         index, length = self._likeliest(logits)
+        first = logits.argmax(1, keepdim=True)  # of equally likely ones the lowest, however they were sorted
+        index = torch.cat([first, torch.where(index == first, index[:, :1], index)[:, 1:]], 1)
         kept = torch.arange(index.shape[1], device=index.device) < length[:, None]
-        index = torch.where(kept, index, index[:, :1])
+        index = torch.where(kept, index, first)
         log_p, rest, _ = _log_probabilities(logits, index)
         if rest.isnan().any():
             raise ModelError("the full model gives logits that are not finite: no plan can be held against it")

@@ -142,6 +142,17 @@ def test_a_compressed_teacher_gives_bounds(make, top_p: float, tokens: int, rows
         assert teacher.rest <= 1 - top_p + 1e-6
 
 
+def test_of_equally_likely_tokens_the_lowest_is_the_first_choice(make_mixtral, make) -> None:
+    model = make_mixtral(layers=LAYERS, experts=EXPERTS)
+    with torch.no_grad():
+        model.lm_head.weight[150:] = model.lm_head.weight[:150]  # every token has a twin
+    evaluations = [make(model=model, compression=Compression(p)).evaluate(PRUNED) for p in (1.0, 0.999, 0.5, 0.01)]
+    for evaluation in evaluations:
+        np.testing.assert_array_equal(evaluation.correct, evaluations[0].correct)
+        assert (evaluation.losses <= evaluations[0].losses + 1e-6).all()
+    assert not make(model=model, compression=Compression(0.01)).evaluate(None).losses.any()
+
+
 def test_kept_tokens_are_the_fewest_that_reach_top_p(model, tiny_tokenizer, make) -> None:
     evaluator = make(TASKS["text"], compression=Compression(0.8))
     evaluator.evaluate(None)
