@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -20,6 +20,7 @@ from moeopt.options import (
     DeviceMap,
     Dtype,
     Model,
+    ScoreName,
     Storage,
     Task,
     TaskOption,
@@ -54,7 +55,7 @@ def select(
     dev_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N dev examples. Default: all.")] = None,
     test_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N test examples. Default: all.")] = None,
     score: Annotated[
-        Literal["likelihood", "metric"] | None,
+        ScoreName | None,
         GOAL(help="What the plan is chosen by on dev. Default: what the study minimised."),
     ] = None,
     stock: Annotated[bool, GOAL("--stock", help="Only plans that an ordinary checkpoint can hold.")] = False,

@@ -23,8 +23,9 @@ Data = Annotated[
 TaskOption = Annotated[
     list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as shots=5; repeatable.")
 ]
+ScoreName = Literal["likelihood", "metric", "kl", "acceptance"]
 Score = Annotated[
-    Literal["likelihood", "metric", "kl", "acceptance"],
+    ScoreName,
     GOAL(
         help="What is minimised. likelihood: minus the answers' log-likelihood. metric: 1 minus the task's metric. "
         "Without answers, against the full model: kl, the divergence; acceptance: 1 minus speculative decoding's rate."
