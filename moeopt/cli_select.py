@@ -54,7 +54,7 @@ def select(
     dev_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N dev examples. Default: all.")] = None,
     test_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N test examples. Default: all.")] = None,
     score: Annotated[
-        Literal["likelihood", "metric"] | None,
+        Literal["likelihood", "metric", "kl", "acceptance"] | None,
         GOAL(help="What the plan is chosen by on dev. Default: what the study minimised."),
     ] = None,
     stock: Annotated[bool, GOAL("--stock", help="Only plans that an ordinary checkpoint can hold.")] = False,
