@@ -26,7 +26,7 @@ from moeopt import genome
 from moeopt.cli import main
 from moeopt.comparing.searched import searched
 from moeopt.errors import NonFiniteLossError, StudyError, TaskError
-from moeopt.evaluation import Evaluation, Evaluator, Interval, paired_bootstrap
+from moeopt.evaluation import Compression, Evaluation, Evaluator, Interval, paired_bootstrap
 from moeopt.exporting import why_not_stock
 from moeopt.plan import LayerPlan, Plan
 from moeopt.selection import SELECTION, on_test, recorded, selected_trial, verdict, view
@@ -307,6 +307,21 @@ def test_a_study_of_a_metric_selects_by_it(model: Any, tiny_tokenizer: Any) -> N
     )
     likelihood = Evaluator(model, tiny_tokenizer, objective.task).evaluate(smooth.winner.plan)
     assert np.array_equal(smooth.evaluations["search"]["winner"].scores, likelihood.scores)
+
+
+def test_a_study_without_labels_selects_by_its_distance(model: Any, tiny_tokenizer: Any) -> None:
+    space = moeopt.PruneSpace.of(model, keep=KEEP)
+    compression = Compression(top_p=0.9)
+    objective = moeopt.Objective(model, tiny_tokenizer, text_task(), space, score="kl", compression=compression)
+    study = searched_study(objective, 4)
+    found = moeopt.select(study, objective)
+    dev = Evaluator(model, tiny_tokenizer, objective.task, split="dev", score="kl", compression=compression)
+    losses = [dev.evaluate(c.plan).loss for c in found.candidates]
+    assert losses == sorted(losses) == [c.dev and c.dev.loss for c in found.candidates]
+    assert found.evaluations["test"]["full"].loss == 0
+    assert (found.metric, found.verdict) == ("agreement", "none")
+    assert found.evaluated == 1 + 5 + len(found.evaluations["test"])  # on search, the trials' own scores were taken
+    assert moeopt.select(study, model, tiny_tokenizer, objective.task).evaluated == 0
 
 
 def test_active_experts_weigh_as_in_the_search(model: Any, tiny_tokenizer: Any) -> None:

@@ -49,7 +49,7 @@ class Selection:
 
     Args:
         study: its name.
-        metric: what `Evaluation.accuracy` is called for the task.
+        metric: what `Evaluation.accuracy` is called for the task; ``"agreement"`` for a label-free score.
         settings: top, dev_limit, test_limit, score and stock_only, as asked for.
         examples: for each split the number of examples (``"count"``) and the name of model and examples (``"of"``).
         candidates: the least loss on dev first, then the least on search, then the lowest number.

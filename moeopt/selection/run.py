@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from moeopt.errors import NonFiniteLossError, StudyError
-from moeopt.evaluation import Evaluation, Evaluator
+from moeopt.evaluation import Compression, Evaluation, Evaluator
+from moeopt.evaluation.teacher import LABEL_FREE
 from moeopt.models import without_plan
 from moeopt.objective import Objective, remembered, scores_name
 from moeopt.plan import Plan
@@ -93,7 +94,8 @@ def select(
         top: how many plans are candidates, at most 1,000; fewer where the study has fewer.
         dev_limit, test_limit: use only so many examples (text: windows) of dev and test.
         score: what plans are chosen by on dev and reported in; None: what the study minimised. Its `active_weight`
-            counts in any case. The task's metric is reported besides.
+            counts in any case. The task's metric is reported besides; where losses are distances from the full model,
+            how often both have the same first choice.
         stock_only: consider only plans that an ordinary checkpoint can hold.
         batch_tokens: padded tokens a forward pass; None: the objective's, or 1,024.
         progress: called before every evaluation with how many are done, all of them, and what comes.
@@ -104,9 +106,10 @@ def select(
         TaskError: when the task has no dev or no test split.
         NonFiniteLossError: when no candidate has a finite loss on dev, or the winner has none on test.
     """
+    teacher = None
     if isinstance(model, Objective):
         tokenizer, task, batch_tokens = model.tokenizer, model.task, batch_tokens or model.evaluator.batch_tokens
-        model = model.model
+        teacher, model = model.evaluator.teacher, model.model
     if task is None or tokenizer is None:
         raise StudyError("give either an Objective, or model, tokenizer and task")
     settings = {
@@ -116,7 +119,10 @@ def select(
     with without_plan(model):
         check(study, task, model)
         ranked = _ranked(study, top, stock_only)
-        bench = _Bench(study, model, tokenizer, task, settings, batch_tokens or 1024, len(ranked), progress)
+        compression = None if teacher is None else teacher.compression
+        bench = _Bench(
+            study, model, tokenizer, task, settings, batch_tokens or 1024, compression, len(ranked), progress
+        )
         candidates = _judged(bench, ranked)
         trials = {trial.number: trial for trial, _ in ranked}
         winner, best = candidates[0], min(candidates, key=lambda one: (one.search_loss, one.trial))
@@ -134,7 +140,7 @@ def select(
         }
     selection = Selection(
         study=study.study_name,
-        metric=task.metric,
+        metric="agreement" if bench.score in LABEL_FREE else task.metric,
         settings={**settings, "score": bench.score},
         examples={s: {"count": e.examples, "of": bench.of[s]} for s, e in bench.evaluators.items()},
         candidates=tuple(candidates),
@@ -189,6 +195,7 @@ class _Bench:
         task: Task,
         settings: dict[str, Any],
         batch_tokens: int,
+        compression: Compression | None,
         candidates: int,
         progress: Progress | None,
     ) -> None:
@@ -197,6 +204,8 @@ class _Bench:
         about = study.user_attrs[DESCRIPTION]
         searched, evaluation = about["task"], about.get("evaluation", {})
         self.score: Score = settings["score"] or evaluation.get("score", "likelihood")
+        if self.score in LABEL_FREE and compression is None:
+            compression = Compression(top_p=evaluation.get("top_p", Compression.top_p))
         self._active_weight = float(evaluation.get("active_weight", 0.0))
         limits = {searched["split"]: searched["limit"], **{split: settings[f"{split}_limit"] for split in UNSEEN}}
         self.evaluators = {
@@ -209,6 +218,7 @@ class _Bench:
                 batch_tokens=batch_tokens,
                 max_length=searched["max_length"],
                 score=self.score,
+                compression=compression,
             )
             for split, limit in limits.items()
         }
