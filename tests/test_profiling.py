@@ -28,6 +28,7 @@ from moeopt.errors import ModelError
 from moeopt.models import moe_layers, patched
 from moeopt.plan import Plan
 from moeopt.profiling import LayerLoad, Profile, ProfileError, Ratio, Row, Setting, Speed, measuring, run
+from moeopt.profiling.checks import check_length, check_plan
 from moeopt.profiling.worker import Host
 from moeopt.profiling.workers import Worker
 
@@ -314,14 +315,23 @@ def test_a_dense_model_takes_no_plan(dense: Path, tmp_path: Path, capsys: pytest
     assert "dense" in refused([str(dense), "--plan", str(tmp_path / "plan.safetensors")], capsys)
 
 
-def test_a_plan_for_another_model_and_too_long_prompts_are_refused_before_loading() -> None:
+def test_what_the_configs_tell_is_checked_before_weights_are_read() -> None:
     with pytest.raises(ProfileError, match="plan 'short' is for 2 MoE layers, the first model has 6"):
-        moeopt.profile(MODEL, plans={"short": Plan.identity(2, N, K)}, threads=1)
-    with pytest.raises(ProfileError, match="500 tokens and 32 new ones exceed the 512 positions"):
-        moeopt.profile(MODEL, prompt_length=[500], threads=1)
-    for bad in ({"batch": []}, {"batch": [True]}, {"repeats": 0}, {"threads": 0}, {"prompt_length": [1.5]}):
-        with pytest.raises(ProfileError, match=next(iter(bad))):
-            moeopt.profile(MODEL, **bad)  # type: ignore[arg-type]
+        check_plan("short", Plan.identity(2, N, K), [(N, K)] * LAYERS)
+    with pytest.raises(ProfileError, match="layer 0 of plan 'few' is for 4 experts, the first model has 8"):
+        check_plan("few", Plan.identity(LAYERS, 4, K), [(N, K)] * LAYERS)
+    with pytest.raises(ProfileError, match="481 tokens and 32 new ones exceed the 512 positions of 'x'"):
+        check_length("x", 512, [Setting(1, 481), Setting(8, 16)], 32)
+    check_length("x", 512, [Setting(1, 480)], 32)
+    check_length("x", None, [Setting(1, 481)], 32)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"batch": []}, {"batch": [True]}, {"repeats": 0}, {"threads": 0}, {"prompt_length": [1.5]}]
+)
+def test_numbers_are_checked_first(bad: dict[str, Any]) -> None:
+    with pytest.raises(ProfileError, match=next(iter(bad))):
+        moeopt.profile(MODEL, **bad)
 
 
 def test_a_dense_model_is_profiled_without_loads(dense: Path, tiny_llama: Any) -> None:

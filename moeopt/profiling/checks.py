@@ -60,6 +60,15 @@ def check_plan(name: str, plan: Plan, layers: Sequence[Sequence[int]]) -> None:
             raise ProfileError(f"layer {i} of plan {name!r} is for {part.experts} experts, the first model has {n}")
 
 
+def check_length(source: str, positions: int | None, settings: Sequence[Setting], new_tokens: int) -> None:
+    """Raise ProfileError when a checkpoint has fewer positions than the longest prompts and what follows them need."""
+    longest = max(setting.prompt_length for setting in settings)
+    if positions is not None and longest + new_tokens > positions:
+        raise ProfileError(
+            f"prompts of {longest} tokens and {new_tokens} new ones exceed the {positions} positions of {source!r}"
+        )
+
+
 def check_out(out: Path) -> None:
     """Raise ProfileError unless a JSON file, and a CSV file beside it, can be written here."""
     if out.suffix != ".json":

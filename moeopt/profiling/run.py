@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeopt import __version__
 from moeopt.plan import Plan
-from moeopt.profiling.checks import ProfileError, Setting, check, check_plan
+from moeopt.profiling.checks import ProfileError, Setting, check, check_length, check_plan
 from moeopt.profiling.result import LayerLoad, Profile, Row, Speed, largest
 from moeopt.profiling.workers import Worker
 
@@ -94,7 +94,8 @@ def profile(
             show(f"{checkpoint.name}: reading its config")
             checkpoint.open()
         subjects = _subjects(checkpoints, plans or {}, Path(folder))
-        _check_positions(checkpoints, settings, new_tokens)
+        for checkpoint in checkpoints:
+            check_length(checkpoint.source, checkpoint.facts["positions"], settings, new_tokens)
         needed = max(balance_tokens, *(setting.batch * setting.prompt_length for setting in settings))
         stream, tokens = _stream(checkpoints, task, needed, seed, trust_remote_code)
         resident = _fit_together(checkpoints)
@@ -116,7 +117,7 @@ def profile(
             )
         for repeat in range(0 if resident else 1, repeats + 1):
             for run in runs:
-                for subject in subjects if repeat % 2 else reversed(subjects):
+                for subject in reversed(subjects) if repeat % 2 else subjects:  # the last one is loaded already
                     show(f"{subject.name}: " + (f"repeat {repeat} of {repeats}" if repeat else "warming up"))
                     pairs = [(setting.batch, setting.prompt_length) for setting in run]
                     for setting, seconds in zip(run, ask(subject, "time", settings=pairs, rehearse=not resident)):
@@ -245,16 +246,6 @@ def _subjects(checkpoints: Sequence[_Checkpoint], plans: Mapping[str, Plan], fol
     for subject, name in zip(subjects, unique((subject.name, None) for subject in subjects)):
         subject.name = name
     return subjects
-
-
-def _check_positions(checkpoints: Sequence[_Checkpoint], settings: Sequence[Setting], new: int) -> None:
-    longest = max(setting.prompt_length for setting in settings)
-    for checkpoint in checkpoints:
-        most = checkpoint.facts["positions"]
-        if most is not None and longest + new > most:
-            raise ProfileError(
-                f"prompts of {longest} tokens and {new} new ones exceed the {most} positions of {checkpoint.source!r}"
-            )
 
 
 def _stream(
