@@ -3,8 +3,9 @@
 from moeopt.models.identity import describe, fingerprint
 from moeopt.models.layers import MoELayer, materialised, moe_layers, shape_of
 from moeopt.models.layerwise import Layerwise, layerwise
-from moeopt.models.loading import check_checkpoint, load
+from moeopt.models.loading import check_checkpoint, empty_model, load
 from moeopt.models.merging import MergedCache, merge
+from moeopt.models.names import Placed, lacking, placed
 from moeopt.models.patching import (
     Patched,
     Storage,
@@ -21,18 +22,22 @@ __all__ = [
     "MergedCache",
     "MoELayer",
     "Patched",
+    "Placed",
     "RoutingRule",
     "Storage",
     "check_checkpoint",
     "describe",
+    "empty_model",
     "experts_run_by",
     "fingerprint",
+    "lacking",
     "layerwise",
     "load",
     "materialised",
     "merge",
     "moe_layers",
     "patched",
+    "placed",
     "plan_in_force",
     "routing_rules",
     "shape_of",

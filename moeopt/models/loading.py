@@ -81,6 +81,27 @@ def check_checkpoint(source: Source, *, trust_remote_code: bool = False, **hub: 
     Raises:
         ModelError: as `load`, but for the tokenizer and the weights.
     """
+    model = empty_model(source, trust_remote_code=trust_remote_code, **hub)
+    try:
+        return shape_of(model)
+    except ModelError as error:
+        raise ModelError(f"{str(source)!r}: {error}") from None
+
+
+def empty_model(
+    source: Source, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False, **hub: Any
+) -> PreTrainedModel:
+    """The causal language model that a checkpoint's config describes, its parameters on the meta device.
+
+    Args:
+        source: a checkpoint folder or a hub id.
+        dtype: of the parameters; None: the config's.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        ModelError: when there is no such checkpoint, or its config is not that of a causal language model.
+    """
     _check_folder(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
@@ -92,15 +113,13 @@ def check_checkpoint(source: Source, *, trust_remote_code: bool = False, **hub: 
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"the config of {str(source)!r} cannot be used: {_first_line(error)}") from error
+    kind = {} if dtype is None else {"dtype": dtype}
     try:
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **kind)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"{str(source)!r} is not a causal language model: {_first_line(error)}") from error
-    try:
-        return shape_of(model)
-    except ModelError as error:
-        raise ModelError(f"{str(source)!r}: {error}") from None
+    return model
 
 
 def _check_folder(source: Source) -> None:
