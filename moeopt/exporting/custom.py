@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeopt.errors import ExportError
-from moeopt.exporting.stock import ACTIVE_KEYS, as_rows, keys_of, read_config
+from moeopt.exporting.stock import ACTIVE_KEYS, keys_of, read_config
 from moeopt.plan import Plan
 
 if TYPE_CHECKING:
@@ -35,11 +35,6 @@ def code_for(model_type: str) -> bytes:
         raise ExportError(f"moeopt has no custom form for models of type {model_type!r}; only a stock plan exports")
     template = (Path(__file__).parent / CODE).read_text(encoding="utf-8")
     return template.replace("Mixtral", family).replace("mixtral", model_type).encode()
-
-
-def custom_form(plan: Plan, *, renormalised: bool) -> Plan:
-    """The plan as its checkpoint holds it: one-hot mappings become selected router rows where that is the same."""
-    return Plan(tuple(as_rows(p) if renormalised or p.router != "prob" else p for p in plan.layers))
 
 
 def custom_config(source: Path, plan: Plan, rule: RoutingRule | None) -> dict[str, Any]:
@@ -76,7 +71,11 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule | None) -> dict[st
         "architectures": [f"Moeopt{family}ForCausalLM"],
         "auto_map": {auto: f"modeling_moeopt.Moeopt{family}{end}" for auto, end in names.items()},
         "model_type": f"{PREFIX}{model_type}",
-        "moeopt": {**lists, "full": full, "rule": None if rule is None else {**vars(rule), "normalised": rule.normalised}},
+        "moeopt": {
+            **lists,
+            "full": full,
+            "rule": None if rule is None else {**vars(rule), "normalised": rule.normalised},
+        },
         **{key: lists[kind] for kind, keys in full.items() for key in keys},
     }
 
@@ -84,8 +83,7 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule | None) -> dict[st
 def rule_of(source: Path, plan: Plan) -> RoutingRule | None:
     """How the family's routers make weights of logits, where the plan's checkpoint needs to know it.
 
-    Learnt from routers of random weights, in bfloat16, where every rounding shows; bias and correction of the real
-    ones may be zero, and not show.
+    Learnt from a router of random weights, so that bias and correction show, which may be zero in the real ones.
 
     Raises:
         ModelError: when the rule is none that moeopt knows.
@@ -97,7 +95,7 @@ def rule_of(source: Path, plan: Plan) -> RoutingRule | None:
     from moeopt.models import empty_model, moe_layers
     from moeopt.models.routing import learn_rule
 
-    model = empty_model(source, dtype=torch.bfloat16)
+    model = empty_model(source)
     layer = moe_layers(model)[0]
     layer.router.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +153,9 @@ def _is_block(module: Any) -> bool:
     return isinstance(getattr(module, "experts", None), torch.nn.Module)
 
 
-def check_corrections(model: PreTrainedModel, layers: tuple[MoELayer, ...], plan: Plan, rule: RoutingRule | None, zero: Any) -> None:
+def check_corrections(
+    model: PreTrainedModel, layers: tuple[MoELayer, ...], plan: Plan, rule: RoutingRule | None, zero: Any
+) -> None:
     """Raise ExportError where a mapping of scores meets a router that corrects its choice by a bias that is not zero.
 
     `zero(name)` says whether the tensor of the full checkpoint that becomes that parameter is.

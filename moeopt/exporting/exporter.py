@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moeopt import __version__
 from moeopt.errors import ExportError, ModelError
-from moeopt.exporting.custom import CODE, check_corrections, check_loads, code_for, custom_config, custom_form, rule_of
+from moeopt.exporting.custom import CODE, check_corrections, check_loads, code_for, custom_config, rule_of
 from moeopt.exporting.layout import Layout, lay_out
 from moeopt.exporting.record import card, plan_record
 from moeopt.exporting.source import Source, locate
@@ -123,11 +123,9 @@ class _Prepared:
         from moeopt.models import empty_model, moe_layers, placed
 
         folder, self.code = source.folder, None
+        written = stock_form(plan) if form == "stock" else plan
         if form == "stock":
-            written = stock_form(plan)
             self.config = stock_config(folder, written)
-        else:
-            written = custom_form(plan, renormalised=why_not_renormalised(plan, folder) is None)
         try:
             model = empty_model(folder)
             layers = moe_layers(model)

@@ -34,7 +34,7 @@ class Slice:
 class Made:
     """Slices of new tensors, each equal to one slice of the old ones (`rows`) or a mixture of all (`matrix`, (r, n)).
 
-    All slices have one length and dtype.
+    All slices have one length.
     """
 
     outputs: tuple[Slice, ...]
@@ -65,7 +65,7 @@ class Layout:
     def parts(self, source: Source) -> Iterator[tuple[str, int, bytes | memoryview]]:
         """Every byte of every tensor in pieces of a few MiB: name, place of the first byte, bytes."""
         for made in self.made:
-            size = BYTES[source.tensors[made.inputs[0].name].dtype]
+            size = BYTES[self.tensors[made.outputs[0].name].dtype]
             if made.rows is not None:
                 for output, row in zip(made.outputs, made.rows):
                     old = made.inputs[row]
@@ -75,27 +75,27 @@ class Layout:
                         piece = source.read(old.name, old.start + at, old.start + stop)
                         yield output.name, (output.start + at) * size, piece
             else:
-                yield from _mixed(made, source, size)
+                yield from self._mixed(made, source, size)
         for name, tensor in self.given.items():
             yield name, 0, memoryview(tensor.contiguous().numpy()).cast("B")
 
+    def _mixed(self, made: Made, source: Source, size: int) -> Iterator[tuple[str, int, memoryview]]:
+        """In the steps of `merge`, so that rounding is the same."""
+        import torch
 
-def _mixed(made: Made, source: Source, size: int) -> Iterator[tuple[str, int, memoryview]]:
-    """In the steps of `merge`, so that rounding is the same."""
-    import torch
+        from moeopt.models import merge
+        from moeopt.models.merging import CHUNK_BYTES
 
-    from moeopt.models import merge
-    from moeopt.models.merging import CHUNK_BYTES
-
-    assert made.matrix is not None
-    matrix = torch.from_numpy(made.matrix.copy())
-    length, step = made.inputs[0].length, max(1, CHUNK_BYTES // (4 * len(made.inputs)))
-    for at in range(0, length, step):
-        stop = min(at + step, length)
-        stacked = torch.stack([source.tensor(old.name, old.start + at, old.start + stop) for old in made.inputs])
-        mixed = merge(matrix, stacked)
-        for output, row in zip(made.outputs, mixed):
-            yield output.name, (output.start + at) * size, memoryview(row.view(torch.uint8).numpy()).cast("B")
+        assert made.matrix is not None
+        matrix = torch.from_numpy(made.matrix.copy())
+        kind = torch_dtype(self.tensors[made.outputs[0].name].dtype)
+        length, step = made.inputs[0].length, max(1, CHUNK_BYTES // (4 * len(made.inputs)))
+        for at in range(0, length, step):
+            stop = min(at + step, length)
+            stacked = torch.stack([source.tensor(old.name, old.start + at, old.start + stop) for old in made.inputs])
+            mixed = merge(matrix, stacked.to(kind))
+            for output, row in zip(made.outputs, mixed):
+                yield output.name, (output.start + at) * size, memoryview(row.view(torch.uint8).numpy()).cast("B")
 
 
 def lay_out(source: Source, plan: Plan, model: PreTrainedModel, layers: tuple[MoELayer, ...], *, form: str) -> Layout:
@@ -122,7 +122,7 @@ def lay_out(source: Source, plan: Plan, model: PreTrainedModel, layers: tuple[Mo
         raise ExportError(
             f"{str(source.folder)!r} is incomplete: it lacks {few(absent)}, which would be filled with random numbers"
         )
-    layout = Layout()
+    layout, state = Layout(), model.state_dict()
     for name, stored in source.tensors.items():
         role = roles.of(places.get(name))
         if role is None:
@@ -137,9 +137,13 @@ def lay_out(source: Source, plan: Plan, model: PreTrainedModel, layers: tuple[Mo
             layout.tensors[name] = stored
             layout.made.append(_copied(name, stored.size))
         else:
-            if part.router_rows is None and not name.endswith((".weight", ".bias")):
+            dense = part.router_rows is None
+            if dense and not name.endswith((".weight", ".bias")) and source.tensor(name).any():
                 raise ExportError(f"{name!r} corrects the choice of experts, and cannot be mapped by a dense W_RM")
             _lay_stacked(layout, name, stored, part, part.router_rows, part.router_matrix)
+            needed = dtype_name(state[places[name].name].dtype)
+            if dense and BYTES[needed] > BYTES[stored.dtype]:  # a router that is float32 in any model
+                layout.tensors[name] = replace(layout.tensors[name], dtype=needed)
     if form == "custom":
         _add_mappings(layout, plan, model, roles, places)
     return layout
@@ -226,9 +230,7 @@ def _made(
     return Made(outputs, inputs, matrix=matrix)
 
 
-def _add_mappings(
-    layout: Layout, plan: Plan, model: PreTrainedModel, roles: Roles, places: dict[str, Placed]
-) -> None:
+def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Roles, places: dict[str, Placed]) -> None:
     """W_RM, float32 (r, n), and aliases, int64 (n,), beside the weights of the routers that they belong to."""
     import torch
 

@@ -78,7 +78,10 @@ def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int
         shards[-1][name] = tensor
         size += tensor.nbytes
     one = len(shards) == 1
-    files = ["model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = [
+        "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(len(shards))
+    ]
     places: dict[str, tuple[IO[bytes], int]] = {}
     with ExitStack() as stack:
         for file, tensors in zip(files, shards):

@@ -88,14 +88,11 @@ def check_checkpoint(source: Source, *, trust_remote_code: bool = False, **hub: 
         raise ModelError(f"{str(source)!r}: {error}") from None
 
 
-def empty_model(
-    source: Source, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False, **hub: Any
-) -> PreTrainedModel:
-    """The causal language model that a checkpoint's config describes, its parameters on the meta device.
+def empty_model(source: Source, *, trust_remote_code: bool = False, **hub: Any) -> PreTrainedModel:
+    """The causal language model that a checkpoint's config describes, in its dtype, all tensors on the meta device.
 
     Args:
         source: a checkpoint folder or a hub id.
-        dtype: of the parameters; None: the config's.
         trust_remote_code: whether code that comes with the checkpoint may run.
         hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -113,10 +110,9 @@ def empty_model(
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"the config of {str(source)!r} cannot be used: {_first_line(error)}") from error
-    kind = {} if dtype is None else {"dtype": dtype}
     try:
-        with init_empty_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **kind)
+        with init_empty_weights(include_buffers=True):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"{str(source)!r} is not a causal language model: {_first_line(error)}") from error
     return model
