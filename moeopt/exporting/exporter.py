@@ -92,7 +92,7 @@ def export(
         record["projection"] = asdict(projection)
     try:
         with Source(folder) as source:
-            prepared = _prepare(source, plan, form)
+            prepared = prepare(source, plan, form)
             _check_space(out, prepared.layout)
             with appearing(out) as temporary:
                 _write(temporary, source, prepared, plan, record, shard_bytes)
@@ -116,7 +116,7 @@ def chosen_form(plan: Plan, source: Path, form: Form = "auto") -> tuple[Literal[
     return ("stock", None) if reason is None else ("custom", reason)
 
 
-class _Prepared:
+class Prepared:
     """All that is decided before the first byte is written."""
 
     def __init__(self, source: Source, plan: Plan, form: Literal["stock", "custom"]) -> None:
@@ -144,8 +144,9 @@ class _Prepared:
         self.written = written
 
 
-def _prepare(source: Source, plan: Plan, form: Literal["stock", "custom"]) -> _Prepared:
-    prepared = _Prepared(source, plan, form)
+def prepare(source: Source, plan: Plan, form: Literal["stock", "custom"]) -> Prepared:
+    """The checkpoint of a plan before anything is written, held against the class that will load it."""
+    prepared = Prepared(source, plan, form)
     if prepared.code is not None:
         import tempfile
 
@@ -156,7 +157,7 @@ def _prepare(source: Source, plan: Plan, form: Literal["stock", "custom"]) -> _P
 
 
 def _write(
-    folder: Path, source: Source, prepared: _Prepared, plan: Plan, record: dict[str, Any], shard_bytes: int
+    folder: Path, source: Source, prepared: Prepared, plan: Plan, record: dict[str, Any], shard_bytes: int
 ) -> None:
     write_weights(prepared.layout, source, folder, shard_bytes)
     copy_companions(source.folder, folder)
@@ -173,5 +174,6 @@ def _check_space(out: Path, layout: Layout) -> None:
     free = shutil.disk_usage(out.parent).free
     if layout.nbytes > free:
         raise ExportError(
-            f"the checkpoint takes {layout.nbytes / 2**30:.2f} GiB, and {str(out.parent)!r} has {free / 2**30:.2f} GiB free"
+            f"the checkpoint takes {layout.nbytes / 2**30:.2f} GiB, and {str(out.parent)!r} has only "
+            f"{free / 2**30:.2f} GiB left"
         )

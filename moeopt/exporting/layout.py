@@ -62,7 +62,7 @@ class Layout:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def parts(self, source: Source) -> Iterator[tuple[str, int, bytes | memoryview]]:
+    def parts(self, source: Source) -> Iterator[tuple[str, int, bytes]]:
         """Every byte of every tensor in pieces of a few MiB: name, place of the first byte, bytes."""
         for made in self.made:
             size = BYTES[self.tensors[made.outputs[0].name].dtype]
@@ -77,9 +77,9 @@ class Layout:
             else:
                 yield from self._mixed(made, source, size)
         for name, tensor in self.given.items():
-            yield name, 0, memoryview(tensor.contiguous().numpy()).cast("B")
+            yield name, 0, tensor.numpy().tobytes()
 
-    def _mixed(self, made: Made, source: Source, size: int) -> Iterator[tuple[str, int, memoryview]]:
+    def _mixed(self, made: Made, source: Source, size: int) -> Iterator[tuple[str, int, bytes]]:
         """In the steps of `merge`, so that rounding is the same."""
         import torch
 
@@ -95,7 +95,7 @@ class Layout:
             stacked = torch.stack([source.tensor(old.name, old.start + at, old.start + stop) for old in made.inputs])
             mixed = merge(matrix, stacked.to(kind))
             for output, row in zip(made.outputs, mixed):
-                yield output.name, (output.start + at) * size, memoryview(row.view(torch.uint8).numpy()).cast("B")
+                yield output.name, (output.start + at) * size, row.view(torch.uint8).numpy().tobytes()
 
 
 def lay_out(source: Source, plan: Plan, model: PreTrainedModel, layers: tuple[MoELayer, ...], *, form: str) -> Layout:
@@ -233,8 +233,6 @@ def _made(
 def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Roles, places: dict[str, Placed]) -> None:
     """W_RM, float32 (r, n), and aliases, int64 (n,), beside the weights of the routers that they belong to."""
     import torch
-
-    from moeopt.models import placed
 
     for module, layer in roles.routers.items():
         part = plan.layers[layer.index]

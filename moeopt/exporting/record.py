@@ -14,7 +14,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     `plan.safetensors` holds it exactly.
     """
     shared: dict[str, Any] = {"experts": plan.layers[0].experts}
-    values = {
+    values: dict[str, list[Any]] = {
         "r": [p.kept_experts for p in plan.layers],
         "k": [p.k for p in plan.layers],
         "router": [p.router for p in plan.layers],

@@ -104,7 +104,7 @@ class Source:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def read(self, name: str, start: int, stop: int) -> bytes | memoryview:
+    def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes of the numbers `start` to `stop` of a tensor, in its order in memory."""
         stored = self.tensors[name]
         size = BYTES[stored.dtype]
@@ -112,7 +112,7 @@ class Source:
             import torch
 
             part = self._loaded[name].reshape(-1)[start:stop].contiguous()
-            return memoryview(part.view(torch.uint8).numpy()).cast("B")
+            return part.view(torch.uint8).numpy().tobytes()
         file = self._open.get(stored.file)
         if file is None:
             file = self._open[stored.file] = stored.file.open("rb", buffering=0)
@@ -125,6 +125,11 @@ class Source:
                 raise ExportError(f"{str(stored.file)!r} ends in the middle of {name!r}")
             found += more
         return found
+
+    def read_bytes(self, name: str, at: int, count: int) -> bytes:
+        """That many bytes of a tensor, from the byte `at`, where both are whole numbers."""
+        size = BYTES[self.tensors[name].dtype]
+        return bytes(self.read(name, at // size, (at + count) // size))
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Those numbers of a tensor, (stop - start,)."""

@@ -10,8 +10,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from moeopt.errors import ExportError
 from moeopt.exporting.layout import Layout
@@ -82,7 +83,7 @@ def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int
         "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         for i in range(len(shards))
     ]
-    places: dict[str, tuple[IO[bytes], int]] = {}
+    places: dict[str, tuple[FileIO, int]] = {}
     with ExitStack() as stack:
         for file, tensors in zip(files, shards):
             stream = stack.enter_context((folder / file).open("w+b", buffering=0))
@@ -136,7 +137,7 @@ def _header(tensors: dict[str, Stored]) -> tuple[bytes, dict[str, int], int]:
     return len(text).to_bytes(8, "little") + text, offsets, end
 
 
-def _write_all(stream: IO[bytes], piece: bytes | memoryview) -> None:
+def _write_all(stream: FileIO, piece: bytes) -> None:
     view = memoryview(piece)
     while len(view):
         view = view[stream.write(view) :]

@@ -56,7 +56,7 @@ def placed(model: nn.Module, names: Iterable[str]) -> dict[str, Placed]:
 
 
 def lacking(model: nn.Module, places: Mapping[str, Placed], experts: Mapping[str, int]) -> list[str]:
-    """What `model` needs and a checkpoint with these tensors does not hold, in words; tied tensors are not needed twice.
+    """What `model` needs and a checkpoint with these tensors does not hold, in words; of tied tensors one is enough.
 
     Args:
         model: on any device.

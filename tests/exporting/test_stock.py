@@ -1,4 +1,4 @@
-"""Export: the written checkpoint is the patched model, and needs nothing of moeopt."""
+"""Stock form: the written checkpoint is the patched model, and the family's own class loads it."""
 
 from __future__ import annotations
 
@@ -23,21 +23,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 IDS = torch.arange(3, 43)[None] * 5 % 250
 
 
-def saved(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
-    """The model as `moeopt.load` gives it back from a folder that it is saved to."""
-    model.save_pretrained(folder, **options)
-    tokenizer.save_pretrained(folder)
-    return moeopt.load(folder)[0]
-
-
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
-
-
-@pytest.fixture
-def full(make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path) -> Any:
-    return saved(make_mixtral(layers=3, experts=6, dtype=torch.bfloat16), tiny_tokenizer, tmp_path / "full")
 
 
 def pruning(router: Any = "rows") -> Plan:
@@ -103,7 +91,9 @@ def test_dtype_names_and_companions_are_kept(full: Any, tmp_path: Path) -> None:
         assert not any(".experts.3." in name for name in file.keys())  # noqa: SIM118
 
 
-def test_a_family_that_does_not_renormalise_exports_by_the_stock_rule(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_family_that_does_not_renormalise_exports_by_the_stock_rule(
+    saved: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
@@ -202,7 +192,7 @@ def test_a_trial_is_exported_with_its_scores(full: Any, tiny_tokenizer: Any, tmp
 
 
 def test_a_trial_is_exported_only_from_the_model_it_was_searched_on(
-    full: Any, make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path
+    full: Any, saved: Any, make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     task = TextTask("toy", search=["one text that is long enough", "another one, also long"], window=32)
     objective = moeopt.Objective(full, tiny_tokenizer, task, moeopt.EEPSpace.of(full, keep=3))
