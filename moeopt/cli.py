@@ -16,14 +16,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from moeopt import __version__, arguments, cli_compare, cli_lm_eval, cli_profile, cli_select
-from moeopt.errors import ExportError, MoeoptError, PlanError
+from moeopt import __version__, arguments, cli_compare, cli_export, cli_lm_eval, cli_profile, cli_select, cli_verify
+from moeopt.errors import MoeoptError, PlanError
 from moeopt.options import (
     DEFAULT_STORAGE,
     GOAL,
     INTERRUPTED,
     MACHINE,
     STUDY,
+    TRIAL,
     BatchTokens,
     Data,
     DeviceMap,
@@ -49,7 +50,6 @@ SPACE, OPTIMISER, STOP = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("What may vary", "Optimiser", "When to stop")
 )
 StudyName = Annotated[str | None, STUDY("--study", metavar="NAME", help="The study's name in the storage.")]
-TRIAL = "A trial's number, best: the one of least loss, or selected: what [bold]moeopt select[/bold] chose"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -378,7 +378,7 @@ def plan(
     console.print(
         "An ordinary checkpoint can hold this plan."
         if reason is None
-        else f"No ordinary checkpoint holds it: {reason}",
+        else f"No ordinary checkpoint holds it, a custom one does: {reason}",
         markup=False,
         soft_wrap=True,
     )
@@ -386,54 +386,12 @@ def plan(
         console.print(f"saved to {out}", markup=False, soft_wrap=True)
 
 
-@app.command(
-    epilog="[bold]Examples[/bold]\n\nmoeopt export ./mixtral small/ --study boolq-8to4\n\n"
-    "moeopt export ./mixtral small/ --plan pruned.safetensors"
-)
-def export(
-    model: Model,
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write, new or empty.")],
-    plan: Annotated[Path | None, typer.Option(help="Plan file of moeopt, or an EEP .pth.")] = None,
-    study: StudyName = None,
-    trial: Annotated[
-        str, typer.Option(help=f"{TRIAL}, or best-stock: the best one that an ordinary checkpoint can hold.")
-    ] = "best-stock",
-    storage: Storage = DEFAULT_STORAGE,
-) -> None:
-    """Write the smaller model as an ordinary checkpoint, which needs nothing of moeopt to load."""
-    from moeopt.exporting import check_folder, why_not_stock
-    from moeopt.exporting import export as write
-
-    check_folder(out_dir)
-    shape = arguments.quick_shape(model)
-    chosen, title, opened = arguments.chosen_plan(
-        "--plan", plan, shape.layers if shape else None, storage, study, trial
-    )
-    reason = why_not_stock(chosen)
-    if reason is not None:
-        hint = "; --trial best-stock takes the best trial that one can" if study is not None else ""
-        raise ExportError(f"an ordinary checkpoint cannot hold this plan: {reason}{hint}")
-    if shape is not None and len(chosen.layers) != shape.layers:
-        raise PlanError(f"the plan is for {len(chosen.layers)} MoE layers, the model has {shape.layers}")
-    from moeopt.console import best_trial, consoles
-
-    console, err = consoles()
-    with err.status(f"writing {out_dir}"):
-        if opened is None:
-            write(chosen, out_dir, model=model)
-        else:
-            write(opened[1], out_dir, model=model, study=opened[0])
-    best = best_trial(opened[0]) if opened is not None else None
-    if opened is not None and best is not None and best.number != opened[1].number:
-        title += f"; the best of all is trial {best.number} (loss {best.value:.4f})"
-    size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors")) / 2**20
-    console.print(f"{out_dir}: {size:.1f} MiB of weights, {title}", markup=False, soft_wrap=True)
-
-
 cli_compare.register(app)
+cli_export.register(app)
 cli_lm_eval.register(app)
 cli_profile.register(app)
 cli_select.register(app)
+cli_verify.register(app)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -39,3 +39,4 @@ Storage = Annotated[
     str, STUDY(metavar="URL", help="Where studies are kept: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL).")
 ]
 DEFAULT_STORAGE = "sqlite:///moeopt.db"
+TRIAL = "A trial's number, best: the one of least loss, or selected: what [bold]moeopt select[/bold] chose"

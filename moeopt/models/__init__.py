@@ -5,6 +5,7 @@ from moeopt.models.layers import MoELayer, is_dense, materialised, moe_layers, s
 from moeopt.models.layerwise import Layerwise, layerwise
 from moeopt.models.loading import check_checkpoint, empty_model, load, load_model, load_tokenizer
 from moeopt.models.merging import MergedCache, merge
+from moeopt.models.names import Placed, lacking, placed
 from moeopt.models.patching import (
     Patched,
     Storage,
@@ -22,6 +23,7 @@ __all__ = [
     "MergedCache",
     "MoELayer",
     "Patched",
+    "Placed",
     "RoutingRule",
     "Size",
     "Sizes",
@@ -32,6 +34,7 @@ __all__ = [
     "experts_run_by",
     "fingerprint",
     "is_dense",
+    "lacking",
     "layerwise",
     "load",
     "load_model",
@@ -40,6 +43,7 @@ __all__ = [
     "merge",
     "moe_layers",
     "patched",
+    "placed",
     "plan_in_force",
     "routing_rules",
     "shape_of",

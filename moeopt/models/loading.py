@@ -124,10 +124,15 @@ def check_checkpoint(source: Source, *, trust_remote_code: bool = False, **hub: 
 
 
 def empty_model(source: Source, *, trust_remote_code: bool = False, **hub: Any) -> PreTrainedModel:
-    """A checkpoint's causal language model on the meta device, from its config alone; arguments as `check_checkpoint`.
+    """The causal language model that a checkpoint's config describes, in its dtype, all tensors on the meta device.
+
+    Args:
+        source: a checkpoint folder or a hub id.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        ModelError: when there is no such checkpoint, or it is not a causal language model.
+        ModelError: when there is no such checkpoint, or its config is not that of a causal language model.
     """
     _check_folder(source)
     try:
@@ -141,10 +146,11 @@ def empty_model(source: Source, *, trust_remote_code: bool = False, **hub: Any) 
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"the config of {str(source)!r} cannot be used: {_first_line(error)}") from error
     try:
-        with init_empty_weights():
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=True):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"{str(source)!r} is not a causal language model: {_first_line(error)}") from error
+    return model
 
 
 def _check_folder(source: Source) -> None:

@@ -1,4 +1,4 @@
-"""Export: the written checkpoint is the patched model, and needs nothing of moeopt."""
+"""Stock form: the written checkpoint is the patched model, and the family's own class loads it."""
 
 from __future__ import annotations
 
@@ -23,21 +23,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 IDS = torch.arange(3, 43)[None] * 5 % 250
 
 
-def saved(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
-    """The model as `moeopt.load` gives it back from a folder that it is saved to."""
-    model.save_pretrained(folder, **options)
-    tokenizer.save_pretrained(folder)
-    return moeopt.load(folder)[0]
-
-
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
-
-
-@pytest.fixture
-def full(make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path) -> Any:
-    return saved(make_mixtral(layers=3, experts=6, dtype=torch.bfloat16), tiny_tokenizer, tmp_path / "full")
 
 
 def pruning(router: Any = "rows") -> Plan:
@@ -103,7 +91,9 @@ def test_dtype_names_and_companions_are_kept(full: Any, tmp_path: Path) -> None:
         assert not any(".experts.3." in name for name in file.keys())  # noqa: SIM118
 
 
-def test_a_family_that_does_not_renormalise_exports_by_the_stock_rule(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_family_that_does_not_renormalise_exports_by_the_stock_rule(
+    saved: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
@@ -118,7 +108,10 @@ def test_a_family_that_does_not_renormalise_exports_by_the_stock_rule(tiny_token
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()), expected)
     with pytest.raises(ExportError, match="does not renormalise"):
         moeopt.export(
-            Plan.one_hot([[0, 2, 5], [1, 2, 3]], experts=6, k=2, router="prob"), tmp_path / "other", model=full
+            Plan.one_hot([[0, 2, 5], [1, 2, 3]], experts=6, k=2, router="prob"),
+            tmp_path / "other",
+            model=full,
+            form="stock",
         )
 
 
@@ -147,7 +140,7 @@ def test_what_a_stock_checkpoint_cannot_express_is_refused(full: Any, tmp_path: 
     for reason, plan in cases.items():
         assert reason in str(why_not_stock(plan))
         with pytest.raises(ExportError, match="cannot express"):
-            moeopt.export(plan, tmp_path / "small", model=full)
+            moeopt.export(plan, tmp_path / "small", model=full, form="stock")
     assert not (tmp_path / "small").exists()
 
 
@@ -172,7 +165,7 @@ def test_an_interrupted_export_leaves_nothing(full: Any, tmp_path: Path, monkeyp
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moeopt.exporting._copy_companions", interrupted)
+    monkeypatch.setattr("moeopt.exporting.exporter.copy_companions", interrupted)
     with pytest.raises(KeyboardInterrupt):
         moeopt.export(pruning(), tmp_path / "small", model=full)
     assert {path.name for path in tmp_path.iterdir()} == {"full"}
@@ -199,7 +192,7 @@ def test_a_trial_is_exported_with_its_scores(full: Any, tiny_tokenizer: Any, tmp
 
 
 def test_a_trial_is_exported_only_from_the_model_it_was_searched_on(
-    full: Any, make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path
+    full: Any, saved: Any, make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     task = TextTask("toy", search=["one text that is long enough", "another one, also long"], window=32)
     objective = moeopt.Objective(full, tiny_tokenizer, task, moeopt.EEPSpace.of(full, keep=3))
@@ -226,6 +219,6 @@ def test_awkward_folders_and_damaged_checkpoints(full: Any, tmp_path: Path, monk
     assert (tmp_path / "link" / "model.safetensors").is_file()
     weights = tmp_path / "full" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(ExportError, match="cannot write"):
+    with pytest.raises(ExportError, match="truncated"):
         moeopt.export(pruning(), tmp_path / "small", model=tmp_path / "full")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

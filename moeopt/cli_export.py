@@ -1,0 +1,117 @@
+"""`moeopt export`: arguments are checked and handed to `moeopt.exporting`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from moeopt import arguments
+from moeopt.errors import ExportError, PlanError
+from moeopt.options import DEFAULT_STORAGE, GOAL, MACHINE, STUDY, TRIAL, Data, Limit, Model, Storage, TaskOption
+
+if TYPE_CHECKING:
+    from moeopt.exporting import Projection
+    from moeopt.plan import Plan
+
+EXAMPLES = (
+    "[bold]Examples[/bold]\n\nmoeopt export ./mixtral small/ --study boolq-8to4\n\n"
+    "moeopt export ./mixtral small/ --plan pruned.safetensors\n\n"
+    "moeopt export ./mixtral small/ --study boolq-8to4 --trial best --project stock --task boolq --data boolq.jsonl"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("export", epilog=EXAMPLES)(export)
+
+
+def export(
+    model: Model,
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write, new or empty.")],
+    plan: Annotated[Path | None, typer.Option(help="Plan file of moeopt, or an EEP .pth.")] = None,
+    study: Annotated[str | None, STUDY("--study", metavar="NAME", help="The study's name in the storage.")] = None,
+    trial: Annotated[
+        str,
+        typer.Option(help=f"{TRIAL}, or best-stock: the best one that an ordinary checkpoint can hold."),
+    ] = "best-stock",
+    storage: Storage = DEFAULT_STORAGE,
+    form: Annotated[
+        Literal["auto", "stock", "custom"],
+        typer.Option(
+            help="stock: an ordinary checkpoint, or none. custom: one that brings its own model class, which "
+            "trust_remote_code lets run. auto: stock where that can hold the plan."
+        ),
+    ] = "auto",
+    project: Annotated[
+        str | None,
+        typer.Option(metavar="stock", help="Export the nearest plan that an ordinary checkpoint holds; needs --task."),
+    ] = None,
+    task: Annotated[str | None, GOAL(help="What to project on and to measure its cost on.")] = None,
+    data: Data = None,
+    task_option: TaskOption = None,
+    limit: Limit = None,
+    device_map: Annotated[str, MACHINE(metavar="MAP", help="With --project: where weights go.")] = "auto",
+) -> None:
+    """Write the smaller model as a checkpoint that needs nothing of moeopt to load.
+
+    An ordinary one where it can hold the plan; otherwise one that brings its own model class and loads with
+    trust_remote_code.
+    """
+    from moeopt.exporting import check_folder, chosen_form, locate
+    from moeopt.exporting import export as write
+
+    if project not in (None, "stock"):
+        raise ExportError(f"--project must be stock, got {project!r}")
+    if project is not None and (task is None or form == "custom"):
+        raise ExportError("--project stock needs --task, and goes with --form stock or auto")
+    if project is None and task is not None:
+        raise ExportError("--task goes with --project stock, which measures on it")
+    check_folder(out_dir)
+    shape = arguments.quick_shape(model)
+    chosen, title, opened = arguments.chosen_plan(
+        "--plan", plan, shape.layers if shape else None, storage, study, trial
+    )
+    if shape is not None and len(chosen.layers) != shape.layers:
+        raise PlanError(f"the plan is for {len(chosen.layers)} MoE layers, the model has {shape.layers}")
+    from moeopt.console import best_trial, consoles
+
+    console, err = consoles()
+    projection = None
+    if project is not None:
+        options = arguments.pairs("--task-option", task_option)
+        with err.status("projecting"):
+            chosen, projection = _projected(chosen, model, str(task), data, options, limit, device_map)
+        console.print("\n".join(projection.lines()), markup=False, soft_wrap=True)
+    taken, reason = chosen_form(chosen, locate(model), form)
+    with err.status(f"writing {out_dir}"):
+        if opened is None or projection is not None:
+            write(chosen, out_dir, model=model, form=form, projection=projection)
+        else:
+            write(opened[1], out_dir, model=model, study=opened[0], form=form)
+    best = best_trial(opened[0]) if opened is not None else None
+    if opened is not None and best is not None and best.number != opened[1].number:
+        title += f"; the best of all is trial {best.number} (loss {best.value:.4f})"
+    size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors") if file.name != "plan.safetensors") / 2**20
+    console.print(f"{out_dir}: {size:.1f} MiB of weights, {title}", markup=False, soft_wrap=True)
+    console.print(
+        "stock form: any loader of the original reads it"
+        if taken == "stock"
+        else f"custom form, which loads with trust_remote_code=True: {reason}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _projected(
+    plan: Plan, model: str, task: str, data: str | None, options: dict[str, Any], limit: int | None, device_map: str
+) -> tuple[Plan, Projection]:
+    from moeopt import tasks
+    from moeopt.exporting import project
+    from moeopt.models import load
+
+    chosen = tasks.get(task, data=data, **options)
+    chosen.examples("search")
+    loaded, tokenizer = load(model, device_map=device_map)
+    return project(plan, loaded, tokenizer, chosen, limit=limit)

@@ -1,0 +1,171 @@
+"""Custom form: every plan, as a model class that ships inside the checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeopt.errors import ExportError
+from moeopt.exporting.stock import ACTIVE_KEYS, keys_of, read_config
+from moeopt.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moeopt.models import MoELayer, RoutingRule
+
+CODE = "modeling_moeopt.py"
+PREFIX = "moeopt_"
+"""Of the model types of custom checkpoints."""
+
+
+def code_for(model_type: str) -> bytes:
+    """The modeling file of a family, such as ``"mixtral"``, that goes into its custom checkpoints.
+
+    Raises:
+        ExportError: when transformers knows no such family of causal language models.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config, model = CONFIG_MAPPING_NAMES.get(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    family = str(config).removesuffix("Config")
+    if model != f"{family}ForCausalLM":
+        raise ExportError(f"moeopt has no custom form for models of type {model_type!r}; only a stock plan exports")
+    template = (Path(__file__).parent / CODE).read_text(encoding="utf-8")
+    return template.replace("Mixtral", family).replace("mixtral", model_type).encode()
+
+
+def custom_config(source: Path, plan: Plan, rule: RoutingRule | None) -> dict[str, Any]:
+    """The checkpoint's config with what the plan changes, and the classes that read it.
+
+    Raises:
+        ExportError: when the family is not one that moeopt has a custom form for.
+    """
+    config = read_config(source)
+    model_type = str(config.get("model_type"))
+    if "auto_map" in config:
+        raise ExportError(f"{str(source)!r} comes with code of its own, and moeopt has no custom form for such a model")
+    family = code_for(model_type).decode().partition("class Moeopt")[2].partition("Config(")[0]
+    from transformers import AutoConfig
+
+    known = AutoConfig.for_model(model_type)
+    alias = getattr(known, "attribute_map", {})
+    experts, active = keys_of(config, plan.layers[0].experts, source)
+    full: dict[str, dict[str, int]] = {"experts": {}, "active": {}}
+    for kind, keys in (("experts", experts), ("active", active or [ACTIVE_KEYS[0]])):
+        for key in keys:
+            value = config.pop(key, getattr(known, key, None))
+            full[kind][alias.get(key, key)] = value
+    layers = plan.layers
+    lists = {
+        "experts": [p.kept_experts for p in layers],
+        "active": [p.k for p in layers],
+        "router": [p.router if p.router in ("prob", "alias") else "rows" for p in layers],
+        "negative": [p.negative for p in layers],
+        "skip": [p.skip for p in layers],
+    }
+    names = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+    return config | {
+        "architectures": [f"Moeopt{family}ForCausalLM"],
+        "auto_map": {auto: f"modeling_moeopt.Moeopt{family}{end}" for auto, end in names.items()},
+        "model_type": f"{PREFIX}{model_type}",
+        "moeopt": {
+            **lists,
+            "full": full,
+            "rule": None if rule is None else {**vars(rule), "normalised": rule.normalised},
+        },
+        **{key: lists[kind] for kind, keys in full.items() for key in keys},
+    }
+
+
+def rule_of(source: Path, plan: Plan) -> RoutingRule | None:
+    """How the family's routers make weights of logits, where the plan's checkpoint needs to know it.
+
+    Learnt from a router of random weights, so that bias and correction show, which may be zero in the real ones.
+
+    Raises:
+        ModelError: when the rule is none that moeopt knows.
+    """
+    if not any(p.router == "prob" or p.skip for p in plan.layers):
+        return None
+    import torch
+
+    from moeopt.models import empty_model, moe_layers
+    from moeopt.models.routing import learn_rule
+
+    model = empty_model(source)
+    layer = moe_layers(model)[0]
+    layer.router.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*layer.router.parameters(), *layer.router.buffers()]:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+    return learn_rule(layer)
+
+
+def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Plan) -> None:
+    """Build the class that a custom checkpoint will load as, without weights, and hold the checkpoint against it.
+
+    Args:
+        folder: where the modeling file lies.
+        config: what config.json will hold.
+        names: of the checkpoint's tensors.
+        plan: its plan.
+
+    Raises:
+        ExportError: when it would lack tensors, or its routers would not do what the plan says.
+    """
+    import torch
+    from accelerate import init_empty_weights
+
+    from moeopt.models import lacking, placed
+
+    spec = importlib.util.spec_from_file_location("moeopt_exported", folder / CODE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    classes = {auto: getattr(module, name.partition(".")[2]) for auto, name in config["auto_map"].items()}
+    try:
+        with init_empty_weights(include_buffers=True):
+            model = classes["AutoModelForCausalLM"](classes["AutoConfig"].from_dict(dict(config)))
+        for block, part in zip((b for b in model.modules() if _is_block(b)), plan.layers):
+            router = block.gate if isinstance(getattr(block, "gate", None), torch.nn.Module) else block.router
+            weight = next(p for p in router.parameters() if p.ndim == 2)
+            found = tuple(router(torch.zeros(2, weight.shape[1], device="meta", dtype=model.dtype))[2].shape)
+            if found != (2, part.k):
+                raise ValueError(f"a router picks {found[1]} experts in place of {part.k}")
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise ExportError(f"moeopt has no custom form for {config['architectures'][0]}: {reason}") from error
+    experts = {name: module.experts for name, module in model.named_modules() if _is_block(module)}
+    counts = {f"{name}.experts": part.kept_experts for name, part in zip(experts, plan.layers)}
+    absent = lacking(model, placed(model, names), counts)
+    if absent:
+        raise ExportError(f"the checkpoint of {config['architectures'][0]} would lack {', '.join(absent[:5])}")
+
+
+def _is_block(module: Any) -> bool:
+    import torch
+
+    return isinstance(getattr(module, "experts", None), torch.nn.Module)
+
+
+def check_corrections(
+    model: PreTrainedModel, layers: tuple[MoELayer, ...], plan: Plan, rule: RoutingRule | None, zero: Any
+) -> None:
+    """Raise ExportError where a mapping of scores meets a router that corrects its choice by a bias that is not zero.
+
+    `zero(name)` says whether the tensor of the full checkpoint that becomes that parameter is.
+    """
+    if rule is None or rule.correction is None:
+        return
+    names = {module: name for name, module in model.named_modules()}
+    for layer, part in zip(layers, plan.layers):
+        if part.router == "prob" and not zero(f"{names[layer.router]}.{rule.correction}"):
+            raise ExportError(
+                f"{layer.name} corrects its choice of experts by a bias; a mapping of probabilities does not say how: "
+                'keep experts with router="rows"'
+            )

@@ -1,0 +1,249 @@
+"""What the tensors of the smaller checkpoint are, and which numbers of the full one make each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from moeopt.errors import ExportError, PlanError
+from moeopt.exporting.source import BYTES, Source, Stored, dtype_name, few, torch_dtype
+from moeopt.plan import LayerPlan, Matrix, Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from moeopt.models import MoELayer, Placed
+
+COPIED = 1 << 22
+"""Bytes copied at a time."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Numbers `start` to `start + length` of a tensor, counted in its order in memory."""
+
+    name: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """Slices of new tensors, each equal to one slice of the old ones (`rows`) or a mixture of all (`matrix`, (r, n)).
+
+    All slices have one length.
+    """
+
+    outputs: tuple[Slice, ...]
+    inputs: tuple[Slice, ...]
+    rows: tuple[int, ...] | None = None
+    matrix: Matrix | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The smaller checkpoint before anything is written.
+
+    Args:
+        tensors: name, dtype and shape of every tensor, in the order of the full checkpoint.
+        made: how those are made that come from the full checkpoint.
+        given: the others.
+    """
+
+    tensors: dict[str, Stored] = field(default_factory=dict)
+    made: list[Made] = field(default_factory=list)
+    given: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def parts(self, source: Source) -> Iterator[tuple[str, int, bytes]]:
+        """Every byte of every tensor in pieces of a few MiB: name, place of the first byte, bytes."""
+        for made in self.made:
+            size = BYTES[self.tensors[made.outputs[0].name].dtype]
+            if made.rows is not None:
+                for output, row in zip(made.outputs, made.rows):
+                    old = made.inputs[row]
+                    step = max(1, COPIED // size)
+                    for at in range(0, old.length, step):
+                        stop = min(at + step, old.length)
+                        piece = source.read(old.name, old.start + at, old.start + stop)
+                        yield output.name, (output.start + at) * size, piece
+            else:
+                yield from self._mixed(made, source, size)
+        for name, tensor in self.given.items():
+            yield name, 0, tensor.numpy().tobytes()
+
+    def _mixed(self, made: Made, source: Source, size: int) -> Iterator[tuple[str, int, bytes]]:
+        """In the steps of `merge`, so that rounding is the same."""
+        import torch
+
+        from moeopt.models import merge
+        from moeopt.models.merging import CHUNK_BYTES
+
+        assert made.matrix is not None
+        matrix = torch.from_numpy(made.matrix.copy())
+        kind = torch_dtype(self.tensors[made.outputs[0].name].dtype)
+        length, step = made.inputs[0].length, max(1, CHUNK_BYTES // (4 * len(made.inputs)))
+        for at in range(0, length, step):
+            stop = min(at + step, length)
+            stacked = torch.stack([source.tensor(old.name, old.start + at, old.start + stop) for old in made.inputs])
+            mixed = merge(matrix, stacked.to(kind))
+            for output, row in zip(made.outputs, mixed):
+                yield output.name, (output.start + at) * size, row.view(torch.uint8).numpy().tobytes()
+
+
+def lay_out(source: Source, plan: Plan, model: PreTrainedModel, layers: tuple[MoELayer, ...], *, form: str) -> Layout:
+    """The layout of a plan's checkpoint.
+
+    Args:
+        source: the full checkpoint.
+        plan: for `form` "stock", one that `stock_form` gave.
+        model: what the full checkpoint's config describes, without weights; `layers` are its MoE layers.
+        form: "stock", or "custom": routers that are mapped after their scores stay whole, the mapping joins them.
+
+    Raises:
+        ExportError: when a tensor is missing or not stored as moeopt knows it.
+        PlanError: when the plan is not for this checkpoint.
+    """
+    from moeopt.models import lacking, placed
+
+    if len(plan.layers) != len(layers):
+        raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the checkpoint has {len(layers)}")
+    places = placed(model, source.tensors)
+    roles = Roles(model, layers)
+    absent = lacking(model, places, {name: layer.n for name, layer in roles.experts.items()})
+    if absent:
+        raise ExportError(
+            f"{str(source.folder)!r} is incomplete: it lacks {few(absent)}, which would be filled with random numbers"
+        )
+    layout, state = Layout(), model.state_dict()
+    for name, stored in source.tensors.items():
+        role = roles.of(places.get(name))
+        if role is None:
+            layout.tensors[name] = stored
+            layout.made.append(_copied(name, stored.size))
+            continue
+        kind, layer = role
+        part = plan.layers[layer.index]
+        if kind == "experts":
+            _lay_experts(layout, name, source, part)
+        elif form == "custom" and part.router in ("prob", "alias"):
+            layout.tensors[name] = stored
+            layout.made.append(_copied(name, stored.size))
+        else:
+            dense = part.router_rows is None
+            if dense and not name.endswith((".weight", ".bias")) and source.tensor(name).any():
+                raise ExportError(f"{name!r} corrects the choice of experts, and cannot be mapped by a dense W_RM")
+            _lay_stacked(layout, name, stored, part, part.router_rows, part.router_matrix)
+            needed = dtype_name(state[places[name].name].dtype)
+            if dense and BYTES[needed] > BYTES[stored.dtype]:  # a router that is float32 in any model
+                layout.tensors[name] = replace(layout.tensors[name], dtype=needed)
+    if form == "custom":
+        _add_mappings(layout, plan, model, roles, places)
+    return layout
+
+
+class Roles:
+    """Which tensors of a model belong to the routers and experts of its MoE layers.
+
+    Attributes:
+        routers, experts: the layers by the names of those modules.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: tuple[MoELayer, ...]) -> None:
+        names = {module: name for name, module in model.named_modules()}
+        self.routers = {names[layer.router]: layer for layer in layers}
+        self.experts = {names[layer.experts]: layer for layer in layers}
+
+    def of(self, place: Placed | None) -> tuple[str, MoELayer] | None:
+        """Whether a tensor is a router's or experts', and of which layer."""
+        for kind, modules in (("routers", self.routers), ("experts", self.experts)):
+            for module, layer in modules.items():
+                if place is not None and place.name.startswith(f"{module}."):
+                    return kind, layer
+        return None
+
+
+def _copied(name: str, size: int) -> Made:
+    whole = (Slice(name, 0, size),)
+    return Made(whole, whole, rows=(0,))
+
+
+def _lay_experts(layout: Layout, name: str, source: Source, part: LayerPlan) -> None:
+    from moeopt.models.names import NUMBERED
+
+    stored, number = source.tensors[name], NUMBERED.search(name)
+    if number is None:
+        _lay_stacked(layout, name, stored, part, part.kept, part.expert_matrix)
+        return
+    i = int(number[1])
+    if i >= part.kept_experts:
+        return
+    layout.tensors[name] = stored
+    if i:  # made together with those of expert 0
+        return
+
+    def of(j: int) -> str:
+        return f"{name[: number.start(1)]}{j}{name[number.end(1) :]}"
+
+    for j in range(part.experts):
+        other = source.tensors.get(of(j))
+        if other is None or (other.shape, other.dtype) != (stored.shape, stored.dtype):
+            raise ExportError(f"{of(j)!r} is not of the shape and dtype of {name!r}, {stored.shape} {stored.dtype}")
+    inputs = tuple(Slice(of(j), 0, stored.size) for j in range(part.experts))
+    outputs = tuple(Slice(of(j), 0, stored.size) for j in range(part.kept_experts))
+    layout.made.append(_made(outputs, inputs, part.kept, part.expert_matrix, name, stored))
+
+
+def _lay_stacked(
+    layout: Layout, name: str, stored: Stored, part: LayerPlan, rows: tuple[int, ...] | None, matrix: Matrix
+) -> None:
+    """A tensor (n, ...) or, of routers that number their experts last, (1, n)."""
+    shape, n, r = stored.shape, part.experts, part.kept_experts
+    place = next((i for i, size in enumerate(shape) if size == n and math.prod(shape[:i]) == 1), None)
+    if place is None:
+        raise ExportError(f"{name!r} has shape {shape}, which is not one of {n} experts")
+    length = math.prod(shape[place + 1 :])
+    layout.tensors[name] = replace(stored, shape=(*shape[:place], r, *shape[place + 1 :]))
+    inputs, outputs = (tuple(Slice(name, i * length, length) for i in range(count)) for count in (n, r))
+    layout.made.append(_made(outputs, inputs, rows, matrix, name, stored))
+
+
+def _made(
+    outputs: tuple[Slice, ...],
+    inputs: tuple[Slice, ...],
+    rows: tuple[int, ...] | None,
+    matrix: Matrix,
+    name: str,
+    stored: Stored,
+) -> Made:
+    if rows is not None:
+        return Made(outputs, inputs, rows=rows)
+    if not torch_dtype(stored.dtype).is_floating_point or BYTES[stored.dtype] < 2:
+        raise ExportError(f"{name!r} is stored as {stored.dtype}, which cannot be merged")
+    return Made(outputs, inputs, matrix=matrix)
+
+
+def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Roles, places: dict[str, Placed]) -> None:
+    """W_RM, float32 (r, n), and aliases, int64 (n,), beside the weights of the routers that they belong to."""
+    import torch
+
+    for module, layer in roles.routers.items():
+        part = plan.layers[layer.index]
+        if part.aliases is not None:
+            leaf, tensor = "aliases", torch.tensor(part.aliases)
+        elif part.router == "prob":
+            leaf, tensor = "w_rm", torch.from_numpy(part.router_matrix.copy())
+        else:
+            continue
+        end = f".{module.rpartition('.')[2]}.weight"
+        beside = (name for name, place in places.items() if place.name == f"{module}.weight" and name.endswith(end))
+        name = f"{next(beside, f'{module}.weight').removesuffix('weight')}{leaf}"
+        layout.tensors[name] = Stored(dtype_name(tensor.dtype), tuple(tensor.shape))
+        layout.given[name] = tensor

@@ -1,0 +1,198 @@
+# MIT License
+#
+# Copyright (c) the moeopt authors
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+# documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+# rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+# persons to whom the Software is furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+# Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+# WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+# COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+# OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""A Mixtral whose experts moeopt pruned or merged in a way that the stock class has no place for.
+
+It needs torch and transformers 5, nothing of moeopt. The field ``moeopt`` of config.json has one entry a MoE layer in
+
+* ``experts``: r, how many experts the layer has, of the ``full`` model's n;
+* ``active``: k, how many of them a token runs;
+* ``router``: ``"rows"``, the family's own routing over r logits; ``"prob"``, the n scores of the full router are mapped
+  by ``w_rm`` (r, n) before top-k (EEP, arXiv 2407.00945); ``"alias"``, the full router picks k of n, and expert
+  ``aliases[j]`` answers for j (HC-SMoE, arXiv 2410.08589);
+* ``negative``: what ``"prob"`` makes of negative mapped scores, ``"clamp"`` or, as they are, ``"eep"``;
+* ``skip``: beta of dynamic skipping, 0 for none: experts of a token whose weight is below beta times its largest are
+  not run (NAEE, arXiv 2402.14800);
+
+and ``rule``, how the family makes weights of logits. On disk the fields for the number of experts hold lists, so that
+no stock class takes the checkpoint for one of its own.
+"""
+
+# mypy: ignore-errors
+
+import torch
+import transformers
+from torch import nn
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(f"this checkpoint needs transformers 5 or later, here is {transformers.__version__}")
+
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+
+class MoeoptMixtralConfig(MixtralConfig):
+    model_type = "moeopt_mixtral"
+    moeopt = None
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        for full in (config_dict.get("moeopt") or {"full": {}})["full"].values():
+            config_dict = {**config_dict, **full}
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self):
+        found = super().to_dict()
+        if self.moeopt is not None:
+            for kind, full in self.moeopt["full"].items():
+                found.update({key: list(self.moeopt[kind]) for key in full})
+        return found
+
+
+class MoeoptRouter:
+    """Mixed into the family's router, whose forward still gives the logits."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        logits, weights, index = super().forward(hidden_states, *args, **kwargs)
+        plan = self.moeopt
+        if plan["router"] == "prob":
+            top, index = self._mapped(logits)
+        elif plan["skip"]:
+            whole, index = self._selected(logits)
+            top = self._skipped(whole)
+            if plan["rule"]["normalised"]:
+                rest = top.sum(-1, keepdim=True)
+                top = top * (whole.sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1.0))
+        else:
+            top = weights
+        if plan["router"] == "alias":
+            index = self.aliases[index]
+        return logits, top.to(weights.dtype), index
+
+    def _scores(self, logits):
+        rule = self.moeopt["rule"]
+        logits = logits.float() if rule["float32_scores"] else logits
+        return logits.sigmoid() if rule["score"] == "sigmoid" else logits.softmax(-1)
+
+    def _mapped(self, logits):
+        """Weights and experts from mapped scores."""
+        rule, clamp = self.moeopt["rule"], self.moeopt["negative"] == "clamp"
+        mapped = self._scores(logits).float() @ self.w_rm.T
+        top, index = (mapped.clamp(min=0) if clamp else mapped).topk(self.moeopt["active"], -1, sorted=rule["ordered"])
+        top = self._skipped(top)
+        total = top.sum(-1, keepdim=True)
+        if clamp:
+            total = total.masked_fill(total == 0, 1.0)
+        return (top / total if rule["normalised"] else top) * rule["scale"], index
+
+    def _selected(self, logits):
+        """Weights, before they are rounded, and experts by the family's rule."""
+        rule, k = self.moeopt["rule"], self.moeopt["active"]
+        if rule["score"] == "selected":
+            logits = logits.float() if rule["float32_scores"] else logits
+            top, index = logits.topk(k, -1, sorted=rule["ordered"])
+            top = top.softmax(-1)
+        elif rule["correction"] is None:
+            top, index = self._scores(logits).topk(k, -1, sorted=rule["ordered"])
+        else:
+            path, _, leaf = rule["correction"].rpartition(".")
+            scores = self._scores(logits)
+            choice = scores + getattr(self.get_submodule(path), leaf).reshape(-1)
+            index = choice.topk(k, -1, sorted=rule["ordered"]).indices
+            top = scores.gather(-1, index)
+        if rule["renormalise"]:
+            top = top / (top.sum(-1, keepdim=True) + rule["epsilon"])
+        return top * rule["scale"], index
+
+    def _skipped(self, top):
+        largest = top.amax(-1, keepdim=True)
+        beta = self.moeopt["skip"]
+        return top.masked_fill((top < beta * largest) & (top < largest), 0.0) if beta else top
+
+
+class MoeoptExperts:
+    """Mixed into the family's experts: those whose weight is 0 do not run."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        active = top_k_weights != 0
+        token, place = active.nonzero(as_tuple=True)
+        if len(token) == active.numel():
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        outputs = hidden_states.new_zeros(*active.shape, hidden_states.shape[-1])
+        if len(token):
+            pairs = top_k_index[token, place][:, None], top_k_weights[token, place][:, None]
+            outputs[token, place] = super().forward(hidden_states[token], *pairs)
+        return outputs.sum(1)
+
+
+class MoeoptMixtralForCausalLM(MixtralForCausalLM):
+    config_class = MoeoptMixtralConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        blocks = [block for block in self.modules() if isinstance(getattr(block, "experts", None), nn.Module)]
+        lists = ("experts", "active", "router", "negative", "skip")
+        layers = [dict(zip(lists, values)) for values in zip(*(config.moeopt[name] for name in lists))]
+        if len(layers) != len(blocks):
+            raise ValueError(f"config.moeopt describes {len(layers)} MoE layers, the model has {len(blocks)}")
+        (n,) = set(config.moeopt["full"]["experts"].values())
+        for block, layer in zip(blocks, layers):
+            _fit(block, n, {**layer, "rule": config.moeopt["rule"]})
+
+    def _init_weights(self, module):
+        if isinstance(module, MoeoptRouter):
+            for name in ("w_rm", "aliases"):
+                if name in module._buffers and not getattr(module._buffers[name], "_is_hf_initialized", False):
+                    raise ValueError(f"the checkpoint lacks {name} of a router, without which the model is another one")
+        super()._init_weights(module)
+
+
+def _fit(block, n, plan):
+    """Make a block of the full model the one that the plan describes; its weights are to be loaded."""
+    router = block.gate if isinstance(getattr(block, "gate", None), nn.Module) else block.router
+    experts, r = block.experts, plan["experts"]
+    _resize(experts, n, r)
+    for module in router.modules() if plan["router"] == "rows" else ():
+        _resize(module, n, r)
+    for module in (block, router):
+        if hasattr(module, "top_k"):
+            module.top_k = plan["active"]
+    if plan["router"] != "rows" or plan["skip"]:
+        router.__class__ = type(f"Moeopt{type(router).__name__}", (MoeoptRouter, type(router)), {})
+        router.moeopt = plan
+    if plan["router"] == "prob":
+        router.register_buffer("w_rm", torch.eye(r, n, dtype=torch.float32))
+    if plan["router"] == "alias":
+        router.register_buffer("aliases", torch.arange(n) % r)
+    if plan["skip"]:
+        experts.__class__ = type(f"Moeopt{type(experts).__name__}", (MoeoptExperts, type(experts)), {})
+
+
+def _resize(module, n, r):
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.ndim and n in (tensor.shape[0], tensor.shape[-1]):
+                smaller = tensor.detach().narrow(0 if tensor.shape[0] == n else -1, 0, r).clone()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                tensors[name] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
+    for name, value in vars(module).items():
+        if type(value) is int and value == n and ("expert" in name or name == "out_features"):
+            setattr(module, name, r)
+
+
+mapping = get_checkpoint_conversion_mapping("mixtral")
+if mapping is not None:  # the names that the tensors of a checkpoint have on disk
+    register_checkpoint_conversion_mapping("moeopt_mixtral", mapping, overwrite=True)

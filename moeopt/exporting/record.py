@@ -1,0 +1,98 @@
+"""What an exported checkpoint says of itself: moeopt.json and a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moeopt.plan import Plan
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """The plan for people: what all layers share, and each layer apart from that; matrices only where they are small.
+
+    `plan.safetensors` holds it exactly.
+    """
+    shared: dict[str, Any] = {"experts": plan.layers[0].experts}
+    values: dict[str, list[Any]] = {
+        "r": [p.kept_experts for p in plan.layers],
+        "k": [p.k for p in plan.layers],
+        "router": [p.router for p in plan.layers],
+        "skip": [p.skip for p in plan.layers],
+    }
+    layers: list[dict[str, Any]] = [
+        {"kept": list(p.kept)} if p.kept is not None else {"w_em": p.expert_matrix.tolist()} for p in plan.layers
+    ]
+    for name, found in values.items():
+        if len(set(found)) == 1:
+            shared |= {name: found[0]} if found[0] else {}
+        else:
+            for entry, value in zip(layers, found):
+                entry[name] = value
+    for p, entry in zip(plan.layers, layers):
+        if p.aliases is not None:
+            entry["aliases"] = list(p.aliases)
+        elif p.router_rows != p.kept:
+            entry["w_rm"] = p.router_matrix.tolist()
+        if p.router == "prob":
+            entry["negative"] = p.negative
+    return {**shared, "layers": layers}
+
+
+def card(source: Path, plan: Plan, record: dict[str, Any], total: int, original: int) -> str:
+    """The model card; `total` and `original` are bytes of weights."""
+    layers = plan.layers
+    n, name = layers[0].experts, source.name
+    r, k = (_range([getattr(p, field) for p in layers]) for field in ("kept_experts", "k"))
+    pruned = all(p.kept is not None for p in layers)
+    custom = record["form"] == "custom"
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [mixture-of-experts, moeopt, pruning{', custom_code' if custom else ''}]",
+        "---",
+        f"# {name}, {n} to {r} experts",
+        "",
+        f"Each of the {len(layers)} MoE layers of `{name}` {'keeps' if pruned else 'merges its experts into'} "
+        f"{r} of {n} experts, {k} active per token: {total / 2**20:.1f} MiB of weights, from {original / 2**20:.1f} "
+        "MiB. "
+        + (
+            "A custom checkpoint: it needs transformers 5 and the class that it brings with it, `modeling_moeopt.py`."
+            if custom
+            else "An ordinary checkpoint: it loads with plain transformers."
+        ),
+    ]
+    if custom:
+        lines += [
+            "",
+            f"Why not an ordinary one: {record['why_custom']}.",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+            "```",
+        ]
+    if "projection" in record:
+        cost = record["projection"]
+        lines += [
+            "",
+            f"Projected from a plan that no ordinary checkpoint expresses. On {cost['split']} examples of "
+            f"`{cost['task']}` the loss went from {cost['loss_before']:.4f} to {cost['loss_after']:.4f}; KL divergence "
+            f"of next tokens {cost['kl']:.4f} nats, the same experts picked for {100 * cost['top_k']:.1f}% of picks.",
+        ]
+    if "trial" in record:
+        study, trial = record["study"], record["trial"]
+        task = study.get("task", {})
+        lines += [
+            "",
+            f"Found by moeopt {record['moeopt']}: study `{study['name']}`, trial "
+            f"{trial['number']}, task `{task.get('name')}`, loss {trial['loss']:.4f} on the `{task.get('split')}` "
+            "split that the search minimised; expect a higher loss on unseen data.",
+        ]
+    return "\n".join([*lines, "", "`moeopt.json` says what was done, layer by layer; `plan.safetensors` exactly.", ""])
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"

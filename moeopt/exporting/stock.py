@@ -1,0 +1,128 @@
+"""Stock form: plans that the model's own class has a place for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moeopt.errors import ExportError
+from moeopt.plan import LayerPlan, Plan
+
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+ACTIVE_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
+
+
+def why_not_stock(plan: Plan) -> str | None:
+    """Why no stock checkpoint expresses the plan, and the nearest thing that would; None when one does."""
+    first = plan.layers[0]
+    for i, layer in enumerate(plan.layers):
+        if (layer.kept_experts, layer.k) != (first.kept_experts, first.k):
+            return (
+                f"layer {i} has (r, k) = {(layer.kept_experts, layer.k)}, layer 0 {(first.kept_experts, first.k)}: "
+                "a stock checkpoint has one r and one k for all layers; search with one keep= and one k="
+            )
+        if layer.skip:
+            return (
+                f"layer {i} skips experts token by token (skip={layer.skip:g}), which a stock checkpoint has no place "
+                "for; export the same plan without skipping: plan.with_skip(0)"
+            )
+        if layer.router == "alias":
+            return (
+                f"layer {i} lets its router choose among all {layer.experts} experts and aliases its picks, which a "
+                'stock checkpoint has no place for; a pruning exports, and so does a merging with router="logit"'
+            )
+        if layer.router == "prob" and layer.router_rows is None:
+            return (
+                f"layer {i} maps router probabilities by a dense W_RM, which a stock checkpoint has no place for; "
+                'search with router="logit", or export the best pruning of the study'
+            )
+    return None
+
+
+def why_not_renormalised(plan: Plan, source: Path) -> str | None:
+    """Why the checkpoint's family weighs the experts of this plan otherwise than a smaller stock model would."""
+    config = read_config(source)
+    text = config.get("text_config", config)
+    if text.get("norm_topk_prob") is False and any(layer.router == "prob" for layer in plan.layers):
+        return (
+            f"the plan selects rows of the router's probabilities, but {str(source)!r} does not renormalise its top-k, "
+            "so a smaller stock model would weigh experts differently; prune with PruneSpace, which searches the stock "
+            "rule"
+        )
+    return None
+
+
+def stock_form(plan: Plan) -> Plan:
+    """The plan with every one-hot mapping of probabilities written as selected router rows; else as it is.
+
+    Raises:
+        ExportError: with `why_not_stock`.
+    """
+    reason = why_not_stock(plan)
+    if reason:
+        raise ExportError(f"a stock checkpoint cannot express this plan: {reason}")
+    return Plan(tuple(as_rows(layer) for layer in plan.layers))
+
+
+def as_rows(layer: LayerPlan) -> LayerPlan:
+    """The layer with a one-hot mapping of probabilities or logits written as selected router rows; else as it is."""
+    if layer.router_rows is None:
+        return layer
+    w_rm = layer.w_rm
+    return LayerPlan(layer.experts, layer.k, kept=layer.kept, w_em=layer.w_em, w_rm=w_rm, skip=layer.skip)
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint folder.
+
+    Raises:
+        ExportError: when there is none, or it is not a JSON object.
+    """
+    path = source / "config.json"
+    if not path.is_file():
+        raise ExportError(f"{str(source)!r} has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"{str(path)!r} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ExportError(f"{str(path)!r} must hold a JSON object, it holds {type(config).__name__}")
+    if "quantization_config" in config:
+        raise ExportError(
+            f"{str(source)!r} is quantised; export from the unquantised checkpoint and quantise the result"
+        )
+    return config
+
+
+def keys_of(config: dict[str, Any], experts: int, source: Path) -> tuple[list[str], list[str]]:
+    """The fields of a config that hold n and k.
+
+    Raises:
+        ExportError: when none holds n.
+    """
+    found = [key for key in EXPERT_KEYS if config.get(key) == experts]
+    if not found:
+        raise ExportError(
+            f"{str(source / 'config.json')!r} does not say that the model has {experts} experts; is the plan for it?"
+        )
+    return found, [key for key in ACTIVE_KEYS if key in config]
+
+
+def stock_config(source: Path, plan: Plan) -> dict[str, Any]:
+    """The checkpoint's config with r and k in place of n and its k, readable by transformers 4 as well as 5."""
+    config = read_config(source)
+    layer = plan.layers[0]
+    text = config.get("text_config", config)
+    experts, active = keys_of(text, layer.experts, source)
+    if not active and layer.k != 2:
+        active = [ACTIVE_KEYS[0]]
+    text.update(dict.fromkeys(experts, layer.kept_experts) | dict.fromkeys(active, layer.k))
+    rope = text.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        text.setdefault("rope_theta", rope["rope_theta"])  # transformers 4 knows only this key
+        if rope.get("rope_type", "default") != "default":
+            text.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+    if "dtype" in config:
+        config.setdefault("torch_dtype", config["dtype"])
+    return config

@@ -1,0 +1,74 @@
+"""Trials of a study as plans to export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeopt.errors import ExportError
+from moeopt.exporting.stock import why_not_stock
+from moeopt.plan import Plan
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+    from transformers import PreTrainedModel
+
+
+def plan_of(trial: FrozenTrial, study: optuna.Study) -> Plan:
+    """The plan of a finished trial, from the space that its study describes.
+
+    Raises:
+        ExportError: when the study does not say what it searched.
+    """
+    from moeopt.study import space_of
+
+    return space_of(study).plan(trial)
+
+
+def best_stock_trial(study: optuna.Study) -> FrozenTrial:
+    """The completed trial of least loss whose plan a stock checkpoint expresses.
+
+    Raises:
+        ExportError: when the study has none.
+    """
+    from optuna.trial import TrialState
+
+    from moeopt.study import space_of
+
+    space = space_of(study)
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    for trial in sorted(trials, key=lambda t: (t.value, t.number)):
+        if why_not_stock(space.plan(trial)) is None:
+            return trial
+    raise ExportError(f"study {study.study_name!r} has no completed trial that a stock checkpoint can express")
+
+
+def check_model(model: PreTrainedModel | str | Path, study: optuna.Study) -> None:
+    """Raise ExportError unless the study searched this model; of a mere path only the shape is compared."""
+    from moeopt.models import check_checkpoint, describe
+    from moeopt.study import DESCRIPTION
+
+    description = study.user_attrs.get(DESCRIPTION, {})
+    if isinstance(model, (str, Path)):
+        found_shape, shape = vars(check_checkpoint(model)), description.get("space", {}).get("shape")
+        if shape is not None and found_shape != shape:
+            raise ExportError(f"{str(model)!r} has {found_shape}, the study searched {shape}")
+        return
+    searched = description.get("model", {})
+    found = describe(model)
+    differing = [key for key in ("config_hash", "weights") if key in searched and searched[key] != found[key]]
+    if differing:
+        name = searched.get("name_or_path")
+        raise ExportError(f"study {study.study_name!r} searched another model ({name}): {', '.join(differing)} differ")
+
+
+def trial_record(trial: FrozenTrial, study: optuna.Study) -> dict[str, Any]:
+    """What moeopt.json says of a trial and its study."""
+    from moeopt.study import DESCRIPTION
+
+    attrs = {key: trial.user_attrs[key] for key in ("accuracy", "operator", "phase") if key in trial.user_attrs}
+    return {
+        "study": {"name": study.study_name, **study.user_attrs.get(DESCRIPTION, {})},
+        "trial": {"number": trial.number, "loss": trial.value, **attrs},
+    }

@@ -1,0 +1,277 @@
+"""Verification: what a checkpoint holds and computes, against the patched original."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeopt.errors import ExportError
+from moeopt.exporting.custom import CODE, PREFIX, code_for
+from moeopt.exporting.exporter import chosen_form, prepare
+from moeopt.exporting.source import Source, few, locate
+from moeopt.exporting.stock import read_config
+from moeopt.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMALLEST_EPSILON = 2.0**-20
+"""Of float32, whose sums depend on how a library splits them, more bits than the last are not asked for."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found.
+
+    Args:
+        form: "stock" or "custom".
+        tensors: how many tensors were compared.
+        differing: names of those that are not, bit for bit, what the plan makes of the full checkpoint.
+        tokens: positions whose logits were compared.
+        difference: largest absolute difference of their logits.
+        tolerance: what rounding may make of it, epsilon(dtype) * sqrt(layers) * largest absolute logit, where epsilon
+            is that of the weights' dtype and at least 2**-20.
+        top_1: fraction of positions with the same likeliest token.
+        generated: tokens of the greedy continuation that was compared.
+        same_generation: whether it was the same, or parted where two tokens are likeliest up to `tolerance`.
+        failure: why the checkpoint did not even load, else None.
+    """
+
+    form: str
+    tensors: int
+    differing: tuple[str, ...]
+    tokens: int = 0
+    difference: float = math.inf
+    tolerance: float = 0.0
+    top_1: float = 0.0
+    generated: int = 0
+    same_generation: bool = False
+    failure: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the checkpoint is the patched original, up to rounding."""
+        return not self.differing and self.difference <= self.tolerance and self.same_generation
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        lines = [
+            f"form            {self.form}",
+            f"tensors         {self.tensors - len(self.differing)} of {self.tensors} bit for bit as the plan makes them"
+            + (f"; not {few(self.differing)}" if self.differing else ""),
+        ]
+        if self.failure is not None:
+            lines.append(f"loading         fails: {self.failure}")
+        else:
+            lines += [
+                f"logits          largest difference {self.difference:.3g} at {self.tokens} positions "
+                f"(rounding may make {self.tolerance:.3g})",
+                f"likeliest token the same at {100 * self.top_1:.1f}%",
+                f"generation      {'the same' if self.same_generation else 'differs'}, {self.generated} tokens",
+            ]
+        return [*lines, f"verified        {'yes' if self.ok else 'NO'}"]
+
+
+def verify(
+    folder: str | Path,
+    *,
+    model: str | Path | None = None,
+    texts: Sequence[str] = (),
+    sequences: int = 2,
+    length: int = 32,
+    new_tokens: int = 16,
+    seed: int = 0,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Hold an exported checkpoint against the original under the plan in its `plan.safetensors`.
+
+    Its tensors are compared bit for bit with those that the plan makes of the full checkpoint. Then the original is
+    loaded and patched, and the checkpoint is loaded as anyone would, in a fresh process in which moeopt cannot be
+    imported; their logits on random tokens and on `texts` are compared, and a greedy continuation, in the dtype of the
+    checkpoint and with the same experts implementation. The two are never in memory at the same time.
+
+    Args:
+        folder: the checkpoint.
+        model: the full model, a folder or hub name; None: where it was when it was exported.
+        texts: compared beside the random tokens, cut to 8 times `length`.
+        sequences, length: how many sequences of random tokens, and how long.
+        new_tokens: of the continuation.
+        seed: of the random tokens.
+        device_map: where accelerate puts the weights; None: the CPU.
+        trust_remote_code: whether code in the checkpoint may run that is not, byte for byte, what moeopt ships.
+
+    Raises:
+        ExportError: when the folder is not one that moeopt exported, the original is gone, or the checkpoint brings
+            code that is not moeopt's.
+        ModelError: when the original cannot be loaded.
+    """
+    folder = Path(folder)
+    record, plan = _read(folder)
+    ours = _check_code(folder, trust_remote_code)
+    full = locate(str(model or record["source"]))
+    with Source(full) as source, Source(folder) as found:
+        layout = prepare(source, plan, chosen_form(plan, full, record["form"])[0]).layout
+        differing = set(layout.tensors.keys() ^ found.tensors.keys())
+        for name in layout.tensors.keys() & found.tensors.keys():
+            right, there = layout.tensors[name], found.tensors[name]
+            if (right.dtype, right.shape) != (there.dtype, there.shape):
+                differing.add(name)
+        for name, at, piece in layout.parts(source):
+            if name not in differing and found.read_bytes(name, at, len(piece)) != bytes(piece):
+                differing.add(name)
+    compared = Verification(record["form"], len(layout.tensors), tuple(sorted(differing)))
+    expected = _expected(full, plan, texts, sequences, length, new_tokens, seed, device_map)
+    with tempfile.TemporaryDirectory() as scratch:
+        options = {
+            "device_map": device_map,
+            "trust_remote_code": ours or trust_remote_code,
+            "new_tokens": new_tokens,
+        }
+        got = _reloaded(folder, expected.request, Path(scratch), options)
+    if isinstance(got, str):
+        return Verification(compared.form, compared.tensors, compared.differing, failure=got)
+    return _compared(compared, expected, got)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What the patched original computes for the sequences of a request, and how its dtype rounds."""
+
+    request: dict[str, Tensor]
+    results: dict[str, Tensor]
+    epsilon: float
+    layers: int
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Plan]:
+    path = folder / "moeopt.json"
+    if not path.is_file() or not (folder / "plan.safetensors").is_file():
+        raise ExportError(f"{str(folder)!r} was not exported by moeopt: it lacks moeopt.json or plan.safetensors")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["form"], record["source"], record["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{str(path)!r} is not what moeopt writes: {error!r}") from None
+    plan = Plan.load(folder / "plan.safetensors")
+    if plan.fingerprint != record["fingerprint"]:
+        raise ExportError(f"plan.safetensors of {str(folder)!r} is not the plan that its moeopt.json names")
+    return record, plan
+
+
+def _check_code(folder: Path, trusted: bool) -> bool:
+    """Whether the checkpoint brings a class of moeopt's, and nothing but that."""
+    config = read_config(folder)
+    if "auto_map" not in config:
+        return False
+    model_type = str(config.get("model_type"))
+    files = {str(name).rpartition("--")[2].partition(".")[0] + ".py" for name in config["auto_map"].values()}
+    ours = model_type.startswith(PREFIX) and files == {CODE} and (folder / CODE).is_file()
+    if ours and (folder / CODE).read_bytes() == code_for(model_type.removeprefix(PREFIX)):
+        return True
+    if not trusted:
+        raise ExportError(
+            f"{str(folder)!r} brings code ({few(sorted(files))}) that is not, byte for byte, what this moeopt ships; "
+            "read it, and if you trust it, give --trust-remote-code"
+        )
+    return False
+
+
+def _expected(
+    full: Path,
+    plan: Plan,
+    texts: Sequence[str],
+    sequences: int,
+    length: int,
+    new_tokens: int,
+    seed: int,
+    device_map: str | None,
+) -> _Expected:
+    import torch
+
+    from moeopt.exporting.reloading import compute
+    from moeopt.models import load, patched
+
+    model, tokenizer = load(full, device_map=device_map)
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = int(config.vocab_size)
+    request = {"prompt": torch.randint(vocabulary, (1, min(8, length)), generator=generator)}
+    for i in range(sequences):
+        request[f"random-{i}"] = torch.randint(vocabulary, (1, length), generator=generator)
+    for i, text in enumerate(texts):
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, : 8 * length]
+        if ids.shape[1]:
+            request[f"text-{i}"] = ids
+    with patched(model, plan):
+        results = compute(model, request, new_tokens)
+    epsilon = max(torch.finfo(model.dtype).eps, SMALLEST_EPSILON)
+    layers = int(config.num_hidden_layers)
+    del model
+    gc.collect()
+    return _Expected(request, results, epsilon, layers)
+
+
+def _reloaded(
+    folder: Path, request: dict[str, Tensor], scratch: Path, options: dict[str, Any]
+) -> dict[str, Tensor] | str:
+    """What a fresh process computes, or why it failed."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    save_file(request, scratch / "request")
+    script = Path(__file__).with_name("reloading.py")
+    arguments = [str(folder.resolve()), str(scratch / "request"), str(scratch / "result")]
+    told = json.dumps({**options, "threads": torch.get_num_threads()})
+    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", str(script), *arguments, told]
+    done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        return lines[-1] if lines else f"the process ended with exit code {done.returncode}"
+    result: dict[str, Tensor] = load_file(scratch / "result")
+    return result
+
+
+def _compared(found: Verification, expected: _Expected, got: dict[str, Tensor]) -> Verification:
+    difference, largest, same, tokens = 0.0, 0.0, 0, 0
+    for name in expected.request:
+        a, b = expected.results[name], got[name]
+        if a.shape != b.shape:
+            shapes = f"logits of shape {tuple(b.shape)}, the original's have {tuple(a.shape)}"
+            return Verification(found.form, found.tensors, found.differing, failure=shapes)
+        gap = (a - b).abs().max().item()
+        difference = max(difference, gap if math.isfinite(gap) else math.inf)
+        largest = max(largest, a.abs().max().item())
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        tokens += a.shape[1]
+    tolerance = expected.epsilon * math.sqrt(expected.layers) * largest
+    return Verification(
+        found.form,
+        found.tensors,
+        found.differing,
+        tokens,
+        difference,
+        tolerance,
+        same / tokens,
+        expected.results["generated"].shape[1],
+        _same_generation(expected.results, got, tolerance),
+    )
+
+
+def _same_generation(expected: dict[str, Tensor], got: dict[str, Tensor], tolerance: float) -> bool:
+    a, b = expected["generated"][0].tolist(), got["generated"][0].tolist()
+    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+    if at is None:
+        return len(a) == len(b)
+    logits = expected["steps"][0, at]
+    return (logits[a[at]] - logits[b[at]]).item() <= tolerance

@@ -1,0 +1,161 @@
+"""Files of a checkpoint: safetensors written in place a few MiB at a time, in a folder that appears whole or not at
+all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from moeopt.errors import ExportError
+from moeopt.exporting.layout import Layout
+from moeopt.exporting.source import BYTES, INDEX, Source, Stored
+
+WRITER = ".writer.json"
+"""Names the process that writes a folder, in it."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
+def check_folder(out: Path) -> None:
+    """Raise ExportError unless a checkpoint can be written to `out`: new or empty, in a writable folder."""
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"{str(out)!r} is a file; give a folder to write the checkpoint to")
+    if out.is_dir() and any(out.iterdir()):
+        raise ExportError(f"{str(out)!r} is not empty; give a new or empty folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise ExportError(f"cannot write to {str(out.parent)!r}: {error.strerror or error}") from None
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its name when the block ends well, and is gone when it does not.
+
+    What earlier processes left of theirs, killed while they wrote to the same place, is removed first.
+    """
+    from moeopt.worker import this_worker
+
+    for left in out.parent.glob(f".{out.name}.*"):
+        if _abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        write_json(temporary / WRITER, this_worker())
+        yield temporary
+        (temporary / WRITER).unlink()
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        temporary.rename(out)  # also over an empty folder
+        _sync(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int) -> None:
+    """Write the tensors of a layout as safetensors files of at most `shard_bytes`, with an index if there are several.
+
+    Header first; the tensors are then filled in piece by piece, so that never more than a few MiB are in memory.
+    """
+    shards: list[dict[str, Stored]] = [{}]
+    size = 0
+    for name, tensor in layout.tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    one = len(shards) == 1
+    files = [
+        "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(len(shards))
+    ]
+    places: dict[str, tuple[FileIO, int]] = {}
+    with ExitStack() as stack:
+        for file, tensors in zip(files, shards):
+            stream = stack.enter_context((folder / file).open("w+b", buffering=0))
+            header, offsets, end = _header(tensors)
+            stream.write(header)
+            stream.truncate(len(header) + end)
+            places |= {name: (stream, len(header) + offset) for name, offset in offsets.items()}
+        for name, at, piece in layout.parts(source):
+            stream, offset = places[name]
+            stream.seek(offset + at)
+            _write_all(stream, piece)
+        for stream in {stream for stream, _ in places.values()}:
+            os.fsync(stream.fileno())
+    if not one:
+        weight_map = {name: file for file, tensors in zip(files, shards) for name in tensors}
+        write_json(folder / INDEX, {"metadata": {"total_size": layout.nbytes}, "weight_map": weight_map})
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template, generation config, custom code: every file that is neither weights nor replaced."""
+    ours = {"config.json", "moeopt.json", "README.md", "plan.safetensors"}
+    for file in sorted(source.iterdir()):
+        if file.is_dir() or file.name.startswith(".") or file.name in ours or file.name.endswith(".index.json"):
+            continue
+        if not file.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copy(file, folder / file.name)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file():
+        config = json.loads(tokenizer.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 knows the class by its old name only
+            write_json(tokenizer, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON that people can read."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _header(tensors: dict[str, Stored]) -> tuple[bytes, dict[str, int], int]:
+    """The head of a safetensors file, where each tensor starts behind it, and where the last one ends."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    for name in sorted(tensors, key=lambda name: -BYTES[tensors[name].dtype]):  # so that all are aligned
+        tensor = tensors[name]
+        offsets[name] = end
+        end += tensor.nbytes
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offsets[name], end]}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets, end
+
+
+def _write_all(stream: FileIO, piece: bytes) -> None:
+    view = memoryview(piece)
+    while len(view):
+        view = view[stream.write(view) :]
+
+
+def _abandoned(folder: Path) -> bool:
+    from moeopt.worker import is_dead
+
+    try:
+        return is_dead(json.loads((folder / WRITER).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
+def _sync(path: Path) -> None:
+    with contextlib.suppress(PermissionError):  # folders, on Windows
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

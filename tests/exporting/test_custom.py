@@ -1,0 +1,176 @@
+"""Custom form: every plan is exported with the class it needs, and computes what the patched original does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+import moeopt
+from moeopt.errors import ExportError
+from moeopt.exporting import why_not_stock
+from moeopt.plan import LayerPlan, Plan
+
+KINDS = (
+    "mixed-r", "mixed-k", "prob", "prob-eep", "alias", "alias-kept", "skip", "prob-skip", "everything",
+)  # fmt: skip
+IDS = torch.arange(3, 29).reshape(2, 13) * 5 % 96
+
+
+def computed(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and a greedy continuation with a key-value cache."""
+    with torch.no_grad():
+        return model(input_ids=IDS).logits, model.generate(IDS, max_new_tokens=6, do_sample=False)
+
+
+def reloaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reloaded_checkpoint_is_the_patched_model(
+    saved: Any, make_mixtral: Any, tiny_tokenizer: Any, plans: dict[str, Plan], tmp_path: Path, kind: str, dtype: Any
+) -> None:
+    full = saved(make_mixtral(layers=3, experts=6, dtype=dtype), tiny_tokenizer, tmp_path / "full")
+    moeopt.export(plans[kind], tmp_path / "small", model=tmp_path / "full")
+    record = json.loads((tmp_path / "small" / "moeopt.json").read_text())
+    assert record["form"] == "custom"
+    assert record["why_custom"] == why_not_stock(plans[kind])
+    assert Plan.load(tmp_path / "small" / "plan.safetensors") == plans[kind]
+    small = reloaded(tmp_path / "small")
+    assert small.dtype == dtype
+    for backend in ("eager", "grouped_mm"):
+        full.set_experts_implementation(backend)
+        small.set_experts_implementation(backend)
+        with moeopt.patched(full, plans[kind]):
+            expected = computed(full)
+        assert all(map(torch.equal, computed(small), expected)), backend
+
+
+def test_every_family_has_a_custom_form(
+    family: str, build_family: Any, make_plans: Any, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    build_family(family, vocabulary=300).save_pretrained(tmp_path / "full")
+    tiny_tokenizer.save_pretrained(tmp_path / "full")
+    full = moeopt.load(tmp_path / "full")[0]
+    plan = make_plans(n=7, layers=2)["everything"]
+    moeopt.export(plan, tmp_path / "small", model=full)
+    with moeopt.patched(full, plan):
+        logits, tokens = computed(full)
+    small_logits, small_tokens = computed(reloaded(tmp_path / "small"))
+    assert torch.allclose(small_logits, logits, rtol=0, atol=1e-5)
+    assert torch.equal(small_tokens, tokens)
+
+
+def test_an_exported_model_saves_and_loads_again(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    moeopt.export(plans["everything"], tmp_path / "small", model=full)
+    small = reloaded(tmp_path / "small")
+    small.save_pretrained(tmp_path / "again")
+    for name in ("num_local_experts", "num_experts_per_tok", "moeopt", "model_type", "auto_map"):
+        configs = [json.loads((tmp_path / place / "config.json").read_text()) for place in ("small", "again")]
+        assert configs[0][name] == configs[1][name]
+    assert (tmp_path / "again" / "modeling_moeopt.py").is_file()
+    assert all(map(torch.equal, computed(reloaded(tmp_path / "again")), computed(small)))
+
+
+def test_experts_that_a_token_skips_do_not_run(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    moeopt.export(plans["skip"], tmp_path / "small", model=full)
+    small = reloaded(tmp_path / "small")
+    block, ran = small.model.layers[0].mlp, []
+    run = type(block.experts).__mro__[2].forward
+
+    def counted(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ran.append(index.numel())
+        return run(module, hidden, index, weights)
+
+    type(block.experts).__bases__[1].forward, before = counted, run
+    try:
+        hidden = torch.randn(1, 64, 32, dtype=torch.bfloat16)
+        with torch.no_grad():
+            _, weights, _ = block.gate(hidden[0])
+            block(hidden)
+    finally:
+        type(block.experts).__bases__[1].forward = before
+    assert ran == [int((weights != 0).sum())]
+    assert 64 <= ran[0] < 128
+    with moeopt.patched(full, plans["skip"]) as state:
+        full.model.layers[0].mlp(hidden)
+    assert state.active[0] == ran[0] / 64
+
+
+@pytest.mark.parametrize("kind", ["mixed-k", "skip", "alias"])
+def test_loading_without_trust_or_as_the_stock_class_fails(
+    full: Any, plans: dict[str, Plan], tmp_path: Path, kind: str
+) -> None:
+    moeopt.export(plans[kind], tmp_path / "small", model=full)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=False)
+    with pytest.raises(Exception, match=r"num_(local_experts|experts_per_tok)"):
+        MixtralForCausalLM.from_pretrained(tmp_path / "small")
+
+
+def test_a_lost_mapping_is_an_error_on_loading(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    moeopt.export(plans["prob"], tmp_path / "small", model=full)
+    state = load_file(tmp_path / "small" / "model.safetensors")
+    del state["model.layers.1.block_sparse_moe.gate.w_rm"]
+    save_file(state, tmp_path / "small" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks w_rm"):
+        reloaded(tmp_path / "small")
+
+
+def test_it_loads_where_moeopt_is_not_installed(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    moeopt.export(plans["everything"], tmp_path / "small", model=full)
+    with moeopt.patched(full, plans["everything"]):
+        expected = computed(full)
+    script = """
+import sys
+
+class NoMoeopt:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] == "moeopt":
+            raise ImportError("not installed")
+
+sys.meta_path.insert(0, NoMoeopt())
+import torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained("small", dtype="auto", trust_remote_code=True).eval()
+ids = torch.arange(3, 29).reshape(2, 13) * 5 % 96
+with torch.no_grad():
+    torch.save([model(input_ids=ids).logits, model.generate(ids, max_new_tokens=6, do_sample=False)], "out.pt")
+assert not any(name.split(".")[0] == "moeopt" for name in sys.modules)
+"""
+    environment = {"PATH": "", "HF_HOME": str(tmp_path / "home")}
+    subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, env=environment, check=True)
+    assert all(map(torch.equal, torch.load(tmp_path / "out.pt", weights_only=True), expected))
+
+
+def test_the_form_is_chosen_or_refused(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    stock = Plan.one_hot([[0, 2, 5]] * 3, experts=6, k=2)
+    moeopt.export(stock, tmp_path / "auto", model=full)
+    moeopt.export(stock, tmp_path / "custom", model=full, form="custom")
+    assert not (tmp_path / "auto" / "modeling_moeopt.py").exists()
+    assert all(map(torch.equal, computed(moeopt.load(tmp_path / "auto")[0]), computed(reloaded(tmp_path / "custom"))))
+    assert "ordinary checkpoint" in (tmp_path / "auto" / "README.md").read_text()
+    with pytest.raises(ExportError, match="form must be one of auto, stock, custom"):
+        moeopt.export(stock, tmp_path / "other", model=full, form="onnx")  # type: ignore[arg-type]
+    card = moeopt.export(plans["prob"], tmp_path / "prob", model=full) / "README.md"
+    assert "trust_remote_code=True" in card.read_text()
+
+
+def test_families_that_need_code_of_their_own_are_refused_before_writing(full: Any, tmp_path: Path) -> None:
+    config = json.loads((tmp_path / "full" / "config.json").read_text())
+    (tmp_path / "full" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "x.Y"}}))
+    plan = Plan((LayerPlan(6, 1, kept=(0, 1)), *Plan.one_hot([[0, 2, 5]] * 2, experts=6, k=2).layers))
+    with pytest.raises(ExportError, match="code of its own"):
+        moeopt.export(plan, tmp_path / "small", model=tmp_path / "full")
+    assert {path.name for path in tmp_path.iterdir()} == {"full"}

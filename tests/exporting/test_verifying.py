@@ -1,0 +1,87 @@
+"""Verification: a good checkpoint passes, a tampered one does not, and strange code does not run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moeopt
+from moeopt.cli import main
+from moeopt.errors import ExportError
+from moeopt.exporting import verify
+from moeopt.plan import Plan
+
+FEW = {"sequences": 1, "length": 8, "new_tokens": 3}
+
+
+def tampered(folder: Path, name: str, change: Any) -> None:
+    state = load_file(folder / "model.safetensors")
+    state[name] = change(state[name])
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_custom_and_a_stock_checkpoint_are_the_original(
+    full: Any, plans: dict[str, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moeopt.export(plans["everything"], tmp_path / "small", model=full)
+    moeopt.export(Plan.one_hot([[0, 2, 5]] * 3, experts=6, k=2), tmp_path / "stock", model=full)
+    for name, form in (("small", "custom"), ("stock", "stock")):
+        found = verify(tmp_path / name, texts=["to be compared"], **FEW)
+        assert found.ok
+        assert (found.form, found.differing, found.difference, found.top_1) == (form, (), 0.0, 1.0)
+        assert found.generated == 3
+    arguments = ["--sequences", "1", "--length", "8", "--new-tokens", "2", "--device-map", "cpu"]
+    assert main(["verify", str(tmp_path / "stock"), "--model", str(tmp_path / "full"), *arguments]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+
+
+def test_a_tampered_tensor_is_found(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    moeopt.export(plans["prob"], tmp_path / "small", model=full)
+    name = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
+    tampered(tmp_path / "small", name, lambda tensor: tensor + torch.eye(*tensor.shape, dtype=tensor.dtype) / 2)
+    found = verify(tmp_path / "small", **FEW)
+    assert found.differing == (name,)
+    assert not found.ok
+    assert found.difference > found.tolerance
+    arguments = ["--sequences", "1", "--length", "8", "--new-tokens", "2", "--device-map", "cpu"]
+    assert main(["verify", str(tmp_path / "small"), *arguments]) == 1
+
+
+def test_a_checkpoint_that_does_not_load_is_no_error_of_ours(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    moeopt.export(plans["prob"], tmp_path / "small", model=full)
+    tampered(tmp_path / "small", "model.norm.weight", lambda tensor: tensor[:-1].clone())
+    found = verify(tmp_path / "small", **FEW)
+    assert found.differing == ("model.norm.weight",)
+    assert found.failure
+    assert not found.ok
+
+
+def test_code_that_is_not_moeopts_does_not_run(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    moeopt.export(plans["prob"], tmp_path / "small", model=full)
+    code = tmp_path / "small" / "modeling_moeopt.py"
+    code.write_text(code.read_text() + f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises(ExportError, match="not, byte for byte, what this moeopt ships"):
+        verify(tmp_path / "small", **FEW)
+    assert main(["verify", str(tmp_path / "small")]) == 2
+    assert not (tmp_path / "ran").exists()
+    assert verify(tmp_path / "small", trust_remote_code=True, **FEW).ok
+    assert (tmp_path / "ran").exists()
+
+
+def test_what_moeopt_did_not_export_is_refused(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="was not exported by moeopt"):
+        verify(tmp_path / "full")
+    moeopt.export(plans["mixed-k"], tmp_path / "small", model=full)
+    plans["mixed-r"].save(tmp_path / "small" / "plan.safetensors")
+    with pytest.raises(ExportError, match=r"is not the plan that its moeopt\.json names"):
+        verify(tmp_path / "small")
+    plans["mixed-k"].save(tmp_path / "small" / "plan.safetensors")
+    record = json.loads((tmp_path / "small" / "moeopt.json").read_text())
+    (tmp_path / "small" / "moeopt.json").write_text(json.dumps(record | {"source": str(tmp_path / "gone")}))
+    with pytest.raises(ExportError, match="gone"):
+        verify(tmp_path / "small")
