@@ -33,8 +33,11 @@ def reloaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, torch.bfloat16) for kind in KINDS), *((kind, torch.float32) for kind in ("prob", "skip", "everything"))],
+    ids=lambda value: str(value),
+)
 def test_the_reloaded_checkpoint_is_the_patched_model(
     saved: Any, make_mixtral: Any, tiny_tokenizer: Any, plans: dict[str, Plan], tmp_path: Path, kind: str, dtype: Any
 ) -> None:
