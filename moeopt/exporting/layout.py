@@ -12,7 +12,7 @@ from moeopt.exporting.source import BYTES, Source, Stored, dtype_name, few, torc
 from moeopt.plan import LayerPlan, Matrix, Plan
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
     from transformers import PreTrainedModel
 
     from moeopt.models import MoELayer, Placed
@@ -61,6 +61,12 @@ class Layout:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def merged_dtypes(self) -> set[dtype]:
+        """Dtypes of tensors that are mixtures, which rounds them."""
+        names = [made.outputs[0].name for made in self.made if made.matrix is not None]
+        return {torch_dtype(self.tensors[name].dtype) for name in names}
 
     def parts(self, source: Source) -> Iterator[tuple[str, int, bytes]]:
         """Every byte of every tensor in pieces of a few MiB: name, place of the first byte, bytes."""

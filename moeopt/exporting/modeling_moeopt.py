@@ -152,12 +152,19 @@ class MoeoptMixtralForCausalLM(MixtralForCausalLM):
         for block, layer in zip(blocks, layers):
             _fit(block, n, {**layer, "rule": config.moeopt["rule"]})
 
-    def _init_weights(self, module):
-        if isinstance(module, MoeoptRouter):
-            for name in ("w_rm", "aliases"):
-                if name in module._buffers and not getattr(module._buffers[name], "_is_hf_initialized", False):
-                    raise ValueError(f"the checkpoint lacks {name} of a router, without which the model is another one")
-        super()._init_weights(module)
+    @classmethod
+    def _can_set_experts_implementation(cls):  # transformers looks for the answer in the source of the class
+        return MixtralForCausalLM._can_set_experts_implementation()
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return MixtralForCausalLM._can_set_attn_implementation()
+
+    def tie_weights(self, missing_keys=None, **options):
+        lost = sorted(name for name in missing_keys or () if name.endswith((".w_rm", ".aliases")))
+        if lost:
+            raise ValueError(f"the checkpoint lacks {', '.join(lost)}, without which the model is another one")
+        return super().tie_weights(missing_keys=missing_keys, **options)
 
 
 def _fit(block, n, plan):

@@ -38,8 +38,8 @@ class Verification:
         differing: names of those that are not, bit for bit, what the plan makes of the full checkpoint.
         tokens: positions whose logits were compared.
         difference: largest absolute difference of their logits.
-        tolerance: what rounding may make of it, epsilon(dtype) * sqrt(layers) * largest absolute logit, where epsilon
-            is that of the weights' dtype and at least 2**-20.
+        tolerance: what rounding may make of it, epsilon * sqrt(layers) * largest absolute logit, where epsilon is that
+            of the coarsest dtype that merged weights are stored or the model computes in, and at least 2**-20.
         top_1: fraction of positions with the same likeliest token.
         generated: tokens of the greedy continuation that was compared.
         same_generation: whether it was the same, or parted where two tokens are likeliest up to `tolerance`.
@@ -115,6 +115,8 @@ def verify(
             code that is not moeopt's.
         ModelError: when the original cannot be loaded.
     """
+    import torch
+
     folder = Path(folder)
     record, plan = _read(folder)
     ours = _check_code(folder, trust_remote_code)
@@ -130,6 +132,7 @@ def verify(
             if name not in differing and found.read_bytes(name, at, len(piece)) != bytes(piece):
                 differing.add(name)
     compared = Verification(record["form"], len(layout.tensors), tuple(sorted(differing)))
+    stored = max((torch.finfo(kind).eps for kind in layout.merged_dtypes), default=0.0)
     expected = _expected(full, plan, texts, sequences, length, new_tokens, seed, device_map)
     with tempfile.TemporaryDirectory() as scratch:
         options = {
@@ -140,7 +143,7 @@ def verify(
         got = _reloaded(folder, expected.request, Path(scratch), options)
     if isinstance(got, str):
         return Verification(compared.form, compared.tensors, compared.differing, failure=got)
-    return _compared(compared, expected, got)
+    return _compared(compared, expected, got, max(stored, expected.epsilon))
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,7 @@ def _reloaded(
     return result
 
 
-def _compared(found: Verification, expected: _Expected, got: dict[str, Tensor]) -> Verification:
+def _compared(found: Verification, expected: _Expected, got: dict[str, Tensor], epsilon: float) -> Verification:
     difference, largest, same, tokens = 0.0, 0.0, 0, 0
     for name in expected.request:
         a, b = expected.results[name], got[name]
@@ -254,7 +257,7 @@ def _compared(found: Verification, expected: _Expected, got: dict[str, Tensor]) 
         largest = max(largest, a.abs().max().item())
         same += int((a.argmax(-1) == b.argmax(-1)).sum())
         tokens += a.shape[1]
-    tolerance = expected.epsilon * math.sqrt(expected.layers) * largest
+    tolerance = epsilon * math.sqrt(expected.layers) * largest
     return Verification(
         found.form,
         found.tensors,

@@ -59,7 +59,7 @@ def build_plans(n: int = 6, layers: int = 3) -> dict[str, Plan]:
         "prob-eep": dense(3, 2, router="prob", negative="eep"),
         "alias": Plan((LayerPlan(n, 2, w_em=alias * 3 / n, w_rm=alias, router="alias"),) * layers),
         "alias-kept": Plan((LayerPlan(n, 2, kept=(0, 1, 2), w_rm=alias, router="alias"),) * layers),
-        "skip": pruned.with_skip([0.9, 0.0, 0.8]),
+        "skip": pruned.with_skip([0.9, 0.0, 0.8][:layers]),
         "prob-skip": dense(3, 3, router="prob").with_skip(0.5),
         "everything": Plan(
             (

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import moeopt
 from moeopt.errors import ExportError
@@ -30,14 +30,14 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_files_are_as_safetensors_would_write_them(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
     moeopt.export(plans["everything"], tmp_path / "one", model=full)
-    moeopt.export(plans["everything"], tmp_path / "many", model=full, shard_bytes=50_000)
+    moeopt.export(plans["everything"], tmp_path / "many", model=full, shard_bytes=30_000)
     one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
     assert one["model.layers.1.block_sparse_moe.gate.w_rm"].dtype == torch.float32
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(tmp_path.glob("many/model-*.safetensors"))
-    assert len(files) > 3
+    assert len(files) > 2
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in many.values())
     assert {file.name for file in files} == set(index["weight_map"].values())
     for file in files:
@@ -45,7 +45,7 @@ def test_files_are_as_safetensors_would_write_them(full: Any, plans: dict[str, P
             names = list(opened.keys())
             assert opened.metadata() == {"format": "pt"}
         assert all(index["weight_map"][name] == file.name for name in names)
-        assert sum(one[name].nbytes for name in names) <= 50_000 or len(names) == 1
+        assert sum(one[name].nbytes for name in names) <= 30_000 or len(names) == 1
 
 
 def test_names_of_the_source_are_kept(full: Any, tmp_path: Path) -> None:
@@ -65,44 +65,45 @@ def test_names_of_the_source_are_kept(full: Any, tmp_path: Path) -> None:
     assert torch.equal(*outputs)
 
 
-def test_memory_stays_far_below_a_tensor_of_experts(tmp_path: Path) -> None:
-    """A merging of a checkpoint of two 78 MiB shards; 24 MiB of numbers a layer and kind of expert tensor."""
-    config = moeopt.models.loading.AutoConfig.for_model(
-        "mixtral", vocab_size=64, hidden_size=512, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=4,
+def write_sharded(folder: Path, hidden: int, intermediate: int) -> int:
+    """A Mixtral of zeros in bfloat16, 2 layers of 8 experts, a file a layer; returns its bytes."""
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=8, dtype="bfloat16", architectures=["MixtralForCausalLM"],
     )  # fmt: skip
-    (tmp_path / "full").mkdir()
-    config.to_json_file(tmp_path / "full" / "config.json")
+    folder.mkdir()
+    config.to_json_file(folder / "config.json")
     with torch.device("meta"):
-        shapes = {name: t.shape for name, t in MixtralForCausalLM(config).state_dict().items()}
+        left = {name: t.shape for name, t in MixtralForCausalLM(config).state_dict().items()}
     weight_map = {}
-    for number, prefix in enumerate(("model.layers.0.", "model.layers.1.", "")):
-        state = {}
-        for name, shape in shapes.items():
-            if name.startswith(prefix) and name not in weight_map:
-                state[name] = torch.zeros(shape, dtype=torch.bfloat16)
-                weight_map[name] = f"shard-{number}.safetensors"
-        save_file(state, tmp_path / "full" / f"shard-{number}.safetensors", metadata={"format": "pt"})
-    index = tmp_path / "full" / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    size = sum(file.stat().st_size for file in (tmp_path / "full").glob("*.safetensors"))
+    for prefix in ("model.layers.0.", "model.layers.1.", ""):
+        names = [name for name in left if name.startswith(prefix)]
+        state = {name: torch.zeros(left.pop(name), dtype=torch.bfloat16) for name in names}
+        file = f"shard-{len(left)}.safetensors"
+        save_file(state, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def test_memory_stays_far_below_a_shard(tmp_path: Path) -> None:
+    """Of a merging, the dearest export, of shards of 74 MiB, which hold one fused tensor of 48 MiB and one of 24."""
+    write_sharded(tmp_path / "warm-up", 32, 48)
+    size = write_sharded(tmp_path / "full", 512, 3072)
     w_em = np.full((4, 8), 0.125, dtype=np.float32)
     w_em[:, :4] += np.eye(4, dtype=np.float32)
     Plan((LayerPlan(8, 2, w_em=w_em, w_rm=w_em, router="prob"),) * 2).save(tmp_path / "plan")
-    del state
     script = """
-import resource, sys, moeopt, moeopt.exporting, moeopt.models
-from pathlib import Path
-plan, place = moeopt.Plan.load("plan"), Path(".")
-moeopt.export(moeopt.Plan.identity(2, 8, 2), "warm", model="full")
-anonymous = lambda: max(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) << 10
-before = anonymous()
+import resource, sys, moeopt
+plan, unit = moeopt.Plan.load("plan"), 1 if sys.platform == "darwin" else 1024
+moeopt.export(plan, "warm", model="warm-up")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 moeopt.export(plan, "small", model="full")
-print(anonymous() - before)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert size > 140 << 20
-    assert int(done.stdout.split()[-1]) < 40 << 20
+    assert size > 145 << 20
+    assert int(done.stdout.split()[-1]) < 32 << 20
 
 
 @pytest.mark.parametrize("which", ["model.norm.weight", "model.layers.1.block_sparse_moe.experts.3.w2.weight"])

@@ -17,6 +17,7 @@ from moeopt.exporting import verify
 from moeopt.plan import Plan
 
 FEW = {"sequences": 1, "length": 8, "new_tokens": 3}
+QUICK = ["--sequences", "1", "--length", "8", "--new-tokens", "2", "--device-map", "cpu"]
 
 
 def tampered(folder: Path, name: str, change: Any) -> None:
@@ -29,39 +30,34 @@ def test_a_custom_and_a_stock_checkpoint_are_the_original(
     full: Any, plans: dict[str, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moeopt.export(plans["everything"], tmp_path / "small", model=full)
+    found = verify(tmp_path / "small", texts=["to be compared"], **FEW)
+    assert found.ok
+    assert (found.form, found.differing, found.difference, found.top_1) == ("custom", (), 0.0, 1.0)
+    assert (found.tokens, found.generated) == (8 + 8 + 1 + len("to be compared"), 3)
     moeopt.export(Plan.one_hot([[0, 2, 5]] * 3, experts=6, k=2), tmp_path / "stock", model=full)
-    for name, form in (("small", "custom"), ("stock", "stock")):
-        found = verify(tmp_path / name, texts=["to be compared"], **FEW)
-        assert found.ok
-        assert (found.form, found.differing, found.difference, found.top_1) == (form, (), 0.0, 1.0)
-        assert found.generated == 3
-    arguments = ["--sequences", "1", "--length", "8", "--new-tokens", "2", "--device-map", "cpu"]
-    assert main(["verify", str(tmp_path / "stock"), "--model", str(tmp_path / "full"), *arguments]) == 0
-    assert "bit for bit" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "stock"), "--model", str(tmp_path / "full"), *QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert "bit for bit" in printed
+    assert "largest difference 0 at" in printed
 
 
-def test_a_tampered_tensor_is_found(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+def test_a_tampered_tensor_is_found(
+    full: Any, plans: dict[str, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     moeopt.export(plans["prob"], tmp_path / "small", model=full)
     name = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
     tampered(tmp_path / "small", name, lambda tensor: tensor + torch.eye(*tensor.shape, dtype=tensor.dtype) / 2)
-    found = verify(tmp_path / "small", **FEW)
-    assert found.differing == (name,)
-    assert not found.ok
-    assert found.difference > found.tolerance
-    arguments = ["--sequences", "1", "--length", "8", "--new-tokens", "2", "--device-map", "cpu"]
-    assert main(["verify", str(tmp_path / "small"), *arguments]) == 1
+    assert main(["verify", str(tmp_path / "small"), *QUICK]) == 1
+    printed = capsys.readouterr().out
+    assert f"not {name}" in printed
+    assert "largest difference 0 at" not in printed
+    assert "NO" in printed
 
 
-def test_a_checkpoint_that_does_not_load_is_no_error_of_ours(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
-    moeopt.export(plans["prob"], tmp_path / "small", model=full)
-    tampered(tmp_path / "small", "model.norm.weight", lambda tensor: tensor[:-1].clone())
-    found = verify(tmp_path / "small", **FEW)
-    assert found.differing == ("model.norm.weight",)
-    assert found.failure
-    assert not found.ok
-
-
-def test_code_that_is_not_moeopts_does_not_run(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+def test_code_that_is_not_moeopts_runs_only_when_it_is_trusted(
+    full: Any, plans: dict[str, Plan], tmp_path: Path
+) -> None:
+    """And a checkpoint that does not load is not verified, which is no error of ours."""
     moeopt.export(plans["prob"], tmp_path / "small", model=full)
     code = tmp_path / "small" / "modeling_moeopt.py"
     code.write_text(code.read_text() + f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n")
@@ -69,8 +65,12 @@ def test_code_that_is_not_moeopts_does_not_run(full: Any, plans: dict[str, Plan]
         verify(tmp_path / "small", **FEW)
     assert main(["verify", str(tmp_path / "small")]) == 2
     assert not (tmp_path / "ran").exists()
-    assert verify(tmp_path / "small", trust_remote_code=True, **FEW).ok
+    tampered(tmp_path / "small", "model.norm.weight", lambda tensor: tensor[:-1].clone())
+    found = verify(tmp_path / "small", trust_remote_code=True, **FEW)
     assert (tmp_path / "ran").exists()
+    assert found.differing == ("model.norm.weight",)
+    assert found.failure
+    assert not found.ok
 
 
 def test_what_moeopt_did_not_export_is_refused(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
