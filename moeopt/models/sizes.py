@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from moeopt.models.layers import MoELayer, moe_layers
 from moeopt.plan import LayerPlan, Plan
@@ -16,7 +16,7 @@ MAP_BYTES = 4
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model's parameters.
+    """Of a model's parameters, and of what else its checkpoint holds for it to compute with, such as a router's bias.
 
     Args:
         parameters: their number.
@@ -48,13 +48,13 @@ class Sizes:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[MoELayer] | None = None) -> None:
-        self._whole = _measure(model.parameters())
+        self._whole = _measure(_weights(model))
         self._layers = [
             _Layer(
                 layer.n,
                 layer.k,
-                _share(layer.experts.parameters(), layer.n),
-                _share((p for p in layer.router.parameters() if p.shape[:1] == (layer.n,)), layer.n),
+                _share(_weights(layer.experts), layer.n),
+                _share((p for p in _weights(layer.router) if p.shape[:1] == (layer.n,)), layer.n),
             )
             for layer in (moe_layers(model) if layers is None else layers)
         ]
@@ -90,11 +90,18 @@ def _maps_probabilities(layer: LayerPlan) -> bool:
     return layer.router == "prob" and layer.router_rows is None
 
 
-def _measure(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-    every = list(parameters)
+def _weights(module: nn.Module) -> list[Tensor]:
+    """Its parameters, shared ones once, and the floating buffers that its checkpoint holds."""
+    held = set(module.state_dict())
+    buffers = [b for name, b in module.named_buffers() if name in held and b.is_floating_point()]
+    return [*module.parameters(), *buffers]
+
+
+def _measure(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    every = list(tensors)
     return sum(p.numel() for p in every), sum(p.numel() * p.element_size() for p in every)
 
 
-def _share(parameters: Iterable[nn.Parameter], n: int) -> tuple[int, int]:
+def _share(parameters: Iterable[Tensor], n: int) -> tuple[int, int]:
     count, size = _measure(parameters)
     return count // n, size // n

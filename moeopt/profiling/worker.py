@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import os
 import traceback
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeopt.errors import ModelError, MoeoptError
-from moeopt.models import MergedCache, Sizes, empty_model, is_dense, load_model, moe_layers, patched
+from moeopt.models import MergedCache, MoELayer, Sizes, empty_model, is_dense, load_model, moe_layers, patched
 from moeopt.models.layerwise import input_device
 from moeopt.plan import LayerPlan, Plan
 from moeopt.profiling import measuring
@@ -104,7 +105,7 @@ class Host:
                 measuring.seconds(self.model, ids, new_tokens)
             found = measuring.expert_loads(self.model, self.layers, self._rows(batch, prompt_length, balance_tokens))
         kept = [range(x.n) for x in self.layers] if chosen is None else [experts_of(x) for x in chosen.layers]
-        loads = [
+        loads: list[dict[str, Any]] = [
             {"layer": layer.name, "experts": list(own), "counts": [counts[e] for e in own], "tokens": tokens}
             for layer, own, (counts, tokens) in zip(self.layers, kept, found)
         ]
@@ -157,14 +158,34 @@ class Host:
         return None if path is None else Plan.load(path)
 
 
-def usable_layers(model: Any) -> tuple[tuple[Any, ...], str | None]:
+def usable_layers(model: Any) -> tuple[tuple[MoELayer, ...], str | None]:
     """The MoE layers of a model; or none, and why."""
     if is_dense(model):
         return (), "a dense model"
+    plan = getattr(model.config, "moeopt", None)
+    if plan is not None:
+        return exported_layers(model, plan["experts"], plan["active"]), None
     try:
         return moe_layers(model), None
     except ModelError as error:
         return (), str(error)
+
+
+def exported_layers(model: Any, experts: Sequence[int], active: Sequence[int]) -> tuple[MoELayer, ...]:
+    """The MoE layers of a checkpoint that moeopt exported with a class of its own.
+
+    Their routers may have more rows than there are experts, which no other layer has.
+
+    Args:
+        experts, active: r and k of each layer, from the checkpoint's config.
+    """
+    found: list[MoELayer] = []
+    for name, block in model.named_modules():
+        if isinstance(getattr(block, "experts", None), nn.Module):
+            router = block.gate if isinstance(getattr(block, "gate", None), nn.Module) else block.router
+            i = len(found)
+            found.append(MoELayer(i, name, block, router, block.experts, experts[i], active[i]))
+    return tuple(found)
 
 
 def experts_of(layer: LayerPlan) -> range | tuple[int, ...]:

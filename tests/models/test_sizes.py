@@ -24,13 +24,13 @@ REST = 2 * VOCABULARY * HIDDEN + HIDDEN + LAYERS * (ATTENTION + 2 * HIDDEN)  # e
 
 
 def headers(folder: Path) -> tuple[int, int]:
-    """Numbers and bytes of all tensors that a checkpoint's safetensors files declare."""
+    """Numbers and bytes of all floating tensors that a checkpoint's safetensors files declare."""
     count = size = 0
-    for file in folder.glob("*.safetensors"):
+    for file in folder.glob("model*.safetensors"):
         raw = file.read_bytes()
         (length,) = struct.unpack("<Q", raw[:8])
         for name, tensor in json.loads(raw[8 : 8 + length]).items():
-            if name != "__metadata__":
+            if name != "__metadata__" and tensor["dtype"] in BYTES:
                 count += math.prod(tensor["shape"])
                 size += math.prod(tensor["shape"]) * BYTES[tensor["dtype"]]
     return count, size
@@ -45,11 +45,20 @@ def merging(router: Any) -> Plan:
     return Plan((LayerPlan(N, 2, w_em=w_em, w_rm=w_em, router=router),) * LAYERS)  # type: ignore[arg-type]
 
 
+def aliasing() -> Plan:
+    w_rm = [[1.0] * 4 + [0.0] * 4, [0.0] * 4 + [1.0] * 4]
+    return Plan((LayerPlan(N, 3, kept=(0, 4), w_rm=w_rm, router="alias"),) * LAYERS)  # type: ignore[arg-type]
+
+
 PLANS = {
     "r = 4": pruning(4),
     "r = 2, k = 1": pruning(2, 1),
     "all, k = 1": pruning(N, 1),
     "merged, logits mapped": merging("logit"),
+    "merged, probabilities mapped": merging("prob"),
+    "aliased": aliasing(),
+    "skipping": pruning(4).with_skip(0.5),
+    "r differs": Plan.one_hot([range(r) for r in (3, 8, 5)], experts=N, k=2),
     "probabilities selected": Plan.one_hot([[5, 2, 1]] * LAYERS, experts=N, k=2, router="prob"),
 }
 
@@ -85,9 +94,7 @@ def test_dense_maps_of_probabilities_and_aliases_keep_the_whole_router(make_mixt
     found = sizes.of(merging("prob"))
     assert found.parameters == REST + LAYERS * (2 * EXPERT + N * ROW + 2 * N)
     assert found.bytes == 4 * found.parameters
-    aliases = [[1.0] * 4 + [0.0] * 4, [0.0] * 4 + [1.0] * 4]
-    aliased = LayerPlan(N, 3, kept=(0, 4), w_rm=aliases, router="alias")  # type: ignore[arg-type]
-    size = sizes.of(Plan((aliased,) * LAYERS))
+    size = sizes.of(aliasing())
     assert size.parameters == size.active == REST + LAYERS * (2 * EXPERT + N * ROW)
 
 
@@ -98,6 +105,19 @@ def test_shared_experts_are_always_active(build_family: Callable[..., Any]) -> N
     size = Sizes(model).of()
     assert size.parameters == sum(p.numel() for p in model.parameters())
     assert size.active == size.parameters - idle
+
+
+def test_biases_that_correct_routers_count_too(build_family: Callable[..., Any]) -> None:
+    model = build_family("deepseek_v3")
+    corrections = sum(b.numel() for name, b in model.named_buffers() if "correction_bias" in name)
+    assert corrections > 0
+    size = Sizes(model)
+    assert size.of().parameters == sum(p.numel() for p in model.parameters()) + corrections
+    layers = moe_layers(model)
+    rows = sum(layer.hidden + 1 for layer in layers)
+    experts = sum(p.numel() for layer in layers for p in layer.experts.parameters()) // layers[0].n
+    dropped = Plan.one_hot([range(layer.n - 1) for layer in layers], experts=layers[0].n, k=2)
+    assert size.of().parameters - size.of(dropped).parameters == rows + experts
 
 
 def test_a_dense_model_is_all_active(tiny_llama: Any, tiny_model: Any) -> None:
