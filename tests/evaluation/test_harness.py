@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -34,7 +35,10 @@ def test_the_live_patched_model_gets_the_numbers_of_the_exported_checkpoint(
     manager = TaskManager(include_path=harness_tasks, include_defaults=False)
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
     expected = simple_evaluate(
-        HFLM(pretrained=small, tokenizer=tiny_tokenizer), tasks=list(KINDS), task_manager=manager, bootstrap_iters=0
+        HFLM(pretrained=small, tokenizer=copy.deepcopy(tiny_tokenizer)),
+        tasks=list(KINDS),
+        task_manager=manager,
+        bootstrap_iters=0,
     )
     report = lm_eval_report(tiny_model, tiny_tokenizer, KINDS, PLAN, include_path=harness_tasks, bootstrap_iters=0)
     for name in KINDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_log_likelihoods_are_those_of_the_harness(harness_tasks, tiny_model, tin
 
     task = get("sums", harness_tasks, num_fewshot=2)
     pairs = [(example.prompt, option) for example in task.examples("test") for option in example.options]
-    lm = HFLM(pretrained=tiny_model, tokenizer=tiny_tokenizer, batch_size=3)
+    lm = HFLM(pretrained=tiny_model, tokenizer=copy.deepcopy(tiny_tokenizer), batch_size=3)
     expected = [lm.loglikelihood([Instance("loglikelihood", {}, pair, 0)], disable_tqdm=True)[0][0] for pair in pairs]
     found = Evaluator(tiny_model, tiny_tokenizer, task, split="test").evaluate(None)
     right = [2 * i + example.answer for i, example in enumerate(task.examples("test"))]
