@@ -45,9 +45,8 @@ from scipy.optimize import linear_sum_assignment
 from moeopt.errors import TaskError
 from moeopt.tasks.answers import References, last_number
 from moeopt.tasks.base import Example
-from moeopt.tasks.generation import GenerationTask, Template, check_template, from_templates
 from moeopt.tasks.rows import Data, Row, load
-from moeopt.tasks.splits import FRACTIONS
+from moeopt.tasks.written import Rows, Template, WrittenBenchmark
 
 Spans = tuple[str, ...]
 
@@ -143,45 +142,24 @@ TEMPLATES = {
 }
 
 
-def drop_task(
-    data: Data | None = None,
-    *,
-    template: str = "harness",
-    fractions: Sequence[float] = FRACTIONS,
-    config: str | None = None,
-    stop: Sequence[str] | str | None = None,
-    max_new_tokens: int | None = None,
-) -> GenerationTask:
-    """DROP, from the hub ("ucinlp/drop" unless `data` says otherwise) or a local file in either schema.
-
-    Args:
-        data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
-        template: "harness" or "eep".
-        fractions: of search, dev and test where the data has no splits of its own; its validation split becomes test,
-            and train is divided into search and dev, passage by passage.
-        config: configuration of a hub data set.
-        stop, max_new_tokens: where an answer ends; None for the template's: after 50 tokens, with "eep" 30.
-
-    Raises:
-        TaskError: naming file and line of whatever is missing or malformed.
-    """
-    check_template(template, TEMPLATES)
-    own = load("ucinlp/drop" if data is None else data, config)
+def parsed_rows(data: Data, config: str | None, template: str) -> Rows:
+    """Rows with their accepted answers; of the template "eep" those whose answers are numbers."""
+    own = load(data, config)
     for split, rows in own.items():
         parsed = [Row(row.where, {**row.values, _ANSWERS: _parsed(row, one=split == "train")}) for row in rows]
         own[split] = [row for row in parsed if template != "eep" or _numbers(row.values[_ANSWERS])]
     if not any(own.values()):
         raise TaskError("template 'eep' asks only for numbers, and no question of the data has one for an answer")
-    return from_templates(
-        "drop",
-        own,
-        TEMPLATES,
-        template,
-        labelled=lambda row: bool(row.values[_ANSWERS]),
-        fractions=fractions,
-        stop=stop,
-        max_new_tokens=max_new_tokens,
-    )
+    return own
+
+
+drop_task = WrittenBenchmark(
+    "drop",
+    hub="ucinlp/drop",
+    templates=TEMPLATES,
+    labelled=lambda row: bool(row.values[_ANSWERS]),
+    rows=parsed_rows,
+)
 
 
 _ANSWERS = "accepted answers"

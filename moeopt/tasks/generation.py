@@ -178,45 +178,6 @@ class GenerationTask(PromptedTask):
         }
 
 
-@dataclass(frozen=True)
-class Template:
-    """How rows of a data set become examples, how an answer ends, and how it is judged, the reported metric first."""
-
-    to_example: Callable[[Row], Example]
-    judges: Mapping[str, Judge]
-    stop: tuple[str, ...]
-    max_new_tokens: int
-
-
-def from_templates(
-    name: str,
-    own: Mapping[str, Sequence[Row]],
-    templates: Mapping[str, Template],
-    template: str,
-    *,
-    labelled: Callable[[Row], bool],
-    fractions: Sequence[float],
-    stop: Sequence[str] | str | None,
-    max_new_tokens: int | None,
-) -> GenerationTask:
-    """The task from rows by the data set's own splits; `stop` and `max_new_tokens` override the template's."""
-    chosen = templates[template]
-    return GenerationTask(
-        name,
-        **from_own(own_examples(own, chosen.to_example, labelled), fractions),
-        judges=chosen.judges,
-        stop=chosen.stop if stop is None else stop,
-        max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        template=f"{template} v1",
-    )
-
-
-def check_template(template: str, templates: Iterable[str]) -> None:
-    """Raises `TaskError` if there is no such template."""
-    if template not in templates:
-        raise TaskError(f"unknown template {template!r}{nearest(template, list(templates))}")
-
-
 def accepted(example: Example) -> tuple[tuple[str, ...], ...]:
     """The accepted answers that a generated one is judged against, each in its parts."""
     return example.references or tuple((option.strip(),) for option in example.options)

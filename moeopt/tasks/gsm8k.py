@@ -30,15 +30,13 @@ would first work it out.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from moeopt.errors import TaskError
 from moeopt.tasks.answers import References
 from moeopt.tasks.base import Example
-from moeopt.tasks.generation import GenerationTask, Template, check_template, from_templates
 from moeopt.tasks.gsm8k_examples import EEP_EXAMPLES
 from moeopt.tasks.rows import Data, Row, load
-from moeopt.tasks.splits import FRACTIONS
+from moeopt.tasks.written import Rows, Template, WrittenBenchmark
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -80,41 +78,18 @@ TEMPLATES = {
 }
 
 
-def gsm8k_task(
-    data: Data | None = None,
-    *,
-    template: str = "harness",
-    fractions: Sequence[float] = FRACTIONS,
-    config: str | None = None,
-    stop: Sequence[str] | str | None = None,
-    max_new_tokens: int | None = None,
-) -> GenerationTask:
-    """GSM8K, from the hub ("openai/gsm8k" unless `data` says otherwise) or a local file in its schema.
+def rows_of(data: Data, config: str | None, template: str) -> Rows:
+    """Those of the configuration "main" of any "gsm8k" of the hub, unless another is asked for."""
+    return load(data, "main" if config is None and str(data).endswith("gsm8k") else config)
 
-    Args:
-        data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
-        template: "harness" or "eep".
-        fractions: of search, dev and test where the data has no splits of its own; with train and test, train is
-            divided into search and dev.
-        config: configuration of a hub data set; "main" for any "gsm8k".
-        stop, max_new_tokens: where an answer ends; None for the template's: 256 tokens, with "eep" 150.
 
-    Raises:
-        TaskError: naming file and line of whatever is missing or malformed.
-    """
-    check_template(template, TEMPLATES)
-    data = "openai/gsm8k" if data is None else data
-    config = "main" if config is None and str(data).endswith("gsm8k") else config
-    return from_templates(
-        "gsm8k",
-        load(data, config),
-        TEMPLATES,
-        template,
-        labelled=lambda row: row.values.get("answer") is not None,
-        fractions=fractions,
-        stop=stop,
-        max_new_tokens=max_new_tokens,
-    )
+gsm8k_task = WrittenBenchmark(
+    "gsm8k",
+    hub="openai/gsm8k",
+    templates=TEMPLATES,
+    labelled=lambda row: row.values.get("answer") is not None,
+    rows=rows_of,
+)
 
 
 def _asked(question: str) -> str:

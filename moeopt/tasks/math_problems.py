@@ -25,15 +25,13 @@ EEP has no prompt for MATH.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from moeopt.errors import TaskError
 from moeopt.tasks.answers import References
 from moeopt.tasks.base import Example
-from moeopt.tasks.generation import GenerationTask, Template, check_template, from_templates
 from moeopt.tasks.rows import Data, Row, is_missing_file, load
-from moeopt.tasks.splits import FRACTIONS
+from moeopt.tasks.written import Rows, Template, WrittenBenchmark
 
 SUBJECTS = (
     "algebra",
@@ -134,47 +132,25 @@ TEMPLATES = {
 }
 
 
-def math_task(
-    data: Data | None = None,
-    *,
-    template: str = "harness",
-    fractions: Sequence[float] = FRACTIONS,
-    config: str | None = None,
-    stop: Sequence[str] | str | None = None,
-    max_new_tokens: int | None = None,
-) -> GenerationTask:
-    """MATH, from the hub ("EleutherAI/hendrycks_math" unless `data` says otherwise) or a local file in its schema.
-
-    Args:
-        data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
-        template: "harness" or "minerva".
-        fractions: of search, dev and test where the data has no splits of its own; with train and test, train is
-            divided into search and dev.
-        config: a subject of the hub data set, such as "algebra"; None for all seven of any "hendrycks_math".
-        stop, max_new_tokens: where an answer ends; None for the template's: at "Problem:", after 256 tokens.
-
-    Raises:
-        TaskError: naming file and line of whatever is missing or malformed.
-    """
-    check_template(template, TEMPLATES)
-    data = "EleutherAI/hendrycks_math" if data is None else data
+def rows_of(data: Data, config: str | None, template: str) -> Rows:
+    """Those of a subject of the hub data set, such as "algebra"; with None, of all seven of any "hendrycks_math"."""
     local = Path(data).exists() or is_missing_file(data)
     all_subjects = config is None and not local and str(data).endswith("hendrycks_math")
-    own: dict[str, list[Row]] = {}
+    own: Rows = {}
     for subject in SUBJECTS if all_subjects else (config,):
         for split, rows in load(data, subject).items():
             where = f"{subject}: " if all_subjects else ""
             own.setdefault(split, []).extend(Row(where + row.where, row.values) for row in rows)
-    return from_templates(
-        "math",
-        own,
-        TEMPLATES,
-        template,
-        labelled=lambda row: row.values.get("solution") is not None,
-        fractions=fractions,
-        stop=stop,
-        max_new_tokens=max_new_tokens,
-    )
+    return own
+
+
+math_task = WrittenBenchmark(
+    "math",
+    hub="EleutherAI/hendrycks_math",
+    templates=TEMPLATES,
+    labelled=lambda row: row.values.get("solution") is not None,
+    rows=rows_of,
+)
 
 
 def _id(row: Row) -> str:

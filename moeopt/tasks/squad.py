@@ -35,14 +35,12 @@ Rows of SQuAD 2.0 ("rajpurkar/squad_v2") are read, too; where there is no answer
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from moeopt.errors import TaskError
 from moeopt.tasks.answers import References, exact_match, f1, normalised
 from moeopt.tasks.base import Example
-from moeopt.tasks.generation import GenerationTask, Template, check_template, from_templates
-from moeopt.tasks.rows import Data, Row, load
-from moeopt.tasks.splits import FRACTIONS
+from moeopt.tasks.rows import Row
+from moeopt.tasks.written import Template, WrittenBenchmark
 
 _IMPOSSIBLE = (
     "According to the above passage, answer the following question. If it is impossible to answer according to the "
@@ -75,39 +73,9 @@ TEMPLATES = {
 }
 
 
-def squad_task(
-    data: Data | None = None,
-    *,
-    template: str = "harness",
-    fractions: Sequence[float] = FRACTIONS,
-    config: str | None = None,
-    stop: Sequence[str] | str | None = None,
-    max_new_tokens: int | None = None,
-) -> GenerationTask:
-    """SQuAD, from the hub ("rajpurkar/squad" unless `data` says otherwise) or a local file in its schema.
-
-    Args:
-        data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
-        template: "harness" or "eep".
-        fractions: of search, dev and test where the data has no splits of its own; its validation split becomes test,
-            and train is divided into search and dev, passage by passage.
-        config: configuration of a hub data set.
-        stop, max_new_tokens: where an answer ends; None for the template's: at a line break, after 50 tokens.
-
-    Raises:
-        TaskError: naming file and line of whatever is missing or malformed.
-    """
-    check_template(template, TEMPLATES)
-    return from_templates(
-        "squad",
-        load("rajpurkar/squad" if data is None else data, config),
-        TEMPLATES,
-        template,
-        labelled=lambda row: row.values.get("answers") is not None,
-        fractions=fractions,
-        stop=stop,
-        max_new_tokens=max_new_tokens,
-    )
+squad_task = WrittenBenchmark(
+    "squad", hub="rajpurkar/squad", templates=TEMPLATES, labelled=lambda row: row.values.get("answers") is not None
+)
 
 
 def _example(row: Row, prompt: str, impossible: str) -> Example:
