@@ -84,7 +84,11 @@ def export(
         with err.status("projecting"):
             chosen, projection = _projected(chosen, model, str(task), data, options, limit, device_map)
         console.print("\n".join(projection.lines()), markup=False, soft_wrap=True)
-    taken, reason = chosen_form(chosen, locate(model), form)
+    try:
+        taken, reason = chosen_form(chosen, locate(model), form)
+    except ExportError as error:
+        hint = "; --trial best-stock takes the best trial that one can hold" if form == "stock" and study else ""
+        raise ExportError(f"{error}{hint}") from None
     with err.status(f"writing {out_dir}"):
         if opened is None or projection is not None:
             write(chosen, out_dir, model=model, form=form, projection=projection)

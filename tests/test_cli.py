@@ -472,7 +472,7 @@ def test_a_search_starts_from_methods(place: Place, capsys: pytest.CaptureFixtur
 def test_export_refuses_what_no_ordinary_checkpoint_holds(place: Place, refused: Refused, tmp_path: Path) -> None:
     opened = load_study("s", place.storage)
     merged = next(trial.number for trial in opened.trials if trial.user_attrs["phase"] == "merge")
-    study = ["--study", "s", "--storage", place.storage, "--trial", str(merged)]
+    study = ["--study", "s", "--storage", place.storage, "--trial", str(merged), "--form", "stock"]
     message = refused(["export", str(place.model), str(tmp_path / "out"), *study])
     assert "best-stock" in message
     assert not (tmp_path / "out").exists()
