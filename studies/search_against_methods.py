@@ -44,6 +44,33 @@ best on dev; hc_smoe 2.3261; output_fit 2.3292; naee 2.3319, -.0040 [-.0103, +.0
 32 test questions, full 1.0664: hc_smoe -.0589 [-.0846, -.0327], the best on dev; naee -.0478 [-.0914, -.0056];
 frequency +.0784; m_smoe +.1245; the better of 2 random prunings -.1050 [-.1747, -.0281], from hc_smoe not to be told
 apart.
+
+All methods, in float32, with `moeopt compare-methods`, on 1,530 search and 1,948 test tokens (8 windows, so that an
+interval is of few) of other Python files; full model 1.9598. What differs from it by an interval is said so; SmolMoE's
+experts being near copies, little does:
+
+| | keep 6 | keep 4 | keep 2 |
+|---|---|---|---|
+| mean of random | 1.9613 | 1.9685 | |
+| frequency | 1.9603 | 1.9680, +.0082 [+.0054, +.0113] | 1.9635 |
+| reap | 1.9588 | 1.9591 | |
+| naee | 1.9604 | 1.9615, +.0017 [+.0001, +.0030] | 1.9595 |
+| hc_smoe | 1.9595 | 1.9575 | 1.9569 |
+| m_smoe | 1.9606 | 1.9602 (best on dev) | |
+| ean_mean, best on dev for keep 6 | 1.9581, -.0017 [-.0041, +.0005] | | |
+| EEP, 78 trials, its best pruning | | 1.9574, -.0024 [-.0060, +.0012] | |
+| EEP, 78 trials, after merging | | 1.9738, +.0140 [+.0071, +.0213] | |
+| full, skipping (1.47 active); k = 1 | 1.9651; 1.9685, +.0087 [+.0007, +.0192] | | |
+| naee, skipping; k = 1 | 1.9650; 1.9686 | 1.9637; 1.9686 | 1.9667; 1.9710, +.0112 [+.0023, +.0217] |
+| hc_smoe, skipping; k = 1 | 1.9613; 1.9642 | 1.9594; 1.9608 | 1.9579; 1.9570 |
+
+Here the merging that search loss liked best is worse on test than every row above it: `moeopt select` finds that out on
+dev. On tasks the search does win. WiC, keep 4, `local` in 10 groups, 60 trials on 24 questions, 48 test questions, full
+1.2703: search .8912, -.3791 [-.5028, -.2551]; it beats the best one-shot method, `naee_progressive` (1.1485), by .2573
+[.1677, .3470] for 7 times its layer-tokens, and its best pruning does not. BoolQ, the same with 12 and 24 questions,
+full 1.0941: search .8314, -.2626 [-.3553, -.1778]; it beats `hc_smoe_summed` (.9546, the best on dev) by .1231 [.0024,
+.2545] for 11 times its layer-tokens, and its best pruning is worse than that, by .0721 [.0027, .1326]. Accuracy does not
+follow: WiC's is .479 for both, BoolQ's .500 for the full model and .417 for the search.
 """
 
 from __future__ import annotations
