@@ -69,8 +69,8 @@ dev. On tasks the search does win. WiC, keep 4, `local` in 10 groups, 60 trials 
 1.2703: search .8912, -.3791 [-.5028, -.2551]; it beats the best one-shot method, `naee_progressive` (1.1485), by .2573
 [.1677, .3470] for 7 times its layer-tokens, and its best pruning does not. BoolQ, the same with 12 and 24 questions,
 full 1.0941: search .8314, -.2626 [-.3553, -.1778]; it beats `hc_smoe_summed` (.9546, the best on dev) by .1231 [.0024,
-.2545] for 11 times its layer-tokens, and its best pruning is worse than that, by .0721 [.0027, .1326]. Accuracy does not
-follow: WiC's is .479 for both, BoolQ's .500 for the full model and .417 for the search.
+.2545] for 11 times its layer-tokens, and its best pruning is worse than that, by .0721 [.0027, .1326].
+Accuracy does not follow: WiC's is .479 for both, BoolQ's .500 for the full model and .417 for the search.
 """
 
 from __future__ import annotations
