@@ -187,7 +187,7 @@ class Objective:
 
     def _penalty(self, evaluation: Evaluation) -> float:
         """What the active experts of an evaluation add to the loss."""
-        return self.active_weight * _active(evaluation) if self.active_weight else 0.0
+        return penalty(self.active_weight, evaluation)
 
     def _note(
         self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, attrs: dict[str, Any], facts: dict[str, Any]
@@ -317,6 +317,11 @@ def remembered(trial: optuna.trial.BaseTrial, plan: Plan, of: str) -> Evaluation
 
 
 BACKENDS = {"attention": "attn", "experts": "experts"}
+
+
+def penalty(active_weight: float, evaluation: Evaluation) -> float:
+    """What the active experts of an evaluation add to its loss, at `active_weight` an expert."""
+    return active_weight * _active(evaluation) if active_weight else 0.0
 
 
 def _active(evaluation: Evaluation) -> float:

@@ -14,7 +14,7 @@ from moeopt.errors import NonFiniteLossError, StudyError
 from moeopt.evaluation import Compression, Evaluation, Evaluator
 from moeopt.evaluation.teacher import LABEL_FREE
 from moeopt.models import without_plan
-from moeopt.objective import Objective, remembered, scores_name
+from moeopt.objective import Objective, penalty, remembered, scores_name
 from moeopt.plan import Plan
 from moeopt.selection.checks import TOP, UNSEEN, check, check_arguments
 from moeopt.selection.kept import Kept, name_of
@@ -267,8 +267,8 @@ class _Bench:
         """With the active experts in the losses, as the study's objective has them."""
         if not self._active_weight:
             return evaluation
-        penalty = np.float32(self._active_weight * round(evaluation.active, 4))
-        return replace(evaluation, losses=evaluation.losses + penalty)
+        added = np.float32(penalty(self._active_weight, evaluation))
+        return replace(evaluation, losses=evaluation.losses + added)
 
 
 def _judged(bench: _Bench, ranked: Ranked) -> list[Candidate]:

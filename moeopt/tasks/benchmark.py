@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import ascii_uppercase
+from typing import TypeVar
 
 from moeopt.errors import TaskError, nearest
 from moeopt.tasks.base import Example
@@ -23,6 +24,7 @@ from moeopt.tasks.rows import Data, Row, load, own_examples
 from moeopt.tasks.splits import FRACTIONS, from_own
 
 Template = Callable[[Row], Example]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Benchmark:
         return self.task(self.name, **from_own(own, fractions), template=f"{template} v1", normalise=normalise)
 
 
-def chosen_template(templates: Mapping[str, Template], name: str) -> Template:
+def chosen_template(templates: Mapping[str, T], name: str) -> T:
+    """The template of that name; raises `TaskError` when there is none."""
     if name not in templates:
         raise TaskError(f"unknown template {name!r}{nearest(name, list(templates))} (there are {', '.join(templates)})")
     return templates[name]

@@ -48,7 +48,7 @@ import numpy as np
 
 from moeopt.errors import TaskError, nearest
 from moeopt.tasks.base import Example, Scores
-from moeopt.tasks.benchmark import lettered, letters
+from moeopt.tasks.benchmark import chosen_template, lettered, letters
 from moeopt.tasks.labels import has_label, which
 from moeopt.tasks.mmlu_subjects import CATEGORIES, CATEGORY
 from moeopt.tasks.multiple_choice import MultipleChoiceTask
@@ -154,8 +154,7 @@ def mmlu_task(
         TaskError: if a subject is unknown or missing from the data, there are too few shots or no validation split to
             search on, or naming file and line of whatever is missing or malformed.
     """
-    if template not in TEMPLATES:
-        raise TaskError(f"unknown template {template!r}{nearest(template, list(TEMPLATES))}")
+    prompt_of = chosen_template(TEMPLATES, template)
     if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0:
         raise TaskError(f"shots must be a number >= 0, got {shots!r}")
     if not isinstance(held_out, bool):
@@ -175,7 +174,7 @@ def mmlu_task(
     _check(rows, data, [] if held_out or subjects is None else names)
 
     def to_example(row: Row) -> Example:
-        prompt = TEMPLATES[template](row, shown(row["subject"]))
+        prompt = prompt_of(row, shown(row["subject"]))
         answer = LETTERS.index(answer_of(row))
         return Question(row.where, prompt, letters(len(LETTERS)), answer, subject=row["subject"])
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from moeopt.errors import TaskError, nearest
 from moeopt.tasks.answers import Judge
 from moeopt.tasks.base import Example
+from moeopt.tasks.benchmark import chosen_template
 from moeopt.tasks.generation import GenerationTask
 from moeopt.tasks.rows import Data, Row, load, own_examples
 from moeopt.tasks.splits import FRACTIONS, from_own
@@ -67,9 +67,7 @@ class WrittenBenchmark:
         Raises:
             TaskError: naming file and line of whatever is missing or malformed.
         """
-        if template not in self.templates:
-            raise TaskError(f"unknown template {template!r}{nearest(template, list(self.templates))}")
-        chosen = self.templates[template]
+        chosen = chosen_template(self.templates, template)
         own = own_examples(
             self.rows(self.hub if data is None else data, config, template), chosen.to_example, self.labelled
         )
