@@ -34,6 +34,7 @@ _HOMES = {
 }
 _ROOMS = {
     "analysis",
+    "benchmarking",
     "comparing",
     "demo",
     "errors",
@@ -63,6 +64,7 @@ __all__ = [
     "RacingPruner",
     "__version__",
     "analysis",
+    "benchmarking",
     "comparing",
     "create_study",
     "demo",
@@ -93,6 +95,7 @@ __all__ = [
 if TYPE_CHECKING:
     from moeopt import (
         analysis,
+        benchmarking,
         comparing,
         demo,
         errors,

@@ -16,7 +16,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from moeopt import __version__, arguments, cli_compare, cli_export, cli_lm_eval, cli_profile, cli_select, cli_verify
+from moeopt import (
+    __version__,
+    arguments,
+    cli_benchmark,
+    cli_compare,
+    cli_export,
+    cli_lm_eval,
+    cli_profile,
+    cli_select,
+    cli_verify,
+)
 from moeopt.errors import MoeoptError, PlanError
 from moeopt.options import (
     DEFAULT_STORAGE,
@@ -386,6 +396,7 @@ def plan(
         console.print(f"saved to {out}", markup=False, soft_wrap=True)
 
 
+cli_benchmark.register(app)
 cli_compare.register(app)
 cli_export.register(app)
 cli_lm_eval.register(app)

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "racing", "worker"},
     "exporting": {"errors", "plan", "models", "study"},
     "selection": {"console", "errors", "plan", "genome", "models", "evaluation", "objective"},
+    "benchmarking": {"errors", "plan", "genome", "selection", "study"},
     "comparing": {"errors", "plan", "models", "tasks", "evaluation", "methods"},
     "profiling": {"errors", "plan", "models"},
     "figures": {"errors", "plan"},
