@@ -17,7 +17,7 @@ def conclusions(c: Comparison) -> list[str]:
     """See `Comparison.conclusions`."""
     if len(c.optimisers) == 1:
         return [f"There is one optimiser, {printable(c.optimisers[0].name)}, and nothing to compare it with."]
-    found = [*_equality(c), *_orders(c.pairs, "search loss"), *_held_out(c), _budget(c)]
+    found = [*_orders(c.pairs, "search loss"), *_equality(c), *_held_out(c), _budget(c)]
     return [*found, "All of this is about one model, one task, one space and one budget."]
 
 

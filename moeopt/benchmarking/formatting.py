@@ -10,15 +10,14 @@ DASH = "–"
 
 
 def loss(value: float, sign: bool = False) -> str:
-    """Four decimals, or three digits of a smaller one.
+    """Four decimals, or two digits of a very small or large one.
 
     >>> loss(0.02169), loss(-0.5, sign=True), loss(float("nan"))
     ('0.0217', '−0.5000', '–')
     """
     if not math.isfinite(value):
         return DASH if math.isnan(value) else "∞" if value > 0 else "−∞"
-    small = value != 0 and abs(value) < 0.0095
-    text = f"{value:.3g}" if small and abs(value) < 1e-4 else f"{value:.5f}" if small else f"{value:.4f}"
+    text = f"{value:.4f}" if value == 0 or 0.00095 <= abs(value) < 1e6 else f"{value:.2g}"
     return text.replace("-", "−") if value < 0 or not sign else f"+{text}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -162,9 +163,9 @@ def _loss_axis(c: Comparison, cost: Cost, budget: float, first: float, last: flo
 def _axis(low: float, high: float, first: float, last: float) -> Axis:
     """With a little room at both ends; in equal ratios where losses are of different sizes."""
     if low > 0 and high > 5 * low:
-        room = (high / low) ** 0.03
-        return Axis(low / room, high * room, first, last, log=True)
-    room = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
+        room = math.exp(0.03 * (math.log(high) - math.log(low)))
+        return Axis(low / room, min(high * room, sys.float_info.max), first, last, log=True)
+    room = 0.04 * high - 0.04 * low or 0.05 * abs(high) or 1.0
     return Axis(low - room, high + room, first, last)
 
 

@@ -45,7 +45,7 @@ def mean_height(costs: Floats, curve: Floats, start: float, end: float) -> float
         return math.nan
     inner = costs[(costs > start) & (costs < end)]
     edges = np.concatenate([[start], inner, [end]])
-    return float(sample(costs, curve, edges[:-1]) @ np.diff(edges) / (end - start))
+    return float(sample(costs, curve, edges[:-1]) @ (np.diff(edges) / (end - start)))
 
 
 def time_to(costs: Floats, curve: Floats, targets: Floats) -> Floats:

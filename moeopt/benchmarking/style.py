@@ -40,7 +40,7 @@ th:first-child,td:first-child{text-align:left;padding-left:0}
 .pairlist :is(th,td):nth-child(2),.studies :is(th,td):nth-child(2),.settings :is(th,td):nth-child(2){
   text-align:left}
 td:first-child,.studies td:nth-child(2),.pairlist td:nth-child(2){white-space:normal;overflow-wrap:anywhere;
-  min-width:168px}
+  min-width:190px}
 .settings td{white-space:normal;vertical-align:top}
 code{font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 .key{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:8px}
