@@ -154,11 +154,11 @@ class Evaluator:
         """Non-padding tokens that one evaluation runs."""
         return sum(batch.tokens for batch in self.batches)
 
-    def clear(self) -> None:
+    def clear(self, *, keep_teacher: bool = False) -> None:
         """Free the hidden states and merged experts of earlier plans, and what is known of the full model."""
         self._runner.clear()
         self._cache.clear()
-        if self.teacher is not None:
+        if self.teacher is not None and not keep_teacher:
             self.teacher.forget()
 
     def clock(self) -> float:
