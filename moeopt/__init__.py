@@ -24,6 +24,7 @@ _HOMES = {
     "load": "moeopt.models",
     "load_study": "moeopt.study",
     "moe_layers": "moeopt.models",
+    "open_storage": "moeopt.storage",
     "optimize": "moeopt.study",
     "paired_bootstrap": "moeopt.evaluation",
     "patched": "moeopt.models",
@@ -45,6 +46,7 @@ _ROOMS = {
     "samplers",
     "selection",
     "spaces",
+    "storage",
     "study",
     "tasks",
 }
@@ -76,6 +78,7 @@ __all__ = [
     "methods",
     "models",
     "moe_layers",
+    "open_storage",
     "optimize",
     "paired_bootstrap",
     "patched",
@@ -86,6 +89,7 @@ __all__ = [
     "selection",
     "shape_of",
     "spaces",
+    "storage",
     "study",
     "tasks",
 ]
@@ -104,6 +108,7 @@ if TYPE_CHECKING:
         samplers,
         selection,
         spaces,
+        storage,
         study,
         tasks,
     )
@@ -117,6 +122,7 @@ if TYPE_CHECKING:
     from moeopt.racing import RacingPruner
     from moeopt.selection import select
     from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
+    from moeopt.storage import open_storage
     from moeopt.study import create_study, enqueue, load_study, optimize
 
 

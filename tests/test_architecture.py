@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "genome": {"errors"},
     "transaction": set(),
     "worker": set(),
+    "storage": {"errors", "genome", "transaction", "worker"},
     "spaces": {"errors", "plan", "genome"},
     "samplers": {"errors", "plan", "genome", "spaces", "worker"},
     "models": {"errors", "plan"},
@@ -27,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"errors", "plan", "models", "tasks", "evaluation"},
     "racing": {"errors", "genome"},
     "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing"},
-    "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "racing", "worker"},
+    "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "racing", "storage", "worker"},
     "exporting": {"errors", "plan", "models", "study"},
     "selection": {"console", "errors", "plan", "genome", "models", "evaluation", "objective"},
     "comparing": {"errors", "plan", "models", "tasks", "evaluation", "methods"},
@@ -84,14 +85,14 @@ def test_every_public_name_is_there() -> None:
         assert getattr(moeopt, name) is not None
 
 
-def test_only_genome_touches_private_optuna() -> None:
+def test_only_genome_and_storage_touch_private_optuna() -> None:
     private = ("_storage", "_trial_id", "_study_id", "_cached_frozen_trial", "_thread_local")
     for file in ROOT.rglob("*.py"):
-        if file.name == "genome.py":
+        if file in (ROOT / "genome.py", ROOT / "storage" / "resilient.py"):
             continue
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & set(private), file
-    assert len((ROOT / "genome.py").read_text().splitlines()) <= 180
+    assert len((ROOT / "genome.py").read_text().splitlines()) <= 220
 
 
 def test_no_pickle_and_no_eval() -> None:
