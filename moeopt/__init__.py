@@ -29,6 +29,7 @@ _HOMES = {
     "patched": "moeopt.models",
     "select": "moeopt.selection",
     "profile": "moeopt.profiling",
+    "run_worker": "moeopt.working",
     "shape_of": "moeopt.models",
     "Evaluator": "moeopt.evaluation",
 }
@@ -81,6 +82,7 @@ __all__ = [
     "patched",
     "profile",
     "profiling",
+    "run_worker",
     "samplers",
     "select",
     "selection",
@@ -118,6 +120,7 @@ if TYPE_CHECKING:
     from moeopt.selection import select
     from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
     from moeopt.study import create_study, enqueue, load_study, optimize
+    from moeopt.working import run_worker
 
 
 def __getattr__(name: str) -> Any:
