@@ -24,6 +24,7 @@ _HOMES = {
     "load": "moeopt.models",
     "load_study": "moeopt.study",
     "moe_layers": "moeopt.models",
+    "open_storage": "moeopt.storage",
     "optimize": "moeopt.study",
     "paired_bootstrap": "moeopt.evaluation",
     "patched": "moeopt.models",
@@ -46,6 +47,7 @@ _ROOMS = {
     "samplers",
     "selection",
     "spaces",
+    "storage",
     "study",
     "tasks",
 }
@@ -77,6 +79,7 @@ __all__ = [
     "methods",
     "models",
     "moe_layers",
+    "open_storage",
     "optimize",
     "paired_bootstrap",
     "patched",
@@ -88,6 +91,7 @@ __all__ = [
     "selection",
     "shape_of",
     "spaces",
+    "storage",
     "study",
     "tasks",
 ]
@@ -106,6 +110,7 @@ if TYPE_CHECKING:
         samplers,
         selection,
         spaces,
+        storage,
         study,
         tasks,
     )
@@ -119,6 +124,7 @@ if TYPE_CHECKING:
     from moeopt.racing import RacingPruner
     from moeopt.selection import select
     from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
+    from moeopt.storage import open_storage
     from moeopt.study import create_study, enqueue, load_study, optimize
     from moeopt.working import run_worker
 

@@ -261,7 +261,8 @@ def search(
 
     from moeopt import fleet, recipe
     from moeopt.console import SearchProgress, best_trial, consoles
-    from moeopt.study import create_study, finished, hidden, optimize, stalled
+    from moeopt.storage import hidden
+    from moeopt.study import create_study, finished, optimize, stalled
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     out, err = consoles()
@@ -349,19 +350,20 @@ def show(
     """List the studies of a storage, or show one: what it searches, its best trials and the best plan."""
     from moeopt import study as room
     from moeopt.console import consoles, layer_rows, studies_table, study_record, study_view
+    from moeopt.storage import hidden, open_storage, readable_errors
 
     out, _ = consoles()
     if study is None:
         import optuna
 
-        opened = room.open_storage(storage, create=False)
-        with room.readable_errors(storage):
+        opened = open_storage(storage, create=False)
+        with readable_errors(storage):
             names = optuna.get_all_study_names(opened)
             records = [study_record(optuna.load_study(study_name=name, storage=opened), top=0) for name in names]
         if as_json:
             print(json.dumps(records, indent=2))
         else:
-            out.print(studies_table(records, f"studies in {room.hidden(storage)}"))
+            out.print(studies_table(records, f"studies in {hidden(storage)}"))
         return
     opened_study = room.load_study(study, storage)
     record = study_record(opened_study)

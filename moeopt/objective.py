@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Report = Literal["mean", "block"]
 
-FAILURE = "failure"
 COPIED_FROM = "copied_from"
 ACTIVE = "active"
 """Key, in the head of a trial's scores, of the experts active per token and layer over the same examples."""
@@ -178,7 +177,7 @@ class Objective:
                         break
         except (NonFiniteLossError, OutOfMemoryError) as error:
             attrs = {genome.NOT_FINITE: self._of} if isinstance(error, NonFiniteLossError) else {}
-            self._note(study, trial, attrs, facts | {FAILURE: str(error)})
+            self._note(study, trial, attrs, facts | {genome.FAILURE: str(error)})
             return float("nan")
         assert evaluation is not None
         facts |= {
@@ -223,7 +222,7 @@ class Objective:
             if genome.origin(other).get("plan") == name:
                 if genome.attributes(other).get(genome.NOT_FINITE) == self._of:
                     facts[COPIED_FROM] = other.number
-                    raise NonFiniteLossError(str(other.user_attrs.get(FAILURE)), layer=None)
+                    raise NonFiniteLossError(str(other.user_attrs.get(genome.FAILURE)), layer=None)
                 seen = remembered(other, plan, self._of)
                 if seen is not None and (found is None or len(seen.losses) > len(found.losses)):
                     found = seen

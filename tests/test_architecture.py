@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "genome": {"errors"},
     "transaction": set(),
     "worker": set(),
+    "storage": {"errors", "genome", "transaction", "worker"},
     "spaces": {"errors", "plan", "genome"},
     "samplers": {"errors", "plan", "genome", "spaces", "worker"},
     "models": {"errors", "plan"},
@@ -28,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "racing": {"errors", "genome"},
     "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing"},
     "recipe": {"errors", "genome"},
-    "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "racing", "recipe", "worker"},
+    "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "racing", "recipe", "storage", "worker"},
     "working": {"errors", "recipe", "study"},
     "fleet": set(),
     "exporting": {"errors", "plan", "models", "study"},
@@ -87,14 +88,14 @@ def test_every_public_name_is_there() -> None:
         assert getattr(moeopt, name) is not None
 
 
-def test_only_genome_touches_private_optuna() -> None:
+def test_only_genome_and_storage_touch_private_optuna() -> None:
     private = ("_storage", "_trial_id", "_study_id", "_cached_frozen_trial", "_thread_local")
     for file in ROOT.rglob("*.py"):
-        if file.name == "genome.py":
+        if file in (ROOT / "genome.py", ROOT / "storage" / "resilient.py"):
             continue
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & set(private), file
-    assert len((ROOT / "genome.py").read_text().splitlines()) <= 180
+    assert len((ROOT / "genome.py").read_text().splitlines()) <= 220
 
 
 def test_no_pickle_and_no_eval() -> None:
