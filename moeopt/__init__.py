@@ -30,6 +30,7 @@ _HOMES = {
     "patched": "moeopt.models",
     "select": "moeopt.selection",
     "profile": "moeopt.profiling",
+    "run_worker": "moeopt.working",
     "shape_of": "moeopt.models",
     "Evaluator": "moeopt.evaluation",
 }
@@ -84,6 +85,7 @@ __all__ = [
     "patched",
     "profile",
     "profiling",
+    "run_worker",
     "samplers",
     "select",
     "selection",
@@ -124,6 +126,7 @@ if TYPE_CHECKING:
     from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
     from moeopt.storage import open_storage
     from moeopt.study import create_study, enqueue, load_study, optimize
+    from moeopt.working import run_worker
 
 
 def __getattr__(name: str) -> Any:

@@ -126,6 +126,12 @@ class Objective:
             compression=compression,
         )
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
+        self.settings: dict[str, Any] = {
+            **self._limits, "batch_tokens": batch_tokens, "rungs": rungs, "report": report,
+            "active_weight": self.active_weight, "prefix_memory": prefix_memory, "score": score,
+        }  # fmt: skip
+        if compression is not None:
+            self.settings |= {"top_p": compression.top_p, "memory": compression.memory}
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> float:
         """The loss of the trial's plan, active experts weighed in, NaN where there is none.
@@ -141,6 +147,11 @@ class Objective:
             return self._evaluate(trial, study)
         except KeyboardInterrupt:
             trial.set_user_attr(genome.INTERRUPTED, True)
+            raise
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            trial.set_user_attr(FAILURE, f"{type(error).__name__}: {error!s:.500}")
             raise
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:

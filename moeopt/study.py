@@ -17,7 +17,7 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import __version__, genome, samplers, worker
+from moeopt import __version__, genome, recipe, samplers, worker
 from moeopt.errors import SpaceError, StorageError, StudyError
 from moeopt.plan import Plan
 from moeopt.racing import NOISE_FLOOR, RacingPruner
@@ -118,6 +118,8 @@ def create_study(
             study.set_user_attr(DESCRIPTION, {"version": __version__, **description})
         if isinstance(racer, RacingPruner) and racer.noise_floor is None and NOISE_FLOOR not in study.user_attrs:
             study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
+        if opened is not None:
+            recipe.write(study, recipe.of(objective, chosen, racer))
         _enqueue_new(study, objective.space, found, held)
         reclaim(study)
     return study
@@ -248,6 +250,8 @@ def optimize(
         return None if until is None else max(0.0, until - time.monotonic())
 
     with _stoppable(study, until) as stop:
+        if trials is not None:
+            recipe.want(study, trials)
         reclaim(study)
         while not enough():
             try:

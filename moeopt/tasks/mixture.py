@@ -139,6 +139,14 @@ class MixtureTask(Task):
                 requests.append(replace(request, example=at[i], source=source))
         return sorted(requests, key=lambda request: request.example)
 
+    def counts(
+        self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
+    ) -> dict[str, int]:
+        """How many examples of each member are among the first `limit`."""
+        weights = [task.weights(self._checked(split), tokenizer, max_length) for task in self.members.values()]
+        used = _order(self._in_use([len(w) for w in weights]))[: checked_limit(limit)]
+        return {name: used.count(m) for m, name in enumerate(self.members)}
+
     def reduce(
         self,
         split: str,
