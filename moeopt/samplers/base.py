@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import genome, worker
+from moeopt import description, genome, worker
 from moeopt.errors import SamplerError
 from moeopt.genome import Vector
 from moeopt.plan import Plan
@@ -137,6 +137,7 @@ class GenomeSampler(BaseSampler):
         if len(whole.directions) != 1:
             raise SamplerError(f"{type(self).__name__} optimises one objective, the study has {len(whole.directions)}")
         trials = whole.get_trials(deepcopy=False)
+        description.check_trial(trial, whole.study_name)
         slot = genome.slot(trial, trials)
         known = {**genome.origin(trial), "slot": slot, "worker": worker.this_worker()}
         genome.write(whole, trial, {genome.ORIGIN: known})  # so that a dead worker is known
@@ -211,6 +212,7 @@ class GenomeSampler(BaseSampler):
         key = (study_name, trial.number, trial.datetime_start)
         if key in self._told:
             return self._told[key]
+        description.check_trial(trial, study_name)
         origin = genome.origin(trial)
         x = genome.read(trial)
         if x is None and set(self.space.names) <= set(trial.params):
