@@ -205,10 +205,10 @@ def check_trial(trial: FrozenTrial, study_name: str) -> None:
     """Raise StudyError, naming the trial, unless what moeopt reads of it is of the form that moeopt writes."""
     where = f"study {shown(study_name)}, trial {trial.number}"
     values = trial.values
-    if trial.state.name == "COMPLETE" and (values is None or len(values) != 1 or math.isnan(values[0])):
-        raise StudyError(f"{where}: a completed trial has one value that is not NaN, got {shown(values)}")
-    if values is not None and len(values) > 1:
-        raise StudyError(f"{where}: it must have one value, got {shown(values)}")
+    complete = trial.state.name == "COMPLETE"
+    check(values, [NUMBER] if complete else Maybe([NUMBER]), f"{where}: its values")
+    if values is not None and (len(values) != 1 or (complete and math.isnan(values[0]))):
+        raise StudyError(f"{where}: a trial has one value, of a completed one not NaN; got {shown(values)}")
     for key, form in TRIAL.items():
         if key in trial.system_attrs:
             check_depth(trial.system_attrs[key], f"{where}: {key!r}")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeopt.errors import StorageError
+from moeopt.showing import line
 
 if TYPE_CHECKING:
     import optuna
@@ -67,7 +68,9 @@ def unpack(key: str, attrs: Attrs) -> Vector | None:
         if len(data) != 4 * size:
             raise ValueError(f"{size} numbers announced, {len(data)} bytes found")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, binascii.Error, zlib.error) as error:
-        raise StorageError(f"attribute {key!r} is damaged or was written by a newer moeopt: {error}") from None
+        raise StorageError(
+            f"attribute {key!r} is damaged or was written by a newer moeopt: {line(str(error))}"
+        ) from None
     return np.frombuffer(data, dtype="<f4").astype(np.float32)
 
 

@@ -21,7 +21,7 @@ from moeopt.genome import INTERRUPTED
 from moeopt.plan import Plan
 from moeopt.racing import NOISE_FLOOR, RacingPruner
 from moeopt.samplers.shadow import describe
-from moeopt.showing import shown
+from moeopt.showing import line, shown
 from moeopt.spaces import Space, from_description
 
 if TYPE_CHECKING:
@@ -382,7 +382,9 @@ def space_of(study: optuna.Study) -> Space:
     try:
         return from_description(description)
     except SpaceError as error:
-        raise StudyError(f"study {study.study_name!r}: its attribute {DESCRIPTION!r}.space: {error}") from None
+        raise StudyError(
+            f"study {study.study_name!r}: its attribute {DESCRIPTION!r}.space: {line(str(error), 500)}"
+        ) from None
 
 
 def open_storage(url: str, *, create: bool = True) -> BaseStorage:

@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "showing": set(),
     "description": {"errors", "genome", "showing"},
     "plan": {"errors"},
-    "genome": {"errors"},
+    "genome": {"errors", "showing"},
     "transaction": set(),
     "worker": set(),
     "spaces": {"errors", "plan", "genome", "showing"},

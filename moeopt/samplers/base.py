@@ -254,6 +254,12 @@ class GenomeSampler(BaseSampler):
         """Nothing to do: proposals of concurrent trials differ by their slot."""
 
 
+def noted(told: Told, key: str) -> int | None:
+    """A count that a sampler noted on a trial; None where there is none."""
+    value = told.notes.get(key)
+    return value if description.COUNT.holds(value) else None
+
+
 def check_counts(counts: Mapping[str, Any], *, least: int = 1) -> None:
     """Raise SamplerError, naming the argument, unless all are integers of at least so much."""
     for name, count in counts.items():
