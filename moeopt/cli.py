@@ -5,7 +5,6 @@ Nothing heavy is imported before the arguments that can be judged without it are
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -79,8 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MoeoptError as error:
         message = str(error)
     from moeopt.console import consoles
+    from moeopt.showing import line
 
-    consoles()[1].print(f"Error: {message}", style="red", markup=False, soft_wrap=True)
+    consoles()[1].print(f"Error: {line(message, 4000)}", style="red", markup=False, soft_wrap=True)
     return 2
 
 
@@ -349,7 +349,8 @@ def show(
 ) -> None:
     """List the studies of a storage, or show one: what it searches, its best trials and the best plan."""
     from moeopt import study as room
-    from moeopt.console import consoles, layer_rows, studies_table, study_record, study_view
+    from moeopt.console import consoles, json_text, layer_rows, studies_table, study_record, study_summary, study_view
+    from moeopt.description import reading
     from moeopt.storage import hidden, open_storage, readable_errors
 
     out, _ = consoles()
@@ -357,19 +358,21 @@ def show(
         import optuna
 
         opened = open_storage(storage, create=False)
-        with readable_errors(storage):
+        with readable_errors(storage), reading("in the storage"):
             names = optuna.get_all_study_names(opened)
-            records = [study_record(optuna.load_study(study_name=name, storage=opened), top=0) for name in names]
+            studies = [optuna.load_study(study_name=name, storage=opened) for name in names]
+            records = [study_summary(study) for study in studies]
         if as_json:
-            print(json.dumps(records, indent=2))
+            print(json_text(records))
         else:
             out.print(studies_table(records, f"studies in {hidden(storage)}"))
         return
     opened_study = room.load_study(study, storage)
-    record = study_record(opened_study)
+    with readable_errors(storage):
+        record = study_record(opened_study)
     plan = None if record["best"] is None else arguments.plan_of(opened_study, "best")[1]
     if as_json:
-        print(json.dumps(record | {"best_plan": None if plan is None else list(layer_rows(plan))}, indent=2))
+        print(json_text(record | {"best_plan": None if plan is None else list(layer_rows(plan))}))
     else:
         out.print(study_view(record, plan))
 

@@ -402,7 +402,7 @@ def _integer(name: str, value: Any, *, low: int, high: int | None = None, what: 
     try:
         number = int(value)
         exact = number == value and not isinstance(value, (bool, str))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         exact = False
         number = low - 1
     if not exact or number < low or (high is not None and number > high):
