@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "showing": set(),
     "description": {"errors", "genome", "showing"},
-    "plan": {"errors"},
+    "plan": {"errors", "showing"},
     "genome": {"errors", "showing"},
     "transaction": set(),
     "worker": set(),

@@ -15,7 +15,7 @@ from moeopt.spaces.eep import EEPSpace
 from moeopt.spaces.merge import MergeSpace
 from moeopt.spaces.prune import PruneSpace
 
-MOST_LAYERS = MOST_EXPERTS = 4096
+MOST_LAYERS = 4096
 """Of a described space; with more, the numbers of a hostile description would fill the memory."""
 
 
@@ -30,7 +30,7 @@ def from_description(description: Mapping[str, Any]) -> Space:
         groups = [(first, last) for first, last in description["groups"]]
         keep, k = description["keep"], description["k"]
         numbers = 2 * len(groups) * min(keep, shape.experts) * shape.experts
-        if shape.layers > MOST_LAYERS or shape.experts > MOST_EXPERTS or numbers > genome.LARGEST:
+        if shape.layers > MOST_LAYERS or numbers > genome.LARGEST:
             raise SpaceError(f"{shape} with {len(groups)} groups is larger than any model that moeopt knows")
         mapped = {"router": description["router"], "negative": description["negative"]}
         match description["kind"]:
