@@ -36,6 +36,7 @@ _HOMES = {
 }
 _ROOMS = {
     "analysis",
+    "benchmarking",
     "comparing",
     "demo",
     "errors",
@@ -66,6 +67,7 @@ __all__ = [
     "RacingPruner",
     "__version__",
     "analysis",
+    "benchmarking",
     "comparing",
     "create_study",
     "demo",
@@ -99,6 +101,7 @@ __all__ = [
 if TYPE_CHECKING:
     from moeopt import (
         analysis,
+        benchmarking,
         comparing,
         demo,
         errors,

@@ -18,6 +18,7 @@ import typer
 from moeopt import (
     __version__,
     arguments,
+    cli_benchmark,
     cli_compare,
     cli_export,
     cli_lm_eval,
@@ -415,6 +416,7 @@ def plan(
         console.print(f"saved to {out}", markup=False, soft_wrap=True)
 
 
+cli_benchmark.register(app)
 cli_compare.register(app)
 cli_export.register(app)
 cli_lm_eval.register(app)

@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fleet": set(),
     "exporting": {"errors", "plan", "models", "showing", "study"},
     "selection": {"console", "description", "errors", "plan", "genome", "models", "evaluation", "objective", "showing"},
+    "benchmarking": {"errors", "plan", "genome", "selection", "study"},
     "comparing": {"errors", "plan", "models", "showing", "tasks", "evaluation", "methods"},
     "profiling": {"errors", "plan", "models"},
     "figures": {"errors", "plan"},
