@@ -35,6 +35,7 @@ _HOMES = {
 _ROOMS = {
     "analysis",
     "comparing",
+    "dashboard",
     "demo",
     "errors",
     "evaluation",
@@ -65,6 +66,7 @@ __all__ = [
     "analysis",
     "comparing",
     "create_study",
+    "dashboard",
     "demo",
     "enqueue",
     "errors",
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from moeopt import (
         analysis,
         comparing,
+        dashboard,
         demo,
         errors,
         evaluation,

@@ -16,7 +16,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from moeopt import __version__, arguments, cli_compare, cli_export, cli_lm_eval, cli_profile, cli_select, cli_verify
+from moeopt import (
+    __version__,
+    arguments,
+    cli_compare,
+    cli_dashboard,
+    cli_export,
+    cli_lm_eval,
+    cli_profile,
+    cli_select,
+    cli_verify,
+)
 from moeopt.errors import MoeoptError, PlanError
 from moeopt.options import (
     DEFAULT_STORAGE,
@@ -247,7 +257,7 @@ def search(
     import optuna
 
     from moeopt.console import SearchProgress, best_trial, consoles
-    from moeopt.study import create_study, finished, hidden, optimize, stalled
+    from moeopt.study import COMMAND, create_study, finished, hidden, optimize, stalled
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     out, err = consoles()
@@ -272,6 +282,8 @@ def search(
             load_if_exists=resume,
             warm_starts=starts,
         )
+        if COMMAND not in record.user_attrs:
+            record.set_user_attr(COMMAND, arguments.command_again(ctx.obj, storage))
         if resumed:
             err.print(f"resuming study {study!r}: {finished(record)} of {trials} trials done", markup=False)
         if "merge" in chosen_space.phases and chosen_space.router == "prob":
@@ -387,6 +399,7 @@ def plan(
 
 
 cli_compare.register(app)
+cli_dashboard.register(app)
 cli_export.register(app)
 cli_lm_eval.register(app)
 cli_profile.register(app)

@@ -111,8 +111,7 @@ def write(
     from moeopt import transaction
 
     storage, user, params = study._storage, user or {}, params or {}
-    database = getattr(storage, "_backend", storage)
-    if transaction.serves(database):
+    if transaction.serves(database := getattr(storage, "_backend", storage)):
         transaction.write(database, trial._trial_id, attrs, user, params)
     else:
         for key, value in attrs.items():
@@ -163,9 +162,14 @@ def study_attributes(study: optuna.Study) -> Attrs:
 
 
 def write_study(study: optuna.Study, attrs: Attrs) -> None:
-    """Set system attributes of a study, one after the other."""
-    for key, value in attrs.items():
-        study._storage.set_study_system_attr(study._study_id, key, value)
+    """Set system attributes of a study; in a database all or none."""
+    from moeopt import transaction
+
+    if transaction.serves(database := getattr(study._storage, "_backend", study._storage)):
+        transaction.write_study(database, study._study_id, attrs)
+    else:
+        for key, value in attrs.items():
+            study._storage.set_study_system_attr(study._study_id, key, value)
 
 
 def retry(trial: FrozenTrial, keep: Iterable[str] = ()) -> FrozenTrial:
