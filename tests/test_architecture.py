@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comparing": {"errors", "plan", "models", "showing", "tasks", "evaluation", "methods"},
     "profiling": {"errors", "plan", "models"},
     "figures": {"errors", "plan"},
+    "dashboard": {"errors", "plan", "genome", "spaces", "storage", "study", "figures"},
     "demo": {
         "console",
         "errors",
