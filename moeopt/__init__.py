@@ -24,11 +24,13 @@ _HOMES = {
     "load": "moeopt.models",
     "load_study": "moeopt.study",
     "moe_layers": "moeopt.models",
+    "open_storage": "moeopt.storage",
     "optimize": "moeopt.study",
     "paired_bootstrap": "moeopt.evaluation",
     "patched": "moeopt.models",
     "select": "moeopt.selection",
     "profile": "moeopt.profiling",
+    "run_worker": "moeopt.working",
     "shape_of": "moeopt.models",
     "Evaluator": "moeopt.evaluation",
 }
@@ -36,6 +38,7 @@ _ROOMS = {
     "analysis",
     "benchmarking",
     "comparing",
+    "dashboard",
     "demo",
     "errors",
     "evaluation",
@@ -46,6 +49,7 @@ _ROOMS = {
     "samplers",
     "selection",
     "spaces",
+    "storage",
     "study",
     "tasks",
 }
@@ -67,6 +71,7 @@ __all__ = [
     "benchmarking",
     "comparing",
     "create_study",
+    "dashboard",
     "demo",
     "enqueue",
     "errors",
@@ -78,16 +83,19 @@ __all__ = [
     "methods",
     "models",
     "moe_layers",
+    "open_storage",
     "optimize",
     "paired_bootstrap",
     "patched",
     "profile",
     "profiling",
+    "run_worker",
     "samplers",
     "select",
     "selection",
     "shape_of",
     "spaces",
+    "storage",
     "study",
     "tasks",
 ]
@@ -97,6 +105,7 @@ if TYPE_CHECKING:
         analysis,
         benchmarking,
         comparing,
+        dashboard,
         demo,
         errors,
         evaluation,
@@ -107,6 +116,7 @@ if TYPE_CHECKING:
         samplers,
         selection,
         spaces,
+        storage,
         study,
         tasks,
     )
@@ -120,7 +130,9 @@ if TYPE_CHECKING:
     from moeopt.racing import RacingPruner
     from moeopt.selection import select
     from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
+    from moeopt.storage import open_storage
     from moeopt.study import create_study, enqueue, load_study, optimize
+    from moeopt.working import run_worker
 
 
 def __getattr__(name: str) -> Any:

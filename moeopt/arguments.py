@@ -195,7 +195,7 @@ def warm_starts(given: Iterable[str], layers: int, space: Space) -> list[Plan | 
 
 def command_again(given: Sequence[str] | None, storage: str) -> str:
     """The command that was given (None: of this process), to resume with; without a storage's password."""
-    from moeopt.study import hidden
+    from moeopt.storage import hidden
 
     words = [word for word in (sys.argv[1:] if given is None else given) if word != "--no-resume"]
     return shlex.join(["moeopt", *(word.replace(storage, hidden(storage)) for word in words)])
@@ -248,15 +248,20 @@ def existing(storage: str, name: str, described: dict[str, Any], *, resume: bool
     import optuna
 
     from moeopt import study as room
+    from moeopt.description import reading
+    from moeopt.storage import hidden, open_storage, readable_errors
 
-    opened = room.open_storage(storage)
-    with room.readable_errors(storage):
-        if name not in optuna.get_all_study_names(opened):
+    opened = open_storage(storage)
+    with readable_errors(storage):
+        try:
+            found = optuna.load_study(study_name=name, storage=opened)
+        except KeyError:
             return None
-        found = optuna.load_study(study_name=name, storage=opened)
     if not resume:
         raise StudyError(
-            f"study {name!r} already exists in {room.hidden(storage)}; leave out --no-resume, or choose another name"
+            f"study {name!r} already exists in {hidden(storage)}; leave out --no-resume, or choose another name"
         )
-    room.check_same(found, {**found.user_attrs.get(room.DESCRIPTION, {}), **described})
+    with readable_errors(storage), reading(name):
+        stored = found.user_attrs.get(room.DESCRIPTION)
+    room.check_same(found, {**(stored if isinstance(stored, dict) else {}), **described})
     return found

@@ -5,7 +5,6 @@ Nothing heavy is imported before the arguments that can be judged without it are
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -21,11 +20,13 @@ from moeopt import (
     arguments,
     cli_benchmark,
     cli_compare,
+    cli_dashboard,
     cli_export,
     cli_lm_eval,
     cli_profile,
     cli_select,
     cli_verify,
+    cli_worker,
 )
 from moeopt.errors import MoeoptError, PlanError
 from moeopt.options import (
@@ -79,8 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MoeoptError as error:
         message = str(error)
     from moeopt.console import consoles
+    from moeopt.showing import line
 
-    consoles()[1].print(f"Error: {message}", style="red", markup=False, soft_wrap=True)
+    consoles()[1].print(f"Error: {line(message, 4000)}", style="red", markup=False, soft_wrap=True)
     return 2
 
 
@@ -220,6 +222,9 @@ def search(
         int | None,
         MACHINE(metavar="MIB", min=0, help="Memory for hidden states of earlier plans, which spare passes. [1024]"),
     ] = None,
+    workers: Annotated[
+        int, MACHINE(metavar="N", min=1, help="Processes on this machine that search together, this one included.")
+    ] = 1,
 ) -> None:  # fmt: skip
     """Start or resume a search: every trial prunes or merges the model's experts and scores it on the task."""
     task_options = arguments.pairs("--task-option", task_option)
@@ -256,8 +261,10 @@ def search(
 
     import optuna
 
+    from moeopt import fleet, recipe
     from moeopt.console import SearchProgress, best_trial, consoles
-    from moeopt.study import create_study, finished, hidden, optimize, stalled
+    from moeopt.storage import hidden
+    from moeopt.study import COMMAND, create_study, finished, optimize, stalled
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     out, err = consoles()
@@ -267,6 +274,8 @@ def search(
         from moeopt.objective import Objective
 
         chosen_task.check(load_tokenizer(model))
+        shares = fleet.shared(workers, device_map) if workers > 1 else [{}]
+        fleet.take(shares[0])
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         objective = Objective(
             loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
@@ -282,12 +291,22 @@ def search(
             load_if_exists=resume,
             warm_starts=starts,
         )
+        if COMMAND not in record.user_attrs:
+            record.set_user_attr(COMMAND, arguments.command_again(ctx.obj, storage))
         if resumed:
             err.print(f"resuming study {study!r}: {finished(record)} of {trials} trials done", markup=False)
         if "merge" in chosen_space.phases and chosen_space.router == "prob":
             err.print("merged routers map probabilities: only prunings export to an ordinary checkpoint (see --router)")
         started = time.monotonic()
-        with SearchProgress(err, trials, timeout) as progress:
+        recipe.want(record, trials)
+        again = ["--study", study, "--model", model, "--device-map", device_map]
+        if workers > 1 and recipe.read(record).task is None:
+            again += ["--task", task, *(["--data", data] if data is not None else [])]
+            again += [word for option in task_option or () for word in ("--task-option", option)]
+        with (
+            SearchProgress(err, trials, timeout) as progress,
+            fleet.Fleet(shares[1:], again, storage, progress.say),
+        ):
             optimize(record, objective, trials=trials, timeout=timeout, patience=patience, callbacks=[progress])
         teacher = objective.evaluator.teacher
         if teacher is not None and teacher.nbytes:
@@ -334,26 +353,30 @@ def show(
 ) -> None:
     """List the studies of a storage, or show one: what it searches, its best trials and the best plan."""
     from moeopt import study as room
-    from moeopt.console import consoles, layer_rows, studies_table, study_record, study_view
+    from moeopt.console import consoles, json_text, layer_rows, studies_table, study_record, study_summary, study_view
+    from moeopt.description import reading
+    from moeopt.storage import hidden, open_storage, readable_errors
 
     out, _ = consoles()
     if study is None:
         import optuna
 
-        opened = room.open_storage(storage, create=False)
-        with room.readable_errors(storage):
+        opened = open_storage(storage, create=False)
+        with readable_errors(storage), reading("in the storage"):
             names = optuna.get_all_study_names(opened)
-            records = [study_record(optuna.load_study(study_name=name, storage=opened), top=0) for name in names]
+            studies = [optuna.load_study(study_name=name, storage=opened) for name in names]
+            records = [study_summary(study) for study in studies]
         if as_json:
-            print(json.dumps(records, indent=2))
+            print(json_text(records))
         else:
-            out.print(studies_table(records, f"studies in {room.hidden(storage)}"))
+            out.print(studies_table(records, f"studies in {hidden(storage)}"))
         return
     opened_study = room.load_study(study, storage)
-    record = study_record(opened_study)
+    with readable_errors(storage):
+        record = study_record(opened_study)
     plan = None if record["best"] is None else arguments.plan_of(opened_study, "best")[1]
     if as_json:
-        print(json.dumps(record | {"best_plan": None if plan is None else list(layer_rows(plan))}, indent=2))
+        print(json_text(record | {"best_plan": None if plan is None else list(layer_rows(plan))}))
     else:
         out.print(study_view(record, plan))
 
@@ -398,11 +421,13 @@ def plan(
 
 cli_benchmark.register(app)
 cli_compare.register(app)
+cli_dashboard.register(app)
 cli_export.register(app)
 cli_lm_eval.register(app)
 cli_profile.register(app)
 cli_select.register(app)
 cli_verify.register(app)
+cli_worker.register(app)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -74,7 +74,7 @@ def _runs(names: list[str], prefix: str | None, storages: list[str]) -> list[Run
     import optuna
 
     from moeopt.benchmarking import read
-    from moeopt.study import hidden, open_storage, readable_errors
+    from moeopt.storage import hidden, open_storage, readable_errors
 
     there: list[str] = []
     runs = []

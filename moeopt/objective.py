@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 Report = Literal["mean", "block"]
 
-FAILURE = "failure"
 COPIED_FROM = "copied_from"
+SPENT = "spent"
 ACTIVE = "active"
 """Key, in the head of a trial's scores, of the experts active per token and layer over the same examples."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -45,7 +45,8 @@ class Objective:
     Every trial keeps, as user attributes, `accuracy` (0 to 1), `active` (the mean number of experts that a token ran in
     an MoE layer, see `Evaluation`), `seconds`, `tokens` (non-padding tokens run), `layer_tokens` (decoder layers that
     they went through, summed: what the trial cost), `operator`, `phase` and
-    `parents` where the sampler names them, and `drift` (mean absolute distance of the genotype from the start); the
+    `parents` where the sampler names them, `spent` (the layer-tokens of the study when it ended, its own included: the
+    axis on which studies of one task compare), and `drift` (mean absolute distance of the genotype from the start); the
     scores of every example are packed in a system attribute.
 
     With several `rungs` the trial is raced: after each rung but the last it reports its loss so far, with the number of
@@ -127,6 +128,12 @@ class Objective:
             compression=compression,
         )
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
+        self.settings: dict[str, Any] = {
+            **self._limits, "batch_tokens": batch_tokens, "rungs": rungs, "report": report,
+            "active_weight": self.active_weight, "prefix_memory": prefix_memory, "score": score,
+        }  # fmt: skip
+        if compression is not None:
+            self.settings |= {"top_p": compression.top_p, "memory": compression.memory}
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> float:
         """The loss of the trial's plan, active experts weighed in, NaN where there is none.
@@ -142,6 +149,11 @@ class Objective:
             return self._evaluate(trial, study)
         except KeyboardInterrupt:
             trial.set_user_attr(genome.INTERRUPTED, True)
+            raise
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            trial.set_user_attr(genome.FAILURE, f"{type(error).__name__}: {error!s:.500}")
             raise
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
@@ -167,7 +179,7 @@ class Objective:
                         break
         except (NonFiniteLossError, OutOfMemoryError) as error:
             attrs = {genome.NOT_FINITE: self._of} if isinstance(error, NonFiniteLossError) else {}
-            self._note(study, trial, attrs, facts | {FAILURE: str(error)})
+            self._note(study, trial, attrs, facts | {genome.FAILURE: str(error)})
             return float("nan")
         assert evaluation is not None
         facts |= {
@@ -193,7 +205,10 @@ class Objective:
         self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, attrs: dict[str, Any], facts: dict[str, Any]
     ) -> None:
         if study is not None:
-            genome.write(study, trial, attrs, facts)
+            ended = study.get_trials(deepcopy=False, states=FINISHED)
+            costs = (one.user_attrs.get("layer_tokens") for one in ended)
+            spent = sum(cost for cost in costs if isinstance(cost, int)) + facts.get("layer_tokens", 0)
+            genome.write(study, trial, attrs, facts | {SPENT: spent})
             return
         for key, value in facts.items():
             trial.set_user_attr(key, value)
@@ -212,7 +227,7 @@ class Objective:
             if genome.origin(other).get("plan") == name:
                 if genome.attributes(other).get(genome.NOT_FINITE) == self._of:
                     facts[COPIED_FROM] = other.number
-                    raise NonFiniteLossError(str(other.user_attrs.get(FAILURE)), layer=None)
+                    raise NonFiniteLossError(str(other.user_attrs.get(genome.FAILURE)), layer=None)
                 seen = remembered(other, plan, self._of)
                 if seen is not None and (found is None or len(seen.losses) > len(found.losses)):
                     found = seen

@@ -15,25 +15,45 @@ ROOT = Path(moeopt.__file__).parent
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "plan": {"errors"},
-    "genome": {"errors"},
+    "showing": set(),
+    "description": {"errors", "genome", "showing"},
+    "plan": {"errors", "showing"},
+    "genome": {"errors", "showing"},
     "transaction": set(),
     "worker": set(),
-    "spaces": {"errors", "plan", "genome"},
-    "samplers": {"errors", "plan", "genome", "spaces", "worker"},
+    "storage": {"errors", "genome", "transaction", "worker"},
+    "spaces": {"errors", "plan", "genome", "showing"},
+    "samplers": {"description", "errors", "plan", "genome", "spaces", "worker"},
     "models": {"errors", "plan"},
     "tasks": {"errors"},
     "evaluation": {"errors", "plan", "models", "tasks"},
     "methods": {"errors", "plan", "models", "tasks", "evaluation"},
-    "racing": {"errors", "genome"},
+    "racing": {"description", "errors", "genome"},
     "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing"},
-    "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "racing", "worker"},
-    "exporting": {"errors", "plan", "models", "study"},
-    "selection": {"console", "errors", "plan", "genome", "models", "evaluation", "objective"},
+    "recipe": {"errors", "genome"},
+    "study": {
+        "description",
+        "errors",
+        "plan",
+        "genome",
+        "spaces",
+        "samplers",
+        "objective",
+        "racing",
+        "recipe",
+        "showing",
+        "storage",
+        "worker",
+    },
+    "working": {"errors", "recipe", "study"},
+    "fleet": set(),
+    "exporting": {"errors", "plan", "models", "showing", "study"},
+    "selection": {"console", "description", "errors", "plan", "genome", "models", "evaluation", "objective", "showing"},
     "benchmarking": {"errors", "plan", "genome", "selection", "study"},
-    "comparing": {"errors", "plan", "models", "tasks", "evaluation", "methods"},
+    "comparing": {"errors", "plan", "models", "showing", "tasks", "evaluation", "methods"},
     "profiling": {"errors", "plan", "models"},
     "figures": {"errors", "plan"},
+    "dashboard": {"errors", "plan", "genome", "spaces", "storage", "study", "figures"},
     "demo": {
         "console",
         "errors",
@@ -85,14 +105,14 @@ def test_every_public_name_is_there() -> None:
         assert getattr(moeopt, name) is not None
 
 
-def test_only_genome_touches_private_optuna() -> None:
+def test_only_genome_and_storage_touch_private_optuna() -> None:
     private = ("_storage", "_trial_id", "_study_id", "_cached_frozen_trial", "_thread_local")
     for file in ROOT.rglob("*.py"):
-        if file.name == "genome.py":
+        if file in (ROOT / "genome.py", ROOT / "storage" / "resilient.py", ROOT / "storage" / "rows.py"):
             continue
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & set(private), file
-    assert len((ROOT / "genome.py").read_text().splitlines()) <= 180
+    assert len((ROOT / "genome.py").read_text().splitlines()) <= 240
 
 
 def test_no_pickle_and_no_eval() -> None:

@@ -23,7 +23,8 @@ import moeopt
 from moeopt import genome, methods, samplers
 from moeopt.errors import MethodError, SamplerError, SpaceError, StorageError, StudyError
 from moeopt.samplers import EEPSampler
-from moeopt.study import finished, hidden, reclaim, space_of, stalled
+from moeopt.storage import hidden
+from moeopt.study import finished, reclaim, space_of, stalled
 from moeopt.tasks import MultipleChoiceTask, TextTask
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -160,7 +161,7 @@ def test_a_study_of_something_else_is_refused(objective: moeopt.Objective, tmp_p
         with pytest.raises(StudyError):
             moeopt.create_study("s", objective=objective, storage=url, load_if_exists=resume)
     assert len(optuna.load_study(study_name="s", storage=url).trials) == 1
-    with pytest.raises(StudyError, match="not made by moeopt"):
+    with pytest.raises(StudyError, match="moeopt did not make it"):
         moeopt.load_study("s", url)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from moeopt.benchmarking.formatting import printable, short
 from moeopt.benchmarking.statistics import Floats
 
+MOST = 24
+"""Characters of a name beside its line."""
 COLOURS, DASHES = 8, ("", "7 3", "2 2.5")
 """Colours that the page defines as --c0, --c1, ..., and the dashes that tell apart more than that."""
 
@@ -139,7 +141,7 @@ class Plot:
             right = self.x.last
             path = f"M{right + 3:.1f} {at:.1f}L{right + 16:.1f} {place:.1f}"
             self.parts.append(f'<path class="leader s{series}" style="{stroke(series)}" d="{path}"/>')
-            self.text(right + 20, place + 4, printable(name, 26), f"name s{series}", fill(series))
+            self.text(right + 20, place + 4, printable(name, MOST), f"name s{series}", fill(series))
 
 
 def drawn(plots: Iterable[Plot], width: float, height: float, title: str) -> str:
