@@ -336,8 +336,9 @@ def _base_name(settings: Mapping[str, Any]) -> str:
     pruner = settings.get("pruner")
     if isinstance(pruner, dict):
         name += f" + {str(pruner.get('class')).rpartition('.')[2]}"
-    if settings.get("warm_starts"):
-        name += f" from {', '.join(settings['warm_starts'])}"
+    starts = settings.get("warm_starts")
+    if isinstance(starts, list):
+        name += f" from {', '.join(map(str, starts))}"
     return name
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeopt.benchmarking import statistics
-from moeopt.benchmarking.formatting import loss, printable, quantity
+from moeopt.benchmarking.formatting import loss, quantity
 from moeopt.benchmarking.runs import Cost
 from moeopt.benchmarking.svg import MOST, Axis, Plot, drawn, escape, fill, stroke
+from moeopt.showing import line
 
 if TYPE_CHECKING:
     from moeopt.benchmarking.comparison import Comparison, Optimiser
@@ -71,7 +72,7 @@ def by_optimiser(c: Comparison, *, width: float = 1060, columns: int = 4) -> str
         for run, curve in zip(optimiser.runs, values):
             plot.steps(grid, curve, "seed", stroke(i).partition(";")[0], f"{run.study}: {loss(curve[-1])}")
         plot.steps(grid, middle, "line", stroke(i).partition(";")[0], f"{optimiser.name}: median {loss(middle[-1])}")
-        plot.text(plot.x.last, top + 4, printable(optimiser.name, MOST), "name end", fill(i))
+        plot.text(plot.x.last, top + 4, line(optimiser.name, MOST), "name end", fill(i))
         plots.append(plot)
     return drawn(plots, width, above + rows * down + 4, "Best search loss of every optimiser and seed")
 
@@ -121,7 +122,7 @@ def final_losses(c: Comparison, *, width: float = 1060) -> str:
     )
     for i, one in enumerate(c.optimisers):
         row = float(y(i + 0.5))
-        plot.text(left - 14, row + 4, printable(one.name, MOST), "name end", fill(i))
+        plot.text(left - 14, row + 4, line(one.name, MOST), "name end", fill(i))
         if math.isfinite(one.low) and math.isfinite(one.high):
             plot.parts.append(
                 f'<path class="whisker" style="{stroke(i).partition(";")[0]}" '
