@@ -18,7 +18,7 @@ def conclusions(c: Comparison) -> list[str]:
     """See `Comparison.conclusions`."""
     if len(c.optimisers) == 1:
         return [f"There is one optimiser, {line(c.optimisers[0].name)}, and nothing to compare it with."]
-    found = [*_orders(c.pairs, "search loss"), *_equality(c), *_held_out(c), _budget(c)]
+    found = [*_orders(c.pairs, "search loss"), *_equality(c), *_same(c), *_held_out(c), _budget(c)]
     return [*found, "All of this is about one model, one task, one space and one budget."]
 
 
@@ -30,6 +30,15 @@ def _equality(c: Comparison) -> list[str]:
     return [
         f"That all {len(c.optimisers)} optimisers are equal in search loss {told} "
         f"(Friedman's test over {seeds}, {p_value(c.friedman)})."
+    ]
+
+
+def _same(c: Comparison) -> list[str]:
+    """Pairs that did not part within the budget, such as two that begin with the same random trials."""
+    return [
+        f"Within this budget {line(pair.first)} and {line(pair.second)} found the same loss on every common seed."
+        for pair in c.pairs
+        if len(pair.differences) > 1 and not pair.differences.any()
     ]
 
 

@@ -240,6 +240,13 @@ def test_no_difference_is_not_equality(make: Make) -> None:
     assert "does not make them equal" in text
 
 
+def test_optimisers_that_have_not_parted_yet_are_named(make: Make) -> None:
+    studies = [make(f"{name}{i}", [0.5 - i / 10], name, i) for name in ("a", "b") for i in range(3)]
+    said = "Within this budget a and b found the same loss on every common seed."
+    assert said in compare(studies).conclusions
+    assert said not in compare([*studies, make("a3", [0.1], "a", 3), make("b3", [0.2], "b", 3)]).conclusions
+
+
 def test_pairs_are_on_common_seeds_only(make: Make) -> None:
     a = [make(f"a{seed}", [1.0 + seed], "a", seed) for seed in (0, 1, 2)]
     b = [make(f"b{seed}", [1.5 * seed], "b", seed) for seed in (2, 1, 7)]
