@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -124,8 +123,3 @@ def _make() -> Callable[..., optuna.Study]:
 @pytest.fixture(name="grid")
 def _grid() -> Callable[..., list[optuna.Study]]:
     return grid
-
-
-def as_json(value: Any) -> Any:
-    """What a reader of the file gets; NaN and infinity are not JSON."""
-    return json.loads(json.dumps(value, allow_nan=False))

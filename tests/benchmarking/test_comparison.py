@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import TrialState
 
 from moeopt.benchmarking import compare, read
-from moeopt.benchmarking.comparison import readable_names
+from moeopt.benchmarking.grouping import readable_names
 from moeopt.benchmarking.statistics import sign_flip
 from moeopt.errors import StudyError
 
