@@ -24,11 +24,13 @@ _HOMES = {
     "load": "moeopt.models",
     "load_study": "moeopt.study",
     "moe_layers": "moeopt.models",
+    "open_storage": "moeopt.storage",
     "optimize": "moeopt.study",
     "paired_bootstrap": "moeopt.evaluation",
     "patched": "moeopt.models",
     "select": "moeopt.selection",
     "profile": "moeopt.profiling",
+    "run_worker": "moeopt.working",
     "shape_of": "moeopt.models",
     "Evaluator": "moeopt.evaluation",
 }
@@ -45,6 +47,7 @@ _ROOMS = {
     "samplers",
     "selection",
     "spaces",
+    "storage",
     "study",
     "tasks",
 }
@@ -76,16 +79,19 @@ __all__ = [
     "methods",
     "models",
     "moe_layers",
+    "open_storage",
     "optimize",
     "paired_bootstrap",
     "patched",
     "profile",
     "profiling",
+    "run_worker",
     "samplers",
     "select",
     "selection",
     "shape_of",
     "spaces",
+    "storage",
     "study",
     "tasks",
 ]
@@ -104,6 +110,7 @@ if TYPE_CHECKING:
         samplers,
         selection,
         spaces,
+        storage,
         study,
         tasks,
     )
@@ -117,7 +124,9 @@ if TYPE_CHECKING:
     from moeopt.racing import RacingPruner
     from moeopt.selection import select
     from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
+    from moeopt.storage import open_storage
     from moeopt.study import create_study, enqueue, load_study, optimize
+    from moeopt.working import run_worker
 
 
 def __getattr__(name: str) -> Any:

@@ -195,7 +195,7 @@ def warm_starts(given: Iterable[str], layers: int, space: Space) -> list[Plan | 
 
 def command_again(given: Sequence[str] | None, storage: str) -> str:
     """The command that was given (None: of this process), to resume with; without a storage's password."""
-    from moeopt.study import hidden
+    from moeopt.storage import hidden
 
     words = [word for word in (sys.argv[1:] if given is None else given) if word != "--no-resume"]
     return shlex.join(["moeopt", *(word.replace(storage, hidden(storage)) for word in words)])
@@ -249,18 +249,19 @@ def existing(storage: str, name: str, described: dict[str, Any], *, resume: bool
 
     from moeopt import study as room
     from moeopt.description import reading
+    from moeopt.storage import hidden, open_storage, readable_errors
 
-    opened = room.open_storage(storage)
-    with room.readable_errors(storage):
+    opened = open_storage(storage)
+    with readable_errors(storage):
         try:
             found = optuna.load_study(study_name=name, storage=opened)
         except KeyError:
             return None
     if not resume:
         raise StudyError(
-            f"study {name!r} already exists in {room.hidden(storage)}; leave out --no-resume, or choose another name"
+            f"study {name!r} already exists in {hidden(storage)}; leave out --no-resume, or choose another name"
         )
-    with room.readable_errors(storage), reading(name):
+    with readable_errors(storage), reading(name):
         stored = found.user_attrs.get(room.DESCRIPTION)
     room.check_same(found, {**(stored if isinstance(stored, dict) else {}), **described})
     return found

@@ -15,7 +15,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from moeopt import __version__, arguments, cli_compare, cli_export, cli_lm_eval, cli_profile, cli_select, cli_verify
+from moeopt import (
+    __version__,
+    arguments,
+    cli_compare,
+    cli_export,
+    cli_lm_eval,
+    cli_profile,
+    cli_select,
+    cli_verify,
+    cli_worker,
+)
 from moeopt.errors import MoeoptError, PlanError
 from moeopt.options import (
     DEFAULT_STORAGE,
@@ -210,6 +220,9 @@ def search(
         int | None,
         MACHINE(metavar="MIB", min=0, help="Memory for hidden states of earlier plans, which spare passes. [1024]"),
     ] = None,
+    workers: Annotated[
+        int, MACHINE(metavar="N", min=1, help="Processes on this machine that search together, this one included.")
+    ] = 1,
 ) -> None:  # fmt: skip
     """Start or resume a search: every trial prunes or merges the model's experts and scores it on the task."""
     task_options = arguments.pairs("--task-option", task_option)
@@ -246,8 +259,10 @@ def search(
 
     import optuna
 
+    from moeopt import fleet, recipe
     from moeopt.console import SearchProgress, best_trial, consoles
-    from moeopt.study import create_study, finished, hidden, optimize, stalled
+    from moeopt.storage import hidden
+    from moeopt.study import create_study, finished, optimize, stalled
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     out, err = consoles()
@@ -257,6 +272,8 @@ def search(
         from moeopt.objective import Objective
 
         chosen_task.check(load_tokenizer(model))
+        shares = fleet.shared(workers, device_map) if workers > 1 else [{}]
+        fleet.take(shares[0])
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         objective = Objective(
             loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
@@ -277,7 +294,15 @@ def search(
         if "merge" in chosen_space.phases and chosen_space.router == "prob":
             err.print("merged routers map probabilities: only prunings export to an ordinary checkpoint (see --router)")
         started = time.monotonic()
-        with SearchProgress(err, trials, timeout) as progress:
+        recipe.want(record, trials)
+        again = ["--study", study, "--model", model, "--device-map", device_map]
+        if workers > 1 and recipe.read(record).task is None:
+            again += ["--task", task, *(["--data", data] if data is not None else [])]
+            again += [word for option in task_option or () for word in ("--task-option", option)]
+        with (
+            SearchProgress(err, trials, timeout) as progress,
+            fleet.Fleet(shares[1:], again, storage, progress.say),
+        ):
             optimize(record, objective, trials=trials, timeout=timeout, patience=patience, callbacks=[progress])
         teacher = objective.evaluator.teacher
         if teacher is not None and teacher.nbytes:
@@ -326,23 +351,24 @@ def show(
     from moeopt import study as room
     from moeopt.console import consoles, json_text, layer_rows, studies_table, study_record, study_summary, study_view
     from moeopt.description import reading
+    from moeopt.storage import hidden, open_storage, readable_errors
 
     out, _ = consoles()
     if study is None:
         import optuna
 
-        opened = room.open_storage(storage, create=False)
-        with room.readable_errors(storage), reading("in the storage"):
+        opened = open_storage(storage, create=False)
+        with readable_errors(storage), reading("in the storage"):
             names = optuna.get_all_study_names(opened)
             studies = [optuna.load_study(study_name=name, storage=opened) for name in names]
             records = [study_summary(study) for study in studies]
         if as_json:
             print(json_text(records))
         else:
-            out.print(studies_table(records, f"studies in {room.hidden(storage)}"))
+            out.print(studies_table(records, f"studies in {hidden(storage)}"))
         return
     opened_study = room.load_study(study, storage)
-    with room.readable_errors(storage):
+    with readable_errors(storage):
         record = study_record(opened_study)
     plan = None if record["best"] is None else arguments.plan_of(opened_study, "best")[1]
     if as_json:
@@ -395,6 +421,7 @@ cli_lm_eval.register(app)
 cli_profile.register(app)
 cli_select.register(app)
 cli_verify.register(app)
+cli_worker.register(app)
 
 if __name__ == "__main__":
     sys.exit(main())

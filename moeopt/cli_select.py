@@ -70,7 +70,8 @@ def select(
     options = arguments.pairs("--task-option", task_option)
     arguments.quick_shape(model)
     chosen = tasks.get(task, data=data, **options)
-    from moeopt.study import hidden, load_study
+    from moeopt.storage import hidden
+    from moeopt.study import load_study
 
     opened = load_study(study, storage)
     from moeopt import selection

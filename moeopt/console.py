@@ -60,38 +60,47 @@ class SearchProgress:
 
     Args:
         console: where to draw; the live line vanishes at the end.
-        trials: finished trials the study shall hold, for the time left; None when only `timeout` ends it.
+        trials: finished trials the study shall hold, for the time left; None when it is not known.
         timeout: seconds this run may take.
+        quiet: show nothing.
     """
 
-    def __init__(self, console: Console, trials: int | None, timeout: float | None = None) -> None:
+    def __init__(
+        self, console: Console, trials: int | None, timeout: float | None = None, *, quiet: bool = False
+    ) -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-        self.console, self.trials, self.timeout = console, trials, timeout
+        self.console, self.trials, self.timeout, self.quiet = console, trials, timeout, quiet
         text = TextColumn("{task.description}", markup=False)
         self.live = Progress(SpinnerColumn(), BarColumn(20), text, console=console, transient=True)
         self.bar = self.live.add_task("first trial", total=trials)
-        self.here = 0
+        self.before: int | None = None
         self.started = time.monotonic()
         self.shown = -LINE_EVERY
 
     def __enter__(self) -> SearchProgress:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.quiet:
             self.live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.quiet:
             self.live.stop()
+
+    def say(self, line: str) -> None:
+        """A line above the live one."""
+        self.console.print(line, style="yellow", markup=False, soft_wrap=True)
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
         from moeopt.study import finished
 
-        self.here += 1
+        if self.quiet:
+            return
         done = finished(study)
+        self.before = done - 1 if self.before is None else self.before
         if trial.state.name == "FAIL":
             reason = trial.user_attrs.get("failure", "its loss is not a number")
-            self.console.print(f"trial {trial.number} failed: {line(reason, 1000)}", style="yellow", markup=False)
+            self.say(f"trial {trial.number} failed: {line(reason, 1000)}")
         text = self.line(study, trial, done)
         if self.console.is_terminal:
             self.live.update(self.bar, completed=done, description=text)
@@ -115,7 +124,7 @@ class SearchProgress:
         elapsed = time.monotonic() - self.started
         limits = [] if self.timeout is None else [max(0.0, self.timeout - elapsed)]
         if self.trials is not None:
-            limits.append(elapsed / self.here * max(0, self.trials - done))
+            limits.append(elapsed / max(1, done - (self.before or 0)) * max(0, self.trials - done))
         return min(limits, default=None)
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
+    from moeopt.storage import ResilientStorage
+    from moeopt.transaction import Taken
+
 Vector = NDArray[np.float32]
 Attrs = Mapping[str, Any]
 Params = Mapping[str, tuple[Any, "BaseDistribution"]]
@@ -34,6 +37,8 @@ NOT_FINITE = "moeopt:not_finite"  # what the scores of a trial are of that ended
 RETRIES = "retry_history"  # Optuna's own key, as `RetryHeartbeatStaleTrialCallback` writes it
 ESTIMATE = "estimate"  # user attribute of a pruned trial: an honest estimate of its loss over all examples
 INTERRUPTED = "interrupted"  # user attribute of a trial that Ctrl-C ended
+FAILURE = "failure"  # user attribute of a failed trial: why it failed
+KEPT = ("warm_start", "method", "calibration_layer_tokens")  # user attributes that a trial's repetition gets
 CHUNK = 60_000  # characters; MariaDB and MySQL hold 65,535 bytes an attribute
 LARGEST = 1 << 24  # numbers in one vector; anything larger is a damaged or hostile study
 
@@ -116,14 +121,25 @@ def origin(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
 
 
 def write(
-    study: optuna.Study, trial: Any, attrs: Attrs, user: Attrs | None = None, params: Params | None = None
-) -> None:
-    """Set attributes and new parameters of a running trial, also in the copy at hand; in a database all or none."""
+    study: optuna.Study,
+    trial: Any,
+    attrs: Attrs,
+    user: Attrs | None = None,
+    params: Params | None = None,
+    unless: Taken | None = None,
+) -> bool:
+    """Set attributes and new parameters of a running trial, also in the copy at hand; in a database all or none.
+
+    Returns False where `unless` kept it from writing, as only a `ResilientStorage` can.
+    """
     from moeopt import transaction
 
     storage, user, params = study._storage, user or {}, params or {}
     database = getattr(storage, "_backend", storage)
-    if transaction.serves(database):
+    if (team := shared(study)) is not None:
+        if not team[0].write_trial(trial._trial_id, attrs, user, params, unless):
+            return False
+    elif transaction.serves(database):
         transaction.write(database, trial._trial_id, attrs, user, params)
     else:
         for key, value in attrs.items():
@@ -137,6 +153,28 @@ def write(
     known.user_attrs.update(user)
     known.params.update({name: value for name, (value, _) in params.items()})
     known.distributions.update({name: distribution for name, (_, distribution) in params.items()})
+    return True
+
+
+def shared(study: optuna.Study) -> tuple[ResilientStorage, int] | None:
+    """The study's storage and its key there, where that is one of moeopt's."""
+    from moeopt.storage import ResilientStorage
+
+    database = getattr(study._storage, "_backend", study._storage)
+    return (database, study._study_id) if isinstance(database, ResilientStorage) else None
+
+
+def key(trial: Any) -> int:
+    """A trial's key in its storage."""
+    return int(trial._trial_id)
+
+
+def taken(plan: str, trials: Iterable[FrozenTrial]) -> Taken:
+    """That another trial got a plan since these were read."""
+    from moeopt.transaction import Taken
+
+    known = [(trial._trial_id, "plan" in origin(trial)) for trial in trials]
+    return Taken(plan, max((i for i, _ in known), default=-1), [i for i, has in known if not has])
 
 
 def whole_study(study: optuna.Study) -> optuna.Study:
@@ -179,12 +217,15 @@ def write_study(study: optuna.Study, attrs: Attrs) -> None:
         study._storage.set_study_system_attr(study._study_id, key, value)
 
 
-def retry(trial: FrozenTrial, keep: Iterable[str] = ()) -> FrozenTrial:
+def retry(trial: FrozenTrial) -> FrozenTrial:
     """A waiting trial that repeats a dead one under a new number, marked as Optuna marks its own retries.
 
-    Of its user attributes it gets those to `keep`.
+    Of its user attributes it gets those KEPT, its parameters where it has no genotype.
     """
     history = [*trial.system_attrs.get(RETRIES, []), trial.number]
-    came = {key: value for key, value in origin(trial).items() if key != "worker"}
+    came = {key: value for key, value in origin(trial).items() if key not in ("worker", "claim")}
     attrs = {**trial.system_attrs, "failed_trial": history[0], RETRIES: history, ORIGIN: came}
-    return waiting(attrs, {key: trial.user_attrs[key] for key in keep if key in trial.user_attrs})
+    found = waiting(attrs, {key: trial.user_attrs[key] for key in KEPT if key in trial.user_attrs})
+    if GENOME not in attrs:
+        found.params, found.distributions = trial.params, trial.distributions
+    return found

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Report = Literal["mean", "block"]
 
-FAILURE = "failure"
 COPIED_FROM = "copied_from"
 ACTIVE = "active"
 """Key, in the head of a trial's scores, of the experts active per token and layer over the same examples."""
@@ -127,6 +126,12 @@ class Objective:
             compression=compression,
         )
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
+        self.settings: dict[str, Any] = {
+            **self._limits, "batch_tokens": batch_tokens, "rungs": rungs, "report": report,
+            "active_weight": self.active_weight, "prefix_memory": prefix_memory, "score": score,
+        }  # fmt: skip
+        if compression is not None:
+            self.settings |= {"top_p": compression.top_p, "memory": compression.memory}
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> float:
         """The loss of the trial's plan, active experts weighed in, NaN where there is none.
@@ -142,6 +147,11 @@ class Objective:
             return self._evaluate(trial, study)
         except KeyboardInterrupt:
             trial.set_user_attr(genome.INTERRUPTED, True)
+            raise
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            trial.set_user_attr(genome.FAILURE, f"{type(error).__name__}: {error!s:.500}")
             raise
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
@@ -167,7 +177,7 @@ class Objective:
                         break
         except (NonFiniteLossError, OutOfMemoryError) as error:
             attrs = {genome.NOT_FINITE: self._of} if isinstance(error, NonFiniteLossError) else {}
-            self._note(study, trial, attrs, facts | {FAILURE: str(error)})
+            self._note(study, trial, attrs, facts | {genome.FAILURE: str(error)})
             return float("nan")
         assert evaluation is not None
         facts |= {
@@ -212,7 +222,7 @@ class Objective:
             if genome.origin(other).get("plan") == name:
                 if genome.attributes(other).get(genome.NOT_FINITE) == self._of:
                     facts[COPIED_FROM] = other.number
-                    raise NonFiniteLossError(str(other.user_attrs.get(FAILURE)), layer=None)
+                    raise NonFiniteLossError(str(other.user_attrs.get(genome.FAILURE)), layer=None)
                 seen = remembered(other, plan, self._of)
                 if seen is not None and (found is None or len(seen.losses) > len(found.losses)):
                     found = seen

@@ -34,9 +34,15 @@ Score = Annotated[
 Limit = Annotated[int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")]
 DeviceMap = Annotated[str, MACHINE(metavar="MAP", help="Where weights go: auto, cpu, cuda:0, ...")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], MACHINE(help="Type of the weights in memory.")]
+TrustRemoteCode = Annotated[bool, MACHINE("--trust-remote-code", help="Run code that comes with a checkpoint.")]
 BatchTokens = Annotated[int, MACHINE(metavar="N", min=1, help="Padded tokens a forward pass.")]
 Storage = Annotated[
-    str, STUDY(metavar="URL", help="Where studies are kept: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL).")
+    str,
+    STUDY(
+        metavar="URL",
+        envvar="MOEOPT_STORAGE",
+        help="Where studies are kept: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL).",
+    ),
 ]
 DEFAULT_STORAGE = "sqlite:///moeopt.db"
 TRIAL = "A trial's number, best: the one of least loss, or selected: what [bold]moeopt select[/bold] chose"

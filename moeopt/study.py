@@ -1,33 +1,37 @@
-"""Studies: create, resume, reclaim, run. The only room that opens storages."""
+"""Studies: create, resume, reclaim, run."""
 
 from __future__ import annotations
 
+import math
+import numbers
+import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import __version__, genome, samplers, worker
+from moeopt import __version__, genome, recipe, samplers, worker
 from moeopt.description import DESCRIPTION as DESCRIPTION
 from moeopt.description import FORMAT, check_whole, described, reading
 from moeopt.errors import SpaceError, StorageError, StudyError
-from moeopt.genome import INTERRUPTED
 from moeopt.plan import Plan
 from moeopt.racing import NOISE_FLOOR, RacingPruner
 from moeopt.samplers.shadow import describe
 from moeopt.showing import line, shown
 from moeopt.spaces import Space, from_description
+from moeopt.storage import hidden, open_storage, readable_errors
+from moeopt.storage.rows import NoSlotLeft
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
-    from sqlalchemy import Engine
     from torch import nn
 
     from moeopt.methods import Found
@@ -42,6 +46,8 @@ CALIBRATION = "calibration_layer_tokens"
 """And what that cost, beyond the trial's own layer-tokens."""
 MAY_DIFFER = ("version", "format", "model.name_or_path")
 """Fields of the description that a resumed study need not share: the same weights may lie elsewhere."""
+LONGEST_LOOK = 1.0
+"""Seconds between two looks for a trial to start, while others run elsewhere."""
 DEFAULT_STORAGE = "sqlite:///moeopt.db"
 
 Callback = Callable[[optuna.Study, FrozenTrial], None]
@@ -113,6 +119,8 @@ def create_study(
             study.set_user_attr(DESCRIPTION, {"version": __version__, "format": FORMAT, **description})
         if isinstance(racer, RacingPruner) and racer.noise_floor is None and NOISE_FLOOR not in study.user_attrs:
             study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
+        if opened is not None:
+            recipe.write(study, recipe.of(objective, chosen, racer))
         _enqueue_new(study, objective.space, found, held)
         reclaim(study)
     return study
@@ -209,30 +217,95 @@ def optimize(
 ) -> None:
     """`study.optimize` until the study as a whole holds `trials` finished trials, so that a resumed run does the rest.
 
+    Any number of workers may call it for one study, whose storage is of `open_storage`: each starts the next trial
+    while fewer than `trials` were started, so that none is one too many. A worker that finds no trial to start waits
+    for those that run elsewhere, as their workers may die, and returns when they have ended.
+
     The first Ctrl-C lets the running trial finish and returns; a second one interrupts it, and the trial is queued
-    again when the study is resumed.
+    again when the study is resumed. While the database is away, the first Ctrl-C returns at once, and so does the end
+    of the timeout: what was evaluated is stored by the next worker of this host.
 
     Args:
         trials: finished trials the study shall hold, those of earlier runs included.
         timeout: seconds for this run.
         patience: stop after so many trials without a better one.
+
+    Raises:
+        StorageError: when the database was away for longer than its storage waits.
     """
     if trials is None and timeout is None and patience is None:
         raise StudyError("say when to stop: trials, timeout or patience")
+    until = None if timeout is None else time.monotonic() + timeout
+    team = genome.shared(study)
+
+    def enough() -> bool:
+        return (trials is not None and finished(study) >= trials) or (
+            patience is not None and stalled(study) >= patience
+        )
 
     def stop_when_done(study: optuna.Study, trial: FrozenTrial | None = None) -> None:
-        if trials is not None and finished(study) >= trials:
-            study.stop()
-        if patience is not None and stalled(study) >= patience:
+        if (patience is not None or team is None) and enough():
             study.stop()
 
-    reclaim(study)
-    if trials is not None and finished(study) >= trials:
-        return
-    if patience is not None and stalled(study) >= patience:
-        return
-    with stopping_on_interrupt(study):
-        study.optimize(objective, timeout=timeout, callbacks=[*callbacks, stop_when_done])
+    def left() -> float | None:
+        return None if until is None else max(0.0, until - time.monotonic())
+
+    with _stoppable(study, until) as stop:
+        if trials is not None:
+            recipe.want(study, trials)
+        reclaim(study)
+        while not enough():
+            try:
+                with nullcontext() if team is None else team[0].slots(trials):
+                    study.optimize(_held(study, objective), timeout=left(), callbacks=[*callbacks, stop_when_done])
+                return
+            except NoSlotLeft:
+                if not _wait_for_others(study, trials, stop, left):
+                    return
+
+
+def _held(study: optuna.Study, objective: Callable[[optuna.Trial], float]) -> Callable[[optuna.Trial], float]:
+    """The objective; what it gives is on this host's disk before Optuna tells the storage, which may be away."""
+    team = genome.shared(study)
+    if team is None:
+        return objective
+    storage = team[0]
+
+    def evaluated(trial: optuna.Trial) -> float:
+        try:
+            value = objective(trial)
+        except optuna.TrialPruned:
+            storage.hold(genome.key(trial), TrialState.PRUNED)
+            raise
+        if isinstance(value, numbers.Real) and not math.isnan(value):
+            storage.hold(genome.key(trial), TrialState.COMPLETE, [float(value)])
+        else:
+            storage.hold(genome.key(trial), TrialState.FAIL)
+        return value
+
+    return evaluated
+
+
+def _wait_for_others(study: optuna.Study, trials: int | None, stop: _Stop, left: Callable[[], float | None]) -> bool:
+    """Wait until there is a trial to start; False when there will be none, or it is time to stop."""
+    team = genome.shared(study)
+    assert team is not None
+    storage, study_id = team
+    delay = 0.05
+    while not stop.asked and left() != 0.0:
+        reclaim(study)
+        if trials is not None and finished(study) >= trials:
+            return False
+        with storage.slots(trials):
+            if storage.claimable(study_id):
+                return True
+        remaining = left()
+        stop.quiet = True
+        if not stop.asked:
+            time.sleep(delay * random.uniform(0.5, 1.0) if remaining is None else min(delay, remaining))
+        stop.quiet = False
+        delay = min(2 * delay, LONGEST_LOOK)
+    return False
 
 
 def finished(study: optuna.Study) -> int:
@@ -254,21 +327,32 @@ def stalled(study: optuna.Study) -> int:
 def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:
     """Queue again the trials whose worker died, or was interrupted; returns their numbers.
 
-    The dead trial is marked failed, and a waiting copy keeps its genotype and its slot.
+    The dead trial is marked failed, and a waiting copy keeps its genotype and its slot; in a storage of `open_storage`
+    both in one transaction, and not more often than its `retries`. What dead workers of this host had evaluated and
+    could not store is stored first.
 
     Args:
         study: of moeopt, or a plain one with a sampler of moeopt.
         other_hosts: also take running trials of other hosts for dead, where it cannot be seen. Say so only when no
             worker runs there (a container that was started anew has another host name).
     """
+    team = genome.shared(study)
+    if team is not None:
+        team[0].recover(team[1], other_hosts)
     trials = study.get_trials(deepcopy=False)
+    before = len(trials)
     retried = {number for trial in trials for number in trial.system_attrs.get(genome.RETRIES, [])}
     reclaimed = []
     for trial in trials:
         if trial.number in retried:
             continue
-        dead = trial.state == TrialState.RUNNING and worker.is_dead(genome.origin(trial).get("worker"), other_hosts)
-        if not dead and not (trial.state == TrialState.FAIL and trial.user_attrs.get(INTERRUPTED)):
+        running = trial.state == TrialState.RUNNING
+        dead = running and worker.is_dead(genome.origin(trial).get("worker"), other_hosts)
+        if not dead and not (trial.state == TrialState.FAIL and trial.user_attrs.get(genome.INTERRUPTED)):
+            continue
+        if team is not None:
+            if team[0].take_over(team[1], genome.key(trial), "its worker died") is not None:
+                reclaimed.append(trial.number)
             continue
         if dead:
             genome.mark_interrupted(study, trial)
@@ -276,8 +360,13 @@ def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:
                 study.tell(trial.number, state=TrialState.FAIL)
             except ValueError:  # it ended, or another worker reclaimed it, in the meantime
                 continue
-        study.add_trial(genome.retry(trial, keep=(WARM_START, METHOD, CALIBRATION)))
+        study.add_trial(genome.retry(trial))
         reclaimed.append(trial.number)
+    if team is not None:
+        team[0].take_over_stale(team[1])
+        now = study.get_trials(deepcopy=False)[before:]
+        stale = {t.system_attrs[genome.RETRIES][-1] for t in now if t.system_attrs.get(genome.RETRIES)}
+        reclaimed += sorted(stale - set(reclaimed))
     return reclaimed
 
 
@@ -387,117 +476,58 @@ def space_of(study: optuna.Study) -> Space:
         ) from None
 
 
-def open_storage(url: str, *, create: bool = True) -> BaseStorage:
-    """An Optuna storage for an SQLAlchemy URL, checked: reachable, writable, and Optuna's own or empty.
+@dataclass
+class _Stop:
+    """Whether Ctrl-C was pressed, and whether it shall only be noted."""
 
-    Args:
-        create: whether a missing SQLite file may be created.
+    asked: bool = False
+    quiet: bool = False
 
-    Raises:
-        StorageError: saying which of these fails. Passwords never appear in it.
+
+def _storage_error(error: BaseException | None) -> StorageError | None:
+    """The StorageError behind an error: Optuna stumbles when a storage fails while it ends a trial."""
+    while error is not None and not isinstance(error, StorageError):
+        error = error.__context__
+    return error
+
+
+@contextmanager
+def _stoppable(study: optuna.Study, until: float | None) -> Iterator[_Stop]:
+    """Within it, the first Ctrl-C lets the running trial finish; the second raises KeyboardInterrupt.
+
+    While the database is away, neither it nor the end of the time (`until`, `time.monotonic`) is waited out.
     """
-    from sqlalchemy import create_engine, inspect
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
-
-    try:
-        parsed = make_url(url)
-        sqlite = parsed.get_backend_name() == "sqlite"
-    except (ArgumentError, NoSuchModuleError, ValueError):
-        raise StorageError(
-            "storage must be an SQLAlchemy URL such as sqlite:///moeopt.db or postgresql+psycopg://user@host/name, "
-            f"got {_scrub(url)!r}"
-        ) from None
-    if sqlite and parsed.database and parsed.database != ":memory:" and not parsed.database.startswith("file:"):
-        file = Path(parsed.database)
-        if not file.parent.is_dir():
-            raise StorageError(f"the folder of {hidden(url)} does not exist: {str(file.parent)!r}")
-        if not create and not file.is_file():
-            raise StorageError(f"no database at {hidden(url)}")
-    with readable_errors(url):
-        options: dict[str, Any] = {"connect_args": {"timeout": 5}} if sqlite else {}
-        engine = create_engine(parsed, **options)
-        try:
-            tables = set(inspect(engine).get_table_names())
-            ours = {"studies", "trials", "version_info"} <= tables
-            if tables and not ours and (sqlite or {"studies", "trials"} & tables):
-                raise StorageError(f"{hidden(url)} is a database of something else: it has tables {sorted(tables)[:5]}")
-            if sqlite:
-                _check_writable(engine)
-        finally:
-            engine.dispose()
-        waiting = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
-        return optuna.storages.RDBStorage(url, engine_kwargs=waiting)
-
-
-def _check_writable(engine: Engine) -> None:
-    with engine.connect() as connection:
-        raw = connection.connection.driver_connection
-        assert raw is not None
-        raw.isolation_level = None
-        raw.execute("BEGIN IMMEDIATE")
-        raw.execute("CREATE TABLE moeopt_write_check (x)")
-        raw.execute("ROLLBACK")
-
-
-@contextmanager
-def readable_errors(storage: Any) -> Iterator[None]:
-    """Turn a database's exceptions into one StorageError that names the storage without its password."""
-    import sqlite3
-
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError, ImportError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
-        reason = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()[0]
-        if isinstance(error, ImportError):
-            reason += "; install the database's driver, such as psycopg or pymysql"
-        raise StorageError(f"cannot use the storage {hidden(storage)}: {_scrub(reason)}") from None
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:
-            raise
-        raise StorageError(f"cannot use the storage {hidden(storage)}: {_scrub(str(error))}") from None
-
-
-def hidden(storage: Any) -> str:
-    """A storage URL without its password, to print."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    if not isinstance(storage, str):
-        return type(storage).__name__
-    try:
-        return _scrub(make_url(storage).render_as_string(hide_password=True))
-    except (ArgumentError, ValueError):
-        return _scrub(storage)
-
-
-def _scrub(text: str) -> str:
-    import re
-
-    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
-    return re.sub(r"(?i)\b(\w*passw(?:or)?d|pwd)=[^&\s]+", r"\1=***", text)
-
-
-@contextmanager
-def stopping_on_interrupt(study: optuna.Study) -> Iterator[None]:
-    """Within it, the first Ctrl-C lets the running trial finish; the second raises KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
+    team, stop = genome.shared(study), _Stop()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if main else None
 
     def finish_trial(signum: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, before)
+        stop.asked = True
+        if team is not None:
+            team[0].waiting.stopped = True
+        if stop.quiet:
+            return
         try:
             study.stop()
         except RuntimeError:  # between trials, or not yet optimising
             raise KeyboardInterrupt from None
 
-    signal.signal(signal.SIGINT, finish_trial)
+    if team is not None:
+        team[0].waiting.deadline = until
+    if main:
+        signal.signal(signal.SIGINT, finish_trial)
     try:
-        yield
+        yield stop
+    except (StorageError, UnboundLocalError) as error:
+        found = _storage_error(error)
+        if found is None:
+            raise
+        if not stop.asked and (until is None or time.monotonic() < until):
+            raise found from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        if main:
+            signal.signal(signal.SIGINT, before)
+        if team is not None:
+            team[0].waiting.deadline = None
+            team[0].waiting.stopped = False

@@ -7,7 +7,8 @@ those that Optuna writes, in the tables of its schema.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,44 @@ SCHEMA = "5."
 """Optuna's versions whose tables are known; with any other, every attribute is written through its storage."""
 
 
+ORIGIN = "moeopt:origin"
+"""System attribute of a trial that names its plan (`genome.ORIGIN`)."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Nothing is written where another trial has this plan that was not known when the plan was made.
+
+    Args:
+        plan: its fingerprint.
+        newest: the largest key of the trials that were known.
+        open: keys of those of them whose plan was not.
+    """
+
+    plan: str
+    newest: int
+    open: Collection[int]
+
+
+def known_schema() -> bool:
+    """Whether the tables of this Optuna are known."""
+    import optuna
+
+    return optuna.__version__.startswith(SCHEMA)
+
+
+def tables() -> set[str]:
+    """The tables of Optuna's schema."""
+    from optuna.storages._rdb import models
+
+    return {*models.BaseModel.metadata.tables, "alembic_version"}
+
+
 def serves(storage: Any) -> bool:
     """Whether `write` knows this storage: the `RDBStorage` of this Optuna on one of these databases."""
     import optuna
 
-    known = optuna.__version__.startswith(SCHEMA)
-    return known and isinstance(storage, optuna.storages.RDBStorage) and storage.engine.name in DIALECTS
+    return known_schema() and isinstance(storage, optuna.storages.RDBStorage) and storage.engine.name in DIALECTS
 
 
 def write(
@@ -36,13 +69,15 @@ def write(
     attrs: Mapping[str, Any],
     user_attrs: Mapping[str, Any],
     params: Mapping[str, tuple[Any, BaseDistribution]],
-) -> None:
+    unless: Taken | None = None,
+) -> bool:
     """Set system and user attributes, and add parameters that the trial does not have yet.
 
     Args:
         storage: an `RDBStorage` that `serves`.
         trial_id: Optuna's key of a running trial.
         params: value and distribution by name.
+        unless: what keeps it from writing; then False is returned.
 
     Raises:
         optuna.exceptions.UpdateFinishedTrialError: when the trial has ended.
@@ -54,22 +89,48 @@ def write(
     dialect = DIALECTS[storage.engine.name]
     insert = import_module(f"sqlalchemy.dialects.{dialect}").insert
     with storage.engine.begin() as connection:
+        if dialect == "sqlite":  # the lock that INSERT takes, before what is read
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         trials = models.TrialModel.__table__
-        trial = connection.execute(trials.select().where(trials.c.trial_id == trial_id)).one()
+        if unless is not None and _is_taken(connection, trial_id, unless):
+            return False
+        trial = connection.execute(trials.select().where(trials.c.trial_id == trial_id).with_for_update()).one()
         storage.check_trial_is_updatable(trial_id, trial.state)
         for model, values in ((models.TrialSystemAttributeModel, attrs), (models.TrialUserAttributeModel, user_attrs)):
             if not values:
                 continue
-            rows = insert(model.__table__)
-            if dialect == "mysql":
-                rows = rows.on_duplicate_key_update(value_json=rows.inserted.value_json)
-            else:
-                newer = {"value_json": rows.excluded.value_json}
-                rows = rows.on_conflict_do_update(index_elements=["trial_id", "key"], set_=newer)
             written = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(v)} for key, v in values.items()]
-            connection.execute(rows, written)
+            connection.execute(_replacing(insert(model.__table__), dialect, ["trial_id", "key"], "value_json"), written)
         if params:
             columns = ("param_name", "param_value", "distribution_json")
             facts = [(name, d.to_internal_repr(value), distribution_to_json(d)) for name, (value, d) in params.items()]
-            rows = insert(models.TrialParamModel.__table__)
+            rows = _replacing(
+                insert(models.TrialParamModel.__table__), dialect, ["trial_id", "param_name"], "param_value"
+            )
             connection.execute(rows, [{"trial_id": trial_id, **dict(zip(columns, fact))} for fact in facts])
+    return True
+
+
+def _replacing(rows: Any, dialect: str, unique: list[str], column: str) -> Any:
+    """An INSERT that replaces a column of a row that is there."""
+    if dialect == "mysql":
+        return rows.on_duplicate_key_update({column: rows.inserted[column]})
+    return rows.on_conflict_do_update(index_elements=unique, set_={column: rows.excluded[column]})
+
+
+def _is_taken(connection: Any, trial_id: int, taken: Taken) -> bool:
+    """Whether another trial got the plan since; holds the study's lock, so that no other can until the commit."""
+    from optuna.storages._rdb import models
+    from sqlalchemy import or_, select
+
+    trials, attrs = models.TrialModel.__table__.c, models.TrialSystemAttributeModel.__table__.c
+    studies = models.StudyModel.__table__.c
+    study_id = connection.execute(select(trials.study_id).where(trials.trial_id == trial_id)).scalar_one()
+    connection.execute(select(studies.study_id).where(studies.study_id == study_id).with_for_update())
+    since = or_(trials.trial_id > taken.newest, trials.trial_id.in_(taken.open))
+    origins = select(attrs.value_json).join_from(
+        models.TrialSystemAttributeModel.__table__, models.TrialModel.__table__, attrs.trial_id == trials.trial_id
+    )
+    found = origins.where(trials.study_id == study_id, since, trials.trial_id != trial_id, attrs.key == ORIGIN)
+    others = (json.loads(text) for (text,) in connection.execute(found))
+    return any(isinstance(origin, dict) and origin.get("plan") == taken.plan for origin in others)

@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "genome": {"errors", "showing"},
     "transaction": set(),
     "worker": set(),
+    "storage": {"errors", "genome", "transaction", "worker"},
     "spaces": {"errors", "plan", "genome", "showing"},
     "samplers": {"description", "errors", "plan", "genome", "spaces", "worker"},
     "models": {"errors", "plan"},
@@ -29,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"errors", "plan", "models", "tasks", "evaluation"},
     "racing": {"description", "errors", "genome"},
     "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing"},
+    "recipe": {"errors", "genome"},
     "study": {
         "description",
         "errors",
@@ -38,9 +40,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "samplers",
         "objective",
         "racing",
+        "recipe",
         "showing",
+        "storage",
         "worker",
     },
+    "working": {"description", "errors", "recipe", "study"},
+    "fleet": set(),
     "exporting": {"errors", "plan", "models", "showing", "study"},
     "selection": {"console", "description", "errors", "plan", "genome", "models", "evaluation", "objective", "showing"},
     "comparing": {"errors", "plan", "models", "showing", "tasks", "evaluation", "methods"},
@@ -97,14 +103,14 @@ def test_every_public_name_is_there() -> None:
         assert getattr(moeopt, name) is not None
 
 
-def test_only_genome_touches_private_optuna() -> None:
+def test_only_genome_and_storage_touch_private_optuna() -> None:
     private = ("_storage", "_trial_id", "_study_id", "_cached_frozen_trial", "_thread_local")
     for file in ROOT.rglob("*.py"):
-        if file.name == "genome.py":
+        if file in (ROOT / "genome.py", ROOT / "storage" / "resilient.py"):
             continue
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & set(private), file
-    assert len((ROOT / "genome.py").read_text().splitlines()) <= 190
+    assert len((ROOT / "genome.py").read_text().splitlines()) <= 240
 
 
 def test_no_pickle_and_no_eval() -> None:

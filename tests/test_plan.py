@@ -189,7 +189,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="not a moeopt plan"):
         Plan.load(tmp_path / "other")
     save_file({}, tmp_path / "newer", metadata={"format": "moeopt-plan", "version": "3"})
-    with pytest.raises(PlanError, match="plan format version '3'; this is moeopt .*, which reads 1 to 2"):
+    with pytest.raises(PlanError, match=r"plan format version '3'; this is moeopt .*, which reads 1 to 2"):
         Plan.load(tmp_path / "newer")
     head = {"format": "moeopt-plan", "version": "1"}
     save_file({}, tmp_path / "malformed", metadata=head | {"layers": "[{}]"})

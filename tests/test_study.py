@@ -23,7 +23,8 @@ import moeopt
 from moeopt import genome, methods, samplers
 from moeopt.errors import MethodError, SamplerError, SpaceError, StorageError, StudyError
 from moeopt.samplers import EEPSampler
-from moeopt.study import finished, hidden, reclaim, space_of, stalled
+from moeopt.storage import hidden
+from moeopt.study import finished, reclaim, space_of, stalled
 from moeopt.tasks import MultipleChoiceTask, TextTask
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

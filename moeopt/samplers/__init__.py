@@ -7,7 +7,7 @@ from moeopt.samplers.eep import EEPSampler
 from moeopt.samplers.local import LocalSampler
 from moeopt.samplers.nevergrad import NevergradSampler
 from moeopt.samplers.random import RandomSampler
-from moeopt.samplers.registry import SAMPLERS, get
+from moeopt.samplers.registry import SAMPLERS, from_settings, get
 from moeopt.samplers.shadow import ShadowSampler, TPESampler
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "ShadowSampler",
     "TPESampler",
     "Told",
+    "from_settings",
     "get",
 ]

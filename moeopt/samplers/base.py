@@ -139,40 +139,51 @@ class GenomeSampler(BaseSampler):
         trials = whole.get_trials(deepcopy=False)
         description.check_trial(trial, whole.study_name)
         slot = genome.slot(trial, trials)
-        known = {**genome.origin(trial), "slot": slot, "worker": worker.this_worker()}
-        genome.write(whole, trial, {genome.ORIGIN: known})  # so that a dead worker is known
-        x = genome.read(trial)
-        if x is not None and x.size != self.space.size:
-            raise SamplerError(f"trial {trial.number} brings {x.size} numbers, the space has {self.space.size}")
-        proposal = None
-        if x is None:
-            history = self.history(whole, trials, without=trial.number)
-            fixed = trial.system_attrs.get("fixed_params") or {}
-            if fixed and not set(fixed) & set(self.space.names):
-                warnings.warn(
-                    f"trial {trial.number} was enqueued with {sorted(fixed)}, none of which is a number of the space; "
-                    "moeopt.enqueue(study, space, plan) enqueues a plan",
-                    stacklevel=2,
-                )
-            named = [i for i, name in enumerate(self.space.names) if name in fixed]
-            if len(named) == self.space.size:
-                proposal = Proposal(np.array([fixed[name] for name in self.space.names]), "enqueued")
-            else:
-                proposal = self._new_plan(history, slot)
-            if 0 < len(named) < self.space.size:
-                partly = np.array(proposal.x, dtype=np.float64)
-                partly[named] = [fixed[self.space.names[i]] for i in named]
-                proposal = Proposal(partly, "enqueued")
-            x = self.space.snap(proposal.x)
-        origin = {"operator": "enqueued", "parents": [], "notes": {}, **known}
-        if proposal is not None:
-            origin |= {"operator": proposal.operator, "parents": list(proposal.parents), "notes": dict(proposal.notes)}
-            if proposal.phase is not None:
-                origin["phase"] = proposal.phase
-        origin["plan"] = self.space.decode(x).fingerprint
-        packed = genome.pack(genome.GENOME, x) if proposal is not None else {}
-        params = {name: number for name, number in self.parameters(x).items() if name not in trial.params}
-        genome.write(whole, trial, {genome.ORIGIN: origin, **packed}, params=params)
+        known = {key: value for key, value in genome.origin(trial).items() if key != "claim"}
+        if known.get("worker") != worker.this_worker():  # the storage did not say so
+            genome.write(whole, trial, {genome.ORIGIN: {**known, "slot": slot, "worker": worker.this_worker()}})
+        known |= {"slot": slot, "worker": worker.this_worker()}
+        stored = genome.read(trial)
+        if stored is not None and stored.size != self.space.size:
+            raise SamplerError(f"trial {trial.number} brings {stored.size} numbers, the space has {self.space.size}")
+        for left in range(self.redraw, -1, -1):
+            proposal = None if stored is not None else self._proposal(whole, trial, trials, slot)
+            x = self.space.snap(proposal.x) if proposal is not None else stored
+            assert x is not None
+            origin = {"operator": "enqueued", "parents": [], "notes": {}, **known}
+            if proposal is not None:
+                origin |= {"operator": proposal.operator, "parents": list(proposal.parents)}
+                origin["notes"] = dict(proposal.notes)
+                if proposal.phase is not None:
+                    origin["phase"] = proposal.phase
+            origin["plan"] = self.space.decode(x).fingerprint
+            packed = genome.pack(genome.GENOME, x) if proposal is not None else {}
+            params = {name: number for name, number in self.parameters(x).items() if name not in trial.params}
+            drawn = proposal is not None and proposal.operator != "enqueued"
+            unless = genome.taken(origin["plan"], trials) if drawn and left else None
+            if genome.write(whole, trial, {genome.ORIGIN: origin, **packed}, params=params, unless=unless):
+                return
+            trials = whole.get_trials(deepcopy=False)  # another worker was faster
+
+    def _proposal(self, whole: Study, trial: FrozenTrial, trials: list[FrozenTrial], slot: int) -> Proposal:
+        """What a trial without a genotype evaluates: the parameters it was enqueued with, the rest new."""
+        history = self.history(whole, trials, without=trial.number)
+        fixed = trial.system_attrs.get("fixed_params") or {}
+        if fixed and not set(fixed) & set(self.space.names):
+            warnings.warn(
+                f"trial {trial.number} was enqueued with {sorted(fixed)}, none of which is a number of the space; "
+                "moeopt.enqueue(study, space, plan) enqueues a plan",
+                stacklevel=2,
+            )
+        named = [i for i, name in enumerate(self.space.names) if name in fixed]
+        if len(named) == self.space.size:
+            return Proposal(np.array([fixed[name] for name in self.space.names]), "enqueued")
+        proposal = self._new_plan(history, slot)
+        if not named:
+            return proposal
+        partly = np.array(proposal.x, dtype=np.float64)
+        partly[named] = [fixed[self.space.names[i]] for i in named]
+        return Proposal(partly, "enqueued")
 
     def parameters(self, x: Vector) -> dict[str, tuple[float, BaseDistribution]]:
         """The named parameters of a genotype, as `Space.vector` suggests them: its numbers, or its drift if many."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.samplers import BaseSampler
 
@@ -20,6 +20,11 @@ from moeopt.samplers.random import RandomSampler
 from moeopt.samplers.shadow import ShadowSampler, TPESampler
 from moeopt.spaces.base import Space
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+MOST = 1e9
+"""The largest number in a sampler's settings, its seed aside, that `from_settings` believes."""
 SAMPLERS: dict[str, Callable[..., GenomeSampler]] = {
     "eep": EEPSampler,
     "cmaes": CMAESSampler,
@@ -68,6 +73,32 @@ def get(sampler: str | BaseSampler, space: Space, *, seed: int | None = 0, **opt
             "nevergrad needs an optimiser's name: nevergrad:DE, nevergrad:OnePlusOne, nevergrad:PSO, ..."
         )
     return _make(sampler, SAMPLERS[name], space, options, seed=seed)
+
+
+def from_settings(settings: dict[str, Any], space: Space, start: ArrayLike | None = None) -> GenomeSampler:
+    """The sampler of `SAMPLERS` whose `settings()` these are.
+
+    Args:
+        settings: JSON.
+        space: what it searches.
+        start: the vector (size,) that it starts at, where that is not the space's own start.
+
+    Raises:
+        SamplerError: when they are not those of a sampler that is known by name.
+    """
+    name, *_ = known = str(settings.get("name")).split(":")
+    if name not in SAMPLERS or len(known) > 2:
+        raise SamplerError(f"sampler {settings.get('name')!r:.80} is not one of moeopt's")
+    for option, value in settings.items():
+        if option != "seed" and isinstance(value, (int, float)) and not -MOST <= value <= MOST:
+            raise SamplerError(f"{option!r:.40} of {name} is {value!r:.40}, which is not believed")
+    options = {key: value for key, value in settings.items() if key not in ("name", "start")}
+    attempts: list[dict[str, Any]] = [{}] if start is None or settings.get("start") is None else [{"start": start}, {}]
+    for more in attempts if "start" in settings else [{}]:
+        sampler = get(settings["name"], space, **options, **more)
+        if sampler.settings() == settings:
+            return sampler
+    raise SamplerError(f"{name} cannot be made with the settings {settings!r:.300}")
 
 
 def _make(

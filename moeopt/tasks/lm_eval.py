@@ -33,7 +33,7 @@ import numpy as np
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example, Request, Scores, Task
-from moeopt.tasks.harness import SEED, Data, contained, load, reason
+from moeopt.tasks.harness import SEED, Data, contained, harness_version, load, reason
 from moeopt.tasks.splits import FRACTIONS, Splits, from_own, without_repeats
 
 if TYPE_CHECKING:
@@ -48,12 +48,17 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """A document of the harness: the task it belongs to, what is scored, and which of the options are right."""
+    """A document of the harness: the task it belongs to, what is scored, and which of the options are right.
+
+    `rule` says when a document whose task is not at hand counts as right: "choice", when a right option is chosen, or
+    "greedy", when greedy decoding writes the first one.
+    """
 
     task: str
     doc: Mapping[str, Any]
     pairs: tuple[Pair, ...]
     right: tuple[int, ...]
+    rule: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +90,7 @@ class HarnessTask(Task):
         if most is not None and most < 1:
             raise TaskError(f"most must be at least 1, got {most}")
         self.name = name
-        self._harness = harness
+        self._harness: Harness | None = harness
         self._documents: dict[str, Document] = {}
         parts: dict[str, list[Example]] = {split: [] for split in SPLITS}
         for leaf_name, leaf in harness.tasks.items():
@@ -104,6 +109,39 @@ class HarnessTask(Task):
             for split, examples in own.items():
                 parts[split] += examples
         self._splits = Splits(name, **without_repeats(parts))
+
+    @classmethod
+    def of_documents(cls, name: str, splits: Splits, documents: Mapping[str, Document]) -> HarnessTask:
+        """A task without the harness's own: documents by the ids of the examples, each with its `rule`."""
+        task = cls.__new__(cls)
+        task.name, task._harness, task._documents, task._splits = name, None, dict(documents), splits
+        return task
+
+    def rule(self, document: Document, example: Example) -> str:
+        """The `Document.rule` that gives what the harness's own code does.
+
+        Raises:
+            TaskError: if none does.
+        """
+        if self._harness is None:
+            assert document.rule is not None
+            return document.rule
+        leaf, n, total = self._harness.tasks[document.task], len(example.options), len(document.pairs)
+        fits = {"choice": True, "greedy": True}
+        for pick in range(n):
+            for hit in (False, True):
+                answers = [(-1.0 if j == pick else -2.0, hit and j == pick) for j in range(total)]
+                try:
+                    with contained():
+                        found = float(leaf.process_results(document.doc, answers).get("acc", pick in document.right))
+                except Exception as error:
+                    raise TaskError(f"task {self.name!r} has an accuracy of its own ({reason(error)})") from error
+                fits["choice"] &= found == float(pick in document.right)
+                fits["greedy"] &= found == float(answers[0][1])
+        rule = next((name for name, fit in fits.items() if fit), None)
+        if rule is None:
+            raise TaskError(f"task {self.name!r} has an accuracy of its own")
+        return rule
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -161,10 +199,7 @@ class HarnessTask(Task):
             document = self._documents[examples[number].id]
             answers = [options[j] for j in range(len(document.pairs))]
             pick = int(np.argmax([total for total, *_ in answers[: len(examples[number].options)]]))
-            with contained():
-                found = self._harness.tasks[document.task].process_results(
-                    document.doc, [(total, hit) for total, hit, _ in answers]
-                )
+            found = self._results(document, pick, [(total, hit) for total, hit, _ in answers])
             losses.append(min(-answers[j][0] / answers[j][2] for j in document.right))
             correct.append(float(found.get("acc", pick in document.right)))
             chosen.append(pick)
@@ -179,10 +214,17 @@ class HarnessTask(Task):
             tasks=tuple(tasks),
         )
 
+    def _results(self, document: Document, pick: int, answers: list[tuple[float, bool]]) -> Mapping[str, Any]:
+        if self._harness is None:
+            return {"acc": float(answers[0][1] if document.rule == "greedy" else pick in document.right)}
+        with contained():
+            found: Mapping[str, Any] = self._harness.tasks[document.task].process_results(document.doc, answers)
+        return found
+
     def metrics(self, split: str, scores: Scores) -> dict[str, float]:
         """All metrics of the harness, such as acc and acc_norm; over several tasks, weighted by their documents."""
         found = super().metrics(split, scores)
-        if not isinstance(scores, HarnessScores):
+        if not isinstance(scores, HarnessScores) or self._harness is None:
             return found
         totals: dict[str, list[tuple[int, float]]] = {}
         for name, task in self._harness.tasks.items():
@@ -199,6 +241,7 @@ class HarnessTask(Task):
         return self._splits.fingerprint(split)
 
     def describe(self) -> dict[str, Any]:
+        assert self._harness is not None
         tasks = self._harness.tasks
         return {
             "name": self.name,
@@ -308,6 +351,7 @@ def _right(leaf: Any, doc: Any, choices: Sequence[str]) -> tuple[int, ...]:
 
 def _encode(tokenizer: Any, pairs: Iterable[Pair]) -> list[tuple[list[int], list[int]]]:
     """Token ids of contexts and continuations, by the harness's own code."""
+    harness_version()
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

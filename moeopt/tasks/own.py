@@ -81,8 +81,14 @@ def _recorded(task: Task, code: str) -> Task:
     def describe(self: Task) -> dict[str, Any]:
         return {**kind.describe(self), "code": code}
 
-    object.__setattr__(task, "__class__", type(kind.__name__, (kind,), {"describe": describe}))
+    object.__setattr__(task, "__class__", type(kind.__name__, (kind,), {"describe": describe, "_original": kind}))
     return task
+
+
+def original(task: Task) -> type[Task]:
+    """The class that a task was made of, before what was recorded of it was put in front."""
+    kind: type[Task] = vars(type(task)).get("_original", type(task))
+    return kind
 
 
 def _imported(path: Path, name: str) -> Any:

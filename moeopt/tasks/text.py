@@ -83,22 +83,28 @@ class TextTask(Task):
         Raises:
             TaskError: if a window is longer than `max_length`, or no document gives a window of 16 tokens.
         """
+        windows = self.windows(split, tokenizer, max_length)[: checked_limit(limit)]
+        return [Request(i, 0, ids, 1) for i, (_, _, ids) in enumerate(windows)]
+
+    def windows(
+        self, split: str, tokenizer: Any, max_length: int | None = None
+    ) -> list[tuple[str, int, tuple[int, ...]]]:
+        """Name, document and token ids of all windows, in their order; raises as `requests`."""
         if max_length is not None and self.window > max_length:
             raise TaskError(f"task {self.name!r}: windows of {self.window} tokens exceed the limit of {max_length}")
         first = context_prefix(tokenizer)
         stride = self.window - len(first)
-        windows: list[tuple[str, tuple[int, ...]]] = []
-        for document in self.examples(split):
+        windows: list[tuple[str, int, tuple[int, ...]]] = []
+        for number, document in enumerate(self.examples(split)):
             ids = encode(tokenizer, document.options[0], special=False)
             key = content_hash(document)
             for start in range(0, len(ids), stride):
                 piece = (*first, *ids[start : start + stride])
                 if len(piece) >= SHORTEST:
-                    windows.append((hashlib.sha256(f"{key} {start}".encode()).hexdigest(), piece))
+                    windows.append((hashlib.sha256(f"{key} {start}".encode()).hexdigest(), number, piece))
         if not windows:
             raise TaskError(f"task {self.name!r}: no document of split {split!r} has {SHORTEST} tokens")
-        windows.sort()
-        return [Request(i, 0, ids, 1) for i, (_, ids) in enumerate(windows[: checked_limit(limit)])]
+        return sorted(windows)
 
     def reduce(
         self,

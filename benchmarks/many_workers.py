@@ -1,0 +1,284 @@
+"""Workers that are killed, and a database that is stopped, on one study: is every slot done exactly once?
+
+    python benchmarks/many_workers.py [--trials 1000] [--workers 4] [--kills 20] [--storage URL]
+
+An objective of 5 ms (a sleep; the loss is a distance in the space) is minimised by processes that run
+`moeopt.optimize` with the random sampler. First without faults, then with: workers are killed with SIGKILL at random
+points of the run and replaced at once, and the database is stopped twice for --outage seconds, with three of the kills
+in each outage. Without --storage the benchmark makes a PostgreSQL cluster of its own in a temporary folder, and stops
+that; a database given by its URL is not stopped. Half of the workers have host names of their own, so that their trials
+are taken over by heartbeats alone, and what they kept is stored when the run ends; the others are seen to be dead.
+
+Heartbeats every second; the grace period is --grace, 30 s, which exceeds the outage. Exits 1 unless every slot has
+exactly one finished trial, every failed trial exactly one that repeats it, no plan was evaluated by two slots, the
+values are those of the plans, and nothing is left running, waiting or on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+import moeopt
+from moeopt import genome, samplers
+from moeopt.storage import open_storage
+from moeopt.storage.spool import VARIABLE
+from moeopt.study import finished
+
+SPACE = moeopt.PruneSpace(moeopt.ModelShape(8, 8, k=2), keep=4)
+STUDY = "many"
+KILLS_AN_OUTAGE = 3
+
+
+def main() -> int:
+    args = arguments()
+    if args.work:
+        work(args)
+        return 0
+    table = Table(title=f"{args.trials} trials of {1000 * args.seconds:.0f} ms, {args.workers} workers")
+    columns = ("storage", "faults", "trials/s", "s", "killed", "outages", "failed", "slots", "right")
+    for column in columns:
+        table.add_column(column)
+    good = True
+    with tempfile.TemporaryDirectory() as folder, database(args, Path(folder)) as (url, server):
+        os.environ[VARIABLE] = str(Path(folder) / "spool")
+        for faults in (False, True):
+            storage = f"{url}-{faults}.db" if url.startswith("sqlite") else url
+            row, problems = measured(args, storage, server, faults)
+            table.add_row(storage.split(":")[0], *row, "yes" if not problems else "no")
+            for problem in problems:
+                Console().print(problem)
+            good = good and not problems
+    Console(width=120).print(table)
+    return 0 if good else 1
+
+
+def measured(args: argparse.Namespace, url: str, server: Cluster | None, faults: bool) -> tuple[list[str], list[str]]:
+    """One run: a row of the table, and what is wrong."""
+    study = opened(args, url)
+    try:
+        killed, outages = run(args, url, server, faults)
+        trials = study.get_trials(deepcopy=False)
+        first = min(t.datetime_start for t in trials if t.datetime_start)
+        last = max(t.datetime_complete for t in trials if t.datetime_complete)
+        seconds = (last - first).total_seconds()
+        failed = sum(t.state == TrialState.FAIL for t in trials)
+        moeopt.study.reclaim(study, other_hosts=True)  # stores what dead workers of other hosts kept, were it needed
+        row = [
+            "yes" if faults else "no", f"{args.trials / seconds:.1f}", f"{seconds:.0f}", str(killed), str(outages),
+            str(failed), str(finished(study)),
+        ]  # fmt: skip
+        return row, wrong(study, args.trials)
+    finally:
+        optuna.delete_study(study_name=STUDY, storage=opened(args, url)._storage)
+
+
+def wrong(study: optuna.Study, slots: int) -> list[str]:
+    """What is not as it should be, a line each."""
+    trials = study.get_trials(deepcopy=False)
+    complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    problems = []
+
+    def expect(good: bool, problem: str) -> None:
+        if not good:
+            problems.append(problem)
+
+    done = Counter(int(genome.origin(t).get("slot", -1)) for t in complete)
+    expect(sorted(done) == list(range(slots)), f"finished slots are not 0 to {slots - 1}: {len(done)}")
+    expect(max(done.values()) == 1, f"finished twice: {[s for s, n in done.items() if n > 1]}")
+    states = Counter(t.state.name for t in trials)
+    expect(set(states) <= {"COMPLETE", "FAIL"}, f"states at the end: {dict(states)}")
+    repeats = Counter((t.system_attrs.get(genome.RETRIES) or [None])[-1] for t in trials)
+    failed = [t for t in trials if t.state == TrialState.FAIL]
+    expect(all(repeats[t.number] == 1 for t in failed), "a failed trial has not exactly one successor")
+    expect(all(genome.FAILURE in t.user_attrs for t in failed), "a failed trial does not say why")
+    expect(all(t.number not in repeats for t in complete), "a complete trial was repeated")
+    expect(all(t.value == loss(genome.read(t)) for t in complete), "a value is not that of the trial's plan")
+    expect(study.best_value == min(loss(genome.read(t)) for t in complete), "the best value is wrong")
+    expect(all(t.user_attrs.get("note") == t.value for t in complete), "a trial lost its attribute")
+    plans = Counter(genome.origin(t)["plan"] for t in complete)
+    expect(max(plans.values()) == 1, f"{sum(n - 1 for n in plans.values())} plans were evaluated twice")
+    kept = [*Path(os.environ[VARIABLE]).rglob("*.json")]
+    expect(not kept, f"left on the disk: {[file.name for file in kept]}")
+    return problems
+
+
+def run(args: argparse.Namespace, url: str, server: Cluster | None, faults: bool) -> tuple[int, int]:
+    """Run the workers to the end; how many were killed, and how often the database was stopped."""
+    rng = random.Random(args.seed)
+    outages = 2 if faults and server is not None else 0
+    in_run = max(0, args.kills - KILLS_AN_OUTAGE * outages) if faults else 0
+    kill_at = sorted(rng.randrange(1, int(0.95 * args.trials)) for _ in range(in_run))
+    stop_at = [args.trials * (i + 1) // (outages + 1) for i in range(outages)]
+    workers: list[subprocess.Popen[bytes]] = []
+    made = killed = stopped = 0
+
+    def hire() -> subprocess.Popen[bytes]:
+        nonlocal made
+        made += 1
+        host = f"host-{made}" if made % 2 else socket.gethostname()
+        command = [sys.executable, __file__, "--work", host, "--storage", url, "--trials", str(args.trials)]
+        command += ["--grace", str(args.grace), "--seconds", str(args.seconds)]
+        return subprocess.Popen(command)
+
+    def kill() -> None:
+        nonlocal killed
+        alive = [i for i, worker in enumerate(workers) if worker.poll() is None]
+        if alive:
+            i = rng.choice(alive)
+            workers[i].send_signal(signal.SIGKILL)
+            workers[i].wait()
+            workers[i] = hire()
+            killed += 1
+
+    try:
+        workers.extend(hire() for _ in range(args.workers))
+        engine = create_engine(url)
+        while any(worker.poll() is None for worker in workers):
+            time.sleep(0.1)
+            done = complete(engine)
+            while kill_at and done >= kill_at[0]:
+                kill_at.pop(0)
+                kill()
+                time.sleep(rng.uniform(0.0, 0.5))
+            if stop_at and done >= stop_at[0] and server is not None:
+                stop_at.pop(0)
+                stopped += 1
+                server.stop()
+                for _ in range(KILLS_AN_OUTAGE):
+                    time.sleep(args.outage / KILLS_AN_OUTAGE)
+                    kill()
+                server.start()
+        engine.dispose()
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+    return killed, stopped
+
+
+def complete(engine: Any) -> int:
+    """Complete trials of the study now; 0 while the database is busy."""
+    query = "SELECT count(*) FROM trials JOIN studies USING (study_id) WHERE study_name = :name AND state = 'COMPLETE'"
+    try:
+        with engine.connect() as connection:
+            return int(connection.execute(text(query), {"name": STUDY}).scalar())
+    except SQLAlchemyError:
+        return 0
+
+
+def loss(x: Any) -> float:
+    """Distance from the middle of the space."""
+    return float(np.square(np.asarray(x, dtype=np.float64) - 0.5).sum())
+
+
+def opened(args: argparse.Namespace, url: str) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = open_storage(url, heartbeat_interval=1, grace_period=args.grace, patience=120)
+    sampler = samplers.get("random", SPACE, seed=0)
+    return optuna.create_study(study_name=STUDY, storage=storage, sampler=sampler, load_if_exists=True)
+
+
+def work(args: argparse.Namespace) -> None:
+    """One worker process."""
+    socket.gethostname = lambda: args.work
+    study = opened(args, args.storage)
+
+    def objective(trial: optuna.Trial) -> float:
+        time.sleep(args.seconds)
+        value = loss(SPACE.vector(trial))
+        genome.write(study, trial, {}, {"note": value})
+        return value
+
+    moeopt.optimize(study, objective, trials=args.trials)
+
+
+class Cluster:
+    """A PostgreSQL server of our own; PostgreSQL refuses to run as root, so root runs it as `postgres`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "postgres"
+        self.data.mkdir()
+        self.user: list[str] = []
+        if getpass.getuser() == "root":
+            self.user = ["runuser", "-u", "postgres", "--"]
+            folder.chmod(0o755)
+            subprocess.run(["chown", "postgres", str(self.data)], check=True)
+        found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+        self.programs = str(found[-1]) + "/" if found else ""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._call("initdb", "-D", str(self.data), "-A", "trust", "-U", "postgres")
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.data} -c listen_addresses=127.0.0.1"
+        self._call("pg_ctl", "-D", str(self.data), "-w", "-l", str(self.data / "log"), "-o", options, "start")
+
+    def stop(self) -> None:
+        self._call("pg_ctl", "-D", str(self.data), "-w", "-m", "fast", "stop")
+
+    def _call(self, program: str, *arguments: str) -> None:
+        command = [*self.user, self.programs + program, *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
+
+
+@contextmanager
+def database(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Cluster | None]]:
+    """The database's URL, and its server where that is ours to stop."""
+    if args.storage == "sqlite":
+        yield f"sqlite:///{folder}/study", None
+        return
+    if args.storage:
+        yield args.storage, None
+        return
+    server = Cluster(folder)
+    try:
+        yield server.url, server
+    finally:
+        server.stop()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--storage", metavar="URL", help="a database, or sqlite; by default a PostgreSQL of its own")
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=0.005, help="of an evaluation")
+    parser.add_argument("--outage", type=float, default=20.0, help="seconds")
+    parser.add_argument("--grace", type=int, default=30, help="seconds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", metavar="HOST", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""`moeopt worker`: a process that joins a study."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Literal
+
+import typer
+
+from moeopt import arguments
+from moeopt.errors import MoeoptError
+from moeopt.options import (
+    DEFAULT_STORAGE,
+    GOAL,
+    INTERRUPTED,
+    MACHINE,
+    STUDY,
+    Data,
+    DeviceMap,
+    Storage,
+    TaskOption,
+)
+
+FAILED = 1
+"""Exit code after a trial failed for a reason that is neither the plan's nor the user's."""
+
+StudyName = Annotated[str, STUDY("--study", metavar="NAME", help="A study that moeopt search made.")]
+Checkpoint = Annotated[
+    str | None,
+    MACHINE("--model", metavar="MODEL", help="Its checkpoint, here. Default: the hub id that the study was made with."),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None, MACHINE(help="Type of the weights. Default: the study's.")
+]
+TaskName = Annotated[
+    str | None, GOAL("--task", help="As to the search; only where the study cannot hold its task, and says so.")
+]
+EXAMPLES = (
+    "[bold]Examples[/bold]\n\n"
+    "moeopt worker --storage postgresql+psycopg://user@host/moeopt --study boolq-8to4 --model ./mixtral\n\n"
+    "srun --ntasks-per-node=8 --gpus-per-node=8 moeopt worker --study boolq-8to4 --model /models/mixtral\n\n"
+    "accelerate launch --num_processes 4 -m moeopt worker --study boolq-8to4 --model /models/mixtral\n\n"
+    "MOEOPT_STORAGE in the environment keeps a password out of the list of processes. [bold]Ctrl-C[/bold] lets the "
+    "running trial finish; a second one does not, and the trial is run again elsewhere."
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("worker", epilog=EXAMPLES)(worker)
+
+
+def worker(
+    study: StudyName,
+    storage: Storage = DEFAULT_STORAGE,
+    model: Checkpoint = None,
+    trials: Annotated[
+        int | None,
+        STUDY(
+            metavar="N", min=1, help="Finished trials the study shall hold. Default: as many as the search asked for."
+        ),
+    ] = None,
+    timeout: Annotated[float | None, STUDY(metavar="S", min=0, help="Seconds after which no trial starts.")] = None,
+    task: TaskName = None,
+    data: Data = None,
+    task_option: TaskOption = None,
+    device_map: DeviceMap = "auto",
+    dtype: Dtype = None,
+    quiet: Annotated[bool, MACHINE("--quiet", help="Print errors only.")] = False,
+    while_stdin: Annotated[bool, MACHINE("--while-stdin", hidden=True, help="End when standard input does.")] = False,
+) -> None:
+    """Join a study and run trials until it holds all that were asked for; many may, on many machines.
+
+    The study holds what is searched and how, and the task's examples; a worker needs the checkpoint, which is checked.
+    """
+    options = arguments.pairs("--task-option", task_option)
+    if task is None and (data is not None or options):
+        raise MoeoptError("--data and --task-option belong to --task")
+    if model is not None:
+        arguments.quick_shape(model)
+    import optuna
+
+    from moeopt import recipe, tasks
+    from moeopt.console import SearchProgress, consoles
+    from moeopt.fleet import take
+    from moeopt.study import finished, load_study
+    from moeopt.working import run_worker, threads
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    err = consoles()[1]
+    try:
+        with _ending_on_signals(while_stdin):
+            target = trials or recipe.wanted(load_study(study, storage))
+            chosen = None if task is None else tasks.get(task, data=data, **options)
+            take(threads(device_map))
+            with SearchProgress(err, target, timeout, quiet=quiet) as progress:
+                record = run_worker(
+                    storage, study, model=model, device_map=device_map, dtype=dtype, trials=target, timeout=timeout,
+                    task=chosen, callbacks=[progress],
+                )  # fmt: skip
+    except KeyboardInterrupt:
+        if not quiet:
+            err.print("Interrupted; every finished trial is stored")
+        raise typer.Exit(INTERRUPTED) from None
+    except MoeoptError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        err.print(f"Error: a trial failed: {type(error).__name__}: {reason}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(FAILED) from None
+    if not quiet:
+        err.print(f"{finished(record)} trials done", markup=False)
+
+
+@contextmanager
+def _ending_on_signals(while_stdin: bool) -> Iterator[None]:
+    """SIGTERM, which schedulers send shortly before they kill, interrupts the trial at once.
+
+    With `while_stdin` the end of standard input acts as Ctrl-C: whoever started this process is gone.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if while_stdin:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell starts with & would ignore
+
+        def watch() -> None:
+            while os.read(sys.stdin.fileno(), 1024):
+                pass
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,167 @@
+"""Opening a storage by its URL, with what can be wrong said before any work."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage, RDBStorage
+
+from moeopt import transaction
+from moeopt.errors import StorageError
+from moeopt.storage.outages import Waiting
+from moeopt.storage.resilient import ResilientStorage
+from moeopt.storage.urls import hidden, readable_errors, scrub
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+    from sqlalchemy.engine import URL
+
+PATIENCE = 600.0
+"""Seconds to wait for a database that went away."""
+CREATING = 5
+"""Tries to create the tables, which other workers may create at the same time."""
+
+
+def open_storage(
+    url: str,
+    *,
+    create: bool = True,
+    heartbeat_interval: int | None = 60,
+    grace_period: int = 180,
+    patience: float | None = None,
+    retries: int = 3,
+) -> BaseStorage:
+    """An Optuna storage for an SQLAlchemy URL, checked: reachable, writable, and Optuna's own or empty.
+
+    On SQLite, PostgreSQL, MySQL and MariaDB it is a `ResilientStorage`: workers may be killed, and the database may go
+    away for as long as `patience`. Any other database gets Optuna's own `RDBStorage`, and so does another schema than
+    that of Optuna 5.
+
+    Args:
+        create: whether a missing SQLite file may be created.
+        heartbeat_interval: seconds between two signs of life of a running trial; None: none are given.
+        grace_period: seconds without one after which a trial's worker counts as dead, and the trial is tried again.
+            Choose it longer than an outage that you expect.
+        patience: seconds to wait for a database that went away, also now. None: PATIENCE once it is open, while a
+            database that cannot be reached now is an error at once.
+        retries: how often a trial whose worker died is tried again; then it has failed, with the reason as its user
+            attribute ``failure``.
+
+    Raises:
+        StorageError: saying which of these fails. Passwords never appear in it.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    _check(heartbeat_interval, grace_period, patience, retries)
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise StorageError(
+            "storage must be an SQLAlchemy URL such as sqlite:///moeopt.db or postgresql+psycopg://user@host/name, "
+            f"got {scrub(url)!r}"
+        ) from None
+    memory = backend == "sqlite" and parsed.database in (None, "", ":memory:")
+    if backend == "sqlite" and parsed.database and not memory and not parsed.database.startswith("file:"):
+        file = Path(parsed.database)
+        if not file.parent.is_dir():
+            raise StorageError(f"the folder of {hidden(url)} does not exist: {str(file.parent)!r}")
+        if not create and not file.is_file():
+            raise StorageError(f"no database at {hidden(url)}")
+    known = backend in transaction.DIALECTS and transaction.known_schema()
+
+    def opened() -> BaseStorage:
+        _check_database(parsed, url)
+        options = {"connect_args": {"timeout": 60}} if backend == "sqlite" else _network(parsed)
+        if not known:
+            return RDBStorage(url, engine_kwargs=options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return ResilientStorage(
+                url,
+                options,
+                heartbeat_interval=None if memory else heartbeat_interval,
+                grace_period=grace_period,
+                patience=PATIENCE if patience is None else patience,
+                retries=retries,
+            )
+
+    with readable_errors(url):
+        if patience is None:
+            return _with_tables(opened)
+        return Waiting(hidden(url), patience)(lambda: _with_tables(opened))
+
+
+def _check(heartbeat_interval: Any, grace_period: Any, patience: Any, retries: Any) -> None:
+    counts = {"grace_period": (grace_period, 1), "retries": (retries, 0)}
+    if heartbeat_interval is not None:
+        counts["heartbeat_interval"] = (heartbeat_interval, 1)
+    for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise StorageError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if heartbeat_interval is not None and grace_period <= heartbeat_interval:
+        raise StorageError(
+            f"grace_period must be longer than heartbeat_interval, {heartbeat_interval} s, got {grace_period} s"
+        )
+    if patience is not None and not 0 <= patience < float("inf"):
+        raise StorageError(f"patience must be a number of seconds of at least 0, got {patience!r}")
+
+
+def _network(url: URL) -> dict[str, Any]:
+    """Engine options by which a connection to a host that vanished ends within a minute."""
+    driver, arguments = url.get_driver_name(), {}
+    if driver in ("psycopg", "psycopg2"):
+        arguments = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 10, "keepalives_count": 3}
+    elif driver == "pymysql":
+        arguments = {"connect_timeout": 10, "read_timeout": 120, "write_timeout": 120}
+    given = {name: value for name, value in arguments.items() if name not in url.query}
+    return {"pool_pre_ping": True, "connect_args": given}
+
+
+def _with_tables(opened: Callable[[], BaseStorage]) -> BaseStorage:
+    """The storage, also where other workers create its tables at the same time."""
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    for attempt in range(CREATING):
+        try:
+            return opened()
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            text = str(error.orig).lower()
+            if attempt == CREATING - 1 or not ("already exists" in text or "duplicate" in text):
+                raise
+            time.sleep(0.2 * (attempt + 1))
+    raise AssertionError
+
+
+def _check_database(parsed: URL, url: str) -> None:
+    """Raise StorageError unless the database is Optuna's or empty, and a SQLite file can be written."""
+    from sqlalchemy import create_engine, inspect
+
+    sqlite = parsed.get_backend_name() == "sqlite"
+    options: dict[str, Any] = {"connect_args": {"timeout": 5}} if sqlite else _network(parsed)
+    engine = create_engine(parsed, **options)
+    try:
+        tables = set(inspect(engine).get_table_names())
+        ours = {"studies", "trials", "version_info"} <= tables or tables <= transaction.tables()
+        if not ours and (sqlite or {"studies", "trials"} & tables):
+            raise StorageError(f"{hidden(url)} is a database of something else: it has tables {sorted(tables)[:5]}")
+        if sqlite:
+            _check_writable(engine)
+    finally:
+        engine.dispose()
+
+
+def _check_writable(engine: Engine) -> None:
+    with engine.connect() as connection:
+        raw = connection.connection.driver_connection
+        assert raw is not None
+        raw.isolation_level = None
+        raw.execute("BEGIN IMMEDIATE")
+        raw.execute("CREATE TABLE moeopt_write_check (x)")
+        raw.execute("ROLLBACK")

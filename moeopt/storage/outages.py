@@ -1,0 +1,133 @@
+"""Waiting for a database that went away: which errors mean that, and how often to try again."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from moeopt.errors import StorageError
+from moeopt.storage.urls import reason
+
+T = TypeVar("T")
+logger = logging.getLogger("moeopt.storage")
+
+FIRST_DELAY, LONGEST_DELAY = 0.05, 5.0
+"""Seconds between two tries, doubled from try to try."""
+SLICE = 0.2
+"""Seconds after which a wait sees `stopped`: a signal handler can set no event that the same thread waits for."""
+SILENT = 1.0
+"""Seconds of an outage that nobody is told of: deadlocks, a connection that the server closed."""
+MYSQL = {1040, 1053, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1290, 1927, 2002, 2003, 2006, 2013, 2055, 3024, 4031}
+"""Numbers of MySQL and MariaDB that will pass: too many connections, shutdown, network, lock waits."""
+POSTGRES = ("08", "57P", "53300", "40001", "40P01", "55P03", "25006")
+"""Beginnings of PostgreSQL's codes that will pass: connection, shutdown, too many clients, deadlocks, standby."""
+REFUSED = ("authentication failed", "does not exist", "no pg_hba.conf", "unsupported", "permission denied")
+"""What a server says that is there, and will say again."""
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Whether a database error will pass: the server went away or is busy, rather than refuses what it is asked."""
+    from sqlalchemy import exc
+
+    while error is not None:
+        if isinstance(error, (exc.DisconnectionError, exc.TimeoutError, exc.PendingRollbackError)):
+            return True
+        if isinstance(error, exc.DBAPIError):
+            return error.connection_invalidated or _passes(error.orig)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _passes(error: BaseException | None) -> bool:
+    kind, text = type(error).__name__, str(error).lower()
+    if any(words in text for words in REFUSED):
+        return False
+    if type(error).__module__.split(".")[0] == "sqlite3":
+        return kind == "OperationalError" and ("locked" in text or "busy" in text)
+    number = error.args[0] if error is not None and error.args else None
+    if isinstance(number, int):
+        return number in MYSQL or (kind == "InterfaceError" and number == 0)
+    code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    if code is not None:
+        return str(code).startswith(POSTGRES)
+    return any(base.__name__ in ("OperationalError", "InterfaceError") for base in type(error).__mro__)
+
+
+class Waiting:
+    """Repeats calls while a database is away, with exponential backoff and jitter.
+
+    Args:
+        place: names the storage, without its password.
+        patience: seconds to wait for it; then StorageError, at once from every call until one succeeds.
+
+    Attributes:
+        deadline: `time.monotonic` after which nothing is waited for; None: none.
+        stopped: nothing is waited for, as Ctrl-C was pressed.
+        returned: `time.monotonic` when the last outage ended that was told of.
+    """
+
+    def __init__(self, place: str, patience: float) -> None:
+        self.place, self.patience = place, patience
+        self.deadline: float | None = None
+        self.returned = float("-inf")
+        self._since: float | None = None
+        self._told = self._gave_up = False
+        self.stopped = False
+        self._lock = threading.Lock()
+
+    def __call__(self, call: Callable[[], T], failed: Callable[[], Any] | None = None) -> T:
+        """What `call` returns, repeated while the database is away.
+
+        Args:
+            failed: called once, when the first try failed.
+
+        Raises:
+            StorageError: when patience or deadline ended, or `stopped` was set.
+        """
+        tries = 0
+        while True:
+            try:
+                result = call()
+            except Exception as error:
+                if not is_outage(error):
+                    raise
+                if tries == 0 and failed is not None:
+                    failed()
+                self._wait(error, tries)
+                tries += 1
+            else:
+                self._answered()
+                return result
+
+    def _wait(self, error: Exception, tries: int) -> None:
+        now = time.monotonic()
+        with self._lock:
+            since = self._since = now if self._since is None else self._since
+            waited = now - since
+            late = self.deadline is not None and now >= self.deadline
+            if waited >= self.patience or late or self._gave_up or self.stopped:
+                self._gave_up = True
+                raise StorageError(f"{self.place} did not answer for {waited:.0f} s: {reason(error)}") from None
+            if waited >= SILENT and not self._told:
+                self._told = True
+                logger.warning(
+                    "%s does not answer (%s); waiting up to %.0f s", self.place, reason(error), self.patience
+                )
+        delay = min(FIRST_DELAY * 2**tries, LONGEST_DELAY) * random.uniform(0.5, 1.0)
+        left = self.patience - waited if self.deadline is None else min(self.patience - waited, self.deadline - now)
+        until = now + min(delay, left)
+        while not self.stopped and time.monotonic() < until:
+            time.sleep(max(0.0, min(SLICE, until - time.monotonic())))
+
+    def _answered(self) -> None:
+        if self._since is None and not self._gave_up:
+            return
+        with self._lock:
+            if self._told and self._since is not None:
+                self.returned = time.monotonic()
+                logger.warning("%s answers again, after %.0f s", self.place, self.returned - self._since)
+            self._since, self._told, self._gave_up = None, False, False

@@ -1,0 +1,371 @@
+"""Optuna's SQL storage for workers that die and databases that go away.
+
+* A call waits while the database is away (`Waiting`), and one whose answer was lost is not done twice.
+* What is evaluated is kept on the local disk until it is stored (`Result`).
+* A trial gets its first heartbeat with its claim, and one thread beats for all trials that this process runs, also for
+  those of `study.ask`. A dead worker's trial is failed and repeated in one transaction (`rows.take_over`).
+* A trial that was taken over while its worker lived stays running for that worker until it tells; then its result goes
+  to the trial that repeats it, unless that has ended.
+
+Everything here that is private to Optuna is what its `_CachedStorage` and `Study.optimize` call on a storage.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from moeopt import genome, transaction, worker
+from moeopt.errors import StorageError
+from moeopt.storage import rows, spool
+from moeopt.storage.outages import LONGEST_DELAY, Waiting
+from moeopt.storage.spool import Result
+from moeopt.storage.urls import hidden
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.study import StudyDirection
+
+logger = logging.getLogger("moeopt.storage")
+
+REPEATED = (
+    "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name", "get_study_name_from_id",
+    "get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "get_all_studies", "get_trial_param",
+    "get_trial_user_attrs", "get_trial_system_attrs", "get_trial_id_from_study_id_trial_number", "get_trial",
+    "_get_trials", "_get_best_trial_id",
+)  # fmt: skip
+"""Calls that may be done twice."""
+
+
+@dataclass
+class _Owned:
+    """A trial that this process runs, and the thread that asked for it."""
+
+    study_id: int
+    thread: int
+    result: Result
+
+
+class ResilientStorage(RDBStorage):
+    """An `RDBStorage` for the schema of Optuna 5 on SQLite, PostgreSQL, MySQL or MariaDB.
+
+    Args:
+        url, engine_kwargs: as for `RDBStorage`.
+        heartbeat_interval, grace_period: as for `RDBStorage`, in seconds; without an interval no trial is stale.
+        patience: seconds to wait for a database that went away.
+        retries: how often a trial whose worker died is tried again.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        engine_kwargs: dict[str, Any] | None = None,
+        *,
+        heartbeat_interval: int | None,
+        grace_period: int | None,
+        patience: float,
+        retries: int,
+    ) -> None:
+        self._patience, self.retries = patience, retries
+        self._begin(url)
+        super().__init__(url, engine_kwargs, heartbeat_interval=heartbeat_interval, grace_period=grace_period)
+
+    def _begin(self, url: str) -> None:
+        self.waiting = Waiting(hidden(url), self._patience)
+        self._owned: dict[int, _Owned] = {}
+        self._identities: dict[int, str] = {}
+        self._local = threading.local()
+        self._beating: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        for name in ("waiting", "_owned", "_identities", "_local", "_beating", "_lock"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        self._patience = state["_patience"]
+        self._begin(state["url"])
+        super().__setstate__(state)
+
+    # Studies.
+
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        name = f"no-name-{uuid.uuid4()}" if study_name is None else study_name
+        tries: list[None] = []
+
+        def create() -> int:
+            tries.append(None)
+            try:
+                return RDBStorage.create_new_study(self, directions, name)
+            except DuplicatedStudyError:
+                study_id = RDBStorage.get_study_id_from_name(self, name)
+                if len(tries) == 1 or RDBStorage.get_all_trials(self, study_id):
+                    raise
+                return study_id  # the first try made it, and the answer was lost
+
+        return self.waiting(create)
+
+    def delete_study(self, study_id: int) -> None:
+        tries: list[None] = []
+
+        def delete() -> None:
+            tries.append(None)
+            try:
+                RDBStorage.delete_study(self, study_id)
+            except KeyError:
+                if len(tries) == 1:
+                    raise
+
+        self.waiting(delete)
+
+    def identity(self, study_id: int) -> str:
+        """The random name by which results on a disk know a study."""
+        if study_id not in self._identities:
+            self._identities[study_id] = self.waiting(lambda: rows.identity(self, study_id))
+        return self._identities[study_id]
+
+    # Claims.
+
+    @contextmanager
+    def slots(self, number: int | None) -> Iterator[None]:
+        """Within it this thread starts a trial only while fewer slots than `number` were started, else NoSlotLeft.
+
+        Trials that this thread asked for and left are not counted.
+        """
+        self._local.slots = number
+        try:
+            yield
+        finally:
+            self._local.slots = None
+
+    def _slots(self, study_id: int) -> int | None:
+        slots: int | None = getattr(self._local, "slots", None)
+        if slots is None:
+            return None
+        here = threading.get_ident()
+        return slots + sum(owned.thread == here and owned.study_id == study_id for owned in [*self._owned.values()])
+
+    def claimable(self, study_id: int) -> bool:
+        """Whether there is a trial to start: a slot that was not yet, or one to be repeated."""
+        slots = self._slots(study_id)
+        return self.waiting(lambda: rows.claimable(self, study_id, slots))
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        self.identity(study_id)
+        claim, slots = uuid.uuid4().hex, self._slots(study_id)
+        tries: list[None] = []
+
+        def create() -> FrozenTrial:
+            tries.append(None)
+            return rows.create(self, study_id, template_trial, claim, slots, again=len(tries) > 1)
+
+        trial = self.waiting(create)
+        if trial.state == TrialState.RUNNING:
+            self._own(study_id, trial)
+        return trial
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        if state.is_finished():
+            return self._end(trial_id, state, None if values is None else [float(value) for value in values])
+        if state != TrialState.RUNNING:
+            return self.waiting(lambda: RDBStorage.set_trial_state_values(self, trial_id, state, values))
+        study_id = self.waiting(lambda: rows.study_of(self, trial_id))
+        self.identity(study_id)
+        claim, slots = uuid.uuid4().hex, self._slots(study_id)
+        trial = self.waiting(lambda: rows.start(self, study_id, trial_id, claim, slots))
+        if trial is None:
+            return False
+        self._own(study_id, trial)
+        return True
+
+    def _own(self, study_id: int, trial: FrozenTrial) -> None:
+        plan = genome.origin(trial).get("plan")
+        result = Result(self.identity(study_id), trial.number, worker.this_worker(), plan)
+        with self._lock:
+            self._owned[trial._trial_id] = _Owned(study_id, threading.get_ident(), result)
+            if self.heartbeat_interval is not None and (self._beating is None or not self._beating.is_alive()):
+                arguments = (weakref.ref(self), float(self.heartbeat_interval))
+                self._beating = threading.Thread(target=_beat, args=arguments, daemon=True, name="moeopt heartbeats")
+                self._beating.start()
+
+    # What a trial writes.
+
+    def write_trial(
+        self,
+        trial_id: int,
+        attrs: Mapping[str, Any],
+        user_attrs: Mapping[str, Any],
+        params: Mapping[str, tuple[Any, BaseDistribution]],
+        unless: transaction.Taken | None = None,
+    ) -> bool:
+        """`transaction.write`, waited for; False where `unless` kept it from writing."""
+        write = functools.partial(transaction.write, self, trial_id, attrs, user_attrs, params, unless)
+        if self._write(trial_id, write, attrs, user_attrs) is False:
+            return False
+        origin = attrs.get(genome.ORIGIN)
+        if isinstance(origin, dict) and trial_id in self._owned:
+            self._owned[trial_id].result.plan = origin.get("plan")
+        return True
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        call = functools.partial(RDBStorage.set_trial_user_attr, self, trial_id, key, value)
+        self._write(trial_id, call, {}, {key: value})
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        call = functools.partial(RDBStorage.set_trial_system_attr, self, trial_id, key, value)
+        self._write(trial_id, call, {key: value}, {})
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        call = functools.partial(RDBStorage.set_trial_intermediate_value, self, trial_id, step, intermediate_value)
+        self._write(trial_id, call, {}, {})
+
+    def _set_trial_param(self, trial_id: int, *arguments: Any) -> None:
+        self._write(trial_id, functools.partial(RDBStorage._set_trial_param, self, trial_id, *arguments), {}, {})
+
+    def _write(
+        self, trial_id: int, call: Callable[[], Any], attrs: Mapping[str, Any], user_attrs: Mapping[str, Any]
+    ) -> Any:
+        """A write to a trial that this process runs is kept while the database is away, and once it was taken over."""
+        owned = self._owned.get(trial_id)
+        if owned is None:
+            return self.waiting(call)
+        result, kept = owned.result, False
+
+        def keep() -> None:
+            nonlocal kept
+            kept = True
+            result.attrs.update(attrs)
+            result.user_attrs.update(user_attrs)
+            result.save()
+
+        try:
+            done = self.waiting(call, keep)
+        except UpdateFinishedTrialError:
+            keep()
+            return None
+        except StorageError:
+            result.user_attrs[genome.INTERRUPTED] = True  # it is not the trial that failed
+            result.save()
+            raise
+        if kept:
+            for known, written in ((result.attrs, attrs), (result.user_attrs, user_attrs)):
+                for key in written:
+                    known.pop(key, None)
+            result.remove()
+        return done
+
+    def hold(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> None:
+        """Keep a trial's result on the disk until it is told: the process may be killed before."""
+        if owned := self._owned.get(trial_id):
+            owned.result.state = state.name
+            owned.result.values = None if values is None else [float(value) for value in values]
+            owned.result.save()
+
+    def _end(self, trial_id: int, state: TrialState, values: list[float] | None) -> bool:
+        owned = self._owned.get(trial_id)
+        if owned is None:
+            return self.waiting(lambda: RDBStorage.set_trial_state_values(self, trial_id, state, values))
+        result = owned.result
+        if state != TrialState.FAIL:
+            result.user_attrs.pop(genome.INTERRUPTED, None)
+        end = functools.partial(rows.end, self, trial_id, result, state, values)
+        if not self.waiting(end, lambda: self.hold(trial_id, state, values)):
+            result.state, result.values = state.name, values
+            taker = self._deliver(owned.study_id, result)
+            where = "was not needed" if taker is None else f"went to trial {taker}, which repeats it"
+            logger.warning("trial %d was taken over while its worker was away; its result %s", result.number, where)
+        result.remove()
+        del self._owned[trial_id]
+        return True
+
+    def _build_frozen_trial_from_trial_model(self, trial: Any) -> FrozenTrial:
+        frozen = super()._build_frozen_trial_from_trial_model(trial)
+        if frozen._trial_id in self._owned and frozen.state.is_finished():
+            frozen.state, frozen.values, frozen.datetime_complete = TrialState.RUNNING, None, None
+        return frozen
+
+    # Dead workers.
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        if trial_id not in self._owned:
+            self.waiting(lambda: RDBStorage.record_heartbeat(self, trial_id))
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        """Take over what is stale; there is nothing left to do for Optuna's `fail_stale_trials`."""
+        self.recover(study_id)
+        self.take_over_stale(study_id)
+        return []
+
+    def take_over_stale(self, study_id: int) -> None:
+        """Take over the running trials without a heartbeat for longer than the grace period."""
+        if self.heartbeat_interval is None:
+            return
+        grace = 2 * self.heartbeat_interval if self.grace_period is None else self.grace_period
+        if time.monotonic() - self.waiting.returned < 2 * self.heartbeat_interval + LONGEST_DELAY:
+            return  # after an outage, others shall be heard of first
+        for trial_id in self.waiting(lambda: rows.stale(self, study_id, grace)):
+            if trial_id not in self._owned:
+                self.take_over(study_id, trial_id, f"its worker was not heard of for {grace} s", grace)
+
+    def take_over(self, study_id: int, trial_id: int, failure: str, grace: float | None = None) -> int | None:
+        """`rows.take_over`, waited for."""
+        call = functools.partial(rows.take_over, self, study_id, trial_id, failure, retries=self.retries, grace=grace)
+        return self.waiting(call)
+
+    def recover(self, study_id: int, other_hosts: bool = False) -> None:
+        """Store what dead workers of this host, or also of others, kept of a study on this disk."""
+        for result in spool.results(self.identity(study_id)):
+            if worker.is_dead(result.worker, other_hosts):
+                number = self._deliver(study_id, result)
+                result.remove()
+                if number is not None:
+                    logger.warning("stored in trial %d what a dead worker had kept of trial %d", number, result.number)
+
+    def _deliver(self, study_id: int, result: Result) -> int | None:
+        return self.waiting(lambda: rows.deliver(self, study_id, result))
+
+
+def _beat(reference: weakref.ref[ResilientStorage], interval: float) -> None:
+    """Beat for all trials that a storage's process runs, as long as there is the storage."""
+    delay = interval
+    while True:
+        time.sleep(delay)
+        storage = reference()
+        if storage is None:
+            return
+        delay = interval
+        try:
+            if owned := [*storage._owned]:
+                rows.beat(storage, owned)
+        except Exception as error:  # an outage: the calls that wait for it tell of it
+            logger.debug("no heartbeat: %s", error)
+            delay = min(interval, 1.0)
+        del storage
+
+
+def _repeated(name: str) -> Callable[..., Any]:
+    call = getattr(RDBStorage, name)
+
+    @functools.wraps(call)
+    def waited_for(self: ResilientStorage, *arguments: Any, **options: Any) -> Any:
+        return self.waiting(lambda: call(self, *arguments, **options))
+
+    return waited_for
+
+
+for _name in REPEATED:
+    setattr(ResilientStorage, _name, _repeated(_name))

@@ -1,0 +1,323 @@
+"""What workers must agree on, each in one transaction in the tables of Optuna 5: claims, ends, take-overs, deliveries.
+
+Whoever creates a trial, takes one over or delivers a result holds the lock on the study's row, as Optuna does when it
+creates a trial; whoever ends one, the lock on the trial's. In SQLite a transaction has the one write lock from its
+start. So what is read within stays true until the commit, and of a worker that dies within nothing is left.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import Any
+
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models as _models
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import func
+from sqlalchemy.orm import Session
+
+from moeopt import genome
+from moeopt.storage.spool import Result
+from moeopt.worker import this_worker
+
+IDENTITY = "moeopt:identity"
+"""System attribute of a study: a random name, by which results on a disk know it."""
+SUCCESSOR = "moeopt:successor"
+"""System attribute of a trial that was taken over: the number of the one trial that repeats it."""
+CLAIM = "claim"
+"""In a trial's origin until its proposal is stored: names the call that created or started it."""
+DEATHS = "deaths"
+"""In a retried trial's origin: how many workers died with it."""
+models: Any = _models  # SQLAlchemy's columns have no types there
+SystemAttr, UserAttr = models.TrialSystemAttributeModel, models.TrialUserAttributeModel
+
+
+class NoSlotLeft(Exception):
+    """Every slot that the study shall have was started."""
+
+
+@contextmanager
+def transaction(storage: Any, study_id: int | None = None) -> Iterator[Session]:
+    """A transaction; with `study_id` it holds the lock on that study, in SQLite on the database in any case."""
+    with Session(storage.engine) as session, session.begin():
+        if storage.engine.name == "sqlite":
+            session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+        if study_id is not None:
+            models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+        yield session
+
+
+def attributes(session: Session, model: Any, trial_id: int) -> dict[str, Any]:
+    """All attributes of a trial, of one kind."""
+    return {row.key: json.loads(row.value_json) for row in session.query(model).filter_by(trial_id=trial_id)}
+
+
+def set_attributes(session: Session, model: Any, trial_id: int, values: Mapping[str, Any]) -> None:
+    """Insert or replace attributes of a trial."""
+    there = {row.key: row for row in session.query(model).filter_by(trial_id=trial_id)} if values else {}
+    for key, value in values.items():
+        if key in there:
+            there[key].value_json = json.dumps(value)
+        else:
+            session.add(model(trial_id=trial_id, key=key, value_json=json.dumps(value)))
+
+
+def identity(storage: Any, study_id: int) -> str:
+    """The study's random identity; a study without gets one."""
+    kind = models.StudySystemAttributeModel
+    with transaction(storage, study_id) as session:
+        row = session.query(kind).filter_by(study_id=study_id, key=IDENTITY).one_or_none()
+        if row is None:
+            row = kind(study_id=study_id, key=IDENTITY, value_json=json.dumps(uuid.uuid4().hex))
+            session.add(row)
+        return str(json.loads(row.value_json))
+
+
+def started(session: Session, study_id: int) -> int:
+    """Slots that were started: trials that do not repeat another, and do not wait.
+
+    A running trial without a heartbeat is not counted: should its worker be dead, nobody would know.
+    """
+    trials, beats = models.TrialModel, models.TrialHeartbeatModel
+    retry = (SystemAttr.trial_id == trials.trial_id) & (SystemAttr.key == genome.RETRIES)
+    return int(
+        session.query(func.count(trials.trial_id))
+        .outerjoin(SystemAttr, retry)
+        .outerjoin(beats, beats.trial_id == trials.trial_id)
+        .filter(trials.study_id == study_id, trials.state != TrialState.WAITING, SystemAttr.trial_id.is_(None))
+        .filter((trials.state != TrialState.RUNNING) | beats.trial_id.is_not(None))
+        .scalar()
+    )
+
+
+def room(session: Session, study_id: int, slots: int | None) -> bool:
+    """Whether fewer than `slots` were started; None: any number may be."""
+    if slots is None:
+        return True
+    total = session.query(func.count(models.TrialModel.trial_id)).filter_by(study_id=study_id).scalar()
+    return total < slots or started(session, study_id) < slots
+
+
+def claimable(storage: Any, study_id: int, slots: int | None) -> bool:
+    """Whether a trial may be started: a new slot, or a waiting trial that repeats another."""
+    with transaction(storage) as session:
+        if room(session, study_id, slots):
+            return True
+        waiting = session.query(models.TrialModel.trial_id).join(SystemAttr)
+        waiting = waiting.filter(models.TrialModel.study_id == study_id, models.TrialModel.state == TrialState.WAITING)
+        return waiting.filter(SystemAttr.key == genome.RETRIES).first() is not None
+
+
+def study_of(storage: Any, trial_id: int) -> int:
+    """The study of a trial."""
+    with Session(storage.engine) as session:
+        return int(models.TrialModel.find_or_raise_by_id(trial_id, session).study_id)
+
+
+def frozen(storage: Any, trial: Any) -> FrozenTrial:
+    """A trial as the database has it."""
+    return RDBStorage._build_frozen_trial_from_trial_model(storage, trial)
+
+
+def claimed(session: Session, study_id: int, claim: str) -> int | None:
+    """The trial that a call created or started whose answer was lost."""
+    mine = SystemAttr.value_json.contains(f'"{CLAIM}": "{claim}"', autoescape=True)
+    trials = models.TrialModel
+    found = session.query(trials.trial_id).join(SystemAttr).filter(trials.study_id == study_id, mine)
+    trial_id: int | None = found.filter(SystemAttr.key == genome.ORIGIN).scalar()
+    return trial_id
+
+
+def create(
+    storage: Any, study_id: int, template: FrozenTrial | None, claim: str, slots: int | None, *, again: bool
+) -> FrozenTrial:
+    """A new trial, running, or as the template says.
+
+    Args:
+        claim: names this call, so that a repetition (`again`) finds what the first try made.
+        slots: of `room`, for a trial without template.
+    """
+    with transaction(storage, study_id) as session:
+        trial_id = claimed(session, study_id, claim) if again else None
+        if trial_id is None:
+            if template is None and not room(session, study_id, slots):
+                raise NoSlotLeft
+            trial = storage._get_prepared_new_trial(study_id, template, session)
+            trial_id = trial.trial_id
+            note = {} if template is None else genome.origin(template)
+            if trial.state == TrialState.RUNNING:
+                session.add(models.TrialHeartbeatModel(trial_id=trial_id))
+                note = {**note, "worker": this_worker()}
+            set_attributes(session, SystemAttr, trial_id, {genome.ORIGIN: {**note, CLAIM: claim}})
+            session.flush()
+        trial = models.TrialModel.find_or_raise_by_id(trial_id, session)
+        return frozen(storage, trial)
+
+
+def start(storage: Any, study_id: int, trial_id: int, claim: str, slots: int | None) -> FrozenTrial | None:
+    """Make a waiting trial this worker's; None where it cannot: another has it, or every slot was started."""
+    with transaction(storage, study_id) as session:
+        trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+        storage.check_trial_is_updatable(trial_id, trial.state)
+        attrs = attributes(session, SystemAttr, trial_id)
+        origin = attrs.get(genome.ORIGIN) or {}
+        if trial.state != TrialState.WAITING:
+            return frozen(storage, trial) if origin.get(CLAIM) == claim else None
+        if not attrs.get(genome.RETRIES) and not room(session, study_id, slots):
+            return None
+        trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
+        note = {**origin, "worker": this_worker(), CLAIM: claim}
+        set_attributes(session, SystemAttr, trial_id, {genome.ORIGIN: note})
+        session.add(models.TrialHeartbeatModel(trial_id=trial_id))
+        session.flush()
+        return frozen(storage, trial)
+
+
+def beat(storage: Any, trial_ids: list[int]) -> None:
+    """Note that these trials' worker lives."""
+    beats = models.TrialHeartbeatModel
+    with transaction(storage) as session:
+        session.query(beats).filter(beats.trial_id.in_(trial_ids)).update(
+            {beats.heartbeat: func.current_timestamp()}, synchronize_session=False
+        )
+
+
+def end(storage: Any, trial_id: int, result: Result, state: TrialState, values: list[float] | None) -> bool:
+    """End a trial with what is known of it; whether it was still running, or ended so before."""
+    with transaction(storage) as session:
+        trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+        if trial.state.is_finished():
+            ended = frozen(storage, trial)
+            attrs = attributes(session, SystemAttr, trial_id)
+            return ended.state == state and (ended.values or None) == (values or None) and SUCCESSOR not in attrs
+        _end(storage, session, trial, result, state, values)
+        return True
+
+
+def _end(
+    storage: Any, session: Session, trial: Any, result: Result, state: TrialState, values: list[float] | None
+) -> None:
+    set_attributes(session, SystemAttr, trial.trial_id, result.attrs)
+    set_attributes(session, UserAttr, trial.trial_id, result.user_attrs)
+    session.flush()
+    if trial.state == TrialState.WAITING:
+        trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
+    for objective, value in enumerate(values or []):
+        storage._set_trial_value_without_commit(session, trial, objective, value)
+    trial.state, trial.datetime_complete = state, datetime.now()
+
+
+def stale(storage: Any, study_id: int, grace: float) -> list[int]:
+    """Running trials whose worker was not heard of for `grace` seconds."""
+    trials, beats = models.TrialModel, models.TrialHeartbeatModel
+    with Session(storage.engine) as session:
+        now = session.query(func.now()).scalar()
+        running = session.query(trials.trial_id, beats.heartbeat).join(beats)
+        running = running.filter(trials.study_id == study_id, trials.state == TrialState.RUNNING)
+        return [trial_id for trial_id, heard in running if _silent(now, heard, grace)]
+
+
+def _silent(now: datetime, heard: datetime, grace: float) -> bool:
+    return now.replace(tzinfo=None) - heard.replace(tzinfo=None) > timedelta(seconds=grace)
+
+
+def take_over(
+    storage: Any, study_id: int, trial_id: int, failure: str, *, retries: int, grace: float | None = None
+) -> int | None:
+    """Fail a running trial whose worker died, and queue the one that repeats it, under a new number, which is returned.
+
+    None where that was done before, where the trial is none to take over (any more), or where so many workers died
+    with it already. A trial that Ctrl-C ended is queued again however often.
+
+    Args:
+        failure: the reason, kept as the trial's user attribute.
+        retries: how many workers may die with a trial before it is failed for good.
+        grace: only where its heartbeat is that old, in seconds.
+    """
+    with transaction(storage, study_id) as session:
+        trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+        dead = frozen(storage, trial)
+        if SUCCESSOR in dead.system_attrs:
+            return None
+        origin = genome.origin(dead)
+        deaths = int(origin[DEATHS]) if isinstance(origin.get(DEATHS), int) else 0
+        if dead.state == TrialState.RUNNING:
+            heard = session.query(models.TrialHeartbeatModel.heartbeat).filter_by(trial_id=trial_id).scalar()
+            if grace is not None and not (heard and _silent(session.query(func.now()).scalar(), heard, grace)):
+                return None
+            deaths += 1
+            if deaths > retries:
+                failure += f"; not tried again, as {deaths} workers died with it"
+            set_attributes(session, UserAttr, trial_id, {genome.FAILURE: failure})
+            trial.state, trial.datetime_complete = TrialState.FAIL, datetime.now()
+            session.flush()
+            if deaths > retries:
+                return None
+        elif dead.state != TrialState.FAIL or not dead.user_attrs.get(genome.INTERRUPTED):
+            return None
+        retry = genome.retry(dead)
+        retry.system_attrs[genome.ORIGIN] |= {DEATHS: deaths} if deaths else {}
+        new = storage._get_prepared_new_trial(study_id, retry, session)
+        set_attributes(session, SystemAttr, trial_id, {SUCCESSOR: new.number})
+        return int(new.number)
+
+
+def deliver(storage: Any, study_id: int, result: Result) -> int | None:
+    """Store what was kept of a trial: in it, or in the last of those that repeat it, if that has not ended.
+
+    Returns the number of the trial that took it; None where it has ended, or has another plan.
+    """
+    with transaction(storage, study_id) as session:
+        trials = session.query(models.TrialModel).filter_by(study_id=study_id)
+        first = trial = trials.filter_by(number=result.number).one_or_none()
+        while trial is not None and trial.state.is_finished():
+            successor = attributes(session, SystemAttr, trial.trial_id).get(SUCCESSOR)
+            trial = None if successor is None else trials.filter_by(number=successor).one_or_none()
+        if trial is None or first is None:
+            return None
+        known = attributes(session, SystemAttr, trial.trial_id)
+        plan = (known.get(genome.ORIGIN) or {}).get("plan")
+        if None not in (plan, result.plan) and plan != result.plan:
+            return None
+        if trial is not first:
+            if result.state == "FAIL":  # the trial that repeats it shall tell
+                return None
+            result = _with_facts(storage, first, result)
+            _copy(session, models.TrialParamModel, "param_name", first.trial_id, trial.trial_id)
+            _copy(session, models.TrialIntermediateValueModel, "step", first.trial_id, trial.trial_id)
+        session.flush()
+        if result.state is None:
+            set_attributes(session, SystemAttr, trial.trial_id, result.attrs)
+            set_attributes(session, UserAttr, trial.trial_id, result.user_attrs)
+        else:
+            values = result.values
+            if result.state == "PRUNED":
+                last = frozen(storage, trial)
+                values = None if last.last_step is None else [last.intermediate_values[last.last_step]]
+            _end(storage, session, trial, result, TrialState[result.state], values)
+        return int(trial.number)
+
+
+def _with_facts(storage: Any, first: Any, result: Result) -> Result:
+    """The result for a trial that repeats the first: with what that one had stored, but for what is its own."""
+    had = frozen(storage, first)
+    own = {genome.ORIGIN, genome.RETRIES, SUCCESSOR, "failed_trial"}
+    attrs = {key: value for key, value in {**had.system_attrs, **result.attrs}.items() if key not in own}
+    user = {**had.user_attrs, **result.user_attrs}
+    user.pop(genome.INTERRUPTED, None)
+    if genome.FAILURE not in result.user_attrs:
+        user.pop(genome.FAILURE, None)
+    return Result(result.study, result.number, result.worker, result.plan, result.state, result.values, attrs, user)
+
+
+def _copy(session: Session, model: Any, name: str, source: int, target: int) -> None:
+    """Copy parameters or intermediate values that the target trial lacks."""
+    there = {getattr(row, name) for row in session.query(model).filter_by(trial_id=target)}
+    columns = [column.key for column in model.__table__.columns if not column.primary_key and column.key != "trial_id"]
+    for row in session.query(model).filter_by(trial_id=source).all():
+        if getattr(row, name) not in there:
+            session.add(model(trial_id=target, **{column: getattr(row, column) for column in columns}))
