@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "genome": {"errors", "showing"},
     "transaction": set(),
     "worker": set(),
-    "storage": {"errors", "genome", "transaction", "worker"},
+    "storage": {"errors", "genome", "showing", "transaction", "worker"},
     "spaces": {"errors", "plan", "genome", "showing"},
     "samplers": {"description", "errors", "plan", "genome", "spaces", "worker"},
     "models": {"errors", "plan"},
