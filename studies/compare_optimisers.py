@@ -33,7 +33,9 @@ def main() -> None:
     space = moeopt.PruneSpace.of(model, keep=args.keep, groups=args.groups)
     objective = moeopt.Objective(model, tokenizer, task, space, limit=args.limit, rungs=args.rungs)
     studies = []
-    for seed in range(args.seeds):  # seed by seed, so that what there is when it is stopped can be compared
+    for seed in range(
+        args.first_seed, args.first_seed + args.seeds
+    ):  # seed by seed, so that what there is when it is stopped can be compared
         for name in args.optimisers.split(","):
             study = moeopt.create_study(
                 f"{task.name}-{space.shape.experts}to{args.keep}-{name}-seed{seed}",
@@ -69,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, help="of layers that keep the same experts; default: none do")
     parser.add_argument("--optimisers", default=OPTIMISERS, help=f"names between commas; default: {OPTIMISERS}")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="to divide the seeds among processes")
     parser.add_argument("--trials", type=int, default=100, help="of every study; Nevergrad's plan for so many")
     parser.add_argument("--rungs", type=int, default=1, help="race trials over so many rungs")
     parser.add_argument("--limit", type=int, default=48, help="search examples")
