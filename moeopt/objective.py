@@ -151,7 +151,7 @@ class Objective:
         except optuna.TrialPruned:
             raise
         except Exception as error:
-            trial.set_user_attr(FAILURE, f"{type(error).__name__}: {error!s:.500}")
+            trial.set_user_attr(genome.FAILURE, f"{type(error).__name__}: {error!s:.500}")
             raise
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:

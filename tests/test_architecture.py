@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "racing", "recipe", "storage", "worker"},
     "working": {"errors", "recipe", "study"},
     "fleet": set(),
+    "on_ray": {"errors"},
     "exporting": {"errors", "plan", "models", "study"},
     "selection": {"console", "errors", "plan", "genome", "models", "evaluation", "objective"},
     "comparing": {"errors", "plan", "models", "tasks", "evaluation", "methods"},
