@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "working": {"description", "errors", "recipe", "study"},
     "fleet": set(),
+    "on_ray": {"errors"},
     "exporting": {"errors", "plan", "models", "showing", "study"},
     "selection": {"console", "description", "errors", "plan", "genome", "models", "evaluation", "objective", "showing"},
     "benchmarking": {"errors", "plan", "genome", "selection", "study"},
