@@ -18,7 +18,9 @@ import typer
 from moeopt import (
     __version__,
     arguments,
+    cli_benchmark,
     cli_compare,
+    cli_dashboard,
     cli_export,
     cli_lm_eval,
     cli_profile,
@@ -262,7 +264,7 @@ def search(
     from moeopt import fleet, recipe
     from moeopt.console import SearchProgress, best_trial, consoles
     from moeopt.storage import hidden
-    from moeopt.study import create_study, finished, optimize, stalled
+    from moeopt.study import COMMAND, create_study, finished, optimize, stalled
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     out, err = consoles()
@@ -289,6 +291,8 @@ def search(
             load_if_exists=resume,
             warm_starts=starts,
         )
+        if COMMAND not in record.user_attrs:
+            record.set_user_attr(COMMAND, arguments.command_again(ctx.obj, storage))
         if resumed:
             err.print(f"resuming study {study!r}: {finished(record)} of {trials} trials done", markup=False)
         if "merge" in chosen_space.phases and chosen_space.router == "prob":
@@ -415,7 +419,9 @@ def plan(
         console.print(f"saved to {out}", markup=False, soft_wrap=True)
 
 
+cli_benchmark.register(app)
 cli_compare.register(app)
+cli_dashboard.register(app)
 cli_export.register(app)
 cli_lm_eval.register(app)
 cli_profile.register(app)

@@ -212,9 +212,17 @@ def study_attributes(study: optuna.Study) -> Attrs:
 
 
 def write_study(study: optuna.Study, attrs: Attrs) -> None:
-    """Set system attributes of a study, one after the other."""
-    for key, value in attrs.items():
-        study._storage.set_study_system_attr(study._study_id, key, value)
+    """Set system attributes of a study; in a database all or none."""
+    from moeopt import transaction
+
+    database = getattr(study._storage, "_backend", study._storage)
+    if (team := shared(study)) is not None:
+        team[0].waiting(lambda: transaction.write_study(database, study._study_id, attrs))
+    elif transaction.serves(database):
+        transaction.write_study(database, study._study_id, attrs)
+    else:
+        for key, value in attrs.items():
+            study._storage.set_study_system_attr(study._study_id, key, value)
 
 
 def retry(trial: FrozenTrial) -> FrozenTrial:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from moeopt.objective import Objective
     from moeopt.tasks import Task
 
+COMMAND = "command"
+"""User attribute of a study that `moeopt search` made: the command, without its storage's password."""
 WARM_START = "warm_start"
 """User attribute of a trial that `create_study` enqueued: its plan's fingerprint."""
 METHOD = "method"
@@ -117,6 +119,8 @@ def create_study(
         )
         if DESCRIPTION not in study.user_attrs:
             study.set_user_attr(DESCRIPTION, {"version": __version__, "format": FORMAT, **description})
+            for key, value in summary(description).items():
+                study.set_user_attr(key, value)
         if isinstance(racer, RacingPruner) and racer.noise_floor is None and NOISE_FLOOR not in study.user_attrs:
             study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
         if opened is not None:
@@ -124,6 +128,21 @@ def create_study(
         _enqueue_new(study, objective.space, found, held)
         reclaim(study)
     return study
+
+
+def summary(description: dict[str, Any]) -> dict[str, str | int]:
+    """What tells studies apart, one user attribute each, for tables that cut the description short."""
+    sampler, space, model = description["sampler"], description["space"], description["model"]
+    seed = {"seed": sampler["seed"]} if isinstance(sampler.get("seed"), int) else {}
+    return {
+        "optimiser": str(sampler.get("name")),
+        **seed,
+        "task": str(description["task"].get("name")),
+        "model": str(model.get("name_or_path")),
+        "space": f"{space['kind']}, {space['keep']} of {space['shape']['experts']} experts"
+        if "keep" in space
+        else str(space["kind"]),
+    }
 
 
 def _warm_starts(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Found | None]]:

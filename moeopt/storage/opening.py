@@ -80,7 +80,7 @@ def open_storage(
         _check_database(parsed, url)
         options = {"connect_args": {"timeout": 60}} if backend == "sqlite" else _network(parsed)
         if not known:
-            return RDBStorage(url, engine_kwargs=options)
+            return RDBStorage(url, engine_kwargs={**options, "pool_pre_ping": True})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             return ResilientStorage(
@@ -126,7 +126,7 @@ def _network(url: URL) -> dict[str, Any]:
     elif driver == "pymysql":
         arguments = {"connect_timeout": 10, "read_timeout": 120, "write_timeout": 120}
     given = {name: value for name, value in arguments.items() if name not in url.query}
-    return {"pool_pre_ping": True, "connect_args": given}
+    return {"pool_pre_ping": False, "connect_args": given}  # a closed connection is tried again
 
 
 def _with_tables(opened: Callable[[], BaseStorage]) -> BaseStorage:
