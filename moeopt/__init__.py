@@ -36,7 +36,9 @@ _HOMES = {
 }
 _ROOMS = {
     "analysis",
+    "benchmarking",
     "comparing",
+    "dashboard",
     "demo",
     "errors",
     "evaluation",
@@ -66,8 +68,10 @@ __all__ = [
     "RacingPruner",
     "__version__",
     "analysis",
+    "benchmarking",
     "comparing",
     "create_study",
+    "dashboard",
     "demo",
     "enqueue",
     "errors",
@@ -99,7 +103,9 @@ __all__ = [
 if TYPE_CHECKING:
     from moeopt import (
         analysis,
+        benchmarking,
         comparing,
+        dashboard,
         demo,
         errors,
         evaluation,

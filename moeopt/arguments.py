@@ -256,16 +256,20 @@ def existing(storage: str, name: str, described: dict[str, Any], *, resume: bool
     import optuna
 
     from moeopt import study as room
+    from moeopt.description import reading
     from moeopt.storage import hidden, open_storage, readable_errors
 
     opened = open_storage(storage)
     with readable_errors(storage):
-        if name not in optuna.get_all_study_names(opened):
+        try:
+            found = optuna.load_study(study_name=name, storage=opened)
+        except KeyError:
             return None
-        found = optuna.load_study(study_name=name, storage=opened)
     if not resume:
         raise StudyError(
             f"study {name!r} already exists in {hidden(storage)}; leave out --no-resume, or choose another name"
         )
-    room.check_same(found, {**found.user_attrs.get(room.DESCRIPTION, {}), **described})
+    with readable_errors(storage), reading(name):
+        stored = found.user_attrs.get(room.DESCRIPTION)
+    room.check_same(found, {**(stored if isinstance(stored, dict) else {}), **described})
     return found

@@ -5,7 +5,6 @@ Nothing heavy is imported before the arguments that can be judged without it are
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -19,7 +18,9 @@ import typer
 from moeopt import (
     __version__,
     arguments,
+    cli_benchmark,
     cli_compare,
+    cli_dashboard,
     cli_export,
     cli_lm_eval,
     cli_profile,
@@ -79,8 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MoeoptError as error:
         message = str(error)
     from moeopt.console import consoles
+    from moeopt.showing import line
 
-    consoles()[1].print(f"Error: {message}", style="red", markup=False, soft_wrap=True)
+    consoles()[1].print(f"Error: {line(message, 4000)}", style="red", markup=False, soft_wrap=True)
     return 2
 
 
@@ -264,7 +266,7 @@ def search(
     from moeopt import fleet, recipe
     from moeopt.console import SearchProgress, best_trial, consoles
     from moeopt.storage import hidden
-    from moeopt.study import create_study, finished, optimize, stalled
+    from moeopt.study import COMMAND, create_study, finished, optimize, stalled
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     out, err = consoles()
@@ -291,6 +293,8 @@ def search(
             load_if_exists=resume,
             warm_starts=starts,
         )
+        if COMMAND not in record.user_attrs:
+            record.set_user_attr(COMMAND, arguments.command_again(ctx.obj, storage))
         if resumed:
             err.print(f"resuming study {study!r}: {finished(record)} of {trials} trials done", markup=False)
         if "merge" in chosen_space.phases and chosen_space.router == "prob":
@@ -351,7 +355,8 @@ def show(
 ) -> None:
     """List the studies of a storage, or show one: what it searches, its best trials and the best plan."""
     from moeopt import study as room
-    from moeopt.console import consoles, layer_rows, studies_table, study_record, study_view
+    from moeopt.console import consoles, json_text, layer_rows, studies_table, study_record, study_summary, study_view
+    from moeopt.description import reading
     from moeopt.storage import hidden, open_storage, readable_errors
 
     out, _ = consoles()
@@ -359,19 +364,21 @@ def show(
         import optuna
 
         opened = open_storage(storage, create=False)
-        with readable_errors(storage):
+        with readable_errors(storage), reading("in the storage"):
             names = optuna.get_all_study_names(opened)
-            records = [study_record(optuna.load_study(study_name=name, storage=opened), top=0) for name in names]
+            studies = [optuna.load_study(study_name=name, storage=opened) for name in names]
+            records = [study_summary(study) for study in studies]
         if as_json:
-            print(json.dumps(records, indent=2))
+            print(json_text(records))
         else:
             out.print(studies_table(records, f"studies in {hidden(storage)}"))
         return
     opened_study = room.load_study(study, storage)
-    record = study_record(opened_study)
+    with readable_errors(storage):
+        record = study_record(opened_study)
     plan = None if record["best"] is None else arguments.plan_of(opened_study, "best")[1]
     if as_json:
-        print(json.dumps(record | {"best_plan": None if plan is None else list(layer_rows(plan))}, indent=2))
+        print(json_text(record | {"best_plan": None if plan is None else list(layer_rows(plan))}))
     else:
         out.print(study_view(record, plan))
 
@@ -414,7 +421,9 @@ def plan(
         console.print(f"saved to {out}", markup=False, soft_wrap=True)
 
 
+cli_benchmark.register(app)
 cli_compare.register(app)
+cli_dashboard.register(app)
 cli_export.register(app)
 cli_lm_eval.register(app)
 cli_profile.register(app)

@@ -23,6 +23,7 @@ from moeopt.options import (
     Dtype,
     Limit,
     Model,
+    Score,
     Storage,
     Task,
     TaskOption,
@@ -61,6 +62,7 @@ def compare_methods(
     data: Data = None,
     task_option: TaskOption = None,
     limit: Limit = None,
+    score: Score = "likelihood",
     test_limit: Annotated[
         int | None, GOAL(metavar="N", min=1, help="Use N dev and N test examples. Default: all.")
     ] = None,
@@ -156,6 +158,7 @@ def compare_methods(
                 calibration_limit=calibration_limit,
                 study=opened,
                 seed=seed,
+                score=score,
                 batch_tokens=batch_tokens,
                 out=out,
                 progress=progress,
@@ -175,7 +178,12 @@ class Steps:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console, self.shown = console, time.monotonic()
-        columns = BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+        columns = (
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
         self.live = Progress(*columns, console=console, transient=True)
         self.bar = self.live.add_task("")
 

@@ -75,6 +75,8 @@ def export(
     )
     if shape is not None and len(chosen.layers) != shape.layers:
         raise PlanError(f"the plan is for {len(chosen.layers)} MoE layers, the model has {shape.layers}")
+    from rich.text import Text
+
     from moeopt.console import best_trial, consoles
 
     console, err = consoles()
@@ -89,7 +91,7 @@ def export(
     except ExportError as error:
         hint = "; --trial best-stock takes the best trial that one can hold" if form == "stock" and study else ""
         raise ExportError(f"{error}{hint}") from None
-    with err.status(f"writing {out_dir}"):
+    with err.status(Text(f"writing {out_dir}")):
         if opened is None or projection is not None:
             write(chosen, out_dir, model=model, form=form, projection=projection)
         else:

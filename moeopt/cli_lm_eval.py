@@ -11,7 +11,7 @@ import typer
 
 from moeopt import arguments
 from moeopt.errors import MoeoptError, TaskError
-from moeopt.options import DEFAULT_STORAGE, GOAL, STUDY, DeviceMap, Dtype, Model, Storage
+from moeopt.options import DEFAULT_STORAGE, GOAL, STUDY, DeviceMap, Dtype, Model, Storage, TrustRemoteCode
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,6 +66,7 @@ def lm_eval(
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences a forward pass.")] = 8,
     device_map: DeviceMap = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Run lm-evaluation-harness on the full model and, side by side, on a smaller one; no checkpoint is written."""
     names = [name.strip() for name in tasks.split(",")]
@@ -98,7 +99,7 @@ def lm_eval(
 
     console, err = consoles()
     err.print(f"loading {model}", markup=False)
-    loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+    loaded, tokenizer = load(model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
     report = partial(
         lm_eval_report,
         loaded,

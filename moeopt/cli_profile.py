@@ -20,6 +20,7 @@ from moeopt.options import (
     Dtype,
     Storage,
     TaskOption,
+    TrustRemoteCode,
 )
 
 EXAMPLES = (
@@ -74,9 +75,7 @@ def profile(
         str | None, MACHINE(metavar="NAME", help="Experts implementation of transformers. Default: the model's own.")
     ] = None,
     threads: Annotated[int | None, MACHINE(metavar="N", min=1, help="Threads of torch. Default: torch's own.")] = None,
-    trust_remote_code: Annotated[
-        bool, MACHINE("--trust-remote-code", help="Run code that comes with a checkpoint.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write all numbers here, and as .csv beside it.")
     ] = None,

@@ -51,11 +51,13 @@ def verify(
         texts = [example.prompt + example.options[example.answer] for example in chosen.examples(split)[:limit]]
     elif data is not None or task_option:
         raise MoeoptError("--data and --task-option need --task")
+    from rich.text import Text
+
     from moeopt.console import consoles
     from moeopt.exporting import verify as check
 
     console, err = consoles()
-    with err.status(f"verifying {folder}"):
+    with err.status(Text(f"verifying {folder}")):
         found = check(
             folder,
             model=model,

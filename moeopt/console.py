@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -9,12 +11,17 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from moeopt.description import COUNT, check_whole
+from moeopt.description import number as numeric
+from moeopt.errors import MoeoptError
 from moeopt.genome import ESTIMATE
 from moeopt.plan import LayerPlan, Matrix, Plan
+from moeopt.showing import line, visible
 
 if TYPE_CHECKING:
     import optuna
@@ -25,9 +32,23 @@ LINE_EVERY = 10.0
 """Seconds between progress lines where there is no terminal to draw on."""
 
 
+class Terminal(Console):
+    """A console on which text is text: no markup, no emoji codes, and whatever controls a terminal is escaped."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
 def consoles() -> tuple[Console, Console]:
     """Standard output, and standard error for progress and errors; wide enough for a table when they are pipes."""
-    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    out, err = Terminal(), Terminal(stderr=True)
     for console in (out, err):
         if not console.is_terminal:
             console.width = max(console.width, PIPE_WIDTH)
@@ -50,9 +71,8 @@ class SearchProgress:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
         self.console, self.trials, self.timeout, self.quiet = console, trials, timeout, quiet
-        self.live = Progress(
-            SpinnerColumn(), BarColumn(20), TextColumn("{task.description}"), console=console, transient=True
-        )
+        text = TextColumn("{task.description}", markup=False)
+        self.live = Progress(SpinnerColumn(), BarColumn(20), text, console=console, transient=True)
         self.bar = self.live.add_task("first trial", total=trials)
         self.before: int | None = None
         self.started = self.since = time.monotonic()
@@ -81,7 +101,8 @@ class SearchProgress:
             self.before, spent = done - 1, trial.duration
             self.since = time.monotonic() - (spent.total_seconds() if spent else 0.0)
         if trial.state.name == "FAIL":
-            self.say(f"trial {trial.number} failed: {trial.user_attrs.get('failure', 'its loss is not a number')}")
+            reason = trial.user_attrs.get("failure", "its loss is not a number")
+            self.say(f"trial {trial.number} failed: {line(reason, 1000)}")
         text = self.line(study, trial, done)
         if self.console.is_terminal:
             self.live.update(self.bar, completed=done, description=text)
@@ -93,7 +114,7 @@ class SearchProgress:
         best = best_trial(study)
         parts = [
             f"trial {done}" + (f"/{self.trials}" if self.trials else ""),
-            str(trial.user_attrs.get("phase") or trial.user_attrs.get("operator") or ""),
+            line(trial.user_attrs.get("phase") or trial.user_attrs.get("operator") or "", 40),
             _outcome(trial),
             f"best {best.value:.4f} (trial {best.number})" if best is not None else "",
             f"{timedelta(seconds=round(left))} left" if (left := self.left(done)) is not None else "",
@@ -184,16 +205,21 @@ def plan_table(plan: Plan, title: str | None = None) -> Table:
 
 
 def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
-    """A study in one JSON object: trials by state, best, phases, the `top` trials, what was selected, description."""
-    from moeopt.selection import recorded
-    from moeopt.study import DESCRIPTION
+    """A study in one JSON object: trials by state, best, phases, the `top` trials, what was selected, description.
 
+    Raises:
+        StudyError, StorageError: when the study is not one that `moeopt.load_study` opens.
+    """
+    from moeopt.selection import recorded
+
+    about = check_whole(study)
     trials = study.get_trials(deepcopy=False)
     ranked = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: (t.value, t.number))
     phases: dict[str, list[FrozenTrial]] = {}
     for trial in trials:
         if trial.state.is_finished():
-            phases.setdefault(str(trial.user_attrs.get("phase") or trial.user_attrs.get("operator")), []).append(trial)
+            phase = line(trial.user_attrs.get("phase") or trial.user_attrs.get("operator") or "None", 40)
+            phases.setdefault(phase, []).append(trial)
     return {
         "name": study.study_name,
         "trials": {
@@ -208,23 +234,49 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
                 "best_loss": min(
                     (t.value for t in members if t.state.name == "COMPLETE" and t.value is not None), default=None
                 ),
-                "seconds": round(sum(t.user_attrs.get("seconds", 0.0) for t in members), 2),
-                "layer_tokens": sum(t.user_attrs.get("layer_tokens", 0) for t in members),
+                "seconds": round(sum(numeric(t.user_attrs, "seconds") or 0.0 for t in members), 2),
+                "layer_tokens": sum(numeric(t.user_attrs, "layer_tokens") or 0 for t in members),
             }
             for phase, members in phases.items()
         ],
         "top": [trial_record(trial) for trial in ranked[:top]],
         "selection": recorded(study),
-        "description": study.user_attrs.get(DESCRIPTION),
+        "description": about,
     }
+
+
+def study_summary(study: optuna.Study) -> dict[str, Any]:
+    """`study_record` without trials; of a study that moeopt cannot read name and reason, as ``"unreadable"``."""
+    try:
+        return study_record(study, top=0)
+    except MoeoptError as error:
+        return {"name": study.study_name, "unreadable": str(error)}
+
+
+def json_text(record: Any) -> str:
+    """JSON of ASCII characters; numbers that are not finite, which JSON does not have, become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), indent=2, allow_nan=False)
 
 
 def trial_record(trial: FrozenTrial) -> dict[str, Any]:
     """Number, loss and attributes of a completed trial."""
-    facts = (
-        "accuracy", "phase", "operator", "method", "parents", "drift", "active", "seconds", "tokens", "layer_tokens",
-    )  # fmt: skip
-    return {"number": trial.number, "loss": trial.value} | {key: trial.user_attrs.get(key) for key in facts}
+    attrs, parents = trial.user_attrs, trial.user_attrs.get("parents")
+    return {
+        "number": trial.number,
+        "loss": trial.value,
+        "accuracy": numeric(attrs, "accuracy"),
+        **{key: line(attrs[key], 40) if attrs.get(key) else None for key in ("phase", "operator", "method")},
+        "parents": parents if isinstance(parents, list) and all(COUNT.holds(parent) for parent in parents) else None,
+        **{key: numeric(attrs, key) for key in ("drift", "active", "seconds", "tokens", "layer_tokens")},
+    }
 
 
 def studies_table(records: Sequence[dict[str, Any]], title: str) -> Table:
@@ -243,13 +295,16 @@ def studies_table(records: Sequence[dict[str, Any]], title: str) -> Table:
         title_justify="left",
     )
     for record in records:
-        about = record["description"] or {}
+        name, about = line(record["name"], 80), record.get("description")
+        if about is None:
+            table.add_row(name, *["–"] * 5, line(record["unreadable"]), "", "")
+            continue
         table.add_row(
-            record["name"],
+            name,
             *(str(record["trials"][state]) for state in ("done", "pruned", "failed", "running")),
             number(record["best"] and record["best"]["loss"]),
             *(
-                about.get(part, {}).get(key, "?") if about else "not of moeopt"
+                line(about[part].get(key) or "?", 80)
                 for part, key in (("sampler", "name"), ("task", "name"), ("model", "name_or_path"))
             ),
         )
@@ -261,16 +316,17 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
     about = record["description"]
     facts = Table.grid(padding=(0, 2))
     for label, text in (
-        ("study", f"{record['name']}: " + ", ".join(f"{count} {state}" for state, count in record["trials"].items())),
-        ("model", f"{about['model']['name_or_path']} ({about['model']['architecture']})"),
+        (
+            "study",
+            f"{line(record['name'])}: " + ", ".join(f"{count} {state}" for state, count in record["trials"].items()),
+        ),
+        ("model", f"{line(about['model']['name_or_path'])} ({line(about['model']['architecture'])})"),
         ("task", _task_line(about["task"])),
-        ("score", about.get("evaluation", {}).get("score", "likelihood")),
+        ("score", line(_evaluation(about).get("score") or "likelihood")),
         ("space", _space_line(about["space"])),
-        ("sampler", ", ".join(f"{key}={value}" for key, value in about["sampler"].items() if key != "name")),
+        ("sampler", _sampler_line(about["sampler"])),
     ):
-        facts.add_row(
-            Text(label, style="bold"), Text(f"{about['sampler']['name']}: {text}" if label == "sampler" else text)
-        )
+        facts.add_row(Text(label, style="bold"), Text(text))
     if record["best"] is None:
         return Group(facts, Text("no trial is finished yet"))
     phases = Table("phase", "trials", "best loss", "layer-tokens", "seconds", title="phases", title_justify="left")
@@ -279,7 +335,7 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
             phase["phase"], str(phase["trials"]), number(phase["best_loss"]), f"{phase['layer_tokens']:,}",
             number(phase["seconds"], 1),
         )  # fmt: skip
-    label_free = about.get("evaluation", {}).get("score") in ("kl", "acceptance")
+    label_free = _evaluation(about).get("score") in ("kl", "acceptance")
     top = Table(
         "trial", "loss", "agreement" if label_free else "accuracy", "operator", "parents", "layer-tokens", "seconds",
         title="best trials", title_justify="left",
@@ -301,17 +357,27 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
 
 
 def _task_line(task: dict[str, Any]) -> str:
-    count = task.get("examples", {}).get(task.get("split"))
+    count = (task.get("examples") or {}).get(task["split"])
     limit = f", first {task['limit']}" if task.get("limit") else ""
-    return f"{task['name']}, split {task['split']}" + (f" of {count} examples{limit}" if count else limit)
+    return f"{line(task['name'])}, split {line(task['split'])}" + (f" of {count} examples{limit}" if count else limit)
 
 
 def _space_line(space: dict[str, Any]) -> str:
     shape, groups = space["shape"], len(space["groups"])
     return (
-        f"{space['kind']}: {shape['layers']} layers in {groups} groups, {space['keep']} of {shape['experts']} experts "
-        f"kept, {space['k']} active, router {space['router']}"
+        f"{line(space['kind'])}: {shape['layers']} layers in {groups} groups, {space['keep']} of {shape['experts']} "
+        f"experts kept, {space['k']} active, router {line(space['router'])}"
     )
+
+
+def _sampler_line(sampler: dict[str, Any]) -> str:
+    settings = (f"{line(key, 40)}={line(value, 80)}" for key, value in sampler.items() if key != "name")
+    return f"{line(sampler.get('name') or '?')}: {', '.join(settings)}"
+
+
+def _evaluation(description: dict[str, Any]) -> dict[str, Any]:
+    """How trials were scored; studies of the first versions do not say, as there was one way."""
+    return description.get("evaluation") or {}
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeopt.errors import StorageError
+from moeopt.showing import line
 
 if TYPE_CHECKING:
     import optuna
@@ -72,7 +73,9 @@ def unpack(key: str, attrs: Attrs) -> Vector | None:
         if len(data) != 4 * size:
             raise ValueError(f"{size} numbers announced, {len(data)} bytes found")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, binascii.Error, zlib.error) as error:
-        raise StorageError(f"attribute {key!r} is damaged or was written by a newer moeopt: {error}") from None
+        raise StorageError(
+            f"attribute {key!r} is damaged or was written by a newer moeopt: {line(str(error))}"
+        ) from None
     return np.frombuffer(data, dtype="<f4").astype(np.float32)
 
 
@@ -85,7 +88,10 @@ def attributes(trial: optuna.trial.BaseTrial) -> Attrs:
 
 def read(trial: optuna.trial.BaseTrial) -> Vector | None:
     """The trial's genotype, float32 (space.size,), or None."""
-    return unpack(GENOME, attributes(trial))
+    x = unpack(GENOME, attributes(trial))
+    if x is not None and not np.isfinite(x).all():
+        raise StorageError(f"attribute {GENOME!r} of trial {trial.number} is damaged: its numbers are not all finite")  # type: ignore[attr-defined]
+    return x
 
 
 def read_scores(trial: optuna.trial.BaseTrial) -> NDArray[np.float32] | None:
@@ -94,7 +100,12 @@ def read_scores(trial: optuna.trial.BaseTrial) -> NDArray[np.float32] | None:
     Examples stand in the task's fixed order, so that those of any two trials of a study are paired.
     """
     found = unpack(SCORES, attributes(trial))
-    return None if found is None else found[: found.size // 3 * 3].reshape(3, -1)
+    if found is None:
+        return None
+    scores = found[: found.size // 3 * 3].reshape(3, -1)
+    if not (np.isfinite(scores[1]) & (scores[1] > 0)).all():
+        raise StorageError(f"attribute {SCORES!r} is damaged: the weights of examples are not all positive")
+    return scores
 
 
 def scores_of(trial: optuna.trial.BaseTrial) -> str | None:
@@ -201,9 +212,17 @@ def study_attributes(study: optuna.Study) -> Attrs:
 
 
 def write_study(study: optuna.Study, attrs: Attrs) -> None:
-    """Set system attributes of a study, one after the other."""
-    for key, value in attrs.items():
-        study._storage.set_study_system_attr(study._study_id, key, value)
+    """Set system attributes of a study; in a database all or none."""
+    from moeopt import transaction
+
+    database = getattr(study._storage, "_backend", study._storage)
+    if (team := shared(study)) is not None:
+        team[0].waiting(lambda: transaction.write_study(database, study._study_id, attrs))
+    elif transaction.serves(database):
+        transaction.write_study(database, study._study_id, attrs)
+    else:
+        for key, value in attrs.items():
+            study._storage.set_study_system_attr(study._study_id, key, value)
 
 
 def retry(trial: FrozenTrial) -> FrozenTrial:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Report = Literal["mean", "block"]
 
 COPIED_FROM = "copied_from"
+SPENT = "spent"
 ACTIVE = "active"
 """Key, in the head of a trial's scores, of the experts active per token and layer over the same examples."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -45,7 +46,8 @@ class Objective:
     Every trial keeps, as user attributes, `accuracy` (0 to 1), `active` (the mean number of experts that a token ran in
     an MoE layer, see `Evaluation`), `seconds`, `tokens` (non-padding tokens run), `layer_tokens` (decoder layers that
     they went through, summed: what the trial cost), `operator`, `phase` and
-    `parents` where the sampler names them, and `drift` (mean absolute distance of the genotype from the start); the
+    `parents` where the sampler names them, `spent` (the layer-tokens of the study when it ended, its own included: the
+    axis on which studies of one task compare), and `drift` (mean absolute distance of the genotype from the start); the
     scores of every example are packed in a system attribute.
 
     With several `rungs` the trial is raced: after each rung but the last it reports its loss so far, with the number of
@@ -207,7 +209,10 @@ class Objective:
         self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, attrs: dict[str, Any], facts: dict[str, Any]
     ) -> None:
         if study is not None:
-            genome.write(study, trial, attrs, facts)
+            ended = study.get_trials(deepcopy=False, states=FINISHED)
+            costs = (one.user_attrs.get("layer_tokens") for one in ended)
+            spent = sum(cost for cost in costs if isinstance(cost, int)) + facts.get("layer_tokens", 0)
+            genome.write(study, trial, attrs, facts | {SPENT: spent})
             return
         for key, value in facts.items():
             trial.set_user_attr(key, value)

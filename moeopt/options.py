@@ -34,6 +34,7 @@ Score = Annotated[
 Limit = Annotated[int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")]
 DeviceMap = Annotated[str, MACHINE(metavar="MAP", help="Where weights go: auto, cpu, cuda:0, ...")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], MACHINE(help="Type of the weights in memory.")]
+TrustRemoteCode = Annotated[bool, MACHINE("--trust-remote-code", help="Run code that comes with a checkpoint.")]
 BatchTokens = Annotated[int, MACHINE(metavar="N", min=1, help="Padded tokens a forward pass.")]
 Storage = Annotated[
     str,

@@ -17,10 +17,12 @@ Arrays here are numpy float32; nothing in this module needs torch, except readin
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -30,12 +32,18 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moeopt import __version__
 from moeopt.errors import PlanError
+from moeopt.showing import line, shown
 
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What code that expects a file of moeopt raises on another."""
 Router = Literal["rows", "prob", "logit", "alias"]
 Negative = Literal["clamp", "eep"]
 Matrix = NDArray[np.float32]
 
+MOST_EXPERTS = 4096
+"""Of a layer. With more than any model has, the matrices of a file that lies would fill the memory."""
 FORMAT = "moeopt-plan"
 FORMAT_VERSION = 2
 """Of files that hold an alias or skip; others are written as version 1."""
@@ -57,7 +65,7 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         _integer("layers", self.layers, low=1)
-        _integer("experts", self.experts, low=1)
+        _integer("experts", self.experts, low=1, high=MOST_EXPERTS)
         _integer("k", self.k, low=1, high=self.experts, what=f"k must be between 1 and the {self.experts} experts")
 
 
@@ -97,7 +105,7 @@ class LayerPlan:
     skip: float = 0.0
 
     def __post_init__(self) -> None:
-        n = _integer("experts", self.experts, low=1)
+        n = _integer("experts", self.experts, low=1, high=MOST_EXPERTS)
         if (self.kept is None) == (self.w_em is None):
             raise PlanError("a layer plan needs exactly one of kept (expert indices) and w_em (an (r, n) matrix)")
         if self.router not in get_args(Router):
@@ -289,7 +297,7 @@ class Plan:
                 if matrix is not None:
                     tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(matrix)
         version = FORMAT_VERSION if any(x.skip or x.router == "alias" for x in self.layers) else 1
-        metadata = {"format": FORMAT, "version": str(version), "layers": json.dumps(records)}
+        metadata = {"format": FORMAT, "version": str(version), "moeopt": __version__, "layers": json.dumps(records)}
         write_atomically(Path(path), save(tensors, metadata=metadata))
 
     @classmethod
@@ -310,13 +318,19 @@ class Plan:
                 tensors = {
                     name: file.get_tensor(name) for name in names if re.fullmatch(r"layers\.\d+\.w_(em|rm)", name)
                 }
-        except (SafetensorError, OSError) as error:
-            raise PlanError(f"{str(path)!r} is not a plan: it cannot be read as a safetensors file ({error})") from None
+        except (SafetensorError, OSError, *MALFORMED) as error:
+            reason = line(str(error), 500)
+            raise PlanError(
+                f"{str(path)!r} is not a plan: it cannot be read as a safetensors file ({reason})"
+            ) from None
         if metadata.get("format") != FORMAT:
             raise PlanError(f"{str(path)!r} is a safetensors file, but not a moeopt plan")
         if metadata.get("version") not in {str(version) for version in range(1, FORMAT_VERSION + 1)}:
-            found = metadata.get("version")
-            raise PlanError(f"{str(path)!r} has plan format version {found!r}; this moeopt reads 1 to {FORMAT_VERSION}")
+            by = f"was written by moeopt {shown(metadata['moeopt'])}, it " if "moeopt" in metadata else ""
+            raise PlanError(
+                f"{str(path)!r} {by}has plan format version {shown(metadata.get('version'))}; this is moeopt "
+                f"{__version__}, which reads 1 to {FORMAT_VERSION}"
+            )
         try:
             records = json.loads(metadata["layers"])
             layers = tuple(
@@ -332,13 +346,16 @@ class Plan:
                 )
                 for i, record in enumerate(records)
             )
+            plan = cls(layers)
+            placed = sum((p.w_em is not None) + (p.w_rm is not None) for p in layers)
         except PlanError as error:
-            raise PlanError(f"{str(path)!r}: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{str(path)!r} has malformed plan metadata: {error!r}") from None
-        if tensors or len(names) != sum((p.w_em is not None) + (p.w_rm is not None) for p in layers):
-            raise PlanError(f"{str(path)!r} holds tensors that its metadata does not place: {sorted(tensors or names)}")
-        return cls(layers)
+            raise PlanError(f"{str(path)!r}: {line(str(error), 500)}") from None
+        except MALFORMED as error:
+            raise PlanError(f"{str(path)!r} has malformed plan metadata: {shown(error)}") from None
+        if tensors or placed != len(names):
+            unplaced = shown(sorted(tensors or names), 500)
+            raise PlanError(f"{str(path)!r} holds tensors that its metadata does not place: {unplaced}")
+        return plan
 
     @classmethod
     def from_eep(cls, path: str | os.PathLike[str], n_layers: int, *, k: int | None = None) -> Plan:
@@ -378,7 +395,10 @@ class Plan:
 
 def one_hot(indices: Iterable[int], n: int) -> Matrix:
     """(r, n) float32 matrix whose row i is the unit vector of `indices[i]`."""
-    return np.eye(n, dtype=np.float32)[list(indices)]
+    columns = list(indices)
+    matrix = np.zeros((len(columns), n), dtype=np.float32)
+    matrix[np.arange(len(columns)), columns] = 1
+    return matrix
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -402,7 +422,7 @@ def _integer(name: str, value: Any, *, low: int, high: int | None = None, what: 
     try:
         number = int(value)
         exact = number == value and not isinstance(value, (bool, str))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         exact = False
         number = low - 1
     if not exact or number < low or (high is not None and number > high):
@@ -440,13 +460,29 @@ def _read_pth(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        data = io.BytesIO(Path(path).read_bytes())
+        if zipfile.is_zipfile(data) and any(part.compress_type for part in zipfile.ZipFile(data).infolist()):
+            raise ValueError("it is compressed, as torch never writes one")
+        data.seek(0)
+        content = torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PlanError(f"{str(path)!r} cannot be read as a weights-only .pth file: {reason}") from None
+        raise PlanError(f"{str(path)!r} cannot be read as a weights-only .pth file: {line(reason, 500)}") from None
     if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise PlanError(f"{str(path)!r} must hold a dictionary of tensors, got {type(content).__name__}")
-    return {str(name): tensor.detach().float().numpy() for name, tensor in content.items()}
+    found = {}
+    for name, tensor in content.items():
+        shape = tuple(tensor.shape)
+        if len(shape) != 2 or max(shape) > MOST_EXPERTS or tensor.is_complex():
+            raise PlanError(
+                f"{str(path)!r}: {shown(name)} must be an (r, n) matrix of real numbers, got shape {shown(shape)} of "
+                f"{tensor.dtype}"
+            )
+        try:
+            found[str(name)] = tensor.detach().float().numpy()
+        except (TypeError, RuntimeError) as error:  # sparse, quantised, without data
+            raise PlanError(f"{str(path)!r}: {shown(name)} is no ordinary tensor: {line(str(error))}") from None
+    return found
 
 
 def _eep_layers(content: Mapping[str, Any], path: str, n_layers: int, k: int | None) -> list[LayerPlan]:
@@ -456,7 +492,7 @@ def _eep_layers(content: Mapping[str, Any], path: str, n_layers: int, k: int | N
     for key in content:
         if key in defaults.values():
             continue
-        match = re.fullmatch(r"(layers|transfer)\.(?:(\d+)|\[(\d+)-(\d+)\])", key)
+        match = re.fullmatch(r"(layers|transfer)\.(?:(\d{1,9})|\[(\d{1,9})-(\d{1,9})\])", key)
         first, last = (int(match[2] or match[3]), int(match[2] or match[4])) if match else (0, -1)
         if match is None or not first <= last < n_layers:
             strangers.append(key)
@@ -466,7 +502,8 @@ def _eep_layers(content: Mapping[str, Any], path: str, n_layers: int, k: int | N
                 raise PlanError(f"{path!r} gives layer {i} two matrices: {placed[match[1]][i]!r} and {key!r}")
             placed[match[1]][i] = key
     if strangers:
-        raise PlanError(f"{path!r} has keys that name no layer of a {n_layers}-layer model: {', '.join(strangers)}")
+        named = line(", ".join(strangers[:9]), 500)
+        raise PlanError(f"{path!r} has keys that name no layer of a {n_layers}-layer model: {named}")
     layers = []
     for i in range(n_layers):
         keys = {kind: placed[kind].get(i, default) for kind, default in defaults.items()}
@@ -474,11 +511,10 @@ def _eep_layers(content: Mapping[str, Any], path: str, n_layers: int, k: int | N
         if missing:
             raise PlanError(f"{path!r} has no matrix for layer {i}: neither its own key nor {' or '.join(missing)!r}")
         w_em, w_rm = content[keys["layers"]], content[keys["transfer"]]
-        if w_em.ndim != 2:
-            raise PlanError(f"{path!r}: {keys['layers']!r} must be an (r, n) matrix, got shape {tuple(w_em.shape)}")
         active = min(2, w_em.shape[0]) if k is None else k
         try:
             layers.append(LayerPlan(w_em.shape[1], active, w_em=w_em, w_rm=w_rm, router="prob", negative="eep"))
         except PlanError as error:
-            raise PlanError(f"{path!r}, layer {i} ({keys['layers']!r}, {keys['transfer']!r}): {error}") from None
+            where = f"{path!r}, layer {i} ({keys['layers']!r}, {keys['transfer']!r})"
+            raise PlanError(f"{where}: {line(str(error), 500)}") from None
     return layers

@@ -37,7 +37,7 @@ from optuna.trial import TrialState
 from scipy.optimize import brentq
 from scipy.special import ndtr, stdtrit
 
-from moeopt import genome
+from moeopt import description, genome
 from moeopt.errors import StudyError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class RacingPruner(BasePruner):
     def _floor(self, study: Study) -> float:
         if self.noise_floor is not None:
             return self.noise_floor
-        return float(study.user_attrs.get(NOISE_FLOOR, 0.0))
+        return float(description.number(study.user_attrs, NOISE_FLOOR) or 0.0)
 
 
 def penalty(trial: FrozenTrial) -> float:

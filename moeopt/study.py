@@ -18,10 +18,13 @@ from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import __version__, genome, recipe, samplers, worker
+from moeopt.description import DESCRIPTION as DESCRIPTION
+from moeopt.description import FORMAT, check_whole, described, reading
 from moeopt.errors import SpaceError, StorageError, StudyError
 from moeopt.plan import Plan
 from moeopt.racing import NOISE_FLOOR, RacingPruner
 from moeopt.samplers.shadow import describe
+from moeopt.showing import line, shown
 from moeopt.spaces import Space, from_description
 from moeopt.storage import hidden, open_storage, readable_errors
 from moeopt.storage.rows import NoSlotLeft
@@ -35,15 +38,15 @@ if TYPE_CHECKING:
     from moeopt.objective import Objective
     from moeopt.tasks import Task
 
-DESCRIPTION = "moeopt"
-"""User attribute of a study: the JSON description of model, task, space and sampler it was made with."""
+COMMAND = "command"
+"""User attribute of a study that `moeopt search` made: the command, without its storage's password."""
 WARM_START = "warm_start"
 """User attribute of a trial that `create_study` enqueued: its plan's fingerprint."""
 METHOD = "method"
 """User attribute of such a trial: the one-shot method that made its plan."""
 CALIBRATION = "calibration_layer_tokens"
 """And what that cost, beyond the trial's own layer-tokens."""
-MAY_DIFFER = ("version", "model.name_or_path")
+MAY_DIFFER = ("version", "format", "model.name_or_path")
 """Fields of the description that a resumed study need not share: the same weights may lie elsewhere."""
 LONGEST_LOOK = 1.0
 """Seconds between two looks for a trial to start, while others run elsewhere."""
@@ -115,7 +118,9 @@ def create_study(
             load_if_exists=load_if_exists,
         )
         if DESCRIPTION not in study.user_attrs:
-            study.set_user_attr(DESCRIPTION, {"version": __version__, **description})
+            study.set_user_attr(DESCRIPTION, {"version": __version__, "format": FORMAT, **description})
+            for key, value in summary(description).items():
+                study.set_user_attr(key, value)
         if isinstance(racer, RacingPruner) and racer.noise_floor is None and NOISE_FLOOR not in study.user_attrs:
             study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
         if opened is not None:
@@ -123,6 +128,21 @@ def create_study(
         _enqueue_new(study, objective.space, found, held)
         reclaim(study)
     return study
+
+
+def summary(description: dict[str, Any]) -> dict[str, str | int]:
+    """What tells studies apart, one user attribute each, for tables that cut the description short."""
+    sampler, space, model = description["sampler"], description["space"], description["model"]
+    seed = {"seed": sampler["seed"]} if isinstance(sampler.get("seed"), int) else {}
+    return {
+        "optimiser": str(sampler.get("name")),
+        **seed,
+        "task": str(description["task"].get("name")),
+        "model": str(model.get("name_or_path")),
+        "space": f"{space['kind']}, {space['keep']} of {space['shape']['experts']} experts"
+        if "keep" in space
+        else str(space["kind"]),
+    }
 
 
 def _warm_starts(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Found | None]]:
@@ -371,14 +391,17 @@ def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:
 
 def check_same(study: optuna.Study, description: dict[str, Any]) -> None:
     """Raise StudyError, naming the fields that differ, unless the study was made with this description."""
-    stored = study.user_attrs.get(DESCRIPTION)
-    if stored is None:
-        if study.get_trials(deepcopy=False) or study.user_attrs:
+    with reading(study.study_name):
+        attrs = study.user_attrs
+        empty = not attrs and not study.get_trials(deepcopy=False)
+    if DESCRIPTION not in attrs:
+        if not empty:
             raise StudyError(f"study {study.study_name!r} was not made by moeopt; choose another name")
         return
+    stored = check_whole(study)
     differences = [found for found in differences_of(stored, description) if found[0] not in MAY_DIFFER]
     if differences:
-        listed = "; ".join(f"{path}: study has {old!r}, now {new!r}" for path, old, new in differences)
+        listed = "; ".join(f"{path}: study has {shown(old)}, now {shown(new)}" for path, old, new in differences)
         raise StudyError(f"study {study.study_name!r} cannot be resumed with something else. {listed}")
 
 
@@ -393,14 +416,12 @@ def check_study(
         model: None: not loaded yet, not compared.
         unseen: splits that the study must not have searched.
     """
-    found = study.user_attrs.get(DESCRIPTION)
-    if not isinstance(found, dict):
-        raise StudyError(f"study {study.study_name!r} does not say what it searched; moeopt did not make it")
+    found = described(study)
     about, own = found["task"], task.describe()
     if about["fingerprint"] != own["fingerprint"]:
         raise StudyError(
-            f"study {study.study_name!r} searched another task: {about['name']!r} with examples "
-            f"{about['fingerprint'][:16]}, here is {own['name']!r} with {own['fingerprint'][:16]}"
+            f"study {study.study_name!r} searched another task: {shown(about['name'])} with examples "
+            f"{shown(about['fingerprint'][:16])}, here is {own['name']!r} with {own['fingerprint'][:16]}"
         )
     if about["split"] in unseen:
         raise StudyError(
@@ -413,8 +434,8 @@ def check_study(
         differing = [key for key in ("config_hash", "weights") if found["model"][key] != ours[key]]
         if differing:
             raise StudyError(
-                f"study {study.study_name!r} searched another model ({found['model']['name_or_path']}): "
-                + ", ".join(f"{key} {found['model'][key][:16]}, here {ours[key][:16]}" for key in differing)
+                f"study {study.study_name!r} searched another model ({shown(found['model']['name_or_path'])}): "
+                + ", ".join(f"{key} {shown(found['model'][key][:16])}, here {ours[key][:16]}" for key in differing)
                 + ("; the same weights in another dtype count as others" if differing == ["weights"] else "")
             )
 
@@ -429,28 +450,33 @@ def differences_of(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, An
 
 
 def _find(storage: BaseStorage | None, study_name: str | None) -> optuna.Study | None:
-    if storage is None or study_name is None or study_name not in optuna.get_all_study_names(storage):
+    if storage is None or study_name is None:
         return None
-    return optuna.load_study(study_name=study_name, storage=storage)
+    try:
+        return optuna.load_study(study_name=study_name, storage=storage)
+    except KeyError:  # there is none; to list all names would read all studies, damaged ones too
+        return None
 
 
 def load_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
-    """Open a study of moeopt to read it.
+    """Open a study of moeopt to read it; all of it is read and checked.
 
     Raises:
-        StudyError: when there is no such study (the nearest name is suggested) or moeopt did not make it.
-        StorageError: when the storage cannot be opened.
+        StudyError: when there is no such study (the nearest name is suggested), moeopt did not make it, a newer one
+            did, or a trial is not of the form that moeopt writes.
+        StorageError: when the storage cannot be opened, or the study is damaged.
     """
     from moeopt.errors import nearest
 
     opened = open_storage(storage, create=False) if isinstance(storage, str) else storage
     with readable_errors(storage):
-        names = optuna.get_all_study_names(opened)
-        if study_name not in names:
-            raise StudyError(f"no study {study_name!r} in {hidden(storage)}{nearest(study_name, names)}")
-        study = optuna.load_study(study_name=study_name, storage=opened)
-        if DESCRIPTION not in study.user_attrs:
-            raise StudyError(f"study {study_name!r} was not made by moeopt")
+        study = _find(opened, study_name)
+        if study is None:
+            with reading(study_name):
+                names = optuna.get_all_study_names(opened)
+            hint = nearest(study_name, [str(name) for name in names])
+            raise StudyError(f"no study {study_name!r} in {hidden(storage)}{hint}")
+        check_whole(study)
     return study
 
 
@@ -458,12 +484,15 @@ def space_of(study: optuna.Study) -> Space:
     """The space that a study of moeopt searches, rebuilt from its description.
 
     Raises:
-        StudyError: when moeopt did not make the study.
+        StudyError: when moeopt did not make the study, a newer one did, or no space is described so.
     """
-    description = study.user_attrs.get(DESCRIPTION)
-    if not isinstance(description, dict) or not isinstance(description.get("space"), dict):
-        raise StudyError(f"study {study.study_name!r} does not say what it searched; moeopt did not make it")
-    return from_description(description["space"])
+    description = described(study)["space"]
+    try:
+        return from_description(description)
+    except SpaceError as error:
+        raise StudyError(
+            f"study {study.study_name!r}: its attribute {DESCRIPTION!r}.space: {line(str(error), 500)}"
+        ) from None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a trial writes to a database, in one transaction: Optuna's storage makes one of every attribute and parameter.
+"""What is written to a database in one transaction: Optuna's storage makes one of every attribute and parameter.
 
 A transaction waits for the disk (1 to 20 ms in SQLite), and Optuna reads the trial before each write. The rows are
 those that Optuna writes, in the tables of its schema.
@@ -86,8 +86,7 @@ def write(
     from optuna.distributions import distribution_to_json
     from optuna.storages._rdb import models
 
-    dialect = DIALECTS[storage.engine.name]
-    insert = import_module(f"sqlalchemy.dialects.{dialect}").insert
+    dialect, insert = _dialect(storage)
     with storage.engine.begin() as connection:
         if dialect == "sqlite":  # the lock that INSERT takes, before what is read
             connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -109,6 +108,36 @@ def write(
             )
             connection.execute(rows, [{"trial_id": trial_id, **dict(zip(columns, fact))} for fact in facts])
     return True
+
+
+def write_study(storage: Any, study_id: int, attrs: Mapping[str, Any]) -> None:
+    """Set system attributes of a study.
+
+    Args:
+        storage: an `RDBStorage` that `serves`.
+        study_id: Optuna's key of the study.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: when the database fails; then nothing is written.
+    """
+    from optuna.storages._rdb import models
+
+    if not attrs:
+        return
+    dialect, insert = _dialect(storage)
+    rows = insert(models.StudySystemAttributeModel.__table__)
+    in_order = sorted(attrs.items())  # two writers of the same keys wait for each other, and do not deadlock
+    with storage.engine.begin() as connection:
+        connection.execute(
+            _replacing(rows, dialect, ["study_id", "key"], "value_json"),
+            [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in in_order],
+        )
+
+
+def _dialect(storage: Any) -> tuple[str, Any]:
+    """Name and INSERT of a database's dialect."""
+    dialect = DIALECTS[storage.engine.name]
+    return dialect, import_module(f"sqlalchemy.dialects.{dialect}").insert
 
 
 def _replacing(rows: Any, dialect: str, unique: list[str], column: str) -> Any:

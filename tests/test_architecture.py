@@ -15,29 +15,46 @@ ROOT = Path(moeopt.__file__).parent
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "plan": {"errors"},
-    "genome": {"errors"},
+    "showing": set(),
+    "description": {"errors", "genome", "showing"},
+    "plan": {"errors", "showing"},
+    "genome": {"errors", "showing"},
     "transaction": set(),
     "worker": set(),
-    "storage": {"errors", "genome", "transaction", "worker"},
-    "spaces": {"errors", "plan", "genome"},
-    "samplers": {"errors", "plan", "genome", "spaces", "worker"},
+    "storage": {"errors", "genome", "showing", "transaction", "worker"},
+    "spaces": {"errors", "plan", "genome", "showing"},
+    "samplers": {"description", "errors", "plan", "genome", "spaces", "worker"},
     "models": {"errors", "plan"},
     "tasks": {"errors"},
     "evaluation": {"errors", "plan", "models", "tasks"},
     "methods": {"errors", "plan", "models", "tasks", "evaluation"},
-    "racing": {"errors", "genome"},
+    "racing": {"description", "errors", "genome"},
     "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing"},
     "recipe": {"errors", "genome"},
-    "study": {"errors", "plan", "genome", "spaces", "samplers", "objective", "racing", "recipe", "storage", "worker"},
-    "working": {"errors", "recipe", "study"},
+    "study": {
+        "description",
+        "errors",
+        "plan",
+        "genome",
+        "spaces",
+        "samplers",
+        "objective",
+        "racing",
+        "recipe",
+        "showing",
+        "storage",
+        "worker",
+    },
+    "working": {"description", "errors", "recipe", "study"},
     "fleet": set(),
     "on_ray": {"errors"},
-    "exporting": {"errors", "plan", "models", "study"},
-    "selection": {"console", "errors", "plan", "genome", "models", "evaluation", "objective"},
-    "comparing": {"errors", "plan", "models", "tasks", "evaluation", "methods"},
+    "exporting": {"errors", "plan", "models", "showing", "study"},
+    "selection": {"console", "description", "errors", "plan", "genome", "models", "evaluation", "objective", "showing"},
+    "benchmarking": {"errors", "plan", "genome", "selection", "study"},
+    "comparing": {"errors", "plan", "models", "showing", "tasks", "evaluation", "methods"},
     "profiling": {"errors", "plan", "models"},
     "figures": {"errors", "plan"},
+    "dashboard": {"errors", "plan", "genome", "spaces", "storage", "study", "figures"},
     "demo": {
         "console",
         "errors",
@@ -92,11 +109,11 @@ def test_every_public_name_is_there() -> None:
 def test_only_genome_and_storage_touch_private_optuna() -> None:
     private = ("_storage", "_trial_id", "_study_id", "_cached_frozen_trial", "_thread_local")
     for file in ROOT.rglob("*.py"):
-        if file in (ROOT / "genome.py", ROOT / "storage" / "resilient.py"):
+        if file in (ROOT / "genome.py", ROOT / "storage" / "resilient.py", ROOT / "storage" / "rows.py"):
             continue
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & set(private), file
-    assert len((ROOT / "genome.py").read_text().splitlines()) <= 220
+    assert len((ROOT / "genome.py").read_text().splitlines()) <= 240
 
 
 def test_no_pickle_and_no_eval() -> None:

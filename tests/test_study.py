@@ -161,7 +161,7 @@ def test_a_study_of_something_else_is_refused(objective: moeopt.Objective, tmp_p
         with pytest.raises(StudyError):
             moeopt.create_study("s", objective=objective, storage=url, load_if_exists=resume)
     assert len(optuna.load_study(study_name="s", storage=url).trials) == 1
-    with pytest.raises(StudyError, match="not made by moeopt"):
+    with pytest.raises(StudyError, match="moeopt did not make it"):
         moeopt.load_study("s", url)
 
 

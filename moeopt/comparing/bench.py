@@ -11,6 +11,7 @@ from moeopt.comparing.comparison import SKIPPING, Calibrated, Size, plan_file
 from moeopt.comparing.ledger import Known, Ledger
 from moeopt.errors import MethodError
 from moeopt.evaluation import Evaluation, Evaluator
+from moeopt.evaluation.evaluator import Score
 from moeopt.methods import METHODS, Calibration, plans, skipping
 from moeopt.models import describe
 from moeopt.plan import Plan
@@ -33,6 +34,7 @@ class Bench:
         limits: examples of each; None for all.
         calibration: the task whose search split one-shot methods look at.
         calibration_limit: examples of it.
+        score: what a loss is, as for `Evaluator`.
         batch_tokens: padded tokens a forward pass.
         ledger: what is known.
         steps: how many calls there will be, for `progress`.
@@ -49,6 +51,7 @@ class Bench:
         limits: dict[str, int | None],
         calibration: Task,
         calibration_limit: int | None,
+        score: Score,
         batch_tokens: int,
         ledger: Ledger,
         steps: int,
@@ -60,7 +63,14 @@ class Bench:
         self.calibrated: Calibrated | None = None
         self.evaluators = {
             split: Evaluator(
-                model, tokenizer, task, split=split, limit=limits[split], batch_tokens=batch_tokens, prefix_memory=0
+                model,
+                tokenizer,
+                task,
+                split=split,
+                limit=limits[split],
+                batch_tokens=batch_tokens,
+                prefix_memory=0,
+                score=score,
             )
             for split in splits
         }
@@ -94,7 +104,7 @@ class Bench:
         found = self._ledger.evaluation(*of)
         if found is None:
             found = self.evaluators[split].evaluate(plan)
-            self.evaluators[split].clear()
+            self.evaluators[split].clear(keep_teacher=True)
             self._ledger.keep_evaluation(found, *of)
         return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moeopt.evaluation import Evaluation, Interval
+from moeopt.evaluation.evaluator import Score
 from moeopt.plan import ModelShape, Plan
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class Comparison:
         draws, test_draws: random prunings scored on the search split, and on the others.
         seed: of the random prunings.
         left_out: methods that could not be compared, and why.
+        score: what a loss is, as for `Evaluator`; of a label-free one, accuracies are agreement with the full model.
     """
 
     model: Mapping[str, Any]
@@ -116,6 +118,7 @@ class Comparison:
     test_draws: int
     seed: int
     left_out: tuple[str, ...] = ()
+    score: Score = "likelihood"
 
     @property
     def full(self) -> Row:

@@ -14,6 +14,7 @@ from moeopt.comparing.ledger import Ledger
 from moeopt.comparing.making import Maker, kept
 from moeopt.comparing.searched import Searched, searched
 from moeopt.evaluation import Evaluation, paired_bootstrap
+from moeopt.evaluation.evaluator import Score
 from moeopt.models import Sizes, describe, shape_of, without_plan
 from moeopt.plan import ModelShape
 
@@ -43,6 +44,7 @@ def compare(
     calibration_limit: int | None = None,
     study: optuna.Study | None = None,
     seed: int = 0,
+    score: Score = "likelihood",
     batch_tokens: int = 1024,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -70,6 +72,7 @@ def compare(
         calibration_limit: the same for one-shot methods; None: as `limit`.
         study: a study of moeopt whose best trial, and best pruning, are compared.
         seed: of the random prunings.
+        score: what a loss is, as for `Evaluator`; it also says which one-shot method is best.
         batch_tokens: padded tokens a forward pass.
         out: a folder. Everything found is kept in it at once and never computed again; the table is saved at the end.
         progress: called before every step with the steps done, all of them, and what comes.
@@ -103,6 +106,7 @@ def compare(
                     limits={split: limit if split == "search" else test_limit for split in splits},
                     calibration=source,
                     calibration_limit=limit if calibration_limit is None else calibration_limit,
+                    score=score,
                     batch_tokens=batch_tokens,
                     ledger=ledger,
                     steps=_steps(len(splits), shape, keep, ks, names, draws, test_draws, skipping, found),
@@ -132,6 +136,7 @@ def compare(
         calibrated=maker.bench.calibrated,
         rows=tuple(_with_intervals(maker.rows, chosen_on)),
         chosen_on=chosen_on,
+        score=score,
         draws=draws,
         test_draws=min(draws, test_draws),
         seed=seed,

@@ -44,6 +44,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "version": VERSION,
         "model": {key: value for key, value in c.model.items() if key != "name_or_path"} | {"shape": vars(c.shape)},
         "task": dict(c.task),
+        "score": c.score,
         "splits": {split: vars(size) for split, size in c.splits.items()},
         "calibration": None if c.calibrated is None else vars(c.calibrated),
         "random": {"draws": c.draws, "test_draws": c.test_draws, "seed": c.seed},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moeopt.errors import StudyError
 from moeopt.plan import Plan
+from moeopt.showing import line
 
 if TYPE_CHECKING:
     import optuna
@@ -30,6 +31,7 @@ def searched(study: optuna.Study) -> list[Searched]:
     """
     from optuna.trial import TrialState
 
+    from moeopt.description import number
     from moeopt.selection import recorded, selected_trial
     from moeopt.study import CALIBRATION, METHOD, space_of
 
@@ -48,10 +50,11 @@ def searched(study: optuna.Study) -> list[Searched]:
         selected = selected_trial(study)
         if selected.number not in {trial.number for trial in chosen.values()}:
             chosen = {"search, selected on dev": selected, **chosen}
-    started = {t.user_attrs.get(METHOD): int(t.user_attrs.get(CALIBRATION, 0)) for t in trials}  # retries repeat them
-    cost = sum(int(t.user_attrs.get("layer_tokens", 0)) for t in trials) + sum(started.values())
+    # by method, as retries repeat what it cost
+    started = {str(t.user_attrs.get(METHOD)): int(number(t.user_attrs, CALIBRATION) or 0) for t in trials}
+    cost = sum(int(number(t.user_attrs, "layer_tokens") or 0) for t in trials) + sum(started.values())
 
     def named(name: str, trial: FrozenTrial) -> str:
-        return f"{name} (from {trial.user_attrs[METHOD]})" if METHOD in trial.user_attrs else name
+        return f"{name} (from {line(trial.user_attrs[METHOD], 40)})" if METHOD in trial.user_attrs else name
 
     return [Searched(named(name, trial), space.plan(trial), cost) for name, trial in chosen.items()]

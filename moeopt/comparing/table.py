@@ -9,6 +9,7 @@ from rich.text import Text
 
 from moeopt.comparing.comparison import SKIPPING, Comparison, Row
 from moeopt.evaluation import Interval
+from moeopt.evaluation.teacher import LABEL_FREE
 
 
 def view(comparison: Comparison) -> RenderableType:
@@ -43,7 +44,7 @@ def table(comparison: Comparison, keep: int, *, caption: bool = True) -> Table:
     for name in (
         *(["k"] if several else []),
         *(f"{split}\nloss" for split in c.splits),
-        f"{_last(c)}\nacc.",
+        f"{_last(c)}\n{'agree' if c.score in LABEL_FREE else 'acc.'}",
         *intervals,
         "active",
         "layer-\ntokens",
@@ -121,6 +122,8 @@ def notes(comparison: Comparison) -> str:
     c = comparison
     sizes = ", ".join(f"{split} {s.examples:,} examples ({s.tokens:,} tokens)" for split, s in c.splits.items())
     lines = [f"{c.task['name']}: {sizes}."]
+    if c.score != "likelihood":
+        lines[0] += f" Loss: {c.score}."
     if c.calibrated is not None:
         seen = c.calibrated
         source = "the task's own search split" if seen.own else f"another task, {seen.task}"

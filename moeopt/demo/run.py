@@ -102,8 +102,9 @@ def run(
             band=BAND,
         )
         console.print(
-            f"Skill [bold]{skill}[/bold]: searching {KEEP} of {space.shape.experts} experts in each of "
-            f"{space.shape.layers} layers on {sizes['search']} examples, study {study.study_name} in {out}"
+            f"Skill {skill}: searching {KEEP} of {space.shape.experts} experts in each of "
+            f"{space.shape.layers} layers on {sizes['search']} examples, study {study.study_name} in {out}",
+            markup=False,
         )
         with SearchProgress(console, trials) as progress:
             optimize(study, objective, trials=trials, callbacks=[progress])

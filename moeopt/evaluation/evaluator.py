@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError, TaskError
+from moeopt.evaluation import mixing
 from moeopt.evaluation.batches import Batch, pack
 from moeopt.evaluation.branching import may_branch
 from moeopt.evaluation.evaluation import Evaluation
@@ -31,6 +32,7 @@ from moeopt.evaluation.teacher import LABEL_FREE, Compression, Teacher
 from moeopt.models import MergedCache, Storage, layerwise, moe_layers, patched, plan_in_force, without_plan
 from moeopt.plan import Plan
 from moeopt.tasks.generation import GenerationTask
+from moeopt.tasks.mixture import MixtureTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,13 +69,13 @@ class Evaluator:
         storage: where merged experts live, see `moeopt.patched`. ``"auto"``: scratch if they would take more than half
             of the free memory.
         score: what a loss is. ``"likelihood"``: the task's own, smooth one; ``"metric"``: 1 minus the correctness of
-            the example, so that the mean loss is 1 minus the task's metric; for a `GenerationTask` the model then
-            generates, and the metric is that of the text. ``"kl"`` and ``"acceptance"`` need no answers: how far the
-            model under a plan is from the model without, see `moeopt.evaluation.teacher`. The loss of an example is
-            then the mean over the positions behind which the task scores a token, its weight their number, and its
-            correctness the share of them where both models have the same first choice. The full model runs once more,
-            when a plan is first evaluated, after weights, attention or experts backend have changed, and after memory
-            ran out.
+            the example, so that the mean loss is 1 minus the task's metric; for a `GenerationTask`, also in a mixture,
+            the model then generates, and the metric is that of the text. ``"kl"`` and ``"acceptance"`` need no answers:
+            how far the model under a plan is from the model without, see `moeopt.evaluation.teacher`. The loss of an
+            example is then the mean over the positions behind which the task scores a token, its weight their number,
+            and its correctness the share of them where both models have the same first choice. The full model runs
+            once more, when a plan is first evaluated, after weights, attention or experts backend have changed, and
+            after memory ran out.
         compression: how much of what the full model says is kept for that.
 
     Attributes:
@@ -141,6 +143,17 @@ class Evaluator:
                 self._runner = LayerMajor(parts, memory, prefix_device)
             self._branching = may_branch(self._runner, model, self._requests)
         self.layers = self._runner.layers
+        self._members: dict[str, mixing.Member] = {}
+        if score == "metric" and isinstance(task, MixtureTask) and task.generates:
+            each = None if prefix_memory is None else prefix_memory // len(task.members)
+            alone = partial(
+                Evaluator, model, tokenizer, split=split, batch_tokens=batch_tokens, max_length=max_length,
+                prefix_memory=each, prefix_device=prefix_device, storage=storage, score=score,
+            )  # fmt: skip
+            for key, (at, scale) in task.places(self._requests).items():
+                counts = np.searchsorted(at, self.rungs)
+                evaluator = alone(task.members[key], limit=len(at), rungs=sorted({int(n) for n in counts if n}))
+                self._members[key] = mixing.Member(evaluator, at, scale)
         self._batches: list[list[Batch]] = []
         self._pack(batch_tokens)
 
@@ -154,11 +167,13 @@ class Evaluator:
         """Non-padding tokens that one evaluation runs."""
         return sum(batch.tokens for batch in self.batches)
 
-    def clear(self) -> None:
+    def clear(self, *, keep_teacher: bool = False) -> None:
         """Free the hidden states and merged experts of earlier plans, and what is known of the full model."""
         self._runner.clear()
         self._cache.clear()
-        if self.teacher is not None:
+        for member in self._members.values():
+            member.evaluator.clear()
+        if self.teacher is not None and not keep_teacher:
             self.teacher.forget()
 
     def clock(self) -> float:
@@ -173,6 +188,8 @@ class Evaluator:
             digest.update(repr((self.teacher.compression.top_p, self.teacher.most)).encode())
         if self._generates:
             digest.update(repr((self.task.metric, self._generator.prompts)).encode())
+        for name, member in self._members.items():
+            digest.update(repr((name, member.evaluator.fingerprint)).encode())
         for request in self._requests:
             digest.update(repr((request.example, request.option, request.ids, request.scored_from)).encode())
         return digest.hexdigest()[:16]
@@ -200,6 +217,9 @@ class Evaluator:
         """
         if self._generates:
             yield from race_generated(partial(self._generated, plan), self.rungs, known)
+            return
+        if self._members:
+            yield from mixing.race(self._members, self.rungs, plan, known)
             return
         sums = np.zeros((2 if self.teacher is None else 3, len(self._requests)))
         tokens = layer_tokens = padded = 0

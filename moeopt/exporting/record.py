@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.plan import Plan
+from moeopt.showing import line
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 def card(source: Path, plan: Plan, record: dict[str, Any], total: int, original: int) -> str:
     """The model card; `total` and `original` are bytes of weights."""
     layers = plan.layers
-    n, name = layers[0].experts, source.name
+    n, name = layers[0].experts, _code(source.name)
     r, k = (_range([getattr(p, field) for p in layers]) for field in ("kept_experts", "k"))
     pruned = all(p.kept is not None for p in layers)
     custom = record["form"] == "custom"
@@ -51,7 +52,7 @@ def card(source: Path, plan: Plan, record: dict[str, Any], total: int, original:
         "library_name: transformers",
         f"tags: [mixture-of-experts, moeopt, pruning{', custom_code' if custom else ''}]",
         "---",
-        f"# {name}, {n} to {r} experts",
+        f"# `{name}`, {n} to {r} experts",
         "",
         f"Each of the {len(layers)} MoE layers of `{name}` {'keeps' if pruned else 'merges its experts into'} "
         f"{r} of {n} experts, {k} active per token: {total / 2**20:.1f} MiB of weights, from {original / 2**20:.1f} "
@@ -78,19 +79,26 @@ def card(source: Path, plan: Plan, record: dict[str, Any], total: int, original:
         lines += [
             "",
             f"Projected from a plan that no ordinary checkpoint expresses. On {cost['split']} examples of "
-            f"`{cost['task']}` the loss went from {cost['loss_before']:.4f} to {cost['loss_after']:.4f}; KL divergence "
-            f"of next tokens {cost['kl']:.4f} nats, the same experts picked for {100 * cost['top_k']:.1f}% of picks.",
+            f"`{_code(cost['task'])}` the loss went from {cost['loss_before']:.4f} to {cost['loss_after']:.4f}; KL "
+            f"divergence of next tokens {cost['kl']:.4f} nats, the same experts picked for {100 * cost['top_k']:.1f}% "
+            "of picks.",
         ]
     if "trial" in record:
         study, trial = record["study"], record["trial"]
         task = study.get("task", {})
+        loss = "no loss" if trial["loss"] is None else f"loss {trial['loss']:.4f}"
         lines += [
             "",
-            f"Found by moeopt {record['moeopt']}: study `{study['name']}`, trial "
-            f"{trial['number']}, task `{task.get('name')}`, loss {trial['loss']:.4f} on the `{task.get('split')}` "
+            f"Found by moeopt {record['moeopt']}: study `{_code(study['name'])}`, trial "
+            f"{trial['number']}, task `{_code(task.get('name'))}`, {loss} on the `{_code(task.get('split'))}` "
             "split that the search minimised; expect a higher loss on unseen data.",
         ]
     return "\n".join([*lines, "", "`moeopt.json` says what was done, layer by layer; `plan.safetensors` exactly.", ""])
+
+
+def _code(text: Any) -> str:
+    """Text of others between backticks in Markdown, which it cannot leave."""
+    return line(text).replace("`", "'")
 
 
 def _range(values: list[int]) -> str:

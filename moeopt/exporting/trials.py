@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moeopt.errors import ExportError
 from moeopt.exporting.stock import why_not_stock
 from moeopt.plan import Plan
+from moeopt.showing import shown
 
 if TYPE_CHECKING:
     import optuna
@@ -46,29 +47,28 @@ def best_stock_trial(study: optuna.Study) -> FrozenTrial:
 
 def check_model(model: PreTrainedModel | str | Path, study: optuna.Study) -> None:
     """Raise ExportError unless the study searched this model; of a mere path only the shape is compared."""
+    from moeopt.description import described
     from moeopt.models import check_checkpoint, describe
-    from moeopt.study import DESCRIPTION
 
-    description = study.user_attrs.get(DESCRIPTION, {})
+    about = described(study)
     if isinstance(model, (str, Path)):
-        found_shape, shape = vars(check_checkpoint(model)), description.get("space", {}).get("shape")
-        if shape is not None and found_shape != shape:
+        found_shape, shape = vars(check_checkpoint(model)), about["space"]["shape"]
+        if found_shape != shape:
             raise ExportError(f"{str(model)!r} has {found_shape}, the study searched {shape}")
         return
-    searched = description.get("model", {})
-    found = describe(model)
-    differing = [key for key in ("config_hash", "weights") if key in searched and searched[key] != found[key]]
+    searched, found = about["model"], describe(model)
+    differing = [key for key in ("config_hash", "weights") if searched[key] != found[key]]
     if differing:
-        name = searched.get("name_or_path")
+        name = shown(searched["name_or_path"])
         raise ExportError(f"study {study.study_name!r} searched another model ({name}): {', '.join(differing)} differ")
 
 
 def trial_record(trial: FrozenTrial, study: optuna.Study) -> dict[str, Any]:
     """What moeopt.json says of a trial and its study."""
-    from moeopt.study import DESCRIPTION
+    from moeopt.description import described
 
     attrs = {key: trial.user_attrs[key] for key in ("accuracy", "operator", "phase") if key in trial.user_attrs}
     return {
-        "study": {"name": study.study_name, **study.user_attrs.get(DESCRIPTION, {})},
+        "study": {"name": study.study_name, **described(study)},
         "trial": {"number": trial.number, "loss": trial.value, **attrs},
     }

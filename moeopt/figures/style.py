@@ -23,10 +23,14 @@ WIDTH, HEIGHT = 1200, 700
 FONT = "Inter, Helvetica Neue, Arial, sans-serif"
 TEXT_SIZE, TITLE_SIZE, TICK_SIZE = 13, 17, 12
 INK, FAINT, GRID, GONE = "#333333", "#8c8c8c", "#e6e6e6", "#ececec"
+BETWEEN = "#808080"
+"""Legible on white and on black."""
 SEQUENTIAL = "Viridis"
 """Even steps of lightness, so that it survives greyscale and colour blindness."""
 CATEGORICAL = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")
 """Okabe and Ito's colours, without the yellow that white swallows."""
+DIVERGING = ((0.0, "#b2182b"), (0.25, "#ef8a62"), (0.5, "#f7f7f7"), (0.75, "#67a9cf"), (1.0, "#2166ac"))
+"""From red by white, in the middle, to blue (ColorBrewer's RdBu)."""
 SYMBOLS = {
     "circle": "o", "diamond": "D", "square": "s", "triangle-up": "^", "triangle-down": "v", "pentagon": "p",
     "star": "*", "hexagon": "h", "x": "X", "cross": "P", "x-thin": "x",
@@ -44,8 +48,8 @@ def plotly() -> Any:
     return go
 
 
-def empty(title: str) -> Figure:
-    """A figure with nothing but the template and a title."""
+def empty(title: str, subtitle: str = "") -> Figure:
+    """A figure with nothing but the template and a title, and what is to be known of it in a line below."""
     axis = {
         "gridcolor": GRID, "linecolor": FAINT, "showline": True, "zeroline": False, "ticks": "outside", "ticklen": 4,
         "tickcolor": FAINT, "tickfont": {"size": TICK_SIZE}, "title": {"font": {"size": TEXT_SIZE}, "standoff": 10},
@@ -56,8 +60,60 @@ def empty(title: str) -> Figure:
         "title": {"x": 0.02, "xanchor": "left", "font": {"size": TITLE_SIZE}}, "xaxis": axis, "yaxis": axis,
         "legend": {"font": {"size": TICK_SIZE}}, "hoverlabel": {"font": {"family": FONT, "size": TICK_SIZE}},
     }  # fmt: skip
-    lines = "<br>".join(safe(line) for line in textwrap.wrap(str(title), 110))
+    lines = "<br>".join(safe(line) for text in (title, subtitle) for line in textwrap.wrap(str(text), 110))
     return plotly().Figure(layout={"template": {"layout": template}, "title": {"text": lines}, "showlegend": True})
+
+
+def nothing(title: str, why: str) -> Figure:
+    """A figure that says why there is nothing to draw yet."""
+    figure = empty(title)
+    axis = {"visible": False, "range": [0, 1]}
+    figure.update_layout(xaxis=axis, yaxis=axis, showlegend=False)
+    lines = "<br>".join(safe(line) for line in textwrap.wrap(why, 60))
+    figure.add_annotation(text=lines, showarrow=False, x=0.5, y=0.5, font={"size": TEXT_SIZE, "color": FAINT})
+    return figure
+
+
+def compact(figure: Figure) -> Figure:
+    """The same figure for a card of half a page, on whatever background: small margins, colours that stand on both.
+
+    Plotly has no colours that follow a page's theme, so text is of a grey that both a white and a black page leave
+    legible.
+    """
+    layout = figure.layout.template.layout
+    layout.update(
+        {
+            "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
+            "margin": {"l": 55, "r": 15, "t": 66, "b": 48},
+            "font": {"size": TICK_SIZE, "color": BETWEEN}, "hoverlabel": {"bgcolor": "#ffffff", "font": {"color": INK}},
+            "title": {"font": {"size": TEXT_SIZE + 1}, "y": 0.97, "yanchor": "top"},
+        }
+    )  # fmt: skip
+    for axis in (layout.xaxis, layout.yaxis):
+        axis.update(
+            {
+                "gridcolor": "rgba(128,128,128,0.22)", "tickfont": {"size": TICK_SIZE - 1},
+                "title": {"font": {"size": TICK_SIZE}, "standoff": 6},
+            }
+        )  # fmt: skip
+    layout.legend.update({"bgcolor": "rgba(0,0,0,0)", "font": {"size": TICK_SIZE - 1}})
+    if figure.layout.plot_bgcolor is not None:
+        figure.layout.plot_bgcolor = "rgba(128,128,128,0.15)"
+    title, *rest = figure.layout.title.text.split("<br>")
+    figure.layout.title.text = "<br>".join([f"<b>{title}</b>", *rest])
+    return figure
+
+
+def short(values: Any, digits: int = 4) -> Any:
+    """Numbers, nested as they are, with so many significant digits; whole ones as integers, NaN as None."""
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if isinstance(values, (list, tuple)):
+        return [short(value, digits) for value in values]
+    if values is None or math.isnan(values):
+        return None
+    rounded = float(f"{values:.{digits}g}")
+    return int(rounded) if rounded.is_integer() else rounded
 
 
 def panel(figure: Figure, p: int, of: int, title: str | None, *, x: dict[str, Any], y: dict[str, Any]) -> None:
@@ -83,6 +139,12 @@ def on(p: int) -> dict[str, str]:
 
 def scatter(figure: Figure, p: int, x: Any, y: Any, hover: list[str], **style: Any) -> None:
     figure.add_trace(plotly().Scatter(x=x, y=y, hovertext=hover, hoverinfo="text", **style, **on(p)))
+
+
+def line_of_bests(figure: Figure, x: Floats, y: Floats, colour: str, width: float, **more: Any) -> None:
+    """A line that stays where it is until the next point."""
+    line = {"color": colour, "width": width, "shape": "hv"}
+    figure.add_trace(plotly().Scatter(x=short(x, 5), y=short(y, 5), mode="lines", line=line, **more))
 
 
 def reference_line(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +53,15 @@ class MoELayer:
 def moe_layers(model: nn.Module) -> tuple[MoELayer, ...]:
     """The MoE layers of `model`, first layer first. Every router is called once, on two tokens of zeros.
 
+    Those of a checkpoint that moeopt exported with a class of its own are told by its config: their routers may map
+    more logits onto fewer experts. Not all of them take another plan.
+
     Raises:
         ModelError: when there is none; it says whether the model is dense or which part of the interface is missing.
     """
+    exported = getattr(getattr(model, "config", None), "moeopt", None)
+    if exported is not None:
+        return _exported_layers(model, exported["experts"], exported["active"])
     found: list[MoELayer] = []
     complaints: dict[str, str] = {}
     for name, block in model.named_modules():
@@ -185,6 +191,22 @@ def _interface(router: nn.Module, experts: nn.Module) -> tuple[int, int]:
             f"for 2 tokens it returned {got}"
         )
     return n, shapes[1][1]
+
+
+def _exported_layers(model: nn.Module, experts: Sequence[int], active: Sequence[int]) -> tuple[MoELayer, ...]:
+    """Layers of r and k experts each."""
+    blocks = [
+        (n, block) for n, block in model.named_modules() if isinstance(getattr(block, "experts", None), nn.Module)
+    ]
+    if not len(blocks) == len(experts) == len(active):
+        raise ModelError(
+            f"{type(model).__name__} has {len(blocks)} MoE layers, its config tells of {len(experts)} and {len(active)}"
+        )
+    routers = [getattr(block, "gate", None) or block.router for _, block in blocks]
+    return tuple(
+        MoELayer(i, name, block, routers[i], block.experts, experts[i], active[i])
+        for i, (name, block) in enumerate(blocks)
+    )
 
 
 def _all_tensors(output: tuple[object, ...]) -> bool:

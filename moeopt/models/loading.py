@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moeopt.errors import ModelError
-from moeopt.models.layers import shape_of
+from moeopt.models.layers import moe_layers, shape_of
 from moeopt.plan import ModelShape
 
 Source = str | os.PathLike[str]
@@ -39,11 +41,12 @@ def load(
         options: passed to `from_pretrained`: `max_memory`, `offload_folder`, `revision`, ...
 
     Raises:
-        ModelError: when there is no such checkpoint, it has no tokenizer, it is not a causal language model with equal
-            MoE layers, or some of its tensors are missing.
+        ModelError: when there is no such checkpoint, it has no tokenizer, it is not a causal language model with MoE
+            layers that moeopt can use, or some of its tensors are missing.
     """
     hub = {name: options[name] for name in HUB if name in options}
-    check_checkpoint(source, trust_remote_code=trust_remote_code, **hub)
+    with _naming(source):
+        moe_layers(empty_model(source, trust_remote_code=trust_remote_code, **hub))
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
     model = load_model(
         source,
@@ -114,13 +117,11 @@ def check_checkpoint(source: Source, *, trust_remote_code: bool = False, **hub: 
         hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        ModelError: as `load`, but for the tokenizer and the weights.
+        ModelError: as `load`, but for the tokenizer and the weights; also when the MoE layers are not equal.
     """
     model = empty_model(source, trust_remote_code=trust_remote_code, **hub)
-    try:
+    with _naming(source):
         return shape_of(model)
-    except ModelError as error:
-        raise ModelError(f"{str(source)!r}: {error}") from None
 
 
 def empty_model(source: Source, *, trust_remote_code: bool = False, **hub: Any) -> PreTrainedModel:
@@ -144,6 +145,11 @@ def empty_model(source: Source, *, trust_remote_code: bool = False, **hub: Any) 
             else f"the config of {str(source)!r} cannot be read: {_first_line(error)}"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{str(source)!r} brings a model class of its own, which runs only when it is trusted: "
+                "trust_remote_code=True, or --trust-remote-code"
+            ) from error
         raise ModelError(f"the config of {str(source)!r} cannot be used: {_first_line(error)}") from error
     try:
         with init_empty_weights(include_buffers=True):
@@ -151,6 +157,15 @@ def empty_model(source: Source, *, trust_remote_code: bool = False, **hub: Any) 
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"{str(source)!r} is not a causal language model: {_first_line(error)}") from error
     return model
+
+
+@contextmanager
+def _naming(source: Source) -> Iterator[None]:
+    """Within it, what is wrong with a model is said of its checkpoint."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{str(source)!r}: {error}") from None
 
 
 def _check_folder(source: Source) -> None:

@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeopt.errors import ModelError, MoeoptError
 from moeopt.models import MergedCache, MoELayer, Sizes, empty_model, is_dense, load_model, moe_layers, patched
@@ -162,30 +161,10 @@ def usable_layers(model: Any) -> tuple[tuple[MoELayer, ...], str | None]:
     """The MoE layers of a model; or none, and why."""
     if is_dense(model):
         return (), "a dense model"
-    plan = getattr(model.config, "moeopt", None)
-    if plan is not None:
-        return exported_layers(model, plan["experts"], plan["active"]), None
     try:
         return moe_layers(model), None
     except ModelError as error:
         return (), str(error)
-
-
-def exported_layers(model: Any, experts: Sequence[int], active: Sequence[int]) -> tuple[MoELayer, ...]:
-    """The MoE layers of a checkpoint that moeopt exported with a class of its own.
-
-    Their routers may have more rows than there are experts, which no other layer has.
-
-    Args:
-        experts, active: r and k of each layer, from the checkpoint's config.
-    """
-    found: list[MoELayer] = []
-    for name, block in model.named_modules():
-        if isinstance(getattr(block, "experts", None), nn.Module):
-            router = block.gate if isinstance(getattr(block, "gate", None), nn.Module) else block.router
-            i = len(found)
-            found.append(MoELayer(i, name, block, router, block.experts, experts[i], active[i]))
-    return tuple(found)
 
 
 def experts_of(layer: LayerPlan) -> range | tuple[int, ...]:

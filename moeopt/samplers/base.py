@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import genome, worker
+from moeopt import description, genome, worker
 from moeopt.errors import SamplerError
 from moeopt.genome import Vector
 from moeopt.plan import Plan
@@ -137,6 +137,7 @@ class GenomeSampler(BaseSampler):
         if len(whole.directions) != 1:
             raise SamplerError(f"{type(self).__name__} optimises one objective, the study has {len(whole.directions)}")
         trials = whole.get_trials(deepcopy=False)
+        description.check_trial(trial, whole.study_name)
         slot = genome.slot(trial, trials)
         known = {key: value for key, value in genome.origin(trial).items() if key != "claim"}
         if known.get("worker") != worker.this_worker():  # the storage did not say so
@@ -222,6 +223,7 @@ class GenomeSampler(BaseSampler):
         key = (study_name, trial.number, trial.datetime_start)
         if key in self._told:
             return self._told[key]
+        description.check_trial(trial, study_name)
         origin = genome.origin(trial)
         x = genome.read(trial)
         if x is None and set(self.space.names) <= set(trial.params):
@@ -261,6 +263,12 @@ class GenomeSampler(BaseSampler):
 
     def reseed_rng(self) -> None:
         """Nothing to do: proposals of concurrent trials differ by their slot."""
+
+
+def noted(told: Told, key: str) -> int | None:
+    """A count that a sampler noted on a trial; None where there is none."""
+    value = told.notes.get(key)
+    return value if description.COUNT.holds(value) else None
 
 
 def check_counts(counts: Mapping[str, Any], *, least: int = 1) -> None:

@@ -30,6 +30,7 @@ from moeopt.samplers.base import (
     check_counts,
     check_positive,
     digest,
+    noted,
     starting_point,
 )
 from moeopt.samplers.cmaes import complete, tell
@@ -122,7 +123,7 @@ class BlockCMAESSampler(GenomeSampler):
     def visit(self, rng: np.random.Generator, history: list[Told]) -> Visit:
         """The visit that goes on, or a new one: around the best trial so far, of the block that the bandit chooses."""
         by_slot = {told.slot: told for told in history}
-        own = [told for told in history if told.operator == OPERATOR]
+        own = [told for told in history if self.is_own(told)]
         number = max((told.notes["visit"] for told in own), default=-1)
         latest = [told for told in own if told.notes["visit"] == number]
         if latest:
@@ -140,6 +141,14 @@ class BlockCMAESSampler(GenomeSampler):
             block, center = tuple(told.notes["block"]), by_slot.get(told.notes["around"])
             plays.append((block, gain(told, center), layers_run(told, self.space, self.layer(block))))
         return Visit(number + 1, choose(rng, self.blocks, plays, prior=self.prior, memory=self.memory), best, [])
+
+    def is_own(self, told: Told) -> bool:
+        """Whether a trial is of a visit of this sampler."""
+        if told.operator != OPERATOR or None in (noted(told, "visit"), noted(told, "generation")):
+            return False
+        block, around = told.notes.get("block"), told.notes.get("around", ...)
+        known = around is None or noted(told, "around") is not None
+        return known and isinstance(block, list | tuple) and any(list(block) == list(own) for own in self.blocks)
 
     def layer(self, block: Block) -> int:
         """The first layer of a block."""

@@ -25,6 +25,7 @@ from moeopt.samplers.base import (
     check_counts,
     check_positive,
     digest,
+    noted,
     starting_point,
 )
 from moeopt.spaces.base import Space
@@ -124,7 +125,8 @@ def complete(members: Iterable[Told], size: int) -> list[list[Told]]:
     finished: dict[int, list[Told]] = {}
     for told in members:
         if told.loss is not None or told.failed:
-            finished.setdefault(told.notes.get("generation", -1), []).append(told)
+            generation = noted(told, "generation")
+            finished.setdefault(-1 if generation is None else generation, []).append(told)
     found: list[list[Told]] = []
     while len(finished.get(len(found), [])) >= size:
         found.append(finished[len(found)][:size])

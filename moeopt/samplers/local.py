@@ -41,6 +41,7 @@ from moeopt.samplers.base import (
     check_counts,
     check_positive,
     digest,
+    noted,
     starting_point,
 )
 from moeopt.spaces.base import Phase, Space
@@ -154,7 +155,11 @@ class LocalSampler(GenomeSampler):
 
     def is_own(self, told: Told) -> bool:
         """Whether a trial is a move of this sampler."""
-        return (told.operator in MOVES or told.operator == ACTIVE) and "parent" in told.notes
+        if told.operator not in self.moves or "parent" not in told.notes:
+            return False
+        first, width = noted(told, "first"), noted(told, "width")
+        known = told.notes["parent"] is None or noted(told, "parent") is not None
+        return known and None not in (first, width) and (first or 0) < len(self.groups(told.operator))
 
     def groups(self, move: str) -> Sequence[tuple[int, int]]:
         """The layer ranges that the windows of a move are made of."""

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from moeopt.errors import SamplerError, nearest
 from moeopt.genome import Vector
 from moeopt.plan import Plan
-from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
+from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, noted, starting_point
 from moeopt.spaces.base import Space
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ class _Replay:
 
     def __init__(self, sampler: NevergradSampler) -> None:
         self.space, self.x0, self.name = sampler.space, sampler.x0.astype(np.float64), sampler.optimizer
-        self.budget, self.sigma = sampler.budget, sampler.sigma
+        self.budget, self.sigma, self.most = sampler.budget, sampler.sigma, sampler.redraw + 1
         self.keys: list[Any] = []
         self.asks = 0
         self._optimizer: Any = None
@@ -217,7 +217,7 @@ class _Replay:
     def _asked_for(self, told: Told) -> int:
         if told.operator == START:  # many ask for it first; told twice, it would count as the only point without noise
             return 1
-        return int(told.notes.get("asks", 0)) if told.operator == self.name else 0
+        return min(noted(told, "asks") or 0, self.most) if told.operator == self.name else 0
 
     def _z(self, x: Vector) -> NDArray[np.float64]:
         """What the optimiser works on: (size,), with an idle 0 added to a single number, which its CMA cannot take."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from moeopt import genome
 from moeopt.errors import NonFiniteLossError, StorageError, StudyError
 from moeopt.evaluation import Evaluation
-from moeopt.selection.record import FULL, recorded
+from moeopt.selection.record import FULL, SELECTION, check_record, recorded
+from moeopt.showing import line
 
 if TYPE_CHECKING:
     import optuna
@@ -50,17 +53,19 @@ class Kept:
         key = _key(split, of, plan)
         head = self._attrs.get(key)
         if isinstance(head, dict) and NOT_FINITE in head:
-            raise NonFiniteLossError(str(head[NOT_FINITE]), layer=None)
+            raise NonFiniteLossError(line(head[NOT_FINITE], 1000), layer=None)
         scores = genome.unpack(key, self._attrs)
         if scores is None or head is None:
             return None
         try:
             losses, weights, correct = scores.reshape(3, -1)
-            tokens, layer_tokens, seconds, active = (head[cost] for cost in COSTS)
+            tokens, layer_tokens, seconds, active = (float(head[cost]) for cost in COSTS)
+            if not (np.isfinite([tokens, layer_tokens]).all() and np.isfinite(weights).all() and (weights > 0).all()):
+                raise ValueError("costs or weights are not finite and positive")
             metrics = {str(name): float(value) for name, value in head["metrics"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StorageError(f"attribute {key!r} is damaged: {error}") from None
-        return Evaluation(losses, weights, correct, int(tokens), int(layer_tokens), seconds, float(active), metrics)
+        return Evaluation(losses, weights, correct, int(tokens), int(layer_tokens), seconds, active, metrics)
 
     def put(self, evaluation: Evaluation, split: str, of: str, plan: str) -> None:
         """Keep what a plan gave; whole or not at all."""
@@ -112,6 +117,7 @@ def on_test(study: optuna.Study) -> dict[str, Evaluation]:
     found = recorded(study)
     if found is None:
         raise StudyError(f"nothing was selected from study {study.study_name!r} yet")
+    check_record(found, f"study {study.study_name!r}: {SELECTION}")
     kept, of = Kept(study), found["examples"]["test"]["of"]
     known = {name: kept.get("test", of, plan) for name, plan in {FULL: FULL, **found["plans"]}.items()}
     if None in known.values():

@@ -8,7 +8,20 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from moeopt import __version__
+from moeopt.description import (
+    COUNT,
+    FLAG,
+    FORMAT,
+    NUMBER,
+    TEXT,
+    Maybe,
+    check,
+    check_depth,
+    check_format,
+    reading,
+)  # fmt: skip
 from moeopt.errors import StudyError
+from moeopt.showing import line, shown
 
 if TYPE_CHECKING:
     import optuna
@@ -147,6 +160,7 @@ class Selection:
         }
         return {
             "moeopt": __version__,
+            "format": FORMAT,
             "metric": self.metric,
             "settings": dict(self.settings),
             "examples": {split: dict(about) for split, about in self.examples.items()},
@@ -221,22 +235,59 @@ def look_warning(looks: int) -> str:
     )
 
 
+INTERVAL = {"mean": NUMBER, "low": NUMBER, "high": NUMBER}
+SPLIT = {"count": COUNT, "of": TEXT}
+RECORD = {
+    "metric": TEXT, "settings": {"stock_only": FLAG}, "examples": {TEXT: SPLIT},
+    "candidates": {"trial": [COUNT], "search_loss": [NUMBER], "dev_loss": [Maybe(NUMBER)]},
+    WINNER: COUNT, SEARCH_BEST: COUNT, "plans": {TEXT: TEXT},
+    "scores": {split: {TEXT: {TEXT: NUMBER}} for split in ("search", "dev", "test")},
+    "test_minus": {TEXT: {TEXT: INTERVAL}}, "verdict": TEXT, "sentences": [TEXT], "warnings": [TEXT], "looks": COUNT,
+}  # fmt: skip
+"""Form of `Selection.record`, as far as it is read again."""
+
+
 def recorded(study: optuna.Study) -> dict[str, Any] | None:
-    """`Selection.record` of the study's latest selection; None where there was none."""
-    found = study.user_attrs.get(SELECTION)
-    return found if isinstance(found, dict) else None
+    """`Selection.record` of the study's latest selection; None where there was none.
+
+    Raises:
+        StudyError: when a newer moeopt wrote it, or it is of another form.
+    """
+    with reading(study.study_name):
+        found = study.user_attrs.get(SELECTION)
+    if found is None:
+        return None
+    where = f"study {shown(study.study_name)}: its attribute {SELECTION!r}"
+    check(found, {}, where)
+    check_format(found, where, found.get("moeopt"))
+    check_depth(found, where)
+    check(found, {WINNER: COUNT}, where)
+    return dict(found)
+
+
+def check_record(found: Mapping[str, Any], where: str = SELECTION) -> None:
+    """Raise StudyError, naming the place, unless a record is of the form that `Selection.record` has."""
+    check(found, RECORD, where)
+    check(found["examples"].get("test"), SPLIT, f"{where}.examples.test")
+    scores = f"dev_{found['metric']}"
+    check(found["candidates"].get(scores), [Maybe(NUMBER)], f"{where}.candidates.{line(scores, 40)}")
 
 
 def selected_trial(study: optuna.Study) -> FrozenTrial:
     """The winner of the study's latest selection.
 
     Raises:
-        StudyError: when there was none.
+        StudyError: when there was none, or as `recorded`.
     """
     found = recorded(study)
     if found is None:
         raise StudyError(f"nothing was selected from study {study.study_name!r} yet; `moeopt select` does it")
-    return next(trial for trial in study.get_trials(deepcopy=False) if trial.number == found[WINNER])
+    with reading(study.study_name):
+        trials = study.get_trials(deepcopy=False)
+    winner = next((trial for trial in trials if trial.number == found[WINNER]), None)
+    if winner is None:
+        raise StudyError(f"study {shown(study.study_name)} has no trial {found[WINNER]}, which its selection names")
+    return winner
 
 
 def _negated(i: Interval) -> Interval:

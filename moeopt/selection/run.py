@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from moeopt.description import described
 from moeopt.errors import NonFiniteLossError, StudyError
 from moeopt.evaluation import Compression, Evaluation, Evaluator
 from moeopt.evaluation.teacher import LABEL_FREE
@@ -199,15 +200,13 @@ class _Bench:
         candidates: int,
         progress: Progress | None,
     ) -> None:
-        from moeopt.study import DESCRIPTION
-
-        about = study.user_attrs[DESCRIPTION]
-        searched, evaluation = about["task"], about.get("evaluation", {})
-        self.score: Score = settings["score"] or evaluation.get("score", "likelihood")
+        about = described(study)
+        searched, evaluation = about["task"], about.get("evaluation") or {}
+        self.score: Score = settings["score"] or evaluation.get("score") or "likelihood"
         if self.score in LABEL_FREE and compression is None:
-            compression = Compression(top_p=evaluation.get("top_p", Compression.top_p))
-        self._active_weight = float(evaluation.get("active_weight", 0.0))
-        limits = {searched["split"]: searched["limit"], **{split: settings[f"{split}_limit"] for split in UNSEEN}}
+            compression = Compression(top_p=evaluation.get("top_p") or Compression.top_p)
+        self._active_weight = float(evaluation.get("active_weight") or 0.0)
+        limits = {searched["split"]: searched.get("limit"), **{split: settings[f"{split}_limit"] for split in UNSEEN}}
         self.evaluators = {
             split: Evaluator(
                 model,
@@ -216,7 +215,7 @@ class _Bench:
                 split=split,
                 limit=limit,
                 batch_tokens=batch_tokens,
-                max_length=searched["max_length"],
+                max_length=searched.get("max_length"),
                 score=self.score,
                 compression=compression,
             )

@@ -10,18 +10,24 @@ from rich.table import Table
 from rich.text import Text
 
 from moeopt.console import number, percent
-from moeopt.selection.record import FULL, SEARCH_BEST, WINNER, Selection
+from moeopt.selection.record import FULL, SEARCH_BEST, WINNER, Selection, check_record
+from moeopt.showing import line
 
 SHOWN = 20
 """Candidates that are listed."""
 
 
 def view(selection: Selection | Mapping[str, Any]) -> RenderableType:
-    """Both tables and the sentences, of a selection or of its record."""
+    """Both tables and the sentences, of a selection or of its record.
+
+    Raises:
+        StudyError: when it is no such record.
+    """
     record = selection.record if isinstance(selection, Selection) else selection
+    check_record(record)
     warned = set(record["warnings"])
     sentences = [*record["sentences"], *(text for text in record["warnings"] if text not in record["sentences"])]
-    lines = [Text(text, style="yellow" if text in warned else "") for text in sentences]
+    lines = [Text(line(text, 1000), style="yellow" if text in warned else "") for text in sentences]
     return Group(_compared(record), _candidates(record), *lines)
 
 
@@ -29,10 +35,10 @@ def _compared(record: Mapping[str, Any]) -> Table:
     metric, settings = record["metric"], record["settings"]
     stock = " that an ordinary checkpoint can hold" if settings["stock_only"] else ""
     table = Table(
-        "", "search loss", "dev loss", "test loss", f"test {metric}", "test loss - full [95%]",
+        "", "search loss", "dev loss", "test loss", f"test {line(metric, 40)}", "test loss - full [95%]",
         title=f"the best of {len(record['candidates']['trial'])} plans{stock}, chosen on dev", title_justify="left",
     )  # fmt: skip
-    sizes = ", ".join(f"{split} {about['count']}" for split, about in record["examples"].items())
+    sizes = ", ".join(f"{line(split, 40)} {about['count']}" for split, about in record["examples"].items())
     table.caption, table.caption_justify = f"examples: {sizes}; looks at test: {record['looks']}", "left"
     names = {
         FULL: "full model",
@@ -54,7 +60,9 @@ def _compared(record: Mapping[str, Any]) -> Table:
 
 def _candidates(record: Mapping[str, Any]) -> Table:
     found, metric = record["candidates"], record["metric"]
-    table = Table("trial", "search loss", "dev loss", f"dev {metric}", title="candidates", title_justify="left")
+    table = Table(
+        "trial", "search loss", "dev loss", f"dev {line(metric, 40)}", title="candidates", title_justify="left"
+    )
     rows = list(zip(found["trial"], found["search_loss"], found["dev_loss"], found[f"dev_{metric}"]))
     for trial, search, dev, score in rows[:SHOWN]:
         table.add_row(str(trial), number(search), number(dev), percent(score))

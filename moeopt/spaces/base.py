@@ -13,6 +13,7 @@ from moeopt import genome
 from moeopt.errors import SpaceError
 from moeopt.genome import Vector
 from moeopt.plan import LayerPlan, Matrix, ModelShape, Negative, Plan, one_hot
+from moeopt.showing import shown
 
 if TYPE_CHECKING:
     import optuna
@@ -192,9 +193,12 @@ class Space(ABC):
         """The float32 vector that is stored for `x`: clipped to the bounds, integers rounded, -0 made 0.
 
         Raises:
-            SpaceError: when `x` has the wrong size or holds NaN.
+            SpaceError: when `x` has the wrong size, or holds NaN or something else than numbers.
         """
-        vector = np.array(x, dtype=np.float64).reshape(-1)
+        try:
+            vector = np.array(x, dtype=np.float64).reshape(-1)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise SpaceError(f"{type(self).__name__} has numbers, got {shown(x)}: {error}") from None
         if vector.size != self.size:
             raise SpaceError(f"{type(self).__name__} has {self.size} numbers, got {vector.size}")
         if np.isnan(vector).any():

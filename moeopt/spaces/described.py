@@ -8,23 +8,30 @@ from typing import Any
 from moeopt import genome
 from moeopt.errors import SpaceError, StorageError
 from moeopt.plan import ModelShape
+from moeopt.showing import shown
 from moeopt.spaces.active import ActiveSpace, plan_described
 from moeopt.spaces.base import Space
 from moeopt.spaces.eep import EEPSpace
 from moeopt.spaces.merge import MergeSpace
 from moeopt.spaces.prune import PruneSpace
 
+MOST_LAYERS = 4096
+"""Of a described space; with more, the numbers of a hostile description would fill the memory."""
+
 
 def from_description(description: Mapping[str, Any]) -> Space:
     """The space whose `describe()` gave this.
 
     Raises:
-        SpaceError: when it is no description of a space, or one of a newer moeopt.
+        SpaceError: when it is no description of a space, one of a newer moeopt, or one of a space too large.
     """
     try:
         shape = ModelShape(**description["shape"])
         groups = [(first, last) for first, last in description["groups"]]
         keep, k = description["keep"], description["k"]
+        numbers = 2 * len(groups) * min(keep, shape.experts) * shape.experts
+        if shape.layers > MOST_LAYERS or numbers > genome.LARGEST:
+            raise SpaceError(f"{shape} with {len(groups)} groups is larger than any model that moeopt knows")
         mapped = {"router": description["router"], "negative": description["negative"]}
         match description["kind"]:
             case "prune":
@@ -52,8 +59,8 @@ def from_description(description: Mapping[str, Any]) -> Space:
                     groups=[(first, last) for first, last in description["active_groups"]],
                 )
             case kind:
-                raise SpaceError(f"this moeopt knows no space of kind {kind!r}")
-    except (KeyError, TypeError, ValueError, StorageError) as error:
-        if isinstance(error, SpaceError):
-            raise
-        raise SpaceError(f"not the description of a space: {error!r}") from None
+                raise SpaceError(f"this moeopt knows no space of kind {shown(kind)}")
+    except SpaceError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, StorageError) as error:
+        raise SpaceError(f"not the description of a space: {shown(error)}") from None

@@ -12,10 +12,10 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage
 
 from moeopt import transaction
-from moeopt.errors import StorageError
+from moeopt.errors import MoeoptError, StorageError
 from moeopt.storage.outages import Waiting
 from moeopt.storage.resilient import ResilientStorage
-from moeopt.storage.urls import hidden, readable_errors, scrub
+from moeopt.storage.urls import hidden, readable_errors, reason
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -65,7 +65,7 @@ def open_storage(
     except (ArgumentError, NoSuchModuleError, ValueError):
         raise StorageError(
             "storage must be an SQLAlchemy URL such as sqlite:///moeopt.db or postgresql+psycopg://user@host/name, "
-            f"got {scrub(url)!r}"
+            f"got {hidden(url)!r}"
         ) from None
     memory = backend == "sqlite" and parsed.database in (None, "", ":memory:")
     if backend == "sqlite" and parsed.database and not memory and not parsed.database.startswith("file:"):
@@ -80,7 +80,7 @@ def open_storage(
         _check_database(parsed, url)
         options = {"connect_args": {"timeout": 60}} if backend == "sqlite" else _network(parsed)
         if not known:
-            return RDBStorage(url, engine_kwargs=options)
+            return RDBStorage(url, engine_kwargs={**options, "pool_pre_ping": True})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             return ResilientStorage(
@@ -93,9 +93,14 @@ def open_storage(
             )
 
     with readable_errors(url):
-        if patience is None:
-            return _with_tables(opened)
-        return Waiting(hidden(url), patience)(lambda: _with_tables(opened))
+        try:
+            if patience is None:
+                return _with_tables(opened)
+            return Waiting(hidden(url), patience, url)(lambda: _with_tables(opened))
+        except (TypeError, ValueError, LookupError) as error:  # a driver's, of an option in the URL
+            if isinstance(error, MoeoptError):
+                raise
+            raise StorageError(f"cannot use the storage {hidden(url)}: {reason(error, url)}") from None
 
 
 def _check(heartbeat_interval: Any, grace_period: Any, patience: Any, retries: Any) -> None:
@@ -121,7 +126,7 @@ def _network(url: URL) -> dict[str, Any]:
     elif driver == "pymysql":
         arguments = {"connect_timeout": 10, "read_timeout": 120, "write_timeout": 120}
     given = {name: value for name, value in arguments.items() if name not in url.query}
-    return {"pool_pre_ping": True, "connect_args": given}
+    return {"pool_pre_ping": False, "connect_args": given}  # a closed connection is tried again
 
 
 def _with_tables(opened: Callable[[], BaseStorage]) -> BaseStorage:

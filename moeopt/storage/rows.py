@@ -7,6 +7,7 @@ start. So what is read within stays true until the commit, and of a worker that 
 
 from __future__ import annotations
 
+import copy
 import json
 import uuid
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models as _models
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import func
 from sqlalchemy.orm import Session
 
@@ -143,19 +144,21 @@ def create(
     """
     with transaction(storage, study_id) as session:
         trial_id = claimed(session, study_id, claim) if again else None
-        if trial_id is None:
-            if template is None and not room(session, study_id, slots):
-                raise NoSlotLeft
-            trial = storage._get_prepared_new_trial(study_id, template, session)
-            trial_id = trial.trial_id
-            note = {} if template is None else genome.origin(template)
-            if trial.state == TrialState.RUNNING:
-                session.add(models.TrialHeartbeatModel(trial_id=trial_id))
-                note = {**note, "worker": this_worker()}
-            set_attributes(session, SystemAttr, trial_id, {genome.ORIGIN: {**note, CLAIM: claim}})
-            session.flush()
-        trial = models.TrialModel.find_or_raise_by_id(trial_id, session)
-        return frozen(storage, trial)
+        if trial_id is not None:
+            return frozen(storage, models.TrialModel.find_or_raise_by_id(trial_id, session))
+        if template is None and not room(session, study_id, slots):
+            raise NoSlotLeft
+        made = create_trial(state=TrialState.RUNNING) if template is None else copy.deepcopy(template)
+        note = {**genome.origin(made), CLAIM: claim}
+        if made.state == TrialState.RUNNING:
+            made.datetime_start = made.datetime_start or datetime.now()
+            note["worker"] = this_worker()
+        made.system_attrs = {**made.system_attrs, genome.ORIGIN: note}
+        trial = storage._get_prepared_new_trial(study_id, made, session)
+        if made.state == TrialState.RUNNING:
+            session.add(models.TrialHeartbeatModel(trial_id=trial.trial_id))
+        made.number, made._trial_id = trial.number, trial.trial_id
+        return made
 
 
 def start(storage: Any, study_id: int, trial_id: int, claim: str, slots: int | None) -> FrozenTrial | None:

@@ -38,6 +38,7 @@ import numpy as np
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example, Request, Scores, Task
+from moeopt.tasks.generation import GenerationTask
 from moeopt.tasks.splits import checked_limit, content_hash
 
 if TYPE_CHECKING:
@@ -61,9 +62,9 @@ class MixtureTask(Task):
 
     `examples` gives the members' examples in the mixture's order, ids prefixed by the member's name; for a text member
     these are documents, where requests count windows. Metrics are the "score", the mixture's mean correctness, and
-    those of every member as "name/metric", where it has an example so far. Every member is scored by its `reduce`,
-    also one that has metrics of generated text besides. Members share no example across splits, as far as their texts
-    tell: of one question in two templates they do not, so that such members need data with splits of their own.
+    those of every member as "name/metric", where it has an example so far. Members share no example across splits, as
+    far as their texts tell: of one question in two templates they do not, so that such members need data with splits of
+    their own.
 
     Args:
         members: task and weight by name; or a sequence of them, which take the tasks' names.
@@ -173,6 +174,23 @@ class MixtureTask(Task):
             if scores.chosen is not None:
                 chosen[at] = scores.chosen
         return Scores(found[0], found[1], found[2], chosen, members)
+
+    @property
+    def generates(self) -> bool:
+        """Whether a member's metric is that of generated text."""
+        return any(
+            task.generates if isinstance(task, MixtureTask) else isinstance(task, GenerationTask)
+            for task in self.members.values()
+        )
+
+    def places(self, requests: Sequence[Request]) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Of every member with an example among the requests: where its examples stand, and v / w of each."""
+        found: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        for m, name in enumerate(self.members):
+            scales = {request.example: request.source.scale for request in requests if request.source.member == m}
+            if scales:
+                found[name] = np.array(sorted(scales)), np.array([scales[i] for i in sorted(scales)])
+        return found
 
     def metrics(self, split: str, scores: Scores) -> dict[str, float]:
         found = super().metrics(split, scores)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import moeopt
-from moeopt.errors import ExportError
+from moeopt.errors import ExportError, ModelError
 from moeopt.exporting import why_not_stock
 from moeopt.plan import LayerPlan, Plan
 
@@ -55,6 +55,20 @@ def test_the_reloaded_checkpoint_is_the_patched_model(
         with moeopt.patched(full, plans[kind]):
             expected = computed(full)
         assert all(map(torch.equal, computed(small), expected)), backend
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moeopt_loads_and_evaluates_what_it_exported(
+    full: Any, tiny_tokenizer: Any, plans: dict[str, Plan], tmp_path: Path, kind: str
+) -> None:
+    task = moeopt.tasks.TextTask("t", search=[f"{word} sat on the mat" for word in ("a cat", "the dog", "no one")])
+    expected = moeopt.Evaluator(full, tiny_tokenizer, task).evaluate(plans[kind])
+    moeopt.export(plans[kind], tmp_path / "small", model=full)
+    with pytest.raises(ModelError, match="trust_remote_code=True, or --trust-remote-code"):
+        moeopt.load(tmp_path / "small")
+    small, tokenizer = moeopt.load(tmp_path / "small", trust_remote_code=True)
+    found = moeopt.Evaluator(small, tokenizer, task).evaluate()
+    assert found.losses.tolist() == expected.losses.tolist()
 
 
 def test_every_family_has_a_custom_form(

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 import moeopt
 from moeopt import tasks
 from moeopt.cli import main
+from moeopt.demo import skills
 from moeopt.errors import TaskError
 from moeopt.evaluation.evaluation import Evaluation
 from moeopt.methods import Calibration
 from moeopt.plan import Plan
 from moeopt.racing import honest_estimate
-from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, TextTask
+from moeopt.tasks import Example, GenerationTask, MixtureTask, MultipleChoiceTask, TextTask
 from moeopt.tasks.mixture import _order
 
 USES = ("share", "all")
@@ -126,6 +127,42 @@ def test_rungs_race_as_one_evaluation(tiny_model, tiny_tokenizer, members, plan,
     np.testing.assert_allclose(last.losses, whole.losses, atol=1e-5)
     assert last.tokens < seen[-1].tokens
     assert honest_estimate(seen[0].scores, whole.scores) == pytest.approx(whole.loss, abs=1e-5)
+
+
+def written(skill: str) -> GenerationTask:
+    def split(part: str) -> list[Example]:
+        table = skills.rows(skill, part, 24)
+        return [Example(row["id"], row["prompt"], (row["options"][row["answer"]],), 0) for row in table]
+
+    return GenerationTask(skill, *map(split, ("search", "dev", "test")), stop="\n")
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_metric_of_a_member_that_writes_is_that_of_its_text(use):
+    model, tokenizer = moeopt.load(moeopt.demo.MODEL)
+    plan = Plan.one_hot([[0, 1, 2, 3, 5, 7], [4, 5, 6, 7]] * 3, experts=8, k=2)
+    members = {"w": (written("caesar"), 2.0), "q": (moeopt.demo.skill_task("sort"), 1.0), "t": (texts(8), 3.0)}
+    mixture = MixtureTask(members, use=use)
+    evaluator = moeopt.Evaluator(model, tokenizer, mixture, limit=24, score="metric", rungs=(5, 11, 24))
+    seen = list(evaluator.race(plan))
+    likelihood = moeopt.Evaluator(model, tokenizer, mixture, limit=24).evaluate(plan)
+    np.testing.assert_allclose(seen[-1].weights, likelihood.weights, rtol=1e-6)
+    np.testing.assert_array_equal(seen[-1].losses, 1 - seen[-1].correct)
+    loss = 0.0
+    for name, (at, _) in mixture.places(quiet(mixture, "search", tokenizer, 24)).items():
+        task = members[name][0]
+        own = moeopt.Evaluator(model, tokenizer, task, limit=len(at), score="metric").evaluate(plan)
+        np.testing.assert_allclose(seen[-1].correct[at], own.correct, atol=0.02)  # other batches
+        assert seen[-1].metrics[f"{name}/{task.metric}"] == pytest.approx(own.accuracy, abs=0.02)
+        loss += own.losses.astype(float) @ likelihood.weights[at].astype(float)
+        assert name != "w" or use == "all" or 0 < own.accuracy < 1
+    assert seen[-1].loss == pytest.approx(loss / likelihood.weights.sum(dtype=float), abs=0.02)
+    for part, size in zip(seen, (5, 11, 24)):
+        np.testing.assert_array_equal(part.scores, seen[-1].scores[:, :size])
+    *_, last = evaluator.race(plan, seen[1])
+    np.testing.assert_array_equal(last.scores, seen[-1].scores)
+    assert 0 < last.tokens < seen[-1].tokens
+    assert evaluator.fingerprint != moeopt.Evaluator(model, tokenizer, mixture, limit=24).fingerprint
 
 
 def test_raced_search_compares_trials_on_the_same_weights(tiny_model, tiny_tokenizer, members):

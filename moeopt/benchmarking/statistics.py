@@ -1,0 +1,201 @@
+"""Statistics of best-so-far curves over repeated seeds: functions of arrays, nothing of studies.
+
+A curve is a step function: `costs` (n,), non-decreasing, what a run had spent when its events ended, and `curve` (n,),
+the least loss it had found by then, NaN before there is one. A loss is known at a cost from there on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+ALPHA = 0.05
+"""What a corrected p-value must not exceed for an order to be concluded."""
+EXACT = 16
+"""Differences up to which all 2^n signs are gone through; beyond, 2^16 are drawn."""
+DRAWS = 20_000
+
+
+def best_so_far(losses: Floats) -> Floats:
+    """The least loss up to each event, (n,); NaN among `losses`, (n,), are passed over."""
+    return np.fmin.accumulate(losses) if len(losses) else losses
+
+
+def sample(costs: Floats, curve: Floats, at: Floats) -> Floats:
+    """The curve's heights at the costs `at`, any shape; NaN before the first event."""
+    index = np.searchsorted(costs, at, side="right") - 1
+    known = index >= 0
+    found = np.full(np.shape(at), np.nan)
+    found[known] = curve[index[known]]
+    return found
+
+
+def mean_height(costs: Floats, curve: Floats, start: float, end: float) -> float:
+    """The area under the curve from `start` to `end`, divided by end - start: a loss, the average over the run.
+
+    NaN where the curve has no height at `start`, or end <= start.
+    """
+    if not end > start:
+        return math.nan
+    inner = costs[(costs > start) & (costs < end)]
+    edges = np.concatenate([[start], inner, [end]])
+    return float(sample(costs, curve, edges[:-1]) @ (np.diff(edges) / (end - start)))
+
+
+def time_to(costs: Floats, curve: Floats, targets: Floats) -> Floats:
+    """The cost at which each target, (m,), was reached (loss <= target); infinite where it was not."""
+    heights = np.where(np.isnan(curve), np.inf, curve)
+    index = np.searchsorted(-heights, -targets, side="left")  # heights do not increase
+    return np.append(costs, np.inf)[index]
+
+
+def restricted_mean(times: Floats, budget: float) -> float:
+    """The mean of min(time, budget) over runs, (n,): defined whatever share reached the target.
+
+    The restricted mean survival time of Royston & Parmar (2013), BMC Med. Res. Methodol. 13:152; all runs are seen up
+    to the budget, so that no estimate of a survival curve is needed.
+    """
+    return float(np.minimum(times, budget).mean())
+
+
+def make_targets(high: float, low: float, count: int = 50) -> Floats:
+    """`count` losses from below `high` down to `low`, in equal ratios where high > 5 low > 0, else in equal steps."""
+    if not high > low:
+        return np.array([low])
+    steps = np.arange(1, count + 1) / count
+    if low > 0 and high > 5 * low:
+        found = high * (low / high) ** steps
+    else:
+        found = high + (low - high) * steps
+    found[-1] = low
+    return found
+
+
+def ecdf(times: Floats, at: Floats) -> Floats:
+    """The share of `times`, any shape, of at most `at`, (n,): the empirical distribution of run time.
+
+    Over targets and seeds at once, as in Hansen, Auger, Ros, Mersmann, Tušar & Brockhoff (2021), COCO, Optim. Methods
+    Softw. 36:114-144.
+    """
+    flat = np.sort(times.ravel())
+    return np.searchsorted(flat, at, side="right") / flat.size
+
+
+def median_band(values: Floats, level: float = 0.95) -> tuple[Floats, Floats, Floats, float]:
+    """Median over seeds, the ends of its band, and the probability with which the band covers the true median.
+
+    The band is between order statistics: exact for any distribution, where a bootstrap of few seeds is not (Conover
+    1999, Practical Nonparametric Statistics, 3.2). Below 6 seeds none covers 95%; it is then their range, which covers
+    1 - 2^(1 - seeds).
+
+    Args:
+        values: (seeds, ...); NaN counts as worse than any loss.
+        level: of confidence.
+    """
+    n = len(values)
+    ordered = np.sort(np.where(np.isnan(values), np.inf, values), axis=0)
+    beyond = 2 * stats.binom.cdf(np.arange((n + 1) // 2), n, 0.5)  # both tails, if i values are left out at either end
+    inner = max(1, int((beyond <= 1 - level).sum()))
+    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    low, high = ordered[inner - 1], ordered[n - inner]
+    middle, low, high = (np.where(np.isinf(part), np.nan, part) for part in (middle, low, high))
+    return middle, low, high, float(1 - beyond[inner - 1])
+
+
+def ranks(losses: Floats) -> Floats:
+    """Rank of each optimiser within each seed, (seeds, optimisers), 1 the least loss; ties share, NaN are worst."""
+    found: Floats = stats.rankdata(np.where(np.isnan(losses), np.inf, losses), axis=1)
+    return found
+
+
+def friedman(ranked: Floats, *, draws: int = DRAWS, seed: int = 0) -> float:
+    """The p-value of all optimisers being equal, from `ranks`, (seeds, optimisers).
+
+    Friedman's (1937) test, JASA 32:675-701, by its permutation distribution: within each seed ranks are shuffled, so
+    that it holds for few seeds, where chi-square does not.
+    """
+    observed = float(np.square(ranked.sum(axis=0)).sum())
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permuted(np.broadcast_to(ranked, (draws, *ranked.shape)), axis=2)
+    beyond = np.square(shuffled.sum(axis=1)).sum(axis=1) >= observed - 1e-9
+    return float((1 + beyond.sum()) / (1 + draws))
+
+
+def sign_flip(differences: Floats, *, seed: int = 0) -> float:
+    """The two-sided p-value of paired differences, (n,), being symmetric around 0: Fisher's (1935) randomisation test.
+
+    The mean is held against those under all 2^n signs (see `EXACT`). It cannot be below `least_p`; 1 for n = 0.
+    """
+    n = len(differences)
+    if n == 0:
+        return 1.0
+    exact = n <= EXACT
+    signs = 1.0 - 2.0 * _subsets(n, seed)
+    sums = np.abs(signs @ differences)
+    beyond = int((sums >= abs(differences.sum()) - 1e-12 * np.abs(differences).sum()).sum())
+    return beyond / len(signs) if exact else (1 + beyond) / (1 + len(signs))
+
+
+def least_p(n: int) -> float:
+    """The least p-value that `sign_flip` can give for n differences: 2 of 2^n signs."""
+    return min(1.0, 2.0 ** (1 - min(n, EXACT)))
+
+
+def interval(differences: Floats, level: float = 0.95, *, seed: int = 0) -> tuple[float, float]:
+    """The interval of the differences' centre, (n,), that `sign_flip` does not reject: Hartigan's (1969).
+
+    Its ends are means of subsets, JASA 64:1303-1317; it covers at least `level`. Infinite where there are too few
+    differences for that: below 6 at 95%.
+    """
+    n = len(differences)
+    if n == 0:
+        return -math.inf, math.inf
+    subsets = _subsets(n, seed)
+    subsets = subsets[subsets.any(axis=1)]
+    means = np.sort(subsets @ differences / subsets.sum(axis=1))
+    beyond = int((1 - level) / 2 * (len(means) + 1) + 1e-9)
+    if beyond == 0:
+        return -math.inf, math.inf
+    return float(means[beyond - 1]), float(means[-beyond])
+
+
+def _subsets(n: int, seed: int) -> NDArray[np.float64]:
+    """Membership in all 2^n subsets of n things, or in 2^EXACT drawn ones, (subsets, n), 0 or 1."""
+    if n <= EXACT:
+        return (np.arange(1 << n)[:, None] >> np.arange(n) & 1).astype(np.float64)
+    return np.random.default_rng(seed).integers(2, size=(1 << EXACT, n)).astype(np.float64)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for being many, in the same order: Holm (1979), Scand. J. Stat. 6:65-70."""
+    order = np.argsort(p_values, kind="stable")
+    found = [0.0] * len(p_values)
+    worst = 0.0
+    for i, which in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - i) * p_values[which]))
+        found[which] = worst
+    return found
+
+
+def seeds_to_conclude(pairs: int, alpha: float = ALPHA) -> int:
+    """The fewest common seeds with which `sign_flip` can be below alpha after `holm` over so many pairs."""
+    return math.ceil(1 + math.log2(pairs / alpha) - 1e-9)
+
+
+def seeds_for_power(differences: Floats, pairs: int, alpha: float = ALPHA, power: float = 0.8) -> int | None:
+    """About how many seeds show a difference as large as that of these, (n,), after correction; None if there is none.
+
+    The usual normal approximation, ((z_{alpha / 2 pairs} + z_power) sd / mean)^2, and not fewer than
+    `seeds_to_conclude`.
+    """
+    if len(differences) < 2 or differences.mean() == 0:
+        return None
+    z = float(stats.norm.isf(alpha / 2 / pairs) + stats.norm.ppf(power))
+    needed = math.ceil((z * float(differences.std(ddof=1) / differences.mean())) ** 2)
+    return max(needed, seeds_to_conclude(pairs, alpha))

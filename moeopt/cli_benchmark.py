@@ -1,0 +1,94 @@
+"""`moeopt compare`: arguments are checked and handed to `moeopt.benchmarking.compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from moeopt.errors import StudyError, nearest
+from moeopt.options import DEFAULT_STORAGE
+
+if TYPE_CHECKING:
+    from moeopt.benchmarking import Run
+
+EXAMPLES = (
+    "[bold]Examples[/bold]\n\n"
+    "moeopt compare --study-prefix boolq-8to4- --storage sqlite:///moeopt.db\n\n"
+    "moeopt compare eep-0 eep-1 cmaes-0 cmaes-1 --cost time --target 0.35\n\n"
+    "moeopt compare --study-prefix boolq- --storage sqlite:///a.db --storage postgresql+psycopg://user@host/moeopt\n\n"
+    "One study is one optimiser and one seed. [bold]studies/compare_optimisers.py[/bold] runs a whole comparison."
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("compare", epilog=EXAMPLES)(compare)
+
+
+def compare(
+    studies: Annotated[
+        list[str] | None, typer.Argument(metavar="[STUDY]...", help="Studies, each of one optimiser and one seed.")
+    ] = None,
+    study_prefix: Annotated[
+        str | None, typer.Option(metavar="PREFIX", help="Also all studies whose names begin so.")
+    ] = None,
+    storage: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help=f"Where studies are kept; repeatable. [default: {DEFAULT_STORAGE}]"),
+    ] = None,
+    cost: Annotated[
+        Literal["layer-tokens", "time", "trials"],
+        typer.Option(help="What a budget is counted in. time: seconds in which at least one worker ran a trial."),
+    ] = "layer-tokens",
+    target: Annotated[
+        float | None,
+        typer.Option(metavar="LOSS", help="Loss to give times for. Default: what half of the studies reached."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the page, the CSV files and the JSON.")] = Path(
+        "compare-optimisers"
+    ),
+) -> None:
+    """Compare optimisers over repeated seeds: how low a loss, for how much, and what may be concluded from it.
+
+    Studies must be of the same model, task, space and evaluation; those that differ in the sampler's seed alone are
+    repeats of one optimiser.
+    """
+    if not studies and study_prefix is None:
+        raise StudyError("name the studies to compare, or give --study-prefix")
+    from moeopt import benchmarking
+    from moeopt.console import consoles
+
+    found = benchmarking.compare(
+        _runs(studies or [], study_prefix, storage or [DEFAULT_STORAGE]), cost=cost, target=target
+    )
+    found.save(out)
+    console, _ = consoles()
+    console.print(benchmarking.view(found))
+    console.print(f"{out / 'index.html'} shows it all.", markup=False, soft_wrap=True)
+
+
+def _runs(names: list[str], prefix: str | None, storages: list[str]) -> list[Run]:
+    """The studies of these names, and of this prefix, in all storages."""
+    import optuna
+
+    from moeopt.benchmarking import read
+    from moeopt.storage import hidden, open_storage, readable_errors
+
+    there: list[str] = []
+    runs = []
+    for url in dict.fromkeys(storages):
+        opened = open_storage(url, create=False)
+        with readable_errors(url):
+            known = optuna.get_all_study_names(opened)
+            there += known
+            chosen = [n for n in known if n in names or (prefix is not None and n.startswith(prefix))]
+            runs += [read(optuna.load_study(study_name=name, storage=opened)) for name in chosen]
+    places = " or ".join(map(hidden, dict.fromkeys(storages)))
+    for name in names:
+        if name not in there:
+            raise StudyError(f"no study {name!r} in {places}{nearest(name, there)}")
+    if not runs:
+        raise StudyError(f"no study in {places} has a name that begins with {prefix!r}")
+    return runs

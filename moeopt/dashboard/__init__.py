@@ -1,0 +1,12 @@
+"""optuna-dashboard with each study's note and figures, kept current while studies run.
+
+    study.optimize(objective, n_trials=400, callbacks=[moeopt.dashboard.Refresh()])
+
+writes them for whoever runs `optuna-dashboard`; `moeopt dashboard STORAGE` serves and refreshes all studies of a
+storage.
+"""
+
+from moeopt.dashboard.refreshing import Refresh, Refresher, attach
+from moeopt.dashboard.serving import refreshing, server
+
+__all__ = ["Refresh", "Refresher", "attach", "refreshing", "server"]

@@ -1,0 +1,224 @@
+"""What a study says of itself and of its trials, checked once, where it is read.
+
+A study comes from a database that others write to. What moeopt takes from it is JSON; here it is held against a form,
+so that the code behind may rely on keys and types, and whatever is of another form is one error that names the place.
+
+`FORMAT` stands beside the version that wrote a study. It rises when an older moeopt would misread what is written, and
+a reader refuses what is newer, naming both versions. Studies of moeopt 0.1.0 that have none are of format 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moeopt import __version__, genome
+from moeopt.errors import MoeoptError, StorageError, StudyError
+from moeopt.showing import shown
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+DESCRIPTION = "moeopt"
+"""User attribute of a study: the JSON description of model, task, space and sampler it was made with."""
+FORMAT = 1
+DEEPEST = 64
+"""Levels of objects and lists in a description."""
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
+"""What Optuna raises on rows that hold something else than it wrote."""
+
+
+@dataclass(frozen=True)
+class Of:
+    """A JSON value that is no list or object: what to call it, and whether something is one."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """A form whose value may be null or missing."""
+
+    form: Any
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+TEXT = Of("text", lambda value: isinstance(value, str))
+FLAG = Of("true or false", lambda value: isinstance(value, bool))
+COUNT = Of(
+    "an integer from 0 to 2**53", lambda value: _is_number(value) and int is type(value) and 0 <= value <= 1 << 53
+)
+NUMBER = Of("a number", lambda value: _is_number(value) and (isinstance(value, float) or abs(value) <= 1 << 53))
+FINITE = Of("a finite number", lambda value: NUMBER.holds(value) and math.isfinite(value))
+
+STUDY = {
+    "version": TEXT,
+    "model": {"name_or_path": TEXT, "architecture": TEXT, "config_hash": TEXT, "weights": TEXT},
+    "task": {
+        "name": TEXT, "fingerprint": TEXT, "split": TEXT, "limit": Maybe(COUNT), "max_length": Maybe(COUNT),
+        "examples": Maybe({TEXT: COUNT}),
+    },
+    "space": {
+        "kind": TEXT, "shape": {"layers": COUNT, "experts": COUNT, "k": COUNT}, "keep": COUNT, "k": COUNT,
+        "groups": [[COUNT]], "router": TEXT,
+    },
+    "sampler": {"name": Maybe(TEXT)},
+    "pruner": Maybe({"class": Maybe(TEXT)}),
+    "evaluation": Maybe({"score": Maybe(TEXT), "top_p": Maybe(FINITE), "active_weight": Maybe(FINITE)}),
+}  # fmt: skip
+TRIAL = {
+    genome.ORIGIN: {
+        "slot": Maybe(COUNT), "operator": Maybe(TEXT), "phase": Maybe(TEXT), "parents": Maybe([COUNT]),
+        "plan": Maybe(TEXT), "notes": Maybe({}), "worker": Maybe({"pid": Maybe(COUNT)}),
+    },
+    genome.RETRIES: [COUNT],
+    genome.SCORES: {"of": Maybe(TEXT), "active": Maybe(FINITE), "penalty": Maybe(FINITE)},
+    "fixed_params": {},
+}  # fmt: skip
+"""System attributes of a trial, of those that moeopt reads."""
+
+
+def check(value: Any, form: Any, where: str) -> None:
+    """Raise StudyError, naming the first place that differs, unless a JSON value is of a form.
+
+    Args:
+        value: as `json.loads` gives it.
+        form: an `Of`; a list of one form, that of all items; a dictionary of forms by key, further keys being free, or
+            of one form by `TEXT`, that of all values; or a `Maybe` of one of these.
+        where: what to call the value.
+    """
+    if isinstance(form, Maybe):
+        if value is None:
+            return
+        form = form.form
+    if isinstance(form, Of):
+        if not form.holds(value):
+            raise StudyError(f"{where} must be {form.words}, got {shown(value)}")
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            raise StudyError(f"{where} must be a list, got {shown(value)}")
+        for i, item in enumerate(value):
+            check(item, form[0], f"{where}[{i}]")
+    else:
+        if not isinstance(value, dict):
+            raise StudyError(f"{where} must be an object, got {shown(value)}")
+        every = form.get(TEXT)
+        for key, item in value.items() if every is not None else ():
+            check(item, every, f"{where}.{shown(key)}")
+        for key, inner in form.items() if every is None else ():
+            if key in value or not isinstance(inner, Maybe):
+                check(value.get(key), inner, f"{where}.{key}")
+
+
+def check_depth(value: Any, where: str, deepest: int = DEEPEST) -> None:
+    """Raise StudyError when lists and objects stand in one another deeper than that."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > deepest:
+            raise StudyError(f"{where} is nested deeper than {deepest} levels")
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+
+
+def check_format(found: Mapping[str, Any], where: str, version: Any) -> None:
+    """Raise StudyError, naming the version that wrote it and this one, when something is of a newer format."""
+    written = found.get("format", 1)
+    if type(written) is not int or written < 1:
+        raise StudyError(f"{where}.format must be an integer of at least 1, got {shown(written)}")
+    if written > FORMAT:
+        raise StudyError(
+            f"{where} was written by moeopt {shown(version)} in format {written}; this is moeopt {__version__}, which "
+            f"reads formats up to {FORMAT}: open it with a newer one"
+        )
+
+
+@contextmanager
+def reading(study_name: str) -> Iterator[None]:
+    """Turn what Optuna raises on rows that it did not write into one StorageError that names the study."""
+    try:
+        yield
+    except MoeoptError:
+        raise
+    except DAMAGE as error:
+        raise StorageError(
+            f"study {shown(study_name)} is damaged and cannot be read: {type(error).__name__}: {shown(str(error))}"
+        ) from None
+
+
+def described(study: optuna.Study) -> dict[str, Any]:
+    """The description that a study of moeopt keeps, of the form `STUDY`.
+
+    Raises:
+        StudyError: when moeopt did not make the study, a newer one did, or the description is of another form.
+        StorageError: when the study cannot be read.
+    """
+    with reading(study.study_name):
+        found = study.user_attrs.get(DESCRIPTION)
+    name = f"study {shown(study.study_name)}"
+    if found is None:
+        raise StudyError(f"{name} does not say what it searched; moeopt did not make it")
+    where = f"{name}: its attribute {DESCRIPTION!r}"
+    if not isinstance(found, dict):
+        raise StudyError(f"{where} must be an object, got {shown(found)}")
+    check_format(found, where, found.get("version"))
+    check_depth(found, where)
+    check(found, STUDY, where)
+    return found
+
+
+def check_whole(study: optuna.Study) -> dict[str, Any]:
+    """Read all of a study of moeopt, and raise unless description and trials are of a form that moeopt writes.
+
+    Returns:
+        Its description.
+
+    Raises:
+        StudyError: as `described`, when it does not minimise one value, or a trial is not of that form.
+        StorageError: when it cannot be read.
+    """
+    found = described(study)
+    with reading(study.study_name):
+        directions, trials = study.directions, study.get_trials(deepcopy=False)
+    if [direction.name for direction in directions] != ["MINIMIZE"]:
+        raise StudyError(f"study {shown(study.study_name)} does not minimise one value, as studies of moeopt do")
+    for trial in trials:
+        check_trial(trial, study.study_name)
+    return found
+
+
+def check_trial(trial: FrozenTrial, study_name: str) -> None:
+    """Raise StudyError, naming the trial, unless what moeopt reads of it is of the form that moeopt writes."""
+    where = f"study {shown(study_name)}, trial {trial.number}"
+    values = trial.values
+    complete = trial.state.name == "COMPLETE"
+    check(values, [NUMBER] if complete else Maybe([NUMBER]), f"{where}: its values")
+    if values is not None and (len(values) != 1 or (complete and math.isnan(values[0]))):
+        raise StudyError(f"{where}: a trial has one value, of a completed one not NaN; got {shown(values)}")
+    for key, form in TRIAL.items():
+        if key in trial.system_attrs:
+            check_depth(trial.system_attrs[key], f"{where}: {key!r}")
+            check(trial.system_attrs[key], form, f"{where}: {key!r}")
+    origin, retries = trial.system_attrs.get(genome.ORIGIN) or {}, trial.system_attrs.get(genome.RETRIES) or []
+    if (origin.get("slot") or 0) > trial.number:
+        raise StudyError(f"{where}: {genome.ORIGIN!r}.slot must be at most its number, got {shown(origin['slot'])}")
+    if any(number >= trial.number for number in retries):
+        raise StudyError(f"{where}: {genome.RETRIES!r} must name earlier trials, got {shown(retries)}")
+
+
+def number(attrs: Mapping[str, Any], key: str) -> Any:
+    """A number among user attributes, which anyone may set; None where there is none, or something else."""
+    value = attrs.get(key)
+    return value if FINITE.holds(value) else None

@@ -1,0 +1,56 @@
+"""Text of others, such as names in a study, as it may be shown: nothing in it moves a cursor, and it is not endless."""
+
+from __future__ import annotations
+
+import unicodedata
+
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of control characters, of format characters such as right-to-left overrides, of surrogates, and
+of the separators of lines and paragraphs."""
+
+
+def visible(text: str) -> str:
+    r"""The text with all that controls a terminal, but for new lines and tabs, written as Python escapes it.
+
+    >>> visible("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in HIDDEN
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def line(value: object, most: int = 200) -> str:
+    r"""A value's text on one visible line, the middle left out where it is longer.
+
+    >>> line("two\nlines, and more than so many characters", most=24)
+    'two\\nlines...characters'
+    """
+    text = value if isinstance(value, str) else shown(value, most)
+    if len(text) > 2 * most:
+        text = text[:most] + text[-most:]
+    return _cut(visible(text).replace("\n", "\\n").replace("\t", "\\t"), most)
+
+
+def shown(value: object, most: int = 120) -> str:
+    """A value's `repr` for a message, the middle left out where it is long.
+
+    >>> shown("a" * 400, most=21)
+    "'aaaaaaaa...aaaaaaaa'"
+    """
+    if isinstance(value, str) and len(value) > 2 * most:
+        value = value[:most] + value[-most:]
+    try:
+        return _cut(repr(value), most)
+    except Exception as error:  # an integer of more digits than Python writes, or lists within lists within lists
+        return f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
+
+
+def _cut(text: str, most: int) -> str:
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

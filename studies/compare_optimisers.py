@@ -1,0 +1,86 @@
+"""Optimisers on one search space over repeated seeds, and what may be concluded from it.
+
+python studies/compare_optimisers.py [--small] [--seeds 5] [--trials 100] [--out compare-optimisers]
+python studies/compare_optimisers.py --model MODEL --task boolq --data FILES --optimisers eep,local,random
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import optuna
+from rich.console import Console
+
+import moeopt
+from moeopt import benchmarking
+
+OPTIMISERS = "eep,local,cmaes,tpe,nevergrad:NGOpt,nevergrad:TwoPointsDE,nevergrad:PSO,random"
+
+
+def main() -> None:
+    args = arguments()
+    if args.small:
+        args.optimisers, args.seeds, args.trials, args.limit, args.test_limit = "eep,local,random", 2, 4, 8, 12
+    console = Console(width=130)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    model, tokenizer = moeopt.load(args.model, device_map=args.device_map)
+    if args.task is None:
+        task = moeopt.demo.skill_task(args.skill)
+    else:
+        task = moeopt.tasks.get(args.task, data=args.data, **json.loads(args.task_options))
+    space = moeopt.PruneSpace.of(model, keep=args.keep, groups=args.groups)
+    objective = moeopt.Objective(model, tokenizer, task, space, limit=args.limit, rungs=args.rungs)
+    studies = []
+    for seed in range(
+        args.first_seed, args.first_seed + args.seeds
+    ):  # seed by seed, so that what there is when it is stopped can be compared
+        for name in args.optimisers.split(","):
+            study = moeopt.create_study(
+                f"{task.name}-{space.shape.experts}to{args.keep}-{name}-seed{seed}",
+                objective=objective,
+                storage=args.storage,
+                sampler=name,
+                seed=seed,
+                pruner="racing" if args.rungs > 1 else None,
+                load_if_exists=True,
+                **({"budget": args.trials} if name.startswith("nevergrad:") else {}),
+            )
+            objective.evaluator.clear()  # no study saves layer-tokens by what another one ran
+            moeopt.optimize(study, objective, trials=args.trials)
+            moeopt.select(study, objective, top=args.top, dev_limit=args.test_limit, test_limit=args.test_limit)
+            console.print(f"{study.study_name}: {study.best_value:.4f}", markup=False, soft_wrap=True)
+            studies.append(study)
+    found = benchmarking.compare(studies)
+    found.save(args.out)
+    console.print(benchmarking.view(found))
+    console.print(f"{args.out / 'index.html'} shows it all.", markup=False, soft_wrap=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a run of seconds that shows the plumbing, not a result")
+    parser.add_argument("--model", default=str(moeopt.demo.MODEL), help="folder or hub name; default: the demo model")
+    parser.add_argument("--device-map", default="auto")
+    parser.add_argument("--skill", default=moeopt.demo.DEFAULT_SKILL, help="of the demo model, where no task is given")
+    parser.add_argument("--task")
+    parser.add_argument("--data", help="file or folder of the task")
+    parser.add_argument("--task-options", default="{}", help='JSON, such as {"suffixes": [".py"]}')
+    parser.add_argument("--keep", type=int, default=4)
+    parser.add_argument("--groups", type=int, help="of layers that keep the same experts; default: none do")
+    parser.add_argument("--optimisers", default=OPTIMISERS, help=f"names between commas; default: {OPTIMISERS}")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="to divide the seeds among processes")
+    parser.add_argument("--trials", type=int, default=100, help="of every study; Nevergrad's plan for so many")
+    parser.add_argument("--rungs", type=int, default=1, help="race trials over so many rungs")
+    parser.add_argument("--limit", type=int, default=48, help="search examples")
+    parser.add_argument("--top", type=int, default=5, help="plans of a study that are judged on dev")
+    parser.add_argument("--test-limit", type=int, default=200, help="dev and test examples")
+    parser.add_argument("--storage", default="sqlite:///compare_optimisers.db")
+    parser.add_argument("--out", type=Path, default=Path("compare-optimisers"), help="folder of the report")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

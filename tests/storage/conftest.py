@@ -1,0 +1,176 @@
+"""Databases, a wire to them that can be cut, and workers as processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from sqlalchemy.engine import make_url
+
+import moeopt
+from moeopt import genome, samplers
+from moeopt.storage import open_storage
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+SPACE = moeopt.PruneSpace(moeopt.ModelShape(4, 6, k=2), keep=3)
+SERVERS = {"postgres": "MOEOPT_TEST_POSTGRES_URL", "mysql": "MOEOPT_TEST_MYSQL_URL"}
+
+
+def loss(trial: optuna.Trial) -> float:
+    return float(((SPACE.vector(trial) - 0.25) ** 2).sum())
+
+
+def servers() -> list[Any]:
+    params = []
+    for name, variable in SERVERS.items():
+        url = os.environ.get(variable)
+        skip = pytest.mark.skip(reason=f"{variable} is not set")
+        params.append(pytest.param(url, id=name, marks=[] if url else [skip]))
+    return params
+
+
+@pytest.fixture(autouse=True)
+def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOEOPT_SPOOL", str(tmp_path / "spool"))
+    return tmp_path / "spool"
+
+
+@pytest.fixture
+def name() -> str:
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(params=[pytest.param("sqlite", id="sqlite"), *servers()])
+def url(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> Iterator[str]:
+    url = request.param if request.param != "sqlite" else f"sqlite:///{tmp_path}/study.db"
+    yield url
+    with suppress(KeyError):
+        optuna.delete_study(study_name=name, storage=url)
+
+
+class Wire:
+    """A TCP proxy in front of a database server: it can be cut, and lose the answer to the next COMMIT of something."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.server = (host, port)
+        self.losing = False
+        self._open: set[socket.socket] = set()
+        self._listener: socket.socket | None = None
+        with closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.mend()
+
+    def mend(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port), reuse_port=True)
+        threading.Thread(target=self._serve, args=(self._listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        assert self._listener is not None
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for end in [*self._open]:
+            self._close(end)
+
+    def _serve(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self.server)
+            self._open |= {client, server}
+            lost = threading.Event()
+            for source, target, asks in ((client, server, True), (server, client, False)):
+                threading.Thread(target=self._copy, args=(source, target, asks, lost), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket, asks: bool, lost: threading.Event) -> None:
+        wrote = False
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if asks:
+                    wrote = wrote or b"INSERT" in data or b"UPDATE trials" in data
+                    if self.losing and wrote and b"COMMIT" in data:
+                        self.losing = False
+                        lost.set()
+                    wrote = wrote and b"COMMIT" not in data
+                if not asks and lost.is_set():
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            self._close(end)
+
+    def _close(self, end: socket.socket) -> None:
+        self._open.discard(end)
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+        end.close()
+
+
+@pytest.fixture(params=servers())
+def direct(request: pytest.FixtureRequest, name: str) -> Iterator[str]:
+    """A server's URL, past the wire."""
+    yield request.param
+    with suppress(KeyError):
+        optuna.delete_study(study_name=name, storage=request.param)
+
+
+@pytest.fixture
+def wire(direct: str) -> Iterator[Wire]:
+    parsed = make_url(direct)
+    assert parsed.port is not None
+    wire = Wire(parsed.host or "127.0.0.1", parsed.port)
+    yield wire
+    with suppress(OSError):
+        wire.cut()
+
+
+@pytest.fixture
+def wired(direct: str, wire: Wire) -> str:
+    """The server's URL over the wire."""
+    return make_url(direct).set(host="127.0.0.1", port=wire.port).render_as_string(hide_password=False)
+
+
+def opened(url: str, name: str, sampler: Any = "random", **options: Any) -> optuna.Study:
+    """The study, with a storage of its own that waits for a minute."""
+    settings = {"heartbeat_interval": 1, "grace_period": 60, "patience": 60} | options
+    chosen = samplers.get(sampler, SPACE, seed=0) if isinstance(sampler, str) else sampler
+    return optuna.create_study(
+        study_name=name, storage=open_storage(url, **settings), sampler=chosen, load_if_exists=True
+    )
+
+
+def processes(count: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
+    """Start workers: forks, which must open storages of their own."""
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=work, args=arguments) for _ in range(count)]
+    for process in started:
+        process.start()
+    return started
+
+
+def slots(study: optuna.Study) -> list[int]:
+    """Slots of the complete trials, sorted."""
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    return sorted(genome.origin(trial)["slot"] for trial in done)
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait for a condition that must come about."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it did not come about within a minute")

@@ -1,0 +1,280 @@
+"""Outages: waited for, nothing done twice, nothing evaluated lost, workers killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError, ProgrammingError
+
+import moeopt
+from moeopt import genome
+from moeopt.errors import StorageError
+from moeopt.storage import open_storage
+from moeopt.storage.outages import is_outage
+
+from .conftest import Wire, loss, opened, processes, slots, until
+
+
+def backend(study: optuna.Study) -> Any:
+    team = genome.shared(study)
+    assert team is not None
+    return team[0]
+
+
+def kept(spool: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(spool.rglob("*.json"))]
+
+
+def test_a_search_goes_on_after_an_outage(
+    wire: Wire, wired: str, name: str, spool: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = make_url(wired).set(password="hush").render_as_string(hide_password=False)
+    study = opened(secret if "postgres" in wired else wired, name)
+
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number == 2:
+            wire.cut()
+            threading.Timer(3.0, wire.mend).start()
+        value = loss(trial)
+        genome.write(study, trial, {}, {"note": value})
+        return value
+
+    with caplog.at_level(logging.WARNING, "moeopt"):
+        moeopt.optimize(study, objective, trials=8)
+    assert slots(study) == list(range(8))
+    assert all(t.state == TrialState.COMPLETE and t.user_attrs["note"] == t.value for t in study.trials)
+    assert kept(spool) == []
+    said = [record.getMessage() for record in caplog.records if record.name == "moeopt.storage"]
+    assert ["answers again" in text for text in said] == [False, True]
+    assert "hush" not in caplog.text
+
+
+@pytest.mark.parametrize("step", ["study", "create", "propose", "add", "start", "attribute", "end", "take over"])
+def test_a_commit_whose_answer_was_lost_is_done_once(wire: Wire, wired: str, name: str, step: str) -> None:
+    storage = open_storage(wired, patience=60)
+    if step == "study":
+        wire.losing = True
+    study = optuna.create_study(study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(seed=0))
+    if step in ("start", "add"):
+        study.enqueue_trial({"x": 0.5})
+    team = backend(study)
+    team.identity(genome.shared(study)[1])  # type: ignore[index]
+    if step in ("create", "start"):
+        wire.losing = True
+    trial = study.ask()
+    if step == "propose":
+        wire.losing = True
+    x = trial.suggest_float("x", 0, 1)
+    if step == "add":
+        wire.losing = True
+        study.add_trial(create_trial(state=TrialState.COMPLETE, value=3.0))
+    if step == "attribute":
+        wire.losing = True
+    trial.set_user_attr("note", 1)
+    if step == "take over":
+        other = opened(wired, name)
+        backend(other).identity(genome.shared(other)[1])  # type: ignore[index]
+        wire.losing = True
+        backend(other).take_over(genome.shared(other)[1], genome.key(study.trials[0]), "test")  # type: ignore[index]
+        assert [t.state.name for t in other.trials] == ["FAIL", "WAITING"]
+        assert other.trials[1].params == {"x": x}
+        assert not wire.losing
+        return
+    if step == "end":
+        wire.losing = True
+    study.tell(trial, 2.0)
+    assert not wire.losing
+    first = study.trials[0]
+    assert (first.state, first.value) == (TrialState.COMPLETE, 2.0)
+    assert (first.params, first.user_attrs) == ({"x": x}, {"note": 1})
+    assert len(study.trials) == (2 if step == "add" else 1)
+
+
+def test_patience_ends_with_one_error_and_the_result_is_stored_later(
+    wire: Wire, wired: str, name: str, spool: Path
+) -> None:
+    study, calls = opened(wired, name, patience=1), []
+
+    def objective(trial: optuna.Trial) -> float:
+        calls.append(trial.number)
+        if trial.number == 1 and len(calls) == 2:
+            wire.cut()
+        return loss(trial)
+
+    with pytest.raises(StorageError, match="did not answer for 1 s") as error:
+        moeopt.optimize(study, objective, trials=3)
+    assert "\n" not in str(error.value)
+    (result,) = kept(spool)
+    assert (result["number"], result["state"]) == (1, "COMPLETE")
+    wire.mend()
+    later = opened(wired, name)
+    moeopt.study.reclaim(later, other_hosts=True)  # this process lives, so that its trial is not dead
+    file = next(spool.rglob("*.json"))
+    result["worker"]["started"] = 1.0
+    file.write_text(json.dumps(result))
+    moeopt.optimize(later, objective, trials=3)
+    assert slots(later) == [0, 1, 2]
+    assert calls == [0, 1, 2]
+    assert kept(spool) == []
+
+
+def worker_at_outage(url: str, name: str, ready: str) -> None:
+    study = opened(url, name)
+
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number == 1 and not Path(ready).exists():
+            Path(ready).touch()
+            until(lambda: Path(ready + ".cut").exists())
+            value = loss(trial)
+            if ready.endswith("attrs"):
+                genome.write(study, trial, {}, {"note": value})
+            return value
+        assert trial.number != 1
+        return loss(trial)
+
+    moeopt.optimize(study, objective, trials=3)
+
+
+@pytest.mark.parametrize("at", ["value", "attrs"])
+def test_what_a_worker_had_evaluated_outlives_it(
+    wire: Wire, wired: str, direct: str, name: str, tmp_path: Path, spool: Path, at: str
+) -> None:
+    opened(direct, name)
+    ready = str(tmp_path / at)
+    (process,) = processes(1, worker_at_outage, wired, name, ready)
+    until(Path(ready).exists)
+    wire.cut()
+    Path(ready + ".cut").touch()
+    until(lambda: kept(spool))
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    (result,) = kept(spool)
+    wire.mend()
+    later = opened(wired, name)
+    moeopt.study.reclaim(later)
+    if at == "value":
+        assert later.trials[1].state == TrialState.COMPLETE
+        assert [later.trials[1].value] == result["values"]
+    else:  # not evaluated to the end: what is known goes to the trial that repeats it
+        assert [t.state.name for t in later.trials] == ["COMPLETE", "FAIL", "WAITING"]
+        assert later.trials[1].user_attrs["note"] == result["user_attrs"]["note"]
+    moeopt.optimize(later, loss, trials=3)
+    assert slots(later) == [0, 1, 2]
+    assert kept(spool) == []
+
+
+@pytest.mark.parametrize("repeated", ["waiting", "running", "complete"])
+def test_a_trial_taken_over_while_its_worker_lives_ends_once(url: str, name: str, repeated: str) -> None:
+    mine, other = opened(url, name), opened(url, name)
+
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number == 0:
+            team = genome.shared(other)
+            assert team is not None
+            assert team[0].take_over(team[1], genome.key(trial), "looked dead") == 1
+            if repeated != "waiting":
+                again = other.ask()
+                if repeated == "complete":
+                    other.tell(again, -1.0)
+        value = loss(trial)
+        genome.write(mine, trial, {genome.SCORES: {"of": "x"}}, {"note": value})
+        assert mine.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING
+        return value
+
+    moeopt.optimize(mine, objective, trials=2)
+    first, second, third = mine.trials
+    assert (first.state, first.user_attrs["failure"]) == (TrialState.FAIL, "looked dead")
+    assert second.state == third.state == TrialState.COMPLETE
+    assert slots(mine) == [0, 1]
+    if repeated == "complete":
+        assert second.value == -1.0
+    else:
+        assert second.value == second.user_attrs["note"] == loss_of(second)
+        assert second.system_attrs[genome.SCORES] == {"of": "x"}
+        assert genome.read(second) is not None
+        assert second.params == first.params
+
+
+def loss_of(trial: optuna.trial.FrozenTrial) -> float:
+    return float(((genome.read(trial) - 0.25) ** 2).sum())  # type: ignore[operator]
+
+
+def test_timeout_and_ctrl_c_end_the_wait(wire: Wire, wired: str, name: str, spool: Path) -> None:
+    study = opened(wired, name)
+
+    def cuts(trial: optuna.Trial) -> float:
+        wire.cut()
+        return loss(trial)
+
+    moeopt.optimize(study, cuts, timeout=1.0)
+    assert len(kept(spool)) == 1
+    wire.mend()
+    again = opened(wired, name)
+
+    def interrupted(trial: optuna.Trial) -> float:
+        wire.cut()
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return loss(trial)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        moeopt.optimize(again, interrupted, trials=5)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(kept(spool)) == 2
+    wire.mend()
+
+
+def test_a_database_that_is_not_there_is_an_error_at_once_or_waited_for(wire: Wire, wired: str, name: str) -> None:
+    wire.cut()
+    with pytest.raises(StorageError, match="cannot use the storage"):
+        open_storage(wired)
+    threading.Timer(1.0, wire.mend).start()
+    assert opened(wired, name).trials == []
+
+
+def test_which_errors_are_outages() -> None:
+    import sqlite3
+
+    class Refused(Exception):
+        sqlstate = "28P01"
+
+    locked = OperationalError("x", {}, sqlite3.OperationalError("database is locked"))
+    assert is_outage(locked)
+    wrapped = optuna.exceptions.StorageInternalError("x")
+    wrapped.__cause__ = locked
+    assert is_outage(wrapped)
+    for error in (
+        OperationalError("x", {}, sqlite3.OperationalError("no such table: trials")),
+        OperationalError("x", {}, sqlite3.OperationalError("database or disk is full")),
+        OperationalError("x", {}, Refused("password authentication failed for user")),
+        ProgrammingError("x", {}, Refused("relation trials")),
+        ValueError("database is locked"),
+    ):
+        assert not is_outage(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"heartbeat_interval": 0}, "heartbeat_interval"),
+        ({"grace_period": 30}, "longer than heartbeat_interval, 60 s, got 30 s"),
+        ({"patience": -1}, "patience"),
+        ({"retries": -1}, "retries"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(StorageError, match=named):
+        open_storage(f"sqlite:///{tmp_path}/x.db", **options)
+    assert not (tmp_path / "x.db").exists()
