@@ -245,6 +245,14 @@ def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:
     return chosen, plan_of(chosen, study)
 
 
+def check_shared(storage: str) -> None:
+    """Raise StorageError for a database in memory, which no other process sees."""
+    from moeopt.errors import StorageError
+
+    if storage in ("sqlite://", "sqlite:///") or ":memory:" in storage or "mode=memory" in storage:
+        raise StorageError(f"a database in memory is of one process, and --workers are several: not {storage!r}")
+
+
 def existing(storage: str, name: str, described: dict[str, Any], *, resume: bool) -> optuna.Study | None:
     """The study of that name, if there is one; StudyError when it cannot be resumed with what is `described`."""
     import optuna

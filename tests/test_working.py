@@ -22,7 +22,7 @@ import torch
 import moeopt
 from moeopt import genome, recipe
 from moeopt.cli import main
-from moeopt.errors import StudyError
+from moeopt.errors import NonFiniteLossError, StudyError
 from moeopt.study import finished
 from moeopt.tasks import Example, MultipleChoiceTask
 
@@ -249,6 +249,34 @@ def test_an_error_of_the_code_fails_the_trial_and_ends_the_worker_in_one_line(
     (trial,) = study.trials
     assert trial.state.name == "FAIL"
     assert "illegal memory access" in trial.user_attrs["failure"]
+
+
+def out_of_memory() -> None:
+    torch.empty(1 << 60)
+
+
+def no_number() -> None:
+    raise NonFiniteLossError("the loss is not finite: the MoE output of layer 1 is not", layer=1)
+
+
+@pytest.mark.parametrize(("fail", "reason"), [(out_of_memory, "allocate memory"), (no_number, "not finite")])
+def test_memory_that_runs_out_and_losses_that_are_none_fail_the_trial_and_not_the_worker(
+    fail: Callable[[], None], reason: str, place: Place, sqlite: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = moeopt.create_study(name, objective=place.objective(), storage=sqlite, sampler="random")
+    recipe.want(study, 4)
+    real, calls = MultipleChoiceTask.reduce, []
+
+    def reduce(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            fail()
+        return real(*arguments)
+
+    monkeypatch.setattr(MultipleChoiceTask, "reduce", reduce)
+    assert main(["worker", "--storage", sqlite, "--study", name, "--model", str(place.folder / "model")]) == 0
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert reason in study.trials[1].user_attrs["failure"]
 
 
 @pytest.mark.parametrize(
