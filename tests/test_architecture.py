@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "on_ray": {"errors"},
     "exporting": {"errors", "plan", "models", "showing", "study"},
     "selection": {"console", "description", "errors", "plan", "genome", "models", "evaluation", "objective", "showing"},
-    "benchmarking": {"errors", "plan", "genome", "selection", "study"},
+    "benchmarking": {"description", "errors", "plan", "genome", "selection", "showing", "study"},
     "comparing": {"errors", "genome", "plan", "models", "showing", "tasks", "evaluation", "methods"},
     "profiling": {"errors", "plan", "models"},
     "figures": {"errors", "plan"},

@@ -16,6 +16,7 @@ from moeopt.benchmarking import statistics
 from moeopt.benchmarking.runs import COSTS, Cost, Run, read
 from moeopt.benchmarking.statistics import Floats
 from moeopt.errors import StudyError, nearest
+from moeopt.showing import line
 from moeopt.study import MAY_DIFFER, differences_of
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def _check_comparable(runs: Sequence[Run]) -> None:
     for run in runs[1:]:
         found = [d for d in differences_of(first.description, run.description) if d[0] not in MAY_DIFFER]
         if found:
-            listed = "; ".join(f"{path}: {_short(a)} and {_short(b)}" for path, a, b in found[:8])
+            listed = "; ".join(f"{path}: {line(a, 40)} and {line(b, 40)}" for path, a, b in found[:8])
             more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
             raise StudyError(
                 f"studies {first.study!r} and {run.study!r} cannot be compared, they differ in {listed}{more}"
@@ -317,7 +318,7 @@ def readable_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         differing = sorted(
             {key for other in namesakes for key in {*own, *other} if own.get(key) != other.get(key)} - {"name"}
         )
-        listed = ", ".join(f"{key}={_short(own[key])}" for key in differing if key in own)
+        listed = ", ".join(f"{key}={line(own[key], 40)}" for key in differing if key in own)
         names.append(f"{base} ({listed})" if listed else base)
     seen: Counter[str] = Counter()
     for i, name in enumerate(names):
@@ -336,8 +337,9 @@ def _base_name(settings: Mapping[str, Any]) -> str:
     pruner = settings.get("pruner")
     if isinstance(pruner, dict):
         name += f" + {str(pruner.get('class')).rpartition('.')[2]}"
-    if settings.get("warm_starts"):
-        name += f" from {', '.join(settings['warm_starts'])}"
+    starts = settings.get("warm_starts")
+    if isinstance(starts, list):
+        name += f" from {', '.join(map(str, starts))}"
     return name
 
 
@@ -347,11 +349,6 @@ def _flat(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{path}.{key}".lstrip("."))
     else:
         yield path, settings
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _seeds(runs: Sequence[Run]) -> list[str]:

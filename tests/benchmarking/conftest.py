@@ -18,7 +18,14 @@ ABOUT: dict[str, Any] = {
     "version": "0.1.0",
     "model": {"name_or_path": "tiny", "architecture": "Mixtral", "config_hash": "c", "weights": "w"},
     "task": {"name": "sums", "fingerprint": "f", "split": "search", "limit": 8, "max_length": None},
-    "space": {"kind": "prune", "shape": {"layers": 2, "experts": 4, "k": 2}, "keep": 2, "groups": [[0, 0], [1, 1]]},
+    "space": {
+        "kind": "prune",
+        "shape": {"layers": 2, "experts": 4, "k": 2},
+        "keep": 2,
+        "k": 2,
+        "groups": [[0, 0], [1, 1]],
+        "router": "prob",
+    },
     "evaluation": {"rungs": [8], "report": "mean", "attention": "sdpa", "experts": "eager"},
     "pruner": {"class": "optuna.pruners._nop.NopPruner"},
 }
@@ -65,7 +72,22 @@ def make(
     if test_loss is not None:
         study.set_user_attr(
             "selection",
-            {"scores": {"test": {"winner": {"loss": test_loss}}}, "examples": {"test": {"of": "of", "count": 12}}},
+            {
+                "format": 1,
+                "metric": "accuracy",
+                "settings": {"stock_only": False},
+                "examples": {"test": {"of": "of", "count": 12}},
+                "candidates": {"trial": [0], "search_loss": [0.5], "dev_loss": [0.5], "dev_accuracy": [1.0]},
+                "winner": 0,
+                "search_best": 0,
+                "plans": {},
+                "test_minus": {},
+                "verdict": "holds",
+                "sentences": [],
+                "warnings": [],
+                "looks": 1,
+                "scores": {"search": {}, "dev": {}, "test": {"winner": {"loss": test_loss}}},
+            },
         )
     for i, one in enumerate(trials):
         study.add_trial(one if isinstance(one, FrozenTrial) else trial(one, start=i, layer_tokens=10))
