@@ -290,7 +290,7 @@ def test_text_of_a_study_is_inert_in_its_note() -> None:
     assert code("a|b") == "`a\\|b`"
     assert code("`") == "`` ` ``"
     assert code("a``b\n# c") == "```a``b # c```"
-    assert code("") == "` `"
+    assert code("") == "`–`"
     study = searched(trials=3)
     text = note(digest(study), "moeopt search m --task 'a; rm -rf /' --study $(reboot)", "sqlite:///x.db")
     assert "moeopt search m --task 'a; rm -rf /' --study '$(reboot)'" in text
@@ -448,8 +448,8 @@ def test_every_page_draws_without_an_error(served: tuple[str, Any], browser: Bro
         assert page.locator(".MuiCard-root script, .MuiCard-root img").count() == 0
         page.goto(f"{root}/studies/{ids['good']}/analytics")
         page.wait_for_selector("#plot-edf-0 svg.main-svg", state="attached")
-        page.goto(f"{root}/studies/{ids['good']}/trialTable")
-        page.wait_for_selector("table tbody tr", state="attached")
+        page.goto(f"{root}/studies/{ids['good']}/trials")
+        page.get_by_text("Trial 0").first.wait_for()
         page.goto(f"{root}/compare-studies?ids={ids['good']},{ids['other']}")
         assert tab.traces("#plot-history") >= 4
         assert tab.traces("#plot-edf-0") == 2
