@@ -49,8 +49,10 @@ def checkpoint_config(model: str) -> dict[str, Any] | None:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{model!r} is not a checkpoint folder: it has no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{model!r} is not a checkpoint folder: its config.json cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{model!r} is not a checkpoint folder: its config.json holds {type(config).__name__}")
     return config
 
 
@@ -241,6 +243,14 @@ def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:
     if chosen is None:
         raise StudyError(missing)
     return chosen, plan_of(chosen, study)
+
+
+def check_shared(storage: str) -> None:
+    """Raise StorageError for a database in memory, which no other process sees."""
+    from moeopt.errors import StorageError
+
+    if storage in ("sqlite://", "sqlite:///") or ":memory:" in storage or "mode=memory" in storage:
+        raise StorageError(f"a database in memory is of one process, and --workers are several: not {storage!r}")
 
 
 def existing(storage: str, name: str, described: dict[str, Any], *, resume: bool) -> optuna.Study | None:

@@ -235,6 +235,8 @@ def search(
         space, keep=keep, active=chosen_active.k, encoding=encoding, router=router, around=around, scale=scale,
         groups=groups, searched=chosen_active.searched,
     )  # fmt: skip
+    if workers > 1:
+        arguments.check_shared(storage)
     from moeopt import samplers, tasks
     from moeopt.plan import ModelShape
     from moeopt.spaces import PruneSpace

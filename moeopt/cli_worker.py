@@ -1,4 +1,4 @@
-"""`moeopt worker`: a process that joins a study."""
+"""`moeopt worker`, a process that joins a study, and `moeopt ray`, many of them on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ Checkpoint = Annotated[
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None, MACHINE(help="Type of the weights. Default: the study's.")
 ]
+Trials = Annotated[
+    int | None,
+    STUDY(metavar="N", min=1, help="Finished trials the study shall hold. Default: as many as the search asked for."),
+]
+Timeout = Annotated[float | None, STUDY(metavar="S", min=0, help="Seconds after which no trial starts.")]
 TaskName = Annotated[
     str | None, GOAL("--task", help="As to the search; only where the study cannot hold its task, and says so.")
 ]
@@ -49,23 +54,27 @@ EXAMPLES = (
     "running trial finish; a second one does not, and the trial is run again elsewhere."
 )
 
+RAY_EXAMPLES = (
+    "[bold]Examples[/bold]\n\n"
+    "moeopt ray --storage postgresql+psycopg://user@host/moeopt --study boolq-8to4 --model /models/mixtral "
+    "--workers 8 --address auto\n\n"
+    "moeopt ray --study boolq-8to4 --model /models/olmoe --workers 8 --gpus-per-worker 0.5\n\n"
+    "[bold]Ctrl-C[/bold] lets running trials finish; a second one does not, and they are run again on resuming."
+)
+
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
     app.command("worker", epilog=EXAMPLES)(worker)
+    app.command("ray", epilog=RAY_EXAMPLES)(on_ray)
 
 
 def worker(
     study: StudyName,
     storage: Storage = DEFAULT_STORAGE,
     model: Checkpoint = None,
-    trials: Annotated[
-        int | None,
-        STUDY(
-            metavar="N", min=1, help="Finished trials the study shall hold. Default: as many as the search asked for."
-        ),
-    ] = None,
-    timeout: Annotated[float | None, STUDY(metavar="S", min=0, help="Seconds after which no trial starts.")] = None,
+    trials: Trials = None,
+    timeout: Timeout = None,
     task: TaskName = None,
     data: Data = None,
     task_option: TaskOption = None,
@@ -91,7 +100,7 @@ def worker(
     from moeopt.study import finished, load_study
     from moeopt.working import run_worker, threads
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     err = consoles()[1]
     try:
         with _ending_on_signals(while_stdin):
@@ -115,6 +124,46 @@ def worker(
         raise typer.Exit(FAILED) from None
     if not quiet:
         err.print(f"{finished(record)} trials done", markup=False)
+
+
+def on_ray(
+    study: StudyName,
+    workers: Annotated[int, MACHINE(metavar="N", min=1, help="Workers; those without a place yet wait for one.")],
+    storage: Storage = DEFAULT_STORAGE,
+    model: Annotated[
+        str | None,
+        MACHINE("--model", metavar="MODEL", help="A hub id, or a folder on every node. Default: the study's hub id."),
+    ] = None,
+    trials: Trials = None,
+    timeout: Timeout = None,
+    gpus_per_worker: Annotated[
+        float, MACHINE(metavar="X", min=0, help="GPUs of each: 0.5 for two that share one, 2 for models of that size.")
+    ] = 1.0,
+    cpus_per_worker: Annotated[float, MACHINE(metavar="X", min=0, help="Cores of each.")] = 1.0,
+    address: Annotated[
+        str | None, MACHINE(metavar="ADDRESS", help="The cluster's, or auto. Default: RAY_ADDRESS, or a local one.")
+    ] = None,
+    dtype: Dtype = None,
+) -> None:
+    """Join a study with workers on a Ray cluster, which places them on its devices and restarts those that die."""
+    import optuna
+
+    from moeopt.console import consoles
+    from moeopt.on_ray import run_on_ray
+    from moeopt.study import finished
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    err = consoles()[1]
+    try:
+        record = run_on_ray(
+            storage, study, workers=workers, gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker,
+            address=address, tell=lambda line: err.print(line, markup=False, soft_wrap=True),
+            model=model, trials=trials, timeout=timeout, dtype=dtype,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        err.print("Interrupted; every finished trial is stored")
+        raise typer.Exit(INTERRUPTED) from None
+    err.print(f"{finished(record)} trials done", markup=False)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class SearchProgress:
         self.live = Progress(SpinnerColumn(), BarColumn(20), text, console=console, transient=True)
         self.bar = self.live.add_task("first trial", total=trials)
         self.before: int | None = None
-        self.started = time.monotonic()
+        self.started = self.since = time.monotonic()
         self.shown = -LINE_EVERY
 
     def __enter__(self) -> SearchProgress:
@@ -97,7 +97,9 @@ class SearchProgress:
         if self.quiet:
             return
         done = finished(study)
-        self.before = done - 1 if self.before is None else self.before
+        if self.before is None:
+            self.before, spent = done - 1, trial.duration
+            self.since = time.monotonic() - (spent.total_seconds() if spent else 0.0)
         if trial.state.name == "FAIL":
             reason = trial.user_attrs.get("failure", "its loss is not a number")
             self.say(f"trial {trial.number} failed: {line(reason, 1000)}")
@@ -124,7 +126,8 @@ class SearchProgress:
         elapsed = time.monotonic() - self.started
         limits = [] if self.timeout is None else [max(0.0, self.timeout - elapsed)]
         if self.trials is not None:
-            limits.append(elapsed / max(1, done - (self.before or 0)) * max(0, self.trials - done))
+            searched = time.monotonic() - self.since
+            limits.append(searched / max(1, done - (self.before or 0)) * max(0, self.trials - done))
         return min(limits, default=None)
 
 

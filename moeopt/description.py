@@ -75,15 +75,13 @@ STUDY = {
     "evaluation": Maybe({"score": Maybe(TEXT), "top_p": Maybe(FINITE), "active_weight": Maybe(FINITE)}),
 }  # fmt: skip
 TRIAL = {
-    genome.ORIGIN: Maybe(
-        {
-            "slot": Maybe(COUNT), "operator": Maybe(TEXT), "phase": Maybe(TEXT), "parents": Maybe([COUNT]),
-            "plan": Maybe(TEXT), "notes": Maybe({}), "worker": Maybe({"pid": Maybe(COUNT)}),
-        }
-    ),
-    genome.RETRIES: Maybe([COUNT]),
-    genome.SCORES: Maybe({"of": Maybe(TEXT), "active": Maybe(FINITE), "penalty": Maybe(FINITE)}),
-    "fixed_params": Maybe({}),
+    genome.ORIGIN: {
+        "slot": Maybe(COUNT), "operator": Maybe(TEXT), "phase": Maybe(TEXT), "parents": Maybe([COUNT]),
+        "plan": Maybe(TEXT), "notes": Maybe({}), "worker": Maybe({"pid": Maybe(COUNT)}),
+    },
+    genome.RETRIES: [COUNT],
+    genome.SCORES: {"of": Maybe(TEXT), "active": Maybe(FINITE), "penalty": Maybe(FINITE)},
+    "fixed_params": {},
 }  # fmt: skip
 """System attributes of a trial, of those that moeopt reads."""
 

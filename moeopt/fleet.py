@@ -151,7 +151,7 @@ class Fleet:
         if code == 0 or self._stopping:
             return
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        died = f"worker {place.number + 2} {how}" + (f": {last}" if last else "")
+        died = f"worker {place.number + 2} {how}" + (f": {last}" if last and code > 0 else "")
         if code == 2 or place.restarts == RESTARTS:
             self._tell(f"{died}; the others go on")
             return

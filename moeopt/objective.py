@@ -13,8 +13,9 @@ import optuna
 from optuna.trial import TrialState
 
 from moeopt import genome, racing
-from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError
+from moeopt.errors import NonFiniteLossError, SpaceError, StudyError
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
+from moeopt.evaluation.memory import ran_out
 from moeopt.models import Storage, describe, fingerprint, shape_of
 from moeopt.plan import Plan
 from moeopt.spaces import Space
@@ -177,9 +178,12 @@ class Objective:
                     if not finished and trial.should_prune():
                         pruned = True
                         break
-        except (NonFiniteLossError, OutOfMemoryError) as error:
-            attrs = {genome.NOT_FINITE: self._of} if isinstance(error, NonFiniteLossError) else {}
-            self._note(study, trial, attrs, facts | {genome.FAILURE: str(error)})
+        except (NonFiniteLossError, RuntimeError, MemoryError) as error:
+            finite = not isinstance(error, NonFiniteLossError)
+            if finite and not ran_out(error):
+                raise
+            attrs = {} if finite else {genome.NOT_FINITE: self._of}
+            self._note(study, trial, attrs, facts | {genome.FAILURE: str(error).partition("\n")[0]})
             return float("nan")
         assert evaluation is not None
         facts |= {

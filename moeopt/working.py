@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeopt import recipe as recipes
 from moeopt import study as studies
+from moeopt.description import described
 from moeopt.errors import StudyError
 
 if TYPE_CHECKING:
@@ -81,13 +82,10 @@ def run_worker(
         raise StudyError(
             f"study {study_name!r} does not say where its model is ({recipe.missing.get('model')}): give the checkpoint"
         )
-    about = study.user_attrs[studies.DESCRIPTION]
+    about = described(study)
     shape = check_checkpoint(source)
-    try:
-        searched = ModelShape(**about["space"]["shape"])
-        experts = about["evaluation"].get("experts")
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise StudyError(f"the description of study {study_name!r} is damaged") from None
+    searched = ModelShape(**{key: about["space"]["shape"][key] for key in ("layers", "experts", "k")})
+    experts = (about.get("evaluation") or {}).get("experts")
     if shape != searched:
         raise StudyError(f"study {study_name!r} searches {searched}, {str(source)!r} has {shape}")
     space = studies.space_of(study)

@@ -294,7 +294,11 @@ class Evaluator:
         return (replace(scores, losses=1 - scores.correct) if self.score == "metric" else scores), metrics
 
     def _run(self, rung: int, plan: Plan | None, sums: NDArray[np.float64]) -> Run:
-        """Fills in what the requests of a rung got, (values, requests), with smaller batches if memory runs out."""
+        """Fills in what the requests of a rung got, (values, requests), with smaller batches if memory runs out.
+
+        Where not even the smallest do, it is the plan that is too large: the next one has batches as before.
+        """
+        before = self.batch_tokens, self._branching
         while True:
             try:
                 return self._attempt(rung, plan, sums)
@@ -302,7 +306,12 @@ class Evaluator:
                 if not ran_out(error):
                     raise
                 reason = str(error).partition("\n")[0]
-            self._halve_batches(reason)
+            try:
+                self._halve_batches(reason)
+            except OutOfMemoryError:
+                batch_tokens, self._branching = before
+                self._pack(batch_tokens)
+                raise
 
     def _attempt(self, rung: int, plan: Plan | None, sums: NDArray[np.float64]) -> Run:
         sums[:] = 0

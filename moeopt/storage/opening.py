@@ -12,10 +12,10 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage
 
 from moeopt import transaction
-from moeopt.errors import StorageError
+from moeopt.errors import MoeoptError, StorageError
 from moeopt.storage.outages import Waiting
 from moeopt.storage.resilient import ResilientStorage
-from moeopt.storage.urls import hidden, readable_errors, scrub
+from moeopt.storage.urls import hidden, readable_errors, reason
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -65,7 +65,7 @@ def open_storage(
     except (ArgumentError, NoSuchModuleError, ValueError):
         raise StorageError(
             "storage must be an SQLAlchemy URL such as sqlite:///moeopt.db or postgresql+psycopg://user@host/name, "
-            f"got {scrub(url)!r}"
+            f"got {hidden(url)!r}"
         ) from None
     memory = backend == "sqlite" and parsed.database in (None, "", ":memory:")
     if backend == "sqlite" and parsed.database and not memory and not parsed.database.startswith("file:"):
@@ -93,9 +93,14 @@ def open_storage(
             )
 
     with readable_errors(url):
-        if patience is None:
-            return _with_tables(opened)
-        return Waiting(hidden(url), patience)(lambda: _with_tables(opened))
+        try:
+            if patience is None:
+                return _with_tables(opened)
+            return Waiting(hidden(url), patience, url)(lambda: _with_tables(opened))
+        except (TypeError, ValueError, LookupError) as error:  # a driver's, of an option in the URL
+            if isinstance(error, MoeoptError):
+                raise
+            raise StorageError(f"cannot use the storage {hidden(url)}: {reason(error, url)}") from None
 
 
 def _check(heartbeat_interval: Any, grace_period: Any, patience: Any, retries: Any) -> None:

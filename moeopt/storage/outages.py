@@ -62,6 +62,7 @@ class Waiting:
 
     Args:
         place: names the storage, without its password.
+        url: whose secrets are left out of what it says.
         patience: seconds to wait for it; then StorageError, at once from every call until one succeeds.
 
     Attributes:
@@ -70,8 +71,8 @@ class Waiting:
         returned: `time.monotonic` when the last outage ended that was told of.
     """
 
-    def __init__(self, place: str, patience: float) -> None:
-        self.place, self.patience = place, patience
+    def __init__(self, place: str, patience: float, url: str | None = None) -> None:
+        self.place, self.patience, self._url = place, patience, url
         self.deadline: float | None = None
         self.returned = float("-inf")
         self._since: float | None = None
@@ -111,11 +112,13 @@ class Waiting:
             late = self.deadline is not None and now >= self.deadline
             if waited >= self.patience or late or self._gave_up or self.stopped:
                 self._gave_up = True
-                raise StorageError(f"{self.place} did not answer for {waited:.0f} s: {reason(error)}") from None
+                raise StorageError(
+                    f"{self.place} did not answer for {waited:.0f} s: {reason(error, self._url)}"
+                ) from None
             if waited >= SILENT and not self._told:
                 self._told = True
                 logger.warning(
-                    "%s does not answer (%s); waiting up to %.0f s", self.place, reason(error), self.patience
+                    "%s does not answer (%s); waiting up to %.0f s", self.place, reason(error, self._url), self.patience
                 )
         delay = min(FIRST_DELAY * 2**tries, LONGEST_DELAY) * random.uniform(0.5, 1.0)
         left = self.patience - waited if self.deadline is None else min(self.patience - waited, self.deadline - now)

@@ -83,7 +83,7 @@ class ResilientStorage(RDBStorage):
         super().__init__(url, engine_kwargs, heartbeat_interval=heartbeat_interval, grace_period=grace_period)
 
     def _begin(self, url: str) -> None:
-        self.waiting = Waiting(hidden(url), self._patience)
+        self.waiting = Waiting(hidden(url), self._patience, url)
         self._owned: dict[int, _Owned] = {}
         self._identities: dict[int, str] = {}
         self._local = threading.local()

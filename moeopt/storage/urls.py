@@ -6,8 +6,24 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote, quote_plus, unquote_plus
 
 from moeopt.errors import StorageError
+from moeopt.showing import line
+
+SHOWN = (
+    "host", "port", "dbname", "user", "charset", "sslmode", "ssl", "timeout", "connect_timeout", "read_timeout",
+    "write_timeout", "application_name", "mode", "cache", "uri", "unix_socket", "target_session_attrs",
+)  # fmt: skip
+"""Query parameters of a URL whose values are shown; any other may be a password, a token or a key."""
+HIDDEN = "***"
+SHORTEST = 4
+"""Characters of a password that is looked for in a database's own words; a shorter one is part of too many of them."""
+_NAMES = r"\w*(?:passw(?:or)?d|passphrase|pwd|secret|token)"
+_PATTERNS = (
+    (re.compile(r"(://[^:/@\s]*):\S*@"), rf"\1:{HIDDEN}@"),
+    (re.compile(rf"(?i)(['\"]?\b{_NAMES}['\"]?\s*[=:]\s*)('[^']*'|\"[^\"]*\"|[^&\s;,]+)"), rf"\1{HIDDEN}"),
+)
 
 
 @contextmanager
@@ -21,39 +37,72 @@ def readable_errors(storage: Any) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error, StorageInternalError, ImportError, OSError) as error:
-        text = reason(error)
+        text = reason(error, storage)
         if isinstance(error, ImportError):
             text += "; install the database's driver, such as psycopg or pymysql"
         raise StorageError(f"cannot use the storage {hidden(storage)}: {text}") from None
     except RuntimeError as error:
         if type(error) is not RuntimeError:
             raise
-        raise StorageError(f"cannot use the storage {hidden(storage)}: {scrub(str(error))}") from None
+        raise StorageError(
+            f"cannot use the storage {hidden(storage)}: {line(scrub(str(error), storage), 500)}"
+        ) from None
 
 
-def reason(error: BaseException) -> str:
-    """What a database said, one line."""
+def reason(error: BaseException, storage: Any = None) -> str:
+    """What a database said, one line; nothing of it that the storage's URL says to be secret."""
     from optuna.exceptions import StorageInternalError
 
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     lines = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()
-    return scrub(lines[0]) if lines else type(error).__name__
+    return line(scrub(lines[0], storage), 500) if lines else type(error).__name__
 
 
 def hidden(storage: Any) -> str:
-    """A storage URL without its password, to print."""
+    """A storage URL without its password, to print; of a text that is no URL, nothing that could be one."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     if not isinstance(storage, str):
         return type(storage).__name__
     try:
-        return scrub(make_url(storage).render_as_string(hide_password=True))
+        url = make_url(storage)
     except (ArgumentError, ValueError):
-        return scrub(storage)
+        scheme, slashes, _ = storage.partition("://")
+        if slashes:
+            return f"{line(scheme)}://{HIDDEN}"
+        return HIDDEN if "@" in storage or "=" in storage else line(storage, 2000)
+    query = {key: value if key.lower() in SHOWN else HIDDEN for key, value in url.query.items()}
+    text = url.set(query=query).render_as_string(hide_password=True)
+    return line(scrub(text.replace(quote_plus(HIDDEN), HIDDEN)), 2000)
 
 
-def scrub(text: str) -> str:
-    """A text without the passwords of URLs in it."""
-    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
-    return re.sub(r"(?i)\b(\w*passw(?:or)?d|pwd)=[^&\s]+", r"\1=***", text)
+def scrub(text: str, storage: Any = None) -> str:
+    """A text without the passwords of URLs and of connection strings in it, nor those of a storage's URL."""
+    for secret in sorted(_secrets(storage), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    for pattern, shown in _PATTERNS:
+        text = pattern.sub(shown, text)
+    return text
+
+
+def _secrets(storage: Any) -> set[str]:
+    """What a URL keeps secret, as it stands there and decoded and encoded; whole, and of it what a parser may cut."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    text = storage if isinstance(storage, str) else getattr(storage, "url", None)
+    if not isinstance(text, str):
+        return set()
+    found = set()
+    between = re.search(r"://[^/@:]*:(.*)@", text)
+    if between:
+        found |= {between[1], *re.split(r"[@:/?#]", between[1])}
+    try:
+        url = make_url(text)
+        values = [value for key, value in url.query.items() if key.lower() not in SHOWN]
+        found |= {str(url.password or ""), *(each for v in values for each in ([v] if isinstance(v, str) else v))}
+    except (ArgumentError, ValueError):
+        pass
+    forms = {form for one in found for form in (one, unquote_plus(one), quote(one, safe=""), quote_plus(one))}
+    return {form for form in forms if len(form) >= SHORTEST}

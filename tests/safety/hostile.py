@@ -16,8 +16,10 @@ import optuna
 
 import moeopt
 from moeopt import genome
+from moeopt.description import DESCRIPTION
 from moeopt.plan import ModelShape
 from moeopt.selection import SELECTION
+from moeopt.storage import open_storage
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -93,11 +95,15 @@ RECORD = {
 
 
 def honest(storage: Any = None, space: str = "eep", name: str = "s", trials: int = 4) -> optuna.Study:
-    """A study as moeopt writes it, in memory or a database, with a selection."""
+    """A study as moeopt 0.1.0 writes it, in memory or a database, with a selection."""
     objective: Any = Distance(SPACES[space]())
-    sampler = "eep" if space != "active of a plan" else "random"
-    options = {"initial": 2, "prune_until": 3} if sampler == "eep" else {}
-    study = moeopt.create_study(name, objective=objective, storage=storage, sampler=sampler, seed=0, **options)
+    kind = "eep" if space != "active of a plan" else "random"
+    options = {"initial": 2, "prune_until": 3} if kind == "eep" else {}
+    sampler = moeopt.samplers.get(kind, objective.space, seed=0, **options)
+    opened = open_storage(storage) if isinstance(storage, str) else storage
+    study = optuna.create_study(study_name=name, storage=opened, sampler=sampler)
+    description = {"version": "0.1.0", **objective.describe(), "sampler": sampler.settings()}
+    study.set_user_attr(DESCRIPTION, description)
     study.optimize(objective, n_trials=trials)
     study.set_user_attr(SELECTION, RECORD)
     return study

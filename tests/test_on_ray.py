@@ -1,0 +1,93 @@
+"""Workers as actors of a local Ray cluster; one is killed, and Ray starts it again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+import moeopt
+from moeopt import genome, recipe
+from moeopt.errors import StudyError
+from moeopt.on_ray import run_on_ray
+from moeopt.study import finished
+from moeopt.tasks import Example, MultipleChoiceTask
+
+ray = pytest.importorskip("ray")
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Two cores, no GPU."""
+    environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment},
+        object_store_memory=100 << 20,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def made(make_mixtral: Any, tokenizer: Any, folder: Path, trials: int) -> optuna.Study:
+    model = make_mixtral(layers=2, experts=4, hidden=16, intermediate=16)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    model, tokenizer = moeopt.load(folder / "model")
+    examples = [Example(str(i), f"{i} and 1 make", (f" {i + 1}", f" {i + 2}"), i % 2) for i in range(400)]
+    task = MultipleChoiceTask("toy", examples)
+    objective = moeopt.Objective(model, tokenizer, task, moeopt.EEPSpace.of(model, keep=2), batch_tokens=64)
+    study = moeopt.create_study("s", objective=objective, storage=f"sqlite:///{folder}/study.db")
+    recipe.want(study, trials)
+    return study
+
+
+def test_a_killed_actor_is_started_again_and_every_trial_is_run_once(
+    cluster: None, make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    study = made(make_mixtral, tiny_tokenizer, tmp_path, 30)
+    url = f"sqlite:///{tmp_path}/study.db"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        while not killed:
+            time.sleep(0.1)
+            running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+            pids = [genome.origin(trial).get("worker", {}).get("pid") for trial in running]
+            if len(study.get_trials(deepcopy=False)) >= 4 and pids and pids[0]:
+                os.kill(pids[0], signal.SIGKILL)
+                killed.append(pids[0])
+
+    thread = threading.Thread(target=kill_one, daemon=True)
+    thread.start()
+    run_on_ray(url, "s", workers=2, gpus_per_worker=0, model=str(tmp_path / "model"), device_map="cpu")
+    thread.join()
+    trials = study.trials
+    assert finished(study) == 30
+    assert sum(trial.state.name == "COMPLETE" for trial in trials) == 30
+    workers = {genome.origin(trial)["worker"]["pid"] for trial in trials}
+    assert killed[0] in workers
+    assert len(workers) >= 2
+    again = [trial for trial in trials if trial.system_attrs.get(genome.RETRIES)]
+    assert [trial.state.name for trial in again] == ["COMPLETE"]
+
+
+def test_what_a_worker_raises_is_raised(cluster: None, make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    made(make_mixtral, tiny_tokenizer, tmp_path, 2)
+    url, lines = f"sqlite:///{tmp_path}/study.db", []
+    with pytest.raises(StudyError, match="give the checkpoint"):
+        run_on_ray(url, "s", workers=1, gpus_per_worker=0, tell=lines.append)
+    assert any("worker 1 failed" in line for line in lines)
+    with pytest.raises(StudyError, match="no node of the Ray cluster has 2 GPUs, at most 0"):
+        run_on_ray(url, "s", workers=1, gpus_per_worker=2)
+    with pytest.raises(StudyError, match=r"whole number or below 1, got 1\.5"):
+        run_on_ray(url, "s", workers=1, gpus_per_worker=1.5)
+    with pytest.raises(StudyError, match="workers must be at least 1, got 0"):
+        run_on_ray(url, "s", workers=0)
