@@ -42,7 +42,8 @@ from moeopt.dashboard import Refresher, server
 from moeopt.dashboard.refreshing import EVERY
 from moeopt.plan import ModelShape
 from moeopt.spaces import EEPSpace
-from moeopt.study import DESCRIPTION, open_storage
+from moeopt.storage import open_storage
+from moeopt.study import DESCRIPTION
 
 CACHED = 11.0
 """Seconds after which the dashboard reads the trials of a large study again."""

@@ -28,7 +28,8 @@ from moeopt.errors import StudyError
 from moeopt.plan import ModelShape
 from moeopt.samplers import get as get_sampler
 from moeopt.spaces import ActiveSpace, EEPSpace, PruneSpace, Space
-from moeopt.study import DESCRIPTION, open_storage
+from moeopt.storage import open_storage
+from moeopt.study import DESCRIPTION
 
 SHAPE = ModelShape(layers=4, experts=6, k=2)
 FIGURES = {
