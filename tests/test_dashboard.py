@@ -257,7 +257,15 @@ def hostile(storage: Any) -> list[str]:
                 "estimate": {"a": 1},
             }
             system = {genome.GENOME: [{"v": 1}, "x", {"v": 1, "shape": [10**12], "dtype": "<f4", "z": "!"}][i % 3]}
-            study.add_trial(optuna.trial.create_trial(value=1e300 / (i + 1), user_attrs=attrs, system_attrs=system))
+            study.add_trial(
+                optuna.trial.create_trial(
+                    value=1e300 / (i + 1),
+                    user_attrs=attrs,
+                    system_attrs=system,
+                    params={"drift": i / 30},
+                    distributions={"drift": optuna.distributions.FloatDistribution(0, 1)},
+                )
+            )
         study.add_trial(optuna.trial.create_trial(value=math.inf))
     genome.write_study(study, {"dashboard:note_ver": "seven", "dashboard:note_str:0": 3})
     study = optuna.create_study(study_name="two", storage=storage, directions=["minimize", "maximize"])
