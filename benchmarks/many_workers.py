@@ -56,8 +56,8 @@ def main() -> int:
     if args.work:
         work(args)
         return 0
-    table = Table(title=f"{args.trials} trials of {1000 * args.seconds:.0f} ms, {args.workers} workers")
-    columns = ("storage", "faults", "trials/s", "s", "killed", "outages", "failed", "slots", "right")
+    table = Table(title=f"trials of {1000 * args.seconds:.0f} ms, {args.workers} workers")
+    columns = ("storage", "faults", "trials", "trials/s", "s", "killed", "outages", "failed", "slots", "right")
     for column in columns:
         table.add_column(column)
     good = True
@@ -65,7 +65,9 @@ def main() -> int:
         os.environ[VARIABLE] = str(Path(folder) / "spool")
         for faults in (False, True):
             storage = f"{url}-{faults}.db" if url.startswith("sqlite") else url
-            row, problems = measured(args, storage, server, faults)
+            trials = args.trials if faults else args.clean_trials or args.trials
+            run_of = argparse.Namespace(**{**vars(args), "trials": trials})
+            row, problems = measured(run_of, storage, server, faults)
             table.add_row(storage.split(":")[0], *row, "yes" if not problems else "no")
             for problem in problems:
                 Console().print(problem)
@@ -86,8 +88,8 @@ def measured(args: argparse.Namespace, url: str, server: Cluster | None, faults:
         failed = sum(t.state == TrialState.FAIL for t in trials)
         moeopt.study.reclaim(study, other_hosts=True)  # stores what dead workers of other hosts kept, were it needed
         row = [
-            "yes" if faults else "no", f"{args.trials / seconds:.1f}", f"{seconds:.0f}", str(killed), str(outages),
-            str(failed), str(finished(study)),
+            "yes" if faults else "no", str(args.trials), f"{args.trials / seconds:.1f}", f"{seconds:.0f}",
+            str(killed), str(outages), str(failed), str(finished(study)),
         ]  # fmt: skip
         return row, wrong(study, args.trials)
     finally:
@@ -270,6 +272,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--storage", metavar="URL", help="a database, or sqlite; by default a PostgreSQL of its own")
     parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--clean-trials", type=int, help="trials of the run without faults; by default as many")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=0.005, help="of an evaluation")

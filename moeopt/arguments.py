@@ -49,8 +49,10 @@ def checkpoint_config(model: str) -> dict[str, Any] | None:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{model!r} is not a checkpoint folder: it has no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{model!r} is not a checkpoint folder: its config.json cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{model!r} is not a checkpoint folder: its config.json holds {type(config).__name__}")
     return config
 
 

@@ -46,7 +46,7 @@ def dashboard(
 
     import optuna
 
-    from moeopt.dashboard import Refresher, refreshing, server
+    from moeopt.dashboard import Refresher, refresh_in_background, server
     from moeopt.dashboard.serving import LOOPBACK
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -75,7 +75,7 @@ def dashboard(
             markup=False, soft_wrap=True,
         )  # fmt: skip
         if refresh:
-            refreshing(refresher, stop)
+            refresh_in_background(refresher, stop)
         listening.serve_forever()
     except KeyboardInterrupt:
         pass

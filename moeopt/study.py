@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -262,18 +262,20 @@ def optimize(
             patience is not None and stalled(study) >= patience
         )
 
+    stop = _Stop()
+
     def stop_when_done(study: optuna.Study, trial: FrozenTrial | None = None) -> None:
-        if (patience is not None or team is None) and enough():
+        if stop.asked or ((patience is not None or team is None) and enough()):
             study.stop()
 
     def left() -> float | None:
         return None if until is None else max(0.0, until - time.monotonic())
 
-    with _stoppable(study, until) as stop:
+    with _stoppable(study, stop, until):
         if trials is not None:
             recipe.want(study, trials)
         reclaim(study)
-        while not enough():
+        while not stop.asked and not enough():
             try:
                 with nullcontext() if team is None else team[0].slots(trials):
                     study.optimize(_held(study, objective), timeout=left(), callbacks=[*callbacks, stop_when_done])
@@ -319,10 +321,7 @@ def _wait_for_others(study: optuna.Study, trials: int | None, stop: _Stop, left:
             if storage.claimable(study_id):
                 return True
         remaining = left()
-        stop.quiet = True
-        if not stop.asked:
-            time.sleep(delay * random.uniform(0.5, 1.0) if remaining is None else min(delay, remaining))
-        stop.quiet = False
+        time.sleep(delay * random.uniform(0.5, 1.0) if remaining is None else min(delay, remaining))
         delay = min(2 * delay, LONGEST_LOOK)
     return False
 
@@ -497,10 +496,9 @@ def space_of(study: optuna.Study) -> Space:
 
 @dataclass
 class _Stop:
-    """Whether Ctrl-C was pressed, and whether it shall only be noted."""
+    """Whether Ctrl-C was pressed."""
 
     asked: bool = False
-    quiet: bool = False
 
 
 def _storage_error(error: BaseException | None) -> StorageError | None:
@@ -511,12 +509,12 @@ def _storage_error(error: BaseException | None) -> StorageError | None:
 
 
 @contextmanager
-def _stoppable(study: optuna.Study, until: float | None) -> Iterator[_Stop]:
+def _stoppable(study: optuna.Study, stop: _Stop, until: float | None) -> Iterator[None]:
     """Within it, the first Ctrl-C lets the running trial finish; the second raises KeyboardInterrupt.
 
     While the database is away, neither it nor the end of the time (`until`, `time.monotonic`) is waited out.
     """
-    team, stop = genome.shared(study), _Stop()
+    team = genome.shared(study)
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT) if main else None
 
@@ -525,19 +523,15 @@ def _stoppable(study: optuna.Study, until: float | None) -> Iterator[_Stop]:
         stop.asked = True
         if team is not None:
             team[0].waiting.stopped = True
-        if stop.quiet:
-            return
-        try:
+        with suppress(RuntimeError):  # before the first trial, or while others run the last ones
             study.stop()
-        except RuntimeError:  # between trials, or not yet optimising
-            raise KeyboardInterrupt from None
 
     if team is not None:
         team[0].waiting.deadline = until
     if main:
         signal.signal(signal.SIGINT, finish_trial)
     try:
-        yield stop
+        yield
     except (StorageError, UnboundLocalError) as error:
         found = _storage_error(error)
         if found is None:

@@ -8,7 +8,8 @@
 A study of moeopt is an Optuna study, so a callback of the package optuna-integration is all there is to it. A trial's
 loss is its metric; what moeopt notes of a trial (accuracy, layer_tokens, operator, ...) are MLflow's tags.
 
-CI runs the one for MLflow. The other two were run by hand: W&B offline with wandb 0.31.
+CI runs the one for MLflow, the lightest: Optuna's for TensorBoard needs TensorFlow. The others were run by hand, W&B
+offline with wandb 0.31, TensorBoard with tensorboard 2.21.
 """
 
 from __future__ import annotations

@@ -99,14 +99,14 @@ class Browser:
 
     @contextmanager
     def open(
-        self, url: str, *, dark: bool = False, width: int = 1440, height: int = 900, seconds: float = 30
+        self, url: str, *, dark: bool = False, width: int = 1440, height: int = 900, seconds: float = 150
     ) -> Iterator[Tab]:
         """A tab of its own with `url` loaded; leaving the block fails when anything went wrong in it.
 
         Args:
             dark: what the page learns of the user's preferred colour scheme.
             width, height: of the window, in pixels.
-            seconds: how long to wait for anything in it.
+            seconds: how long to wait for anything in it; machines that are busy take their time.
         """
         context = self.chromium.new_context(
             color_scheme="dark" if dark else "light", viewport={"width": width, "height": height}

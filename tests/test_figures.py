@@ -541,3 +541,68 @@ def test_kept_sets_of_any_number_are_drawn(tmp_path: Path, layers: int, sets: in
     np.testing.assert_allclose(figure.data[1].y, losses.min(axis=1) / scale)
     np.testing.assert_allclose(figure.data[2].y, losses[:, -1] / scale)
     write_png(figure, tmp_path / "figure.png", scale=0.5)
+
+
+def search_figures() -> dict[str, go.Figure]:
+    """Figures of a search, as large as studies get, with names that would break a page."""
+    rng = np.random.default_rng(0)
+    cost, losses = np.cumsum(rng.integers(1, 9, 2000)), 1 + rng.random(2000)
+    names, nasty = [f"L{i:02}" for i in range(32)], "<b>bold</b>"
+    w = [rng.standard_normal((4, 8)) for _ in names]
+    return {
+        "progress": figures.search_progress(
+            cost, losses, rng.random(2000) < 0.3, others={nasty: ([1, 5], [2.0, 1.5])},
+            gains={"search": 0.2, "dev": 0.1, "test": 0.05}, test_interval=(-0.1, 0.2),
+        ),
+        "importance": figures.layer_importance(
+            names, rng.random(32), rng.random(32) / 9, explained=0.5, trials=90, optuna={"L00": 1.0}
+        ),
+        "experts": figures.kept_experts(names, rng.random((32, 8)), rng.random((32, 8)) < 0.5, trials=5),
+        "matrices": figures.plan_matrices(names, w, w),
+        "lineage": figures.lineage([1, 5], [2.0, 1.0], ["", nasty], {nasty: [0.1, -0.2]}, inherited=True),
+    }  # fmt: skip
+
+
+def test_figures_of_a_search_are_small_and_their_names_are_no_markup() -> None:
+    for name, figure in search_figures().items():
+        text = figures.style.compact(figure).to_json()
+        assert len(text) < 40_000, name
+        assert "bdata" not in text, name
+        assert "<b>bold" not in text.replace("\\u003c", "<").replace("\\u003e", ">"), name
+
+
+def test_a_search_is_drawn_with_its_best_and_what_lies_above_is_counted() -> None:
+    figure = figures.search_progress([1, 2, 3, 4], [3.0, np.nan, 1.0, 90.0], [False, False, False, False])
+    named = {trace.name: trace for trace in figure.data}
+    assert list(zip(named["best so far"].x, named["best so far"].y)) == [(1, 3), (3, 1), (4, 1)]
+    assert "3 trials, 1 of them above the axis" in figure.layout.title.text
+    estimated = figures.search_progress([1, 2], [3.0, 1.0], [False, True])
+    assert list({trace.name: trace for trace in estimated.data}["best so far"].y) == [3, 3]
+    assert "No trial has a loss" in figures.search_progress([1.0], [np.nan]).layout.annotations[0].text
+
+
+def test_large_matrices_are_summed() -> None:
+    w = np.ones((16, 64))
+    figure = figures.plan_matrices([f"L{i}" for i in range(8)], [w] * 8, [w] * 8)
+    assert np.shape(figure.data[0].z) == (8, 64)
+    assert figure.data[0].z[0][0] == 16
+    assert "columns summed" in figure.layout.title.text
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: figures.search_progress([2, 1], [1.0, 1.0]), "cost must not decrease"),
+        (lambda: figures.search_progress([1, 2], [1.0]), r"losses must have shape .*\(2,\)"),
+        (lambda: figures.search_progress([1, 2], [1.0, 2.0], [True]), r"pruned must have shape \(2,\), got \(1,\)"),
+        (lambda: figures.plan_matrices(["a"], [], []), "of one length above 0, got 1, 0, 0"),
+        (lambda: figures.plan_matrices(["a"], [np.ones((1, 2))], [np.ones((2, 2))]), r"w_rm of a must have shape"),
+        (lambda: figures.kept_experts(["a"], [[1.5]], [[True]], trials=1), "between 0 and 1"),
+        (lambda: figures.kept_experts(["a", "b"], [[0.5]], [[True]], trials=1), "must fit, got 2 names"),
+        (lambda: figures.layer_importance(["a"], [0.1, 0.2], [0.1], explained=0.5, trials=9), "shares must have shape"),
+        (lambda: figures.lineage([1], [1.0], [], {}, inherited=True), "one for each of 1 ancestors, got 0"),
+    ],
+)
+def test_figures_of_a_search_refuse_what_does_not_fit(draw: Callable[[], go.Figure], message: str) -> None:
+    with pytest.raises(FigureError, match=message):
+        draw()

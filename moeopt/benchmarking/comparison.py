@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeopt.benchmarking import statistics
+from moeopt.benchmarking.grouping import check_comparable, grouped_by_optimiser, labelled, seeds_of
 from moeopt.benchmarking.runs import COSTS, Cost, Run, read
 from moeopt.benchmarking.statistics import Floats
 from moeopt.errors import StudyError, nearest
-from moeopt.study import MAY_DIFFER, differences_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -197,8 +195,8 @@ def compare(
     everything = [study if isinstance(study, Run) else read(study) for study in studies]
     if not everything:
         raise StudyError("no study to compare")
-    _check_comparable(everything)
-    runs = _labelled([run for run in everything if len(run.curve)])
+    check_comparable(everything)
+    runs = labelled([run for run in everything if len(run.curve)])
     if not runs:
         raise StudyError("none of these studies has a finished trial yet")
     without = [run.study for run in runs if cost not in run.costs]
@@ -210,15 +208,15 @@ def compare(
     if not found:
         raise StudyError(f"within the common budget, {budget:,.6g} {cost}, no completed trial has a finite loss")
     start = max(found)
-    grouped = _grouped(runs)
+    grouped = grouped_by_optimiser(runs)
     losses = {name: _heights(group, cost, budget) for name, group in grouped.items()}
     finite = np.sort(np.concatenate(list(losses.values())))  # NaN last
     finite = finite[np.isfinite(finite)]
     if target is None:
         target = float(finite[(len(finite) - 1) // 2])
     targets = statistics.make_targets(float(np.nanmax(_heights(runs, cost, start))), float(finite[0]))
-    seeds = [seed for seed in _seeds(runs) if all(seed in _seeds(group) for group in grouped.values())]
-    common = [[losses[name][_seeds(group).index(seed)] for name, group in grouped.items()] for seed in seeds]
+    seeds = [seed for seed in seeds_of(runs) if all(seed in seeds_of(group) for group in grouped.values())]
+    common = [[losses[name][seeds_of(group).index(seed)] for name, group in grouped.items()] for seed in seeds]
     ranked = statistics.ranks(np.array(common).reshape(len(seeds), len(grouped)))
     optimisers = []
     for i, (name, group) in enumerate(grouped.items()):
@@ -260,104 +258,6 @@ def compare(
     )
 
 
-def _check_comparable(runs: Sequence[Run]) -> None:
-    first = runs[0]
-    for run in runs[1:]:
-        found = [d for d in differences_of(first.description, run.description) if d[0] not in MAY_DIFFER]
-        if found:
-            listed = "; ".join(f"{path}: {_short(a)} and {_short(b)}" for path, a, b in found[:8])
-            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-            raise StudyError(
-                f"studies {first.study!r} and {run.study!r} cannot be compared, they differ in {listed}{more}"
-            )
-
-
-def _labelled(runs: Sequence[Run]) -> list[Run]:
-    """Runs whose study's name is their own: the second of a name, from another storage, says so."""
-    seen: Counter[str] = Counter()
-    found = []
-    for run in runs:
-        seen[run.study] += 1
-        found.append(run if seen[run.study] == 1 else replace(run, study=f"{run.study} ({seen[run.study]})"))
-    return found
-
-
-def _grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs of each optimiser in the order of their seeds, by a name of its own.
-
-    Raises:
-        StudyError: when two are the same optimiser and seed.
-    """
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps(run.settings, sort_keys=True, default=str), []).append(run)
-    names = readable_names([group[0].settings for group in groups.values()])
-    for name, group in zip(names, groups.values()):
-        group.sort(key=lambda run: (len(run.seed), run.seed))
-        for one, other in pairwise(group):
-            if one.seed == other.seed:
-                raise StudyError(
-                    f"studies {one.study!r} and {other.study!r} are the same optimiser, {name}, with the same seed, "
-                    f"{one.seed}: they repeat nothing; leave one out"
-                )
-    return dict(zip(names, groups.values()))
-
-
-def readable_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each of some different settings: the sampler's, and in brackets the options that tell namesakes apart.
-
-    >>> readable_names([{"name": "eep", "initial": 30}, {"name": "eep", "initial": 10}, {"name": "tpe"}])
-    ['eep (initial=30)', 'eep (initial=10)', 'tpe']
-    """
-    bases = [_base_name(one) for one in settings]
-    flat = [dict(_flat(one)) for one in settings]
-    names = []
-    for base, own in zip(bases, flat):
-        namesakes = [other for name, other in zip(bases, flat) if name == base]
-        differing = sorted(
-            {key for other in namesakes for key in {*own, *other} if own.get(key) != other.get(key)} - {"name"}
-        )
-        listed = ", ".join(f"{key}={_short(own[key])}" for key in differing if key in own)
-        names.append(f"{base} ({listed})" if listed else base)
-    seen: Counter[str] = Counter()
-    for i, name in enumerate(names):
-        seen[name] += 1
-        if seen[name] > 1:  # they differ in what brackets are too short for
-            names[i] = f"{name} #{seen[name]}"
-    return names
-
-
-def _base_name(settings: Mapping[str, Any]) -> str:
-    """The sampler's name, that of the class for one of Optuna's own; with pruner and warm starts."""
-    name = str(settings["name"])
-    inner = settings.get("sampler")
-    if isinstance(inner, dict) and isinstance(inner.get("class"), str):
-        name = inner["class"].rpartition(".")[2]
-    pruner = settings.get("pruner")
-    if isinstance(pruner, dict):
-        name += f" + {str(pruner.get('class')).rpartition('.')[2]}"
-    if settings.get("warm_starts"):
-        name += f" from {', '.join(settings['warm_starts'])}"
-    return name
-
-
-def _flat(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(settings, Mapping):
-        for key, value in settings.items():
-            yield from _flat(value, f"{path}.{key}".lstrip("."))
-    else:
-        yield path, settings
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 40 else f"{text[:39]}…"
-
-
-def _seeds(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(run.seed for run in runs))
-
-
 def _heights(runs: Sequence[Run], cost: Cost, at: float) -> Floats:
     """The least loss of each run within so much, (runs,); NaN where there is none."""
     return np.array([statistics.sample(run.costs[cost], run.curve, np.array(at)) for run in runs], dtype=np.float64)
@@ -376,8 +276,8 @@ def _all_held_out(runs: Sequence[Run]) -> bool:
 def _pairs(losses: Sequence[tuple[Optimiser, Floats]]) -> tuple[Pair, ...]:
     found = []
     for (a, of_a), (b, of_b) in combinations(losses, 2):
-        of = dict(zip(_seeds(b.runs), of_b))
-        d = np.array([loss - of[seed] for seed, loss in zip(_seeds(a.runs), of_a) if seed in of], dtype=np.float64)
+        of = dict(zip(seeds_of(b.runs), of_b))
+        d = np.array([loss - of[seed] for seed, loss in zip(seeds_of(a.runs), of_a) if seed in of], dtype=np.float64)
         d = d[np.isfinite(d)]
         low, high = statistics.interval(d)
         mean = float(d.mean()) if len(d) else np.nan

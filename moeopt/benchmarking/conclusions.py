@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moeopt.benchmarking import statistics
-from moeopt.benchmarking.formatting import count, listed, loss, p_value, printable, quantity
+from moeopt.benchmarking.formatting import count, listed, loss, p_value, quantity
 from moeopt.benchmarking.statistics import ALPHA
+from moeopt.showing import line
 
 if TYPE_CHECKING:
     from moeopt.benchmarking.comparison import Comparison, Pair
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 def conclusions(c: Comparison) -> list[str]:
     """See `Comparison.conclusions`."""
     if len(c.optimisers) == 1:
-        return [f"There is one optimiser, {printable(c.optimisers[0].name)}, and nothing to compare it with."]
-    found = [*_orders(c.pairs, "search loss"), *_equality(c), *_held_out(c), _budget(c)]
+        return [f"There is one optimiser, {line(c.optimisers[0].name)}, and nothing to compare it with."]
+    found = [*_orders(c.pairs, "search loss"), *_equality(c), *_same(c), *_held_out(c), _budget(c)]
     return [*found, "All of this is about one model, one task, one space and one budget."]
 
 
@@ -32,6 +33,15 @@ def _equality(c: Comparison) -> list[str]:
     ]
 
 
+def _same(c: Comparison) -> list[str]:
+    """Pairs that did not part within the budget, such as two that begin with the same random trials."""
+    return [
+        f"Within this budget {line(pair.first)} and {line(pair.second)} found the same loss on every common seed."
+        for pair in c.pairs
+        if len(pair.differences) > 1 and not pair.differences.any()
+    ]
+
+
 def _orders(pairs: Sequence[Pair], what: str) -> list[str]:
     """Which optimiser is better than which, or why that cannot be said and what would be needed."""
     seeds = max(len(pair.differences) for pair in pairs)
@@ -41,10 +51,10 @@ def _orders(pairs: Sequence[Pair], what: str) -> list[str]:
     found = []
     for name in dict.fromkeys(pair.better for pair in decided):
         won = [pair for pair in decided if pair.better == name]
-        worse = [printable(pair.second if pair.first == name else pair.first) for pair in won]
+        worse = [line(pair.second if pair.first == name else pair.first) for pair in won]
         worst = max(pair.corrected for pair in won)
         limit = f"corrected {p_value(worst)}" if len(won) == 1 else f"corrected p at most {max(worst, 0.001):.3f}"
-        found.append(f"{printable(str(name))} reaches a lower {what} than {listed(worse)} ({limit}).")
+        found.append(f"{line(str(name))} reaches a lower {what} than {listed(worse)} ({limit}).")
     if len(decided) == len(pairs):
         return found
     if decided:
@@ -65,7 +75,7 @@ def _undecided(pairs: Sequence[Pair], seeds: int, what: str) -> str:
             f"{many if len(pairs) > 1 else ''}. At least {needed} common seeds are needed."
         )
     closest = min(pairs, key=lambda pair: pair.corrected)
-    names = f"{printable(closest.first)} and {printable(closest.second)}"
+    names = f"{line(closest.first)} and {line(closest.second)}"
     text = f"{start}: the least corrected p is {closest.corrected:.3f}, of {names}. That does not make them equal."
     more = statistics.seeds_for_power(closest.differences, len(pairs))
     if more is not None and more > seeds:
@@ -98,7 +108,7 @@ def _budget(c: Comparison) -> str:
     text = f"All are compared at {quantity(c.budget, c.cost)}, which every study reached"
     if longest > 1.05 * c.budget:
         text += (
-            f"; {printable(shortest.study)} ended there, others went on to up to {quantity(longest, c.cost)}, which "
+            f"; {line(shortest.study)} ended there, others went on to up to {quantity(longest, c.cost)}, which "
             "does not count"
         )
     return text + "."

@@ -79,9 +79,3 @@ def listed(names: list[str]) -> str:
     'a, b and c'
     """
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def printable(name: str, most: int = 120) -> str:
-    """A name without control characters, line ends and marks that change the direction of text, shortened."""
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    return shown if len(shown) <= most else f"{shown[: most - 1]}…"

@@ -11,14 +11,15 @@ import numpy as np
 from moeopt.benchmarking import statistics
 from moeopt.benchmarking.formatting import loss, quantity
 from moeopt.benchmarking.runs import Cost
-from moeopt.benchmarking.svg import Axis, Plot, drawn, escape, fill, stroke
+from moeopt.benchmarking.svg import MOST, Axis, Plot, drawn, escape, fill, stroke
+from moeopt.showing import line
 
 if TYPE_CHECKING:
     from moeopt.benchmarking.comparison import Comparison, Optimiser
     from moeopt.benchmarking.statistics import Floats
 
 LABELS = {"layer-tokens": "layer-tokens", "time": "wall time (s)", "trials": "finished trials"}
-LEFT, NAMES, TOP, BOTTOM = 62, 196, 30, 46
+LEFT, NAMES, TOP, BOTTOM = 62, 214, 30, 46
 """Pixels left of a plot, right of one that names its lines, above and below."""
 
 
@@ -71,7 +72,7 @@ def by_optimiser(c: Comparison, *, width: float = 1060, columns: int = 4) -> str
         for run, curve in zip(optimiser.runs, values):
             plot.steps(grid, curve, "seed", stroke(i).partition(";")[0], f"{run.study}: {loss(curve[-1])}")
         plot.steps(grid, middle, "line", stroke(i).partition(";")[0], f"{optimiser.name}: median {loss(middle[-1])}")
-        plot.text(plot.x.last, top + 4, optimiser.name[:30], "name end", fill(i))
+        plot.text(plot.x.last, top + 4, line(optimiser.name, MOST), "name end", fill(i))
         plots.append(plot)
     return drawn(plots, width, above + rows * down + 4, "Best search loss of every optimiser and seed")
 
@@ -104,7 +105,7 @@ def final_losses(c: Comparison, *, width: float = 1060) -> str:
     """The least loss of every study at the common budget, with median and band."""
     values = np.concatenate([one.losses for one in c.optimisers])
     values = values[np.isfinite(values)]
-    height, left = 26.0 * len(c.optimisers) + TOP + BOTTOM, 210.0
+    height, left = 26.0 * len(c.optimisers) + TOP + BOTTOM, 226.0
     x = _axis(float(values.min()), float(values.max()), left, width - 24)
     y = Axis(0.0, float(len(c.optimisers)), TOP, height - BOTTOM)
     plot = Plot(x, y)
@@ -121,7 +122,7 @@ def final_losses(c: Comparison, *, width: float = 1060) -> str:
     )
     for i, one in enumerate(c.optimisers):
         row = float(y(i + 0.5))
-        plot.text(left - 14, row + 4, one.name[:30], "name end", fill(i))
+        plot.text(left - 14, row + 4, line(one.name, MOST), "name end", fill(i))
         if math.isfinite(one.low) and math.isfinite(one.high):
             plot.parts.append(
                 f'<path class="whisker" style="{stroke(i).partition(";")[0]}" '

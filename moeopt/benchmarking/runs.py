@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from moeopt.benchmarking.statistics import Floats, best_so_far
+from moeopt.description import FINITE, check, check_whole
 from moeopt.errors import StudyError
 from moeopt.genome import RETRIES
-from moeopt.selection.record import SELECTION, WINNER
-from moeopt.study import CALIBRATION, DESCRIPTION, METHOD, WARM_START
+from moeopt.selection.record import SELECTION, WINNER, check_record, recorded
+from moeopt.showing import line, shown
+from moeopt.study import CALIBRATION, METHOD, WARM_START
 
 if TYPE_CHECKING:
     import optuna
@@ -77,30 +79,17 @@ def read(study: optuna.Study) -> Run:
     """The arrays of a study.
 
     Raises:
-        StudyError: when moeopt did not make it, it does not minimise one loss, or an attribute is not what moeopt
+        StudyError: as `moeopt.description.check_whole`, or when another attribute that counts is not what moeopt
             writes; the message names it.
+        StorageError: when the study cannot be read.
     """
-    from optuna.study import StudyDirection
-
     name = study.study_name
-    if study.directions != [StudyDirection.MINIMIZE]:
-        raise StudyError(f"study {name!r} does not minimise one loss: its directions are {study.directions}")
-    about = study.user_attrs.get(DESCRIPTION)
-    parts = {part: about.get(part) if isinstance(about, dict) else None for part in (*COMPARABLE, "sampler")}
-    wrong = [part for part, value in parts.items() if not isinstance(value, dict)]
-    if wrong:
-        raise StudyError(
-            f"study {name!r} was not made by moeopt: its description has no {wrong[0]}"
-            if isinstance(about, dict)
-            else f"study {name!r} was not made by moeopt"
-        )
-    sampler = parts.pop("sampler")
-    assert isinstance(about, dict)
-    assert isinstance(sampler, dict)
+    about = check_whole(study)
+    sampler = about["sampler"]
     if not isinstance(sampler.get("name"), str):
-        raise StudyError(f"study {name!r} names no sampler: got {sampler.get('name')!r}")
+        raise StudyError(f"study {shown(name)} does not name its sampler: got {shown(sampler.get('name'))}")
     everything = study.get_trials(deepcopy=False)
-    repeated = {number for trial in everything for number in _retries(name, trial)}
+    repeated = {number for trial in everything for number in trial.system_attrs.get(RETRIES) or []}
     trials = sorted(
         (t for t in everything if t.state.is_finished() and t.number not in repeated),
         key=lambda t: (t.datetime_complete or datetime.max, t.number),
@@ -118,20 +107,13 @@ def read(study: optuna.Study) -> Run:
         study=name,
         seed="/".join(map(str, _seeds(sampler))) or "?",
         settings={**_without_seed(sampler), **_extras(about.get("pruner"), everything)},
-        description=parts,
+        description={part: about.get(part) or {} for part in COMPARABLE},
         costs=costs,
         curve=best_so_far(losses),
         counts={name: states.count(state) for name, state in names.items()},
         charged=charged,
         held_out=_held_out(study),
     )
-
-
-def _retries(name: str, trial: FrozenTrial) -> list[int]:
-    found = trial.system_attrs.get(RETRIES, [])
-    if not isinstance(found, list) or not all(isinstance(number, int) for number in found):
-        raise StudyError(f"study {name!r}, trial {trial.number}: {RETRIES} is no list of numbers, got {found!r:.80}")
-    return found
 
 
 def _loss(trial: FrozenTrial) -> float:
@@ -161,8 +143,10 @@ def _count(name: str, trial: FrozenTrial, key: str) -> float | None:
     value = trial.user_attrs.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e18:
-        raise StudyError(f"study {name!r}, trial {trial.number}: {key} must be a number from 0, got {value!r:.80}")
+    if not FINITE.holds(value) or not 0 <= value <= 1 << 53:
+        raise StudyError(
+            f"study {shown(name)}, trial {trial.number}: {key} must be a number from 0, got {shown(value)}"
+        )
     return float(value)
 
 
@@ -203,7 +187,7 @@ def _extras(pruner: Any, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
     if isinstance(pruner, dict) and not str(pruner.get("class")).endswith(".NopPruner"):
         found["pruner"] = _without_seed(pruner)
     starts = {
-        str(t.user_attrs.get(METHOD) or f"plan {str(t.user_attrs[WARM_START])[:8]}")
+        line(t.user_attrs.get(METHOD) or f"plan {line(t.user_attrs[WARM_START])[:8]}", 40)
         for t in trials
         if WARM_START in t.user_attrs
     }
@@ -211,14 +195,11 @@ def _extras(pruner: Any, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
 
 
 def _held_out(study: optuna.Study) -> HeldOut | None:
-    record = study.user_attrs.get(SELECTION)
+    record = recorded(study)
     if record is None:
         return None
-    try:
-        loss = record["scores"]["test"][WINNER]["loss"]
-        about = record["examples"]["test"]
-        if isinstance(loss, bool) or not math.isfinite(loss):
-            raise ValueError(f"a loss of {loss!r:.80}")
-        return HeldOut(float(loss), str(about["of"]), int(about["count"]))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise StudyError(f"study {study.study_name!r}: the record of its selection is damaged: {error!r}") from None
+    where = f"study {shown(study.study_name)}: {SELECTION}"
+    check_record(record, where)
+    check(record["scores"]["test"].get(WINNER), {"loss": FINITE}, f"{where}.scores.test.{WINNER}")
+    about = record["examples"]["test"]
+    return HeldOut(float(record["scores"]["test"][WINNER]["loss"]), about["of"], about["count"])

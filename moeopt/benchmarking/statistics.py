@@ -102,7 +102,7 @@ def median_band(values: Floats, level: float = 0.95) -> tuple[Floats, Floats, Fl
     ordered = np.sort(np.where(np.isnan(values), np.inf, values), axis=0)
     beyond = 2 * stats.binom.cdf(np.arange((n + 1) // 2), n, 0.5)  # both tails, if i values are left out at either end
     inner = max(1, int((beyond <= 1 - level).sum()))
-    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    middle = ordered[(n - 1) // 2] / 2 + ordered[n // 2] / 2
     low, high = ordered[inner - 1], ordered[n - inner]
     middle, low, high = (np.where(np.isinf(part), np.nan, part) for part in (middle, low, high))
     return middle, low, high, float(1 - beyond[inner - 1])

@@ -57,6 +57,8 @@ tr,.conclusions{break-inside:avoid}
 .key,.cell,svg{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 details::details-content{content-visibility:visible;block-size:auto}
 summary{list-style:none;color:var(--ink);font-weight:600}
+td:first-child,.studies td:nth-child(2),.pairlist td:nth-child(2),.matrix td:first-child{min-width:0}
+.matrix{font-size:7pt}.matrix td,.matrix th{padding-left:2px}.cell{padding:2px}.cell small{font-size:6.5pt}
 .scroll{overflow:visible}@page{margin:14mm}
 """
 

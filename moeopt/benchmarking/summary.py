@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeopt.benchmarking import statistics
-from moeopt.benchmarking.formatting import DASH, interval, loss, printable, short
+from moeopt.benchmarking.formatting import DASH, interval, loss, short
+from moeopt.showing import line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,7 +30,7 @@ def row(c: Comparison, one: Optimiser) -> list[str]:
     """One optimiser, at the common budget."""
     to_it = statistics.restricted_mean(one.times, c.budget)
     return [
-        printable(one.name),
+        line(one.name),
         str(len(one.runs)),
         loss(one.median),
         interval(one.low, one.high) if len(one.runs) > 1 else DASH,
@@ -90,7 +91,7 @@ def view(c: Comparison) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    name = printable(str(c.description["task"].get("name")))
+    name = line(str(c.description["task"].get("name")))
     title = f"{name}: {len(c.optimisers)} optimisers in {len(c.runs)} studies, at {short(c.budget)} " + (
         "seconds" if c.cost == "time" else c.cost
     )

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moeopt.benchmarking.formatting import printable, short
+from moeopt.benchmarking.formatting import short
 from moeopt.benchmarking.statistics import Floats
+from moeopt.showing import line
 
+MOST = 24
+"""Characters of a name beside its line."""
 COLOURS, DASHES = 8, ("", "7 3", "2 2.5")
 """Colours that the page defines as --c0, --c1, ..., and the dashes that tell apart more than that."""
 
 
 def escape(text: str, most: int = 120) -> str:
     """A name for HTML or SVG, in an attribute too."""
-    return html.escape(printable(text, most), quote=True)
+    return html.escape(line(text, most), quote=True)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class Plot:
             right = self.x.last
             path = f"M{right + 3:.1f} {at:.1f}L{right + 16:.1f} {place:.1f}"
             self.parts.append(f'<path class="leader s{series}" style="{stroke(series)}" d="{path}"/>')
-            self.text(right + 20, place + 4, printable(name, 26), f"name s{series}", fill(series))
+            self.text(right + 20, place + 4, line(name, MOST), f"name s{series}", fill(series))
 
 
 def drawn(plots: Iterable[Plot], width: float, height: float, title: str) -> str:

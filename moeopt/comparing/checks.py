@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moeopt import __version__
 from moeopt.errors import MethodError, MoeoptError
 from moeopt.methods import names as known
-from moeopt.plan import ModelShape
+from moeopt.plan import MALFORMED, ModelShape
+from moeopt.showing import shown
 
 MANIFEST = "comparison.json"
 FORMAT, VERSION = "moeopt-comparison", 1
@@ -70,17 +72,23 @@ def check_folder(folder: Path, of: Mapping[str, Any]) -> None:
         if not folder.is_dir() or not any(folder.iterdir()):
             return
         there = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        ours = there["format"] == FORMAT
+        ours, written = there["format"] == FORMAT, there.get("version")
     except FileNotFoundError:
         raise ComparisonError(f"{str(folder)!r} is not empty and holds no comparison; give a new folder") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ComparisonError(f"{str(folder / MANIFEST)!r} cannot be read: {error}") from None
-    if not ours or there.get("version") != VERSION:
-        raise ComparisonError(f"{str(folder)!r} is of another program, or of another version of moeopt")
+    except (OSError, *MALFORMED) as error:
+        raise ComparisonError(f"{str(folder / MANIFEST)!r} cannot be read: {shown(error)}") from None
+    if not ours:
+        raise ComparisonError(f"{str(folder)!r} is of another program")
+    if written != VERSION:
+        by = f"moeopt {shown(there['moeopt'])}, in " if "moeopt" in there else ""
+        raise ComparisonError(
+            f"{str(folder)!r} is a comparison of {by}format version {shown(written)}; this is moeopt {__version__}, "
+            f"which reads {VERSION}: give another folder"
+        )
     from moeopt.study import differences_of
 
     differences = [
-        f"{path}: it has {old!r}, now {new!r}"
+        f"{path}: it has {shown(old)}, now {shown(new)}"
         for key in of
         for path, old, new in differences_of(there.get(key), json.loads(json.dumps(of[key])), key)
         if path not in MAY_DIFFER

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from moeopt import __version__
 from moeopt.comparing.checks import FORMAT, MANIFEST, VERSION, ComparisonError, check_folder
 from moeopt.errors import PlanError
 from moeopt.evaluation import Evaluation
-from moeopt.plan import Plan, write_atomically
+from moeopt.genome import LARGEST
+from moeopt.plan import MALFORMED, Plan, write_atomically
 
 RECORDS, PLANS = "records.jsonl", "plans"
 
@@ -60,7 +63,7 @@ class Ledger:
         try:
             (folder / PLANS).mkdir(parents=True, exist_ok=True)
             if not (folder / MANIFEST).exists():
-                manifest = {"format": FORMAT, "version": VERSION, **of}
+                manifest = {"format": FORMAT, "version": VERSION, "moeopt": __version__, **of}
                 write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
             content = (folder / RECORDS).read_bytes() if (folder / RECORDS).exists() else b""
             self._file = (folder / RECORDS).open("ab", buffering=0)
@@ -71,7 +74,7 @@ class Ledger:
         for line in content.splitlines():
             try:
                 self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError, zlib.error):  # torn
+            except (*MALFORMED, zlib.error, AssertionError):  # torn, or of somebody else
                 continue
 
     def close(self) -> None:
@@ -129,5 +132,11 @@ def _packed(scores: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def _unpacked(record: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    data = np.frombuffer(zlib.decompress(base64.b64decode(record["z"])), dtype="<f4")
-    return data.reshape(record["shape"]).astype(np.float32)
+    size = math.prod(record["shape"])
+    if not 0 <= size <= LARGEST:
+        raise ValueError(f"{size} numbers")
+    data = zlib.decompressobj().decompress(base64.b64decode(record["z"]), 4 * size + 1)
+    scores = np.frombuffer(data, dtype="<f4").reshape(record["shape"]).astype(np.float32)
+    if not (np.isfinite(scores[1]) & (scores[1] > 0)).all():
+        raise ValueError("the weights of examples are not all positive")
+    return scores

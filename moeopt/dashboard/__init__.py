@@ -7,6 +7,6 @@ storage.
 """
 
 from moeopt.dashboard.refreshing import Refresh, Refresher, attach
-from moeopt.dashboard.serving import refreshing, server
+from moeopt.dashboard.serving import refresh_in_background, server
 
-__all__ = ["Refresh", "Refresher", "attach", "refreshing", "server"]
+__all__ = ["Refresh", "Refresher", "attach", "refresh_in_background", "server"]

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-FEWEST, MOST = 20, 600
-"""Trials below which nothing is said, and of which no more are used: evenly spaced ones."""
+FEWEST, MOST, MOST_NUMBERS = 20, 600, 4_000_000
+"""Trials below which nothing is said, and of which, and whose features, no more are used: evenly spaced ones."""
 FOLDS = 10
 RIDGES = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
 
@@ -60,8 +60,9 @@ def importance(features: NDArray[np.float32], losses: Floats, blocks: Sequence[s
     """
     _, first = np.unique(features, axis=0, return_index=True)
     first.sort()
-    if len(first) > MOST:
-        first = first[np.linspace(0, len(first) - 1, MOST).astype(int)]
+    most = min(MOST, max(100, MOST_NUMBERS // max(1, features.shape[1])))
+    if len(first) > most:
+        first = first[np.linspace(0, len(first) - 1, most).astype(int)]
     x, y = features[first].astype(np.float64), _ranks(losses[first])
     n = len(y)
     if n < FEWEST or not blocks or np.ptp(y) == 0:

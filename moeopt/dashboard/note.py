@@ -42,7 +42,7 @@ def joined(before: str, body: str) -> str:
 
 def code(text: str, longest: int = 200) -> str:
     """Text in backticks, on one line, as a table cell can hold it: no Markdown and no HTML in it has an effect."""
-    line = shown(text, longest) or " "
+    line = shown(text, longest) or "–"
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     pad = " " if line[0] in "` " or line[-1] in "` " else ""
     return ticks + pad + line.replace("|", "\\|") + pad + ticks

@@ -178,9 +178,11 @@ def attach(study: optuna.Study, read: Digest, url: str, others: Mapping[str, Cur
         there = {
             key: value
             for key, value in genome.study_attributes(study).items()
-            if key.startswith("dashboard:") and isinstance(value, (str, int))
+            if key.startswith("dashboard:") and isinstance(value, int if key.endswith("note_ver") else str)
         }
-        desk = optuna.create_study(storage=optuna.storages.InMemoryStorage(), direction="minimize")
+        memory = optuna.storages.InMemoryStorage()
+        memory.create_new_study([optuna.study.StudyDirection.MINIMIZE], "desk")
+        desk = optuna.load_study(study_name="desk", storage=memory)
         genome.write_study(desk, there)
         before = _note(get_note, desk)
         body = joined(before, note(read, command, url))
@@ -210,7 +212,9 @@ def _named(study: optuna.Study, read: Digest) -> dict[str, float] | None:
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     try:
-        return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that importances are equal is drawn
+            return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     except Exception:  # parameters of the wrong kinds; our own estimate is still drawn
         return None
 

@@ -60,7 +60,7 @@ def server(storage: BaseStorage, host: str = "127.0.0.1", port: int = 8080) -> W
         raise StudyError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
-def refreshing(refresher: Refresher, stop: threading.Event) -> threading.Thread:
+def refresh_in_background(refresher: Refresher, stop: threading.Event) -> threading.Thread:
     """A running thread that refreshes until `stop` is set."""
 
     def watch() -> None:

@@ -19,7 +19,8 @@ from moeopt.exporting.custom import CODE, PREFIX, code_for
 from moeopt.exporting.exporter import chosen_form, prepare
 from moeopt.exporting.source import Source, few, locate
 from moeopt.exporting.stock import read_config
-from moeopt.plan import Plan
+from moeopt.plan import MALFORMED, Plan
+from moeopt.showing import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,9 +163,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], Plan]:
         raise ExportError(f"{str(folder)!r} was not exported by moeopt: it lacks moeopt.json or plan.safetensors")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["form"], record["source"], record["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{str(path)!r} is not what moeopt writes: {error!r}") from None
+        if not all(isinstance(record[key], str) for key in ("form", "source", "fingerprint")):
+            raise TypeError("form, source and fingerprint must be text")
+    except MALFORMED as error:
+        raise ExportError(f"{str(path)!r} is not what moeopt writes: {shown(error)}") from None
     plan = Plan.load(folder / "plan.safetensors")
     if plan.fingerprint != record["fingerprint"]:
         raise ExportError(f"plan.safetensors of {str(folder)!r} is not the plan that its moeopt.json names")

@@ -136,10 +136,12 @@ def _gap(figure: style.Figure, gains: Mapping[str, float], interval: tuple[float
             hovertemplate="%{y}<extra></extra>", **style.on(1),
         )
     )  # fmt: skip
-    style.reference_line(
-        figure, 1, [-0.4, len(splits) - 0.6], [0, 0], "the full model", name="full model", colour=style.FAINT
-    )
-    figure.data[-1].showlegend = False
+    figure.add_trace(
+        style.plotly().Scatter(
+            x=[-0.4, len(splits) - 0.6], y=[0, 0], mode="lines", showlegend=False, hovertext="the full model",
+            hoverinfo="text", line={"color": style.FAINT, "width": 1.5, "dash": "dash"}, **style.on(1),
+        )
+    )  # fmt: skip
     ticks = {"tickvals": list(range(len(splits))), "ticktext": splits, "range": [-0.5, len(splits) - 0.5]}
     figure.update_layout(
         xaxis={"domain": [0, 0.62]},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import TaskError, nearest
+from moeopt.showing import shown
 from moeopt.tasks.base import Task
 from moeopt.tasks.mixture import MixtureTask, Use
 from moeopt.tasks.rows import is_missing_file
@@ -36,8 +37,8 @@ def mixture_task(data: str | Path, *, use: Use = "share") -> MixtureTask:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise TaskError(f"cannot read mixture file {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise TaskError(f"mixture file {path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"mixture file {path} is not JSON: {shown(error)}") from error
     entries = content.get("tasks") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) != {"tasks"}:
         raise TaskError(f'mixture file {path} must be {{"tasks": [{{"task": ..., "data": ..., "weight": ...}}, ...]}}')
@@ -45,17 +46,19 @@ def mixture_task(data: str | Path, *, use: Use = "share") -> MixtureTask:
     for number, entry in enumerate(entries, start=1):
         where = f"{path}, task {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("task"), str):
-            raise TaskError(f'{where}: expected an object with a "task", got {entry!r}')
+            raise TaskError(f'{where}: expected an object with a "task", got {shown(entry)}')
         for key in entry:
             if key not in ENTRY:
-                raise TaskError(f"{where}: unknown {key!r}{nearest(key, list(ENTRY))} (there are {', '.join(ENTRY)})")
+                raise TaskError(
+                    f"{where}: unknown {shown(key)}{nearest(key, list(ENTRY))} (there are {', '.join(ENTRY)})"
+                )
         kind, options, name = entry["task"], entry.get("options", {}), entry.get("name", entry["task"])
         if kind not in REGISTRY or REGISTRY[kind] is mixture_task:
             known = [key for key in REGISTRY if REGISTRY[key] is not mixture_task]
-            raise TaskError(f"{where}: unknown task {kind!r}{nearest(kind, known)} (there are {', '.join(known)})")
+            raise TaskError(f"{where}: unknown task {shown(kind)}{nearest(kind, known)} (there are {', '.join(known)})")
         if not isinstance(options, dict) or options.keys() & set(ENTRY) or not isinstance(name, str):
             raise TaskError(
-                f'{where}: "options" must be the task\'s own and "name" a text, got {options!r} and {name!r}'
+                f'{where}: "options" must be the task\'s own and "name" a text, got {shown(options)} and {shown(name)}'
             )
         if name in members:
             raise TaskError(f'{where}: a task before is called {name!r} already; give it a "name" of its own')
@@ -74,6 +77,6 @@ def _beside(file: Path, data: Any) -> Any:
     if not isinstance(data, str):
         if data is None:
             return None
-        raise TaskError(f'"data" must be a path, a list of paths or a hub id, got {data!r}')
+        raise TaskError(f'"data" must be a path, a list of paths or a hub id, got {shown(data)}')
     path = file.parent / data
     return str(path) if path.exists() or is_missing_file(data) else data

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import TaskError, nearest
+from moeopt.showing import shown
 from moeopt.tasks.base import Example
 from moeopt.tasks.splits import OWN
 
@@ -31,7 +32,7 @@ class Row:
 
     def __getitem__(self, column: str) -> Any:
         if column not in self.values:
-            have = ", ".join(map(repr, self.values)) or "nothing"
+            have = ", ".join(map(shown, list(self.values)[:20])) or "nothing"
             raise TaskError(f"{self.where}: no {column!r}{nearest(column, list(self.values))} (it has {have})")
         return self.values[column]
 
@@ -39,35 +40,35 @@ class Row:
         """A column that must be text."""
         value = self[column]
         if not isinstance(value, str):
-            raise TaskError(f"{self.where}: {column!r} must be text, got {value!r}")
+            raise TaskError(f"{self.where}: {column!r} must be text, got {shown(value)}")
         return value
 
     def texts(self, column: str) -> list[str]:
         """A column that must be a list of at least one text."""
         value = self[column]
         if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-            raise TaskError(f"{self.where}: {column!r} must be a list of texts, got {value!r}")
+            raise TaskError(f"{self.where}: {column!r} must be a list of texts, got {shown(value)}")
         return value
 
     def number(self, column: str) -> int:
         """A column that must be an integer >= 0."""
         value = self[column]
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise TaskError(f"{self.where}: {column!r} must be a number >= 0, got {value!r}")
+            raise TaskError(f"{self.where}: {column!r} must be a number >= 0, got {shown(value)}")
         return value
 
     def inner(self, column: str) -> Row:
         """A column that must be an object, as a row of its own."""
         value = self[column]
         if not isinstance(value, Mapping):
-            raise TaskError(f"{self.where}: {column!r} must be an object, got {value!r}")
+            raise TaskError(f"{self.where}: {column!r} must be an object, got {shown(value)}")
         return Row(f"{self.where}, {column!r}", value)
 
     def inners(self, column: str) -> list[Row]:
         """A column that must be a list of objects, as rows of their own."""
         value = self[column]
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-            raise TaskError(f"{self.where}: {column!r} must be a list of objects, got {value!r}")
+            raise TaskError(f"{self.where}: {column!r} must be a list of objects, got {shown(value)}")
         return [Row(f"{self.where}, {column!r} {i}", item) for i, item in enumerate(value)]
 
 
@@ -112,7 +113,7 @@ def read(path: Path) -> list[Row]:
     try:
         rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
     except OSError as error:
-        raise TaskError(f"cannot read data file {path}: {error}") from error
+        raise TaskError(f"cannot read data file {path}: {error.strerror or shown(error)}") from error
     if not rows:
         raise TaskError(f"data file {path} has no rows")
     return rows
@@ -178,8 +179,15 @@ def _read_jsonl(path: Path) -> list[Row]:
                 raise TaskError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
             except json.JSONDecodeError as error:
                 raise TaskError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+            except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+                raise TaskError(f"{where}: JSON that Python does not read ({error})") from error
             if not isinstance(values, dict):
-                raise TaskError(f"{where}: expected a JSON object, got {str(values)[:60]!r}")
+                raise TaskError(f"{where}: expected a JSON object, got {shown(values)}")
+            if b"\\u" in line:
+                try:
+                    json.dumps(values, ensure_ascii=False).encode()
+                except UnicodeEncodeError as error:
+                    raise TaskError(f"{where}: half of a surrogate pair, which is no text") from error
             rows.append(Row(where, values))
     return rows
 
@@ -192,6 +200,6 @@ def _read_parquet(path: Path) -> list[Row]:
         raise TaskError(f"reading {path} needs the pyarrow package: pip install pyarrow") from error
     try:
         table = read_table(path).to_pylist()
-    except ArrowException as error:
-        raise TaskError(f"cannot read data file {path}: {error}") from error
+    except (ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise TaskError(f"cannot read data file {path}: {shown(error)}") from error
     return [Row(f"{path}, row {i}", values) for i, values in enumerate(table)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -18,7 +17,14 @@ ABOUT: dict[str, Any] = {
     "version": "0.1.0",
     "model": {"name_or_path": "tiny", "architecture": "Mixtral", "config_hash": "c", "weights": "w"},
     "task": {"name": "sums", "fingerprint": "f", "split": "search", "limit": 8, "max_length": None},
-    "space": {"kind": "prune", "shape": {"layers": 2, "experts": 4, "k": 2}, "keep": 2, "groups": [[0, 0], [1, 1]]},
+    "space": {
+        "kind": "prune",
+        "shape": {"layers": 2, "experts": 4, "k": 2},
+        "keep": 2,
+        "k": 2,
+        "groups": [[0, 0], [1, 1]],
+        "router": "prob",
+    },
     "evaluation": {"rungs": [8], "report": "mean", "attention": "sdpa", "experts": "eager"},
     "pruner": {"class": "optuna.pruners._nop.NopPruner"},
 }
@@ -65,7 +71,22 @@ def make(
     if test_loss is not None:
         study.set_user_attr(
             "selection",
-            {"scores": {"test": {"winner": {"loss": test_loss}}}, "examples": {"test": {"of": "of", "count": 12}}},
+            {
+                "format": 1,
+                "metric": "accuracy",
+                "settings": {"stock_only": False},
+                "examples": {"test": {"of": "of", "count": 12}},
+                "candidates": {"trial": [0], "search_loss": [0.5], "dev_loss": [0.5], "dev_accuracy": [1.0]},
+                "winner": 0,
+                "search_best": 0,
+                "plans": {},
+                "test_minus": {},
+                "verdict": "holds",
+                "sentences": [],
+                "warnings": [],
+                "looks": 1,
+                "scores": {"search": {}, "dev": {}, "test": {"winner": {"loss": test_loss}}},
+            },
         )
     for i, one in enumerate(trials):
         study.add_trial(one if isinstance(one, FrozenTrial) else trial(one, start=i, layer_tokens=10))
@@ -102,8 +123,3 @@ def _make() -> Callable[..., optuna.Study]:
 @pytest.fixture(name="grid")
 def _grid() -> Callable[..., list[optuna.Study]]:
     return grid
-
-
-def as_json(value: Any) -> Any:
-    """What a reader of the file gets; NaN and infinity are not JSON."""
-    return json.loads(json.dumps(value, allow_nan=False))

@@ -155,7 +155,7 @@ def opened(url: str, name: str, sampler: Any = "random", **options: Any) -> optu
 def processes(count: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
     """Start workers: forks, which must open storages of their own."""
     context = multiprocessing.get_context("fork")
-    started = [context.Process(target=work, args=arguments) for _ in range(count)]
+    started = [context.Process(target=work, args=arguments, daemon=True) for _ in range(count)]
     for process in started:
         process.start()
     return started

@@ -1,0 +1,275 @@
+"""Workers as processes on one study: exact slots, one successor for each that dies, no plan twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+from sqlalchemy import text
+
+import moeopt
+from moeopt import genome, samplers
+from moeopt.samplers import EEPSampler
+
+from .conftest import SPACE, loss, opened, processes, slots, until
+
+TINY = moeopt.PruneSpace(moeopt.ModelShape(2, 4, k=2), keep=2)
+TWO_PHASES = moeopt.EEPSpace(moeopt.ModelShape(4, 6, k=2), keep=3, groups=2)
+
+
+def backend(study: optuna.Study) -> tuple[Any, int]:
+    team = genome.shared(study)
+    assert team is not None
+    return team
+
+
+def age(study: optuna.Study, seconds: int = 3600) -> None:
+    """Let the heartbeats of all trials be so old."""
+    storage, _ = backend(study)
+    ago = {
+        "sqlite": f"datetime(heartbeat, '-{seconds} seconds')",
+        "postgresql": f"heartbeat - interval '{seconds} seconds'",
+        "mysql": f"heartbeat - interval {seconds} second",
+    }[storage.engine.name]
+    with storage.engine.begin() as connection:
+        connection.execute(text(f"UPDATE trial_heartbeats SET heartbeat = {ago}"))
+
+
+def works(url: str, name: str, trials: int) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = opened(url, name)
+
+    def objective(trial: optuna.Trial) -> float:
+        time.sleep(0.02)
+        return loss(trial)
+
+    moeopt.optimize(study, objective, trials=trials)
+
+
+def test_killed_workers_leave_every_slot_done_once(url: str, name: str) -> None:
+    opened(url, name)
+    team, rng = processes(3, works, url, name, 24), random.Random(0)
+    study = opened(url, name)
+    for share in (4, 10, 16):
+        until(lambda share=share: len(slots(study)) >= share)
+        victim = rng.randrange(3)
+        os.kill(team[victim].pid, signal.SIGKILL)
+        team[victim].join()
+        team[victim] = processes(1, works, url, name, 24)[0]
+    for process in team:
+        process.join()
+        assert process.exitcode == 0
+    trials = study.get_trials(deepcopy=False)
+    assert slots(study) == list(range(24))
+    assert {t.state for t in trials} <= {TrialState.COMPLETE, TrialState.FAIL}
+    repeats = Counter(t.system_attrs[genome.RETRIES][-1] for t in trials if genome.RETRIES in t.system_attrs)
+    assert repeats == Counter(t.number for t in trials if t.state == TrialState.FAIL)
+
+
+def takes_over(url: str, name: str, delay: float) -> None:
+    study = opened(url, name, grace_period=2)
+    if delay:
+        signal.setitimer(signal.ITIMER_REAL, delay)  # SIGALRM ends the process wherever it is
+    for _ in range(20):
+        optuna.storages.fail_stale_trials(study)
+
+
+def test_a_stale_trial_has_one_successor_whoever_looks_and_dies(url: str, name: str) -> None:
+    study = opened(url, name)
+    asked = [study.ask().number for _ in range(12)]
+    storage, _ = backend(study)
+    storage._owned.clear()  # as if this process were dead
+    age(study)
+    rng = random.Random(1)
+    for process in processes(2, takes_over, url, name, 0.05) + [
+        p for _ in range(3) for p in processes(1, takes_over, url, name, rng.uniform(0.05, 0.4))
+    ]:
+        process.join()
+    takes_over(url, name, 0)
+    trials = study.get_trials(deepcopy=False)
+    assert [t.state.name for t in trials] == ["FAIL"] * 12 + ["WAITING"] * 12
+    assert sorted(t.system_attrs[genome.RETRIES][0] for t in trials[12:]) == asked
+    for dead in trials[:12]:
+        (again,) = [t for t in trials if t.system_attrs.get(genome.RETRIES) == [dead.number]]
+        assert np.array_equal(genome.read(dead), genome.read(again))  # type: ignore[arg-type]
+        assert "not heard of for 2 s" in dead.user_attrs["failure"]
+
+
+def dies(url: str, name: str) -> None:
+    moeopt.optimize(opened(url, name), lambda trial: os.kill(os.getpid(), signal.SIGKILL) or 0.0, trials=1)
+
+
+def test_a_trial_is_retried_so_often_and_then_failed_with_the_reason(url: str, name: str) -> None:
+    opened(url, name)
+    for _ in range(3):
+        (process,) = processes(1, dies, url, name)
+        process.join()
+    study = opened(url, name, retries=2)
+    assert moeopt.study.reclaim(study) == []
+    assert [t.state.name for t in study.trials] == ["FAIL"] * 3
+    assert study.trials[0].user_attrs["failure"] == "its worker died"
+    assert study.trials[2].user_attrs["failure"] == "its worker died; not tried again, as 3 workers died with it"
+    assert moeopt.study.finished(study) == 1
+    assert moeopt.study.reclaim(study) == []
+    moeopt.optimize(study, loss, trials=2)
+    assert slots(study) == [1]
+
+
+def test_ctrl_c_does_not_count_as_a_death(url: str, name: str) -> None:
+    def interrupted(trial: optuna.Trial) -> float:
+        trial.set_user_attr(genome.INTERRUPTED, True)
+        raise KeyboardInterrupt
+
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            moeopt.optimize(opened(url, name), interrupted, trials=1)
+    study = opened(url, name)
+    moeopt.optimize(study, loss, trials=1)
+    assert slots(study) == [0]
+    assert len(study.trials) == 6
+
+
+def last_one(url: str, name: str, ready: str) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        Path(ready).touch()
+        time.sleep(600)
+        return 0.0
+
+    moeopt.optimize(opened(url, name), objective, trials=2)
+
+
+def test_a_worker_waits_for_the_last_trial_of_one_that_dies(url: str, name: str, tmp_path: Path) -> None:
+    study = opened(url, name)
+    moeopt.optimize(study, loss, trials=1)
+    (other,) = processes(1, last_one, url, name, str(tmp_path / "ready"))
+    until((tmp_path / "ready").exists)
+    (waiting,) = processes(1, works, url, name, 2)
+    time.sleep(1.0)
+    assert waiting.is_alive()
+    assert len(study.get_trials(deepcopy=False)) == 2  # and starts none too many
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    waiting.join()
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert slots(study) == [0, 1]
+
+
+def test_waiting_for_others_ends_with_the_time_and_with_ctrl_c(url: str, name: str, tmp_path: Path) -> None:
+    study = opened(url, name)
+    (other,) = processes(1, last_one, url, name, str(tmp_path / "ready"))
+    until((tmp_path / "ready").exists)
+    moeopt.optimize(study, loss, trials=2, timeout=0.5)
+    before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        moeopt.optimize(study, loss, trials=2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGINT, outer)
+    assert slots(study) == [1]
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+
+
+def test_a_trial_that_was_asked_for_and_left_does_not_block_its_own_process(url: str, name: str) -> None:
+    study = opened(url, name)
+    study.ask()
+    moeopt.optimize(study, loss, trials=2)
+    assert len(slots(study)) == 2
+
+
+def test_enqueued_trials_count_as_slots_and_none_is_one_too_many(url: str, name: str) -> None:
+    study = opened(url, name)
+    for _ in range(3):
+        moeopt.enqueue(study, SPACE, SPACE.decode(SPACE.sample(np.random.default_rng())))
+    moeopt.optimize(study, loss, trials=2)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "WAITING"]
+    moeopt.optimize(study, loss, trials=5)
+    assert slots(study) == list(range(5))
+
+
+def test_heartbeats_of_a_trial_go_on_until_it_is_told(url: str, name: str) -> None:
+    study, other = opened(url, name), opened(url, name, grace_period=2)
+    trial = study.ask()
+    age(study)
+    time.sleep(2.5)  # two intervals
+    optuna.storages.fail_stale_trials(other)
+    assert other.trials[0].state == TrialState.RUNNING
+    study.tell(trial, 1.0)
+    assert other.trials[0].value == 1.0
+
+
+def draws(url: str, name: str, trials: int) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = opened(url, name, samplers.get("random", TINY, seed=0, redraw=400))
+    moeopt.optimize(study, lambda trial: float(TINY.vector(trial).sum()), trials=trials)
+
+
+def test_no_two_workers_try_the_same_plan(url: str, name: str) -> None:
+    opened(url, name)
+    for process in processes(3, draws, url, name, 30):
+        process.join()
+        assert process.exitcode == 0
+    assert max(Counter(genome.origin(t)["plan"] for t in opened(url, name).trials).values()) == 1
+
+
+@pytest.mark.parametrize("sampler", ["random", "local", "cmaes", "blockcmaes", "tpe", "nevergrad:DE", "eep"])
+def test_a_plan_that_another_worker_took_meanwhile_is_drawn_again(url: str, name: str, sampler: str) -> None:
+    if sampler not in ("random", "tpe") and not url.startswith("sqlite"):
+        pytest.skip("one database is enough for what a sampler draws")
+    mine, other = opened(url, name, sampler), opened(url, name)
+    mine.optimize(loss, n_trials=2)
+    own, taken = mine.sampler._new_plan, []  # type: ignore[attr-defined]
+
+    def slow(history: Any, slot: int) -> Any:
+        """Another worker proposes the same before this one stores it, once."""
+        proposal = own(history, slot)
+        if not taken:
+            x = SPACE.snap(proposal.x)
+            moeopt.enqueue(other, SPACE, SPACE.decode(x))
+            taken.append(other.ask())
+        return proposal
+
+    mine.sampler._new_plan = slow  # type: ignore[attr-defined]
+    trial = mine.ask()
+    assert trial.number < taken[0].number
+    assert genome.origin(trial)["plan"] != genome.origin(taken[0])["plan"]
+
+
+def searches(url: str, name: str, trials: int) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = EEPSampler(TWO_PHASES, seed=0, initial=6, prune_until=16)
+
+    def objective(trial: optuna.Trial) -> float:
+        time.sleep(0.01)
+        return float(((TWO_PHASES.vector(trial) - 0.25) ** 2).sum())
+
+    moeopt.optimize(opened(url, name, sampler), objective, trials=trials)
+
+
+def test_eep_goes_from_pruning_to_merging_once_by_population(url: str, name: str) -> None:
+    opened(url, name)
+    for process in processes(3, searches, url, name, 30):
+        process.join()
+        assert process.exitcode == 0
+    trials = opened(url, name).trials
+    assert slots(opened(url, name)) == list(range(30))
+    switch = sorted(t.datetime_complete for t in trials)[15]  # the population holds 16
+    rounding = timedelta(seconds=1 if url.startswith("mysql") else 0)
+    phases = {t.number: genome.origin(t)["phase"] for t in trials}
+    assert all(phases[t.number] == "merge" for t in trials if t.datetime_start > switch + rounding)
+    assert all(phases[t.number] == "prune" for t in trials if t.datetime_complete < switch - rounding)
+    merges = [number for number, phase in phases.items() if phase == "merge"]
+    prunes = [number for number, phase in phases.items() if phase == "prune"]
+    assert max(prunes) - min(merges) < 3  # but for those that were proposed at that moment
