@@ -107,7 +107,7 @@ class Fleet:
             self._stopping = True
             for place in self._places:
                 if not place.asked:
-                    self._interrupt(place)
+                    self._ask(place)
 
     def _started(self, number: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
@@ -131,15 +131,18 @@ class Fleet:
                     self.interrupts += 1
                     self._stopping = True
                     for place in self._places:
-                        self._interrupt(place)
+                        self._ask(place)
                 for place in self._places:
                     if not place.ended and place.process.poll() is not None:
                         self._bury(place)
 
-    def _interrupt(self, place: _Place) -> None:
-        place.asked = True
-        if not place.ended and place.process.poll() is None:
+    def _ask(self, place: _Place) -> None:
+        """To end after the running trial, by the end of its standard input; the second time at once, by SIGINT."""
+        if place.asked and place.process.poll() is None:
             place.process.send_signal(signal.SIGINT)
+        elif place.process.stdin is not None:
+            place.process.stdin.close()
+        place.asked = True
 
     def _bury(self, place: _Place) -> None:
         """Note that a worker ended; where it died before its time, say so and start another."""

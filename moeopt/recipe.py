@@ -122,10 +122,10 @@ def of(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Reci
     return recipe
 
 
-def write(study: optuna.Study, recipe: Recipe) -> None:
-    """Keep a recipe in a study, unless it has one."""
+def write(study: optuna.Study, objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> None:
+    """Keep the recipe in a study, unless it has one."""
     if RECIPE not in genome.study_attributes(study):
-        genome.write_study(study, _packed(recipe)[0])
+        genome.write_study(study, _packed(of(objective, sampler, pruner))[0])
 
 
 def read(study: optuna.Study) -> Recipe:

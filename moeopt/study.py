@@ -124,7 +124,7 @@ def create_study(
         if isinstance(racer, RacingPruner) and racer.noise_floor is None and NOISE_FLOOR not in study.user_attrs:
             study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
         if opened is not None:
-            recipe.write(study, recipe.of(objective, chosen, racer))
+            recipe.write(study, objective, chosen, racer)
         _enqueue_new(study, objective.space, found, held)
         reclaim(study)
     return study

@@ -243,3 +243,26 @@ def harness_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
     return folder
+
+
+SLOW = """
+import os, time
+from pathlib import Path
+from moeopt.tasks import Example, MultipleChoiceTask
+
+class Slow(MultipleChoiceTask):
+    def __init__(self):
+        super().__init__("slow", [Example(str(i), f"{i} is", (" a", " b"), i % 2) for i in range(8)])
+
+    def reduce(self, *arguments):
+        while Path("hold").exists():
+            Path(f"held.{os.getpid()}").touch()
+            time.sleep(0.05)
+        return super().reduce(*arguments)
+"""
+
+
+@pytest.fixture(scope="session")
+def slow_task() -> str:
+    """A Python file with a task, `Slow`: while there is a file `hold`, a trial waits, and says so by `held.PID`."""
+    return SLOW

@@ -19,28 +19,12 @@ import moeopt
 from moeopt import fleet
 from moeopt.study import finished
 
-TASK = """
-import os, time
-from pathlib import Path
-from moeopt.tasks import Example, MultipleChoiceTask
-
-class Slow(MultipleChoiceTask):
-    def __init__(self):
-        super().__init__("slow", [Example(str(i), f"{i} is", (" a", " b"), i % 2) for i in range(8)])
-
-    def reduce(self, *arguments):
-        while Path("hold").exists():
-            Path(f"held.{os.getpid()}").touch()
-            time.sleep(0.05)
-        return super().reduce(*arguments)
-"""
-
 
 @pytest.fixture
-def folder(make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path) -> Path:
+def folder(make_mixtral: Any, tiny_tokenizer: Any, slow_task: str, tmp_path: Path) -> Path:
     make_mixtral(layers=2, experts=4, hidden=16, intermediate=16).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "slow.py").write_text(TASK)
+    (tmp_path / "slow.py").write_text(slow_task)
     (tmp_path / "hold").touch()
     return tmp_path
 

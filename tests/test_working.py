@@ -28,22 +28,6 @@ from moeopt.tasks import Example, MultipleChoiceTask
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-SLOW = """
-import os, time
-from pathlib import Path
-from moeopt.tasks import Example, MultipleChoiceTask
-
-class Slow(MultipleChoiceTask):
-    def __init__(self):
-        super().__init__("slow", [Example(str(i), f"{i} is", (" a", " b"), i % 2) for i in range(8)])
-
-    def reduce(self, *arguments):
-        while Path("hold").exists():
-            Path(f"held.{os.getpid()}").touch()
-            time.sleep(0.05)
-        return super().reduce(*arguments)
-"""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -77,12 +61,12 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(make_mixtral: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(make_mixtral: Any, tiny_tokenizer: Any, slow_task: str, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("working")
     model = make_mixtral(layers=2, experts=4, hidden=16, intermediate=16)
     model.save_pretrained(folder / "model")
     tiny_tokenizer.save_pretrained(folder / "model")
-    (folder / "slow.py").write_text(SLOW)
+    (folder / "slow.py").write_text(slow_task)
     loaded, tokenizer = moeopt.load(folder / "model")
     return Place(folder, loaded, tokenizer)
 
