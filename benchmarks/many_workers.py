@@ -13,8 +13,8 @@ Heartbeats every second; the grace period is --grace, 30 s, which exceeds the ou
 exactly one finished trial, every failed trial exactly one that repeats it, no plan was evaluated by two slots, the
 values are those of the plans, and nothing is left running, waiting or on the disk.
 
-On two cores that ten other jobs used (load 10 to 25), `--clean-trials 100` on its own PostgreSQL, and `--storage sqlite`
-and a MariaDB URL with `--clean-trials 40 --trials 250 --grace 10`, gave:
+On two cores that ten other jobs used (load 10 to 25), `--clean-trials 100` on its own PostgreSQL, and
+`--storage sqlite` and a MariaDB URL with `--clean-trials 40 --trials 250 --grace 10`, gave:
 
 | storage | faults | trials | trials/s | killed | outages | failed and repeated | slots done once | all right |
 |---|---|---|---|---|---|---|---|---|
