@@ -1,6 +1,6 @@
 """What a trial costs apart from its forward passes, and how that grows with trials, numbers, layers and workers.
 
-    python benchmarks/scaling.py [trials spaces patching workers reading] [--storage URL] [--sampler eep]
+    python benchmarks/scaling.py [trials storages spaces patching workers reading] [--storage URL] [--sampler eep]
 
 No model runs: the loss is a distance in the space, and the objective stores what `moeopt.Objective` stores, in one
 transaction. A trial is timed inside `moeopt.optimize`, in three parts that add up to all it takes:
@@ -72,6 +72,7 @@ from moeopt import console, genome
 from moeopt.genome import Vector
 from moeopt.samplers import SAMPLERS
 from moeopt.spaces import EEPSpace, PruneSpace, Space
+from moeopt.study import DESCRIPTION
 
 EXAMPLES = 64
 BASE = EEPSpace(moeopt.ModelShape(layers=32, experts=8, k=2), keep=4)
@@ -139,13 +140,21 @@ class Synthetic:
         attrs |= {**genome.pack(genome.GENOME, x), genome.ORIGIN: origin}
         return optuna.trial.create_trial(value=self.loss(x), user_attrs=facts, system_attrs=attrs)
 
-    def describe(self) -> dict[str, Any]:
-        return {"model": {"name_or_path": "none"}, "task": {"name": "synthetic"}, "space": self.space.describe()}
-
 
 def opened(name: str, storage: Any, sampler: str, space: Space) -> optuna.Study:
-    objective: Any = Synthetic(space)
-    return moeopt.create_study(name, objective=objective, storage=storage, sampler=sampler, load_if_exists=True)
+    study = optuna.create_study(
+        study_name=name,
+        storage=moeopt.open_storage(storage) if isinstance(storage, str) else storage,
+        sampler=moeopt.samplers.get(sampler, space, seed=0),
+        load_if_exists=True,
+    )
+    if DESCRIPTION not in study.user_attrs:
+        about = {
+            "model": {"name_or_path": "none", "weights": "none"}, "task": {"name": "none", "fingerprint": "none"},
+            "space": space.describe(), "sampler": {"name": sampler, "seed": 0},
+        }  # fmt: skip
+        study.set_user_attr(DESCRIPTION, about)
+    return study
 
 
 @dataclass
@@ -340,6 +349,23 @@ def bare_commit(folder: Path) -> float:
     return 1000 * float(np.median(np.diff(times)))
 
 
+def storages(bench: Bench) -> Section:
+    """Random search in every database by the numbers of a trial and by finished trials."""
+
+    def rows() -> Iterator[tuple[object, ...]]:
+        for groups in (1, 4, 32):
+            space = EEPSpace(moeopt.ModelShape(32, 8, k=2), keep=4 if groups > 1 else 2, groups=groups)
+            for url in bench.urls:
+                for count in sorted(bench.args.trials):
+                    with bench.study(url, "random", space, count) as (place, name):
+                        cost = measured(place, name, "random", space, bench.args)
+                    kind = url.split(":")[0].split("+")[0]
+                    yield kind, space.size, count, cost.resume / 1000, *cost.parts, cost.commits, cost.statements
+
+    columns = ("storage", "numbers", "trials", "resume s", *PARTS, "commits", "statements")
+    return f"milliseconds (a bare commit of SQLite takes {bare_commit(bench.folder):.1f})", columns, rows()
+
+
 def spaces(bench: Bench) -> Section:
     """EEP by layers, groups and experts, one at a time, and CMA-ES on pruning scores."""
 
@@ -467,7 +493,8 @@ def reading(bench: Bench) -> Section:
 
 
 SECTIONS: dict[str, Callable[[Bench], Section]] = {
-    "trials": trials, "spaces": spaces, "patching": patching, "workers": workers, "reading": reading
+    "trials": trials, "storages": storages, "spaces": spaces, "patching": patching, "workers": workers,
+    "reading": reading,
 }  # fmt: skip
 
 
