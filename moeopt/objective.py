@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -128,6 +129,7 @@ class Objective:
             score=score,
             compression=compression,
         )
+        self._searched: Callable[[], optuna.Study | None] = lambda: None
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
         self.settings: dict[str, Any] = {
             **self._limits, "batch_tokens": batch_tokens, "rungs": rungs, "report": report,
@@ -158,6 +160,9 @@ class Objective:
             raise
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
+        if study is not None and self._searched() is not study:  # none saves layer-tokens by what another one ran
+            self.evaluator.clear(keep_teacher=True)
+            self._searched = weakref.ref(study)
         started = self.evaluator.clock()
         x = self.space.vector(trial)
         plan = self.space.decode(x)

@@ -124,6 +124,15 @@ def test_a_plan_of_another_worker_is_not_evaluated_again(make: Any, model: Any, 
     assert_copied(back, new)
 
 
+def test_no_study_saves_what_another_one_ran(make: Any) -> None:
+    shared, costs = make(), []
+    for objective in (shared, shared, make()):
+        study = plain_study(objective)
+        study.optimize(objective, n_trials=4)
+        costs.append([trial.user_attrs["layer_tokens"] for trial in study.trials])
+    assert costs[0] == costs[1] == costs[2]
+
+
 def test_a_sampler_that_is_not_ours_does_not_evaluate_twice(make: Any, model: Any) -> None:
     space = moeopt.PruneSpace.of(model, keep=KEEP, groups=1)
     objective = make(space=space)
