@@ -187,7 +187,7 @@ GOOD = {"prompt": "p", "options": ["a", "b"], "answer": 0}
         (GOOD | {"answer": 2}, "line 3: 'answer' must be an index below 2"),
         (GOOD | {"answer": "c"}, "line 3: 'answer' must be an index below 2 or one of the options, got 'c'"),
         (GOOD | {"answer": True}, "line 3: 'answer' must be an index below 2 or one of the options, got True"),
-        ('{"prompt": "\\ud800", "options": ["a", "b"], "answer": 0}', "lone surrogate"),
+        ('{"prompt": "\\ud800", "options": ["a", "b"], "answer": 0}', "half of a surrogate pair"),
     ],
 )
 def test_malformed_line_is_named(tmp_path, row, message):
