@@ -26,7 +26,7 @@ from moeopt.racing import NOISE_FLOOR, RacingPruner
 from moeopt.samplers.shadow import describe
 from moeopt.showing import line, shown
 from moeopt.spaces import Space, from_description
-from moeopt.storage import hidden, open_storage, readable_errors
+from moeopt.storage import hidden, open_storage, readable_errors, study_names
 from moeopt.storage.rows import NoSlotLeft
 
 if TYPE_CHECKING:
@@ -453,7 +453,7 @@ def _find(storage: BaseStorage | None, study_name: str | None) -> optuna.Study |
         return None
     try:
         return optuna.load_study(study_name=study_name, storage=storage)
-    except KeyError:  # there is none; to list all names would read all studies, damaged ones too
+    except KeyError:
         return None
 
 
@@ -472,7 +472,7 @@ def load_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
         study = _find(opened, study_name)
         if study is None:
             with reading(study_name):
-                names = optuna.get_all_study_names(opened)
+                names = study_names(opened)
             hint = nearest(study_name, [str(name) for name in names])
             raise StudyError(f"no study {study_name!r} in {hidden(storage)}{hint}")
         check_whole(study)
