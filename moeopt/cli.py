@@ -268,7 +268,7 @@ def search(
     from moeopt.storage import hidden
     from moeopt.study import COMMAND, create_study, finished, optimize, stalled
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # no traceback of a trial that Ctrl-C ended
     out, err = consoles()
     try:
         err.print(f"loading {model}", markup=False)
