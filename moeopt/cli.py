@@ -268,7 +268,7 @@ def search(
     from moeopt.storage import hidden
     from moeopt.study import COMMAND, create_study, finished, optimize, stalled
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # no traceback of a trial that Ctrl-C ended
     out, err = consoles()
     try:
         err.print(f"loading {model}", markup=False)
@@ -357,17 +357,23 @@ def show(
     from moeopt import study as room
     from moeopt.console import consoles, json_text, layer_rows, studies_table, study_record, study_summary, study_view
     from moeopt.description import reading
-    from moeopt.storage import hidden, open_storage, readable_errors
+    from moeopt.storage import hidden, open_storage, readable_errors, study_names
 
     out, _ = consoles()
     if study is None:
         import optuna
 
         opened = open_storage(storage, create=False)
+        records = []
         with readable_errors(storage), reading("in the storage"):
-            names = optuna.get_all_study_names(opened)
-            studies = [optuna.load_study(study_name=name, storage=opened) for name in names]
-            records = [study_summary(study) for study in studies]
+            for name in study_names(opened):
+                try:
+                    with reading(name):
+                        found = optuna.load_study(study_name=name, storage=opened)
+                except MoeoptError as error:
+                    records.append({"name": name, "unreadable": str(error)})
+                else:
+                    records.append(study_summary(found))
         if as_json:
             print(json_text(records))
         else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from moeopt.errors import StudyError, nearest
-from moeopt.options import DEFAULT_STORAGE
+from moeopt.options import DEFAULT_STORAGE, STORAGE_VARIABLE
 
 if TYPE_CHECKING:
     from moeopt.benchmarking import Run
@@ -36,7 +37,10 @@ def compare(
     ] = None,
     storage: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help=f"Where studies are kept; repeatable. [default: {DEFAULT_STORAGE}]"),
+        typer.Option(
+            metavar="URL",
+            help=f"Where studies are kept; repeatable. [default: ${STORAGE_VARIABLE}, else {DEFAULT_STORAGE}]",
+        ),
     ] = None,
     cost: Annotated[
         Literal["layer-tokens", "time", "trials"],
@@ -61,7 +65,9 @@ def compare(
     from moeopt.console import consoles
 
     found = benchmarking.compare(
-        _runs(studies or [], study_prefix, storage or [DEFAULT_STORAGE]), cost=cost, target=target
+        _runs(studies or [], study_prefix, storage or [os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE]),
+        cost=cost,
+        target=target,
     )
     found.save(out)
     console, _ = consoles()
@@ -74,17 +80,20 @@ def _runs(names: list[str], prefix: str | None, storages: list[str]) -> list[Run
     import optuna
 
     from moeopt.benchmarking import read
-    from moeopt.storage import hidden, open_storage, readable_errors
+    from moeopt.description import reading
+    from moeopt.storage import hidden, open_storage, readable_errors, study_names
 
     there: list[str] = []
     runs = []
     for url in dict.fromkeys(storages):
         opened = open_storage(url, create=False)
         with readable_errors(url):
-            known = optuna.get_all_study_names(opened)
+            known = study_names(opened)
             there += known
             chosen = [n for n in known if n in names or (prefix is not None and n.startswith(prefix))]
-            runs += [read(optuna.load_study(study_name=name, storage=opened)) for name in chosen]
+            for name in chosen:
+                with reading(name):
+                    runs.append(read(optuna.load_study(study_name=name, storage=opened)))
     places = " or ".join(map(hidden, dict.fromkeys(storages)))
     for name in names:
         if name not in there:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moeopt.options import DEFAULT_STORAGE
+from moeopt.options import DEFAULT_STORAGE, STORAGE_VARIABLE
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -24,7 +24,8 @@ def register(app: typer.Typer) -> None:
 
 def dashboard(
     storage: Annotated[
-        str, typer.Argument(metavar="[STORAGE]", help="Where studies are kept: an SQLAlchemy URL.")
+        str,
+        typer.Argument(metavar="[STORAGE]", envvar=STORAGE_VARIABLE, help="Where studies are kept: an SQLAlchemy URL."),
     ] = DEFAULT_STORAGE,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="Address to listen on; the default is this machine alone.")

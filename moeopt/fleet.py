@@ -73,7 +73,7 @@ class Fleet:
         if self._shares:
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
-            # Python writes the number of every signal it handles there, whoever's handler it is.
+            # Python writes the number of every signal it handles there, whosever handler it is.
             self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             self._places = [_Place(i, *self._started(i)) for i in range(len(self._shares))]
             self._watcher = threading.Thread(target=self._watch, daemon=True)

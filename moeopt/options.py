@@ -10,6 +10,10 @@ import typer
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
+DEFAULT_STORAGE = "sqlite:///moeopt.db"
+STORAGE_VARIABLE = "MOEOPT_STORAGE"
+"""Environment variable with a storage's URL, which keeps its password out of the list of processes."""
+
 GOAL, STUDY, MACHINE = (partial(typer.Option, rich_help_panel=panel) for panel in ("Task", "Study", "Machine"))
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id of the full model.")]
@@ -40,9 +44,8 @@ Storage = Annotated[
     str,
     STUDY(
         metavar="URL",
-        envvar="MOEOPT_STORAGE",
+        envvar=STORAGE_VARIABLE,
         help="Where studies are kept: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL).",
     ),
 ]
-DEFAULT_STORAGE = "sqlite:///moeopt.db"
 TRIAL = "A trial's number, best: the one of least loss, or selected: what [bold]moeopt select[/bold] chose"

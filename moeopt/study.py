@@ -26,7 +26,7 @@ from moeopt.racing import NOISE_FLOOR, RacingPruner
 from moeopt.samplers.shadow import describe
 from moeopt.showing import line, shown
 from moeopt.spaces import Space, from_description
-from moeopt.storage import hidden, open_storage, readable_errors
+from moeopt.storage import hidden, open_storage, readable_errors, study_names
 from moeopt.storage.rows import NoSlotLeft
 
 if TYPE_CHECKING:
@@ -250,10 +250,10 @@ def optimize(
         patience: stop after so many trials without a better one.
 
     Raises:
+        StudyError: when none of the three says when to stop, or one cannot.
         StorageError: when the database was away for longer than its storage waits.
     """
-    if trials is None and timeout is None and patience is None:
-        raise StudyError("say when to stop: trials, timeout or patience")
+    check_limits(trials, timeout, patience)
     until = None if timeout is None else time.monotonic() + timeout
     team = genome.shared(study)
 
@@ -283,6 +283,17 @@ def optimize(
             except NoSlotLeft:
                 if not _wait_for_others(study, trials, stop, left):
                     return
+
+
+def check_limits(trials: Any = None, timeout: Any = None, patience: Any = None) -> None:
+    """Raise StudyError unless these, of `optimize`, say when to stop."""
+    if trials is None and timeout is None and patience is None:
+        raise StudyError("say when to stop: trials, timeout or patience")
+    for name, count in (("trials", trials), ("patience", patience)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1):
+            raise StudyError(f"{name} must be an integer of at least 1, got {count!r}")
+    if timeout is not None and (not isinstance(timeout, numbers.Real) or not float(timeout) >= 0):
+        raise StudyError(f"timeout must be a number of seconds of at least 0, got {timeout!r}")
 
 
 def _held(study: optuna.Study, objective: Callable[[optuna.Trial], float]) -> Callable[[optuna.Trial], float]:
@@ -453,7 +464,7 @@ def _find(storage: BaseStorage | None, study_name: str | None) -> optuna.Study |
         return None
     try:
         return optuna.load_study(study_name=study_name, storage=storage)
-    except KeyError:  # there is none; to list all names would read all studies, damaged ones too
+    except KeyError:
         return None
 
 
@@ -472,7 +483,7 @@ def load_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
         study = _find(opened, study_name)
         if study is None:
             with reading(study_name):
-                names = optuna.get_all_study_names(opened)
+                names = study_names(opened)
             hint = nearest(study_name, [str(name) for name in names])
             raise StudyError(f"no study {study_name!r} in {hidden(storage)}{hint}")
         check_whole(study)

@@ -63,7 +63,8 @@ def run_worker(
         The study.
 
     Raises:
-        StudyError: when there is no such study, something of it cannot be rebuilt, or the model or the task is another.
+        StudyError: when there is no such study, something of it cannot be rebuilt, the model or the task is another, or
+            `trials` or `timeout` is out of range.
         StorageError: when the storage cannot be opened.
         ModelError: when the checkpoint cannot be loaded.
     """
@@ -77,6 +78,7 @@ def run_worker(
     target = recipes.wanted(study) if trials is None else trials
     if target is None and timeout is None:
         raise StudyError(f"study {study_name!r} does not say how many trials it shall hold: give trials or timeout")
+    studies.check_limits(target, timeout)
     source = recipe.model if model is None else model
     if source is None:
         raise StudyError(

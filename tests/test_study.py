@@ -420,6 +420,9 @@ def test_optimize_stops_by_patience_and_needs_a_limit(objective: moeopt.Objectiv
     assert stalled(study) == 3
     with pytest.raises(StudyError, match="when to stop"):
         moeopt.optimize(study, objective)
+    for limit in ({"trials": 0}, {"trials": 2.5}, {"patience": True}, {"timeout": -1}, {"timeout": float("nan")}):
+        with pytest.raises(StudyError, match=f"{next(iter(limit))} must be .* at least [01], got"):
+            moeopt.optimize(study, objective, **limit)  # type: ignore[arg-type]
 
 
 def test_storages_that_cannot_serve_are_named(tmp_path: Path, objective: moeopt.Objective) -> None:

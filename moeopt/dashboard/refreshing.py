@@ -18,7 +18,7 @@ from moeopt.dashboard.drawing import Curve, best_curve, draw
 from moeopt.dashboard.note import joined, note
 from moeopt.errors import FigureError, MoeoptError, StudyError
 from moeopt.spaces.base import NAMED_AT_MOST
-from moeopt.storage import readable_errors
+from moeopt.storage import readable_errors, study_names
 from moeopt.study import COMMAND
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Refresher:
         """Refresh the studies that changed and are due, and return their names."""
         changed: list[tuple[int, optuna.Study, Digest]] = []
         ids = set()
-        for name in optuna.get_all_study_names(self.storage):
+        for name in study_names(self.storage):
             try:
                 study_id = self.storage.get_study_id_from_name(name)
                 ids.add(study_id)

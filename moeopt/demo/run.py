@@ -85,7 +85,7 @@ def run(
     if not _is_ours(folder, name):
         check_folder(folder)
     sizes = examples or (WINDOWS if skill == "text" else EXAMPLES)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     with _one_thread(), _no_bars():
         model, tokenizer = load(MODEL)
         space = EEPSpace.of(model, keep=KEEP)

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import get_all_study_names
 from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import genome, transaction, worker
@@ -337,6 +338,16 @@ class ResilientStorage(RDBStorage):
 
     def _deliver(self, study_id: int, result: Result) -> int | None:
         return self.waiting(lambda: rows.deliver(self, study_id, result))
+
+
+def study_names(storage: BaseStorage) -> list[str]:
+    """Names of all studies of a storage. In a `ResilientStorage`, also one behind Optuna's cache, a damaged study does
+    not hide the others: Optuna reads the attributes of all to tell their names.
+    """
+    database = getattr(storage, "_backend", storage)
+    if not isinstance(database, ResilientStorage):
+        return get_all_study_names(storage)
+    return database.waiting(lambda: rows.study_names(database))
 
 
 def _beat(reference: weakref.ref[ResilientStorage], interval: float) -> None:

@@ -37,6 +37,13 @@ models: Any = _models  # SQLAlchemy's columns have no types there
 SystemAttr, UserAttr = models.TrialSystemAttributeModel, models.TrialUserAttributeModel
 
 
+def study_names(storage: Any) -> list[str]:
+    """Names of all studies, the oldest first; nothing else of them is read, as it may be damaged."""
+    with Session(storage.engine) as session:
+        found = session.query(models.StudyModel.study_name).order_by(models.StudyModel.study_id)
+        return [name for (name,) in found]
+
+
 class NoSlotLeft(Exception):
     """Every slot that the study shall have was started."""
 

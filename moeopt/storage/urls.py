@@ -22,7 +22,10 @@ SHORTEST = 4
 _NAMES = r"\w*(?:passw(?:or)?d|passphrase|pwd|secret|token)"
 _PATTERNS = (
     (re.compile(r"(://[^:/@\s]*):\S*@"), rf"\1:{HIDDEN}@"),
-    (re.compile(rf"(?i)(['\"]?\b{_NAMES}['\"]?\s*[=:]\s*)('[^']*'|\"[^\"]*\"|[^&\s;,]+)"), rf"\1{HIDDEN}"),
+    (
+        re.compile(rf"(?i)(['\"]?\b{_NAMES}['\"]?\s*[=:]\s*)(?!(?:YES|NO)\))('[^']*'|\"[^\"]*\"|[^&\s;,]+)"),
+        rf"\1{HIDDEN}",
+    ),
 )
 
 

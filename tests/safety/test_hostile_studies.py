@@ -252,6 +252,34 @@ def test_rows_that_optuna_never_wrote(
     assert {file.name for file in tmp_path.iterdir()} == {"study.db"}
 
 
+def test_a_damaged_study_hides_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And MOEOPT_STORAGE names the storage of every command, so that none takes another database for it."""
+    monkeypatch.chdir(tmp_path)
+    url = f"sqlite:///{tmp_path}/studies.db"
+    monkeypatch.setenv("MOEOPT_STORAGE", url)
+    hostile.honest(url)
+    whole = optuna.load_study(study_name="s", storage=url)
+    optuna.copy_study(from_study_name="s", from_storage=url, to_storage=url, to_study_name="whole")
+    hostile.execute(
+        tmp_path / "studies.db",
+        f"UPDATE study_user_attributes SET value_json = '{{' WHERE study_id = {whole._study_id}",
+    )
+    code, text = run(capsys, "show")
+    assert code == 0
+    assert "study 's' is damaged" in text
+    assert "whole" in text
+    assert run(capsys, "show", "whole")[0] == 0
+    assert run(capsys, "show", "wholy")[1].startswith("Error: no study 'wholy'")
+    assert run(capsys, "compare", "whole")[0] == 0
+    assert run(capsys, "compare", "s", "whole")[1].startswith("Error: study 's' is damaged")
+    code, text = run(capsys, "dashboard", "--once")
+    assert code == 0
+    assert "study 's' is not refreshed" in text
+    assert "1 studies" in text
+
+
 @pytest.mark.parametrize("name", hostile.NAMES)
 def test_names_are_only_text(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

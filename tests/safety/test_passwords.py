@@ -169,3 +169,9 @@ def test_a_study_keeps_no_password(
             assert not leaks(text, password)
     finally:
         optuna.delete_study(study_name=name, storage=url)
+
+
+def test_that_a_password_was_given_is_no_password() -> None:
+    text = "Access denied for user 'a'@'b' (using password: YES)"
+    assert scrub(text) == text
+    assert scrub("(password: YESTERDAY)") == "(password: ***"
