@@ -30,7 +30,7 @@ _HOMES = {
     "patched": "moeopt.models",
     "select": "moeopt.selection",
     "profile": "moeopt.profiling",
-    "run_worker": "moeopt.working",
+    "run_worker": "moeopt.worker",
     "shape_of": "moeopt.models",
     "Evaluator": "moeopt.evaluation",
 }
@@ -132,7 +132,7 @@ if TYPE_CHECKING:
     from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
     from moeopt.storage import open_storage
     from moeopt.study import create_study, enqueue, load_study, optimize
-    from moeopt.working import run_worker
+    from moeopt.worker import run_worker
 
 
 def __getattr__(name: str) -> Any:

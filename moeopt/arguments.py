@@ -248,9 +248,12 @@ def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:
 def check_shared(storage: str) -> None:
     """Raise StorageError for a database in memory, which no other process sees."""
     from moeopt.errors import StorageError
+    from moeopt.storage import hidden
 
     if storage in ("sqlite://", "sqlite:///") or ":memory:" in storage or "mode=memory" in storage:
-        raise StorageError(f"a database in memory is of one process, and --workers are several: not {storage!r}")
+        raise StorageError(
+            f"a database in memory is of one process, and --workers are several: not {hidden(storage)!r}"
+        )
 
 
 def existing(storage: str, name: str, described: dict[str, Any], *, resume: bool) -> optuna.Study | None:

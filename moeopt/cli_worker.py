@@ -98,7 +98,7 @@ def worker(
     from moeopt.console import SearchProgress, consoles
     from moeopt.fleet import take
     from moeopt.study import finished, load_study
-    from moeopt.working import run_worker, threads
+    from moeopt.worker import run_worker, threads
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     err = consoles()[1]

@@ -25,7 +25,7 @@ class Worker:
         """Runs trials until the study holds all that are wanted, or `stop` is called."""
         import optuna
 
-        from moeopt.working import run_worker
+        from moeopt.worker import run_worker
 
         def stop_when_asked(study: optuna.Study, trial: FrozenTrial) -> None:
             if self.stopping.is_set():
@@ -76,9 +76,12 @@ def run_on_ray(
         import ray
     except ImportError:
         raise StudyError("workers on Ray need Ray: pip install 'moeopt[ray]'") from None
-    for what, value, least in (("workers", workers, 1), ("gpus_per_worker", gpus_per_worker, 0)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
-            raise StudyError(f"{what} must be at least {least}, got {value!r}")
+    for what, value, least in (("workers", workers, 1), ("restarts", restarts, -1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise StudyError(f"{what} must be an integer of at least {least}, got {value!r}")
+    for what, share in (("gpus_per_worker", gpus_per_worker), ("cpus_per_worker", cpus_per_worker)):
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < float("inf"):
+            raise StudyError(f"{what} must be a number of at least 0, got {share!r}")
     if gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
         raise StudyError(f"gpus_per_worker must be a whole number or below 1, got {gpus_per_worker}")
     from moeopt.study import load_study

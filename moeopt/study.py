@@ -17,7 +17,7 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import __version__, genome, recipe, samplers, worker
+from moeopt import __version__, genome, process, recipe, samplers
 from moeopt.description import DESCRIPTION as DESCRIPTION
 from moeopt.description import FORMAT, check_whole, described, reading
 from moeopt.errors import SpaceError, StorageError, StudyError
@@ -376,7 +376,7 @@ def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:
         if trial.number in retried:
             continue
         running = trial.state == TrialState.RUNNING
-        dead = running and worker.is_dead(genome.origin(trial).get("worker"), other_hosts)
+        dead = running and process.is_dead(genome.origin(trial).get("worker"), other_hosts)
         if not dead and not (trial.state == TrialState.FAIL and trial.user_attrs.get(genome.INTERRUPTED)):
             continue
         if team is not None:
@@ -410,6 +410,8 @@ def check_same(study: optuna.Study, description: dict[str, Any]) -> None:
         return
     stored = check_whole(study)
     differences = [found for found in differences_of(stored, description) if found[0] not in MAY_DIFFER]
+    if any(path == "sampler.name" for path, _, _ in differences):  # its hyperparameters differ, too
+        differences = [found for found in differences if found[0] == "sampler.name" or found[0][:8] != "sampler."]
     if differences:
         listed = "; ".join(f"{path}: study has {shown(old)}, now {shown(new)}" for path, old, new in differences)
         raise StudyError(f"study {study.study_name!r} cannot be resumed with something else. {listed}")

@@ -1,36 +1,148 @@
-"""Which process runs a trial, and whether it still lives."""
+"""A worker: one process that joins a study, rebuilds its objective and sampler, and runs trials until all are there."""
 
 from __future__ import annotations
 
-import math
 import os
-import socket
-from functools import cache
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from moeopt import recipe as recipes
+from moeopt import study as studies
+from moeopt.description import described
+from moeopt.errors import StudyError
+
+if TYPE_CHECKING:
+    import optuna
+    import torch
+    from optuna.pruners import BasePruner
+    from optuna.storages import BaseStorage
+
+    from moeopt.samplers import GenomeSampler
+    from moeopt.study import Callback
+    from moeopt.tasks import Task
+
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
+"""Experts implementations of transformers that a study may ask for by name."""
 
 
-@cache
-def _boot_of(pid: int) -> float | None:
-    import psutil
+def run_worker(
+    storage: str | BaseStorage,
+    study_name: str,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    device_map: str | dict[str, int | str] = "auto",
+    dtype: str | torch.dtype | None = None,
+    trials: int | None = None,
+    timeout: float | None = None,
+    task: Task | None = None,
+    sampler: GenomeSampler | None = None,
+    pruner: BasePruner | None = None,
+    callbacks: Iterable[Callback] = (),
+    **options: Any,
+) -> optuna.Study:
+    """Join a study that `create_study` made, and run trials until it holds all that are wanted.
 
+    Everything but the checkpoint comes from the study, and all of it is checked: the model by its weights, the task by
+    its token sequences. The first Ctrl-C lets the running trial finish, the second one does not.
+
+    Args:
+        storage: an SQLAlchemy URL, or an Optuna storage.
+        study_name: of the study.
+        model: folder or hub id of the checkpoint; None for the hub id that the study was made with. A path in a study
+            is never followed.
+        device_map: as for `moeopt.load`; ``"auto"`` is one GPU of its own where LOCAL_RANK or SLURM_LOCALID says which.
+        dtype: of the weights; None for the study's.
+        trials: finished trials the study shall hold, those of all workers together; None for what the study says.
+        timeout: seconds after which no trial starts.
+        task: what the search was given, where the study cannot hold it (a task that is code of its own).
+        sampler, pruner: likewise.
+        callbacks: of `study.optimize`.
+        options: for `moeopt.load`.
+
+    Returns:
+        The study.
+
+    Raises:
+        StudyError: when there is no such study, something of it cannot be rebuilt, the model or the task is another, or
+            `trials` or `timeout` is out of range.
+        StorageError: when the storage cannot be opened.
+        ModelError: when the checkpoint cannot be loaded.
+    """
+    from moeopt.models import check_checkpoint, load, load_tokenizer
+    from moeopt.objective import Objective
+    from moeopt.plan import ModelShape
+    from moeopt.samplers.shadow import describe
+
+    study = studies.load_study(study_name, storage)
+    recipe = recipes.read(study)
+    target = recipes.wanted(study) if trials is None else trials
+    if target is None and timeout is None:
+        raise StudyError(f"study {study_name!r} does not say how many trials it shall hold: give trials or timeout")
+    studies.check_limits(target, timeout)
+    source = recipe.model if model is None else model
+    if source is None:
+        raise StudyError(
+            f"study {study_name!r} does not say where its model is ({recipe.missing.get('model')}): give the checkpoint"
+        )
+    about = described(study)
+    shape = check_checkpoint(source)
+    searched = ModelShape(**{key: about["space"]["shape"][key] for key in ("layers", "experts", "k")})
+    experts = (about.get("evaluation") or {}).get("experts")
+    if shape != searched:
+        raise StudyError(f"study {study_name!r} searches {searched}, {str(source)!r} has {shape}")
+    space = studies.space_of(study)
+    study.sampler = recipes.sampler_of(recipe, space) if sampler is None else sampler
+    study.pruner = recipes.pruner_of(recipe) if pruner is None else pruner
+    chosen = recipes.task_of(recipe) if task is None else task
+    tokenizer = load_tokenizer(source)
+    chosen.check(tokenizer)
+    if experts in EXPERTS:
+        options.setdefault("experts_implementation", experts)
+    placed = local_device() if device_map == "auto" else None
+    loaded, tokenizer = load(source, device_map=placed or device_map, dtype=dtype or recipe.dtype, **options)
     try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return None
+        objective = Objective(loaded, tokenizer, chosen, space, **recipes.arguments(recipe))
+    except (TypeError, ValueError) as error:
+        raise StudyError(f"the objective of study {study_name!r} cannot be rebuilt: {error}") from error
+    description = {**objective.describe(), "sampler": study.sampler.settings(), "pruner": describe(study.pruner)}
+    studies.check_same(study, description)
+    if objective.evaluator.fingerprint != recipe.scored:
+        raise StudyError(
+            f"study {study_name!r} scores other token sequences than the tokenizer of {str(source)!r} gives"
+        )
+    studies.optimize(study, objective, trials=target, timeout=timeout, callbacks=callbacks)
+    return study
 
 
-def this_worker() -> dict[str, Any]:
-    """Names this process, so that a later one on the same host can tell whether it still runs."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _boot_of(os.getpid())}
+def local_device() -> str | None:
+    """The GPU of this process where a launcher runs several on a host, one a GPU; None elsewhere."""
+    import torch
+
+    rank = local_rank()
+    count = torch.cuda.device_count() if rank is not None else 0
+    return f"cuda:{rank % count}" if rank is not None and count > 1 else None
 
 
-def is_dead(worker: Any, other_hosts: bool = False) -> bool:
-    """Whether `worker` (of `this_worker`) runs no more; where it is of another host, `other_hosts` is the answer."""
-    if not isinstance(worker, dict) or not isinstance(worker.get("pid"), int):
-        return False
-    if worker.get("host") != socket.gethostname():
-        return other_hosts
-    _boot_of.cache_clear()
-    started = _boot_of(worker["pid"])
-    recorded = worker.get("started")
-    return started is None or (isinstance(recorded, float) and not math.isclose(started, recorded, abs_tol=2.0))
+def local_rank() -> int | None:
+    """Which of this host's processes this is, as torchrun, accelerate or SLURM say; None when none of them does."""
+    for variable in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if os.environ.get(variable, "").isdecimal():
+            return int(os.environ[variable])
+    return None
+
+
+def threads(device_map: str) -> dict[str, str]:
+    """A share of the host's cores, as in `moeopt.fleet.shared`, where a launcher runs several processes without a GPU.
+
+    SLURM binds its tasks to cores of their own where it is told ``--cpus-per-task``.
+    """
+    import torch
+
+    from moeopt.fleet import THREADS, cores
+
+    local = next((os.environ[v] for v in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE") if v in os.environ), "1")
+    bound = "SLURM_CPUS_PER_TASK" in os.environ
+    on_gpu = torch.cuda.is_available() if device_map == "auto" else device_map != "cpu"
+    if on_gpu or bound or THREADS in os.environ or not local.isdecimal() or int(local) < 2:
+        return {}
+    return {THREADS: str(max(1, cores() // int(local)))}

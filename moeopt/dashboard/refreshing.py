@@ -80,7 +80,8 @@ class Refresher:
             try:
                 attach(study, read, self.url, self._others(study_id, read))
                 done.append(study.study_name)
-            except Exception as error:  # may not be written, or is gone by now
+            except Exception as error:  # may not be written now, or is gone
+                self._seen[study_id] = ((), time.monotonic())
                 self.say(study.study_name, error)
         return done
 

@@ -42,7 +42,7 @@ def appearing(out: Path) -> Iterator[Path]:
 
     What earlier processes left of theirs, killed while they wrote to the same place, is removed first.
     """
-    from moeopt.worker import this_worker
+    from moeopt.process import this_worker
 
     for left in out.parent.glob(f".{out.name}.*"):
         if _abandoned(left):
@@ -144,7 +144,7 @@ def _write_all(stream: FileIO, piece: bytes) -> None:
 
 
 def _abandoned(folder: Path) -> bool:
-    from moeopt.worker import is_dead
+    from moeopt.process import is_dead
 
     try:
         return is_dead(json.loads((folder / WRITER).read_text(encoding="utf-8")))

@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import description, genome, worker
+from moeopt import description, genome, process
 from moeopt.errors import SamplerError
 from moeopt.genome import Vector
 from moeopt.plan import Plan
@@ -140,9 +140,9 @@ class GenomeSampler(BaseSampler):
         description.check_trial(trial, whole.study_name)
         slot = genome.slot(trial, trials)
         known = {key: value for key, value in genome.origin(trial).items() if key != "claim"}
-        if known.get("worker") != worker.this_worker():  # the storage did not say so
-            genome.write(whole, trial, {genome.ORIGIN: {**known, "slot": slot, "worker": worker.this_worker()}})
-        known |= {"slot": slot, "worker": worker.this_worker()}
+        if known.get("worker") != process.this_worker():  # the storage did not say so
+            genome.write(whole, trial, {genome.ORIGIN: {**known, "slot": slot, "worker": process.this_worker()}})
+        known |= {"slot": slot, "worker": process.this_worker()}
         stored = genome.read(trial)
         if stored is not None and stored.size != self.space.size:
             raise SamplerError(f"trial {trial.number} brings {stored.size} numbers, the space has {self.space.size}")

@@ -28,7 +28,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import get_all_study_names
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import genome, transaction, worker
+from moeopt import genome, process, transaction
 from moeopt.errors import StorageError
 from moeopt.storage import rows, spool
 from moeopt.storage.outages import LONGEST_DELAY, Waiting
@@ -195,7 +195,7 @@ class ResilientStorage(RDBStorage):
 
     def _own(self, study_id: int, trial: FrozenTrial) -> None:
         plan = genome.origin(trial).get("plan")
-        result = Result(self.identity(study_id), trial.number, worker.this_worker(), plan)
+        result = Result(self.identity(study_id), trial.number, process.this_worker(), plan)
         with self._lock:
             self._owned[trial._trial_id] = _Owned(study_id, threading.get_ident(), result)
             if self.heartbeat_interval is not None and (self._beating is None or not self._beating.is_alive()):
@@ -330,7 +330,7 @@ class ResilientStorage(RDBStorage):
     def recover(self, study_id: int, other_hosts: bool = False) -> None:
         """Store what dead workers of this host, or also of others, kept of a study on this disk."""
         for result in spool.results(self.identity(study_id)):
-            if worker.is_dead(result.worker, other_hosts):
+            if process.is_dead(result.worker, other_hosts):
                 number = self._deliver(study_id, result)
                 result.remove()
                 if number is not None:

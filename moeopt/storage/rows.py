@@ -22,8 +22,8 @@ from sqlalchemy import func
 from sqlalchemy.orm import Session
 
 from moeopt import genome
+from moeopt.process import this_worker
 from moeopt.storage.spool import Result
-from moeopt.worker import this_worker
 
 IDENTITY = "moeopt:identity"
 """System attribute of a study: a random name, by which results on a disk know it."""

@@ -33,7 +33,7 @@ class Result:
     Args:
         study: identity of its study, 32 hex digits.
         number: the trial's.
-        worker: the process that evaluated it (`worker.this_worker`).
+        worker: the process that evaluated it (`process.this_worker`).
         plan: fingerprint of its plan, where it has one.
         state: of STATES; None: not evaluated to the end.
         values: of a COMPLETE trial.

@@ -16,9 +16,9 @@ from optuna.trial import TrialState
 
 import moeopt
 from moeopt import genome
+from moeopt.process import this_worker
 from moeopt.storage import spool
 from moeopt.storage.spool import Result
-from moeopt.worker import this_worker
 
 from .conftest import loss, opened, slots
 

@@ -283,7 +283,7 @@ def test_bad_arguments_are_one_line(
 
 def test_a_launcher_s_local_rank_chooses_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from moeopt.fleet import cores
-    from moeopt.working import local_device, threads
+    from moeopt.worker import local_device, threads
 
     for variable in ("LOCAL_RANK", "SLURM_LOCALID", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(variable, raising=False)
