@@ -89,5 +89,5 @@ def test_what_a_worker_raises_is_raised(cluster: None, make_mixtral: Any, tiny_t
         run_on_ray(url, "s", workers=1, gpus_per_worker=2)
     with pytest.raises(StudyError, match=r"whole number or below 1, got 1\.5"):
         run_on_ray(url, "s", workers=1, gpus_per_worker=1.5)
-    with pytest.raises(StudyError, match="workers must be at least 1, got 0"):
+    with pytest.raises(StudyError, match="workers must be an integer of at least 1, got 0"):
         run_on_ray(url, "s", workers=0)

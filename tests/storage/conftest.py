@@ -153,12 +153,20 @@ def opened(url: str, name: str, sampler: Any = "random", **options: Any) -> optu
 
 
 def processes(count: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
-    """Start workers: forks, which must open storages of their own."""
-    context = multiprocessing.get_context("fork")
-    started = [context.Process(target=work, args=arguments, daemon=True) for _ in range(count)]
+    """Start workers, which must open storages of their own: forks of a process without threads, not of this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moeopt.study", "moeopt.storage", "moeopt.samplers"])
+    given = dict(os.environ), work, arguments
+    started = [context.Process(target=_run, args=given, daemon=True) for _ in range(count)]
     for process in started:
         process.start()
     return started
+
+
+def _run(environment: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    work(*arguments)
 
 
 def slots(study: optuna.Study) -> list[int]:
