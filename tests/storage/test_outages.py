@@ -157,7 +157,7 @@ def test_what_a_worker_had_evaluated_outlives_it(
     Path(ready + ".cut").touch()
     until(lambda: kept(spool))
     assert process.is_alive()
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     (result,) = kept(spool)
     wire.mend()

@@ -63,7 +63,7 @@ def test_killed_workers_leave_every_slot_done_once(url: str, name: str) -> None:
     for share in (4, 10, 16):
         until(lambda share=share: len(slots(study)) >= share)
         victim = rng.randrange(3)
-        os.kill(team[victim].pid, signal.SIGKILL)
+        team[victim].kill()
         team[victim].join()
         team[victim] = processes(1, works, url, name, 24)[0]
     for process in team:
@@ -157,7 +157,7 @@ def test_a_worker_waits_for_the_last_trial_of_one_that_dies(url: str, name: str,
     time.sleep(1.0)
     assert waiting.is_alive()
     assert len(study.get_trials(deepcopy=False)) == 2  # and starts none too many
-    os.kill(other.pid, signal.SIGKILL)
+    other.kill()
     other.join()
     waiting.join()
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
@@ -178,7 +178,7 @@ def test_waiting_for_others_ends_with_the_time_and_with_ctrl_c(url: str, name: s
         signal.signal(signal.SIGALRM, before)
         signal.signal(signal.SIGINT, outer)
     assert slots(study) == [1]
-    os.kill(other.pid, signal.SIGKILL)
+    other.kill()
     other.join()
 
 
