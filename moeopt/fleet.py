@@ -23,7 +23,7 @@ from itertools import pairwise
 from typing import IO, Any
 
 STORAGE = "MOEOPT_STORAGE"
-"""Environment variable with the storage's URL."""
+"""Environment variable with a storage's URL, which keeps its password out of the list of processes."""
 RESTARTS = 3
 """How often a worker that died is started again."""
 GRACE = 30.0

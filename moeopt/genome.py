@@ -38,7 +38,8 @@ RETRIES = "retry_history"  # Optuna's own key, as `RetryHeartbeatStaleTrialCallb
 ESTIMATE = "estimate"  # user attribute of a pruned trial: an honest estimate of its loss over all examples
 INTERRUPTED = "interrupted"  # user attribute of a trial that Ctrl-C ended
 FAILURE = "failure"  # user attribute of a failed trial: why it failed
-KEPT = ("warm_start", "method", "calibration_layer_tokens")  # user attributes that a trial's repetition gets
+# User attributes that a trial's repetition gets: fingerprint and method of a warm start, and what that cost beforehand.
+WARM_START, METHOD, CALIBRATION = KEPT = "warm_start", "method", "calibration_layer_tokens"
 CHUNK = 60_000  # characters; MariaDB and MySQL hold 65,535 bytes an attribute
 LARGEST = 1 << 24  # numbers in one vector; anything larger is a damaged or hostile study
 

@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from moeopt import fleet
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 DEFAULT_STORAGE = "sqlite:///moeopt.db"
-STORAGE_VARIABLE = "MOEOPT_STORAGE"
-"""Environment variable with a storage's URL, which keeps its password out of the list of processes."""
+STORAGE_VARIABLE = fleet.STORAGE
 
 GOAL, STUDY, MACHINE = (partial(typer.Option, rich_help_panel=panel) for panel in ("Task", "Study", "Machine"))
 

@@ -21,6 +21,9 @@ from moeopt import __version__, genome, process, recipe, samplers
 from moeopt.description import DESCRIPTION as DESCRIPTION
 from moeopt.description import FORMAT, check_whole, described, reading
 from moeopt.errors import SpaceError, StorageError, StudyError
+from moeopt.genome import CALIBRATION as CALIBRATION
+from moeopt.genome import METHOD as METHOD
+from moeopt.genome import WARM_START as WARM_START
 from moeopt.plan import Plan
 from moeopt.racing import NOISE_FLOOR, RacingPruner
 from moeopt.samplers.shadow import describe
@@ -40,12 +43,6 @@ if TYPE_CHECKING:
 
 COMMAND = "command"
 """User attribute of a study that `moeopt search` made: the command, without its storage's password."""
-WARM_START = "warm_start"
-"""User attribute of a trial that `create_study` enqueued: its plan's fingerprint."""
-METHOD = "method"
-"""User attribute of such a trial: the one-shot method that made its plan."""
-CALIBRATION = "calibration_layer_tokens"
-"""And what that cost, beyond the trial's own layer-tokens."""
 MAY_DIFFER = ("version", "format", "model.name_or_path")
 """Fields of the description that a resumed study need not share: the same weights may lie elsewhere."""
 LONGEST_LOOK = 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sqlite3
 import subprocess
@@ -17,6 +16,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from databases import servers
 from optuna.trial import TrialState
 
 import moeopt
@@ -46,21 +46,12 @@ def objective(model: Any, tiny_tokenizer: Any) -> moeopt.Objective:
     return moeopt.Objective(model, tiny_tokenizer, text_task(), moeopt.EEPSpace.of(model, keep=3, groups=2))
 
 
-def storage_urls() -> list[Any]:
-    urls = [pytest.param("sqlite", id="sqlite")]
-    for variable, name in (("MOEOPT_TEST_POSTGRES_URL", "postgres"), ("MOEOPT_TEST_MYSQL_URL", "mysql")):
-        url = os.environ.get(variable)
-        skip = pytest.mark.skip(reason=f"{variable} is not set")
-        urls.append(pytest.param(url, id=name, marks=[] if url else [skip]))
-    return urls
-
-
 @pytest.fixture
 def study_name() -> str:
     return f"test-{uuid.uuid4().hex[:12]}"
 
 
-@pytest.fixture(params=storage_urls())
+@pytest.fixture(params=[pytest.param("sqlite", id="sqlite"), *servers()])
 def storage(request: pytest.FixtureRequest, tmp_path: Path, study_name: str) -> Iterator[str]:
     url = request.param if request.param != "sqlite" else f"sqlite:///{tmp_path}/study.db"
     yield url

@@ -18,6 +18,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from databases import servers
 
 import moeopt
 from moeopt import genome, recipe
@@ -81,16 +82,7 @@ def sqlite(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/study.db"
 
 
-def storage_urls() -> list[Any]:
-    urls = [pytest.param("", id="sqlite")]
-    for variable, label in (("MOEOPT_TEST_POSTGRES_URL", "postgres"), ("MOEOPT_TEST_MYSQL_URL", "mysql")):
-        url = os.environ.get(variable)
-        skip = pytest.mark.skip(reason=f"{variable} is not set")
-        urls.append(pytest.param(url, id=label, marks=[] if url else [skip]))
-    return urls
-
-
-@pytest.fixture(params=storage_urls())
+@pytest.fixture(params=[pytest.param("", id="sqlite"), *servers()])
 def storage(request: pytest.FixtureRequest, sqlite: str, name: str) -> Iterator[str]:
     url = request.param or sqlite
     yield url

@@ -14,6 +14,7 @@ from urllib.parse import quote, quote_plus
 import hostile
 import optuna
 import pytest
+from databases import servers
 from sqlalchemy.engine import make_url
 
 import moeopt
@@ -111,15 +112,6 @@ def test_the_words_of_a_database_lose_the_password_of_its_url() -> None:
         assert not leaks(scrub(text, url), "Canary7")
 
 
-def urls() -> list[Any]:
-    found = []
-    for variable, name in (("MOEOPT_TEST_POSTGRES_URL", "postgres"), ("MOEOPT_TEST_MYSQL_URL", "mysql")):
-        url = os.environ.get(variable)
-        skip = pytest.mark.skip(reason=f"{variable} is not set")
-        found.append(pytest.param(url, id=name, marks=[] if url else [skip]))
-    return found
-
-
 WRONG: dict[str, Callable[[Any, str], Any]] = {
     "user": lambda url, password: url.set(username="nobody_here", password=password),
     "database": lambda url, password: url.set(password=password, database="no_such_database"),
@@ -130,7 +122,7 @@ WRONG: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-@pytest.mark.parametrize("url", urls())
+@pytest.mark.parametrize("url", servers())
 @pytest.mark.parametrize("what", WRONG)
 def test_a_server_that_refuses(what: str, url: str, capsys: pytest.CaptureFixture[str], log: io.StringIO) -> None:
     for password in PASSWORDS[:2]:
@@ -142,7 +134,7 @@ def test_a_server_that_refuses(what: str, url: str, capsys: pytest.CaptureFixtur
         assert not leaks(out.out + out.err + log.getvalue(), password)
 
 
-@pytest.mark.parametrize("url", [pytest.param(None, id="sqlite"), *urls()])
+@pytest.mark.parametrize("url", [pytest.param(None, id="sqlite"), *servers()])
 def test_a_study_keeps_no_password(
     url: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], log: io.StringIO
 ) -> None:

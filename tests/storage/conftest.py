@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
+from databases import servers
 from sqlalchemy.engine import make_url
 
 import moeopt
@@ -24,20 +25,10 @@ from moeopt.storage import open_storage
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 SPACE = moeopt.PruneSpace(moeopt.ModelShape(4, 6, k=2), keep=3)
-SERVERS = {"postgres": "MOEOPT_TEST_POSTGRES_URL", "mysql": "MOEOPT_TEST_MYSQL_URL"}
 
 
 def loss(trial: optuna.Trial) -> float:
     return float(((SPACE.vector(trial) - 0.25) ** 2).sum())
-
-
-def servers() -> list[Any]:
-    params = []
-    for name, variable in SERVERS.items():
-        url = os.environ.get(variable)
-        skip = pytest.mark.skip(reason=f"{variable} is not set")
-        params.append(pytest.param(url, id=name, marks=[] if url else [skip]))
-    return params
 
 
 @pytest.fixture(autouse=True)

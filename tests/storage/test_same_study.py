@@ -10,11 +10,12 @@ from typing import Any
 
 import optuna
 import pytest
+from databases import SERVERS
 
 import moeopt
 from moeopt import genome, samplers
 
-from .conftest import SERVERS, opened
+from .conftest import opened
 
 SPACE = moeopt.EEPSpace(moeopt.ModelShape(4, 6, k=2), keep=3, groups=2)
 TIMES = ("worker", "started")
