@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -87,9 +87,7 @@ def worker(
 
     The study holds what is searched and how, and the task's examples; a worker needs the checkpoint, which is checked.
     """
-    options = arguments.pairs("--task-option", task_option)
-    if task is None and (data is not None or options):
-        raise MoeoptError("--data and --task-option belong to --task")
+    options = _task_options(task, data, task_option)
     if model is not None:
         arguments.quick_shape(model)
     import optuna
@@ -136,6 +134,9 @@ def on_ray(
     ] = None,
     trials: Trials = None,
     timeout: Timeout = None,
+    task: TaskName = None,
+    data: Data = None,
+    task_option: TaskOption = None,
     gpus_per_worker: Annotated[
         float, MACHINE(metavar="X", min=0, help="GPUs of each: 0.5 for two that share one, 2 for models of that size.")
     ] = 1.0,
@@ -146,8 +147,10 @@ def on_ray(
     dtype: Dtype = None,
 ) -> None:
     """Join a study with workers on a Ray cluster, which places them on its devices and restarts those that die."""
+    options = _task_options(task, data, task_option)
     import optuna
 
+    from moeopt import tasks
     from moeopt.console import consoles
     from moeopt.on_ray import run_on_ray
     from moeopt.study import finished
@@ -155,15 +158,24 @@ def on_ray(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     err = consoles()[1]
     try:
+        chosen = None if task is None else tasks.get(task, data=data, **options)
         record = run_on_ray(
             storage, study, workers=workers, gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker,
             address=address, tell=lambda line: err.print(line, markup=False, soft_wrap=True),
-            model=model, trials=trials, timeout=timeout, dtype=dtype,
+            model=model, trials=trials, timeout=timeout, dtype=dtype, task=chosen,
         )  # fmt: skip
     except KeyboardInterrupt:
         err.print("Interrupted; every finished trial is stored")
         raise typer.Exit(INTERRUPTED) from None
     err.print(f"{finished(record)} trials done", markup=False)
+
+
+def _task_options(task: str | None, data: str | None, given: list[str] | None) -> dict[str, Any]:
+    """The task's options, which need a task."""
+    options = arguments.pairs("--task-option", given)
+    if task is None and (data is not None or options):
+        raise MoeoptError("--data and --task-option belong to --task")
+    return options
 
 
 @contextmanager

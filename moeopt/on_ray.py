@@ -66,7 +66,8 @@ def run_on_ray(
         address: of the cluster, as for `ray.init`; None for the one that RAY_ADDRESS names, or a local one.
         restarts: how often an actor is started again; -1 for always.
         tell: is told what happens, in lines.
-        options: of `moeopt.run_worker`; `model` is a hub id, or a folder that is on every node.
+        options: of `moeopt.run_worker`; `model` is a hub id, or a folder that is on every node. A `task` travels to the
+            workers with its examples and, when it is of a file of its own, the code in that file.
 
     Raises:
         StudyError: when Ray is not installed, an argument is out of range, or the cluster can never place a worker.
@@ -85,6 +86,7 @@ def run_on_ray(
     if gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
         raise StudyError(f"gpus_per_worker must be a whole number or below 1, got {gpus_per_worker}")
     from moeopt.study import load_study
+    from moeopt.tasks import own
 
     study = load_study(study_name, storage)
     if 0 < gpus_per_worker <= 1:  # "auto" would take what another worker left free of a GPU for all there is
@@ -106,6 +108,8 @@ def run_on_ray(
             max_task_retries=restarts,
             max_concurrency=2,
         )(Worker)
+        if (code := own.module(options.get("task"))) is not None:
+            ray.cloudpickle.register_pickle_by_value(code)
         actors = [place.remote() for _ in range(workers)]
         tell(f"{workers} workers on Ray")
         _finished(ray, actors, [actor.run.remote(storage, study_name, options) for actor in actors], tell)

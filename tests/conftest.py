@@ -255,8 +255,9 @@ class Slow(MultipleChoiceTask):
         super().__init__("slow", [Example(str(i), f"{i} is", (" a", " b"), i % 2) for i in range(8)])
 
     def reduce(self, *arguments):
-        while Path("hold").exists():
-            Path(f"held.{os.getpid()}").touch()
+        here = Path(__file__)
+        while here.with_name("hold").exists():
+            here.with_name(f"held.{os.getpid()}").touch()
             time.sleep(0.05)
         return super().reduce(*arguments)
 """
@@ -264,5 +265,5 @@ class Slow(MultipleChoiceTask):
 
 @pytest.fixture(scope="session")
 def slow_task() -> str:
-    """A Python file with a task, `Slow`: while there is a file `hold`, a trial waits, and says so by `held.PID`."""
+    """A Python file with a task, `Slow`: while a file `hold` is beside it, a trial waits and says so by `held.PID`."""
     return SLOW

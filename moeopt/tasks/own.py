@@ -22,10 +22,13 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from moeopt.errors import TaskError, nearest
 from moeopt.tasks.base import Task
+
+_MODULE = "moeopt_task_"
 
 
 def is_own(name: str) -> bool:
@@ -61,7 +64,7 @@ def own_maker(name: str) -> Callable[..., Task]:
 
 def _named(path: Path, digest: str, attribute: str) -> Callable[..., Any]:
     """The class or function of that name in a file."""
-    module = _imported(path, f"moeopt_task_{digest}")
+    module = _imported(path, _MODULE + digest)
     made: Callable[..., Any] | None = getattr(module, attribute, None)
     if made is None or not callable(made):
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
@@ -89,6 +92,12 @@ def original(task: Task) -> type[Task]:
     """The class that a task was made of, before what was recorded of it was put in front."""
     kind: type[Task] = vars(type(task)).get("_original", type(task))
     return kind
+
+
+def module(task: Task | None) -> ModuleType | None:
+    """The user's file as the module that a task's code is in; None for a task of any other module."""
+    name = "" if task is None else original(task).__module__
+    return sys.modules[name] if name.startswith(_MODULE) else None
 
 
 def _imported(path: Path, name: str) -> Any:
