@@ -187,7 +187,8 @@ def _calibrated(
 def _enqueue_new(
     study: optuna.Study, space: Space, starts: list[tuple[str | None, Plan | Found]], held: list[dict[str, Any]]
 ) -> None:
-    """Queue the warm starts that the study does not hold yet."""
+    """Queue the warm starts that the study does not hold yet, each once however many workers do so at the same time."""
+    team = genome.shared(study)
     for name, found in starts:
         plan = found if isinstance(found, Plan) else found.plan
         attrs: dict[str, Any] = {WARM_START: plan.fingerprint}
@@ -195,9 +196,11 @@ def _enqueue_new(
             attrs[METHOD] = name
         if any(attrs.items() <= known.items() for known in held):
             continue
-        if not isinstance(found, Plan):
-            attrs[CALIBRATION] = found.layer_tokens
-        enqueue(study, space, plan, **attrs)
+        cost = {} if isinstance(found, Plan) else {CALIBRATION: found.layer_tokens}
+        if team is None:
+            enqueue(study, space, plan, **attrs, **cost)
+        else:
+            team[0].create_once(team[1], _waiting(space, plan, {**attrs, **cost}), attrs)
 
 
 def _pruner(pruner: str | BasePruner | None, objective: Objective) -> BasePruner:
@@ -219,7 +222,11 @@ def enqueue(study: optuna.Study, space: Space, plan: Plan, **user_attrs: Any) ->
     Raises:
         SpaceError: when the plan is not one of the space.
     """
-    study.add_trial(genome.waiting(genome.pack(genome.GENOME, space.encode(plan)), user_attrs))
+    study.add_trial(_waiting(space, plan, user_attrs))
+
+
+def _waiting(space: Space, plan: Plan, user_attrs: dict[str, Any]) -> FrozenTrial:
+    return genome.waiting(genome.pack(genome.GENOME, space.encode(plan)), user_attrs)
 
 
 def optimize(

@@ -179,6 +179,10 @@ class ResilientStorage(RDBStorage):
             self._own(study_id, trial)
         return trial
 
+    def create_once(self, study_id: int, template: FrozenTrial, user_attrs: Mapping[str, Any]) -> bool:
+        """`rows.create_once`, waited for."""
+        return self.waiting(lambda: rows.create_once(self, study_id, template, user_attrs))
+
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         if state.is_finished():
             return self._end(trial_id, state, None if values is None else [float(value) for value in values])

@@ -168,6 +168,22 @@ def create(
         return made
 
 
+def create_once(storage: Any, study_id: int, template: FrozenTrial, user_attrs: Mapping[str, Any]) -> bool:
+    """A new trial as the template says, unless the study has one with these user attributes; whether it was made."""
+    with transaction(storage, study_id) as session:
+        trials = session.query(models.TrialModel.trial_id).filter_by(study_id=study_id)
+        for key, value in user_attrs.items():
+            trials = trials.filter(
+                session.query(UserAttr)
+                .filter_by(trial_id=models.TrialModel.trial_id, key=key, value_json=json.dumps(value))
+                .exists()
+            )
+        if trials.first() is not None:
+            return False
+        storage._get_prepared_new_trial(study_id, copy.deepcopy(template), session)
+        return True
+
+
 def start(storage: Any, study_id: int, trial_id: int, claim: str, slots: int | None) -> FrozenTrial | None:
     """Make a waiting trial this worker's; None where it cannot: another has it, or every slot was started."""
     with transaction(storage, study_id) as session:

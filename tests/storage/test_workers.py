@@ -105,6 +105,23 @@ def test_a_stale_trial_has_one_successor_whoever_looks_and_dies(url: str, name: 
         assert "not heard of for 2 s" in dead.user_attrs["failure"]
 
 
+def starts_warm(url: str, name: str) -> None:
+    plans = [(None, SPACE.decode(np.random.default_rng(i).random(SPACE.size, np.float32))) for i in range(3)]
+    named = [("naee", plans[0][1]), ("reap", plans[0][1])]
+    moeopt.study._enqueue_new(opened(url, name), SPACE, [*plans, *named], [])
+
+
+def test_workers_that_begin_together_queue_warm_starts_once(url: str, name: str) -> None:
+    study = opened(url, name)
+    for process in processes(3, starts_warm, url, name):
+        process.join()
+        assert process.exitcode == 0
+    trials = study.get_trials(deepcopy=False)
+    assert sorted(str(t.user_attrs.get(genome.METHOD)) for t in trials) == ["None", "None", "None", "naee", "reap"]
+    assert len({t.user_attrs[genome.WARM_START] for t in trials}) == 3
+    assert [t.state for t in trials] == [TrialState.WAITING] * 5
+
+
 def dies(url: str, name: str) -> None:
     moeopt.optimize(opened(url, name), lambda trial: os.kill(os.getpid(), signal.SIGKILL) or 0.0, trials=1)
 
