@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeopt import fleet
 from moeopt.errors import ModelError, MoeoptError, PlanError, SpaceError, StudyError
 
 if TYPE_CHECKING:
@@ -201,6 +203,13 @@ def command_again(given: Sequence[str] | None, storage: str) -> str:
 
     words = [word for word in (sys.argv[1:] if given is None else given) if word != "--no-resume"]
     return shlex.join(["moeopt", *(word.replace(storage, hidden(storage)) for word in words)])
+
+
+def storage_again(storage: str) -> list[str]:
+    """The option that names a storage again, without its password; none where MOEOPT_STORAGE names it."""
+    from moeopt.storage import hidden
+
+    return [] if os.environ.get(fleet.STORAGE) == storage else ["--storage", hidden(storage)]
 
 
 def chosen_plan(

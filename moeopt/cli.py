@@ -265,7 +265,6 @@ def search(
 
     from moeopt import fleet, recipe
     from moeopt.console import SearchProgress, best_trial, consoles
-    from moeopt.storage import hidden
     from moeopt.study import COMMAND, create_study, finished, optimize, stalled
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # no traceback of a trial that Ctrl-C ended
@@ -300,7 +299,7 @@ def search(
         if "merge" in chosen_space.phases and chosen_space.router == "prob":
             err.print("merged routers map probabilities: only prunings export to an ordinary checkpoint (see --router)")
         started = time.monotonic()
-        recipe.want(record, trials)
+        recipe.want(record, trials, patience)
         again = ["--study", study, "--model", model, "--device-map", device_map]
         if workers > 1 and recipe.read(record).task is None:
             again += ["--task", task, *(["--data", data] if data is not None else [])]
@@ -335,7 +334,7 @@ def search(
         scored += f", {'agreement' if score in ('kl', 'acceptance') else 'accuracy'} {100 * accuracy:.1f}%"
     if chosen_active.searched:
         scored += f", {best.user_attrs['active']:.2f} experts active"
-    place = shlex.join(["--storage", hidden(storage)])
+    place = shlex.join(arguments.storage_again(storage))
     out.print(
         f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n"
         f"  moeopt show {shlex.quote(study)} {place}\n"

@@ -70,7 +70,6 @@ def select(
     options = arguments.pairs("--task-option", task_option)
     arguments.quick_shape(model)
     chosen = tasks.get(task, data=data, **options)
-    from moeopt.storage import hidden
     from moeopt.study import load_study
 
     opened = load_study(study, storage)
@@ -106,7 +105,7 @@ def select(
     if not found.evaluated:
         console.print("All of it was on record; nothing was evaluated.")
     console.print(selection.view(found))
-    place = shlex.join(["--storage", hidden(storage), "--study", study])
+    place = shlex.join([*arguments.storage_again(storage), "--study", study])
     console.print(
         f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --trial selected", markup=False, soft_wrap=True
     )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 RECIPE = "moeopt:recipe"
 WANTED = "moeopt:wanted"
+PATIENCE = "moeopt:patience"
 VERSION = 1
 LARGEST = 8 << 20
 """Characters of a packed recipe; a larger one is not kept."""
@@ -231,15 +232,24 @@ def _pruner(described: Any) -> BasePruner:
     raise StudyError(f"the pruner is not one that is known by name: {described!r:.200}")
 
 
-def want(study: optuna.Study, trials: int) -> None:
-    """Note how many finished trials a study shall hold, for the workers that join it."""
-    if wanted(study) != trials:
-        genome.write_study(study, {WANTED: trials})
+def want(study: optuna.Study, trials: int | None, patience: int | None = None) -> None:
+    """Note when a study is done, for the workers that join it: `trials` and `patience` of `moeopt.optimize`."""
+    if (wanted(study), patience_of(study)) != (trials, patience):
+        genome.write_study(study, {WANTED: trials, PATIENCE: patience})
 
 
 def wanted(study: optuna.Study) -> int | None:
     """How many finished trials a study shall hold, as it was last said; None when it never was."""
-    found = genome.study_attributes(study).get(WANTED)
+    return _count(study, WANTED)
+
+
+def patience_of(study: optuna.Study) -> int | None:
+    """After how many trials without a better one a study is done; None when that does not end it."""
+    return _count(study, PATIENCE)
+
+
+def _count(study: optuna.Study, key: str) -> int | None:
+    found = genome.study_attributes(study).get(key)
     return found if type(found) is int and found > 0 else None
 
 

@@ -276,8 +276,8 @@ def optimize(
         return None if until is None else max(0.0, until - time.monotonic())
 
     with _stoppable(study, stop, until):
-        if trials is not None:
-            recipe.want(study, trials)
+        if trials is not None or patience is not None:
+            recipe.want(study, trials, patience)
         reclaim(study)
         while not stop.asked and not enough():
             try:

@@ -34,6 +34,7 @@ def run_worker(
     dtype: str | torch.dtype | None = None,
     trials: int | None = None,
     timeout: float | None = None,
+    patience: int | None = None,
     task: Task | None = None,
     sampler: GenomeSampler | None = None,
     pruner: BasePruner | None = None,
@@ -54,6 +55,7 @@ def run_worker(
         dtype: of the weights; None for the study's.
         trials: finished trials the study shall hold, those of all workers together; None for what the study says.
         timeout: seconds after which no trial starts.
+        patience: finished trials without a better one after which none starts; None for what the study says.
         task: what the search was given, where the study cannot hold it (a task that is code of its own).
         sampler, pruner: likewise.
         callbacks: of `study.optimize`.
@@ -64,7 +66,7 @@ def run_worker(
 
     Raises:
         StudyError: when there is no such study, something of it cannot be rebuilt, the model or the task is another, or
-            `trials` or `timeout` is out of range.
+            `trials`, `timeout` or `patience` is out of range.
         StorageError: when the storage cannot be opened.
         ModelError: when the checkpoint cannot be loaded.
     """
@@ -76,9 +78,10 @@ def run_worker(
     study = studies.load_study(study_name, storage)
     recipe = recipes.read(study)
     target = recipes.wanted(study) if trials is None else trials
-    if target is None and timeout is None:
+    patience = recipes.patience_of(study) if patience is None else patience
+    if target is None and timeout is None and patience is None:
         raise StudyError(f"study {study_name!r} does not say how many trials it shall hold: give trials or timeout")
-    studies.check_limits(target, timeout)
+    studies.check_limits(target, timeout, patience)
     source = recipe.model if model is None else model
     if source is None:
         raise StudyError(
@@ -110,7 +113,7 @@ def run_worker(
         raise StudyError(
             f"study {study_name!r} scores other token sequences than the tokenizer of {str(source)!r} gives"
         )
-    studies.optimize(study, objective, trials=target, timeout=timeout, callbacks=callbacks)
+    studies.optimize(study, objective, trials=target, timeout=timeout, patience=patience, callbacks=callbacks)
     return study
 
 

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 import moeopt
 from moeopt import genome
+from moeopt.arguments import storage_again
 from moeopt.cli import app, main
 from moeopt.plan import Plan
 from moeopt.study import load_study, space_of
@@ -476,6 +477,14 @@ def test_export_refuses_what_no_ordinary_checkpoint_holds(place: Place, refused:
     message = refused(["export", str(place.model), str(tmp_path / "out"), *study])
     assert "best-stock" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_printed_to_be_typed_again_needs_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "postgresql+psycopg://me:geheim@host/moeopt"
+    assert storage_again(url) == ["--storage", "postgresql+psycopg://me:***@host/moeopt"]
+    monkeypatch.setenv("MOEOPT_STORAGE", url)
+    assert storage_again(url) == []
+    assert storage_again("sqlite:///x.db") == ["--storage", "sqlite:///x.db"]
 
 
 def test_a_search_ends_by_time_or_patience(place: Place, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import moeopt
 from moeopt import genome, recipe
 from moeopt.cli import main
 from moeopt.errors import NonFiniteLossError, StudyError
-from moeopt.study import finished
+from moeopt.study import finished, stalled
 from moeopt.tasks import Example, MultipleChoiceTask
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -117,6 +117,16 @@ def test_two_workers_give_the_trials_asked_for_exactly(place: Place, storage: st
         assert trial.value == objective.evaluator.evaluate(objective.space.plan(trial)).loss
     assert "15 trials done" in ended(place.worker(storage, name))
     assert len(moeopt.load_study(name, storage).trials) == 15
+
+
+def test_a_worker_ends_by_the_patience_that_the_study_was_searched_with(place: Place, sqlite: str, name: str) -> None:
+    study = moeopt.create_study(name, objective=place.objective(), storage=sqlite, sampler="random")
+    moeopt.optimize(study, place.objective(), trials=1, patience=2)
+    moeopt.run_worker(sqlite, name, model=place.folder / "model", device_map="cpu", trials=60)
+    assert stalled(study) == 2
+    assert finished(study) < 60
+    moeopt.optimize(study, place.objective(), trials=finished(study) + 1)
+    assert recipe.patience_of(study) is None
 
 
 def slow_study(place: Place, url: str, name: str, trials: int) -> optuna.Study:
