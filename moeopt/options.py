@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from moeopt import fleet
+from moeopt.defaults import DEFAULT_STORAGE as DEFAULT_STORAGE
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
-DEFAULT_STORAGE = "sqlite:///moeopt.db"
 STORAGE_VARIABLE = fleet.STORAGE
 
 GOAL, STUDY, MACHINE = (partial(typer.Option, rich_help_panel=panel) for panel in ("Task", "Study", "Machine"))

@@ -18,6 +18,7 @@ from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import __version__, genome, process, recipe, samplers
+from moeopt.defaults import DEFAULT_STORAGE
 from moeopt.description import DESCRIPTION as DESCRIPTION
 from moeopt.description import FORMAT, check_whole, described, reading
 from moeopt.errors import SpaceError, StorageError, StudyError
@@ -47,7 +48,6 @@ MAY_DIFFER = ("version", "format", "model.name_or_path")
 """Fields of the description that a resumed study need not share: the same weights may lie elsewhere."""
 LONGEST_LOOK = 1.0
 """Seconds between two looks for a trial to start, while others run elsewhere."""
-DEFAULT_STORAGE = "sqlite:///moeopt.db"
 
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 WarmStarts = Iterable["Plan | str"] | Mapping[str, "Plan | Found"]

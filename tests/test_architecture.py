@@ -15,6 +15,7 @@ ROOT = Path(moeopt.__file__).parent
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "defaults": set(),
     "showing": set(),
     "description": {"errors", "genome", "showing"},
     "plan": {"errors", "showing"},
@@ -32,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing"},
     "recipe": {"errors", "genome"},
     "study": {
+        "defaults",
         "description",
         "errors",
         "plan",
