@@ -94,8 +94,8 @@ def lm_eval(
     )
     from moeopt.console import consoles
     from moeopt.evaluation import lm_eval_report
+    from moeopt.files import write_atomically
     from moeopt.models import load
-    from moeopt.plan import write_atomically
 
     console, err = consoles()
     err.print(f"loading {model}", markup=False)

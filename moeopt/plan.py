@@ -21,7 +21,6 @@ import io
 import json
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,10 +33,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeopt import __version__
 from moeopt.errors import PlanError
+from moeopt.files import MALFORMED, write_atomically
 from moeopt.showing import line, shown
 
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
-"""What code that expects a file of moeopt raises on another."""
 Router = Literal["rows", "prob", "logit", "alias"]
 Negative = Literal["clamp", "eep"]
 Matrix = NDArray[np.float32]
@@ -399,23 +397,6 @@ def one_hot(indices: Iterable[int], n: int) -> Matrix:
     matrix = np.zeros((len(columns), n), dtype=np.float32)
     matrix[np.arange(len(columns)), columns] = 1
     return matrix
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` through a temporary file in the same folder, so that no reader sees half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _integer(name: str, value: Any, *, low: int, high: int | None = None, what: str | None = None) -> int:

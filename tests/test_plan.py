@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
 from moeopt.errors import PlanError
-from moeopt.plan import LayerPlan, ModelShape, Plan, one_hot, write_atomically
+from moeopt.files import write_atomically
+from moeopt.plan import LayerPlan, ModelShape, Plan, one_hot
 
 entries = st.floats(-2, 2, width=32)
 

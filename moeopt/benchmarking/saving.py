@@ -15,7 +15,7 @@ import numpy as np
 from moeopt import __version__
 from moeopt.benchmarking import statistics
 from moeopt.errors import ExportError
-from moeopt.plan import write_atomically
+from moeopt.files import write_atomically
 
 if TYPE_CHECKING:
     from moeopt.benchmarking.comparison import Comparison, Optimiser, Pair

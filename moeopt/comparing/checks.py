@@ -9,8 +9,9 @@ from typing import Any
 
 from moeopt import __version__
 from moeopt.errors import MethodError, MoeoptError
+from moeopt.files import MALFORMED
 from moeopt.methods import names as known
-from moeopt.plan import MALFORMED, ModelShape
+from moeopt.plan import ModelShape
 from moeopt.showing import shown
 
 MANIFEST = "comparison.json"

@@ -26,8 +26,9 @@ from moeopt import __version__
 from moeopt.comparing.checks import FORMAT, MANIFEST, VERSION, ComparisonError, check_folder
 from moeopt.errors import PlanError
 from moeopt.evaluation import Evaluation
+from moeopt.files import MALFORMED, write_atomically
 from moeopt.genome import LARGEST
-from moeopt.plan import MALFORMED, Plan, write_atomically
+from moeopt.plan import Plan
 
 RECORDS, PLANS = "records.jsonl", "plans"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeopt.comparing.checks import ComparisonError
 from moeopt.comparing.ledger import PLANS
-from moeopt.plan import write_atomically
+from moeopt.files import write_atomically
 
 if TYPE_CHECKING:
     from moeopt.comparing.comparison import Comparison, Row

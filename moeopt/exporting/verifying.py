@@ -19,7 +19,8 @@ from moeopt.exporting.custom import CODE, PREFIX, code_for
 from moeopt.exporting.exporter import chosen_form, prepare
 from moeopt.exporting.source import Source, few, locate
 from moeopt.exporting.stock import read_config
-from moeopt.plan import MALFORMED, Plan
+from moeopt.files import MALFORMED
+from moeopt.plan import Plan
 from moeopt.showing import shown
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 from moeopt.errors import FigureError
 from moeopt.figures import style
 from moeopt.figures.png import redrawn
-from moeopt.plan import write_atomically
+from moeopt.files import write_atomically
 
 
 def write_html(figure: style.Figure, path: str | os.PathLike[str]) -> None:

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from moeopt.plan import write_atomically
+from moeopt.files import write_atomically
 from moeopt.profiling.checks import ProfileError, Setting
 from moeopt.profiling.result import LayerLoad, Part
 
