@@ -1,0 +1,147 @@
+"""The plan of one MoE layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, cast, get_args
+
+import numpy as np
+
+from moeopt.errors import PlanError
+from moeopt.plan.checks import MOST_EXPERTS, integer
+from moeopt.plan.matrices import Matrix, checked_matrix, frozen, one_hot, one_hot_rows
+
+Router = Literal["rows", "prob", "logit", "alias"]
+Negative = Literal["clamp", "eep"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """What one MoE layer becomes.
+
+    Exactly one of `kept` and `w_em` is given; a `w_em` whose rows are distinct unit vectors is stored as `kept`.
+
+    Args:
+        experts: n, the layer's number of experts in the full model.
+        k: experts activated per token in the planned layer, 1 <= k <= r (with ``router="alias"``, 1 <= k <= n).
+        kept: indices of the r experts kept, distinct, in the order of the new experts (a pruning).
+        w_em: (r, n) float32, the expert merging matrix.
+        w_rm: (r, n) float32, the router mapping. None means the one-hot rows of `kept`.
+        router: where `w_rm` acts. ``"rows"``: it is one-hot and selects rows of the router's weight, so that the
+            softmax runs over the r selected logits (a stock checkpoint expresses it). ``"prob"``: on the probabilities,
+            after softmax and before top-k, as in the EEP paper. ``"logit"``: on the router's weight, before softmax.
+            ``"alias"``: after top-k; the router picks k of the n experts as ever, and new expert i, where w_rm[i, j] is
+            1, answers for expert j (HC-SMoE, arXiv 2410.08589). Every column then has one 1.
+        negative: what happens to negative entries of ``w_rm @ p`` under ``router="prob"``. ``"clamp"`` sets them to 0
+            (a token whose whole top-k is 0 gets a zero MoE output); ``"eep"`` keeps them, as EEP's code does.
+        skip: beta of dynamic skipping, between 0 (no skipping) and 1: of the k experts of a token those whose weight is
+            less than beta times the largest are left out, and the weights of the others renormalised.
+
+    Raises:
+        PlanError: naming the value that does not fit and the shape or range that would.
+    """
+
+    experts: int
+    k: int
+    kept: tuple[int, ...] | None = None
+    w_em: Matrix | None = None
+    w_rm: Matrix | None = None
+    router: Router = "rows"
+    negative: Negative = "clamp"
+    skip: float = 0.0
+
+    def __post_init__(self) -> None:
+        n = integer("experts", self.experts, low=1, high=MOST_EXPERTS)
+        if (self.kept is None) == (self.w_em is None):
+            raise PlanError("a layer plan needs exactly one of kept (expert indices) and w_em (an (r, n) matrix)")
+        if self.router not in get_args(Router):
+            raise PlanError(f"router must be one of {', '.join(get_args(Router))}, got {self.router!r}")
+        if self.negative not in get_args(Negative):
+            raise PlanError(f"negative must be one of {', '.join(get_args(Negative))}, got {self.negative!r}")
+        if isinstance(self.skip, bool) or not isinstance(self.skip, Real) or not 0 <= self.skip <= 1:
+            raise PlanError(f"skip must be a number between 0 and 1, got {self.skip!r}")
+        if self.w_em is not None:
+            w_em = checked_matrix("w_em", self.w_em, n)
+            rows = one_hot_rows(w_em)
+            if rows is not None and len(set(rows)) == len(rows):
+                object.__setattr__(self, "w_em", None)
+                object.__setattr__(self, "kept", rows)
+            else:
+                object.__setattr__(self, "w_em", w_em)
+        if self.kept is not None:
+            kept = tuple(integer("an entry of kept", e, low=0, high=n - 1) for e in self.kept)
+            if not kept or len(set(kept)) != len(kept):
+                raise PlanError(f"kept must name at least one expert, and each only once, got {list(kept)}")
+            object.__setattr__(self, "kept", kept)
+        r = self.kept_experts
+        if self.w_rm is not None:
+            w_rm = checked_matrix("w_rm", self.w_rm, n, rows=r)
+            if self.router == "rows" and one_hot_rows(w_rm) is None:
+                raise PlanError('router="rows" needs a one-hot w_rm; a dense one needs router="prob" or "logit"')
+            if self.router == "alias" and one_hot_rows(w_rm.T) is None:
+                raise PlanError(
+                    'router="alias" needs a w_rm whose columns have one 1 each: who answers for that expert'
+                )
+            redundant = self.router == "rows" and one_hot_rows(w_rm) == self.kept
+            object.__setattr__(self, "w_rm", None if redundant else w_rm)
+        elif self.kept is None:
+            raise PlanError(
+                "a merged layer needs w_rm, the (r, n) router mapping: with merged experts it is not implied"
+            )
+        elif self.router == "alias":
+            raise PlanError('router="alias" needs w_rm: which of the experts kept answers for each of the others')
+        elif self.router != "rows":
+            object.__setattr__(self, "w_rm", frozen(one_hot(self.kept, n)))
+        if self.router == "alias":
+            integer("k", self.k, low=1, high=n, what=f"k must be between 1 and the {n} experts that the router ranks")
+        else:
+            integer("k", self.k, low=1, high=r, what=f"k must be between 1 and the {r} experts kept")
+        object.__setattr__(self, "skip", float(np.float32(self.skip)) if self.k > 1 else 0.0)
+
+    @property
+    def kept_experts(self) -> int:
+        """r, the number of experts the planned layer has."""
+        return len(self.kept) if self.kept is not None else int(cast(Matrix, self.w_em).shape[0])
+
+    @property
+    def expert_matrix(self) -> Matrix:
+        """W_EM as an (r, n) float32 matrix, whichever way it is stored."""
+        return one_hot(self.kept, self.experts) if self.kept is not None else cast(Matrix, self.w_em)
+
+    @property
+    def router_matrix(self) -> Matrix:
+        """W_RM as an (r, n) float32 matrix, whichever way it is stored."""
+        return self.w_rm if self.w_rm is not None else self.expert_matrix
+
+    @property
+    def router_rows(self) -> tuple[int, ...] | None:
+        """The router rows that `w_rm` selects before top-k when it is one-hot, else None."""
+        if self.router == "alias":
+            return None
+        return self.kept if self.w_rm is None else one_hot_rows(self.w_rm)
+
+    @property
+    def aliases(self) -> tuple[int, ...] | None:
+        """For ``router="alias"``, the new expert that answers for each of the n experts; else None."""
+        return one_hot_rows(cast(Matrix, self.w_rm).T) if self.router == "alias" else None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the layer keeps all n experts, in order, router untouched, none skipped (k may still differ)."""
+        everything = tuple(range(self.experts))
+        return self.kept == everything and self.router_rows == everything and not self.skip
+
+    def _key(self, *, ordered: bool) -> bytes:
+        matrix = np.concatenate([self.expert_matrix, self.router_matrix], axis=1) + np.float32(0.0)  # -0.0 becomes 0.0
+        if not ordered:
+            matrix = matrix[np.lexsort(matrix.T[::-1])]
+        head = f"{self.experts},{self.k},{self.router},{self.negative if self.router == 'prob' else ''}"
+        head += f",{self.skip!r};" if self.skip else ";"
+        return head.encode() + np.ascontiguousarray(matrix, dtype="<f4").tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerPlan) and self._key(ordered=True) == other._key(ordered=True)
+
+    def __hash__(self) -> int:
+        return hash(self._key(ordered=True))
