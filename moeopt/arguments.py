@@ -169,6 +169,24 @@ def pairs(option: str, given: list[str] | None) -> dict[str, Any]:
     return found
 
 
+def numbers(option: str, text: str) -> list[int]:
+    """
+    >>> numbers("--keep", "6,4,2")
+    [6, 4, 2]
+    """
+    if not re.fullmatch(r"\s*[1-9]\d*(\s*,\s*[1-9]\d*)*\s*", text):
+        raise MoeoptError(f"{option} must be numbers of at least 1, such as 6,4,2, got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def words(option: str, text: str) -> list[str]:
+    """Names between commas."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise MoeoptError(f"{option} must be names between commas, such as naee,reap, got {text!r}")
+    return found
+
+
 def read_plan(path: Path, layers: int | None) -> Plan:
     """A plan file of moeopt, or an EEP .pth for a model of so many MoE layers."""
     from moeopt.plan import Plan

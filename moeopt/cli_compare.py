@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -29,11 +27,6 @@ from moeopt.options import (
     TaskOption,
 )
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-LINE_EVERY = 10.0
-"""Seconds between progress lines where there is no terminal to draw on."""
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
     "moeopt compare-methods ./mixtral --task boolq --data boolq.jsonl --keep 6,4,2 --limit 128 --test-limit 512\n\n"
@@ -103,9 +96,9 @@ def compare_methods(
     batch_tokens: BatchTokens = 1024,
 ) -> None:
     """Compare one-shot methods with the full model, random prunings and a search, on examples that none has seen."""
-    keeps = numbers("--keep", keep)
-    actives = None if active is None else numbers("--active", active)
-    names = None if methods is None else words("--methods", methods)
+    keeps = arguments.numbers("--keep", keep)
+    actives = None if active is None else arguments.numbers("--active", active)
+    names = None if methods is None else arguments.words("--methods", methods)
     options = arguments.pairs("--task-option", task_option)
     other_options = arguments.pairs("--calibration-option", calibration_option)
     from moeopt import comparing, tasks
@@ -130,7 +123,7 @@ def compare_methods(
 
         opened = load_study(study, storage)
         check_study(opened, chosen)
-    from moeopt.console import consoles
+    from moeopt.console import Steps, consoles
     from moeopt.models import check_checkpoint, load, load_tokenizer
 
     if shape is None:
@@ -169,54 +162,3 @@ def compare_methods(
         raise typer.Exit(INTERRUPTED) from None
     console.print(comparing.view(found))
     console.print(f"\n{out} holds table.csv, table.json and the plans.", markup=False, soft_wrap=True)
-
-
-class Steps:
-    """The progress of a comparison: one live line, or where there is no terminal a line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console, self.shown = console, time.monotonic()
-        columns = (
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-        )
-        self.live = Progress(*columns, console=console, transient=True)
-        self.bar = self.live.add_task("")
-
-    def __enter__(self) -> Steps:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        if self.console.is_terminal:
-            self.live.update(self.bar, completed=done, total=total, description=what)
-        elif time.monotonic() - self.shown >= LINE_EVERY:
-            self.shown = time.monotonic()
-            self.console.print(f"{done} of {total} steps · {what}", markup=False, soft_wrap=True)
-
-
-def numbers(option: str, text: str) -> list[int]:
-    """
-    >>> numbers("--keep", "6,4,2")
-    [6, 4, 2]
-    """
-    if not re.fullmatch(r"\s*[1-9]\d*(\s*,\s*[1-9]\d*)*\s*", text):
-        raise MoeoptError(f"{option} must be numbers of at least 1, such as 6,4,2, got {text!r}")
-    return [int(part) for part in text.split(",")]
-
-
-def words(option: str, text: str) -> list[str]:
-    """Names between commas."""
-    found = [part.strip() for part in text.split(",")]
-    if not all(found):
-        raise MoeoptError(f"{option} must be names between commas, such as naee,reap, got {text!r}")
-    return found

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from moeopt import arguments
-from moeopt.cli_compare import Steps, numbers
 from moeopt.errors import MoeoptError
 from moeopt.options import (
     DEFAULT_STORAGE,
@@ -83,7 +82,7 @@ def profile(
     """Measure parameters, memory, speed and expert load balance of models and plans, side by side."""
     from moeopt import profiling
 
-    batches, lengths = numbers("--batch", batch), numbers("--prompt-length", prompt_length)
+    batches, lengths = arguments.numbers("--batch", batch), arguments.numbers("--prompt-length", prompt_length)
     options = arguments.pairs("--task-option", task_option)
     if out is not None:
         profiling.check_out(out)
@@ -104,7 +103,7 @@ def profile(
         goal.examples(goal.splits[-1])
     elif options:
         raise MoeoptError("--task-option needs --task or --data")
-    from moeopt.console import consoles
+    from moeopt.console import Steps, consoles
 
     console, err = consoles()
     try:

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from moeopt import arguments
-from moeopt.cli_compare import Steps
 from moeopt.options import (
     DEFAULT_STORAGE,
     GOAL,
@@ -76,7 +75,7 @@ def select(
     from moeopt import selection
 
     selection.check(opened, chosen)
-    from moeopt.console import consoles
+    from moeopt.console import Steps, consoles
     from moeopt.models import load
 
     console, err = consoles()

@@ -1,0 +1,72 @@
+"""A plan as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from moeopt.plan import LayerPlan, Matrix, Plan
+
+
+def layer_rows(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Facts of every run of equal consecutive layers, JSON: layers, experts, merged rows, routing, k, negatives."""
+    for layer, run in groupby(enumerate(plan.layers), key=lambda item: item[1]):
+        indices = [i for i, _ in run]
+        w_em, w_rm = layer.expert_matrix, layer.router_matrix
+        yield {
+            "layers": f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0]),
+            "experts": short(layer),
+            "kept": layer.kept_experts,
+            "of": layer.experts,
+            "k": layer.k,
+            "skip": layer.skip,
+            "merged_rows": int(_mixed(w_em).sum()),
+            "routing": _routing(layer),
+            "negative_w_em": int((w_em < 0).sum()),
+            "negative_w_rm": int((w_rm < 0).sum()),
+        }
+
+
+def short(layer: LayerPlan) -> str:
+    """A layer in a few characters: the expert that leads each row, with ~ where others are mixed in."""
+    if layer.kept == tuple(range(layer.experts)):
+        return "all"
+    leads = np.abs(layer.expert_matrix).argmax(axis=1)
+    return " ".join(f"{lead}{'~' if mixed else ''}" for lead, mixed in zip(leads, _mixed(layer.expert_matrix)))
+
+
+def _mixed(matrix: Matrix) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return np.asarray(~(((matrix == 0) | (matrix == 1)).all(axis=1) & (matrix.sum(axis=1) == 1)))
+
+
+def _routing(layer: LayerPlan) -> str:
+    where = {"rows": "router rows", "prob": "probabilities", "logit": "logits", "alias": "picks"}[layer.router]
+    if layer.router == "alias":
+        return f"{where}, aliased"
+    if layer.router_rows is not None:
+        followed = layer.kept is not None and layer.router_rows == layer.kept
+        return f"{where}, {'as kept' if followed else 'one-hot'}"
+    return f"{where}, dense" + (" (negatives as EEP)" if layer.router == "prob" and layer.negative == "eep" else "")
+
+
+def plan_table(plan: Plan, title: str | None = None) -> Table:
+    """One row for every run of equal layers."""
+    first = plan.layers[0]
+    table = Table(
+        "layers", "experts", "r", "merged rows", "router map", "k", "negative entries",
+        title=title, title_justify="left",
+        caption=f"n = {first.experts} experts; a ~ marks an expert that others are mixed into", caption_justify="left",
+    )  # fmt: skip
+    for row in layer_rows(plan):
+        negative = f"{row['negative_w_em']} W_EM, {row['negative_w_rm']} W_RM"
+        merged = f"{row['merged_rows']} of {row['kept']}"
+        active = f"{row['k']}, skip {row['skip']:.2f}" if row["skip"] else str(row["k"])
+        table.add_row(
+            row["layers"], row["experts"], str(row["kept"]), merged, row["routing"], active,
+            negative if row["negative_w_em"] or row["negative_w_rm"] else "none",
+        )  # fmt: skip
+    return table
