@@ -13,7 +13,6 @@ from moeopt.errors import MoeoptError
 from moeopt.options import (
     DEFAULT_STORAGE,
     GOAL,
-    INTERRUPTED,
     STUDY,
     BatchTokens,
     Data,
@@ -25,6 +24,7 @@ from moeopt.options import (
     Storage,
     Task,
     TaskOption,
+    interrupted,
 )
 
 EXAMPLES = (
@@ -157,8 +157,6 @@ def compare_methods(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        err.print("Interrupted; all that was found is kept. To go on:")
-        err.print(f"  {arguments.command_again(ctx.obj, storage)}", markup=False, soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise interrupted(err, "all that was found is kept. To go on:", ctx, storage) from None
     console.print(comparing.view(found))
     console.print(f"\n{out} holds table.csv, table.json and the plans.", markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import typer
 
 from moeopt import arguments
 from moeopt.errors import ExportError, PlanError
-from moeopt.options import DEFAULT_STORAGE, GOAL, MACHINE, STUDY, TRIAL, Data, Limit, Model, Storage, TaskOption
+from moeopt.options import DEFAULT_STORAGE, GOAL, MACHINE, TRIAL, Data, Limit, Model, Storage, StudyName, TaskOption
 
 if TYPE_CHECKING:
     from moeopt.exporting import Projection
@@ -31,7 +31,7 @@ def export(
     model: Model,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write, new or empty.")],
     plan: Annotated[Path | None, typer.Option(help="Plan file of moeopt, or an EEP .pth.")] = None,
-    study: Annotated[str | None, STUDY("--study", metavar="NAME", help="The study's name in the storage.")] = None,
+    study: StudyName = None,
     trial: Annotated[
         str,
         typer.Option(help=f"{TRIAL}, or best-stock: the best one that an ordinary checkpoint can hold."),

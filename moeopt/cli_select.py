@@ -12,7 +12,6 @@ from moeopt import arguments
 from moeopt.options import (
     DEFAULT_STORAGE,
     GOAL,
-    INTERRUPTED,
     STUDY,
     BatchTokens,
     Data,
@@ -23,6 +22,7 @@ from moeopt.options import (
     Storage,
     Task,
     TaskOption,
+    interrupted,
 )
 from moeopt.selection.checks import MOST, TOP
 
@@ -98,9 +98,7 @@ def select(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        err.print("Interrupted; every plan that was judged is kept. To go on:")
-        err.print(f"  {arguments.command_again(ctx.obj, storage)}", markup=False, soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None
     if not found.evaluated:
         console.print("All of it was on record; nothing was evaluated.")
     console.print(selection.view(found))

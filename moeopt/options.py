@@ -1,14 +1,17 @@
-"""Options that several commands have, declared once."""
+"""Options that several commands have, and how they end after Ctrl-C, said once."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moeopt import fleet
+from moeopt import arguments, fleet
 from moeopt.defaults import DEFAULT_STORAGE as DEFAULT_STORAGE
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -49,4 +52,12 @@ Storage = Annotated[
         help="Where studies are kept: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL).",
     ),
 ]
+StudyName = Annotated[str | None, STUDY("--study", metavar="NAME", help="The study's name in the storage.")]
 TRIAL = "A trial's number, best: the one of least loss, or selected: what [bold]moeopt select[/bold] chose"
+
+
+def interrupted(err: Console, kept: str, ctx: typer.Context, storage: str) -> typer.Exit:
+    """How a command ends after Ctrl-C, once it has said what is kept, and how to go on: with the same command."""
+    err.print(f"Interrupted; {kept}")
+    err.print(f"  {arguments.command_again(ctx.obj, storage)}", markup=False, soft_wrap=True)
+    return typer.Exit(INTERRUPTED)

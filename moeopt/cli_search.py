@@ -1,0 +1,254 @@
+"""`moeopt search`: arguments are checked and handed to `moeopt.create_study` and `moeopt.optimize`."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moeopt import arguments
+from moeopt.options import (
+    DEFAULT_STORAGE,
+    GOAL,
+    MACHINE,
+    STUDY,
+    BatchTokens,
+    Data,
+    DeviceMap,
+    Dtype,
+    Limit,
+    Model,
+    Score,
+    Storage,
+    Task,
+    TaskOption,
+    interrupted,
+)
+
+EXAMPLES = (
+    "[bold]Examples[/bold]\n\n"
+    "moeopt search ./mixtral --task boolq --data boolq.jsonl --keep 4 --groups 4 --study boolq-8to4\n\n"
+    "moeopt search ./mixtral --task text --data src/ --task-option suffixes=.py --keep 6 --space prune "
+    "--sampler cmaes --study code-8to6\n\n"
+    "moeopt search ./mixtral --task text --data prompts.jsonl --task-option column=prompt --score kl --keep 6 "
+    "--study unlabelled\n\n"
+    "moeopt search ./mixtral --task boolq --space merge --around pruned.safetensors --study boolq-merge\n\n"
+    "The same command again resumes the study. [bold]Ctrl-C[/bold] lets the running trial finish; a second one does "
+    "not, and the trial is run again on resuming."
+)
+
+SPACE, OPTIMISER, STOP = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("What may vary", "Optimiser", "When to stop")
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("search", epilog=EXAMPLES)(search)
+
+
+def search(
+    ctx: typer.Context,
+    model: Model,
+    task: Task,
+    study: Annotated[str, STUDY(metavar="NAME", help="Name of the study to start or to resume.")],
+    data: Data = None,
+    task_option: TaskOption = None,
+    limit: Limit = None,
+    score: Score = "likelihood",
+    keep: Annotated[int | None, SPACE(metavar="R", min=1, help="Experts each layer keeps.")] = None,
+    active: Annotated[
+        str | None,
+        SPACE(metavar="K|LOW-HIGH", help="Experts active per token; a range as 1-2 is searched. Default: the model's."),
+    ] = None,
+    skip: Annotated[
+        float | None,
+        SPACE(metavar="BETA", help="Search dynamic skipping of experts of little weight, with betas from 0 to this."),
+    ] = None,
+    active_groups: Annotated[
+        str | None, SPACE(help="As --groups, for what --active and --skip search; 1: the same for all layers.")
+    ] = None,
+    groups: Annotated[
+        str | None,
+        SPACE(help="Layers that share one choice: a number of groups, or ranges as 0-7,8-31. Default: none share."),
+    ] = None,
+    space: Annotated[
+        Literal["eep", "prune", "merge", "active"],
+        SPACE(
+            help="prune: which experts stay. merge: matrices around a plan. eep: first the one, then the other. "
+            "active: how many experts are active, of the full model or of a plan, and nothing else."
+        ),
+    ] = "eep",
+    router: Annotated[
+        Literal["prob", "logit"] | None,
+        SPACE(
+            help="Merged routers act on probabilities, as in EEP, or on logits, which an ordinary checkpoint can "
+            "hold. Default: prob."
+        ),
+    ] = None,
+    encoding: Annotated[
+        Literal["scores", "rows", "subset"] | None,
+        SPACE(help="Numbers of a prune space: one per expert, expert indices, a subset's index. Default: scores."),
+    ] = None,
+    around: Annotated[
+        Path | None, SPACE(metavar="PLAN", help="Plan file (or EEP .pth) that a merge or active space starts from.")
+    ] = None,
+    scale: Annotated[float | None, SPACE(metavar="X", help="Step of a merge space. Default: 0.065.")] = None,
+    active_weight: Annotated[
+        float, GOAL(metavar="X", min=0, help="Loss that an active expert, per token and layer, must be worth.")
+    ] = 0.0,
+    warm_start: Annotated[
+        list[str] | None,
+        SPACE(metavar="NAMES|PLAN", help="Try first: one-shot methods, as naee,reap, or a plan file; repeatable."),
+    ] = None,
+    sampler: Annotated[
+        str, OPTIMISER(metavar="NAME", help="eep, local, cmaes, blockcmaes, tpe, random, or nevergrad:DE and so on.")
+    ] = "eep",
+    sampler_option: Annotated[
+        list[str] | None, OPTIMISER(metavar="NAME=VALUE", help="A hyperparameter, such as prune_until=40; repeatable.")
+    ] = None,
+    seed: Annotated[int, OPTIMISER(metavar="N", min=0, help="Seed of the optimiser.")] = 0,
+    trials: Annotated[
+        int, STOP(metavar="N", min=1, help="Finished trials the study shall hold, earlier runs included.")
+    ] = 400,
+    timeout: Annotated[float | None, STOP(metavar="S", min=0, help="Seconds after which no trial starts.")] = None,
+    patience: Annotated[int | None, STOP(metavar="N", min=1, help="Stop after N trials without a better one.")] = None,
+    rungs: Annotated[
+        int,
+        STOP(
+            metavar="N", min=1,
+            help="Race: a trial is held against the best one after a half, a quarter, ... of the examples, N - 1 "
+            "times, and stopped when it is surely worse. Worth it from some 64 examples on.",
+        ),
+    ] = 1,
+    storage: Storage = DEFAULT_STORAGE,
+    resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
+    device_map: DeviceMap = "auto",
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = 1024,
+    prefix_memory: Annotated[
+        int | None,
+        MACHINE(metavar="MIB", min=0, help="Memory for hidden states of earlier plans, which spare passes. [1024]"),
+    ] = None,
+    workers: Annotated[
+        int, MACHINE(metavar="N", min=1, help="Processes on this machine that search together, this one included.")
+    ] = 1,
+) -> None:  # fmt: skip
+    """Start or resume a search: every trial prunes or merges the model's experts and scores it on the task."""
+    task_options = arguments.pairs("--task-option", task_option)
+    sampler_options = arguments.pairs("--sampler-option", sampler_option)
+    ranges = arguments.groups(groups)
+    chosen_active = arguments.active(active, skip, arguments.groups(active_groups, "--active-groups"))
+    arguments.check_belongs(
+        space, keep=keep, active=chosen_active.k, encoding=encoding, router=router, around=around, scale=scale,
+        groups=groups, searched=chosen_active.searched,
+    )  # fmt: skip
+    if workers > 1:
+        arguments.check_shared(storage)
+    from moeopt import samplers, tasks
+    from moeopt.plan import ModelShape
+    from moeopt.spaces import PruneSpace
+
+    shape = arguments.quick_shape(model)
+    if shape is not None:
+        arguments.space(space, shape, keep, ranges, around, scale, encoding, router, chosen_active)
+    chosen_task = tasks.get(task, data=data, **task_options)
+    chosen_task.examples("search")
+    if shape is None:  # its config takes transformers, and perhaps a download: first what can be judged without
+        samplers.get(sampler, PruneSpace(ModelShape(1, 2, 1), keep=1), seed=seed, **sampler_options)
+        from moeopt.models import check_checkpoint
+
+        shape = check_checkpoint(model)
+    chosen_space = arguments.space(space, shape, keep, ranges, around, scale, encoding, router, chosen_active)
+    starts = arguments.warm_starts(warm_start or (), shape.layers, chosen_space)
+    chosen_sampler = samplers.get(sampler, chosen_space, seed=seed, **sampler_options)
+    described = {
+        "task": {**chosen_task.describe(), "split": "search", "limit": limit, "max_length": None},
+        "space": chosen_space.describe(),
+        "sampler": chosen_sampler.settings(),
+    }
+    resumed = arguments.existing(storage, study, described, resume=resume) is not None
+
+    import optuna
+
+    from moeopt import fleet, recipe
+    from moeopt.console import SearchProgress, best_trial, consoles
+    from moeopt.study import COMMAND, create_study, finished, optimize, stalled
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # no traceback of a trial that Ctrl-C ended
+    out, err = consoles()
+    try:
+        err.print(f"loading {model}", markup=False)
+        from moeopt.models import load, load_tokenizer
+        from moeopt.objective import Objective
+
+        chosen_task.check(load_tokenizer(model))
+        shares = fleet.shared(workers, device_map) if workers > 1 else [{}]
+        fleet.take(shares[0])
+        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+        objective = Objective(
+            loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
+            active_weight=active_weight, prefix_memory=None if prefix_memory is None else prefix_memory << 20,
+            score=score,
+        )  # fmt: skip
+        record = create_study(
+            study,
+            objective=objective,
+            storage=storage,
+            sampler=chosen_sampler,
+            pruner="racing" if rungs > 1 else None,
+            load_if_exists=resume,
+            warm_starts=starts,
+        )
+        if COMMAND not in record.user_attrs:
+            record.set_user_attr(COMMAND, arguments.command_again(ctx.obj, storage))
+        if resumed:
+            err.print(f"resuming study {study!r}: {finished(record)} of {trials} trials done", markup=False)
+        if "merge" in chosen_space.phases and chosen_space.router == "prob":
+            err.print("merged routers map probabilities: only prunings export to an ordinary checkpoint (see --router)")
+        started = time.monotonic()
+        recipe.want(record, trials, patience)
+        again = ["--study", study, "--model", model, "--device-map", device_map]
+        if workers > 1 and recipe.read(record).task is None:
+            again += ["--task", task, *(["--data", data] if data is not None else [])]
+            again += [word for option in task_option or () for word in ("--task-option", option)]
+        with (
+            SearchProgress(err, trials, timeout) as progress,
+            fleet.Fleet(shares[1:], again, storage, progress.say),
+        ):
+            optimize(record, objective, trials=trials, timeout=timeout, patience=patience, callbacks=[progress])
+        teacher = objective.evaluator.teacher
+        if teacher is not None and teacher.nbytes:
+            err.print(f"full model: {teacher}", markup=False)
+        ended = (
+            finished(record) >= trials
+            or (timeout is not None and time.monotonic() - started >= timeout)
+            or (patience is not None and stalled(record) >= patience)
+        )
+    except KeyboardInterrupt:
+        ended = False
+    if not ended:
+        raise interrupted(err, "every finished trial is stored. To resume:", ctx, storage)
+    best = best_trial(record)
+    if best is None:
+        out.print(f"{finished(record)} trials done, and none gave a finite loss", markup=False)
+        return
+    accuracy = best.user_attrs.get("accuracy")
+    weighed = active_weight * best.user_attrs.get("active", 0.0)
+    scored = f"loss {best.value - weighed:.4f}"
+    if accuracy is not None:
+        scored += f", {'agreement' if score in ('kl', 'acceptance') else 'accuracy'} {100 * accuracy:.1f}%"
+    if chosen_active.searched:
+        scored += f", {best.user_attrs['active']:.2f} experts active"
+    place = shlex.join(arguments.storage_again(storage))
+    out.print(
+        f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n"
+        f"  moeopt show {shlex.quote(study)} {place}\n"
+        f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --study {shlex.quote(study)}",
+        markup=False,
+        soft_wrap=True,
+    )
