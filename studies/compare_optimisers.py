@@ -34,9 +34,9 @@ no order of two can be concluded: 6 pairs take 8 seeds.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+import _subject
 import optuna
 from rich.console import Console
 
@@ -52,11 +52,7 @@ def main() -> None:
         args.optimisers, args.seeds, args.trials, args.limit, args.test_limit = "eep,local,random", 2, 4, 8, 12
     console = Console(width=130)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    model, tokenizer = moeopt.load(args.model, device_map=args.device_map)
-    if args.task is None:
-        task = moeopt.demo.skill_task(args.skill)
-    else:
-        task = moeopt.tasks.get(args.task, data=args.data, **json.loads(args.task_options))
+    model, tokenizer, task = _subject.load(args)
     space = moeopt.PruneSpace.of(model, keep=args.keep, groups=args.groups)
     objective = moeopt.Objective(model, tokenizer, task, space, limit=args.limit, rungs=args.rungs)
     studies = []
@@ -86,12 +82,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a run of seconds that shows the plumbing, not a result")
-    parser.add_argument("--model", default=str(moeopt.demo.MODEL), help="folder or hub name; default: the demo model")
-    parser.add_argument("--device-map", default="auto")
-    parser.add_argument("--skill", default=moeopt.demo.DEFAULT_SKILL, help="of the demo model, where no task is given")
-    parser.add_argument("--task")
-    parser.add_argument("--data", help="file or folder of the task")
-    parser.add_argument("--task-options", default="{}", help='JSON, such as {"suffixes": [".py"]}')
+    _subject.add_arguments(parser)
     parser.add_argument("--keep", type=int, default=4)
     parser.add_argument("--groups", type=int, help="of layers that keep the same experts; default: none do")
     parser.add_argument("--optimisers", default=OPTIMISERS, help=f"names between commas; default: {OPTIMISERS}")

@@ -30,11 +30,11 @@ layer 5 alone needs only two (0.0217; one 0.2504).
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import _subject
 import numpy as np
 
 import moeopt
@@ -47,11 +47,7 @@ def main() -> None:
     args = arguments()
     if args.small:
         args.limit, args.test_limit = 8, 16
-    model, tokenizer = moeopt.load(args.model, device_map=args.device_map)
-    if args.task is None:
-        task = moeopt.demo.skill_task(args.skill)
-    else:
-        task = moeopt.tasks.get(args.task, data=args.data, **json.loads(args.task_options))
+    model, tokenizer, task = _subject.load(args)
     calibration = methods.Calibration(model, tokenizer, task, limit=args.limit)
     test = moeopt.Evaluator(model, tokenizer, task, split="test", limit=args.test_limit)
     shape, full = calibration.shape, test.evaluate(None)
@@ -119,12 +115,7 @@ def save(figure: Any, folder: Path, name: str) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a run of seconds that shows the plumbing, not a result")
-    parser.add_argument("--model", default=str(moeopt.demo.MODEL), help="folder or hub name; default: the demo model")
-    parser.add_argument("--device-map", default=None, help='"auto" spreads the model over devices')
-    parser.add_argument("--skill", default=moeopt.demo.DEFAULT_SKILL, help="of the demo model, where no task is given")
-    parser.add_argument("--task")
-    parser.add_argument("--data", help="file or folder of the task")
-    parser.add_argument("--task-options", default="{}", help='JSON, such as {"suffixes": [".py"]}')
+    _subject.add_arguments(parser, device_map=None)
     parser.add_argument("--keep", type=int, default=4)
     parser.add_argument("--layers", type=int, nargs="*", help="MoE layers to reduce alone; default: first and last")
     parser.add_argument("--methods", nargs="+", default=["naee", "frequency", "reap"], help="that prune")

@@ -76,9 +76,9 @@ search of 78 trials on 1,530 tokens of Python in float32 chose a merge that was 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+import _subject
 import optuna
 from rich.console import Console
 
@@ -91,11 +91,7 @@ def main() -> None:
     if args.small:
         args.trials, args.limit, args.test_limit, args.draws = 8, 6, 12, 2
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    model, tokenizer = moeopt.load(args.model, device_map=args.device_map)
-    if args.task is None:
-        task = moeopt.demo.skill_task(args.skill)
-    else:
-        task = moeopt.tasks.get(args.task, data=args.data, **json.loads(args.task_options))
+    model, tokenizer, task = _subject.load(args)
     space = moeopt.EEPSpace.of(model, keep=args.keep, groups=args.groups)
     objective = moeopt.Objective(model, tokenizer, task, space, limit=args.limit)
     starts = args.warm_start.split(",") if args.warm_start else []
@@ -125,12 +121,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(moeopt.demo.MODEL), help="folder or hub name; default: the demo model")
-    parser.add_argument("--device-map", default="auto")
-    parser.add_argument("--skill", default=moeopt.demo.DEFAULT_SKILL, help="of the demo model, where no task is given")
-    parser.add_argument("--task")
-    parser.add_argument("--data", help="file or folder of the task")
-    parser.add_argument("--task-options", default="{}", help='JSON, such as {"suffixes": [".py"]}')
+    _subject.add_arguments(parser)
     parser.add_argument("--keep", type=int, default=4)
     parser.add_argument("--groups", type=int, help="default: every layer is its own")
     parser.add_argument("--warm-start", default="soft_activation,naee,ean,frequency", help="one-shot methods")
