@@ -45,7 +45,7 @@ def may_branch(runner: LayerMajor | Whole, model: nn.Module, requests: Sequence[
     except (RuntimeError, ValueError, TypeError):  # of a model that takes no such mask
         runner.clear()
         return False
-    tokens = torch.tensor([len(request.ids) - request.scored_from for request in members])
+    tokens = torch.tensor([request.scored for request in members])
     noise, off = (((found - alone).abs() / tokens).max() for found in (padded, together))
     return bool(off <= 4 * noise + ALIKE.get(model.dtype, 5e-3))  # type: ignore[call-overload]
 

@@ -70,6 +70,11 @@ class Request:
     scored_from: int
     source: Any = field(default=None, kw_only=True, compare=False, repr=False)
 
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return len(self.ids) - self.scored_from
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:

@@ -130,7 +130,7 @@ class GenerationTask(PromptedTask):
         greedy: NDArray[np.int64],
     ) -> Scores:
         """`correct` is whether every token of the reference is the model's first choice: greedy decoding writes it."""
-        tokens = np.asarray([len(request.ids) - request.scored_from for request in requests])
+        tokens = np.asarray([request.scored for request in requests])
         losses = (-log_likelihood / tokens).astype(np.float32)
         return Scores(losses, np.ones_like(losses), (greedy == tokens).astype(np.float32))
 

@@ -32,9 +32,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeopt.errors import TaskError
-from moeopt.tasks.base import SPLITS, Example, Request, Scores, Task
+from moeopt.tasks.base import SPLITS, Example, Request, Scores
 from moeopt.tasks.harness import SEED, Data, contained, harness_version, load, reason
-from moeopt.tasks.splits import FRACTIONS, Splits, from_own, without_repeats
+from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, from_own, without_repeats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,7 +69,7 @@ class HarnessScores(Scores):
     tasks: tuple[str, ...] = ()
 
 
-class HarnessTask(Task):
+class HarnessTask(DividedTask):
     """Tasks of the harness as one task of moeopt; see the top of this file.
 
     Args:
@@ -143,13 +143,6 @@ class HarnessTask(Task):
             raise TaskError(f"task {self.name!r} has an accuracy of its own")
         return rule
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return self._splits.names
-
-    def examples(self, split: str) -> tuple[Example, ...]:
-        return self._splits.examples(split)
-
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
     ) -> list[Request]:
@@ -192,8 +185,8 @@ class HarnessTask(Task):
         examples = self._splits.examples(split)
         scored: dict[int, dict[int, tuple[float, bool, int]]] = {}
         for request, total, hits in zip(requests, log_likelihood, greedy, strict=True):
-            tokens = len(request.ids) - request.scored_from
-            scored.setdefault(request.example, {})[request.option] = float(total), int(hits) == tokens, tokens
+            answer = float(total), int(hits) == request.scored, request.scored
+            scored.setdefault(request.example, {})[request.option] = answer
         losses, correct, chosen, results, tasks = [], [], [], [], []
         for number, options in scored.items():
             document = self._documents[examples[number].id]
@@ -236,9 +229,6 @@ class HarnessTask(Task):
         return found | {
             metric: sum(n * value for n, value in parts) / sum(n for n, _ in parts) for metric, parts in totals.items()
         }
-
-    def fingerprint(self, split: str | None = None) -> str:
-        return self._splits.fingerprint(split)
 
     def describe(self) -> dict[str, Any]:
         assert self._harness is not None

@@ -123,8 +123,7 @@ class MultipleChoiceTask(PromptedTask):
         examples = self._splits.examples(split)
         totals: dict[int, list[tuple[float, int]]] = {}
         for request, total in zip(requests, log_likelihood, strict=True):
-            length = len(request.ids) - request.scored_from
-            totals.setdefault(request.example, []).append((float(total), length))
+            totals.setdefault(request.example, []).append((float(total), request.scored))
         losses, chosen, correct = [], [], []
         for i, options in totals.items():
             right = self.right(examples[i])

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any, Self
 
 from moeopt.errors import TaskError
-from moeopt.tasks.base import Example, Task
+from moeopt.tasks.base import Example
 from moeopt.tasks.prompting import SEPARATOR, Prompting, checked, draw
-from moeopt.tasks.splits import Splits
+from moeopt.tasks.splits import DividedTask, Splits
 
 
-class PromptedTask(Task):
+class PromptedTask(DividedTask):
     """What tasks of prompts share; subclasses say what is scored.
 
     Args:
@@ -33,13 +33,6 @@ class PromptedTask(Task):
         self._splits = Splits(name, search, dev, test)
         self._prompting = Prompting()
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return self._splits.names
-
-    def examples(self, split: str) -> tuple[Example, ...]:
-        return self._splits.examples(split)
-
     def prompted(
         self, *, shots: int = 0, chat: bool = False, system: str | None = None, separator: str = SEPARATOR
     ) -> Self:
@@ -55,4 +48,4 @@ class PromptedTask(Task):
         self._prompting.check(self.name, tokenizer)
 
     def fingerprint(self, split: str | None = None) -> str:
-        return self._prompting.fingerprint(self._splits.fingerprint(split))
+        return self._prompting.fingerprint(super().fingerprint(split))

@@ -18,7 +18,7 @@ import json
 from typing import TYPE_CHECKING
 
 from moeopt.errors import TaskError
-from moeopt.tasks.base import SPLITS, Example
+from moeopt.tasks.base import SPLITS, Example, Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -116,6 +116,22 @@ class Splits:
             rows = [[e.prompt, e.options, e.answer, *e.references] for e in self._examples[name]]
             digest.update(json.dumps([name, rows]).encode())
         return digest.hexdigest()
+
+
+class DividedTask(Task):
+    """A task whose examples are in `Splits`; subclasses say what is scored."""
+
+    _splits: Splits
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return self._splits.names
+
+    def examples(self, split: str) -> tuple[Example, ...]:
+        return self._splits.examples(split)
+
+    def fingerprint(self, split: str | None = None) -> str:
+        return self._splits.fingerprint(split)
 
 
 def checked_limit(limit: int | None) -> int | None:

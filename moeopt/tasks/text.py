@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeopt.errors import TaskError
-from moeopt.tasks.base import SPLITS, Example, Request, Scores, Task
+from moeopt.tasks.base import SPLITS, Example, Request, Scores
 from moeopt.tasks.rows import ROW_SUFFIXES, from_hub, is_missing_file, read
-from moeopt.tasks.splits import FRACTIONS, Splits, checked_limit, content_hash, divide, from_own
+from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, checked_limit, content_hash, divide, from_own
 from moeopt.tasks.tokens import context_prefix, encode
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 SHORTEST = 16
 
 
-class TextTask(Task):
-    """A task from documents that are already in splits.
+class TextTask(DividedTask):
+    """A task from documents that are already in splits; each is an example with an empty prompt and a single option.
 
     Args:
         name: what studies record.
@@ -66,14 +66,6 @@ class TextTask(Task):
         """A task from any texts, divided into search, dev and test by a hash of each."""
         parts = divide(_examples("document", documents), fractions)
         return cls(name, **_texts(parts), window=window)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return self._splits.names
-
-    def examples(self, split: str) -> tuple[Example, ...]:
-        """The documents of a split, each an example with an empty prompt and the text as only option."""
-        return self._splits.examples(split)
 
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
@@ -122,9 +114,6 @@ class TextTask(Task):
 
     def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> NDArray[np.float32]:
         return _scored(self.requests(split, tokenizer, max_length=max_length)).astype(np.float32)
-
-    def fingerprint(self, split: str | None = None) -> str:
-        return self._splits.fingerprint(split)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -189,7 +178,7 @@ def text_task(
 
 
 def _scored(requests: Sequence[Request]) -> NDArray[np.int64]:
-    return np.asarray([len(request.ids) - request.scored_from for request in requests], np.int64)
+    return np.asarray([request.scored for request in requests], np.int64)
 
 
 def _examples(kind: str, texts: Iterable[str]) -> list[Example]:
