@@ -23,7 +23,8 @@ from moeopt.tasks.answers import METRICS, Judge
 from moeopt.tasks.base import SPLITS, Example, Task
 from moeopt.tasks.cb import CbTask
 from moeopt.tasks.generation import GenerationTask
-from moeopt.tasks.lm_eval import Document, HarnessTask
+from moeopt.tasks.harness_documents import Document
+from moeopt.tasks.lm_eval import HarnessTask
 from moeopt.tasks.mixture import MixtureTask
 from moeopt.tasks.mmlu import MmluTask, Question
 from moeopt.tasks.mmlu_subjects import CATEGORY
