@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -16,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError, TaskError
 from moeopt.evaluation import mixing
@@ -29,7 +26,17 @@ from moeopt.evaluation.memory import free_bytes, merged_bytes, ran_out
 from moeopt.evaluation.runners import Active, LayerMajor, Run, Whole, state_of
 from moeopt.evaluation.scoring import score
 from moeopt.evaluation.teacher import LABEL_FREE, Compression, Teacher
-from moeopt.models import MergedCache, Storage, layerwise, moe_layers, patched, plan_in_force, without_plan
+from moeopt.models import (
+    MergedCache,
+    Storage,
+    evaluation_mode,
+    layerwise,
+    lock_of,
+    moe_layers,
+    patched,
+    plan_in_force,
+    without_plan,
+)
 from moeopt.plan import Plan
 from moeopt.tasks.generation import GenerationTask
 from moeopt.tasks.mixture import MixtureTask
@@ -416,25 +423,3 @@ def _checked_rungs(rungs: Sequence[int] | None, examples: int) -> tuple[int, ...
     if not chosen or list(chosen) != sorted(set(chosen)) or chosen[0] < 1 or chosen[-1] != examples:
         raise ValueError(f"rungs must be rising numbers of examples that end at all {examples}, got {rungs!r}")
     return chosen
-
-
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_LOCKS_LOCK = threading.Lock()
-
-
-def lock_of(model: nn.Module) -> threading.RLock:
-    """One lock a model: threads (`n_jobs=2`) take turns, since a plan is in force for the whole model."""
-    with _LOCKS_LOCK:
-        return _LOCKS.setdefault(model, threading.RLock())
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode; on exit each is back in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from moeopt.errors import TaskError, nearest
-from moeopt.evaluation.evaluator import evaluation_mode, lock_of
 from moeopt.evaluation.statistics import Interval, bootstrap
-from moeopt.models import patched
+from moeopt.models import evaluation_mode, lock_of, patched
 from moeopt.tasks.harness import SEED, Data, Harness, contained, load, reason
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moeopt.errors import MethodError, ModelError
 from moeopt.evaluation.batches import grouped
-from moeopt.evaluation.evaluator import evaluation_mode
 from moeopt.models import (
     MoELayer,
     RoutingRule,
+    evaluation_mode,
     experts_run_by,
     layerwise,
     materialised,

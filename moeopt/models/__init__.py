@@ -17,6 +17,7 @@ from moeopt.models.patching import (
 )
 from moeopt.models.routing import RoutingRule
 from moeopt.models.sizes import Size, Sizes
+from moeopt.models.use import evaluation_mode, lock_of
 
 __all__ = [
     "Layerwise",
@@ -31,6 +32,7 @@ __all__ = [
     "check_checkpoint",
     "describe",
     "empty_model",
+    "evaluation_mode",
     "experts_run_by",
     "fingerprint",
     "is_dense",
@@ -39,6 +41,7 @@ __all__ = [
     "load",
     "load_model",
     "load_tokenizer",
+    "lock_of",
     "materialised",
     "merge",
     "moe_layers",
