@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from moeopt.methods.calibration import Seen
+    from moeopt.methods.seen import Seen
     from moeopt.models import RoutingRule
     from moeopt.tasks import Task
 

@@ -11,7 +11,7 @@ _HOMES = {
     "Calibration": "calibration",
     "Found": "registry",
     "Method": "base",
-    "Seen": "calibration",
+    "Seen": "seen",
     "Wanted": "base",
     "check": "names",
     "get": "registry",
@@ -37,9 +37,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moeopt.methods.base import Method, Wanted
-    from moeopt.methods.calibration import Calibration, Seen
+    from moeopt.methods.calibration import Calibration
     from moeopt.methods.names import ROUTERS, check
     from moeopt.methods.registry import METHODS, Found, get, plan, plans
+    from moeopt.methods.seen import Seen
     from moeopt.methods.thresholds import skipping
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeopt.methods.base import Method, Wanted
-from moeopt.methods.calibration import Seen
+from moeopt.methods.seen import Seen
 from moeopt.methods.statistics import Array, Statistic, gram
 from moeopt.plan import LayerPlan
 

@@ -26,8 +26,8 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from moeopt.methods.base import Method, Wanted
-from moeopt.methods.calibration import Seen
 from moeopt.methods.naee import Kept, TokenGrams, best_set, kept_sets
+from moeopt.methods.seen import Seen
 from moeopt.methods.statistics import Array, Statistic
 from moeopt.plan import LayerPlan, one_hot
 

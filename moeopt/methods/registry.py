@@ -12,11 +12,12 @@ import torch
 from moeopt.errors import MethodError, ModelError
 from moeopt.methods import clustering, ranking
 from moeopt.methods.base import Method, Wanted
-from moeopt.methods.calibration import Calibration, Seen, Stream
+from moeopt.methods.calibration import Calibration, Stream
 from moeopt.methods.naee import Naee, NaeeProgressive
 from moeopt.methods.names import ROUTERS, check
 from moeopt.methods.output_fit import OutputFit
 from moeopt.methods.ranking import Ranking
+from moeopt.methods.seen import Seen
 from moeopt.methods.statistics import MeanOutputs, Norms, Routing, Statistic
 from moeopt.plan import LayerPlan, Plan
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeopt.methods.calibration import Seen
+from moeopt.methods.seen import Seen
 
 Array = NDArray[np.float64]
 

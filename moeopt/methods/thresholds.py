@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeopt.errors import MethodError
-from moeopt.methods.calibration import Calibration, Seen
+from moeopt.methods.calibration import Calibration
+from moeopt.methods.seen import Seen
 from moeopt.plan import Plan
 
 

@@ -1,0 +1,179 @@
+"""What an MoE layer sees of a batch, and the hooks that put it together while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeopt.errors import MethodError
+from moeopt.methods.sequences import Batch
+from moeopt.models import MoELayer, RoutingRule, materialised
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one MoE layer saw of one batch; padding is left out.
+
+    Args:
+        layer, rule: the layer and how it routes.
+        hidden: hidden states that enter its experts, (tokens, hidden).
+        logits: its router's, (tokens, n).
+        gates, index: weights and numbers of the k experts it picks, (tokens, k).
+        routed: what its experts gave, weighted and summed, (tokens, hidden).
+        sequence: which sequence each token belongs to, int64 (tokens,).
+        every: `outputs`, where they are known already.
+        target: what the routed experts should have given, (tokens, hidden), where that is not `routed`.
+    """
+
+    layer: MoELayer
+    rule: RoutingRule
+    hidden: Tensor
+    logits: Tensor
+    gates: Tensor
+    index: Tensor
+    routed: Tensor
+    sequence: Tensor
+    every: Tensor | None = None
+    target: Tensor | None = None
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The router's scores of all n experts, float32 (tokens, n)."""
+        return self.rule.scores(self.logits).float()
+
+    @cached_property
+    def picks(self) -> tuple[Tensor, Tensor]:
+        """Gates g, float32, summing to 1 per token, largest first, and numbers of the experts picked: (tokens, k)."""
+        top, order = self.probabilities.gather(1, self.index).sort(dim=-1, descending=True)
+        return top / top.sum(-1, keepdim=True).clamp_min(TINY), self.index.gather(1, order)
+
+    def chosen(self, kept: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Which experts would run, and with what weights, if the layer had none but those kept, with their logits.
+
+        Args:
+            kept: sets of experts, bool (sets, n).
+            k: how many of them run.
+
+        Returns:
+            Numbers, int64, and weights, float32, both (tokens, sets, k).
+        """
+        p = self.probabilities[:, None, :].masked_fill(~kept, 0.0)
+        if self.rule.score != "sigmoid":
+            p = p / p.sum(-1, keepdim=True).clamp_min(TINY)
+        choice = p if self.correction is None else p + self.correction
+        index = choice.masked_fill(~kept, -torch.inf).topk(k, dim=-1).indices
+        return index, self.gated(p.gather(-1, index))
+
+    def gated(self, scores: Tensor) -> Tensor:
+        """The weights that the layer makes of the scores of the experts that run, (..., k)."""
+        if self.rule.normalised:
+            scores = scores / (scores.sum(-1, keepdim=True) + self.rule.epsilon).clamp_min(TINY)
+        return scores * self.rule.scale
+
+    @property
+    def depends_on_set(self) -> bool:
+        """Whether what is kept changes the weights, or the order of choice, of experts that run in any case."""
+        return self.rule.score != "sigmoid" and (self.correction is not None or not self.rule.normalised)
+
+    @cached_property
+    def full_weights(self) -> Tensor:
+        """Weights of the layer as it is, float32 (tokens, n), 0 for experts that do not run."""
+        everything = torch.ones(1, self.layer.n, dtype=torch.bool, device=self.logits.device)
+        index, weights = self.chosen(everything, self.layer.k)
+        return torch.zeros_like(self.probabilities).scatter(-1, index[:, 0], weights[:, 0])
+
+    @cached_property
+    def correction(self) -> Tensor | None:
+        """What the router adds to its scores for the choice of experts only, (n,)."""
+        name = self.rule.correction
+        return None if name is None else materialised(self.layer.router, name).reshape(-1).to(self.logits.device)
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """Every expert's output without its gate, for every token: (n, tokens, hidden), in the model's dtype."""
+        if self.every is not None:
+            return self.every
+        return torch.stack([self._output(j, slice(None)) for j in range(self.layer.n)])
+
+    def without_states(self) -> Seen:
+        """The same without hidden states: what routing needs."""
+        nothing = self.hidden.new_empty(0, self.hidden.shape[1])  # not a view, which would hold the whole
+        return replace(self, hidden=nothing, routed=nothing, every=None, target=None)
+
+    def output(self, expert: int, tokens: Tensor | slice) -> Tensor:
+        """One expert's output without its gate, (tokens, hidden)."""
+        known = self.every is not None or "outputs" in self.__dict__
+        return self.outputs[expert][tokens] if known else self._output(expert, tokens)
+
+    def _output(self, expert: int, tokens: Tensor | slice) -> Tensor:
+        hidden = self.hidden[tokens]
+        number = torch.full((len(hidden), 1), expert, device=hidden.device)
+        found: Tensor = self.layer.experts(hidden, number, torch.ones_like(number, dtype=torch.float32))
+        return found
+
+
+class Hook:
+    """Forward hooks of one MoE layer's router, experts and block that put together a `Seen`."""
+
+    def __init__(self, layer: MoELayer, rule: RoutingRule, see: Callable[[Seen], None], current: list[Batch]) -> None:
+        self.layer, self.rule, self.see, self.current = layer, rule, see, current
+        self.found: dict[str, Tensor] = {}
+        self.busy = False
+
+    def router(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
+        self.found |= {
+            "hidden": hidden.reshape(-1, hidden.shape[-1]),
+            "logits": output[0],
+            "gates": output[1],
+            "index": output[2],
+        }
+
+    def experts(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self.busy:
+            entered: Tensor = args[0] if args else kwargs["hidden_states"]
+            self.found |= {
+                "hidden": entered.reshape(-1, entered.shape[-1]),
+                "routed": output.reshape(-1, output.shape[-1]),
+            }
+
+    def run(
+        self, forward: Any, experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """What the experts give, made of every expert's output, which is kept."""
+        if self.busy:
+            given: Tensor = forward(experts, hidden_states, top_k_index, top_k_weights)
+            return given
+        ones = torch.ones(len(hidden_states), 1, device=hidden_states.device, dtype=top_k_weights.dtype)
+        every = torch.stack(
+            [forward(experts, hidden_states, torch.full_like(top_k_index[:, :1], j), ones) for j in range(self.layer.n)]
+        )
+        self.found["every"] = every
+        tokens = torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
+        weighted = every[top_k_index, tokens].float() * top_k_weights[..., None].float()
+        return weighted.sum(1).to(hidden_states.dtype)
+
+    def block(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        batch = self.current[0]
+        found, self.found = self.found, {}
+        every, real = found.pop("every", None), batch.mask.bool().flatten()
+        if not real.all():
+            found = {name: t[real.to(t.device)] for name, t in found.items()}
+            every = None if every is None else every[:, real.to(every.device)]
+        if not (found["routed"] if every is None else every).isfinite().all():
+            raise MethodError(
+                f"{self.layer.name}: what its experts give is not finite in {found['routed'].dtype}; load the model in "
+                "another dtype, such as bfloat16 or float32"
+            )
+        self.busy = True
+        try:
+            self.see(Seen(self.layer, self.rule, sequence=batch.sequence, every=every, **found))
+        finally:
+            self.busy = False
