@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moeopt.lazily import lazily
 
 _HOMES = {
     "Calibrated": "comparison",
@@ -38,8 +39,5 @@ if TYPE_CHECKING:
     from moeopt.comparing.table import view
 
 
-def __getattr__(name: str) -> Any:
-    """Import public names when they are first used: arguments can be checked without torch."""
-    if name in _HOMES:
-        return getattr(import_module(f"moeopt.comparing.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'moeopt.comparing' has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOMES)
+"""Arguments can be checked without torch."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moeopt.lazily import lazily
 
 _HOMES = {
     "METHODS": "registry",
@@ -44,8 +45,5 @@ if TYPE_CHECKING:
     from moeopt.methods.thresholds import skipping
 
 
-def __getattr__(name: str) -> Any:
-    """Import public names when they are first used: names can be checked without torch."""
-    if name in _HOMES:
-        return getattr(import_module(f"moeopt.methods.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'moeopt.methods' has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOMES)
+"""Names can be checked without torch."""

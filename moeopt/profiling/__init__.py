@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moeopt.lazily import lazily
 
 _HOMES = {
     "LayerLoad": "result",
@@ -42,8 +43,5 @@ if TYPE_CHECKING:
     from moeopt.profiling.table import view
 
 
-def __getattr__(name: str) -> Any:
-    """Import public names when they are first used: only the workers need torch."""
-    if name in _HOMES:
-        return getattr(import_module(f"moeopt.profiling.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'moeopt.profiling' has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOMES)
+"""Only the workers need torch."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moeopt.lazily import lazily
 
 _HOMES = {
     "Candidate": "record",
@@ -39,8 +40,5 @@ if TYPE_CHECKING:
     from moeopt.selection.table import view
 
 
-def __getattr__(name: str) -> Any:
-    """Import public names when they are first used: a record can be read without torch."""
-    if name in _HOMES:
-        return getattr(import_module(f"moeopt.selection.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'moeopt.selection' has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOMES)
+"""A record can be read without torch."""
