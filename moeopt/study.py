@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from moeopt.methods import Found
     from moeopt.objective import Objective
+    from moeopt.samplers import GenomeSampler
     from moeopt.tasks import Task
 
 COMMAND = "command"
@@ -94,7 +95,7 @@ def create_study(
     starts = _warm_starts(warm_starts, objective.space)
     opened = open_storage(storage) if isinstance(storage, str) else storage
     racer = _pruner(pruner, objective)
-    description = {**objective.describe(), "sampler": chosen.settings(), "pruner": describe(racer)}
+    description = description_of(objective, chosen, racer)
     with readable_errors(storage):
         existing = _find(opened, study_name)
         if existing is not None:
@@ -401,6 +402,11 @@ def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:
         stale = {t.system_attrs[genome.RETRIES][-1] for t in now if t.system_attrs.get(genome.RETRIES)}
         reclaimed += sorted(stale - set(reclaimed))
     return reclaimed
+
+
+def description_of(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> dict[str, Any]:
+    """What a study must agree on to be resumed, JSON: model, task, space, evaluation, sampler and pruner."""
+    return {**objective.describe(), "sampler": sampler.settings(), "pruner": describe(pruner)}
 
 
 def check_same(study: optuna.Study, description: dict[str, Any]) -> None:

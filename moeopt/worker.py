@@ -73,7 +73,6 @@ def run_worker(
     from moeopt.models import check_checkpoint, load, load_tokenizer
     from moeopt.objective import Objective
     from moeopt.plan import ModelShape
-    from moeopt.samplers.shadow import describe
 
     study = studies.load_study(study_name, storage)
     recipe = recipes.read(study)
@@ -94,8 +93,8 @@ def run_worker(
     if shape != searched:
         raise StudyError(f"study {study_name!r} searches {searched}, {str(source)!r} has {shape}")
     space = studies.space_of(study)
-    study.sampler = recipes.sampler_of(recipe, space) if sampler is None else sampler
-    study.pruner = recipes.pruner_of(recipe) if pruner is None else pruner
+    study.sampler = sampler = recipes.sampler_of(recipe, space) if sampler is None else sampler
+    study.pruner = pruner = recipes.pruner_of(recipe) if pruner is None else pruner
     chosen = recipes.task_of(recipe) if task is None else task
     tokenizer = load_tokenizer(source)
     chosen.check(tokenizer)
@@ -107,8 +106,7 @@ def run_worker(
         objective = Objective(loaded, tokenizer, chosen, space, **recipes.arguments(recipe))
     except (TypeError, ValueError) as error:
         raise StudyError(f"the objective of study {study_name!r} cannot be rebuilt: {error}") from error
-    description = {**objective.describe(), "sampler": study.sampler.settings(), "pruner": describe(study.pruner)}
-    studies.check_same(study, description)
+    studies.check_same(study, studies.description_of(objective, sampler, pruner))
     if objective.evaluator.fingerprint != recipe.scored:
         raise StudyError(
             f"study {study_name!r} scores other token sequences than the tokenizer of {str(source)!r} gives"
