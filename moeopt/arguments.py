@@ -251,8 +251,8 @@ def chosen_plan(
 
 def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:
     """A trial, by number or as `best`, `best-stock` or `selected`, and its plan."""
-    from moeopt.console import best_trial
     from moeopt.exporting import best_stock_trial, plan_of
+    from moeopt.study import best_trial
 
     if which == "selected":
         from moeopt.selection import selected_trial

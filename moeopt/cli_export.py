@@ -77,7 +77,8 @@ def export(
         raise PlanError(f"the plan is for {len(chosen.layers)} MoE layers, the model has {shape.layers}")
     from rich.text import Text
 
-    from moeopt.console import best_trial, consoles
+    from moeopt.console import consoles
+    from moeopt.study import best_trial
 
     console, err = consoles()
     projection = None

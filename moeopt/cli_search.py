@@ -176,8 +176,8 @@ def search(
     import optuna
 
     from moeopt import fleet, recipe
-    from moeopt.console import SearchProgress, best_trial, consoles
-    from moeopt.study import COMMAND, create_study, finished, optimize, stalled
+    from moeopt.console import SearchProgress, consoles
+    from moeopt.study import COMMAND, best_trial, create_study, finished, optimize, stalled
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # no traceback of a trial that Ctrl-C ended
     out, err = consoles()

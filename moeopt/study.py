@@ -351,11 +351,14 @@ def finished(study: optuna.Study) -> int:
 def stalled(study: optuna.Study) -> int:
     """Finished trials since the best one."""
     done = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    complete = [t for t in done if t.state == TrialState.COMPLETE]
-    if not complete:
-        return len(done)
-    best = min(complete, key=lambda t: (t.value, t.number))
-    return sum(t.number > best.number for t in done)
+    best = best_trial(study)
+    return len(done) if best is None else sum(t.number > best.number for t in done)
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The completed trial of least loss, the first of equals."""
+    done = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE" and t.value is not None]
+    return min(done, key=lambda t: (t.value, t.number), default=None)
 
 
 def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:

@@ -4,7 +4,6 @@ from moeopt.console.formatting import number, percent
 from moeopt.console.plans import layer_rows, plan_table, short
 from moeopt.console.progress import SearchProgress, Steps
 from moeopt.console.studies import (
-    best_trial,
     json_text,
     studies_table,
     study_record,
@@ -18,7 +17,6 @@ __all__ = [
     "SearchProgress",
     "Steps",
     "Terminal",
-    "best_trial",
     "consoles",
     "json_text",
     "layer_rows",

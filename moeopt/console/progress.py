@@ -6,7 +6,6 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from moeopt.console.studies import best_trial
 from moeopt.genome import ESTIMATE
 from moeopt.showing import line
 
@@ -75,6 +74,8 @@ class SearchProgress:
             self.console.print(text, markup=False, soft_wrap=True)
 
     def line(self, study: optuna.Study, trial: FrozenTrial, done: int) -> str:
+        from moeopt.study import best_trial
+
         best = best_trial(study)
         parts = [
             f"trial {done}" + (f"/{self.trials}" if self.trials else ""),

@@ -24,12 +24,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The completed trial of least loss, the first of equals."""
-    done = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE" and t.value is not None]
-    return min(done, key=lambda t: (t.value, t.number), default=None)
-
-
 def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
     """A study in one JSON object: trials by state, best, phases, the `top` trials, what was selected, description.
 
