@@ -20,6 +20,7 @@ from sqlalchemy import text
 import moeopt
 from moeopt import genome, samplers
 from moeopt.samplers import EEPSampler
+from moeopt.study.warm_starts import enqueue_new
 
 from .conftest import SPACE, loss, opened, processes, slots, until
 
@@ -108,7 +109,7 @@ def test_a_stale_trial_has_one_successor_whoever_looks_and_dies(url: str, name: 
 def starts_warm(url: str, name: str) -> None:
     plans = [(None, SPACE.decode(np.random.default_rng(i).random(SPACE.size, np.float32))) for i in range(3)]
     named = [("naee", plans[0][1]), ("reap", plans[0][1])]
-    moeopt.study._enqueue_new(opened(url, name), SPACE, [*plans, *named], [])
+    enqueue_new(opened(url, name), SPACE, [*plans, *named], [])
 
 
 def test_workers_that_begin_together_queue_warm_starts_once(url: str, name: str) -> None:

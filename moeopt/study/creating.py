@@ -1,0 +1,130 @@
+"""Studies made, or resumed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.pruners import BasePruner
+
+from moeopt import __version__, recipe, samplers
+from moeopt.defaults import DEFAULT_STORAGE
+from moeopt.description import DESCRIPTION, FORMAT
+from moeopt.errors import StudyError
+from moeopt.racing import NOISE_FLOOR, RacingPruner
+from moeopt.storage import open_storage, readable_errors
+from moeopt.study.checks import check_same, description_of
+from moeopt.study.opening import find
+from moeopt.study.reclaiming import reclaim
+from moeopt.study.warm_starts import WarmStarts, calibrated, checked, enqueue_new
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+
+    from moeopt.objective import Objective
+
+COMMAND = "command"
+"""User attribute of a study that `moeopt search` made: the command, without its storage's password."""
+
+
+def create_study(
+    study_name: str | None = None,
+    *,
+    objective: Objective,
+    storage: str | BaseStorage | None = DEFAULT_STORAGE,
+    sampler: str | BaseSampler = "eep",
+    seed: int = 0,
+    pruner: str | BasePruner | None = None,
+    load_if_exists: bool = False,
+    warm_starts: WarmStarts = (),
+    **sampler_options: Any,
+) -> optuna.Study:
+    """Create a study for an objective, or resume it: an ordinary `optuna.Study` that minimises the task loss.
+
+    Args:
+        study_name: its name in the storage; Optuna makes one up by default.
+        objective: what is minimised; the study keeps a description of its model, task and space.
+        storage: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL/MariaDB), an Optuna storage, or None for memory.
+        sampler: ``"eep"``, ``"cmaes"``, ``"tpe"``, ``"random"``, ``"nevergrad:NAME"``, or any Optuna sampler.
+        seed: of the sampler, where it is given by name.
+        pruner: ``"racing"`` (`RacingPruner`), any Optuna pruner, or None; one that prunes needs an objective with
+            `rungs`. For racing, the noise floor is measured first, on the first rung.
+        load_if_exists: resume a study of this name. Trials that died with a worker of this host are queued again.
+        warm_starts: what to evaluate next, unless the study did so before: plans, names of `moeopt.methods`, which are
+            then calibrated on the objective's examples, or what methods found, by name. Such trials have their
+            method's name as user attribute ``method``. EEP counts them among its initial solutions.
+        sampler_options: hyperparameters of a sampler given by name.
+
+    Raises:
+        StudyError: when the name is taken (and `load_if_exists` is not set), or the study to resume was made with
+            another model, task, space, sampler or pruner; the message names the fields that differ. Also when the
+            pruner is unknown, or the objective has a single rung.
+        StorageError: when the storage cannot be opened or is not Optuna's.
+        SamplerError: when the sampler is unknown or its options are.
+        MethodError: when a method is unknown.
+        SpaceError: when a warm start is not a plan of the objective's space.
+    """
+    chosen = samplers.get(sampler, objective.space, seed=seed, **sampler_options)
+    starts = checked(warm_starts, objective.space)
+    opened = open_storage(storage) if isinstance(storage, str) else storage
+    racer = _pruner(pruner, objective)
+    description = description_of(objective, chosen, racer)
+    with readable_errors(storage):
+        existing = find(opened, study_name)
+        if existing is not None:
+            if not load_if_exists:
+                raise StudyError(
+                    f"study {study_name!r} already exists; resume it with load_if_exists=True, or choose another name"
+                )
+            check_same(existing, description)
+    held = [] if existing is None else [trial.user_attrs for trial in existing.get_trials(deepcopy=False)]
+    found = calibrated(starts, objective, held)
+    with readable_errors(storage):
+        study = optuna.create_study(
+            study_name=study_name,
+            storage=opened,
+            sampler=chosen,
+            pruner=racer,
+            direction="minimize",
+            load_if_exists=load_if_exists,
+        )
+        if DESCRIPTION not in study.user_attrs:
+            study.set_user_attr(DESCRIPTION, {"version": __version__, "format": FORMAT, **description})
+            for key, value in summary(description).items():
+                study.set_user_attr(key, value)
+        if isinstance(racer, RacingPruner) and racer.noise_floor is None and NOISE_FLOOR not in study.user_attrs:
+            study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
+        if opened is not None:
+            recipe.write(study, objective, chosen, racer)
+        enqueue_new(study, objective.space, found, held)
+        reclaim(study)
+    return study
+
+
+def summary(description: dict[str, Any]) -> dict[str, str | int]:
+    """What tells studies apart, one user attribute each, for tables that cut the description short."""
+    sampler, space, model = description["sampler"], description["space"], description["model"]
+    seed = {"seed": sampler["seed"]} if isinstance(sampler.get("seed"), int) else {}
+    return {
+        "optimiser": str(sampler.get("name")),
+        **seed,
+        "task": str(description["task"].get("name")),
+        "model": str(model.get("name_or_path")),
+        "space": f"{space['kind']}, {space['keep']} of {space['shape']['experts']} experts"
+        if "keep" in space
+        else str(space["kind"]),
+    }
+
+
+def _pruner(pruner: str | BasePruner | None, objective: Objective) -> BasePruner:
+    if pruner is None or isinstance(pruner, optuna.pruners.NopPruner):
+        return optuna.pruners.NopPruner()
+    if not isinstance(pruner, BasePruner) and pruner != "racing":
+        raise StudyError(f"a pruner is 'racing', an Optuna pruner object or None, got {pruner!r}")
+    if len(objective.evaluator.rungs) == 1:
+        raise StudyError(
+            f"pruner {pruner if isinstance(pruner, str) else type(pruner).__name__!r} has nothing to prune: the "
+            f"objective scores its {objective.evaluator.examples} examples in one rung; give it Objective(rungs=5)"
+        )
+    return pruner if isinstance(pruner, BasePruner) else RacingPruner()

@@ -1,0 +1,191 @@
+"""Trials run until a study holds all that are wanted, by this worker and any others."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from moeopt import genome, recipe
+from moeopt.errors import StorageError, StudyError
+from moeopt.storage.rows import NoSlotLeft
+from moeopt.study.progress import finished, stalled
+from moeopt.study.reclaiming import reclaim
+
+LONGEST_LOOK = 1.0
+"""Seconds between two looks for a trial to start, while others run elsewhere."""
+Callback = Callable[[optuna.Study, FrozenTrial], None]
+
+
+def optimize(
+    study: optuna.Study,
+    objective: Callable[[optuna.Trial], float],
+    *,
+    trials: int | None = None,
+    timeout: float | None = None,
+    patience: int | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> None:
+    """`study.optimize` until the study as a whole holds `trials` finished trials, so that a resumed run does the rest.
+
+    Any number of workers may call it for one study, whose storage is of `open_storage`: each starts the next trial
+    while fewer than `trials` were started, so that none is one too many. A worker that finds no trial to start waits
+    for those that run elsewhere, as their workers may die, and returns when they have ended.
+
+    The first Ctrl-C lets the running trial finish and returns; a second one interrupts it, and the trial is queued
+    again when the study is resumed. While the database is away, the first Ctrl-C returns at once, and so does the end
+    of the timeout: what was evaluated is stored by the next worker of this host.
+
+    Args:
+        trials: finished trials the study shall hold, those of earlier runs included.
+        timeout: seconds for this run.
+        patience: stop after so many trials without a better one.
+
+    Raises:
+        StudyError: when none of the three says when to stop, or one cannot.
+        StorageError: when the database was away for longer than its storage waits.
+    """
+    check_limits(trials, timeout, patience)
+    until = None if timeout is None else time.monotonic() + timeout
+    team = genome.shared(study)
+
+    def enough() -> bool:
+        return (trials is not None and finished(study) >= trials) or (
+            patience is not None and stalled(study) >= patience
+        )
+
+    stop = _Stop()
+
+    def stop_when_done(study: optuna.Study, trial: FrozenTrial | None = None) -> None:
+        if stop.asked or ((patience is not None or team is None) and enough()):
+            study.stop()
+
+    def left() -> float | None:
+        return None if until is None else max(0.0, until - time.monotonic())
+
+    with _stoppable(study, stop, until):
+        if trials is not None or patience is not None:
+            recipe.want(study, trials, patience)
+        reclaim(study)
+        while not stop.asked and not enough():
+            try:
+                with nullcontext() if team is None else team[0].slots(trials):
+                    study.optimize(_held(study, objective), timeout=left(), callbacks=[*callbacks, stop_when_done])
+                return
+            except NoSlotLeft:
+                if not _wait_for_others(study, trials, stop, left):
+                    return
+
+
+def check_limits(trials: Any = None, timeout: Any = None, patience: Any = None) -> None:
+    """Raise StudyError unless these, of `optimize`, say when to stop."""
+    if trials is None and timeout is None and patience is None:
+        raise StudyError("say when to stop: trials, timeout or patience")
+    for name, count in (("trials", trials), ("patience", patience)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1):
+            raise StudyError(f"{name} must be an integer of at least 1, got {count!r}")
+    if timeout is not None and (not isinstance(timeout, numbers.Real) or not float(timeout) >= 0):
+        raise StudyError(f"timeout must be a number of seconds of at least 0, got {timeout!r}")
+
+
+def _held(study: optuna.Study, objective: Callable[[optuna.Trial], float]) -> Callable[[optuna.Trial], float]:
+    """The objective; what it gives is on this host's disk before Optuna tells the storage, which may be away."""
+    team = genome.shared(study)
+    if team is None:
+        return objective
+    storage = team[0]
+
+    def evaluated(trial: optuna.Trial) -> float:
+        try:
+            value = objective(trial)
+        except optuna.TrialPruned:
+            storage.hold(genome.key(trial), TrialState.PRUNED)
+            raise
+        if isinstance(value, numbers.Real) and not math.isnan(value):
+            storage.hold(genome.key(trial), TrialState.COMPLETE, [float(value)])
+        else:
+            storage.hold(genome.key(trial), TrialState.FAIL)
+        return value
+
+    return evaluated
+
+
+def _wait_for_others(study: optuna.Study, trials: int | None, stop: _Stop, left: Callable[[], float | None]) -> bool:
+    """Wait until there is a trial to start; False when there will be none, or it is time to stop."""
+    team = genome.shared(study)
+    assert team is not None
+    storage, study_id = team
+    delay = 0.05
+    while not stop.asked and left() != 0.0:
+        reclaim(study)
+        if trials is not None and finished(study) >= trials:
+            return False
+        with storage.slots(trials):
+            if storage.claimable(study_id):
+                return True
+        remaining = left()
+        time.sleep(delay * random.uniform(0.5, 1.0) if remaining is None else min(delay, remaining))
+        delay = min(2 * delay, LONGEST_LOOK)
+    return False
+
+
+@dataclass
+class _Stop:
+    """Whether Ctrl-C was pressed."""
+
+    asked: bool = False
+
+
+def _storage_error(error: BaseException | None) -> StorageError | None:
+    """The StorageError behind an error: Optuna stumbles when a storage fails while it ends a trial."""
+    while error is not None and not isinstance(error, StorageError):
+        error = error.__context__
+    return error
+
+
+@contextmanager
+def _stoppable(study: optuna.Study, stop: _Stop, until: float | None) -> Iterator[None]:
+    """Within it, the first Ctrl-C lets the running trial finish; the second raises KeyboardInterrupt.
+
+    While the database is away, neither it nor the end of the time (`until`, `time.monotonic`) is waited out.
+    """
+    team = genome.shared(study)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if main else None
+
+    def finish_trial(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop.asked = True
+        if team is not None:
+            team[0].waiting.stopped = True
+        with suppress(RuntimeError):  # before the first trial, or while others run the last ones
+            study.stop()
+
+    if team is not None:
+        team[0].waiting.deadline = until
+    if main:
+        signal.signal(signal.SIGINT, finish_trial)
+    try:
+        yield
+    except (StorageError, UnboundLocalError) as error:
+        found = _storage_error(error)
+        if found is None:
+            raise
+        if not stop.asked and (until is None or time.monotonic() < until):
+            raise found from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+        if team is not None:
+            team[0].waiting.deadline = None
+            team[0].waiting.stopped = False

@@ -1,0 +1,95 @@
+"""Trials that a study tries first: plans, and what one-shot methods make of the objective's examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from moeopt import genome
+from moeopt.errors import SpaceError
+from moeopt.genome import CALIBRATION, METHOD, WARM_START
+from moeopt.plan import Plan
+from moeopt.spaces import Space
+
+if TYPE_CHECKING:
+    from moeopt.methods import Found
+    from moeopt.objective import Objective
+
+WarmStarts = Iterable["Plan | str"] | Mapping[str, "Plan | Found"]
+
+
+def checked(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Found | None]]:
+    """Method and plan of every warm start, checked; a method that has yet to be run comes without a plan."""
+    if isinstance(given, Mapping):
+        starts: list[tuple[str | None, Plan | Found | None]] = list(given.items())
+    else:
+        starts = [(start, None) if isinstance(start, str) else (None, start) for start in given]
+    for name, found in starts:
+        if found is not None:
+            space.encode(found if isinstance(found, Plan) else found.plan)
+        else:
+            assert name is not None
+            check_expressible(name, space)
+    return starts
+
+
+def check_expressible(method: str, space: Space) -> None:
+    """Raise MethodError for an unknown method, SpaceError for one whose plans the space does not hold."""
+    from moeopt.methods.names import PROGRESSIVE, ROUTERS, check
+
+    check(method)
+    router = ROUTERS[method]
+    if router == "alias":
+        raise SpaceError(
+            f"{method} aliases what the router picks, which no search space expresses; start from {method}_summed"
+        )
+    if router == "prob" and (space.router != "prob" or "merge" not in space.phases):
+        raise SpaceError(f"{method} maps probabilities, which this space does not; search an EEPSpace(router='prob')")
+    if method in PROGRESSIVE and len(space.groups) < space.shape.layers:
+        raise SpaceError(f"{method} goes layer by layer, but layers share a choice in this space's groups")
+
+
+def calibrated(
+    starts: list[tuple[str | None, Plan | Found | None]], objective: Objective, held: list[dict[str, Any]]
+) -> list[tuple[str | None, Plan | Found]]:
+    """The warm starts with their plans; methods that the study already ran are left out."""
+    run = {attrs.get(METHOD) for attrs in held}
+    new = [name for name, found in starts if found is None and name is not None and name not in run]
+    made = objective.calibrated(new) if new else {}
+    found = [(name, made.get(name or "") if start is None else start) for name, start in starts]
+    return [(name, start) for name, start in found if start is not None]
+
+
+def enqueue_new(
+    study: optuna.Study, space: Space, starts: list[tuple[str | None, Plan | Found]], held: list[dict[str, Any]]
+) -> None:
+    """Queue the warm starts that the study does not hold yet, each once however many workers do so at the same time."""
+    team = genome.shared(study)
+    for name, found in starts:
+        plan = found if isinstance(found, Plan) else found.plan
+        attrs: dict[str, Any] = {WARM_START: plan.fingerprint}
+        if name is not None:
+            attrs[METHOD] = name
+        if any(attrs.items() <= known.items() for known in held):
+            continue
+        cost = {} if isinstance(found, Plan) else {CALIBRATION: found.layer_tokens}
+        if team is None:
+            enqueue(study, space, plan, **attrs, **cost)
+        else:
+            team[0].create_once(team[1], _waiting(space, plan, {**attrs, **cost}), attrs)
+
+
+def enqueue(study: optuna.Study, space: Space, plan: Plan, **user_attrs: Any) -> None:
+    """Queue a plan as the study's next trial.
+
+    Raises:
+        SpaceError: when the plan is not one of the space.
+    """
+    study.add_trial(_waiting(space, plan, user_attrs))
+
+
+def _waiting(space: Space, plan: Plan, user_attrs: dict[str, Any]) -> FrozenTrial:
+    return genome.waiting(genome.pack(genome.GENOME, space.encode(plan)), user_attrs)
