@@ -276,14 +276,9 @@ class Evaluator:
     def _generator(self) -> Generator:
         if not isinstance(self.task, GenerationTask):
             raise TaskError(f"task {self.task.name!r} is not answered by generating; a GenerationTask is")
+        prompts = self.task.prompts_of(self._requests)
         return Generator(
-            self.model,
-            self.tokenizer,
-            self.task,
-            split=self.split,
-            limit=self.limit,
-            max_length=self.max_length,
-            batch_tokens=self.batch_tokens,
+            self.model, self.tokenizer, self.task, prompts, split=self.split, batch_tokens=self.batch_tokens
         )
 
     def _generated(self, plan: Plan | None, first: int, end: int) -> Generation:

@@ -63,11 +63,9 @@ class Generator:
         model: a causal language model, in eval mode while it generates.
         tokenizer: its tokenizer; a pad token is not needed.
         task: gives prompts and judges answers.
-        split, limit, max_length: as for `GenerationTask.prompts`.
+        prompts: what to generate from, in the order of the examples.
+        split: the split that they are of.
         batch_tokens: a batch has `PLACES` times as many places for tokens; a longer sequence runs alone.
-
-    Raises:
-        TaskError: as `GenerationTask.prompts`.
     """
 
     def __init__(
@@ -75,14 +73,13 @@ class Generator:
         model: PreTrainedModel,
         tokenizer: Any,
         task: GenerationTask,
+        prompts: Sequence[Prompt],
         *,
         split: str,
-        limit: int | None,
-        max_length: int | None,
         batch_tokens: int,
     ) -> None:
         self.model, self.tokenizer, self.task, self.split = model, tokenizer, task, split
-        self.prompts = task.prompts(split, tokenizer, limit=limit, max_length=max_length)
+        self.prompts = prompts
         self.places = PLACES * batch_tokens
         self.layers = int(model.config.get_text_config().num_hidden_layers)
         shipped = getattr(model.generation_config, "eos_token_id", None)

@@ -149,8 +149,11 @@ class GenerationTask(PromptedTask):
         Raises:
             TaskError: as `requests`.
         """
-        found = self.requests(split, tokenizer, limit, max_length)
-        return [Prompt(r.example, r.ids[: r.scored_from], self.stop, self.max_new_tokens) for r in found]
+        return self.prompts_of(self.requests(split, tokenizer, limit, max_length))
+
+    def prompts_of(self, requests: Sequence[Request]) -> list[Prompt]:
+        """What to generate from, for the examples of requests that `requests` gave."""
+        return [Prompt(r.example, r.ids[: r.scored_from], self.stop, self.max_new_tokens) for r in requests]
 
     def judge(self, split: str, texts: Sequence[str], first: int = 0) -> dict[str, NDArray[np.float32]]:
         """Metrics in [0, 1] of generated texts, each float32 (texts,), by name; the first is the reported one.
