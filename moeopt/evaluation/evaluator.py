@@ -44,7 +44,7 @@ from moeopt.tasks.mixture import MixtureTask
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moeopt.tasks import Scores, Task
+    from moeopt.tasks import Request, Scores, Task
 
 PREFIX_MEMORY = 1 << 30
 Score = Literal["likelihood", "metric", "kl", "acceptance"]
@@ -124,8 +124,7 @@ class Evaluator:
             max_length = getattr(config, "max_position_embeddings", None)
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.split, self.limit, self.max_length = split, limit, max_length
-        requests = task.requests(split, tokenizer, limit=limit, max_length=max_length)
-        self._requests = sorted(requests, key=lambda request: request.example)
+        self._requests = sorted(self._asked(), key=lambda request: request.example)
         numbers = [request.example for request in self._requests]
         distinct = sorted(set(numbers))
         self.examples = len(distinct)
@@ -153,16 +152,21 @@ class Evaluator:
         self._members: dict[str, mixing.Member] = {}
         if score == "metric" and isinstance(task, MixtureTask) and task.generates:
             each = None if prefix_memory is None else prefix_memory // len(task.members)
+            own = task.own(self._requests)
             alone = partial(
-                Evaluator, model, tokenizer, split=split, batch_tokens=batch_tokens, max_length=max_length,
+                _OfMember, model, tokenizer, split=split, batch_tokens=batch_tokens, max_length=max_length,
                 prefix_memory=each, prefix_device=prefix_device, storage=storage, score=score,
             )  # fmt: skip
             for key, (at, scale) in task.places(self._requests).items():
                 counts = np.searchsorted(at, self.rungs)
-                evaluator = alone(task.members[key], limit=len(at), rungs=sorted({int(n) for n in counts if n}))
+                sizes = sorted({int(n) for n in counts if n})
+                evaluator = alone(task.members[key], requests=own[key], limit=len(at), rungs=sizes)
                 self._members[key] = mixing.Member(evaluator, at, scale)
         self._batches: list[list[Batch]] = []
         self._pack(batch_tokens)
+
+    def _asked(self) -> Sequence[Request]:
+        return self.task.requests(self.split, self.tokenizer, limit=self.limit, max_length=self.max_length)
 
     @property
     def batches(self) -> tuple[Batch, ...]:
@@ -411,6 +415,17 @@ class Evaluator:
         if bad:
             raise NonFiniteLossError(f"the loss is not finite: the MoE output of layer {bad[0]} is not", layer=bad[0])
         raise NonFiniteLossError("the loss is not finite, though the output of every MoE layer is", layer=None)
+
+
+class _OfMember(Evaluator):
+    """The evaluator of a mixture's task, which takes the requests that the mixture had of it."""
+
+    def __init__(self, *arguments: Any, requests: Sequence[Request], **options: Any) -> None:
+        self._given = requests
+        super().__init__(*arguments, **options)
+
+    def _asked(self) -> Sequence[Request]:
+        return self._given
 
 
 def _checked_rungs(rungs: Sequence[int] | None, examples: int) -> tuple[int, ...]:

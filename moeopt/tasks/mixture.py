@@ -192,6 +192,14 @@ class MixtureTask(Task):
                 found[name] = np.array(sorted(scales)), np.array([scales[i] for i in sorted(scales)])
         return found
 
+    def own(self, requests: Sequence[Request]) -> dict[str, list[Request]]:
+        """Of every member with an example among the requests: its requests, as it made them."""
+        names = list(self.members)
+        found: dict[str, list[Request]] = {}
+        for request in requests:
+            found.setdefault(names[request.source.member], []).append(request.source.request)
+        return found
+
     def metrics(self, split: str, scores: Scores) -> dict[str, float]:
         found = super().metrics(split, scores)
         for name, own in (scores.members or {}).items():
