@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ import numpy as np
 from moeopt import __version__
 from moeopt.benchmarking import statistics
 from moeopt.errors import ExportError
-from moeopt.files import write_atomically
+from moeopt.files import csv_text, write_atomically
 
 if TYPE_CHECKING:
     from moeopt.benchmarking.comparison import Comparison, Optimiser, Pair
@@ -120,8 +118,4 @@ def _finite(value: float) -> float | None:
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode("utf-8", "replace")
+    return csv_text(rows, rows[0]).encode("utf-8", "replace")

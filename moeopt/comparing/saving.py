@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeopt.comparing.checks import ComparisonError
 from moeopt.comparing.ledger import PLANS
-from moeopt.files import write_atomically
+from moeopt.files import csv_text, write_atomically
 
 if TYPE_CHECKING:
     from moeopt.comparing.comparison import Comparison, Row
@@ -96,17 +94,15 @@ def _csv(comparison: Comparison) -> str:
     intervals = [f"{what}_{end}" for what in INTERVALS for end in ("mean", "low", "high")]
     facts = ["parameters", "gib", "active", "layer_tokens"]
     head = ["keep", "k", "name", "kind", *scores, *facts, *intervals, "best_one_shot", "plan", "file"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, head, lineterminator="\n")
-    writer.writeheader()
+    lines = []
     for row in comparison.rows:
         line = _row(comparison, row)
         for split, found in line.pop("scores").items():
             line |= {f"{split}_{what}": found.get(what) for what in ("loss", "loss_sd", "accuracy")}
         for what in INTERVALS:
             line |= {f"{what}_{end}": value for end, value in (line.pop(what) or {}).items()}
-        writer.writerow(line)
-    return text.getvalue()
+        lines.append(line)
+    return csv_text(lines, head)
 
 
 INTERVALS = ("test_minus_full", "test_minus_best_one_shot")

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeopt.comparing.comparison import SKIPPING, Comparison, Row
+from moeopt.console import number, percent
 from moeopt.evaluation import Interval
 from moeopt.evaluation.teacher import LABEL_FREE
 
@@ -59,8 +60,8 @@ def table(comparison: Comparison, keep: int, *, caption: bool = True) -> Table:
         best = c.best_one_shot(row.keep, row.k) is row
         shown.add_row(*_cells(c, row, several, best), style="bold" if best else "")
         if row.kind == "random" and max(row.drawn.values()) > 1:
-            spread = [_loss(row.loss_sd.get(split)) for split in c.splits]
-            accuracy = _percent(row.accuracy_sd.get(_last(c)))
+            spread = [number(row.loss_sd.get(split)) for split in c.splits]
+            accuracy = percent(row.accuracy_sd.get(_last(c)))
             shown.add_row("  standard deviation", *([""] if several else []), *spread, accuracy)
     return shown
 
@@ -75,8 +76,8 @@ def _cells(c: Comparison, row: Row, several: bool, best: bool) -> list[str | Tex
     return [
         Text("  " + SKIPPING.strip() if row.name.endswith(SKIPPING) else row.name),
         *([str(row.k)] if several else []),
-        *(_loss(row.loss.get(split)) for split in c.splits),
-        _percent(row.accuracy.get(_last(c))),
+        *(number(row.loss.get(split)) for split in c.splits),
+        percent(row.accuracy.get(_last(c))),
         *intervals,
         f"{row.active:.2f}",
         _short(row.layer_tokens) if row.layer_tokens else "",
@@ -163,25 +164,17 @@ def _last(c: Comparison) -> str:
     return list(c.splits)[-1]
 
 
-def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}%"
-
-
 def _interval(interval: Interval | None) -> str:
     return "" if interval is None else f"{interval.mean:+.4f} [{interval.low:.4f}, {interval.high:.4f}]"
 
 
-def _short(number: int) -> str:
+def _short(count: int) -> str:
     """A count in three digits and a letter.
 
     >>> _short(46_702_792_704)
     '46.7B'
     """
     for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return str(number)
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from moeopt.files import write_atomically
+from moeopt.files import csv_text, write_atomically
 from moeopt.profiling.checks import ProfileError, Setting
 from moeopt.profiling.result import LayerLoad, Part
 
@@ -118,11 +116,7 @@ def _csv(profile: Profile) -> str:
         facts = _flat(_facts(row))
         for speed in row.speeds:
             lines.append(facts | vars(speed.setting) | _flat(_speed(profile, row, speed.setting)))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(name for line in lines for name in line), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return csv_text(lines, dict.fromkeys(name for line in lines for name in line))
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
