@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+from databases import servers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -26,6 +27,12 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a run in the background ignores, and what it starts
 
 VOCAB = 300
+
+
+@pytest.fixture(params=[pytest.param("sqlite", id="sqlite"), *servers()])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an SQLite file, and that of every server; whoever makes a study there deletes it."""
+    return f"sqlite:///{tmp_path}/study.db" if request.param == "sqlite" else str(request.param)
 
 
 class MakeMixtral(Protocol):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import optuna
 import pytest
 import sqlalchemy
+from databases import servers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -130,7 +130,7 @@ def test_a_retry_forgets_the_worker_only() -> None:
     assert np.array_equal(genome.read(retried), np.ones(2))
 
 
-@pytest.fixture(params=["memory", "journal", "sqlite", "postgres", "mysql"])
+@pytest.fixture(params=["memory", "journal", "sqlite", *servers()])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     """Every kind of Optuna storage; a database with the study ``write`` that is deleted afterwards."""
     if request.param == "memory":
@@ -138,10 +138,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     elif request.param == "journal":
         yield JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
     else:
-        variable = f"MOEOPT_TEST_{request.param.upper()}_URL"
-        url = f"sqlite:///{tmp_path}/study.db" if request.param == "sqlite" else os.environ.get(variable)
-        if url is None:
-            pytest.skip(f"{variable} is not set")
+        url = f"sqlite:///{tmp_path}/study.db" if request.param == "sqlite" else request.param
         storage = optuna.storages.RDBStorage(url)
         yield storage
         optuna.delete_study(study_name="write", storage=storage)

@@ -140,18 +140,12 @@ def test_equal_plans_and_failed_trials_are_no_candidates(objective: moeopt.Objec
     assert sorted(c.trial for c in found.candidates) == [0, 1, 2, 3]
 
 
-def storage_urls() -> list[Any]:
-    servers = [os.environ.get(f"MOEOPT_TEST_{name}_URL") for name in ("POSTGRES", "MYSQL")]
-    return [pytest.param(url, id=url.partition("+")[0]) for url in ("sqlite", *servers) if url]
-
-
-@pytest.fixture(params=storage_urls())
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
+@pytest.fixture
+def place(database: str) -> Iterator[tuple[str, str]]:
     """Name and storage of a study that is to be made."""
     name = f"test-{uuid.uuid4().hex[:12]}"
-    url = request.param if request.param != "sqlite" else f"sqlite:///{tmp_path}/study.db"
-    yield name, url
-    optuna.delete_study(study_name=name, storage=url)
+    yield name, database
+    optuna.delete_study(study_name=name, storage=database)
 
 
 def test_a_study_keeps_its_selections_and_runs_nothing_twice(

@@ -16,7 +16,6 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from databases import servers
 from optuna.trial import TrialState
 
 import moeopt
@@ -51,12 +50,11 @@ def study_name() -> str:
     return f"test-{uuid.uuid4().hex[:12]}"
 
 
-@pytest.fixture(params=[pytest.param("sqlite", id="sqlite"), *servers()])
-def storage(request: pytest.FixtureRequest, tmp_path: Path, study_name: str) -> Iterator[str]:
-    url = request.param if request.param != "sqlite" else f"sqlite:///{tmp_path}/study.db"
-    yield url
-    if study_name in optuna.get_all_study_names(url):
-        optuna.delete_study(study_name=study_name, storage=url)
+@pytest.fixture
+def storage(database: str, study_name: str) -> Iterator[str]:
+    yield database
+    if study_name in optuna.get_all_study_names(database):
+        optuna.delete_study(study_name=study_name, storage=database)
 
 
 SMALL: dict[str, Any] = {"initial": 4, "prune_until": 9}

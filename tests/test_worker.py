@@ -18,7 +18,6 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from databases import servers
 
 import moeopt
 from moeopt import genome, recipe
@@ -82,12 +81,11 @@ def sqlite(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/study.db"
 
 
-@pytest.fixture(params=[pytest.param("", id="sqlite"), *servers()])
-def storage(request: pytest.FixtureRequest, sqlite: str, name: str) -> Iterator[str]:
-    url = request.param or sqlite
-    yield url
+@pytest.fixture
+def storage(database: str, name: str) -> Iterator[str]:
+    yield database
     with contextlib.suppress(KeyError):
-        optuna.delete_study(study_name=name, storage=url)
+        optuna.delete_study(study_name=name, storage=database)
 
 
 def until(holds: Callable[[], Any], seconds: float = 120.0) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import uuid
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,13 +166,9 @@ def test_seeds(name: str, kind: str) -> None:
         assert other[2:] != uninterrupted(name, kind)[2:6]
 
 
-@pytest.fixture(params=["sqlite", "postgres", "mysql"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    variable = f"MOEOPT_TEST_{request.param.upper()}_URL"
-    url = f"sqlite:///{tmp_path}/study.db" if request.param == "sqlite" else os.environ.get(variable)
-    if url is None:
-        pytest.skip(f"{variable} is not set")
-    storage = optuna.storages.RDBStorage(url)
+@pytest.fixture
+def storage(database: str) -> Iterator[Any]:
+    storage = optuna.storages.RDBStorage(database)
     yield storage
     storage.engine.dispose()
 

@@ -42,12 +42,11 @@ def name() -> str:
     return f"test-{uuid.uuid4().hex[:12]}"
 
 
-@pytest.fixture(params=[pytest.param("sqlite", id="sqlite"), *servers()])
-def url(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> Iterator[str]:
-    url = request.param if request.param != "sqlite" else f"sqlite:///{tmp_path}/study.db"
-    yield url
+@pytest.fixture
+def url(database: str, name: str) -> Iterator[str]:
+    yield database
     with suppress(KeyError):
-        optuna.delete_study(study_name=name, storage=url)
+        optuna.delete_study(study_name=name, storage=database)
 
 
 class Wire:
