@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeopt import fleet
+from moeopt.defaults import STORAGE_VARIABLE
 from moeopt.errors import ModelError, MoeoptError, PlanError, SpaceError, StudyError
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def storage_again(storage: str) -> list[str]:
     """The option that names a storage again, without its password; none where MOEOPT_STORAGE names it."""
     from moeopt.storage import hidden
 
-    return [] if os.environ.get(fleet.STORAGE) == storage else ["--storage", hidden(storage)]
+    return [] if os.environ.get(STORAGE_VARIABLE) == storage else ["--storage", hidden(storage)]
 
 
 def chosen_plan(

@@ -2,3 +2,5 @@
 
 DEFAULT_STORAGE = "sqlite:///moeopt.db"
 """Where studies are kept: an SQLAlchemy URL."""
+STORAGE_VARIABLE = "MOEOPT_STORAGE"
+"""Environment variable with another, which keeps its password out of the list of processes."""

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import IO, Any
 
-STORAGE = "MOEOPT_STORAGE"
-"""Environment variable with a storage's URL, which keeps its password out of the list of processes."""
+from moeopt.defaults import STORAGE_VARIABLE
+
 RESTARTS = 3
 """How often a worker that died is started again."""
 GRACE = 30.0
@@ -114,7 +114,7 @@ class Fleet:
         said = tempfile.TemporaryFile()  # noqa: SIM115
         process = subprocess.Popen(
             self._command,
-            env={**inherited, **self._shares[number], STORAGE: self._url},
+            env={**inherited, **self._shares[number], STORAGE_VARIABLE: self._url},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=said,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moeopt import arguments, fleet
+from moeopt import arguments
 from moeopt.defaults import DEFAULT_STORAGE as DEFAULT_STORAGE
+from moeopt.defaults import STORAGE_VARIABLE as STORAGE_VARIABLE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
-STORAGE_VARIABLE = fleet.STORAGE
 
 GOAL, STUDY, MACHINE = (partial(typer.Option, rich_help_panel=panel) for panel in ("Task", "Study", "Machine"))
 

@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "storage",
     },
     "worker": {"description", "errors", "recipe", "study"},
-    "fleet": set(),
+    "fleet": {"defaults"},
     "on_ray": {"errors"},
     "exporting": {"errors", "files", "plan", "models", "showing", "study"},
     "selection": {
