@@ -9,7 +9,7 @@ really generates, greedily: exact match, F1, the last number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ from moeopt.errors import TaskError, nearest
 from moeopt.tasks.answers import METRICS, Judge
 from moeopt.tasks.base import Example, Request, Scores
 from moeopt.tasks.prompted import PromptedTask
-from moeopt.tasks.rows import Data, Row, examples_of, load, own_examples
-from moeopt.tasks.splits import FRACTIONS, divide, from_own
+from moeopt.tasks.rows import Data, Row, load, own_examples
+from moeopt.tasks.splits import FRACTIONS, from_own
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,29 +84,6 @@ class GenerationTask(PromptedTask):
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise TaskError(f"task {name!r}: max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
         self.max_new_tokens = max_new_tokens
-
-    @classmethod
-    def from_rows(
-        cls,
-        name: str,
-        rows: Iterable[Mapping[str, Any]],
-        to_example: Callable[[Mapping[str, Any]], Example],
-        *,
-        fractions: Sequence[float] = FRACTIONS,
-        **options: Any,
-    ) -> GenerationTask:
-        """A task from any rows, divided into search, dev and test by a hash of each example (or of its group).
-
-        Args:
-            name, options: as for the class.
-            rows, to_example: `to_example(row)` for every row.
-            fractions: of search, dev and test.
-
-        Raises:
-            TaskError: also when `to_example` fails on a row; it names the row.
-        """
-        parts: dict[str, Any] = {**divide(examples_of(name, rows, to_example), fractions)}
-        return cls(name, **parts, **options)
 
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None

@@ -22,11 +22,11 @@ import numpy as np
 from moeopt.errors import TaskError
 from moeopt.tasks.base import Example, Request, Scores
 from moeopt.tasks.prompted import PromptedTask
-from moeopt.tasks.rows import Data, Row, examples_of, load, own_examples
-from moeopt.tasks.splits import FRACTIONS, divide, from_own
+from moeopt.tasks.rows import Data, Row, load, own_examples
+from moeopt.tasks.splits import FRACTIONS, from_own
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -65,25 +65,6 @@ class MultipleChoiceTask(PromptedTask):
             for example in self._splits.examples(split):
                 if len(example.options) < 2:
                     raise TaskError(f"task {name!r}: example {example.id!r} needs at least two options")
-
-    @classmethod
-    def from_rows(
-        cls,
-        name: str,
-        rows: Iterable[Mapping[str, Any]],
-        to_example: Callable[[Mapping[str, Any]], Example],
-        *,
-        fractions: Sequence[float] = FRACTIONS,
-        template: str = "",
-        normalise: str = "tokens",
-    ) -> MultipleChoiceTask:
-        """A task from any rows, divided into search, dev and test by a hash of each example.
-
-        Raises:
-            TaskError: also when `to_example` fails on a row; it names the row.
-        """
-        examples = examples_of(name, rows, to_example)
-        return cls(name, **divide(examples, fractions), template=template, normalise=normalise)
 
     def parts(self, example: Example) -> tuple[Example, ...]:
         """What is encoded and scored: the example itself, or several that share out its options, in their order.

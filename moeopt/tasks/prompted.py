@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import Example
 from moeopt.tasks.prompting import SEPARATOR, Prompting, checked, draw
-from moeopt.tasks.splits import DividedTask, Splits
+from moeopt.tasks.rows import examples_of
+from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, divide
 
 
 class PromptedTask(DividedTask):
@@ -32,6 +33,29 @@ class PromptedTask(DividedTask):
         self.template = template
         self._splits = Splits(name, search, dev, test)
         self._prompting = Prompting()
+
+    @classmethod
+    def from_rows(
+        cls,
+        name: str,
+        rows: Iterable[Mapping[str, Any]],
+        to_example: Callable[[Mapping[str, Any]], Example],
+        *,
+        fractions: Sequence[float] = FRACTIONS,
+        **options: Any,
+    ) -> Self:
+        """A task from any rows, divided into search, dev and test by a hash of each example (or of its group).
+
+        Args:
+            name, options: as for the class.
+            rows, to_example: `to_example(row)` for every row.
+            fractions: of search, dev and test.
+
+        Raises:
+            TaskError: also when `to_example` fails on a row; it names the row.
+        """
+        parts: dict[str, Any] = {**divide(examples_of(name, rows, to_example), fractions)}
+        return cls(name, **parts, **options)
 
     def prompted(
         self, *, shots: int = 0, chat: bool = False, system: str | None = None, separator: str = SEPARATOR
