@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +20,8 @@ from moeopt.plan import ModelShape
 
 Source = str | os.PathLike[str]
 HUB = ("revision", "token", "cache_dir", "local_files_only")
+UNUSABLE = (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, StrictDataclassError)
+"""What transformers raises for a config with values that it cannot use."""
 
 
 def load(
@@ -144,7 +147,7 @@ def empty_model(source: Source, *, trust_remote_code: bool = False, **hub: Any) 
             if not Path(source).expanduser().is_dir()
             else f"the config of {str(source)!r} cannot be read: {_first_line(error)}"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except UNUSABLE as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ModelError(
                 f"{str(source)!r} brings a model class of its own, which runs only when it is trusted: "
@@ -154,7 +157,7 @@ def empty_model(source: Source, *, trust_remote_code: bool = False, **hub: Any) 
     try:
         with init_empty_weights(include_buffers=True):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except UNUSABLE as error:
         raise ModelError(f"{str(source)!r} is not a causal language model: {_first_line(error)}") from error
     return model
 
@@ -181,4 +184,6 @@ def _check_folder(source: Source) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -100,6 +100,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
     with pytest.raises(ModelError, match=r"config of .* cannot be used"):
         load(tmp_path)
+    for field, value, reason in (("num_experts_per_tok", "two", "expected int, got str"), ("vocab_size", -3, "-3")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", field: value}))
+        with pytest.raises(ModelError, match=reason):
+            load(tmp_path)
     with pytest.raises(ModelError, match="is a file"):
         load(tmp_path / "config.json")
 
