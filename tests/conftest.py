@@ -125,6 +125,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("num_experts", {"norm_topk_prob": True}),
     "gpt_oss": ("num_local_experts", {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]}),
     "granitemoe": ("num_local_experts", {}),
+    "granitemoehybrid": ("num_local_experts", {"layer_types": ["attention"] * 2, "mamba_n_heads": 4}),
     "minimax": ("num_local_experts", {"layer_types": ["full_attention", "full_attention"], "head_dim": 8}),
     "hunyuan_v1_moe": ("num_experts", {"moe_topk": 2, "head_dim": 8}),
     "deepseek_v3": ("n_routed_experts", {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "q_lora_rank": 16}),

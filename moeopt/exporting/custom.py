@@ -109,8 +109,8 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
     """Build the class that a custom checkpoint will load as, without weights, and hold the checkpoint against it.
 
     Args:
-        folder: where the modeling file lies.
-        config: what config.json will hold.
+        folder: where the modeling file and config.json lie.
+        config: what config.json holds.
         names: of the checkpoint's tensors.
         plan: its plan.
 
@@ -130,7 +130,7 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
     classes = {auto: getattr(module, name.partition(".")[2]) for auto, name in config["auto_map"].items()}
     try:
         with init_empty_weights(include_buffers=True):
-            model = classes["AutoModelForCausalLM"](classes["AutoConfig"].from_dict(dict(config)))
+            model = classes["AutoModelForCausalLM"](classes["AutoConfig"].from_pretrained(folder))
         for block, part in zip((b for b in model.modules() if _is_block(b)), plan.layers):
             router = block.gate if isinstance(getattr(block, "gate", None), torch.nn.Module) else block.router
             weight = next(p for p in router.parameters() if p.ndim == 2)

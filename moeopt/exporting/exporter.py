@@ -13,7 +13,14 @@ from moeopt.exporting.custom import CODE, check_corrections, check_loads, code_f
 from moeopt.exporting.layout import Layout, lay_out
 from moeopt.exporting.record import card, plan_record
 from moeopt.exporting.source import Source, locate
-from moeopt.exporting.stock import read_config, stock_config, stock_form, why_not_renormalised, why_not_stock
+from moeopt.exporting.stock import (
+    check_takes,
+    read_config,
+    stock_config,
+    stock_form,
+    why_not_renormalised,
+    why_not_stock,
+)
 from moeopt.exporting.trials import check_model, plan_of, trial_record
 from moeopt.exporting.writing import appearing, check_folder, copy_companions, write_json, write_weights
 from moeopt.plan import Plan
@@ -146,13 +153,17 @@ class Prepared:
 
 def prepare(source: Source, plan: Plan, form: Literal["stock", "custom"]) -> Prepared:
     """The checkpoint of a plan before anything is written, held against the class that will load it."""
-    prepared = Prepared(source, plan, form)
-    if prepared.code is not None:
-        import tempfile
+    import tempfile
 
-        with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / CODE).write_bytes(prepared.code)
-            check_loads(Path(scratch), prepared.config, set(prepared.layout.tensors), prepared.written)
+    prepared = Prepared(source, plan, form)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_json(folder / "config.json", prepared.config)
+        if prepared.code is None:
+            check_takes(folder, prepared.written)
+        else:
+            (folder / CODE).write_bytes(prepared.code)
+            check_loads(folder, prepared.config, set(prepared.layout.tensors), prepared.written)
     return prepared
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moeopt.errors import ExportError
+from moeopt.errors import ExportError, ModelError
 from moeopt.plan import LayerPlan, Plan
 
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -88,11 +88,28 @@ def read_config(source: Path) -> dict[str, Any]:
         raise ExportError(f"{str(path)!r} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ExportError(f"{str(path)!r} must hold a JSON object, it holds {type(config).__name__}")
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise ExportError(
             f"{str(source)!r} is quantised; export from the unquantised checkpoint and quantise the result"
         )
     return config
+
+
+def check_takes(folder: Path, plan: Plan) -> None:
+    """Raise ExportError unless the class that the config.json in `folder` names routes to k of r experts.
+
+    It does not where routers rank groups of experts by their best two, as in DeepSeek-V3, and r leaves these too small.
+    """
+    from moeopt.models import empty_model, moe_layers
+
+    r, k = plan.layers[0].kept_experts, plan.layers[0].k
+    try:
+        takes = {(layer.n, layer.k) for layer in moe_layers(empty_model(folder))} == {(r, k)}
+    except ModelError:
+        takes = False
+    if not takes:
+        model_type = read_config(folder).get("model_type")
+        raise ExportError(f"models of type {model_type!r} cannot route to {k} of {r} experts; keep another number")
 
 
 def keys_of(config: dict[str, Any], experts: int, source: Path) -> tuple[list[str], list[str]]:

@@ -144,6 +144,17 @@ def test_what_a_stock_checkpoint_cannot_express_is_refused(full: Any, tmp_path: 
     assert not (tmp_path / "small").exists()
 
 
+def test_a_number_of_experts_that_the_family_cannot_route_to_is_refused(
+    build_family: Any, saved: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """DeepSeek-V3 ranks groups of experts by the two best of each."""
+    full = saved(build_family("deepseek_v3", vocabulary=300), tiny_tokenizer, tmp_path / "full")
+    moeopt.export(Plan.one_hot([[2, 5]] * 2, experts=7, k=1), tmp_path / "two", model=full)
+    with pytest.raises(ExportError, match=r"'deepseek_v3' cannot route to 1 of 1 experts; keep another number"):
+        moeopt.export(Plan.one_hot([[2]] * 2, experts=7, k=1), tmp_path / "one", model=full)
+    assert not (tmp_path / "one").exists()
+
+
 def test_bad_folders_and_models_are_refused(full: Any, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious.txt").write_text("x")
