@@ -67,6 +67,8 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule | None) -> dict[st
         "skip": [p.skip for p in layers],
     }
     names = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+    if config.get("output_router_logits"):
+        config["output_router_logits"] = False  # the family's load balancing loss takes layers that are all alike
     return config | {
         "architectures": [f"Moeopt{family}ForCausalLM"],
         "auto_map": {auto: f"modeling_moeopt.Moeopt{family}{end}" for auto, end in names.items()},

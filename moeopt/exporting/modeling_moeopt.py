@@ -33,6 +33,8 @@ no stock class takes the checkpoint for one of its own.
 
 # mypy: ignore-errors
 
+import functools
+
 import torch
 import transformers
 from torch import nn
@@ -90,7 +92,7 @@ class MoeoptRouter:
     def _mapped(self, logits):
         """Weights and experts from mapped scores."""
         rule, clamp = self.moeopt["rule"], self.moeopt["negative"] == "clamp"
-        mapped = self._scores(logits).float() @ self.w_rm.T
+        mapped = self._scores(logits).float() @ self.w_rm.float().T
         top, index = (mapped.clamp(min=0) if clamp else mapped).topk(self.moeopt["active"], -1, sorted=rule["ordered"])
         top = self._skipped(top)
         total = top.sum(-1, keepdim=True)
@@ -151,6 +153,15 @@ class MoeoptMixtralForCausalLM(MixtralForCausalLM):
         (n,) = set(config.moeopt["full"]["experts"].values())
         for block, layer in zip(blocks, layers):
             _fit(block, n, {**layer, "rule": config.moeopt["rule"]})
+
+    @functools.wraps(MixtralForCausalLM.forward)
+    def forward(self, *args, output_router_logits=None, **kwargs):
+        if output_router_logits:
+            raise ValueError(
+                "output_router_logits asks for a load balancing loss, which there is none of where layers route in "
+                "ways of their own; self.model(..., output_router_logits=True) gives the logits alone"
+            )
+        return super().forward(*args, **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls):  # transformers looks for the answer in the source of the class

@@ -97,6 +97,29 @@ def test_an_exported_model_saves_and_loads_again(full: Any, plans: dict[str, Pla
     assert all(map(torch.equal, computed(reloaded(tmp_path / "again")), computed(small)))
 
 
+def test_a_loaded_model_may_be_cast(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    moeopt.export(plans["prob"], tmp_path / "small", model=full)
+    small = reloaded(tmp_path / "small").float()
+    small.set_experts_implementation("eager")
+    expected = computed(small)[0]
+    assert torch.allclose(computed(small.double())[0].float(), expected, atol=1e-4)
+    assert computed(small.bfloat16())[0].dtype == torch.bfloat16
+
+
+def test_router_logits_come_without_a_loss_that_there_is_none_of(
+    saved: Any, make_mixtral: Any, tiny_tokenizer: Any, plans: dict[str, Plan], tmp_path: Path
+) -> None:
+    full = saved(make_mixtral(experts=6, output_router_logits=True), tiny_tokenizer, tmp_path / "full")
+    moeopt.export(plans["mixed-r"], tmp_path / "small", model=full)
+    small = reloaded(tmp_path / "small")
+    with moeopt.patched(full, plans["mixed-r"]):
+        assert torch.equal(computed(small)[0], computed(full)[0])
+    with pytest.raises(ValueError, match="gives the logits alone"):
+        small(IDS, output_router_logits=True)
+    logits = small.model(IDS, output_router_logits=True).router_logits
+    assert [layer.shape[1] for layer in logits] == [part.kept_experts for part in plans["mixed-r"].layers]
+
+
 def test_experts_that_a_token_skips_do_not_run(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
     moeopt.export(plans["skip"], tmp_path / "small", model=full)
     small = reloaded(tmp_path / "small")
