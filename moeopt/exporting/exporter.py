@@ -105,7 +105,8 @@ def export(
                 _write(temporary, source, prepared, plan, record, shard_bytes)
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
-        raise ExportError(f"cannot write {str(out)!r} from {str(folder)!r}: {reason}") from error
+        which = f" ({error.filename})" if error.filename else ""
+        raise ExportError(f"cannot write {str(out)!r} from {str(folder)!r}: {reason}{which}") from error
     return out
 
 
@@ -124,7 +125,15 @@ def chosen_form(plan: Plan, source: Path, form: Form = "auto") -> tuple[Literal[
 
 
 class Prepared:
-    """All that is decided before the first byte is written."""
+    """All that is decided before the first byte is written.
+
+    Attributes:
+        config: what config.json will hold.
+        code: of the class that a custom checkpoint brings, else None.
+        layout: of its tensors.
+        unread: names of tensors of the full checkpoint that its model has no place for.
+        written: the plan as the form expresses it.
+    """
 
     def __init__(self, source: Source, plan: Plan, form: Literal["stock", "custom"]) -> None:
         from moeopt.models import empty_model, moe_layers, placed
@@ -139,10 +148,11 @@ class Prepared:
             rule = rule_of(folder, written) if form == "custom" else None
         except ModelError as error:
             raise ExportError(str(error)) from error
+        places = placed(model, source.tensors)
+        self.unread = [name for name in source.tensors if name not in places]
         if form == "custom":
             self.code = code_for(str(read_config(folder).get("model_type")))
             self.config = custom_config(folder, written, rule)
-            places = placed(model, source.tensors)
             by_parameter = {place.name: name for name, place in places.items()}
             check_corrections(
                 model, layers, written, rule, lambda name: not bool(source.tensor(by_parameter[name]).any())

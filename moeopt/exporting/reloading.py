@@ -3,7 +3,8 @@
     python reloading.py FOLDER REQUEST RESULT OPTIONS
 
 REQUEST is a safetensors file of token sequences, int64 (1, tokens) each; RESULT gets the logits of each, float32, and
-``generated``, the tokens that greedy decoding puts behind ``prompt``. OPTIONS is JSON.
+``generated``, the tokens that greedy decoding puts behind ``prompt``. OPTIONS is JSON; its ``unread`` are tensors that
+the class of the original does not read either.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def main() -> None:
         trust_remote_code=options["trust_remote_code"],
         output_loading_info=True,
     )
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - set(options["unread"])
     wrong = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[:5]}" for kind, names in info.items() if names]
     if wrong:
         raise SystemExit("; ".join(wrong))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,10 +144,12 @@ class Source:
         import torch
 
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ExportError(f"{str(file)!r} cannot be read as a weights-only file: {reason}") from error
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise ExportError(f"{str(file)!r} must hold tensors by name and nothing else")
         self._loaded |= state
         return {name: Stored(dtype_name(t.dtype), tuple(t.shape), file) for name, t in state.items()}
 

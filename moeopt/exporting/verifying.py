@@ -124,7 +124,8 @@ def verify(
     ours = _check_code(folder, trust_remote_code)
     full = locate(str(model or record["source"]))
     with Source(full) as source, Source(folder) as found:
-        layout = prepare(source, plan, chosen_form(plan, full, record["form"])[0]).layout
+        prepared = prepare(source, plan, chosen_form(plan, full, record["form"])[0])
+        layout, unread = prepared.layout, prepared.unread
         differing = set(layout.tensors.keys() ^ found.tensors.keys())
         for name in layout.tensors.keys() & found.tensors.keys():
             right, there = layout.tensors[name], found.tensors[name]
@@ -141,6 +142,7 @@ def verify(
             "device_map": device_map,
             "trust_remote_code": ours or trust_remote_code,
             "new_tokens": new_tokens,
+            "unread": unread,
         }
         got = _reloaded(folder, expected.request, Path(scratch), options)
     if isinstance(got, str):
@@ -205,9 +207,10 @@ def _expected(
     import torch
 
     from moeopt.exporting.reloading import compute
-    from moeopt.models import load, patched
+    from moeopt.models import load_model, load_tokenizer, patched
 
-    model, tokenizer = load(full, device_map=device_map)
+    tokenizer: Any = load_tokenizer(full) if texts else None
+    model = load_model(full, device_map=device_map)
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(config.vocab_size)

@@ -20,6 +20,8 @@ from moeopt.exporting.source import BYTES, INDEX, Source, Stored
 
 WRITER = ".writer.json"
 """Names the process that writes a folder, in it."""
+TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers keeps a tokenizer's chat templates other than the default one."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
@@ -103,18 +105,22 @@ def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation config, custom code: every file that is neither weights nor replaced."""
+    """Tokenizer, chat templates, generation config, custom code: every file that is neither weights nor replaced."""
     ours = {"config.json", "moeopt.json", "README.md", "plan.safetensors"}
     for file in sorted(source.iterdir()):
         if file.is_dir() or file.name.startswith(".") or file.name in ours or file.name.endswith(".index.json"):
             continue
         if not file.name.endswith(WEIGHT_SUFFIXES):
             shutil.copy(file, folder / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, folder / TEMPLATES)
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file():
-        config = json.loads(tokenizer.read_text(encoding="utf-8"))
-        if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 knows the class by its old name only
-            write_json(tokenizer, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        with contextlib.suppress(ValueError):  # what is no JSON stays as it is
+            config = json.loads(tokenizer.read_text(encoding="utf-8"))
+            # transformers 4 knows the class by its old name only
+            if isinstance(config, dict) and config.get("tokenizer_class") == "TokenizersBackend":
+                write_json(tokenizer, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -72,6 +72,8 @@ def test_the_reloaded_checkpoint_is_the_patched_model(full: Any, tmp_path: Path,
 
 def test_dtype_names_and_companions_are_kept(full: Any, tmp_path: Path) -> None:
     (tmp_path / "full" / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "full" / "additional_chat_templates").mkdir()
+    (tmp_path / "full" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     config = json.loads((tmp_path / "full" / "config.json").read_text())
     config["something_of_the_users"] = [1, 2]
     (tmp_path / "full" / "config.json").write_text(json.dumps(config))
@@ -80,6 +82,8 @@ def test_dtype_names_and_companions_are_kept(full: Any, tmp_path: Path) -> None:
     changed = {key for key in config.keys() | small.keys() if config.get(key) != small.get(key)}
     assert changed == {"num_local_experts", "rope_theta", "torch_dtype"}
     assert small["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    templates = AutoTokenizer.from_pretrained(tmp_path / "small").chat_template
+    assert templates == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     names = {path.name for path in (tmp_path / "small").iterdir()}
     assert names >= {"chat_template.jinja", "tokenizer.json", "moeopt.json", "README.md", "model.safetensors"}
     record = json.loads((tmp_path / "small" / "moeopt.json").read_text())
@@ -115,15 +119,24 @@ def test_a_family_that_does_not_renormalise_exports_by_the_stock_rule(
         )
 
 
-def test_old_bin_checkpoints_are_read(full: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_old_bin_checkpoints_are_read(full: Any, tmp_path: Path, zipped: bool) -> None:
     from safetensors.torch import load_file
 
     state = load_file(tmp_path / "full" / "model.safetensors")
-    torch.save(state, tmp_path / "full" / "pytorch_model.bin")
+    torch.save(state, tmp_path / "full" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (tmp_path / "full" / "model.safetensors").unlink()
     moeopt.export(pruning(), tmp_path / "small", model=tmp_path / "full")
     with moeopt.patched(full, pruning()):
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()), logits(full))
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, {"step": 3}, torch.ones(2)], ids=["nested", "number", "tensor"])
+def test_bin_files_of_something_else_are_refused(full: Any, tmp_path: Path, content: Any) -> None:
+    (tmp_path / "full" / "model.safetensors").unlink()
+    torch.save(content, tmp_path / "full" / "pytorch_model.bin")
+    with pytest.raises(ExportError, match=r"pytorch_model\.bin' must hold tensors by name and nothing else"):
+        moeopt.export(pruning(), tmp_path / "small", model=tmp_path / "full")
 
 
 def test_what_a_stock_checkpoint_cannot_express_is_refused(full: Any, tmp_path: Path) -> None:
@@ -228,6 +241,9 @@ def test_awkward_folders_and_damaged_checkpoints(full: Any, tmp_path: Path, monk
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     moeopt.export(pruning(), tmp_path / "link", model=full)
     assert (tmp_path / "link" / "model.safetensors").is_file()
+    (tmp_path / "full" / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match=r"No such file or directory \(.*gone\.txt\)"):
+        moeopt.export(pruning(), tmp_path / "small", model=full)
     weights = tmp_path / "full" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ExportError, match="truncated"):

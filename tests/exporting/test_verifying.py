@@ -41,6 +41,18 @@ def test_a_custom_and_a_stock_checkpoint_are_the_original(
     assert "largest difference 0 at" in printed
 
 
+def test_neither_a_tokenizer_nor_tensors_that_no_one_reads_matter(
+    full: Any, plans: dict[str, Plan], tmp_path: Path
+) -> None:
+    for file in (tmp_path / "full").glob("tokenizer*"):
+        file.unlink()
+    weights = tmp_path / "full" / "model.safetensors"
+    save_file(load_file(weights) | {"value_head.weight": torch.ones(3)}, weights, metadata={"format": "pt"})
+    moeopt.export(plans["prob"], tmp_path / "small", model=tmp_path / "full")
+    assert "value_head.weight" in load_file(tmp_path / "small" / "model.safetensors")
+    assert verify(tmp_path / "small", **FEW).ok
+
+
 def test_a_tampered_tensor_is_found(
     full: Any, plans: dict[str, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
