@@ -1,4 +1,5 @@
-"""Rows of data by split, from local JSONL or parquet files, a folder of them, or a data set of the Hugging Face hub."""
+"""Rows of data by split, from local JSONL or parquet files, a folder of them, or a data set of the Hugging Face hub or
+one that was saved to disk."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from moeopt.tasks.base import Example
 from moeopt.tasks.splits import OWN
 
 Data = str | Path
-"""A .jsonl or .parquet file, a folder with one for each split, or a hub id such as "google/boolq"."""
+"""A .jsonl or .parquet file, a folder with one for each split, a folder that `save_to_disk` of the datasets package
+wrote, or a hub id such as "google/boolq"."""
 
 ROW_SUFFIXES = (".jsonl", ".parquet")
 _ALIASES = {"training": "train", "val": "validation", "valid": "validation", "search": "train", "dev": "validation"}
@@ -77,7 +79,7 @@ def load(data: Data, config: str | None = None, *, also: Collection[str] = ()) -
 
     Args:
         data: see `Data`. In a folder, files called `train*`, `val*` (`valid*`, `validation*`, `dev*`) and `test*`,
-            ending in .jsonl or .parquet, are the splits.
+            ending in .jsonl or .parquet, are the splits. A data set without splits that was saved to disk is "train".
         config: the configuration of a hub data set, such as "wic" of "aps/super_glue".
         also: further splits to read under their own name, such as the "dev" of MMLU, which is not its validation split.
 
@@ -85,6 +87,8 @@ def load(data: Data, config: str | None = None, *, also: Collection[str] = ()) -
         TaskError: if the file, folder or data set is missing, unreadable, empty or malformed.
     """
     path = Path(data)
+    if is_saved(path):
+        return from_disk(path, also=also)
     if path.is_dir():
         own: dict[str, list[Row]] = {}
         for file in sorted(path.iterdir()):
@@ -121,18 +125,42 @@ def read(path: Path) -> list[Row]:
 
 def from_hub(name: str, config: str | None, *, also: Collection[str] = ()) -> dict[str, list[Row]]:
     """The train, validation and test splits, and those of `also`, of a hub data set (or those of them that it has)."""
+    datasets = _datasets(f"reading {name!r} from the hub")
     try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise TaskError(f"reading {name!r} from the hub needs the datasets package: pip install datasets") from error
-    try:
-        splits = load_dataset(name, config)
+        splits = datasets.load_dataset(name, config)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TaskError(
             f"cannot load {name!r}{f' ({config})' if config else ''}: it is no local file, and the hub answered:"
             f" {reason}"
         ) from error
+    return _own(name, splits, also)
+
+
+def is_saved(path: str | Path) -> bool:
+    """Whether `save_to_disk` of the datasets package wrote a folder."""
+    return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def from_disk(path: str | Path, *, also: Collection[str] = ()) -> dict[str, list[Row]]:
+    """As `from_hub`, of a folder that `save_to_disk` wrote; a data set without splits is "train"."""
+    datasets = _datasets(f"reading {path}")
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise TaskError(f"cannot read the saved data set {path}: {shown(error)}") from error
+    return _own(str(path), found if isinstance(found, datasets.DatasetDict) else {"train": found}, also)
+
+
+def _datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise TaskError(f"{what} needs the datasets package: pip install datasets") from error
+    return datasets
+
+
+def _own(name: str, splits: Mapping[str, Iterable[Any]], also: Collection[str]) -> dict[str, list[Row]]:
     own = {
         split: [Row(f"{name} {split}, row {i}", row) for i, row in enumerate(splits[split])]
         for split in (*OWN, *also)

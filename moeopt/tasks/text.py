@@ -22,7 +22,7 @@ import numpy as np
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example, Request, Scores
-from moeopt.tasks.rows import ROW_SUFFIXES, from_hub, is_missing_file, read
+from moeopt.tasks.rows import ROW_SUFFIXES, from_disk, from_hub, is_missing_file, is_saved, read
 from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, checked_limit, content_hash, divide, from_own
 from moeopt.tasks.tokens import context_prefix, encode
 
@@ -138,9 +138,10 @@ def text_task(
     """A text task from files or from a column of a data set.
 
     Args:
-        data: a file, a list of files, a glob pattern, a folder (all its files, recursively, hidden ones aside), or
-            a hub id. A .jsonl or .parquet file holds a document a row, any other file is one document.
-        column: the column that holds the text, in .jsonl and .parquet files and hub data sets.
+        data: a file, a list of files, a glob pattern, a folder (all its files, recursively, hidden ones aside), one
+            that `save_to_disk` of the datasets package wrote, or a hub id. A .jsonl or .parquet file holds a document a
+            row, any other file is one document.
+        column: the column that holds the text, in .jsonl and .parquet files and data sets.
         suffixes: of a folder or pattern, keep only files that end so, such as ".py".
         window: tokens a window.
         piece: cut documents at line ends into pieces of at least this many characters, each then a document of its own;
@@ -159,8 +160,10 @@ def text_task(
     def documents(kind: str, texts: Iterable[str]) -> list[Example]:
         return _examples(kind, [part for text in texts for part in _pieces(text, piece)])
 
-    if isinstance(data, str) and not Path(data).exists() and not _is_pattern(data) and not is_missing_file(data):
-        own = from_hub(data, config)
+    saved = isinstance(data, str | Path) and is_saved(data)
+    hub = isinstance(data, str) and not Path(data).exists() and not _is_pattern(data) and not is_missing_file(data)
+    if isinstance(data, str | Path) and (saved or hub):
+        own = from_disk(data) if saved else from_hub(str(data), config)
         parts = from_own(
             {name: documents(name, [r.text(column) for r in rows]) for name, rows in own.items()}, fractions
         )

@@ -16,6 +16,7 @@ from moeopt import tasks
 from moeopt.errors import TaskError
 from moeopt.tasks import Example, MultipleChoiceTask
 from moeopt.tasks.rows import from_hub
+from moeopt.tasks.splits import OWN
 
 BOOLQ = {"question": "is ice cold", "passage": "Ice is frozen water.", "idx": 3}
 WIC = {"word": "place", "sentence1": "Come to my places.", "sentence2": "No place.", "start1": 11, "end1": 17, "idx": 1}
@@ -158,6 +159,24 @@ def test_parquet_equals_jsonl(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
     jsonl = tasks.get("boolq", write(tmp_path / "b.jsonl", rows))
     assert tasks.get("boolq", str(tmp_path / "b.parquet")).describe() == jsonl.describe()
+
+
+def test_a_data_set_saved_to_disk_equals_its_files(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = {name: [BOOLQ | {"question": f"{name} {i}", "answer": bool(i % 3)} for i in range(20)] for name in OWN}
+    for name in OWN:
+        write(tmp_path / f"{name}.jsonl", rows[name])
+    DatasetDict({name: Dataset.from_list(rows[name]) for name in OWN}).save_to_disk(tmp_path / "all")
+    Dataset.from_list(rows["train"]).save_to_disk(tmp_path / "one")
+    for saved, files in (("all", tmp_path), ("one", tmp_path / "train.jsonl")):
+        task = tasks.get("boolq", tmp_path / saved)
+        assert task.fingerprint() == tasks.get("boolq", files).fingerprint()
+    texts = tasks.get("text", tmp_path / "all", column="question")
+    assert {split: len(texts.examples(split)) for split in texts.splits} == {"search": 20, "dev": 20, "test": 20}
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"x")
+    with pytest.raises(TaskError, match=r"cannot read the saved data set .*one"):
+        tasks.get("boolq", tmp_path / "one")
 
 
 def test_generic_file(tmp_path):
