@@ -208,7 +208,11 @@ class HarnessTask(DividedTask):
             for metric in mine[0] if mine else ():
                 values = [result[metric] for result in mine]
                 aggregate = task.aggregation().get(metric, np.mean)
-                totals.setdefault(metric, []).append((len(values), float(aggregate(values))))
+                try:
+                    value = float(aggregate(values))
+                except (ValueError, TypeError) as error:
+                    raise TaskError(f"lm_eval task {name!r} cannot aggregate {metric!r} ({reason(error)})") from error
+                totals.setdefault(metric, []).append((len(values), value))
         return found | {
             metric: sum(n * value for n, value in parts) / sum(n for n, _ in parts) for metric, parts in totals.items()
         }

@@ -94,6 +94,16 @@ def test_a_group_is_all_its_tasks(harness_tasks, tiny_model, tiny_tokenizer):
     assert len(report["all_sums"].samples["acc,none"]) == 80
 
 
+def test_a_metric_that_the_harness_cannot_aggregate_is_named(harness_tasks, tmp_path, tiny_model, tiny_tokenizer):
+    (tmp_path / "three.yaml").write_text(
+        f"include: {harness_tasks / 'base'}\ntask: three\n"
+        'doc_to_target: "{{a % 3}}"\ndoc_to_choice: [x, y, z]\nmetric_list: [{metric: f1, aggregation: f1}]\n'
+    )
+    evaluator = Evaluator(tiny_model, tiny_tokenizer, get("three", tmp_path), split="test")
+    with pytest.raises(TaskError, match=r"'three' cannot aggregate 'f1' \(ValueError: Target is multiclass"):
+        evaluator.evaluate()
+
+
 def test_local_data_replaces_the_hub_for_a_task_of_the_harness(tmp_path):
     rows = [
         {"question": f"{i}?", "choices": {"text": ["x", f"y{i}"], "label": ["A", "B"]}, "answerKey": "AB"[i % 2]}
