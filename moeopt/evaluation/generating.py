@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -84,6 +84,7 @@ class Generator:
         self.layers = int(model.config.get_text_config().num_hidden_layers)
         shipped = getattr(model.generation_config, "eos_token_id", None)
         self._ends = {*([shipped] if isinstance(shipped, int) else shipped or ()), tokenizer.eos_token_id} - {None}
+        self._ends |= _special(tokenizer, {text for prompt in self.prompts for text in prompt.stop})
 
     def run(self, first: int, end: int, active: Callable[[], Sequence[float]]) -> Generation:
         """Answers to the prompts from `first` up to, not including, `end`; `active()` is asked after them.
@@ -245,6 +246,13 @@ class _Finite(LogitsProcessor):  # type: ignore[misc]
         if scores.isnan().any():
             raise NonFiniteLossError("the model's logits are not numbers", layer=None)
         return scores
+
+
+def _special(tokenizer: Any, texts: Iterable[str]) -> set[int]:
+    """The tokens of texts such as "<|im_end|>" that decoding leaves out, so that no answer ever contains them."""
+    vocabulary = tokenizer.get_vocab()
+    tokens = {vocabulary[text] for text in texts if text in vocabulary}
+    return {token for token in tokens if not tokenizer.decode([token], skip_special_tokens=True)}
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import optuna
 import pytest
@@ -104,6 +106,20 @@ def test_a_stop_text_may_span_tokens_and_is_cut_off(demo):
         assert after == before[: min(before.index(s) for s in stop if s in before)]
     saved = [len(a) - len(b) - 3 for a, b in zip(whole.texts, cut.texts)]  # what follows the stop text
     assert cut.tokens == whole.tokens - sum(saved)
+
+
+def test_special_tokens_are_stop_texts_too(make_mixtral, tiny_tokenizer):
+    """Such as the end of a turn in a chat, which decoding leaves out."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    turns = [f"<|turn {i}|>" for i in range(42)]
+    tokenizer.add_special_tokens({"additional_special_tokens": turns})
+    model = make_mixtral(layers=2, experts=4)
+    examples = [Example(str(i), "abc de" * (1 + i % 3) + str(i), (" x",), 0) for i in range(8)]
+    task = GenerationTask("turns", examples, stop=turns, max_new_tokens=12)
+    found = Evaluator(model, tokenizer, task).generate()
+    assert list(found.texts) == slowly(model, tokenizer, task, "search", set(range(257, 300)))
+    going_on = Evaluator(model, tokenizer, GenerationTask("on", examples, max_new_tokens=12)).generate()
+    assert found.tokens < going_on.tokens
 
 
 def test_a_checkpoint_s_generation_config_is_overridden_and_back_afterwards(
