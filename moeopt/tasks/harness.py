@@ -59,7 +59,8 @@ def load(
         names: names as on the harness's command line.
         include_path: a folder with tasks of one's own, whose names go before the harness's.
         data: for the task of each name, local data in its data set's own schema: a .jsonl, .json or .parquet file for
-            the split that the harness evaluates, or a folder with a file for every split, named after it.
+            the split that the harness evaluates, or a folder with a file for every split, named after it, or one that
+            `save_to_disk` of the datasets package wrote.
         num_fewshot: examples in front of every question; None for what the task says. A task that says 0 keeps 0, with
             a warning, as in the harness.
         unsafe_code: whether tasks that run code written by the model are allowed.
@@ -227,7 +228,7 @@ def _local(name: str, config: Mapping[str, Any], data: Path, num_fewshot: int | 
     for path in (path for paths in files.values() for path in paths):
         if not path.is_file():
             raise TaskError(f"data file {path} does not exist")
-    if not (suffixes <= {".jsonl", ".json"} or suffixes == {".parquet"}):
+    if not (suffixes <= {".jsonl", ".json"} or suffixes in ({".parquet"}, {".arrow"})):
         raise TaskError(f"data {data} must be .jsonl or .json files, or .parquet files, got {', '.join(suffixes)}")
     shots = config.get("num_fewshot") if num_fewshot is None else num_fewshot
     if shots and roles.get("fewshot_split", evaluated) not in files:
@@ -236,7 +237,7 @@ def _local(name: str, config: Mapping[str, Any], data: Path, num_fewshot: int | 
             f" {shots} few-shot examples"
         )
     return {
-        "dataset_path": "parquet" if ".parquet" in suffixes else "json",
+        "dataset_path": {".parquet": "parquet", ".arrow": "arrow"}.get(min(suffixes), "json"),
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {split: [str(path) for path in paths] for split, paths in files.items()}},
         "custom_dataset": None,
@@ -245,7 +246,10 @@ def _local(name: str, config: Mapping[str, Any], data: Path, num_fewshot: int | 
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    """The files of a split: `test.jsonl`, or shards as `test-00000-of-00002.parquet`."""
+    """The files of a split: `test.jsonl`, shards as `test-00000-of-00002.parquet`, or those in `test/` that datasets'
+    `save_to_disk` wrote."""
+    if (folder / split / "state.json").is_file():
+        return sorted((folder / split).glob("data-*.arrow"))
     named = re.compile(rf"{re.escape(split)}(?![a-z])", re.IGNORECASE)
     return sorted(p for p in folder.iterdir() if p.suffix in (".jsonl", ".json", ".parquet") and named.match(p.stem))
 

@@ -104,19 +104,26 @@ def test_a_metric_that_the_harness_cannot_aggregate_is_named(harness_tasks, tmp_
         evaluator.evaluate()
 
 
-def test_local_data_replaces_the_hub_for_a_task_of_the_harness(tmp_path):
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "save_to_disk"])
+def test_local_data_replaces_the_hub_for_a_task_of_the_harness(tmp_path, form):
+    from datasets import Dataset, DatasetDict
+
     rows = [
         {"question": f"{i}?", "choices": {"text": ["x", f"y{i}"], "label": ["A", "B"]}, "answerKey": "AB"[i % 2]}
         for i in range(6)
     ]
-    for split, part in (("train", rows[:3]), ("test", rows[3:])):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    parts = DatasetDict({"train": Dataset.from_list(rows[:3]), "test": Dataset.from_list(rows[3:])})
+    if form == "save_to_disk":
+        parts.save_to_disk(tmp_path)
+    for split, part in {} if form == "save_to_disk" else parts.items():
+        (part.to_json if form == "jsonl" else part.to_parquet)(tmp_path / f"{split}.{form}")
     task = tasks.get("lm_eval:arc_easy", data=tmp_path, num_fewshot=1)
     assert {example.id for example in task.examples("test")} == {f"arc_easy test {i}" for i in range(3)}
     (example, *_) = (e for e in task.examples("test") if e.id == "arc_easy test 1")
     assert example.prompt.endswith("Question: 4?\nAnswer:")
     assert example.options == (" x", " y4")
-    alone = tasks.get("lm_eval:arc_easy", data=tmp_path / "train.jsonl")
+    parts["train"].to_json(tmp_path / "alone.jsonl")
+    alone = tasks.get("lm_eval:arc_easy", data=tmp_path / "alone.jsonl")
     assert sum(len(alone.examples(split)) for split in alone.splits) == 3
 
 
