@@ -47,6 +47,10 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule | None) -> dict[st
     model_type = str(config.get("model_type"))
     if "auto_map" in config:
         raise ExportError(f"{str(source)!r} comes with code of its own, and moeopt has no custom form for such a model")
+    if "text_config" in config:
+        raise ExportError(
+            f"moeopt has no custom form for {model_type!r}, a model of more than text; only a stock plan exports"
+        )
     family = code_for(model_type).decode().partition("class Moeopt")[2].partition("Config(")[0]
     from transformers import AutoConfig
 

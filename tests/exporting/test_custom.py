@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 import moeopt
 from moeopt.errors import ExportError, ModelError
 from moeopt.exporting import why_not_stock
+from moeopt.exporting.custom import custom_config
 from moeopt.plan import LayerPlan, Plan
 
 KINDS = (
@@ -205,6 +206,13 @@ def test_the_form_is_chosen_or_refused(full: Any, plans: dict[str, Plan], tmp_pa
         moeopt.export(stock, tmp_path / "other", model=full, form="onnx")  # type: ignore[arg-type]
     card = moeopt.export(plans["prob"], tmp_path / "prob", model=full) / "README.md"
     assert "trust_remote_code=True" in card.read_text()
+
+
+def test_a_text_model_inside_another_one_has_no_custom_form(plans: dict[str, Plan], tmp_path: Path) -> None:
+    config = {"model_type": "qwen3_5_moe", "text_config": {"num_experts": 6, "num_experts_per_tok": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="'qwen3_5_moe', a model of more than text; only a stock plan exports"):
+        custom_config(tmp_path, plans["mixed-r"], None)
 
 
 def test_families_that_need_code_of_their_own_are_refused_before_writing(full: Any, tmp_path: Path) -> None:
