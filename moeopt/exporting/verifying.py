@@ -122,6 +122,8 @@ def verify(
     folder = Path(folder)
     record, plan = _read(folder)
     ours = _check_code(folder, trust_remote_code)
+    if model is None and not Path(record["source"]).is_dir():
+        raise ExportError(f"the original is no longer at {record['source']!r}; say where it is: model=, or --model")
     full = locate(str(model or record["source"]))
     with Source(full) as source, Source(folder) as found:
         prepared = prepare(source, plan, chosen_form(plan, full, record["form"])[0])

@@ -95,5 +95,5 @@ def test_what_moeopt_did_not_export_is_refused(full: Any, plans: dict[str, Plan]
     plans["mixed-k"].save(tmp_path / "small" / "plan.safetensors")
     record = json.loads((tmp_path / "small" / "moeopt.json").read_text())
     (tmp_path / "small" / "moeopt.json").write_text(json.dumps(record | {"source": str(tmp_path / "gone")}))
-    with pytest.raises(ExportError, match="gone"):
+    with pytest.raises(ExportError, match="gone'; say where it is: model=, or --model"):
         verify(tmp_path / "small")
