@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 PLACES = 16
 """A batch has so many places for tokens, prompts and answers together, for every one of the evaluator's `batch_tokens`:
 but for the prompts, a forward pass runs one token a row."""
+PROBED = 8
+"""Tokens that are written to see whether padding matters."""
 NEAR = 8
 """Tokens decoded in front of those that a stop text can span: the first one may be part of a character."""
 
@@ -98,7 +102,7 @@ class Generator:
         answers: dict[int, list[int]] = {}
         while left := [prompt for prompt in prompts if prompt.example not in answers]:
             try:
-                for batch in grouped(left, lambda p: len(p.ids) + p.max_new_tokens, self.places):
+                for batch in self._batches(left):
                     answers.update(zip((prompt.example for prompt in batch), self._write(batch)))
                 break
             except (RuntimeError, MemoryError) as error:
@@ -112,6 +116,26 @@ class Generator:
         ran = active()
         seconds = time.perf_counter() - started
         return Generation(texts, metrics, tokens, tokens * self.layers, seconds, sum(ran) / len(ran))
+
+    def _batches(self, prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
+        """The prompts in batches; each of one length, where padding would change what is written."""
+        alike = [prompts]
+        if not self._pads:
+            by_length = groupby(sorted(prompts, key=lambda p: len(p.ids)), lambda p: len(p.ids))
+            alike = [list(same) for _, same in by_length]
+        return [b for same in alike for b in grouped(same, lambda p: len(p.ids) + p.max_new_tokens, self.places)]
+
+    @cached_property
+    def _pads(self) -> bool:
+        """Whether the shortest prompt is answered alike alone and padded to the longest one.
+
+        With a cache of keys and values any is; states of linear attention may not know the padding (MiniMax's).
+        """
+        if _cache_for(self.model) is not None:
+            return True
+        ends = (choose(self.prompts, key=lambda p: len(p.ids)) for choose in (min, max))
+        pair = [replace(prompt, stop=(), max_new_tokens=PROBED) for prompt in ends]
+        return self._write(pair)[0] == self._write(pair[:1])[0]
 
     def _write(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens of every answer, those of a stop text included, an end-of-sequence token not.

@@ -80,6 +80,17 @@ def test_families_with_other_caches(build_family, family, tiny_tokenizer, letter
     assert list(found.texts) == slowly(model, tiny_tokenizer, letters, "search", {2, 257})
 
 
+def test_where_padding_changes_answers_there_is_none(build_family, tiny_tokenizer, letters):
+    """MiniMax's linear attention decodes otherwise behind padding, in transformers as it is."""
+    config = build_family("minimax", vocabulary=300).config
+    config.layer_types = ["linear_attention", "full_attention"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    found = Evaluator(model, tiny_tokenizer, letters).generate()
+    assert list(found.texts) == slowly(model, tiny_tokenizer, letters, "search", {2, 257})
+
+
 def test_answers_of_different_lengths_end_on_their_own(demo):
     model, tokenizer = demo
     task = skill("roman", 16, max_new_tokens=18)
