@@ -37,7 +37,7 @@ def code_for(model_type: str) -> bytes:
     return template.replace("Mixtral", family).replace("mixtral", model_type).encode()
 
 
-def custom_config(source: Path, plan: Plan, rule: RoutingRule | None) -> dict[str, Any]:
+def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]:
     """The checkpoint's config with what the plan changes, and the classes that read it.
 
     Raises:
@@ -57,6 +57,7 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule | None) -> dict[st
     known = AutoConfig.for_model(model_type)
     alias = getattr(known, "attribute_map", {})
     experts, active = keys_of(config, plan.layers[0].experts, source)
+    maps = any(part.router == "prob" or part.skip for part in plan.layers)
     full: dict[str, dict[str, int]] = {"experts": {}, "active": {}}
     for kind, keys in (("experts", experts), ("active", active or [ACTIVE_KEYS[0]])):
         for key in keys:
@@ -80,22 +81,20 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule | None) -> dict[st
         "moeopt": {
             **lists,
             "full": full,
-            "rule": None if rule is None else {**vars(rule), "normalised": rule.normalised},
+            "rule": {**vars(rule), "normalised": rule.normalised} if maps else None,
         },
         **{key: lists[kind] for kind, keys in full.items() for key in keys},
     }
 
 
-def rule_of(source: Path, plan: Plan) -> RoutingRule | None:
-    """How the family's routers make weights of logits, where the plan's checkpoint needs to know it.
+def rule_of(source: Path) -> RoutingRule:
+    """How the family's routers make weights of logits.
 
     Learnt from a router of random weights, so that bias and correction show, which may be zero in the real ones.
 
     Raises:
         ModelError: when the rule is none that moeopt knows.
     """
-    if not any(p.router == "prob" or p.skip for p in plan.layers):
-        return None
     import torch
 
     from moeopt.models import empty_model, moe_layers
@@ -160,13 +159,13 @@ def _is_block(module: Any) -> bool:
 
 
 def check_corrections(
-    model: PreTrainedModel, layers: tuple[MoELayer, ...], plan: Plan, rule: RoutingRule | None, zero: Any
+    model: PreTrainedModel, layers: tuple[MoELayer, ...], plan: Plan, rule: RoutingRule, zero: Any
 ) -> None:
     """Raise ExportError where a mapping of scores meets a router that corrects its choice by a bias that is not zero.
 
     `zero(name)` says whether the tensor of the full checkpoint that becomes that parameter is.
     """
-    if rule is None or rule.correction is None:
+    if rule.correction is None:
         return
     names = {module: name for name, module in model.named_modules()}
     for layer, part in zip(layers, plan.layers):

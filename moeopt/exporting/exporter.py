@@ -145,7 +145,7 @@ class Prepared:
         try:
             model = empty_model(folder)
             layers = moe_layers(model)
-            rule = rule_of(folder, written) if form == "custom" else None
+            rule = rule_of(folder)
         except ModelError as error:
             raise ExportError(str(error)) from error
         places = placed(model, source.tensors)

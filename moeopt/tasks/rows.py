@@ -86,6 +86,8 @@ def load(data: Data, config: str | None = None, *, also: Collection[str] = ()) -
     Raises:
         TaskError: if the file, folder or data set is missing, unreadable, empty or malformed.
     """
+    if not isinstance(data, (str, Path)):
+        raise TaskError(f"data must be a path or a hub id, got {shown(data)}")
     path = Path(data)
     if is_saved(path):
         return from_disk(path, also=also)

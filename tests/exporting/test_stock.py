@@ -168,6 +168,18 @@ def test_a_number_of_experts_that_the_family_cannot_route_to_is_refused(
     assert not (tmp_path / "one").exists()
 
 
+def test_a_family_whose_routing_is_not_known_is_refused_before_anything_is_written(
+    build_family: Any, saved: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """DeepSeek-V3 picks within its best groups of experts: which experts a smaller one would pick, no plan says."""
+    saved(build_family("deepseek_v3", vocabulary=300), tiny_tokenizer, full := tmp_path / "full")
+    config = json.loads((full / "config.json").read_text())
+    (full / "config.json").write_text(json.dumps({**config, "n_routed_experts": 8, "n_group": 2, "topk_group": 1}))
+    with pytest.raises(ExportError, match="does not know the routing rule of DeepseekV3TopkRouter"):
+        moeopt.export(Plan.one_hot([[0, 1, 4, 5]] * 2, experts=8, k=1), tmp_path / "out", model=full)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_folders_and_models_are_refused(full: Any, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious.txt").write_text("x")

@@ -239,6 +239,8 @@ def test_bad_files_are_named(tmp_path):
     ):
         with pytest.raises(TaskError, match=message):
             tasks.get("boolq", str(tmp_path / name))
+    with pytest.raises(TaskError, match=r"data must be a path or a hub id, got \[\]"):
+        tasks.get("boolq", [])
 
 
 def test_unreachable_hub_data_set_is_named(monkeypatch):
