@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 import moeopt
 from moeopt import genome
-from moeopt.arguments import storage_again
 from moeopt.cli import app, main
+from moeopt.cli.arguments import storage_again
 from moeopt.plan import Plan
 from moeopt.study import load_study, space_of
 

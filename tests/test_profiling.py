@@ -414,7 +414,7 @@ def test_a_worker_passes_errors_on_and_its_end_is_one(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_it_and_its_workers() -> None:
-    command = [sys.executable, "-m", "moeopt.cli", "profile", str(MODEL), "--repeats", "10000", "--threads", "1"]
+    command = [sys.executable, "-m", "moeopt", "profile", str(MODEL), "--repeats", "10000", "--threads", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (workers := psutil.Process(process.pid).children()):
         time.sleep(0.05)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moeopt import arguments
+from moeopt.cli import arguments
 from moeopt.defaults import DEFAULT_STORAGE as DEFAULT_STORAGE
 from moeopt.defaults import STORAGE_VARIABLE as STORAGE_VARIABLE
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeopt import arguments
+from moeopt.cli import arguments
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, STUDY, DeviceMap, Dtype, Model, Storage, TrustRemoteCode
 from moeopt.errors import MoeoptError, TaskError
-from moeopt.options import DEFAULT_STORAGE, GOAL, STUDY, DeviceMap, Dtype, Model, Storage, TrustRemoteCode
 
 if TYPE_CHECKING:
     from rich.table import Table

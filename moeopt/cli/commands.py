@@ -11,20 +11,20 @@ from typing import Annotated
 
 import typer
 
-from moeopt import (
-    __version__,
-    cli_benchmark,
-    cli_compare,
-    cli_dashboard,
-    cli_demo,
-    cli_export,
-    cli_lm_eval,
-    cli_profile,
-    cli_search,
-    cli_select,
-    cli_show,
-    cli_verify,
-    cli_worker,
+from moeopt import __version__
+from moeopt.cli import (
+    compare,
+    compare_methods,
+    dashboard,
+    demo,
+    export,
+    lm_eval,
+    profile,
+    search,
+    select,
+    show,
+    verify,
+    worker,
 )
 from moeopt.errors import MoeoptError
 
@@ -76,18 +76,7 @@ def _common(
     """What every command shares."""
 
 
-cli_demo.register(app)
-cli_search.register(app)
-cli_show.register(app)
-cli_benchmark.register(app)
-cli_compare.register(app)
-cli_dashboard.register(app)
-cli_export.register(app)
-cli_lm_eval.register(app)
-cli_profile.register(app)
-cli_select.register(app)
-cli_verify.register(app)
-cli_worker.register(app)
-
-if __name__ == "__main__":
-    sys.exit(main())
+for command in (
+    demo, search, show, select, export, verify, profile, lm_eval, compare_methods, compare, dashboard, worker,
+):  # fmt: skip
+    command.register(app)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from moeopt import arguments
+from moeopt.cli import arguments
+from moeopt.cli.options import GOAL, MACHINE, Data, DeviceMap, TaskOption
 from moeopt.errors import MoeoptError
-from moeopt.options import GOAL, MACHINE, Data, DeviceMap, TaskOption
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\nmoeopt verify small/\n\n"

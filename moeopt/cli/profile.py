@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from moeopt import arguments
-from moeopt.errors import MoeoptError
-from moeopt.options import (
+from moeopt.cli import arguments
+from moeopt.cli.options import (
     DEFAULT_STORAGE,
     GOAL,
     INTERRUPTED,
@@ -21,6 +20,7 @@ from moeopt.options import (
     TaskOption,
     TrustRemoteCode,
 )
+from moeopt.errors import MoeoptError
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moeopt.options import DEFAULT_STORAGE, STORAGE_VARIABLE
+from moeopt.cli.options import DEFAULT_STORAGE, STORAGE_VARIABLE
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"

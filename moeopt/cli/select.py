@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from moeopt import arguments
-from moeopt.options import (
+from moeopt.cli import arguments
+from moeopt.cli.options import (
     DEFAULT_STORAGE,
     GOAL,
     STUDY,

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from moeopt import arguments
-from moeopt.options import (
+from moeopt.cli import arguments
+from moeopt.cli.options import (
     DEFAULT_STORAGE,
     GOAL,
     MACHINE,

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from moeopt import arguments
+from moeopt.cli import arguments
+from moeopt.cli.options import DEFAULT_STORAGE, TRIAL, Storage, StudyName
 from moeopt.errors import MoeoptError, PlanError
-from moeopt.options import DEFAULT_STORAGE, TRIAL, Storage, StudyName
 
 SHOW_EXAMPLES = "[bold]Examples[/bold]\n\nmoeopt show --storage sqlite:///moeopt.db\n\nmoeopt show boolq-8to4 --json"
 PLAN_EXAMPLES = (

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moeopt import arguments
+from moeopt.cli import arguments
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE, TRIAL, Data, Limit, Model, Storage, StudyName, TaskOption
 from moeopt.errors import ExportError, PlanError
-from moeopt.options import DEFAULT_STORAGE, GOAL, MACHINE, TRIAL, Data, Limit, Model, Storage, StudyName, TaskOption
 
 if TYPE_CHECKING:
     from moeopt.exporting import Projection

@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from moeopt import arguments
-from moeopt.errors import MoeoptError
-from moeopt.options import (
+from moeopt.cli import arguments
+from moeopt.cli.options import (
     DEFAULT_STORAGE,
     GOAL,
     INTERRUPTED,
@@ -25,6 +24,7 @@ from moeopt.options import (
     Storage,
     TaskOption,
 )
+from moeopt.errors import MoeoptError
 
 FAILED = 1
 """Exit code after a trial failed for a reason that is neither the plan's nor the user's."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from moeopt.cli.options import DEFAULT_STORAGE, STORAGE_VARIABLE
 from moeopt.errors import StudyError, nearest
-from moeopt.options import DEFAULT_STORAGE, STORAGE_VARIABLE
 
 if TYPE_CHECKING:
     from moeopt.benchmarking import Run
