@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import optuna
+import psutil
 import pytest
 import torch
 from optuna.trial import TrialState
 
 import moeopt
-from moeopt import genome, methods, samplers
+from moeopt import genome, methods, process, samplers
 from moeopt.errors import MethodError, SamplerError, SpaceError, StorageError, StudyError
 from moeopt.samplers import EEPSampler
 from moeopt.storage import hidden
@@ -377,14 +378,32 @@ def test_a_trial_whose_worker_died_before_proposing_is_run_again(objective: moeo
     assert [genome.origin(t)["slot"] for t in done] == [0, 1, 2, 3]
 
 
-def test_a_worker_of_another_host_is_taken_for_dead_only_on_request(objective: moeopt.Objective) -> None:
+@pytest.mark.parametrize(
+    "elsewhere",
+    [{"host": "elsewhere"}, {"namespace": 1, "started": 0.0}],
+    ids=["another host", "another container with this host's name"],
+)
+def test_a_worker_elsewhere_is_taken_for_dead_only_on_request(
+    objective: moeopt.Objective, elsewhere: dict[str, Any]
+) -> None:
     study = moeopt.create_study("s", objective=objective, storage=None, **SMALL)
     study.ask()
     (running,) = study.trials
-    away = {**genome.origin(running), "worker": {"host": "elsewhere", "pid": 1, "started": 0.0}}
+    away = {**genome.origin(running), "worker": {**process.this_worker(), **elsewhere}}
     genome.write(study, running, {genome.ORIGIN: away})
     assert reclaim(study) == []
     assert reclaim(study, other_hosts=True) == [0]
+
+
+def test_a_correction_of_the_clock_kills_no_worker(
+    objective: moeopt.Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = moeopt.create_study("s", objective=objective, storage=None, **SMALL)
+    study.ask()
+    real = psutil.boot_time()
+    for module in (psutil, psutil._psplatform):
+        monkeypatch.setattr(module, "boot_time", lambda: real + 3600)
+    assert reclaim(study) == []
 
 
 def test_an_objective_is_minimised_and_takes_fixed_trials(model: Any, tiny_tokenizer: Any) -> None:

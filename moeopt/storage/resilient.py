@@ -332,9 +332,18 @@ class ResilientStorage(RDBStorage):
         return self.waiting(call)
 
     def recover(self, study_id: int, other_hosts: bool = False) -> None:
-        """Store what dead workers of this host, or also of others, kept of a study on this disk."""
+        """Store what dead workers of this host, or also of others, kept of a study on this disk.
+
+        An evaluated trial that was taken over is none of its worker's any more, wherever that is.
+        """
+
+        def is_left(result: Result) -> bool:
+            return process.is_dead(result.worker, other_hosts) or (
+                result.state is not None and self.waiting(lambda: rows.was_taken_over(self, study_id, result.number))
+            )
+
         for result in spool.results(self.identity(study_id)):
-            if process.is_dead(result.worker, other_hosts):
+            if is_left(result):
                 number = self._deliver(study_id, result)
                 result.remove()
                 if number is not None:

@@ -292,6 +292,14 @@ def take_over(
         return int(new.number)
 
 
+def was_taken_over(storage: Any, study_id: int, number: int) -> bool:
+    """Whether another trial repeats this one."""
+    trials = models.TrialModel
+    with Session(storage.engine) as session:
+        found = session.query(trials.trial_id).join(SystemAttr).filter(SystemAttr.key == SUCCESSOR)
+        return found.filter(trials.study_id == study_id, trials.number == number).first() is not None
+
+
 def deliver(storage: Any, study_id: int, result: Result) -> int | None:
     """Store what was kept of a trial: in it, or in the last of those that repeat it, if that has not ended.
 

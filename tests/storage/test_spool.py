@@ -76,6 +76,22 @@ def test_a_living_worker_keeps_what_is_its_own(study: optuna.Study) -> None:
     assert result.file.exists()
 
 
+def test_what_a_container_kept_that_was_started_anew_is_stored_once_its_trial_was_taken_over(
+    study: optuna.Study,
+) -> None:
+    result = orphan(study, worker={**DEAD, "namespace": 1}, state="COMPLETE", values=[0.5])
+    result.save()
+    genome.write(study, study.trials[0], {genome.ORIGIN: {**genome.origin(study.trials[0]), "worker": result.worker}})
+    assert moeopt.study.reclaim(study) == []
+    assert study.trials[0].state == TrialState.RUNNING
+    team = genome.shared(study)
+    assert team is not None
+    assert team[0].take_over(team[1], genome.key(study.trials[0]), "its worker was not heard of") == 1
+    moeopt.study.reclaim(study)
+    assert (study.trials[1].state, study.trials[1].value) == (TrialState.COMPLETE, 0.5)
+    assert not result.file.exists()
+
+
 def test_a_result_of_another_plan_or_of_a_trial_that_ended_is_dropped(study: optuna.Study) -> None:
     other = orphan(study, plan="f" * 32, state="COMPLETE", values=[0.5])
     other.save()
