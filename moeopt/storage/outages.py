@@ -21,10 +21,12 @@ SLICE = 0.2
 """Seconds after which a wait sees `stopped`: a signal handler can set no event that the same thread waits for."""
 SILENT = 1.0
 """Seconds of an outage that nobody is told of: deadlocks, a connection that the server closed."""
-MYSQL = {1040, 1053, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1290, 1927, 2002, 2003, 2006, 2013, 2055, 3024, 4031}
-"""Numbers of MySQL and MariaDB that will pass: too many connections, shutdown, network, lock waits."""
-POSTGRES = ("08", "57P", "53300", "40001", "40P01", "55P03", "25006")
-"""Beginnings of PostgreSQL's codes that will pass: connection, shutdown, too many clients, deadlocks, standby."""
+MYSQL = {
+    1040, 1053, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1290, 1317, 1927, 2002, 2003, 2006, 2013, 2055, 3024, 4031,
+}  # fmt: skip
+"""Numbers of MySQL and MariaDB that will pass: too many connections, shutdown, KILL, network, lock waits."""
+POSTGRES = ("08", "57", "53300", "40001", "40P01", "55P03", "25006")
+"""Beginnings of PostgreSQL's codes that will pass: connection, shutdown, cancel, too many clients, locks, standby."""
 REFUSED = ("authentication failed", "does not exist", "no pg_hba.conf", "unsupported", "permission denied")
 """What a server says that is there, and will say again."""
 

@@ -250,11 +250,16 @@ def test_which_errors_are_outages() -> None:
     class Refused(Exception):
         sqlstate = "28P01"
 
+    class Cancelled(Exception):
+        sqlstate = "57014"
+
     locked = OperationalError("x", {}, sqlite3.OperationalError("database is locked"))
     assert is_outage(locked)
     wrapped = optuna.exceptions.StorageInternalError("x")
     wrapped.__cause__ = locked
     assert is_outage(wrapped)
+    assert is_outage(OperationalError("x", {}, Cancelled("canceling statement due to user request")))
+    assert is_outage(OperationalError("x", {}, Exception(1317, "Query execution was interrupted")))
     for error in (
         OperationalError("x", {}, sqlite3.OperationalError("no such table: trials")),
         OperationalError("x", {}, sqlite3.OperationalError("database or disk is full")),
