@@ -89,17 +89,25 @@ class Waiting:
             failed: called once, when the first try failed.
 
         Raises:
-            StorageError: when patience or deadline ended, or `stopped` was set.
+            StorageError: when patience or deadline ended, `stopped` was set, or the database says what will not pass,
+                such as that the disk is full.
         """
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import DBAPIError
+
         tries = 0
         while True:
             try:
                 result = call()
             except Exception as error:
-                if not is_outage(error):
+                passes = is_outage(error)
+                if not passes and not isinstance(error, (DBAPIError, StorageInternalError)):
                     raise
                 if tries == 0 and failed is not None:
                     failed()
+                if not passes:
+                    said = reason(error, self._url)
+                    raise StorageError(f"cannot use the storage {self.place}: {said}") from None
                 self._wait(error, tries)
                 tries += 1
             else:

@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
@@ -125,6 +126,52 @@ def test_patience_ends_with_one_error_and_the_result_is_stored_later(
     moeopt.optimize(later, objective, trials=3)
     assert slots(later) == [0, 1, 2]
     assert calls == [0, 1, 2]
+    assert kept(spool) == []
+
+
+def worker_on_full_disk(url: str, name: str, at: str, said: str) -> None:
+    import sqlite3
+
+    study = opened(url, name)
+
+    def fill() -> None:
+        @event.listens_for(backend(study).engine, "commit")
+        def full(connection: Any) -> None:
+            raise OperationalError("x", {}, sqlite3.OperationalError("database or disk is full"))
+
+    def objective(trial: optuna.Trial) -> float:
+        value = loss(trial)
+        if trial.number == 1:
+            fill()
+            if at == "attrs":
+                genome.write(study, trial, {}, {"note": value})
+        return value
+
+    try:
+        moeopt.optimize(study, objective, trials=3)
+    except StorageError as error:
+        Path(said).write_text(str(error))
+
+
+@pytest.mark.parametrize("at", ["attrs", "value"])
+def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path: Path, name: str, spool: Path, at: str) -> None:
+    url, said = f"sqlite:///{tmp_path}/study.db", tmp_path / "said"
+    opened(url, name)
+    (process,) = processes(1, worker_on_full_disk, url, name, at, str(said))
+    process.join()
+    assert "\n" not in said.read_text()
+    assert said.read_text().endswith("study.db: database or disk is full")
+    (result,) = kept(spool)
+    assert (result["number"], result["state"]) == (1, "COMPLETE" if at == "value" else None)
+    later, calls = opened(url, name), []
+
+    def objective(trial: optuna.Trial) -> float:
+        calls.append(trial.number)
+        return loss(trial)
+
+    moeopt.optimize(later, objective, trials=3)
+    assert slots(later) == [0, 1, 2]
+    assert calls == ([2, 3] if at == "attrs" else [2])
     assert kept(spool) == []
 
 
