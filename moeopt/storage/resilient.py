@@ -139,6 +139,19 @@ class ResilientStorage(RDBStorage):
             self._identities[study_id] = self.waiting(lambda: rows.identity(self, study_id))
         return self._identities[study_id]
 
+    def check_there(self, study_id: int) -> None:
+        """Raise StudyIsGone when a study was deleted since this process knows it; nothing of it is kept on the disk."""
+        if study_id not in self._identities:
+            return
+        try:
+            with rows.transaction(self) as session:
+                rows.check_there(session, study_id, self._identities[study_id])
+        except rows.StudyIsGone:
+            for owned in self._owned.values():
+                if owned.study_id == study_id:
+                    owned.result.remove()
+            raise
+
     # Claims.
 
     @contextmanager
@@ -166,13 +179,13 @@ class ResilientStorage(RDBStorage):
         return self.waiting(lambda: rows.claimable(self, study_id, slots))
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
-        self.identity(study_id)
+        study = study_id, self.identity(study_id)
         claim, slots = uuid.uuid4().hex, self._slots(study_id)
         tries: list[None] = []
 
         def create() -> FrozenTrial:
             tries.append(None)
-            return rows.create(self, study_id, template_trial, claim, slots, again=len(tries) > 1)
+            return rows.create(self, study, template_trial, claim, slots, again=len(tries) > 1)
 
         trial = self.waiting(create)
         if trial.state == TrialState.RUNNING:
@@ -181,7 +194,8 @@ class ResilientStorage(RDBStorage):
 
     def create_once(self, study_id: int, template: FrozenTrial, user_attrs: Mapping[str, Any]) -> bool:
         """`rows.create_once`, waited for."""
-        return self.waiting(lambda: rows.create_once(self, study_id, template, user_attrs))
+        study = study_id, self.identity(study_id)
+        return self.waiting(lambda: rows.create_once(self, study, template, user_attrs))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         if state.is_finished():
@@ -189,9 +203,9 @@ class ResilientStorage(RDBStorage):
         if state != TrialState.RUNNING:
             return self.waiting(lambda: RDBStorage.set_trial_state_values(self, trial_id, state, values))
         study_id = self.waiting(lambda: rows.study_of(self, trial_id))
-        self.identity(study_id)
+        study = study_id, self.identity(study_id)
         claim, slots = uuid.uuid4().hex, self._slots(study_id)
-        trial = self.waiting(lambda: rows.start(self, study_id, trial_id, claim, slots))
+        trial = self.waiting(lambda: rows.start(self, study, trial_id, claim, slots))
         if trial is None:
             return False
         self._own(study_id, trial)
@@ -287,7 +301,7 @@ class ResilientStorage(RDBStorage):
         result = owned.result
         if state != TrialState.FAIL:
             result.user_attrs.pop(genome.INTERRUPTED, None)
-        end = functools.partial(rows.end, self, trial_id, result, state, values)
+        end = functools.partial(rows.end, self, owned.study_id, trial_id, result, state, values)
         if not self.waiting(end, lambda: self.hold(trial_id, state, values)):
             result.state, result.values = state.name, values
             taker = self._deliver(owned.study_id, result)

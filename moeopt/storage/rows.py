@@ -22,6 +22,7 @@ from sqlalchemy import func
 from sqlalchemy.orm import Session
 
 from moeopt import genome
+from moeopt.errors import StorageError
 from moeopt.process import this_worker
 from moeopt.storage.spool import Result
 
@@ -48,6 +49,13 @@ class NoSlotLeft(Exception):
     """Every slot that the study shall have was started."""
 
 
+class StudyIsGone(StorageError):
+    """The study was deleted, and its key may be another one's now."""
+
+    def __init__(self) -> None:
+        super().__init__("the study was deleted while it was searched")
+
+
 @contextmanager
 def transaction(storage: Any, study_id: int | None = None) -> Iterator[Session]:
     """A transaction; with `study_id` it holds the lock on that study, in SQLite on the database in any case."""
@@ -55,8 +63,16 @@ def transaction(storage: Any, study_id: int | None = None) -> Iterator[Session]:
         if storage.engine.name == "sqlite":
             session.connection().exec_driver_sql("BEGIN IMMEDIATE")
         if study_id is not None:
-            models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+            locked(session, models.StudyModel, study_id)
         yield session
+
+
+def locked(session: Session, model: Any, key: int) -> Any:
+    """The study or trial of that key, locked; StudyIsGone where there is none."""
+    try:
+        return model.find_or_raise_by_id(key, session, for_update=True)
+    except KeyError:
+        raise StudyIsGone from None
 
 
 def attributes(session: Session, model: Any, trial_id: int) -> dict[str, Any]:
@@ -72,6 +88,17 @@ def set_attributes(session: Session, model: Any, trial_id: int, values: Mapping[
             there[key].value_json = json.dumps(value)
         else:
             session.add(model(trial_id=trial_id, key=key, value_json=json.dumps(value)))
+
+
+def check_there(session: Session, study_id: int, identity: str) -> None:
+    """Raise StudyIsGone unless the key is this study's; SQLite gives that of one that was deleted to the next.
+
+    What must see what others committed has its lock before: a transaction of MySQL sees what was at its first read.
+    """
+    kind = models.StudySystemAttributeModel
+    found = session.query(kind.value_json).filter_by(study_id=study_id, key=IDENTITY).scalar()
+    if found is None or json.loads(found) != identity:
+        raise StudyIsGone
 
 
 def identity(storage: Any, study_id: int) -> str:
@@ -141,15 +168,18 @@ def claimed(session: Session, study_id: int, claim: str) -> int | None:
 
 
 def create(
-    storage: Any, study_id: int, template: FrozenTrial | None, claim: str, slots: int | None, *, again: bool
+    storage: Any, study: tuple[int, str], template: FrozenTrial | None, claim: str, slots: int | None, *, again: bool
 ) -> FrozenTrial:
     """A new trial, running, or as the template says.
 
     Args:
+        study: its key and identity.
         claim: names this call, so that a repetition (`again`) finds what the first try made.
         slots: of `room`, for a trial without template.
     """
+    study_id, identity = study
     with transaction(storage, study_id) as session:
+        check_there(session, study_id, identity)
         trial_id = claimed(session, study_id, claim) if again else None
         if trial_id is not None:
             return frozen(storage, models.TrialModel.find_or_raise_by_id(trial_id, session))
@@ -168,9 +198,11 @@ def create(
         return made
 
 
-def create_once(storage: Any, study_id: int, template: FrozenTrial, user_attrs: Mapping[str, Any]) -> bool:
+def create_once(storage: Any, study: tuple[int, str], template: FrozenTrial, user_attrs: Mapping[str, Any]) -> bool:
     """A new trial as the template says, unless the study has one with these user attributes; whether it was made."""
+    study_id, identity = study
     with transaction(storage, study_id) as session:
+        check_there(session, study_id, identity)
         trials = session.query(models.TrialModel.trial_id).filter_by(study_id=study_id)
         for key, value in user_attrs.items():
             trials = trials.filter(
@@ -184,10 +216,12 @@ def create_once(storage: Any, study_id: int, template: FrozenTrial, user_attrs: 
         return True
 
 
-def start(storage: Any, study_id: int, trial_id: int, claim: str, slots: int | None) -> FrozenTrial | None:
+def start(storage: Any, study: tuple[int, str], trial_id: int, claim: str, slots: int | None) -> FrozenTrial | None:
     """Make a waiting trial this worker's; None where it cannot: another has it, or every slot was started."""
+    study_id, identity = study
     with transaction(storage, study_id) as session:
-        trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+        check_there(session, study_id, identity)
+        trial = locked(session, models.TrialModel, trial_id)
         storage.check_trial_is_updatable(trial_id, trial.state)
         attrs = attributes(session, SystemAttr, trial_id)
         origin = attrs.get(genome.ORIGIN) or {}
@@ -212,10 +246,13 @@ def beat(storage: Any, trial_ids: list[int]) -> None:
         )
 
 
-def end(storage: Any, trial_id: int, result: Result, state: TrialState, values: list[float] | None) -> bool:
+def end(
+    storage: Any, study_id: int, trial_id: int, result: Result, state: TrialState, values: list[float] | None
+) -> bool:
     """End a trial with what is known of it; whether it was still running, or ended so before."""
     with transaction(storage) as session:
-        trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+        trial = locked(session, models.TrialModel, trial_id)
+        check_there(session, study_id, result.study)
         if trial.state.is_finished():
             ended = frozen(storage, trial)
             attrs = attributes(session, SystemAttr, trial_id)
@@ -265,7 +302,7 @@ def take_over(
         grace: only where its heartbeat is that old, in seconds.
     """
     with transaction(storage, study_id) as session:
-        trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+        trial = locked(session, models.TrialModel, trial_id)
         dead = frozen(storage, trial)
         if SUCCESSOR in dead.system_attrs:
             return None

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import genome, recipe
 from moeopt.errors import StorageError, StudyError
-from moeopt.storage.rows import NoSlotLeft
+from moeopt.storage.rows import NoSlotLeft, StudyIsGone
 from moeopt.study.progress import finished, stalled
 from moeopt.study.reclaiming import reclaim
 
@@ -53,7 +53,7 @@ def optimize(
 
     Raises:
         StudyError: when none of the three says when to stop, or one cannot.
-        StorageError: when the database was away for longer than its storage waits.
+        StorageError: when the database was away for longer than its storage waits, or the study was deleted.
     """
     check_limits(trials, timeout, patience)
     until = None if timeout is None else time.monotonic() + timeout
@@ -177,8 +177,10 @@ def _stoppable(study: optuna.Study, stop: _Stop, until: float | None) -> Iterato
         signal.signal(signal.SIGINT, finish_trial)
     try:
         yield
-    except (StorageError, UnboundLocalError) as error:
+    except (StorageError, UnboundLocalError, AssertionError, KeyError) as error:
         found = _storage_error(error)
+        if team is not None and (found is None or isinstance(found, StudyIsGone)):
+            team[0].check_there(team[1])
         if found is None:
             raise
         if not stop.asked and (until is None or time.monotonic() < until):

@@ -19,7 +19,9 @@ from sqlalchemy import text
 
 import moeopt
 from moeopt import genome, samplers
+from moeopt.errors import StorageError
 from moeopt.samplers import EEPSampler
+from moeopt.storage import open_storage
 from moeopt.study.warm_starts import enqueue_new
 
 from .conftest import SPACE, loss, opened, processes, slots, until
@@ -297,3 +299,35 @@ def test_eep_goes_from_pruning_to_merging_once_by_population(url: str, name: str
     merges = [number for number, phase in phases.items() if phase == "merge"]
     prunes = [number for number, phase in phases.items() if phase == "prune"]
     assert max(prunes) - min(merges) < 3  # but for those that were proposed at that moment
+
+
+@pytest.mark.parametrize("at", ["evaluating", "between"])
+@pytest.mark.parametrize("again", [False, True], ids=["deleted", "made anew"])
+def test_a_worker_of_a_deleted_study_ends_and_leaves_the_next_one_alone(
+    url: str, name: str, spool: Path, at: str, again: bool
+) -> None:
+    study = opened(url, name)
+    made: list[optuna.Study] = []
+
+    def delete() -> None:
+        storage = open_storage(url)
+        optuna.delete_study(study_name=name, storage=storage)
+        if again:
+            made.append(opened(url, name))
+            for _ in range(3):
+                made[0].ask()
+
+    def objective(trial: optuna.Trial) -> float:
+        if at == "evaluating" and trial.number == 1:
+            delete()
+        return loss(trial)
+
+    def then(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if at == "between" and trial.number == 1:
+            delete()
+
+    with pytest.raises(StorageError, match="the study was deleted while it was searched"):
+        moeopt.optimize(study, objective, trials=9, callbacks=[then])
+    for new in made:
+        assert [trial.state for trial in new.trials] == [TrialState.RUNNING] * 3
+    assert not [*spool.rglob("*.json")]
