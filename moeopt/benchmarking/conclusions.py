@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 def conclusions(c: Comparison) -> list[str]:
     """See `Comparison.conclusions`."""
     if len(c.optimisers) == 1:
-        return [f"There is one optimiser, {line(c.optimisers[0].name)}, and nothing to compare it with."]
-    found = [*_orders(c.pairs, "search loss"), *_equality(c), *_same(c), *_held_out(c), _budget(c)]
+        return [
+            f"There is one optimiser, {line(c.optimisers[0].name)}, and nothing to compare it with.",
+            *_left_out(c),
+        ]
+    found = [*_orders(c.pairs, "search loss"), *_equality(c), *_same(c), *_held_out(c), _budget(c), *_left_out(c)]
     return [*found, "All of this is about one model, one task, one space and one budget."]
+
+
+def _left_out(c: Comparison) -> list[str]:
+    return [f"Left out, without a finished trial: {listed([line(name) for name in c.left_out])}."] if c.left_out else []
 
 
 def _equality(c: Comparison) -> list[str]:

@@ -85,8 +85,7 @@ def _figure(svg: str, caption: str) -> str:
 
 
 def _conclusions(c: Comparison) -> str:
-    left = [f"Left out, without a finished trial: {', '.join(c.left_out)}."] if c.left_out else []
-    return "<ul>" + "".join(f"<li>{escape(text, 4000)}</li>" for text in (*c.conclusions, *left)) + "</ul>"
+    return "<ul>" + "".join(f"<li>{escape(text, 4000)}</li>" for text in c.conclusions) + "</ul>"
 
 
 def _table(c: Comparison) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeopt.benchmarking import statistics
-from moeopt.benchmarking.formatting import DASH, interval, loss, short
+from moeopt.benchmarking.formatting import DASH, count, interval, loss, short
 from moeopt.showing import line
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def view(c: Comparison) -> RenderableType:
     from rich.text import Text
 
     name = line(str(c.description["task"].get("name")))
-    title = f"{name}: {len(c.optimisers)} optimisers in {len(c.runs)} studies, at {short(c.budget)} " + (
+    studies = "1 study" if len(c.runs) == 1 else f"{len(c.runs)} studies"
+    title = f"{name}: {count(len(c.optimisers), 'optimiser')} in {studies}, at {short(c.budget)} " + (
         "seconds" if c.cost == "time" else c.cost
     )
     table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)

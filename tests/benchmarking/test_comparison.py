@@ -194,6 +194,7 @@ def test_a_damaged_description_is_refused(make: Make, about: Any) -> None:
 def test_a_study_without_trials_is_left_out_and_named(make: Make) -> None:
     found = compare([make("a", [0.5]), make("empty", [], "tpe")])
     assert found.left_out == ("empty",)
+    assert "Left out, without a finished trial: empty." in found.conclusions
     assert found.budget == 10
 
 
