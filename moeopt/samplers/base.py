@@ -168,11 +168,12 @@ class GenomeSampler(BaseSampler):
     def _proposal(self, whole: Study, trial: FrozenTrial, trials: list[FrozenTrial], slot: int) -> Proposal:
         """What a trial without a genotype evaluates: the parameters it was enqueued with, the rest new."""
         history = self.history(whole, trials, without=trial.number)
-        fixed = trial.system_attrs.get("fixed_params") or {}
-        if fixed and not set(fixed) & set(self.space.names):
+        given = trial.system_attrs.get("fixed_params") or {}
+        fixed = {name: value for name, value in given.items() if description.FINITE.holds(value)}
+        if given and not set(fixed) & set(self.space.names):
             warnings.warn(
-                f"trial {trial.number} was enqueued with {sorted(fixed)}, none of which is a number of the space; "
-                "moeopt.enqueue(study, space, plan) enqueues a plan",
+                f"trial {trial.number} was enqueued with {sorted(given)}, none of which is a finite number of the "
+                "space; moeopt.enqueue(study, space, plan) enqueues a plan",
                 stacklevel=2,
             )
         named = [i for i, name in enumerate(self.space.names) if name in fixed]

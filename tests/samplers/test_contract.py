@@ -235,6 +235,16 @@ def test_enqueue_by_parameter_names(name: str) -> None:
     assert 4 in space.plan(study.trials[1]).layers[0].kept
 
 
+@pytest.mark.parametrize("value", ["four", float("nan"), None, [4]])
+def test_what_is_enqueued_and_no_number_is_said_and_drawn(value: Any) -> None:
+    space = SPACES["rows"]()
+    study = optuna.create_study()
+    study.enqueue_trial({space.names[0]: value})
+    with pytest.warns(UserWarning, match="none of which is a finite number of the space"):
+        run("random", space, 2, study)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+
+
 @each_sampler
 @three_spaces
 def test_failed_trials(name: str, kind: str) -> None:
