@@ -29,7 +29,7 @@ from moeopt.errors import NonFiniteLossError, StudyError, TaskError
 from moeopt.evaluation import Compression, Evaluation, Evaluator, Interval, paired_bootstrap
 from moeopt.exporting import why_not_stock
 from moeopt.plan import LayerPlan, Plan
-from moeopt.selection import SELECTION, on_test, recorded, selected_trial, verdict, view
+from moeopt.selection import SELECTION, check, on_test, recorded, selected_trial, verdict, view
 from moeopt.selection.kept import Kept
 from moeopt.selection.record import sentence
 from moeopt.tasks import MultipleChoiceTask, TextTask
@@ -411,8 +411,9 @@ def test_bad_arguments_are_named(objective: moeopt.Objective, given: dict[str, A
 def test_studies_that_cannot_serve_are_refused(objective: moeopt.Objective, make_mixtral: Any) -> None:
     study = moeopt.create_study(study_name="s", objective=objective, storage=None)
     model, tokenizer, task = objective.model, objective.tokenizer, objective.task
-    with pytest.raises(StudyError, match="'s' has no completed trial yet"):
-        moeopt.select(study, objective)
+    for call in (lambda: moeopt.select(study, objective), lambda: check(study, task)):  # the command's, before loading
+        with pytest.raises(StudyError, match="'s' has no completed trial with a finite loss yet"):
+            call()
     with pytest.raises(StudyError, match="nothing was selected"):
         selected_trial(study)
     with pytest.raises(StudyError, match="moeopt did not make it"):

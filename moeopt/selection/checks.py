@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, get_args
 
 from moeopt.errors import StudyError, TaskError
@@ -19,6 +20,8 @@ UNSEEN = ("dev", "test")
 
 def check(study: optuna.Study, task: Task, model: nn.Module | None = None) -> None:
     """Raise StudyError or TaskError unless something can be selected from the study by this task; see `select`."""
+    from optuna.trial import TrialState
+
     from moeopt.study import check_study
 
     check_study(study, task, model, UNSEEN)
@@ -28,6 +31,8 @@ def check(study: optuna.Study, task: Task, model: nn.Module | None = None) -> No
             f"task {task.name!r} has no {' and no '.join(missing)} split (it has {', '.join(task.splits)}); a "
             "selection chooses on dev and reports on test"
         )
+    if not any(t.value is not None and math.isfinite(t.value) for t in study.get_trials(False, (TrialState.COMPLETE,))):
+        raise StudyError(f"study {study.study_name!r} has no completed trial with a finite loss yet")
 
 
 def check_arguments(*, top: int, score: str | None, **limits: int | None) -> None:

@@ -174,8 +174,7 @@ def _ranked(study: optuna.Study, top: int, stock_only: bool) -> Ranked:
         if not (stock_only and why_not_stock(plan)):
             found.setdefault(plan.fingerprint, (trial, plan))
     if not found:
-        which = " that an ordinary checkpoint can hold" if stock_only and done else " yet"
-        raise StudyError(f"study {study.study_name!r} has no completed trial{which}")
+        raise StudyError(f"study {study.study_name!r} has no completed trial that an ordinary checkpoint can hold")
     return list(found.values())
 
 
