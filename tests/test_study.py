@@ -143,6 +143,24 @@ def test_an_existing_study_is_resumed_only_when_asked(objective: moeopt.Objectiv
         moeopt.load_study("S", url)
 
 
+@pytest.mark.parametrize(("resume", "named"), [(True, "sampler.name: study has 'cmaes'"), (False, "already exists")])
+def test_a_study_that_another_process_makes_meanwhile_is_refused_as_any_other(
+    objective: moeopt.Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool, named: str
+) -> None:
+    make = optuna.create_study
+
+    def slowly(**options: Any) -> optuna.Study:
+        monkeypatch.undo()
+        moeopt.create_study("s", objective=objective, storage=f"sqlite:///{tmp_path}/study.db", sampler="cmaes")
+        return make(**options)
+
+    monkeypatch.setattr(optuna, "create_study", slowly)
+    with pytest.raises(StudyError, match=named):
+        moeopt.create_study(
+            "s", objective=objective, storage=f"sqlite:///{tmp_path}/study.db", sampler="random", load_if_exists=resume
+        )
+
+
 def test_a_study_of_something_else_is_refused(objective: moeopt.Objective, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     foreign = optuna.create_study(study_name="s", storage=url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.exceptions import DuplicatedStudyError
 from optuna.pruners import BasePruner
 
 from moeopt import __version__, recipe, samplers
@@ -74,22 +75,25 @@ def create_study(
         existing = find(opened, study_name)
         if existing is not None:
             if not load_if_exists:
-                raise StudyError(
-                    f"study {study_name!r} already exists; resume it with load_if_exists=True, or choose another name"
-                )
+                raise _taken(study_name)
             check_same(existing, description)
     held = [] if existing is None else [trial.user_attrs for trial in existing.get_trials(deepcopy=False)]
     found = calibrated(starts, objective, held)
     with readable_errors(storage):
-        study = optuna.create_study(
-            study_name=study_name,
-            storage=opened,
-            sampler=chosen,
-            pruner=racer,
-            direction="minimize",
-            load_if_exists=load_if_exists,
-        )
-        if DESCRIPTION not in study.user_attrs:
+        try:
+            study = optuna.create_study(
+                study_name=study_name,
+                storage=opened,
+                sampler=chosen,
+                pruner=racer,
+                direction="minimize",
+                load_if_exists=load_if_exists,
+            )
+        except DuplicatedStudyError:
+            raise _taken(study_name) from None
+        if DESCRIPTION in study.user_attrs:
+            check_same(study, description)  # another process may have made it since
+        else:
             study.set_user_attr(DESCRIPTION, {"version": __version__, "format": FORMAT, **description})
             for key, value in summary(description).items():
                 study.set_user_attr(key, value)
@@ -100,6 +104,12 @@ def create_study(
         enqueue_new(study, objective.space, found, held)
         reclaim(study)
     return study
+
+
+def _taken(study_name: str | None) -> StudyError:
+    return StudyError(
+        f"study {study_name!r} already exists; resume it with load_if_exists=True, or choose another name"
+    )
 
 
 def summary(description: dict[str, Any]) -> dict[str, str | int]:
