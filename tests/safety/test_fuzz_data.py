@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from profiles import fuzzing
 
 import moeopt
-from moeopt import arguments, tasks
+from moeopt import tasks
+from moeopt.cli import arguments
 from moeopt.comparing.checks import ComparisonError, check_folder
 from moeopt.comparing.ledger import Ledger
 from moeopt.errors import TaskError

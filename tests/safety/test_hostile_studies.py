@@ -15,8 +15,8 @@ import pytest
 from optuna.storages import InMemoryStorage
 
 import moeopt
-from moeopt import arguments, genome
-from moeopt.cli import main
+from moeopt import genome
+from moeopt.cli import arguments, main
 from moeopt.comparing.searched import searched
 from moeopt.console import study_record, study_summary, study_view
 from moeopt.description import DESCRIPTION

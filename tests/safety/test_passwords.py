@@ -18,8 +18,7 @@ from databases import servers
 from sqlalchemy.engine import make_url
 
 import moeopt
-from moeopt import arguments
-from moeopt.cli import main
+from moeopt.cli import arguments, main
 from moeopt.errors import MoeoptError
 from moeopt.storage import hidden
 from moeopt.storage.urls import scrub

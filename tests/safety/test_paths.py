@@ -12,7 +12,8 @@ from typing import Any
 import hostile
 
 import moeopt
-from moeopt import arguments, genome
+from moeopt import genome
+from moeopt.cli import arguments
 from moeopt.description import DESCRIPTION
 from moeopt.selection import SELECTION
 
