@@ -342,35 +342,54 @@ def deliver(storage: Any, study_id: int, result: Result) -> int | None:
 
     Returns the number of the trial that took it; None where it has ended, or has another plan.
     """
-    with transaction(storage, study_id) as session:
-        trials = session.query(models.TrialModel).filter_by(study_id=study_id)
-        first = trial = trials.filter_by(number=result.number).one_or_none()
-        while trial is not None and trial.state.is_finished():
-            successor = attributes(session, SystemAttr, trial.trial_id).get(SUCCESSOR)
-            trial = None if successor is None else trials.filter_by(number=successor).one_or_none()
-        if trial is None or first is None:
+    looked: list[int] = []
+    while (ids := _repeating(storage, study_id, result.number)) != looked:
+        with transaction(storage, study_id) as session:
+            trial = locked(session, models.TrialModel, ids[-1])
+            check_there(session, study_id, result.study)
+            if not trial.state.is_finished():
+                return _delivered(storage, session, result, session.get(models.TrialModel, ids[0]), trial)
+        looked = ids
+    return None
+
+
+def _repeating(storage: Any, study_id: int, number: int) -> list[int]:
+    """Keys of a trial, of the one that repeats it, of the one that repeats that, and so on."""
+    ids: list[int] = []
+    with Session(storage.engine) as session:
+        trials = session.query(models.TrialModel.trial_id)
+        while (trial_id := trials.filter_by(study_id=study_id, number=number).scalar()) is not None:
+            ids.append(trial_id)
+            successor = attributes(session, SystemAttr, trial_id).get(SUCCESSOR)
+            if not isinstance(successor, int) or successor <= number:
+                break
+            number = successor
+    return ids
+
+
+def _delivered(storage: Any, session: Session, result: Result, first: Any, trial: Any) -> int | None:
+    """Store a result in a running or waiting trial, which is locked; `first` is the one that it was kept of."""
+    known = attributes(session, SystemAttr, trial.trial_id)
+    plan = (known.get(genome.ORIGIN) or {}).get("plan")
+    if None not in (plan, result.plan) and plan != result.plan:
+        return None
+    if trial is not first:
+        if result.state == "FAIL":  # the trial that repeats it shall tell
             return None
-        known = attributes(session, SystemAttr, trial.trial_id)
-        plan = (known.get(genome.ORIGIN) or {}).get("plan")
-        if None not in (plan, result.plan) and plan != result.plan:
-            return None
-        if trial is not first:
-            if result.state == "FAIL":  # the trial that repeats it shall tell
-                return None
-            result = _with_facts(storage, first, result)
-            _copy(session, models.TrialParamModel, "param_name", first.trial_id, trial.trial_id)
-            _copy(session, models.TrialIntermediateValueModel, "step", first.trial_id, trial.trial_id)
-        session.flush()
-        if result.state is None:
-            set_attributes(session, SystemAttr, trial.trial_id, result.attrs)
-            set_attributes(session, UserAttr, trial.trial_id, result.user_attrs)
-        else:
-            values = result.values
-            if result.state == "PRUNED":
-                last = frozen(storage, trial)
-                values = None if last.last_step is None else [last.intermediate_values[last.last_step]]
-            _end(storage, session, trial, result, TrialState[result.state], values)
-        return int(trial.number)
+        result = _with_facts(storage, first, result)
+        _copy(session, models.TrialParamModel, "param_name", first.trial_id, trial.trial_id)
+        _copy(session, models.TrialIntermediateValueModel, "step", first.trial_id, trial.trial_id)
+    session.flush()
+    if result.state is None:
+        set_attributes(session, SystemAttr, trial.trial_id, result.attrs)
+        set_attributes(session, UserAttr, trial.trial_id, result.user_attrs)
+    else:
+        values = result.values
+        if result.state == "PRUNED":
+            last = frozen(storage, trial)
+            values = None if last.last_step is None else [last.intermediate_values[last.last_step]]
+        _end(storage, session, trial, result, TrialState[result.state], values)
+    return int(trial.number)
 
 
 def _with_facts(storage: Any, first: Any, result: Result) -> Result:

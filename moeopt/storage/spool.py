@@ -22,6 +22,8 @@ logger = logging.getLogger("moeopt.storage")
 VARIABLE = "MOEOPT_SPOOL"
 STATES = ("COMPLETE", "PRUNED", "FAIL")
 IDENTITY = re.compile(r"[0-9a-f]{32}")
+TRIES = 5
+"""How often a file is written anew whose folder another process removed in the meantime."""
 LARGEST = 1 << 28
 """Bytes of one file; anything larger is not one of ours."""
 
@@ -57,13 +59,18 @@ class Result:
         """Write it under a temporary name and rename; where that cannot be, say so and go on."""
         file = self.file
         draft = file.with_suffix(".tmp")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with open(draft, "w", encoding="utf-8", opener=_private) as stream:
-                json.dump({"v": 1, **asdict(self)}, stream)
-            draft.replace(file)
-        except OSError as error:
-            logger.warning("cannot keep the result of trial %d in %s: %s", self.number, file.parent, error)
+        for last in (False,) * TRIES + (True,):
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                with open(draft, "w", encoding="utf-8", opener=_private) as stream:
+                    json.dump({"v": 1, **asdict(self)}, stream)
+                draft.replace(file)
+                return
+            except OSError as error:
+                removed = isinstance(error, (FileExistsError, FileNotFoundError))  # by `remove` of another process
+                if last or not removed:
+                    logger.warning("cannot keep the result of trial %d in %s: %s", self.number, file.parent, error)
+                    return
 
     def remove(self) -> None:
         """Delete the file, where there is one, and the study's folder with its last file."""

@@ -147,6 +147,23 @@ def test_a_file_that_is_none_of_ours_harms_nothing(broken: Any, tmp_path_factory
         assert [*spool.results("../" + "a" * 29)] == []
 
 
+def test_a_folder_that_another_worker_removes_meanwhile_is_made_again(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = orphan(study, state="COMPLETE", values=[0.5])
+    make, removed = Path.mkdir, []
+
+    def and_gone(path: Path, *arguments: Any, **options: Any) -> None:
+        make(path, *arguments, **options)
+        if path == result.file.parent and len(removed) < 2:
+            removed.append(path.rmdir())
+
+    monkeypatch.setattr(Path, "mkdir", and_gone)
+    result.save()
+    assert len(removed) == 2
+    assert result.file.exists()
+
+
 def test_a_folder_that_cannot_be_written_is_said_and_the_search_goes_on(
     study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy import text
 
@@ -22,6 +24,7 @@ from moeopt import genome, samplers
 from moeopt.errors import StorageError
 from moeopt.samplers import EEPSampler
 from moeopt.storage import open_storage
+from moeopt.storage.spool import Result
 from moeopt.study.warm_starts import enqueue_new
 
 from .conftest import SPACE, loss, opened, processes, slots, until
@@ -123,6 +126,25 @@ def test_workers_that_begin_together_queue_warm_starts_once(url: str, name: str)
     assert sorted(str(t.user_attrs.get(genome.METHOD)) for t in trials) == ["None", "None", "None", "naee", "reap"]
     assert len({t.user_attrs[genome.WARM_START] for t in trials}) == 3
     assert [t.state for t in trials] == [TrialState.WAITING] * 5
+
+
+def test_what_was_kept_of_a_trial_is_stored_while_its_worker_writes_the_same(url: str, name: str) -> None:
+    study = opened(url, name)
+    trial = study.ask()
+    storage, study_id = backend(study)
+    result = Result(storage.identity(study_id), trial.number, {"pid": 1}, user_attrs={"key": "kept"})
+    written = {"trial_id": trial._trial_id, "key": "key", "value_json": '"written"'}
+    with ThreadPoolExecutor() as pool, storage.engine.begin() as connection:
+        if storage.engine.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        trials = models.TrialModel.__table__
+        connection.execute(trials.select().where(trials.c.trial_id == trial._trial_id).with_for_update())
+        connection.execute(models.TrialUserAttributeModel.__table__.insert(), written)
+        delivered = pool.submit(storage._deliver, study_id, result)
+        time.sleep(0.5)
+        connection.commit()
+        assert delivered.result() == trial.number
+    assert study.trials[0].user_attrs == {"key": "kept"}
 
 
 def dies(url: str, name: str) -> None:
