@@ -353,7 +353,8 @@ class ResilientStorage(RDBStorage):
 
         def is_left(result: Result) -> bool:
             return process.is_dead(result.worker, other_hosts) or (
-                result.state is not None and self.waiting(lambda: rows.was_taken_over(self, study_id, result.number))
+                result.state is not None
+                and len(self.waiting(lambda: rows.repeating(self, study_id, result.number))) > 1
             )
 
         for result in spool.results(self.identity(study_id)):

@@ -57,13 +57,18 @@ class StudyIsGone(StorageError):
 
 
 @contextmanager
-def transaction(storage: Any, study_id: int | None = None) -> Iterator[Session]:
-    """A transaction; with `study_id` it holds the lock on that study, in SQLite on the database in any case."""
+def transaction(storage: Any, study_id: int | None = None, identity: str | None = None) -> Iterator[Session]:
+    """A transaction; with `study_id` it holds the lock on that study, in SQLite on the database in any case.
+
+    With `identity` it begins only while the key is this study's, as `check_there` says.
+    """
     with Session(storage.engine) as session, session.begin():
         if storage.engine.name == "sqlite":
             session.connection().exec_driver_sql("BEGIN IMMEDIATE")
         if study_id is not None:
             locked(session, models.StudyModel, study_id)
+            if identity is not None:
+                check_there(session, study_id, identity)
         yield session
 
 
@@ -177,9 +182,8 @@ def create(
         claim: names this call, so that a repetition (`again`) finds what the first try made.
         slots: of `room`, for a trial without template.
     """
-    study_id, identity = study
-    with transaction(storage, study_id) as session:
-        check_there(session, study_id, identity)
+    study_id, _ = study
+    with transaction(storage, *study) as session:
         trial_id = claimed(session, study_id, claim) if again else None
         if trial_id is not None:
             return frozen(storage, models.TrialModel.find_or_raise_by_id(trial_id, session))
@@ -200,9 +204,8 @@ def create(
 
 def create_once(storage: Any, study: tuple[int, str], template: FrozenTrial, user_attrs: Mapping[str, Any]) -> bool:
     """A new trial as the template says, unless the study has one with these user attributes; whether it was made."""
-    study_id, identity = study
-    with transaction(storage, study_id) as session:
-        check_there(session, study_id, identity)
+    study_id, _ = study
+    with transaction(storage, *study) as session:
         trials = session.query(models.TrialModel.trial_id).filter_by(study_id=study_id)
         for key, value in user_attrs.items():
             trials = trials.filter(
@@ -218,9 +221,8 @@ def create_once(storage: Any, study: tuple[int, str], template: FrozenTrial, use
 
 def start(storage: Any, study: tuple[int, str], trial_id: int, claim: str, slots: int | None) -> FrozenTrial | None:
     """Make a waiting trial this worker's; None where it cannot: another has it, or every slot was started."""
-    study_id, identity = study
-    with transaction(storage, study_id) as session:
-        check_there(session, study_id, identity)
+    study_id, _ = study
+    with transaction(storage, *study) as session:
         trial = locked(session, models.TrialModel, trial_id)
         storage.check_trial_is_updatable(trial_id, trial.state)
         attrs = attributes(session, SystemAttr, trial_id)
@@ -329,21 +331,13 @@ def take_over(
         return int(new.number)
 
 
-def was_taken_over(storage: Any, study_id: int, number: int) -> bool:
-    """Whether another trial repeats this one."""
-    trials = models.TrialModel
-    with Session(storage.engine) as session:
-        found = session.query(trials.trial_id).join(SystemAttr).filter(SystemAttr.key == SUCCESSOR)
-        return found.filter(trials.study_id == study_id, trials.number == number).first() is not None
-
-
 def deliver(storage: Any, study_id: int, result: Result) -> int | None:
     """Store what was kept of a trial: in it, or in the last of those that repeat it, if that has not ended.
 
     Returns the number of the trial that took it; None where it has ended, or has another plan.
     """
     looked: list[int] = []
-    while (ids := _repeating(storage, study_id, result.number)) != looked:
+    while (ids := repeating(storage, study_id, result.number)) != looked:
         with transaction(storage, study_id) as session:
             trial = locked(session, models.TrialModel, ids[-1])
             check_there(session, study_id, result.study)
@@ -353,14 +347,15 @@ def deliver(storage: Any, study_id: int, result: Result) -> int | None:
     return None
 
 
-def _repeating(storage: Any, study_id: int, number: int) -> list[int]:
+def repeating(storage: Any, study_id: int, number: int) -> list[int]:
     """Keys of a trial, of the one that repeats it, of the one that repeats that, and so on."""
     ids: list[int] = []
     with Session(storage.engine) as session:
         trials = session.query(models.TrialModel.trial_id)
         while (trial_id := trials.filter_by(study_id=study_id, number=number).scalar()) is not None:
             ids.append(trial_id)
-            successor = attributes(session, SystemAttr, trial_id).get(SUCCESSOR)
+            noted = session.query(SystemAttr.value_json).filter_by(trial_id=trial_id, key=SUCCESSOR).scalar()
+            successor = None if noted is None else json.loads(noted)
             if not isinstance(successor, int) or successor <= number:
                 break
             number = successor

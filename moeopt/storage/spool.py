@@ -59,7 +59,7 @@ class Result:
         """Write it under a temporary name and rename; where that cannot be, say so and go on."""
         file = self.file
         draft = file.with_suffix(".tmp")
-        for last in (False,) * TRIES + (True,):
+        for left in reversed(range(TRIES + 1)):
             try:
                 file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 with open(draft, "w", encoding="utf-8", opener=_private) as stream:
@@ -68,7 +68,7 @@ class Result:
                 return
             except OSError as error:
                 removed = isinstance(error, (FileExistsError, FileNotFoundError))  # by `remove` of another process
-                if last or not removed:
+                if not (left and removed):
                     logger.warning("cannot keep the result of trial %d in %s: %s", self.number, file.parent, error)
                     return
 
