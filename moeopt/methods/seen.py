@@ -50,9 +50,12 @@ class Seen:
 
     @cached_property
     def picks(self) -> tuple[Tensor, Tensor]:
-        """Gates g, float32, summing to 1 per token, largest first, and numbers of the experts picked: (tokens, k)."""
+        """Gates g, float32, largest first, and numbers of the experts picked, both (tokens, k).
+
+        The router's own weights, which sum to 1 only where it renormalises, as REAP's code takes them.
+        """
         top, order = self.probabilities.gather(1, self.index).sort(dim=-1, descending=True)
-        return top / top.sum(-1, keepdim=True).clamp_min(TINY), self.index.gather(1, order)
+        return self.gated(top), self.index.gather(1, order)
 
     def chosen(self, kept: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Which experts would run, and with what weights, if the layer had none but those kept, with their logits.

@@ -1,6 +1,7 @@
 """What one-shot methods need to know of a layer, added up over a calibration pass in float64.
 
-Notation: p = the router's scores of all n experts, T = the k that run, g_j = p_j / sum over T of p, X_j = the tokens
+Notation: p = the router's scores of all n experts, T = the k that run, g_j = the router's own weight of j
+(p_j / sum over T of p where it renormalises, p_j where it does not, times its scale), X_j = the tokens
 routed to j, v_j = |X_j|, f_j = expert j's output without its gate.
 """
 

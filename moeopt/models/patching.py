@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeopt.errors import ModelError, PlanError
+from moeopt.models.balancing import BalancedLoss
 from moeopt.models.layers import MoELayer, is_offloaded, is_quantised, moe_layers
 from moeopt.models.merging import MergedCache, Scratch, merged_view
 from moeopt.models.routing import MappedRouter, RoutingRule, learn_rule, probe_tokens
@@ -68,7 +69,7 @@ def patched(
     The first use on a model checks, on random hidden states, that every router follows a known rule and that patching
     with the identity plan changes no bit. Contexts may be nested: the inner plan replaces the outer one, which is back
     afterwards. Works under accelerate's cpu and disk offload, with generation, padding and `output_router_logits`,
-    whose width stays n.
+    whose width stays n; the auxiliary loss is that of the plan's experts (`BalancedLoss`).
 
     Args:
         model: a transformers model with MoE layers.
@@ -157,6 +158,7 @@ class _Patch:
     routers: Mapping[int, MappedRouter]
     experts: Mapping[int, Run]
     plan: Plan | None = None
+    balancing: tuple[nn.Module, BalancedLoss] | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     implementations: list[tuple[Any, str | None]] = field(default_factory=list)
 
@@ -164,6 +166,9 @@ class _Patch:
         self.detach()
         for i, hook in self.routers.items():
             self.handles.append(self.layers[i].router.register_forward_hook(hook, with_kwargs=True))
+        if self.balancing is not None:
+            model, loss = self.balancing
+            self.handles.append(model.register_forward_hook(loss, with_kwargs=True))
         for i, run in self.experts.items():
             experts = self.layers[i].experts
             _RUN[experts] = run
@@ -253,7 +258,8 @@ def _patch_for(model: nn.Module, plan: Plan, attachment: _Attachment, storage: S
         if part.skip:
             _check_dispatch(layer, "skipped")
             experts[layer.index] = _skipping(experts.get(layer.index))
-    return _Patch(attachment.layers, routers, experts, plan)
+    balancing = (model, BalancedLoss(model, plan, attachment.rules)) if routers else None
+    return _Patch(attachment.layers, routers, experts, plan, balancing)
 
 
 def _merging(store: MergedCache | Scratch, w_em: Matrix) -> Run:

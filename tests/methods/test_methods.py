@@ -137,6 +137,36 @@ def test_rankings(calibration, tokens, name):
         assert set(part.kept) == set(sorted(range(8), key=lambda j: -scores[j])[:3])
 
 
+def test_gates_are_the_weights_that_the_router_gives(build_family, family, tiny_tokenizer, text):
+    """REAP's g: renormalised over the picked experts where the router does that, and only there."""
+    model = build_family(family, corrected=True, vocabulary=len(tiny_tokenizer))
+    layers, weights = moe_layers(model), []
+    calibration = methods.Calibration(model, tiny_tokenizer, text, limit=4, batch_tokens=1)
+    handles = [
+        layer.router.register_forward_hook(lambda _m, _i, output: weights.append(output[1:])) for layer in layers
+    ]
+    made = [{"r": Routing(layer.n, layer.k), "n": Norms(layer.n, layer.k)} for layer in layers]
+    inputs: list[list[torch.Tensor]] = [[] for _ in layers]
+
+    def see(seen):
+        inputs[seen.layer.index].append(seen.hidden)
+        for statistic in made[seen.layer.index].values():
+            statistic.add(seen)
+
+    calibration.run(see)
+    for handle in handles:
+        handle.remove()
+    for layer, statistics in zip(layers, made):
+        gates, gated = np.zeros(layer.n), np.zeros(layer.n)
+        for hidden, (top, index) in zip(inputs[layer.index], weights[layer.index :: len(layers)]):
+            for token, h in enumerate(hidden):
+                for weight, j in zip(top[token].tolist(), index[token].tolist()):
+                    gates[j] += weight
+                    gated[j] += weight * float(expert(layer, j, h).norm())
+        np.testing.assert_allclose(statistics["r"].gates, gates, rtol=1e-4)
+        np.testing.assert_allclose(statistics["n"].gated, gated, rtol=1e-4)
+
+
 def brute_force(model, inputs, layer, r, k, targets=None):
     """NAEE's enumeration: C(n, r) forwards of the block for every sequence; `BATCH` sequences a calibration batch."""
     errors = {}

@@ -264,6 +264,50 @@ def test_router_logits_keep_the_full_width(make_mixtral, ids, dense_plan):
     assert torch.equal(output[0], first)
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("kind", ["rows", "logit"])
+def test_the_auxiliary_loss_is_that_of_the_small_model(make_mixtral, shrunk, ids, dense_plan, kind, labelled):
+    model = make_mixtral()
+    plan = Plan.one_hot(KEPT, experts=8, k=1) if kind == "rows" else dense_plan(router="logit")
+    k = plan.layers[0].k
+    small = shrunk(model, make_mixtral(experts=4, seed=5, k=k), plan)
+    mask = torch.ones_like(ids)
+    mask[1, -5:] = 0
+    options = {"attention_mask": mask, "output_router_logits": True, "labels": ids if labelled else None}
+    with torch.no_grad():
+        expected, before = small(ids, **options), model(ids, **options)
+        with patched(model, plan):
+            output = model(ids, **options)
+        after = model(ids, **options)
+    torch.testing.assert_close(output.aux_loss, expected.aux_loss, rtol=1e-5, atol=0)
+    assert abs(float(before.aux_loss - expected.aux_loss)) > 1e-3
+    assert torch.equal(after.aux_loss, before.aux_loss)
+    if labelled:
+        torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=0)
+
+
+def test_the_auxiliary_loss_of_mapped_probabilities_and_uneven_layers(make_mixtral, ids):
+    model = make_mixtral()
+
+    def loss(plan):
+        with torch.no_grad(), patched(model, plan):
+            return model(ids, output_router_logits=True).aux_loss
+
+    whole = [[0, 3, 5, 6, 7, 1, 2, 4]] * 3
+    torch.testing.assert_close(
+        loss(Plan.one_hot(whole, experts=8, k=2, router="prob")), loss(Plan.one_hot(whole, experts=8, k=2))
+    )
+    uneven = Plan(tuple(LayerPlan(8, min(2, r), kept=tuple(range(r))) for r in (1, 4, 8)))
+    with torch.no_grad(), patched(model, uneven):
+        logits = model(ids, output_router_logits=True).router_logits
+    each = []
+    for r, layer in zip((1, 4, 8), logits):
+        p = layer[:, :r].softmax(-1)
+        picks = torch.zeros_like(p).scatter(1, p.topk(min(2, r)).indices, 1.0)
+        each.append(r * (picks.mean(0) * p.mean(0)).sum())
+    torch.testing.assert_close(loss(uneven), torch.stack(each).mean())
+
+
 def test_a_plan_for_another_model_is_refused(make_mixtral):
     model = make_mixtral()
     with pytest.raises(PlanError, match="for 2 MoE layers, the model has 3"), patched(model, Plan.identity(2, 8, 2)):
