@@ -88,7 +88,7 @@ class GenerationTask(PromptedTask):
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
     ) -> list[Request]:
-        """One request an example: its reference answer, behind the same prompt that `prompts` gives.
+        """One request an example: its reference answer behind its prompt, with that of `prompts` as `source`.
 
         Raises:
             TaskError: if a text has no tokens, or there is no room for a prompt; it names the example.
@@ -96,8 +96,10 @@ class GenerationTask(PromptedTask):
         examples = self._splits.first(split, limit)
         references = [_with_reference_only(example) for example in examples]
         encoded = self._prompting.encode(self.name, tokenizer, references, max_length, room=self.max_new_tokens)
-        pairs = zip(examples, encoded)
-        return [Request(i, e.answer, (*ids, *answer), len(ids)) for i, (e, (ids, (answer,))) in enumerate(pairs)]
+        return [
+            Request(i, example.answer, tuple(ids), first, source=tuple(prompt))
+            for i, (example, (prompt, ((ids, first),))) in enumerate(zip(examples, encoded))
+        ]
 
     def reduce(
         self,
@@ -130,7 +132,7 @@ class GenerationTask(PromptedTask):
 
     def prompts_of(self, requests: Sequence[Request]) -> list[Prompt]:
         """What to generate from, for the examples of requests that `requests` gave."""
-        return [Prompt(r.example, r.ids[: r.scored_from], self.stop, self.max_new_tokens) for r in requests]
+        return [Prompt(r.example, r.source, self.stop, self.max_new_tokens) for r in requests]
 
     def judge(self, split: str, texts: Sequence[str], first: int = 0) -> dict[str, NDArray[np.float32]]:
         """Metrics in [0, 1] of generated texts, each float32 (texts,), by name; the first is the reported one.

@@ -4,10 +4,12 @@
     get("lm_eval:arc_easy", data="arc/", num_fewshot=5)              # train.jsonl, validation.jsonl, test.jsonl
     get("lm_eval:my_task", include_path="my_tasks/")                 # my_tasks/my_task.yaml
 
-Prompts, few-shot examples, token ids and metrics come from the harness's own code, so that log-likelihoods and metrics
-are those that `lm_eval` gives for the same documents, up to the rounding of the model's dtype. (The harness takes the
-log-softmax in that dtype, moeopt in float32.) A prompt that is too long loses its beginning as in the harness, its
-begin-of-sequence token included.
+Prompts, few-shot examples and metrics come from the harness's own code, and token ids are the harness's, so that
+log-likelihoods and metrics are those that `lm_eval` gives for the same documents, up to the rounding of the model's
+dtype. (The harness takes the log-softmax in that dtype, moeopt in float32.) The ids are others where the harness's are
+not those of context and continuation, as it loses characters to a token that spans the two, or scores the </s> that a
+tokenizer ends every text with; see `moeopt.tasks.tokens`. A prompt that is too long loses its beginning as in the
+harness, its begin-of-sequence token included.
 
 The loss of a document is the mean negative log-likelihood, per token, of its right option (of the likeliest, where
 several are right); `correct` is the harness's `acc`.
@@ -21,7 +23,7 @@ document of a later split, nor the answer to their own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +32,10 @@ import numpy as np
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example, Request, Scores
-from moeopt.tasks.harness import SEED, Data, contained, harness_version, load, reason
-from moeopt.tasks.harness_documents import Document, Pair, Reader
+from moeopt.tasks.harness import SEED, Data, contained, load, reason
+from moeopt.tasks.harness_documents import Document, Reader
 from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, without_repeats
+from moeopt.tasks.tokens import Encoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -137,19 +140,20 @@ class HarnessTask(DividedTask):
         chosen = self._splits.first(split, limit)
         pairs = [(i, j, pair) for i, e in enumerate(chosen) for j, pair in enumerate(self._documents[e.id].pairs)]
         requests, cut = [], set()
-        for (i, j, _), (context, continuation) in zip(pairs, _encode(tokenizer, [pair for *_, pair in pairs])):
-            ids = (*context, *continuation)
-            if not context or not continuation:
+        encoder = Encoder(tokenizer)
+        for i, j, (context, continuation) in pairs:
+            _, ((ids, first),) = encoder.continued(context, [continuation])
+            if not 0 < first < len(ids):
                 raise TaskError(f"task {self.name!r}: a text of example {chosen[i].id!r} has no tokens")
-            room = len(ids) if max_length is None else max_length + 1
-            if len(continuation) >= room:
+            gone = 0 if max_length is None else max(0, len(ids) - max_length - 1)
+            if gone >= first:
                 raise TaskError(
-                    f"task {self.name!r}: option {j} of example {chosen[i].id!r} has {len(continuation)} tokens, which"
+                    f"task {self.name!r}: option {j} of example {chosen[i].id!r} has {len(ids) - first} tokens, which"
                     f" leaves no room for its prompt within {max_length}"
                 )
-            if len(ids) > room:
+            if gone:
                 cut.add(i)
-            requests.append(Request(i, j, ids[-room:], min(len(ids), room) - len(continuation)))
+            requests.append(Request(i, j, tuple(ids[gone:]), first - gone))
         if cut:
             warnings.warn(
                 f"task {self.name!r}: {len(cut)} of {len(chosen)} prompts were cut at their beginning to fit"
@@ -237,28 +241,6 @@ class HarnessTask(DividedTask):
             },
             "fewshot_seed": SEED,
         }
-
-
-def _encode(tokenizer: Any, pairs: Iterable[Pair]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of contexts and continuations, by the harness's own code."""
-    harness_version()
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    class Encoder(HFLM):  # type: ignore[misc, no-any-unimported]
-        """Gives back what would be run."""
-
-        def __init__(self) -> None:
-            super(HFLM, self).__init__()
-            self.tokenizer, self.backend = tokenizer, "causal"
-            self.add_bos_token = self.custom_prefix_token_id = self.enable_thinking = None
-
-        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> Any:
-            return [(context, continuation) for _, context, continuation in requests]
-
-    requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
-    encoded: list[tuple[list[int], list[int]]] = Encoder().loglikelihood(requests, disable_tqdm=True)
-    return encoded
 
 
 def lm_eval_task(

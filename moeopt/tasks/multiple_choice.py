@@ -90,8 +90,8 @@ class MultipleChoiceTask(PromptedTask):
         encoded = iter(self._prompting.encode(self.name, tokenizer, every, max_length))
         requests: list[Request] = []
         for i, parts in chosen:
-            whole = [(one.prompt, option) for _, one in zip(parts, encoded) for option in one.options]
-            requests += [Request(i, j, (*prompt, *option), len(prompt)) for j, (prompt, option) in enumerate(whole)]
+            options = [option for _, part in zip(parts, encoded) for option in part.options]
+            requests += [Request(i, j, tuple(ids), first) for j, (ids, first) in enumerate(options)]
         return requests
 
     def reduce(

@@ -23,10 +23,9 @@ are earlier turns, and the option, without leading white space, is the assistant
 template writes of the reply, up to its last character: white space that the template puts before it belongs to it, any
 other text, such as an empty thought, to the prompt. The template writes the special tokens; none is added.
 
-Tokens: prompt and option are encoded as one text wherever the prompt's own tokens are a prefix of that for every
-option, which is the usual case; otherwise a token would span the border, and each option is encoded on its own and
-appended to the prompt's tokens. Either way the scored tokens are the option's, and nothing else. A text too long loses
-whole shots, the first ones, and only then the beginning of its question.
+Tokens: prompt and option are encoded as one text, see `moeopt.tasks.tokens`. A begin-of-sequence token that the prompts
+are written with stands before the first shot only. A text too long loses whole shots, the first ones, and only then the
+beginning of its question.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example
 from moeopt.tasks.splits import Splits, content_hash
-from moeopt.tasks.tokens import context_prefix, encode
+from moeopt.tasks.tokens import Encoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,10 +50,14 @@ OPTIONS = ("shots", "chat", "system", "separator")
 
 
 class Encoded(NamedTuple):
-    """Token ids of a prompt, and of every option that continues it; the special tokens are the prompt's."""
+    """Token ids of an example.
+
+    `prompt` is what an answer is generated from. `options` are the prompt with each of its options, and where the
+    scored tokens begin: mostly, not always, behind the same ids.
+    """
 
     prompt: list[int]
-    options: list[list[int]]
+    options: list[tuple[list[int], int]]
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,20 @@ class Prompting:
             tokenizer: of transformers.
             examples: whose prompts and options to encode.
             max_length: most tokens of a prompt and its longest option; None for any number.
-            room: tokens that are left behind a prompt at least, for what the model writes.
+            room: tokens that are left behind a prompt at least, for what the model writes; 0 where it writes nothing.
 
         Raises:
             TaskError: if a prompt or an option has no tokens or does not fit, naming the example; if there is no chat
                 template, or one that does not take these messages.
         """
         encoded, fewer, cut = [], 0, 0
+        encoder = Encoder(tokenizer)
         for example in examples:
             try:
-                found, shots, whole = self._fitting(tokenizer, example, max_length, room)
+                found, shots, whole = self._fitting(encoder, example, max_length, room)
             except TaskError as error:
                 raise TaskError(f"task {task!r}: {error}") from error
-            if not found.prompt or not all(found.options):
+            if (room and not found.prompt) or not all(0 < first < len(ids) for ids, first in found.options):
                 raise TaskError(f"task {task!r}: a text of example {example.id!r} has no tokens: {example!r}")
             encoded.append(found)
             fewer += shots < len(self.shots)
@@ -127,15 +131,17 @@ class Prompting:
         return hashlib.sha256(json.dumps([examples, facts]).encode()).hexdigest() if facts else examples
 
     def _fitting(
-        self, tokenizer: Any, example: Example, max_length: int | None, room: int
+        self, encoder: Encoder, example: Example, max_length: int | None, room: int
     ) -> tuple[Encoded, int, bool]:
         """Tokens with as many shots as fit, how many these are, and whether the question is whole."""
 
         def tokens(shots: Sequence[Example], question: str) -> tuple[Encoded, int, int]:
             """With the tokens kept behind the prompt, and how many there are too many."""
-            found = self._tokens(tokenizer, shots, question, example.options)
-            behind = max(room, *map(len, found.options))
-            return found, behind, 0 if max_length is None else len(found.prompt) + behind - max_length
+            text, ends = self._render(encoder.tokenizer, shots, question, example.options)
+            found = Encoded(*encoder.continued(text, ends, special=not self.chat))
+            behind = max(room, *(len(ids) - first for ids, first in found.options))
+            before = max(len(found.prompt) if room else 0, *(first for _, first in found.options))
+            return found, behind, 0 if max_length is None else before + behind - max_length
 
         for first in range(len(self.shots) + 1):
             found, behind, over = tokens(self.shots[first:], example.prompt)
@@ -143,11 +149,17 @@ class Prompting:
                 return found, len(self.shots) - first, True
         assert max_length is not None
         if not self.chat:
-            bos = context_prefix(tokenizer)
-            head = bos if found.prompt[: len(bos)] == bos else []
-            left = max_length - behind - len(head)
+            start = len(encoder.start)
+            left = max_length - behind - start
             if left >= 1:
-                return Encoded(head + found.prompt[-left:], found.options), 0, False
+
+                def cut(ids: list[int], first: int) -> tuple[list[int], int]:
+                    """The last `left` tokens of the prompt, with what stands before every text."""
+                    gone = max(0, first - start - left)
+                    return ids[:start] + ids[start + gone :], first - gone
+
+                prompt, _ = cut(found.prompt, len(found.prompt))
+                return Encoded(prompt, [cut(*option) for option in found.options]), 0, False
         else:
             low, high = 1, len(example.prompt)  # characters to cut: the fewest that do, from low to high
             while low < high:
@@ -155,27 +167,20 @@ class Prompting:
                 low, high = (low, middle) if tokens((), example.prompt[middle:])[2] <= 0 else (middle + 1, high)
             if low < len(example.prompt):
                 return tokens((), example.prompt[low:])[0], 0, False
-        what = f"an option of example {example.id!r} has {behind} tokens, which leaves"
-        if behind > max(map(len, found.options)):
+        longest = max(len(ids) - first for ids, first in found.options)
+        what = f"an option of example {example.id!r} has {longest} tokens, which leaves"
+        if behind > longest:
             what = f"{room} new tokens leave"
         raise TaskError(f"{what} no room for its prompt within {max_length}")
-
-    def _tokens(self, tokenizer: Any, shots: Sequence[Example], question: str, options: Sequence[str]) -> Encoded:
-        text, continuations = self._render(tokenizer, shots, question, options)
-        special = not self.chat
-        prompt = encode(tokenizer, text, special)
-        whole = [encode(tokenizer, text + continuation, special) for continuation in continuations]
-        if all(ids[: len(prompt)] == prompt for ids in whole):
-            return Encoded(prompt, [ids[len(prompt) :] for ids in whole])
-        return Encoded(prompt, [encode(tokenizer, continuation, special=False) for continuation in continuations])
 
     def _render(
         self, tokenizer: Any, shots: Sequence[Example], question: str, options: Sequence[str]
     ) -> tuple[str, Sequence[str]]:
         """The prompt's text, and the texts that continue it."""
         if not self.chat:
-            shown = [shot.prompt + shot.options[shot.answer] for shot in shots]
-            return self.separator.join([*shown, question]), options
+            texts = [*(shot.prompt + shot.options[shot.answer] for shot in shots), question]
+            bos = getattr(tokenizer, "bos_token", None) or ""
+            return self.separator.join([texts[0], *(text.removeprefix(bos) for text in texts[1:])]), options
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for shot in shots:
             messages.append({"role": "user", "content": shot.prompt})

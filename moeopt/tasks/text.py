@@ -3,8 +3,8 @@
     "def add(a, b):\\n    return a + b\\n"
 
 A document (a file, or a row of a column) belongs to one split whole. Its tokens are cut into windows of `window`
-tokens. If the tokenizer puts a begin-of-sequence token before a text, every window starts with one. The first token
-of a window is context only, the others are scored. The loss of a window is its mean negative log-likelihood, its
+tokens. What the tokenizer puts before a text, such as <s>, stands before every window. That, or else the first token of
+a window, is context only, the others are scored. The loss of a window is its mean negative log-likelihood, its
 weight the number of scored tokens, so that the weighted mean over windows is the loss per token; accuracy is the
 share of tokens that are the model's first choice.
 """
@@ -24,7 +24,7 @@ from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example, Request, Scores
 from moeopt.tasks.rows import ROW_SUFFIXES, from_disk, from_hub, is_missing_file, is_saved, read
 from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, checked_limit, content_hash, divide, from_own
-from moeopt.tasks.tokens import context_prefix, encode
+from moeopt.tasks.tokens import Encoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,7 +76,8 @@ class TextTask(DividedTask):
             TaskError: if a window is longer than `max_length`, or no document gives a window of 16 tokens.
         """
         windows = self.windows(split, tokenizer, max_length)[: checked_limit(limit)]
-        return [Request(i, 0, ids, 1) for i, (_, _, ids) in enumerate(windows)]
+        first = max(1, len(Encoder(tokenizer).start))
+        return [Request(i, 0, ids, first) for i, (_, _, ids) in enumerate(windows)]
 
     def windows(
         self, split: str, tokenizer: Any, max_length: int | None = None
@@ -84,14 +85,14 @@ class TextTask(DividedTask):
         """Name, document and token ids of all windows, in their order; raises as `requests`."""
         if max_length is not None and self.window > max_length:
             raise TaskError(f"task {self.name!r}: windows of {self.window} tokens exceed the limit of {max_length}")
-        first = context_prefix(tokenizer)
-        stride = self.window - len(first)
+        encoder = Encoder(tokenizer)
+        stride = self.window - len(encoder.start)
         windows: list[tuple[str, int, tuple[int, ...]]] = []
         for number, document in enumerate(self.examples(split)):
-            ids = encode(tokenizer, document.options[0], special=False)
+            ids = encoder.body(document.options[0])
             key = content_hash(document)
             for start in range(0, len(ids), stride):
-                piece = (*first, *ids[start : start + stride])
+                piece = (*encoder.start, *ids[start : start + stride])
                 if len(piece) >= SHORTEST:
                     windows.append((hashlib.sha256(f"{key} {start}".encode()).hexdigest(), number, piece))
         if not windows:

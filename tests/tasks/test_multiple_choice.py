@@ -57,14 +57,14 @@ def test_limit_below_one_is_refused(tiny_tokenizer):
         make(2).requests("search", tiny_tokenizer, limit=0)
 
 
-def test_option_that_merges_with_the_prompt_is_encoded_alone():
+def test_option_that_merges_with_the_prompt_is_scored_by_the_token_that_has_it():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "c": 2, "ab": 3}, merges=[("a", "b")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     task = MultipleChoiceTask("t", search=[Example("1", "ca", ("b", "c"), 0)])
-    assert [(r.ids, r.scored_from) for r in task.requests("search", tokenizer)] == [((2, 0, 1), 2), ((2, 0, 2), 2)]
+    assert [(r.ids, r.scored_from) for r in task.requests("search", tokenizer)] == [((2, 3), 1), ((2, 0, 2), 2)]
 
 
 def test_long_prompt_loses_its_beginning_but_not_the_bos_token(tiny_tokenizer):

@@ -168,8 +168,9 @@ def test_room_for_what_the_model_writes(tiny_tokenizer):
     example = Example("1", "abcdefgh", (" yes",), 0)
     prompting = make().prompted(shots=1)._prompting
     with pytest.warns(UserWarning, match="1 of 1 prompts lost shots"):
-        ((prompt, (option,)),) = prompting.encode("t", tiny_tokenizer, [example], 15, room=6)
-    assert tiny_tokenizer.decode(prompt + option) == "<s>abcdefgh yes"
+        ((prompt, ((ids, first),)),) = prompting.encode("t", tiny_tokenizer, [example], 15, room=6)
+    assert tiny_tokenizer.decode(ids) == "<s>abcdefgh yes"
+    assert ids[:first] == prompt
     with pytest.raises(TaskError, match="task 't': 15 new tokens leave no room for its prompt within 15"):
         prompting.encode("t", tiny_tokenizer, [example], 15, room=15)
 
