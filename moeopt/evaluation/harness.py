@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from moeopt.errors import TaskError, nearest
 from moeopt.evaluation.statistics import Interval, bootstrap
 from moeopt.models import evaluation_mode, lock_of, patched
 from moeopt.tasks.harness import SEED, Data, Harness, contained, load, reason
+from moeopt.tasks.tokens import Encoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -163,6 +166,8 @@ def lm_eval_report(
 
     The model is handed to the harness as it lives, so that the numbers are those of `lm_eval` on a checkpoint that was
     exported with the plan, up to the rounding of batches. Model, tokenizer and global random states are left as found.
+    A tokenizer that ends every text with </s> does not here, with a warning: the harness scores that </s>, or writes
+    answers behind it.
 
     Args:
         model: a causal language model.
@@ -178,7 +183,8 @@ def lm_eval_report(
         bootstrap_iters: draws for the standard errors of metrics that are not means; 0: no standard errors.
 
     Raises:
-        TaskError: if the harness is not installed, a task is unknown, cannot be loaded or fails.
+        TaskError: if the harness is not installed, a task is unknown, cannot be loaded or fails, or the tokenizer can
+            do no other than end every text with </s>.
         PlanError: if the plan does not fit the model.
     """
     if limit is not None and limit < 1:
@@ -200,7 +206,7 @@ def lm_eval_report(
             stack.enter_context(patched(model, plan))
         lm = HFLM(
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
+            tokenizer=_open_ended(tokenizer),
             backend="causal",
             batch_size=batch_size,
             max_length=max_length,
@@ -222,6 +228,28 @@ def lm_eval_report(
             if name in found.get("groups", {}):
                 results[name] = _group_result(group, found, results)
     return HarnessReport(results, tasks.version, limit)
+
+
+def _open_ended(tokenizer: Any) -> Any:
+    """A copy of the tokenizer that puts nothing behind a text."""
+    copied = copy.deepcopy(tokenizer)
+    encoder = Encoder(copied)
+    if encoder.end:
+        start, end = (copied.convert_ids_to_tokens(ids) for ids in (encoder.start, encoder.end))
+        if not hasattr(copied, "backend_tokenizer"):
+            raise TaskError(
+                f"the tokenizer ends every text with {end}, which lm_eval would score, or write answers behind: load it"
+                " with add_eos_token=False"
+            )
+        copied.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[*start, "$A"], special_tokens=list(zip(start, encoder.start))
+        )
+        warnings.warn(
+            f"the tokenizer ends every text with {end}: left out here; `lm_eval` itself scores it, or writes answers"
+            " behind it",
+            stacklevel=3,
+        )
+    return copied
 
 
 def _result(name: str, found: Mapping[str, Any], task: Any) -> HarnessResult:

@@ -132,7 +132,8 @@ class GenerationTask(PromptedTask):
 
     def prompts_of(self, requests: Sequence[Request]) -> list[Prompt]:
         """What to generate from, for the examples of requests that `requests` gave."""
-        return [Prompt(r.example, r.source, self.stop, self.max_new_tokens) for r in requests]
+        ids = [r.ids[: r.scored_from] if r.source is None else r.source for r in requests]
+        return [Prompt(r.example, own, self.stop, self.max_new_tokens) for r, own in zip(requests, ids)]
 
     def judge(self, split: str, texts: Sequence[str], first: int = 0) -> dict[str, NDArray[np.float32]]:
         """Metrics in [0, 1] of generated texts, each float32 (texts,), by name; the first is the reported one.

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 import moeopt
@@ -52,6 +53,21 @@ def test_the_live_patched_model_gets_the_numbers_of_the_exported_checkpoint(
             "sums_text"
         ].metrics
     )
+
+
+def test_a_tokenizer_that_ends_every_text_gets_the_numbers_of_one_that_does_not(
+    harness_tasks, tiny_model, tiny_tokenizer
+):
+    ending = copy.deepcopy(tiny_tokenizer)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    options = {"include_path": harness_tasks, "limit": 8, "bootstrap_iters": 0}
+    plain = lm_eval_report(tiny_model, tiny_tokenizer, KINDS, PLAN, **options)
+    with pytest.warns(UserWarning, match=r"the tokenizer ends every text with \['</s>'\]: left out here"):
+        found = lm_eval_report(tiny_model, ending, KINDS, PLAN, **options)
+    assert {name: found[name].samples for name in KINDS} == {name: plain[name].samples for name in KINDS}
+    assert ending("a")["input_ids"][-1] == 257
 
 
 def test_model_tokenizer_and_random_states_are_left_as_found(harness_tasks, tiny_model, tiny_tokenizer):
