@@ -18,6 +18,7 @@ import numpy as np
 from moeopt.errors import TaskError, nearest
 from moeopt.tasks.answers import METRICS, Judge
 from moeopt.tasks.base import Example, Request, Scores
+from moeopt.tasks.delimiter import Delimiter
 from moeopt.tasks.prompted import PromptedTask
 from moeopt.tasks.rows import Data, Row, load, own_examples
 from moeopt.tasks.splits import FRACTIONS, from_own
@@ -180,7 +181,7 @@ def generation_task(
     stop: Sequence[str] | str = "\n",
     max_new_tokens: int = 64,
     fractions: Sequence[float] = FRACTIONS,
-    delimiter: str = " ",
+    delimiter: str | None = None,
     config: str | None = None,
 ) -> GenerationTask:
     """Rows {"prompt", "answer"[, "id"]}; "answer" is a text, or a list of accepted ones, the reference first.
@@ -191,7 +192,8 @@ def generation_task(
         stop: a text, or several, before which an answer ends.
         max_new_tokens: most tokens of an answer.
         fractions: of search, dev and test, where the data has no splits of its own.
-        delimiter: put between prompt and answer unless one of them has white space there.
+        delimiter: put between prompt and answer unless one of them has white space there; None: a space where prose
+            has one, see `moeopt.tasks.delimiter`. How many rows got it is said in a warning.
         config: configuration of a hub data set.
 
     Raises:
@@ -203,11 +205,11 @@ def generation_task(
         answers = [answer] if isinstance(answer, str) else answer
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise TaskError(f"{row.where}: 'answer' must be a text or a list of texts, not empty ones, got {answer!r}")
-        joined = [a if a[0].isspace() or prompt[-1:].isspace() else delimiter + a for a in answers]
-        return Example(str(row.values.get("id", row.where)), prompt, tuple(joined), 0)
+        return Example(str(row.values.get("id", row.where)), prompt, joiner.join(prompt, answers), 0)
 
-    judges = judges_named(metric)
+    judges, joiner = judges_named(metric), Delimiter(delimiter)
     own = own_examples(load(data, config), to_example, lambda row: row.values.get("answer") is not None)
+    joiner.say("generation")
     return GenerationTask(
         "generation",
         **from_own(own, fractions),

@@ -21,6 +21,7 @@ import numpy as np
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import Example, Request, Scores
+from moeopt.tasks.delimiter import Delimiter
 from moeopt.tasks.prompted import PromptedTask
 from moeopt.tasks.rows import Data, Row, load, own_examples
 from moeopt.tasks.splits import FRACTIONS, from_own
@@ -142,7 +143,7 @@ def multiple_choice_task(
     data: Data,
     *,
     fractions: Sequence[float] = FRACTIONS,
-    delimiter: str = " ",
+    delimiter: str | None = None,
     normalise: str = "tokens",
     config: str | None = None,
 ) -> MultipleChoiceTask:
@@ -151,7 +152,8 @@ def multiple_choice_task(
     Args:
         data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
         fractions: of search, dev and test, where the data has no splits of its own.
-        delimiter: put between prompt and option unless one of them has white space there.
+        delimiter: put between prompt and option unless one of them has white space there; None: a space where prose
+            has one, see `moeopt.tasks.delimiter`. How many rows got it is said in a warning.
         normalise: how options are compared, see the top of this file.
         config: configuration of a hub data set.
     """
@@ -166,9 +168,10 @@ def multiple_choice_task(
             raise TaskError(
                 f"{row.where}: 'answer' must be an index below {len(options)} or one of the options, got {answer!r}"
             )
-        joined = [o if o[0].isspace() or prompt[-1:].isspace() else delimiter + o for o in options]
-        return Example(str(row.values.get("id", row.where)), prompt, tuple(joined), answer)
+        return Example(str(row.values.get("id", row.where)), prompt, joiner.join(prompt, options), answer)
 
+    joiner = Delimiter(delimiter)
     own = own_examples(load(data, config), to_example, lambda row: row.values.get("answer") is not None)
+    joiner.say("multiple_choice")
     parts = from_own(own, fractions)
     return MultipleChoiceTask("multiple_choice", **parts, template="verbatim v1", normalise=normalise)

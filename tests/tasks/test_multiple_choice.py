@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeopt import tasks
+from moeopt.demo.skills import MODEL
+from moeopt.demo.skills import rows as demo_rows
 from moeopt.errors import TaskError
+from moeopt.evaluation import Evaluator
+from moeopt.models import load
 from moeopt.tasks import Example, MultipleChoiceTask
 from moeopt.tasks.rows import from_hub
 from moeopt.tasks.splits import OWN
@@ -189,6 +194,75 @@ def test_generic_file(tmp_path):
     row = {"prompt": "Ice is ", "options": ["hot", " cold"], "answer": 0}
     (example,) = all_examples(tasks.get("multiple_choice", write(tmp_path / "m.jsonl", [row])))
     assert example.options == ("hot", " cold")
+
+
+def prompts_of(tmp_path, *rows, kind="multiple_choice", **options):
+    """Prompt and options of each row, as one text, and what was warned."""
+    answer = {"multiple_choice": lambda o: {"options": o, "answer": 0}, "generation": lambda o: {"answer": o}}[kind]
+    lines = [{"prompt": prompt, "id": str(i), **answer(own)} for i, (prompt, own) in enumerate(rows)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        task = tasks.get(kind, write(tmp_path / "rows.jsonl", lines), **options)
+    ordered = sorted(all_examples(task), key=lambda example: int(example.id))
+    return [[e.prompt + option for option in e.options] for e in ordered], [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "generation"])
+def test_a_space_of_the_rows_is_neither_doubled_nor_lost(tmp_path, kind):
+    verbatim = [
+        ("Answer: ", ["yes", "no"]),
+        ("Answer:", [" yes", " no"]),
+        ("Answer:\n", ["yes", "no"]),
+        ("caesar abc>1=", ["bcd", "bce"]),
+        ("2+2=", ["4", "5"]),
+        ("sqrt(", ["4)", "5)"]),
+        ("a path/", ["x", "y"]),
+        ('He said "', ["yes", "no"]),
+        ("Ice is cold", [".", "?"]),
+        ("答案：", ["是", "否"]),
+        ("ice is col", ["\td", "\nd"]),
+    ]
+    found, warned = prompts_of(tmp_path, *verbatim, kind=kind)
+    assert found == [[prompt + option for option in options] for prompt, options in verbatim]
+    assert warned == []
+    spaced = [
+        ("Is ice cold?", ["yes", "no"]),
+        ("Answer:", ["yes", " no"]),
+        ("Ice is", ["cold", ".5 cold"]),
+        ("3 + 4 are", ["-7", "7"]),
+        ('"Ice"', ["cold", "hot"]),
+        ("**Answer:**", ["cold", "hot"]),
+        ("얼음은", ["차다", "뜨겁다"]),
+    ]
+    found, warned = prompts_of(tmp_path, *verbatim, *spaced, kind=kind)
+    assert found[len(verbatim) :] == [
+        [f"{prompt} {option.strip()}" for option in options] for prompt, options in spaced
+    ]
+    assert found[: len(verbatim)] == [[prompt + option for option in options] for prompt, options in verbatim]
+    (said,) = warned
+    assert said == (
+        f"task {kind!r}: 7 of 18 rows have no white space between prompt and answer, and got a space, as in"
+        " 'Is ice cold? yes'; delimiter='' leaves rows as they are"
+    )
+
+
+def test_a_delimiter_that_is_said_is_put_where_there_is_no_white_space(tmp_path):
+    rows = [("Ice is", ["cold", " hot"]), ("2+2=", ["4", "5"]), ("Ice: ", ["cold", "hot"])]
+    for delimiter in ("", " ", "\n", "|"):
+        found, warned = prompts_of(tmp_path, *rows, delimiter=delimiter)
+        assert found[0] == [f"Ice is{delimiter}cold", "Ice is hot"]
+        assert found[1] == [f"2+2={delimiter}4", f"2+2={delimiter}5"]
+        assert found[2] == ["Ice: cold", "Ice: hot"]
+        assert warned == []
+    with pytest.raises(TaskError, match="delimiter must be a text, got 3"):
+        prompts_of(tmp_path, *rows, delimiter=3)
+
+
+def test_rows_of_the_demo_give_the_full_model_its_accuracy_by_default(tmp_path):
+    model, tokenizer = load(MODEL)
+    rows = [{key: row[key] for key in ("prompt", "options", "answer")} for row in demo_rows("caesar", "test", 40)]
+    task = tasks.get("multiple_choice", write(tmp_path / "caesar.jsonl", rows), fractions=(0, 0, 1))
+    assert Evaluator(model, tokenizer, task, split="test").evaluate().accuracy > 0.8
 
 
 GOOD = {"prompt": "p", "options": ["a", "b"], "answer": 0}
