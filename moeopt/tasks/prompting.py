@@ -140,8 +140,8 @@ class Prompting:
             text, ends = self._render(encoder.tokenizer, shots, question, example.options)
             found = Encoded(*encoder.continued(text, ends, special=not self.chat))
             behind = max(room, *(len(ids) - first for ids, first in found.options))
-            before = max(len(found.prompt) if room else 0, *(first for _, first in found.options))
-            return found, behind, 0 if max_length is None else before + behind - max_length
+            longest = max(len(found.prompt) + room if room else 0, *(len(ids) for ids, _ in found.options))
+            return found, behind, 0 if max_length is None else longest - max_length
 
         for first in range(len(self.shots) + 1):
             found, behind, over = tokens(self.shots[first:], example.prompt)

@@ -67,7 +67,9 @@ class Encoder:
                 template writes both itself.
         """
         whole = self(prompt, special)
-        stripped = prompt.rstrip() if special else prompt
+        stripped = (
+            prompt.rstrip() if special else prompt
+        )  # white space alone stays, where nothing else would stand there
         bare = whole if stripped == prompt or not (stripped or self.start) else self(stripped)
         found = []
         for text in continuations:
@@ -78,7 +80,7 @@ class Encoder:
 
     def _apart(self, prompt: list[int], text: str, ids: list[int]) -> tuple[list[int], int]:
         """As `continued`, where no id stands before the first that is scored."""
-        for lead in ("", "\n"):  # alone, or behind a line's end, where no space is put before the text
+        for lead in ("", "\n"):  # on its own, or where that would put a space before it, as the start of a line
             apart = [*prompt, *self._ids(lead + text)[len(self._ids(lead)) :]]
             if prompt and self._text(apart) == self._text(ids):
                 return apart, len(prompt)

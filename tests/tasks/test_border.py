@@ -6,12 +6,15 @@ import copy
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import ENDS, KINDS, LOSSLESS, REAL, real, small
 
 from moeopt.errors import TaskError
+from moeopt.evaluation import Evaluator
 from moeopt.tasks import Example, GenerationTask, MultipleChoiceTask, TextTask, get
 
 PIECES = [
@@ -177,6 +180,10 @@ def test_a_begin_token_that_prompts_are_written_with_stands_once(around):
         assert tokenizer.decode(request.ids) == "<s>" + text.replace("<s>", "")
     (window,) = TextTask("t", search=["<s>" + "hello world " * 8]).requests("search", tokenizer)
     assert window.ids.count(1) == 1
+    (window,) = TextTask("t", search=["hello world " * 8]).requests("search", tokenizer)
+    assert (window.ids[0] == 1) == ("<s>" in around)
+    assert window.scored_from == 1
+    assert 2 not in window.ids
 
 
 @pytest.mark.parametrize("kind", KINDS[:-2])
@@ -229,3 +236,21 @@ def test_a_task_of_the_harness_is_scored_as_one_text(around, harness_tasks):
         theirs = of_harness(tokenizer, asked.prompt, asked.options[request.option])
         assert theirs in (None, (list(request.ids), request.scored_from))
     assert len(requests) == 80
+
+
+def test_options_with_prompts_of_their_own_are_scored_as_each_alone(make_mixtral):
+    tokenizer, model = small("sentencepiece"), make_mixtral(layers=2, experts=4, vocab_size=512)
+    asked = [("hello wor", ("ld", "d, hello", "k")), ("2+2=", ("4", "42 or 5")), ("Answer: ", ("yes", "no no"))]
+    task = MultipleChoiceTask("t", test=[Example(prompt, prompt, options, 0) for prompt, options in asked])
+    requests = task.requests("test", tokenizer)
+    assert len({r.ids[: r.scored_from] for r in requests}) > len(asked)
+    totals = []
+    for request in requests:
+        ids = torch.tensor(request.ids)
+        with torch.inference_mode():
+            scores = model(ids[None]).logits[0].log_softmax(1)
+        first = request.scored_from
+        totals.append(float(scores[first - 1 : -1].gather(1, ids[first:, None]).sum()))
+    expected = task.reduce("test", requests, np.array(totals), np.zeros(len(totals), np.int64))
+    found = Evaluator(model, tokenizer, task, split="test").evaluate()
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-4)
