@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "moeopt"
 """User attribute of a study: the JSON description of model, task, space and sampler it was made with."""
+FULL_MODEL = "full_model"
+"""User attribute of a study: what the full model gives on its examples (`moeopt.reference`)."""
 FORMAT = 1
 DEEPEST = 64
 """Levels of objects and lists in a description."""
@@ -73,6 +75,11 @@ STUDY = {
     "sampler": {"name": Maybe(TEXT)},
     "pruner": Maybe({"class": Maybe(TEXT)}),
     "evaluation": Maybe({"score": Maybe(TEXT), "top_p": Maybe(FINITE), "active_weight": Maybe(FINITE)}),
+}  # fmt: skip
+REFERENCE = {
+    "of": TEXT, "score": TEXT, "loss": NUMBER, "penalty": FINITE, "accuracy": FINITE, "metrics": {TEXT: NUMBER},
+    "active": FINITE, "examples": COUNT, "chance": Maybe(FINITE), "tokens": COUNT, "layer_tokens": COUNT,
+    "seconds": FINITE, "warnings": [TEXT],
 }  # fmt: skip
 TRIAL = {
     genome.ORIGIN: {
@@ -191,12 +198,26 @@ def check_whole(study: optuna.Study) -> dict[str, Any]:
     """
     found = described(study)
     with reading(study.study_name):
-        directions, trials = study.directions, study.get_trials(deepcopy=False)
+        directions, trials, attrs = study.directions, study.get_trials(deepcopy=False), study.user_attrs
     if [direction.name for direction in directions] != ["MINIMIZE"]:
         raise StudyError(f"study {shown(study.study_name)} does not minimise one value, as studies of moeopt do")
     for trial in trials:
         check_trial(trial, study.study_name)
+    full_model(attrs, study.study_name)
     return found
+
+
+def full_model(attrs: Mapping[str, Any], study_name: str) -> dict[str, Any] | None:
+    """What the user attributes of a study say of the full model, of the form `REFERENCE`; None where they do not.
+
+    Raises:
+        StudyError: when it is of another form.
+    """
+    if FULL_MODEL not in attrs:
+        return None
+    found, where = attrs[FULL_MODEL], f"study {shown(study_name)}: its attribute {FULL_MODEL!r}"
+    check(found, REFERENCE, where)
+    return {key: found.get(key) for key in REFERENCE}
 
 
 def check_trial(trial: FrozenTrial, study_name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -13,12 +14,13 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from moeopt import genome, racing
-from moeopt.errors import NonFiniteLossError, SpaceError, StudyError
+from moeopt import genome, racing, reference
+from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
 from moeopt.evaluation.memory import ran_out
-from moeopt.models import Storage, describe, fingerprint, shape_of
+from moeopt.models import Storage, describe, fingerprint, lock_of, shape_of
 from moeopt.plan import Plan
+from moeopt.reference import Reference
 from moeopt.spaces import Space
 
 if TYPE_CHECKING:
@@ -47,13 +49,15 @@ class Objective:
     Every trial keeps, as user attributes, `accuracy` (0 to 1), `active` (the mean number of experts that a token ran in
     an MoE layer, see `Evaluation`), `seconds`, `tokens` (non-padding tokens run), `layer_tokens` (decoder layers that
     they went through, summed: what the trial cost), `operator`, `phase` and
-    `parents` where the sampler names them, `spent` (the layer-tokens of the study when it ended, its own included: the
-    axis on which studies of one task compare), and `drift` (mean absolute distance of the genotype from the start); the
-    scores of every example are packed in a system attribute.
+    `parents` where the sampler names them, `spent` (the layer-tokens of the study when it ended, its own included and
+    those of its reference: the axis on which studies of one task compare), and `drift` (mean absolute distance of the
+    genotype from the start); the scores of every example are packed in a system attribute.
 
     With several `rungs` the trial is raced: after each rung but the last it reports its loss so far, with the number of
     examples as step, and any pruner of Optuna may end it. A pruned trial keeps, as `estimate`, what its loss over all
     examples would be: the incumbent's plus the mean paired difference so far, which moeopt's samplers read.
+
+    Before its first trial of a study it scores the full model, unless the study holds that already (`reference`).
 
     No plan is evaluated twice: what a finished trial of the study, of whichever worker, knows of the plan on the same
     examples is taken from it (`copied_from`), at no cost. A plan whose loss is NaN or infinite, or that runs out of
@@ -73,6 +77,7 @@ class Objective:
             as Optuna's `WilcoxonPruner` takes it (some 20 blocks suit it).
         active_weight: what one more active expert per token and layer must gain in loss; at least 0.
         prefix_memory, prefix_device, storage, score, compression: as for `Evaluator`.
+        reference: whether a study gets the full model's scores, for one evaluation.
 
     Raises:
         SpaceError: when the space is for a model of another shape.
@@ -99,6 +104,7 @@ class Objective:
         storage: Storage = "auto",
         score: Score = "likelihood",
         compression: Compression | None = None,
+        reference: bool = True,
     ) -> None:
         shape = shape_of(model)
         if shape != space.shape:
@@ -130,6 +136,8 @@ class Objective:
             compression=compression,
         )
         self._searched: Callable[[], optuna.Study | None] = lambda: None
+        self._refers = reference
+        self._reference: Reference | None = None
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
         self.settings: dict[str, Any] = {
             **self._limits, "batch_tokens": batch_tokens, "rungs": rungs, "report": report,
@@ -137,6 +145,8 @@ class Objective:
         }  # fmt: skip
         if compression is not None:
             self.settings |= {"top_p": compression.top_p, "memory": compression.memory}
+        if not reference:
+            self.settings["reference"] = False
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> float:
         """The loss of the trial's plan, active experts weighed in, NaN where there is none.
@@ -160,9 +170,8 @@ class Objective:
             raise
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
-        if study is not None and self._searched() is not study:  # none saves layer-tokens by what another one ran
-            self.evaluator.clear(keep_teacher=True)
-            self._searched = weakref.ref(study)
+        if study is not None:
+            self._begin(study)
         started = self.evaluator.clock()
         x = self.space.vector(trial)
         plan = self.space.decode(x)
@@ -206,6 +215,51 @@ class Objective:
             raise optuna.TrialPruned
         return evaluation.loss + self._penalty(evaluation)
 
+    def _begin(self, study: optuna.Study) -> None:
+        """Once a study, before its first trial here: it gets its reference, and forgets what was run for it or others.
+
+        So no study saves layer-tokens by what another one ran, and a resumed one costs what one that went on does.
+        """
+        if self._searched() is study:
+            return
+        with lock_of(self.model):
+            if self._searched() is study:  # another thread did it meanwhile
+                return
+            self._reference = reference.read(study)
+            if self._refers and not self._refers_to(self._reference):
+                try:
+                    self._reference = self.reference(study)
+                    for warning in self._reference.warnings:
+                        warnings.warn(f"{warning} It is {reference.first_prompt(self.evaluator)}", stacklevel=4)
+                except (NonFiniteLossError, OutOfMemoryError) as error:
+                    warnings.warn(f"the full model gives no reference: {error}", stacklevel=4)
+            self.evaluator.clear(keep_teacher=True)
+            self._searched = weakref.ref(study)
+
+    def reference(self, study: optuna.Study) -> Reference:
+        """The full model's scores on the objective's examples: those that the study holds, or made here and kept there.
+
+        Raises:
+            NonFiniteLossError: when its loss is not finite.
+            OutOfMemoryError: when a single sequence does not fit.
+            StudyError, StorageError: when what the study holds is damaged.
+        """
+        with lock_of(self.model):
+            held = reference.read(study)
+            if held is None or not self._refers_to(held):
+                self.evaluator.clear(keep_teacher=True)
+                made = reference.measure(self.evaluator, self._of, self.active_weight)
+                self.evaluator.clear(keep_teacher=True)  # what trials cost does not depend on where this was run
+                held = reference.read(study)  # another process may have made it meanwhile
+                if held is None or not self._refers_to(held):
+                    made.keep(study)
+                    held = made
+            return held
+
+    def _refers_to(self, held: Reference | None) -> bool:
+        """Whether a reference is of what this objective scores."""
+        return held is not None and held.of == self._of and held.penalty == self.active_weight * held.active
+
     def _penalty(self, evaluation: Evaluation) -> float:
         """What the active experts of an evaluation add to the loss."""
         return penalty(self.active_weight, evaluation)
@@ -217,6 +271,7 @@ class Objective:
             ended = study.get_trials(deepcopy=False, states=FINISHED)
             costs = (one.user_attrs.get("layer_tokens") for one in ended)
             spent = sum(cost for cost in costs if isinstance(cost, int)) + facts.get("layer_tokens", 0)
+            spent += 0 if self._reference is None else self._reference.layer_tokens
             genome.write(study, trial, attrs, facts | {SPENT: spent})
             return
         for key, value in facts.items():

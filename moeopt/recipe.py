@@ -51,6 +51,7 @@ SETTINGS: dict[str, tuple[type | tuple[type, ...], float]] = {
     "score": (str, 0),
     "top_p": ((int, float), 1),
     "memory": (int, 1 << 44),
+    "reference": (bool, 1),
 }
 """Settings of an objective that a recipe holds: their types, and the largest numbers that are believed."""
 
@@ -286,7 +287,7 @@ def _checked(body: Any) -> Recipe:
         raise ValueError("'missing' of the wrong form")
     for name, value in recipe.objective.items():
         kind, most = SETTINGS[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
             raise ValueError(f"{name!r} of the wrong form")
         if isinstance(value, (int, float)) and not 0 <= value <= most:
             raise ValueError(f"{name!r} is {value!r:.40}")

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"errors", "plan", "models", "tasks"},
     "methods": {"errors", "lazily", "plan", "models", "tasks", "evaluation"},
     "racing": {"description", "errors", "genome"},
-    "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing"},
+    "reference": {"description", "errors", "genome", "showing"},
+    "objective": {"errors", "plan", "genome", "spaces", "models", "tasks", "evaluation", "racing", "reference"},
     "recipe": {"errors", "genome"},
     "study": {
         "defaults",
@@ -81,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "profiling": {"errors", "lazily", "files", "plan", "models"},
     "figures": {"errors", "files", "plan"},
-    "dashboard": {"errors", "plan", "genome", "spaces", "storage", "study", "figures"},
+    "dashboard": {"description", "errors", "plan", "genome", "spaces", "storage", "study", "figures", "reference"},
     "demo": {
         "console",
         "errors",

@@ -271,7 +271,7 @@ whole, calls = Evaluator.race, 0
 def dying(self, plan=None, known=None):
     global calls
     calls += 1
-    if calls == 6:
+    if calls == 7:  # the first is of the full model
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     return whole(self, plan, known)
 Evaluator.race = dying

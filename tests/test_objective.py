@@ -211,7 +211,7 @@ def test_nothing_is_paired_with_trials_of_other_examples(make: Any, model: Any) 
 
 
 def test_a_retried_trial_goes_on_from_its_scores(make: Any, model: Any, url: str) -> None:
-    objective = make(space=ungrouped(model), rungs=4)
+    objective = make(space=ungrouped(model), rungs=4, reference=False)
     study = moeopt.create_study("s", objective=objective, storage=url, warm_starts=[one_hot()])
     race = objective.evaluator.race
 
@@ -426,7 +426,7 @@ def test_a_study_killed_in_the_middle_of_a_race_goes_on_as_if_it_had_not_been(
 def poisoned(make: Any, make_mixtral: Any, value: float, rungs: int = 4) -> tuple[Any, int]:
     """An objective whose loss is not finite for a plan that keeps expert 0 of layer 2, from its last rung on."""
     model = make_mixtral(layers=LAYERS, experts=EXPERTS, hidden=16, intermediate=16)
-    objective = make(model=model, space=ungrouped(model), rungs=rungs)
+    objective = make(model=model, space=ungrouped(model), rungs=rungs, reference=False)
     evaluator = objective.evaluator
     race = evaluator.race
 
@@ -470,7 +470,7 @@ def test_a_plan_that_failed_is_not_run_again(make: Any, make_mixtral: Any) -> No
     model = make_mixtral(layers=LAYERS, experts=EXPERTS, hidden=16, intermediate=16)
     with torch.no_grad():
         model.model.layers[2].mlp.experts.down_proj[0] = math.nan
-    objective = make(model=model, space=ungrouped(model))
+    objective = make(model=model, space=ungrouped(model), reference=False)
     study = plain_study(objective)
     bad = one_hot(KEPT[0], KEPT[1], [0, 1, 2])
     runs: list[int] = []

@@ -125,6 +125,7 @@ def search(
             "times, and stopped when it is surely worse. Worth it from some 64 examples on.",
         ),
     ] = 1,
+    reference: Annotated[bool, STUDY(help="Whether to score the full model first, for one evaluation.")] = True,
     storage: Storage = DEFAULT_STORAGE,
     resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
     device_map: DeviceMap = "auto",
@@ -185,6 +186,8 @@ def search(
         err.print(f"loading {model}", markup=False)
         from moeopt.models import load, load_tokenizer
         from moeopt.objective import Objective
+        from moeopt.reference import MOST_SHOWN, first_prompt, read
+        from moeopt.showing import line
 
         chosen_task.check(load_tokenizer(model))
         shares = fleet.shared(workers, device_map) if workers > 1 else [{}]
@@ -193,7 +196,7 @@ def search(
         objective = Objective(
             loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
             active_weight=active_weight, prefix_memory=None if prefix_memory is None else prefix_memory << 20,
-            score=score,
+            score=score, reference=reference,
         )  # fmt: skip
         record = create_study(
             study,
@@ -210,6 +213,14 @@ def search(
             err.print(f"resuming study {study!r}: {finished(record)} of {trials} trials done", markup=False)
         if "merge" in chosen_space.phases and chosen_space.router == "prob":
             err.print("merged routers map probabilities: only prunings export to an ordinary checkpoint (see --router)")
+        err.print(
+            f"first prompt, then what is scored: {first_prompt(objective.evaluator)}", markup=False, soft_wrap=True
+        )
+        full = objective.reference(record) if reference else read(record)
+        if full is not None:
+            err.print(f"full model: {full}, {full.layer_tokens:,} layer-tokens", markup=False, soft_wrap=True)
+            for warning in full.warnings[:MOST_SHOWN]:
+                err.print(f"Warning: {line(warning, 1000)}", style="yellow", markup=False, soft_wrap=True)
         started = time.monotonic()
         recipe.want(record, trials, patience)
         again = ["--study", study, "--model", model, "--device-map", device_map]
@@ -244,9 +255,16 @@ def search(
         scored += f", {'agreement' if score in ('kl', 'acceptance') else 'accuracy'} {100 * accuracy:.1f}%"
     if chosen_active.searched:
         scored += f", {best.user_attrs['active']:.2f} experts active"
+    compared = ""
+    if full is not None:
+        gap = full.difference(best)
+        compared = f"Full model: {full}" + (f", {full.active:.2f} experts active" if chosen_active.searched else "")
+        if gap is not None:
+            compared += f". Best - full: loss {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
+        compared += "\n"
     place = shlex.join(arguments.storage_again(storage))
     out.print(
-        f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n"
+        f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n{compared}"
         f"  moeopt show {shlex.quote(study)} {place}\n"
         f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --study {shlex.quote(study)}",
         markup=False,

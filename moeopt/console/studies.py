@@ -13,10 +13,11 @@ from rich.text import Text
 
 from moeopt.console.formatting import number, percent
 from moeopt.console.plans import plan_table
-from moeopt.description import COUNT, check_whole
+from moeopt.description import COUNT, check_whole, full_model
 from moeopt.description import number as numeric
 from moeopt.errors import MoeoptError
 from moeopt.plan import Plan
+from moeopt.reference import MOST_SHOWN, of_facts
 from moeopt.showing import line
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
-    """A study in one JSON object: trials by state, best, phases, the `top` trials, what was selected, description.
+    """A study in one JSON object: trials by state, best, phases, the `top` trials, full model, selected, description.
 
     Raises:
         StudyError, StorageError: when the study is not one that `moeopt.load_study` opens.
@@ -60,6 +61,7 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
             for phase, members in phases.items()
         ],
         "top": [trial_record(trial) for trial in ranked[:top]],
+        "full_model": full_model(study.user_attrs, study.study_name),
         "selection": recorded(study),
         "description": about,
     }
@@ -134,6 +136,7 @@ def studies_table(records: Sequence[dict[str, Any]], title: str) -> Table:
 def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
     """A study's description, phases, best trials, its best plan, and what was selected."""
     about = record["description"]
+    full = None if record["full_model"] is None else of_facts(record["full_model"])
     facts = Table.grid(padding=(0, 2))
     for label, text in (
         (
@@ -145,8 +148,10 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         ("score", line(_evaluation(about).get("score") or "likelihood")),
         ("space", _space_line(about["space"])),
         ("sampler", _sampler_line(about["sampler"])),
+        ("full model", "not scored" if full is None else str(full)),
+        *(("", line(warning, 1000)) for warning in (() if full is None else full.warnings[:MOST_SHOWN])),
     ):
-        facts.add_row(Text(label, style="bold"), Text(text))
+        facts.add_row(Text(label, style="bold"), Text(text, style="" if label else "yellow"))
     if record["best"] is None:
         return Group(facts, Text("no trial is finished yet"))
     phases = Table("phase", "trials", "best loss", "layer-tokens", "seconds", title="phases", title_justify="left")
@@ -160,6 +165,11 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         "trial", "loss", "agreement" if label_free else "accuracy", "operator", "parents", "layer-tokens", "seconds",
         title="best trials", title_justify="left",
     )  # fmt: skip
+    if full is not None:
+        top.add_row(
+            "full model", number(full.loss + full.penalty), percent(full.accuracy), "", "", f"{full.layer_tokens:,}",
+            number(full.seconds, 2),
+        )  # fmt: skip
     for trial in record["top"]:
         top.add_row(
             str(trial["number"]), number(trial["loss"]), percent(trial["accuracy"]),

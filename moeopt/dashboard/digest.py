@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeopt import genome
+from moeopt.description import full_model
 from moeopt.errors import MoeoptError, StudyError
+from moeopt.reference import Reference, of_facts
 from moeopt.spaces import Space, from_description
 from moeopt.spaces.base import range_names
 from moeopt.study import CALIBRATION, DESCRIPTION, METHOD
@@ -76,6 +78,7 @@ class Digest:
         best: the complete trial of least loss, the first of equals.
         accuracy: its accuracy, 0 to 1, NaN when unknown.
         plan: its plan.
+        full: what the full model gives; None where that is unknown or cannot be read.
         selection: the record that `moeopt select` left, unchecked.
         blocks: name and place in `Row.features` of every choice that is searched.
         problems: what is wrong, in lines for the user.
@@ -90,6 +93,7 @@ class Digest:
     best: Row | None = None
     accuracy: float = math.nan
     plan: Plan | None = None
+    full: Reference | None = None
     selection: Mapping[str, Any] | None = None
     blocks: tuple[tuple[str, slice], ...] = ()
     problems: tuple[str, ...] = field(default=())
@@ -156,12 +160,18 @@ def digest(study: optuna.Study, known: dict[int, Row] | None = None) -> Digest:
         accuracy = number(best.user_attrs.get("accuracy"))
         if space is not None and known[best.number].features is not None:
             plan = space.plan(best)
+    full = None
+    try:
+        facts = full_model(attrs, study.study_name)
+        full = None if facts is None else of_facts(facts)
+    except StudyError as error:
+        problems.append(f"what its full model gives cannot be read: {_line(error)}")
     selection = attrs.get(SELECTION)
     if selection is not None and not isinstance(selection, dict):
         problems.append(f"its selection is {_kind(selection)}, not what moeopt select writes")
     top = None if best is None else known[best.number]
     return Digest(
-        _name(study), about, space, tuple(rows), running, failed, top, accuracy, plan,
+        _name(study), about, space, tuple(rows), running, failed, top, accuracy, plan, full,
         selection if isinstance(selection, dict) else None, blocks, tuple(problems),
     )  # fmt: skip
 

@@ -28,13 +28,18 @@ BEST_SHARE, BEST_FEWEST, BEST_MOST = 0.1, 5, 50
 
 def best_curve(digest: Digest) -> Curve | None:
     """Layer-tokens spent, and the loss, at every complete trial that was the best so far; None where there is none."""
-    spent, best, found = 0.0, math.inf, []
+    spent, best, found = _before(digest), math.inf, []
     for row in digest.rows:
         spent += row.cost
         if not row.pruned and row.loss < best:
             best = row.loss
             found.append((spent, best))
     return None if not found else (np.array([s for s, _ in found]), np.array([b for _, b in found]))
+
+
+def _before(digest: Digest) -> float:
+    """Layer-tokens spent before the first trial: on the full model."""
+    return 0.0 if digest.full is None else float(digest.full.layer_tokens)
 
 
 def draw(digest: Digest, others: Mapping[str, Curve], named: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -71,10 +76,11 @@ def _label(digest: Digest) -> str:
 def _progress(digest: Digest, others: Mapping[str, Curve]) -> style.Figure:
     gains, interval = _gains(digest.selection)
     return figures.search_progress(
-        np.cumsum([row.cost for row in digest.rows]),
+        _before(digest) + np.cumsum([row.cost for row in digest.rows]),
         [row.loss for row in digest.rows],
         [row.pruned for row in digest.rows],
         others=others, gains=gains, test_interval=interval, label=_label(digest),
+        full_model=None if digest.full is None else digest.full.loss + digest.full.penalty,
     ) if digest.rows else style.nothing("Loss over layer-tokens", "No trial has ended yet.")  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeopt.dashboard.digest import Digest, number, shown
+from moeopt.reference import MOST_SHOWN
 
 MARK = "[//]: # (moeopt writes what follows; text above this line is yours and stays)"
 """A line that Markdown does not show."""
@@ -114,16 +115,18 @@ def _fenced(text: str, language: str) -> str:
 
 
 def _best(digest: Digest) -> str:
-    best = digest.best
+    best, full = digest.best, digest.full
+    compared = [] if full is None else [("full model", code(str(full)))]
+    compared += [] if full is None else [("**warning**", code(warning, 600)) for warning in full.warnings[:MOST_SHOWN]]
     if best is None:
-        return "No trial has a loss yet."
+        return "No trial has a loss yet." + ("\n\n" + _table(compared) if compared else "")
     label_free = digest.part("evaluation", "score") in ("kl", "acceptance")
     facts = [("trial", str(best.number)), ("loss", f"{best.loss:.4f}")]
     if not math.isnan(digest.accuracy):
         facts.append(("agreement" if label_free else "accuracy", f"{100 * digest.accuracy:.1f}%"))
     if best.operator:
         facts.append(("made by", code(best.operator)))
-    text = _table(facts)
+    text = _table(facts + compared)
     if digest.selection is not None:
         sentences = digest.selection.get("sentences")
         lines = (

@@ -113,7 +113,7 @@ def run(
             raise KeyboardInterrupt
         test = Evaluator(model, tokenizer, task, split="test", limit=sizes["test"])
         with console.status(f"scoring on {sizes['test']} held-out examples"):
-            full = _entry(FULL, model, None, objective.evaluator.evaluate().loss, test)
+            full = _entry(FULL, model, None, objective.reference(study).loss, test)
             done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
             drawn = [trial for trial in done if trial.user_attrs.get("operator") == "initial"][:DRAWS]
             random = tuple(_of_trial(RANDOM, trial, space, model, test) for trial in drawn)

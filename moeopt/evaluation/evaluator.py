@@ -23,6 +23,7 @@ from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.generating import Generation, Generator
 from moeopt.evaluation.generating import race as race_generated
 from moeopt.evaluation.memory import free_bytes, merged_bytes, ran_out
+from moeopt.evaluation.prompts import decoded
 from moeopt.evaluation.runners import Active, LayerMajor, Run, Whole, state_of
 from moeopt.evaluation.scoring import score
 from moeopt.evaluation.teacher import LABEL_FREE, Compression, Teacher
@@ -174,6 +175,16 @@ class Evaluator:
         return tuple(batch for rung in self._batches for batch in rung)
 
     @property
+    def requests(self) -> Sequence[Request]:
+        """The token sequences that are scored, those of an example together."""
+        return self._requests
+
+    @property
+    def first_prompt(self) -> tuple[str, str]:
+        """The first example's prompt as the model reads it, and what is scored behind it: see `prompts.decoded`."""
+        return decoded(self.tokenizer, self._requests[0])
+
+    @property
     def tokens(self) -> int:
         """Non-padding tokens that one evaluation runs."""
         return sum(batch.tokens for batch in self.batches)
@@ -216,6 +227,18 @@ class Evaluator:
         """
         *_, last = self.race(plan)
         return last
+
+    def full_model(self) -> Evaluation:
+        """Scores the model without any plan, also within `moeopt.patched`; raises as `evaluate`.
+
+        Where losses are distances from it they are 0, for which nothing is run.
+        """
+        if self.teacher is None:
+            with without_plan(self.model):
+                return self.evaluate()
+        scores, metrics = self.teacher.itself(self._requests, "kl" if self.score == "kl" else "acceptance")
+        active = float(np.mean(self._stock()))
+        return Evaluation(scores.losses, scores.weights, scores.correct, 0, 0, 0.0, active, metrics)
 
     def race(self, plan: Plan | None = None, known: Evaluation | None = None) -> Iterator[Evaluation]:
         """Scores the model under `plan` rung after rung: after each, what is known of the examples so far.

@@ -217,6 +217,11 @@ class Teacher:
         columns = [column.astype(np.float32) for column in (losses, weights, agreement / weights)]
         return Scores(columns[0], columns[1], columns[2]), metrics
 
+    def itself(self, requests: Sequence[Request], score: LabelFree) -> tuple[Scores, dict[str, float]]:
+        """What `reduce` gives for the full model: it is at no distance from itself, and makes the same choices."""
+        none = np.zeros(len(requests))
+        return self.reduce(requests, np.stack([none, none, self._counts[: len(requests)]]), score)
+
     def _noted(self, logits: Tensor, row: Tensor) -> tuple[Tensor, ...]:
         """Of some rows of logits: tokens kept, (rows,), those of all rows, their log-probabilities, the rests'."""
         logits = logits[row.to(logits.device)].float()

@@ -26,6 +26,7 @@ def search_progress(
     others: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     gains: Mapping[str, float] | None = None,
     test_interval: tuple[float, float] | None = None,
+    full_model: float | None = None,
     title: str = "Loss over layer-tokens",
     label: str = "loss",
 ) -> style.Figure:
@@ -41,6 +42,7 @@ def search_progress(
             the 12 that end lowest.
         gains: for "search", "dev" and "test" the full model's loss less that of the chosen plan: a second panel.
         test_interval: ends of the 95% interval of the gain on test.
+        full_model: its loss on the same examples: a dashed line where the axis reaches it, and named in any case.
 
     Raises:
         FigureError: when shapes differ or a value is infinite.
@@ -61,8 +63,17 @@ def search_progress(
     low, high = _range(found[there], [losses for _, losses in curves.values()])
     above = int((found[there] > high).sum())
     subtitle = f"{int(there.sum())} trials" + (f", {above} of them above the axis" if above else "")
+    if full_model is not None:
+        subtitle += f", full model {finite('full_model', full_model):.4g}"
     figure = style.empty(title, subtitle)
     end = max([spent[-1], *(ends[-1] for ends, _ in curves.values())])
+    if full_model is not None and low <= full_model <= high:
+        figure.add_trace(
+            style.plotly().Scatter(
+                x=style.short([0, end], 5), y=style.short([full_model] * 2, 5), mode="lines", name="full model",
+                hoverinfo="skip", line={"color": style.FAINT, "width": 1.5, "dash": "dash"},
+            )
+        )  # fmt: skip
     for i, (name, (ends, bests)) in enumerate(curves.items()):
         style.line_of_bests(
             figure, np.append(ends, end), np.append(bests, bests[-1]), "#b0b0b0", 1,

@@ -138,6 +138,13 @@ class Task(ABC):
         """
         return np.ones(len(self.examples(split)), np.float32)
 
+    def chance(self, split: str, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """How likely a blind pick is right on each example of the requests, float64 (examples,).
+
+        NaN, as by default, where the model does not choose among options.
+        """
+        return np.full(len({request.example for request in requests}), np.nan)
+
     def solutions(self, split: str, requests: Sequence[Request]) -> list[Request]:
         """Those of the requests that end in the right answer: the text that one-shot methods calibrate on."""
         if not any(request.option for request in requests):

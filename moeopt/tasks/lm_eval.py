@@ -194,6 +194,13 @@ class HarnessTask(DividedTask):
             tasks=tuple(tasks),
         )
 
+    def chance(self, split: str, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """The share of a document's options that are right; NaN where there is but one, to be written greedily."""
+        examples = self._splits.examples(split)
+        chosen = [examples[i] for i in dict.fromkeys(request.example for request in requests)]
+        counts = [(len(self._documents[example.id].right), len(example.options)) for example in chosen]
+        return np.asarray([right / options if options > 1 else np.nan for right, options in counts])
+
     def _results(self, document: Document, pick: int, answers: list[tuple[float, bool]]) -> Mapping[str, Any]:
         if self._harness is None:
             return {"acc": float(answers[0][1] if document.rule == "greedy" else pick in document.right)}

@@ -200,6 +200,14 @@ class MixtureTask(Task):
             found.setdefault(names[request.source.member], []).append(request.source.request)
         return found
 
+    def chance(self, split: str, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """As the members say of their own examples."""
+        found = np.full(len({request.example for request in requests}), np.nan)
+        places = self.places(requests)
+        for name, own in self.own(requests).items():
+            found[places[name][0]] = self.members[name].chance(split, own)
+        return found
+
     def metrics(self, split: str, scores: Scores) -> dict[str, float]:
         found = super().metrics(split, scores)
         for name, own in (scores.members or {}).items():

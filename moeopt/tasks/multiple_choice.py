@@ -117,6 +117,12 @@ class MultipleChoiceTask(PromptedTask):
         weights = np.ones(len(losses), np.float32)
         return Scores(np.asarray(losses, np.float32), weights, np.asarray(correct, np.float32), np.asarray(chosen))
 
+    def chance(self, split: str, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """The share of an example's options that are right."""
+        examples = self._splits.examples(split)
+        numbers = dict.fromkeys(request.example for request in requests)
+        return np.asarray([len(self.right(examples[i])) / len(examples[i].options) for i in numbers])
+
     def _compared(self, example: Example, options: Sequence[tuple[float, int]]) -> list[float]:
         """What the choice is the largest of, from every option's (log-likelihood, tokens)."""
         if self.normalise == "none":

@@ -94,6 +94,13 @@ RECORD = {
 }  # fmt: skip
 
 
+FULL_MODEL = {
+    "of": "me", "score": "likelihood", "loss": 1.0, "penalty": 0.0, "accuracy": 0.5, "metrics": {"accuracy": 0.5},
+    "active": 2.0, "examples": 3, "chance": 0.5, "tokens": 8, "layer_tokens": 16, "seconds": 0.1,
+    "warnings": ["the full model guesses"],
+}  # fmt: skip
+
+
 def honest(storage: Any = None, space: str = "eep", name: str = "s", trials: int = 4) -> optuna.Study:
     """A study as moeopt 0.1.0 writes it, in memory or a database, with a selection."""
     objective: Any = Distance(SPACES[space]())

@@ -19,6 +19,8 @@ from moeopt import genome
 from moeopt.cli import arguments, main
 from moeopt.comparing.searched import searched
 from moeopt.console import study_record, study_summary, study_view
+from moeopt.dashboard.digest import digest
+from moeopt.dashboard.note import note
 from moeopt.description import DESCRIPTION
 from moeopt.errors import MoeoptError, StudyError
 from moeopt.exporting.trials import trial_record
@@ -114,6 +116,20 @@ def test_selections_of_any_form(capsys: pytest.CaptureFixture[str]) -> None:
         try:
             for name in ("show", "selected", "on test", "searched"):
                 tried(READERS[name], study)
+            assert visible_only(capsys.readouterr().out)
+        except BaseException as error:
+            raise AssertionError(what) from error
+
+
+def test_full_models_of_any_form(capsys: pytest.CaptureFixture[str]) -> None:
+    study = hostile.honest()
+    for what, mutated in (("as written", hostile.FULL_MODEL), *hostile.mutations(hostile.FULL_MODEL)):
+        study.set_user_attr("full_model", mutated)
+        try:
+            found = {name: tried(READERS[name], study) for name in ("show", "list")}
+            assert what != "as written" or not isinstance(found["show"], MoeoptError)
+            tried(moeopt.reference.read, study)
+            assert len(note(digest(study), None, "sqlite:///x.db")) < 10_000
             assert visible_only(capsys.readouterr().out)
         except BaseException as error:
             raise AssertionError(what) from error
