@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of control characters, of format characters such as right-to-left overrides, of surrogates, and
@@ -49,6 +50,18 @@ def shown(value: object, most: int = 120) -> str:
         return _cut(repr(value), most)
     except Exception as error:  # an integer of more digits than Python writes, or lists within lists within lists
         return f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
+
+
+def listed(parts: Iterable[str], most: int = 5) -> str:
+    """Texts in a row of a sentence, the last ones counted where there are many.
+
+    >>> listed(["a", "b", "c"]), listed("abcdef", most=2)
+    ('a, b and c', 'a, b and 4 more')
+    """
+    parts = list(parts)
+    if len(parts) > most:
+        parts = [*parts[:most], f"{len(parts) - most:,} more"]
+    return " and ".join([*([", ".join(parts[:-1])] if parts[1:] else []), *parts[-1:]])
 
 
 def _cut(text: str, most: int) -> str:

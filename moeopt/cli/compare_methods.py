@@ -130,6 +130,7 @@ def compare_methods(
         comparing.check(check_checkpoint(model), keeps, actives)
     console, err = consoles()
     try:
+        err.print(f"task {chosen.name}: {chosen.summary}", markup=False, soft_wrap=True)
         err.print(f"loading {model}", markup=False)
         early = load_tokenizer(model)
         for one in (chosen, other or chosen):

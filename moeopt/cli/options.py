@@ -26,7 +26,8 @@ Task = Annotated[
     GOAL(help="What to be good at: boolq, mmlu, text, ... (an unknown name lists all), or FILE.py:NAME of your own."),
 ]
 Data = Annotated[
-    str | None, GOAL(metavar="DATA", help="JSONL or parquet file, folder or hub id. Default: the task's own.")
+    str | None,
+    GOAL(metavar="DATA", help="JSONL, JSON, parquet or CSV file, folder or hub id. Default: the task's own."),
 ]
 TaskOption = Annotated[
     list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as shots=5; repeatable.")

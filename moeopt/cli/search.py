@@ -183,6 +183,7 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # no traceback of a trial that Ctrl-C ended
     out, err = consoles()
     try:
+        err.print(f"task {chosen_task.name}: {chosen_task.summary}", markup=False, soft_wrap=True)
         err.print(f"loading {model}", markup=False)
         from moeopt.models import load, load_tokenizer
         from moeopt.objective import Objective

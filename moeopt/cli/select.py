@@ -80,6 +80,7 @@ def select(
 
     console, err = consoles()
     try:
+        err.print(f"task {chosen.name}: {chosen.summary}", markup=False, soft_wrap=True)
         err.print(f"loading {model}", markup=False)
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         with Steps(err) as progress, warnings.catch_warnings():

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Mapping
 from moeopt.errors import TaskError
 from moeopt.tasks.base import Example
 from moeopt.tasks.benchmark import Benchmark, lettered, letters, row_id
+from moeopt.tasks.labels import text_of
 from moeopt.tasks.rows import Row
 
 
@@ -49,7 +50,7 @@ def choices_of(row: Row) -> tuple[list[str], int]:
     texts, labels = choices.texts("text"), choices.texts("label")
     if len(texts) != len(labels):
         raise TaskError(f"{row.where}: 'choices' must have as many texts as labels, got {len(texts)} and {len(labels)}")
-    key = str(row["answerKey"]).strip()
+    key = text_of(row["answerKey"])
     if key not in labels:
         raise TaskError(f"{row.where}: 'answerKey' must be one of {', '.join(labels)}, got {row['answerKey']!r}")
     return texts, labels.index(key)
@@ -58,13 +59,13 @@ def choices_of(row: Row) -> tuple[list[str], int]:
 def harness(row: Row) -> Example:
     texts, answer = choices_of(row)
     prompt = f"Question: {row.text('question')}\nAnswer:"
-    return Example(row_id(row, "id"), prompt, tuple(f" {text}" for text in texts), answer)
+    return Example(row_id(row, "id"), prompt, tuple(f" {text}" for text in texts), answer, row.text("question"))
 
 
 def eep(row: Row) -> Example:
     texts, answer = choices_of(row)
     prompt = f"Question: {row.text('question')}\n{lettered(texts)}\nAnswer:"
-    return Example(row_id(row, "id"), prompt, letters(len(texts)), answer)
+    return Example(row_id(row, "id"), prompt, letters(len(texts)), answer, row.text("question"))
 
 
 def _arc(name: str, config: str) -> Benchmark:

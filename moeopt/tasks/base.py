@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeopt.errors import TaskError
+from moeopt.showing import listed
+from moeopt.tasks.likeness import group_names, question
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,9 +26,9 @@ class Example:
     """One item of a task: `options` are texts that continue `prompt` verbatim, `options[answer]` is the right one.
 
     A document of a text task is an example with an empty prompt and a single option. Examples of the same `group`, such
-    as questions about one passage, go to the same split where a hash divides them. `references` are the accepted
-    answers as a generated one is judged against them, each in its parts (a list of names has several), where that is
-    not the text of the options: the number that a worked solution ends in.
+    as questions about one passage, stay in the same split; it is a text or a number, or several of them in a tuple.
+    `references` are the accepted answers as a generated one is judged against them, each in its parts (a list of names
+    has several), where that is not the text of the options: the number that a worked solution ends in.
 
     Raises:
         TaskError: if a field has the wrong type, there is no option or an empty one, or `answer` is not an index.
@@ -35,7 +38,7 @@ class Example:
     prompt: str
     options: tuple[str, ...]
     answer: int
-    group: str | None = None
+    group: str | float | tuple[str | float, ...] | None = None
     references: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -43,7 +46,12 @@ class Example:
         if isinstance(self.references, str) or any(isinstance(parts, str) or not parts for parts in self.references):
             raise TaskError(f"example {self.id!r}: references must be tuples of texts, got {self.references!r}")
         object.__setattr__(self, "references", tuple(map(tuple, self.references)))
-        for text in (self.prompt, *self.options, *(part for parts in self.references for part in parts)):
+        try:
+            groups = group_names(self.group)
+        except TaskError as error:
+            raise TaskError(f"example {self.id!r}: {error}") from None
+        object.__setattr__(self, "group", groups if len(groups) > 1 else groups[0] if groups else None)
+        for text in (self.prompt, *self.options, *groups, *(part for parts in self.references for part in parts)):
             if not isinstance(text, str):
                 raise TaskError(f"example {self.id!r}: expected text, got {text!r}")
             if any("\ud800" <= c <= "\udfff" for c in text):
@@ -54,6 +62,11 @@ class Example:
             raise TaskError(f"example {self.id!r}: answer must be an integer, got {self.answer!r}")
         if not 0 <= self.answer < len(self.options):
             raise TaskError(f"example {self.id!r}: answer {self.answer} is not one of {len(self.options)} options")
+
+    @cached_property
+    def likeness(self) -> str:
+        """What near-duplicates have in common: 64 hexadecimal digits, see `moeopt.tasks.likeness`."""
+        return question(self.prompt, self.options)
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,12 @@ class Task(ABC):
     name: str
     metric: str = "accuracy"
     """What the mean of `Scores.correct` is called."""
+    unit: str = "examples"
+    """What `examples` gives; in other units, such as documents, it is not what a limit counts."""
+    origin: str = ""
+    """Which split was read from where, in words."""
+    kept: bool = False
+    """Whether it is what a study kept of its task: what the whole one lacks was said when the study was made."""
 
     @property
     @abstractmethod
@@ -161,6 +180,17 @@ class Task(ABC):
             TaskError: if the task has no prompts, there are too few examples to show, or an option is not one.
         """
         raise TaskError(f"task {self.name!r} has no prompts of its own: it takes neither shots nor chat")
+
+    def shown(self) -> tuple[Example, ...]:
+        """The solved examples that stand before every prompt."""
+        return ()
+
+    @property
+    def summary(self) -> str:
+        """How many examples each split has, and where they were read from, in one line."""
+        counts = listed(f"{split} {len(self.examples(split)):,}" for split in self.splits)
+        shots = f", {len(self.shown())} more of search are shown as shots" if self.shown() else ""
+        return f"{counts} {self.unit}{shots}" + (f" ({self.origin})" if self.origin else "")
 
     def check(self, tokenizer: Any) -> None:  # noqa: B027
         """Raise `TaskError` if the tokenizer cannot serve the task, such as one without a chat template."""

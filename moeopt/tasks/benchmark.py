@@ -18,9 +18,8 @@ from typing import TypeVar
 
 from moeopt.errors import TaskError, nearest
 from moeopt.tasks.base import Example
-from moeopt.tasks.labels import has_label
 from moeopt.tasks.multiple_choice import MultipleChoiceTask
-from moeopt.tasks.rows import Data, Row, load, own_examples
+from moeopt.tasks.rows import Data, Row, load, origin, own_examples
 from moeopt.tasks.splits import FRACTIONS, from_own
 
 Template = Callable[[Row], Example]
@@ -56,7 +55,7 @@ class Benchmark:
         """The task, from the hub (`hub` unless `data` says otherwise) or local files.
 
         Args:
-            data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
+            data: a file of rows, a folder of them or a hub id: see `moeopt.tasks.rows.load`.
             template: which of `templates` writes the prompts.
             normalise: how options are compared: "tokens", "none" or "characters", see `MultipleChoiceTask`.
             fractions: of search, dev and test where the data has no splits of its own; with train, validation and an
@@ -72,8 +71,12 @@ class Benchmark:
         default = default.get(template) if isinstance(default, Mapping) else default
         rows = load(data, default if config is None else config)
         expanded = {split: [new for row in rows[split] for new in self.expand(row)] for split in rows}
-        own = own_examples(expanded, to_example, lambda row: has_label(row, *self.labels))
-        return self.task(self.name, **from_own(own, fractions), template=f"{template} v1", normalise=normalise)
+        own = own_examples(self.name, expanded, to_example, self.labels)
+        task = self.task(
+            self.name, **from_own(own, fractions, self.name), template=f"{template} v1", normalise=normalise
+        )
+        task.origin = origin(own, rows)
+        return task
 
 
 def chosen_template(templates: Mapping[str, T], name: str) -> T:

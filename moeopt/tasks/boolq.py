@@ -34,12 +34,12 @@ LABELS = ("label", "answer")
 
 def harness(row: Row) -> Example:
     prompt = f"{row.text('passage')}\nQuestion: {row.text('question')}?\nAnswer:"
-    return Example(row_id(row), prompt, (" no", " yes"), int(yes_no(row, *LABELS)))
+    return Example(row_id(row), prompt, (" no", " yes"), int(yes_no(row, *LABELS)), row.text("passage"))
 
 
 def eep(row: Row) -> Example:
     prompt = f"{row.text('passage')}\nQuestion: {row.text('question')}\nA. Yes\nB. No\nAnswer:"
-    return Example(row_id(row), prompt, (" A", " B"), int(not yes_no(row, *LABELS)))
+    return Example(row_id(row), prompt, (" A", " B"), int(not yes_no(row, *LABELS)), row.text("passage"))
 
 
 boolq_task = Benchmark(

@@ -55,7 +55,8 @@ class CbTask(MultipleChoiceTask):
 
 def harness(row: Row) -> Example:
     prompt = f"{row.text('premise')}\nQuestion: {row.text('hypothesis')}. True, False, or Neither?\nAnswer:"
-    return Example(row_id(row), prompt, (" True", " False", " Neither"), which(row, "label", LABELS))
+    answer = which(row, "label", LABELS)
+    return Example(row_id(row), prompt, (" True", " False", " Neither"), answer, row.text("premise"))
 
 
 def eep(row: Row) -> Example:
@@ -65,7 +66,7 @@ def eep(row: Row) -> Example:
         f"What is the relation between the two sentences?\n{choices}\nAnswer:"
     )
     answer = EEP_ORDER.index(LABELS[which(row, "label", LABELS)])
-    return Example(row_id(row), prompt, letters(3), answer)
+    return Example(row_id(row), prompt, letters(3), answer, row.text("premise"))
 
 
 cb_task = Benchmark(

@@ -37,14 +37,14 @@ def harness(row: Row) -> Example:
     connector = CONNECTORS[which(row, "question", QUESTIONS, index=False)]
     prompt = f"{row.text('premise').strip()[:-1]} {connector}"
     options = [f"  {text[:1].lower()}{text[1:]}" for text in map(row.text, CHOICES)]
-    return Example(row_id(row), prompt, tuple(options), which(row, "label", CHOICES))
+    return Example(row_id(row), prompt, tuple(options), which(row, "label", CHOICES), row.text("premise"))
 
 
 def eep(row: Row) -> Example:
     question = QUESTIONS[which(row, "question", QUESTIONS, index=False)]
     choices = lettered([row.text(choice) for choice in CHOICES])
     prompt = f"{row.text('premise')}\nQuestion: Which may be the {question}?\n{choices}\nAnswer:"
-    return Example(row_id(row), prompt, letters(2), which(row, "label", CHOICES))
+    return Example(row_id(row), prompt, letters(2), which(row, "label", CHOICES), row.text("premise"))
 
 
 copa_task = Benchmark(

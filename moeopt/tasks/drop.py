@@ -45,6 +45,7 @@ from scipy.optimize import linear_sum_assignment
 from moeopt.errors import TaskError
 from moeopt.tasks.answers import References, last_number
 from moeopt.tasks.base import Example
+from moeopt.tasks.labels import has_label
 from moeopt.tasks.rows import Data, Row, load
 from moeopt.tasks.written import Rows, Template, WrittenBenchmark
 
@@ -147,8 +148,8 @@ def parsed_rows(data: Data, config: str | None, template: str) -> Rows:
     own = load(data, config)
     for split, rows in own.items():
         parsed = [Row(row.where, {**row.values, _ANSWERS: _parsed(row, one=split == "train")}) for row in rows]
-        own[split] = [row for row in parsed if template != "eep" or _numbers(row.values[_ANSWERS])]
-    if not any(own.values()):
+        own[split] = [r for r in parsed if template != "eep" or not r.values[_ANSWERS] or _numbers(r.values[_ANSWERS])]
+    if not any(_numbers(row.values[_ANSWERS]) for rows in own.values() for row in rows) and template == "eep":
         raise TaskError("template 'eep' asks only for numbers, and no question of the data has one for an answer")
     return own
 
@@ -157,6 +158,7 @@ drop_task = WrittenBenchmark(
     "drop",
     hub="ucinlp/drop",
     templates=TEMPLATES,
+    labels=("answers_spans", "answer"),
     labelled=lambda row: bool(row.values[_ANSWERS]),
     rows=parsed_rows,
 )
@@ -177,7 +179,9 @@ def _answers(row: Row) -> tuple[Spans, ...]:
 
 
 def _parsed(row: Row, one: bool) -> tuple[Spans, ...]:
-    """The accepted answers of a row in either schema; `one`: a flat list of spans is one answer."""
+    """The accepted answers of a row in either schema, if it has any; `one`: a flat list of spans is one answer."""
+    if not has_label(row, "answers_spans", "answer", "validated_answers"):
+        return ()
     try:
         if "answer" in row.values or "answers_spans" not in row.values:
             answer, validated = row["answer"], row.values.get("validated_answers") or []

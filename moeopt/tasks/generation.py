@@ -19,8 +19,9 @@ from moeopt.errors import TaskError, nearest
 from moeopt.tasks.answers import METRICS, Judge
 from moeopt.tasks.base import Example, Request, Scores
 from moeopt.tasks.delimiter import Delimiter
+from moeopt.tasks.labels import has_label
 from moeopt.tasks.prompted import PromptedTask
-from moeopt.tasks.rows import Data, Row, load, own_examples
+from moeopt.tasks.rows import Data, Row, load, origin, own_examples
 from moeopt.tasks.splits import FRACTIONS, from_own
 
 if TYPE_CHECKING:
@@ -184,10 +185,13 @@ def generation_task(
     delimiter: str | None = None,
     config: str | None = None,
 ) -> GenerationTask:
-    """Rows {"prompt", "answer"[, "id"]}; "answer" is a text, or a list of accepted ones, the reference first.
+    """Rows {"prompt", "answer"[, "id"][, "group"]}; "answer" is a text, or a list of accepted ones.
+
+    The first accepted answer is the reference. Rows of one "group", a text or a number, stay in one split, as do those
+    of one prompt.
 
     Args:
-        data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
+        data: a file of rows, a folder of them or a hub id: see `moeopt.tasks.rows.load`.
         metric: "exact_match" or "f1" (both as in SQuAD), or "last_number".
         stop: a text, or several, before which an answer ends.
         max_new_tokens: most tokens of an answer.
@@ -205,19 +209,26 @@ def generation_task(
         answers = [answer] if isinstance(answer, str) else answer
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise TaskError(f"{row.where}: 'answer' must be a text or a list of texts, not empty ones, got {answer!r}")
-        return Example(str(row.values.get("id", row.where)), prompt, joiner.join(prompt, answers), 0)
+        joined = joiner.join(prompt, answers)
+        return Example(str(row.values.get("id", row.where)), prompt, joined, 0, group=prompt)
+
+    def labelled(row: Row) -> bool:
+        return row.values.get("answer") == "-1" or has_label(row, "answer")  # which may be what is to be written
 
     judges, joiner = judges_named(metric), Delimiter(delimiter)
-    own = own_examples(load(data, config), to_example, lambda row: row.values.get("answer") is not None)
+    rows = load(data, config)
+    own = own_examples("generation", rows, to_example, ("answer",), labelled)
     joiner.say("generation")
-    return GenerationTask(
+    task = GenerationTask(
         "generation",
-        **from_own(own, fractions),
+        **from_own(own, fractions, "generation"),
         judges=judges,
         stop=stop,
         max_new_tokens=max_new_tokens,
         template="verbatim v1",
     )
+    task.origin = origin(own, rows)
+    return task
 
 
 def _with_reference_only(example: Example) -> Example:

@@ -46,7 +46,9 @@ _ANNOTATION = re.compile(r"<<.*?>>")
 def harness(row: Row) -> Example:
     solution, result = _solved(row)
     prompt = f"Question: {row.text('question')}\nAnswer:"
-    return Example(str(row.values.get("id", row.where)), prompt, (f" {solution}",), 0, references=((result,),))
+    return Example(
+        str(row.values.get("id", row.where)), prompt, (f" {solution}",), 0, row.text("question"), ((result,),)
+    )
 
 
 def eep(row: Row) -> Example:
@@ -55,7 +57,7 @@ def eep(row: Row) -> Example:
     examples = "".join(f"{_asked(question)}\n{answered}\n" for question, answered in EEP_EXAMPLES)
     prompt = examples + _asked(row.text("question"))
     option = f"\n{rationale}\nThe answer is {result}"
-    return Example(str(row.values.get("id", row.where)), prompt, (option,), 0, references=((result,),))
+    return Example(str(row.values.get("id", row.where)), prompt, (option,), 0, row.text("question"), ((result,),))
 
 
 def strict_match(text: str, references: References) -> float:
@@ -87,7 +89,7 @@ gsm8k_task = WrittenBenchmark(
     "gsm8k",
     hub="openai/gsm8k",
     templates=TEMPLATES,
-    labelled=lambda row: row.values.get("answer") is not None,
+    labels=("answer",),
     rows=rows_of,
 )
 

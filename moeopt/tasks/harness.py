@@ -11,7 +11,7 @@ import random
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -19,12 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import TaskError, nearest
+from moeopt.tasks.folders import WORDS, files_of, splits_named, topmost, warn_passed_over
+from moeopt.tasks.formats import form_of
 
 Data = str | Path
 SEED = 1234
 """The seed from which the harness draws few-shot examples."""
 _NAMES = re.compile(rb"^(?:task|group|tag):[ \t]*[\"']?([^\s\"'#\[\]]+)", re.MULTILINE)
 _TAGS = re.compile(rb"^tag:[ \t]*\r?\n((?:[ \t]*-[^\n]*\n?)+)", re.MULTILINE)
+_BUILDERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), "json") | {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
+"""The datasets package's reader of files with such an ending."""
 _SPLITS = ("training_split", "validation_split", "test_split")
 
 
@@ -215,21 +223,25 @@ def _local(name: str, config: Mapping[str, Any], data: Path, num_fewshot: int | 
     roles = {role: config[role] for role in (*_SPLITS, "fewshot_split") if config.get(role)}
     evaluated = roles.get("test_split") or roles.get("validation_split")
     if data.is_dir():
-        files = {split: found for split in set(roles.values()) if (found := _files_of(data, split))}
+        splits = set(roles.values())
+        files = {split: found for split in splits if (found := _files_of(data, split, splits))}
     else:
         files = {evaluated: [data]}
     if not files.get(evaluated):
         have = ", ".join(sorted(path.name for path in data.iterdir()))
         raise TaskError(
-            f"data folder {data} has no {evaluated}.jsonl, .json or .parquet, which lm_eval task {name!r} is evaluated"
-            f" on (it has {have or 'nothing'})"
+            f"data folder {data} has no {evaluated}.jsonl, .json, .parquet or .csv, which lm_eval task {name!r} is"
+            f" evaluated on (it has {have or 'nothing'})"
         )
-    suffixes = {path.suffix for paths in files.values() for path in paths}
     for path in (path for paths in files.values() for path in paths):
         if not path.is_file():
             raise TaskError(f"data file {path} does not exist")
-    if not (suffixes <= {".jsonl", ".json"} or suffixes in ({".parquet"}, {".arrow"})):
-        raise TaskError(f"data {data} must be .jsonl or .json files, or .parquet files, got {', '.join(suffixes)}")
+    builders = {_BUILDERS.get(form_of(path) or path.suffix, "") for paths in files.values() for path in paths}
+    if len(builders) > 1 or "" in builders:
+        have = ", ".join(sorted(path.name for paths in files.values() for path in paths))
+        raise TaskError(f"data {data} must be .jsonl or .json files, or .parquet files, or .csv files, got {have}")
+    if data.is_dir() and not (data / "dataset_dict.json").is_file():
+        warn_passed_over(data, files_of(data), files)
     shots = config.get("num_fewshot") if num_fewshot is None else num_fewshot
     if shots and roles.get("fewshot_split", evaluated) not in files:
         raise TaskError(
@@ -237,7 +249,7 @@ def _local(name: str, config: Mapping[str, Any], data: Path, num_fewshot: int | 
             f" {shots} few-shot examples"
         )
     return {
-        "dataset_path": {".parquet": "parquet", ".arrow": "arrow"}.get(min(suffixes), "json"),
+        "dataset_path": builders.pop(),
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {split: [str(path) for path in paths] for split, paths in files.items()}},
         "custom_dataset": None,
@@ -245,13 +257,21 @@ def _local(name: str, config: Mapping[str, Any], data: Path, num_fewshot: int | 
     }
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
+def _files_of(folder: Path, split: str, roles: Collection[str]) -> list[Path]:
     """The files of a split: `test.jsonl`, shards as `test-00000-of-00002.parquet`, or those in `test/` that datasets'
-    `save_to_disk` wrote."""
+    `save_to_disk` wrote; of a split that the harness calls as others do, also `dev.jsonl` for "validation"."""
     if (folder / split / "state.json").is_file():
         return sorted((folder / split).glob("data-*.arrow"))
-    named = re.compile(rf"{re.escape(split)}(?![a-z])", re.IGNORECASE)
-    return sorted(p for p in folder.iterdir() if p.suffix in (".jsonl", ".json", ".parquet") and named.match(p.stem))
+    files = [path for path in files_of(folder) if form_of(path)]
+    mine = [path for path in files if _is_called(path, split)]
+    if not mine and split in WORDS:
+        free = (path for path in files if not any(_is_called(path, role) for role in roles))
+        mine = [path for path in free if splits_named(path.relative_to(folder)) == {WORDS[split]}]
+    return topmost(folder, split, mine) if mine else []
+
+
+def _is_called(path: Path, split: str) -> bool:
+    return re.match(rf"{re.escape(split)}(?![a-z])", path.name, re.IGNORECASE) is not None
 
 
 def _set_shots(name: str, task: Any, num_fewshot: int | None) -> None:

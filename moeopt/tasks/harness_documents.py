@@ -12,8 +12,11 @@ from typing import Any
 from moeopt.errors import TaskError
 from moeopt.tasks.base import Example
 from moeopt.tasks.harness import SEED
+from moeopt.tasks.rows import Row, grouped, sources
 from moeopt.tasks.splits import from_own
 
+PASSAGES = ("passage", "paragraph", "article", "premise", "context", "support")
+"""Columns that hold what several questions may be about."""
 Pair = tuple[str, str]
 """A context and its continuation, as the harness scores them."""
 
@@ -41,52 +44,57 @@ class Reader:
 
     Attributes:
         documents: of the examples, by their ids.
+        origin: which split was read from where, in words.
     """
 
     def __init__(self, name: str, leaf: Any) -> None:
         self.name, self.leaf = name, leaf
         self.documents: dict[str, Document] = {}
+        self.origin = ""
 
     def parts(self, fractions: Sequence[float], most: int | None) -> dict[str, list[Example]]:
         """The examples by split."""
         name, leaf = self.name, self.leaf
         roles = {"train": "training", "validation": "validation", "test": "test"}
-        sources = {leaf.get_config(f"{role}_split"): own for own, role in roles.items()}
+        split_of_source = {leaf.get_config(f"{role}_split"): own for own, role in roles.items()}
         own = {
             split: {
                 f"{name} {split} {i}": doc
                 for i, doc in enumerate(islice(getattr(leaf, f"{roles[split]}_docs")(), most))
             }
-            for source, split in sources.items()
+            for source, split in split_of_source.items()
             if source is not None
         }
         plain = {split: [self._example(key, doc, 0) for key, doc in docs.items()] for split, docs in own.items()}
-        parts = from_own(plain, fractions)
+        parts = from_own(plain, fractions, name)
         shots = int(leaf.get_config("num_fewshot"))
-        return self._with_shots(shots, own.get("test") or own["validation"], parts) if shots else parts
+        self.origin = sources({split: f"the {leaf.get_config(f'{roles[split]}_split')} documents" for split in own})
+        return self._with_shots(shots, own, parts) if shots else parts
 
     def _with_shots(
-        self, shots: int, evaluated: Mapping[str, Any], parts: Mapping[str, Sequence[Example]]
+        self, shots: int, own: Mapping[str, Mapping[str, Any]], parts: Mapping[str, Sequence[Example]]
     ) -> dict[str, list[Example]]:
         """The same examples with few-shot prompts: those of test as the harness draws them for all it evaluates."""
         name, leaf = self.name, self.leaf
         sampler, pool = leaf.sampler, list(leaf.sampler.df)
         leaf.set_fewshot_seed(SEED)
+        evaluated = own.get("test") or own["validation"]
         drawn = {key: self._example(key, doc, shots) for key, doc in evaluated.items()}
         found = {"test": [drawn[example.id] for example in parts["test"]]}
-        split_of = {_key(self.documents[e.id].doc): split for split, examples in parts.items() for e in examples}
+        split_of = {_key(doc): "left out" for docs in own.values() for doc in docs.values()}
+        split_of |= {_key(self.documents[e.id].doc): split for split, examples in parts.items() for e in examples}
         try:
             for split, later in (("search", ("dev", "test")), ("dev", ("test",))):
-                shown = [doc for doc in pool if split_of.get(_key(doc)) not in later]
-                own = {_key(doc) for doc in shown} & {_key(self.documents[e.id].doc) for e in parts[split]}
-                if parts[split] and len(shown) < shots + bool(own):
+                shown = [doc for doc in pool if split_of.get(_key(doc)) not in (*later, "left out")]
+                asked = {_key(doc) for doc in shown} & {_key(self.documents[e.id].doc) for e in parts[split]}
+                if parts[split] and len(shown) < shots + bool(asked):
                     raise TaskError(
                         f"lm_eval task {name!r} has too few documents outside {' and '.join(later)} to show {shots} of"
                         f" them in the prompts of {split} ({len(shown)}): lower num_fewshot"
                     )
                 sampler.replace_df(shown)
                 leaf.set_fewshot_seed(SEED)
-                leaf.sampler = _WithoutOwn(sampler, own)
+                leaf.sampler = _WithoutOwn(sampler, asked)
                 found[split] = []
                 for example in parts[split]:
                     doc = leaf.sampler.doc = self.documents[example.id].doc
@@ -110,8 +118,11 @@ class Reader:
         self.documents[key] = Document(name, doc, pairs, right)
         contexts, continuations = zip(*pairs[: len(choices)])
         if len(set(contexts)) == 1:
-            return Example(key, contexts[0], continuations, right[0])
-        return Example(key, "", tuple(a + b for a, b in zip(contexts, continuations)), right[0])
+            example = Example(key, contexts[0], continuations, right[0], _passages(doc))
+        else:
+            whole = tuple(a + b for a, b in zip(contexts, continuations))
+            example = Example(key, "", whole, right[0], _passages(doc))
+        return grouped(example, Row(key, doc))
 
 
 class _WithoutOwn:
@@ -122,6 +133,10 @@ class _WithoutOwn:
 
     def sample(self, n: int, **_: Any) -> Any:
         return self.sampler.sample(n, eval_doc=self.doc if _key(self.doc) in self.keys else None)
+
+
+def _passages(doc: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(doc[column] for column in PASSAGES if isinstance(doc.get(column), str))
 
 
 def _key(doc: Any) -> str:

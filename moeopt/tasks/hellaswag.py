@@ -48,7 +48,7 @@ def cleaned(text: str) -> str:
 
 def harness(row: Row) -> Example:
     query, endings, answer = _parts(row)
-    return Example(row_id(row, "ind"), query, tuple(f" {ending}" for ending in endings), answer)
+    return Example(row_id(row, "ind"), query, tuple(f" {ending}" for ending in endings), answer, _source(row, query))
 
 
 def eep(row: Row) -> Example:
@@ -57,7 +57,12 @@ def eep(row: Row) -> Example:
         f"{query.split(': ', 1)[-1]}\nQuestion: Which ending makes the most sense?\n{lettered(endings)}\n"
         "You may choose from 'A', 'B', 'C', 'D'.\nAnswer:"
     )
-    return Example(row_id(row, "ind"), prompt, letters(ENDINGS), answer)
+    return Example(row_id(row, "ind"), prompt, letters(ENDINGS), answer, _source(row, query))
+
+
+def _source(row: Row, query: str) -> tuple[str, ...]:
+    """What examples are tied by: the context, and the video or article that it was taken from."""
+    return query, str(row.values.get("source_id") or "")
 
 
 def _parts(row: Row) -> tuple[str, list[str], int]:

@@ -321,7 +321,7 @@ def _recorded(task: Task, facts: Kept, prints: Mapping[str, str], weights: NDArr
             raise TaskError(f"of task {self.name!r} the study keeps the split {self.splits[0]!r} only, not {split!r}")
         return prints[split or ""]
 
-    members: dict[str, Any] = {"describe": describe, "fingerprint": fingerprint, "_original": kind}
+    members: dict[str, Any] = {"describe": describe, "fingerprint": fingerprint, "kept": True, "_original": kind}
     if weights is not None:
         members["weights"] = lambda self, split, tokenizer, max_length=None: weights.copy()
     object.__setattr__(task, "__class__", type(kind.__name__, (kind,), members))

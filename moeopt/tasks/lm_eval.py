@@ -34,7 +34,7 @@ from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example, Request, Scores
 from moeopt.tasks.harness import SEED, Data, contained, load, reason
 from moeopt.tasks.harness_documents import Document, Reader
-from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, without_repeats
+from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, without_shared
 from moeopt.tasks.tokens import Encoder
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class HarnessTask(DividedTask):
         self._harness: Harness | None = harness
         self._documents: dict[str, Document] = {}
         parts: dict[str, list[Example]] = {split: [] for split in SPLITS}
+        origins: dict[str, str] = {}
         for leaf_name, leaf in harness.tasks.items():
             if leaf.OUTPUT_TYPE not in OUTPUT_TYPES or not hasattr(leaf, "fewshot_cfg"):
                 raise TaskError(
@@ -92,9 +93,11 @@ class HarnessTask(DividedTask):
             except Exception as error:
                 raise TaskError(f"lm_eval task {leaf_name!r} fails on its documents ({reason(error)})") from error
             self._documents |= reader.documents
+            origins.setdefault(reader.origin, leaf_name)
             for split, examples in own.items():
                 parts[split] += examples
-        self._splits = Splits(name, **without_repeats(parts))
+        self._splits = Splits(name, **without_shared(parts, name))
+        self.origin = "; ".join(said if len(origins) == 1 else f"{leaf}: {said}" for said, leaf in origins.items())
 
     @classmethod
     def of_documents(cls, name: str, splits: Splits, documents: Mapping[str, Document]) -> HarnessTask:

@@ -46,12 +46,14 @@ SUBJECTS = (
 
 def harness(row: Row) -> Example:
     answer = _boxed_in(row)
-    return Example(_id(row), f"Problem: {row.text('problem')}\nAnswer:", (f" {answer}",), 0, references=((answer,),))
+    return Example(
+        _id(row), f"Problem: {row.text('problem')}\nAnswer:", (f" {answer}",), 0, row.text("problem"), ((answer,),)
+    )
 
 
 def minerva(row: Row) -> Example:
     prompt, solution = f"Problem:\n{row.text('problem')}\n\nSolution:", row.text("solution")
-    return Example(_id(row), prompt, (f" {solution}",), 0, references=((_boxed_in(row),),))
+    return Example(_id(row), prompt, (f" {solution}",), 0, row.text("problem"), ((_boxed_in(row),),))
 
 
 def exact_match(text: str, references: References) -> float:
@@ -148,7 +150,7 @@ math_task = WrittenBenchmark(
     "math",
     hub="EleutherAI/hendrycks_math",
     templates=TEMPLATES,
-    labelled=lambda row: row.values.get("solution") is not None,
+    labels=("solution",),
     rows=rows_of,
 )
 

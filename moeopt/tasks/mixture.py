@@ -39,7 +39,7 @@ import numpy as np
 from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example, Request, Scores, Task
 from moeopt.tasks.generation import GenerationTask
-from moeopt.tasks.splits import checked_limit, content_hash
+from moeopt.tasks.splits import check_apart, checked_limit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,9 +62,9 @@ class MixtureTask(Task):
 
     `examples` gives the members' examples in the mixture's order, ids prefixed by the member's name; for a text member
     these are documents, where requests count windows. Metrics are the "score", the mixture's mean correctness, and
-    those of every member as "name/metric", where it has an example so far. Members share no example across splits, as
-    far as their texts tell: of one question in two templates they do not, so that such members need data with splits of
-    their own.
+    those of every member as "name/metric", where it has an example so far. Members share no example nor group across
+    splits, as far as their texts tell: one question in two templates is of one group where it has a passage; otherwise
+    such members need data with splits of their own.
 
     Args:
         members: task and weight by name; or a sequence of them, which take the tasks' names.
@@ -105,6 +105,8 @@ class MixtureTask(Task):
             have = "; ".join(f"{key} has {', '.join(task.splits)}" for key, task in self.members.items())
             raise TaskError(f"the tasks of the mixture have no split in common: {have}")
         self._check_overlap()
+        self.unit = " and ".join(sorted({task.unit for task in self.members.values()}, reverse=True))
+        self.origin = "; ".join(f"{key}: {task.summary}" for key, task in self.members.items())
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -288,15 +290,13 @@ class MixtureTask(Task):
                 )
 
     def _check_overlap(self) -> None:
-        owner: dict[str, tuple[str, str]] = {}
-        for name, task in self.members.items():
-            for split in self._splits:
-                for example in task.examples(split):
-                    before = owner.setdefault(content_hash(example), (name, split))
-                    if before[1] != split:
-                        raise TaskError(
-                            f"example {example.id!r} is in {split!r} of {name!r} and in {before[1]!r} of {before[0]!r}"
-                        )
+        check_apart(
+            {
+                (split, name): [*task.examples(split), *(task.shown() if split == "search" else ())]
+                for split in self._splits
+                for name, task in self.members.items()
+            }
+        )
 
 
 def _order(counts: Sequence[int]) -> list[int]:

@@ -49,15 +49,18 @@ import numpy as np
 from moeopt.errors import TaskError, nearest
 from moeopt.tasks.base import Example, Scores
 from moeopt.tasks.benchmark import chosen_template, lettered, letters
-from moeopt.tasks.labels import has_label, which
+from moeopt.tasks.labels import which
 from moeopt.tasks.mmlu_subjects import CATEGORIES, CATEGORY
 from moeopt.tasks.multiple_choice import MultipleChoiceTask
-from moeopt.tasks.rows import Data, Row, load, own_examples
+from moeopt.tasks.rows import Data, Row, load, origin, own_examples
 from moeopt.tasks.splits import FRACTIONS, from_own
 
 LETTERS = ("A", "B", "C", "D")
 SHOTS = "dev"
 """The split of the hub that shots come from."""
+UNREAD = "auxiliary_train"
+"""The split of the hub that has questions of other exams."""
+_PASSAGE = "This question refers to the following information."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,12 @@ def choices_of(row: Row) -> list[str]:
     return choices
 
 
+def passage_of(row: Row) -> str | None:
+    """What a question of history or law quotes in front of its last line, as others do too."""
+    passage = row.text("question").strip().rpartition("\n")[0]
+    return passage if passage.startswith(_PASSAGE) else None
+
+
 def answer_of(row: Row) -> str:
     """The letter of the right choice; the column has its index (hub) or the letter."""
     return LETTERS[which(row, "answer", LETTERS)]
@@ -139,7 +148,7 @@ def mmlu_task(
     """MMLU, from the hub ("cais/mmlu" unless `data` says otherwise) or local files.
 
     Args:
-        data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
+        data: a file of rows, a folder of them or a hub id: see `moeopt.tasks.rows.load`.
         subjects: names of subjects or categories ("stem", "humanities", "social_sciences", "other"), also as one text
             with commas between them; all by default.
         held_out: the test split of every subject that is not among `subjects`, and nothing else.
@@ -164,7 +173,8 @@ def mmlu_task(
     if held_out and len(chosen) == len(CATEGORY):
         raise TaskError("held_out needs the subjects that were searched, which must not be all")
     data = "cais/mmlu" if data is None else data
-    rows = load(data, "all" if config is None and str(data).rpartition("/")[2] == "mmlu" else config, also=(SHOTS,))
+    config = "all" if config is None and str(data).rpartition("/")[2] == "mmlu" else config
+    rows = load(data, config, also=(SHOTS,), skip=(UNREAD,))
     for row in (row for split in rows for row in rows[split]):
         if row.text("subject") not in CATEGORY:
             raise TaskError(f"{row.where}: unknown subject {row['subject']!r}{nearest(row['subject'], list(CATEGORY))}")
@@ -176,16 +186,19 @@ def mmlu_task(
     def to_example(row: Row) -> Example:
         prompt = prompt_of(row, shown(row["subject"]))
         answer = LETTERS.index(answer_of(row))
-        return Question(row.where, prompt, letters(len(LETTERS)), answer, subject=row["subject"])
+        return Question(row.where, prompt, letters(len(LETTERS)), answer, passage_of(row), subject=row["subject"])
 
-    own = own_examples(rows, to_example, lambda row: has_label(row, "answer"))
+    own = own_examples("mmlu", rows, to_example, ("answer",))
     if held_out:
+        own = {"test": own["test"]} if own.get("test") else own
         parts = {"test": own.get("test") or from_own(own, fractions)["test"]}
     elif own.get("test") and not own.get("train") and not own.get("validation"):
         raise TaskError(f"{data} has no validation split to search on; its test split is for the report alone")
     else:
-        parts = from_own(own, fractions)
-    return MmluTask("mmlu", **parts, template=f"{template} v1, {shots} shots", normalise=normalise)
+        parts = from_own(own, fractions, "mmlu")
+    task = MmluTask("mmlu", **parts, template=f"{template} v1, {shots} shots", normalise=normalise)
+    task.origin = origin(own, rows)
+    return task
 
 
 def names_of(subjects: str | Iterable[str] | None) -> list[str]:

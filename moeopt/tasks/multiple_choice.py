@@ -22,8 +22,9 @@ import numpy as np
 from moeopt.errors import TaskError
 from moeopt.tasks.base import Example, Request, Scores
 from moeopt.tasks.delimiter import Delimiter
+from moeopt.tasks.labels import has_label, integer
 from moeopt.tasks.prompted import PromptedTask
-from moeopt.tasks.rows import Data, Row, load, own_examples
+from moeopt.tasks.rows import Data, Row, load, origin, own_examples
 from moeopt.tasks.splits import FRACTIONS, from_own
 
 if TYPE_CHECKING:
@@ -153,10 +154,12 @@ def multiple_choice_task(
     normalise: str = "tokens",
     config: str | None = None,
 ) -> MultipleChoiceTask:
-    """Rows {"prompt", "options", "answer"[, "id"]}; "answer" is an index from 0 or the text of an option.
+    """Rows {"prompt", "options", "answer"[, "id"][, "group"]}; "answer" is an index from 0 or the text of an option.
+
+    Rows of one "group", a text or a number, stay in one split, as do near-duplicates (`moeopt.tasks.likeness`).
 
     Args:
-        data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
+        data: a file of rows, a folder of them or a hub id: see `moeopt.tasks.rows.load`.
         fractions: of search, dev and test, where the data has no splits of its own.
         delimiter: put between prompt and option unless one of them has white space there; None: a space where prose
             has one, see `moeopt.tasks.delimiter`. How many rows got it is said in a warning.
@@ -168,16 +171,23 @@ def multiple_choice_task(
         prompt, options, answer = row.text("prompt"), row["options"], row["answer"]
         if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
             raise TaskError(f"{row.where}: 'options' must be a list of at least two texts, got {options!r}")
-        if answer in options:
-            answer = options.index(answer)
-        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
+        index = options.index(answer) if answer in options else integer(answer)
+        if index is None or index >= len(options):
             raise TaskError(
                 f"{row.where}: 'answer' must be an index below {len(options)} or one of the options, got {answer!r}"
             )
-        return Example(str(row.values.get("id", row.where)), prompt, joiner.join(prompt, options), answer)
+        return Example(str(row.values.get("id", row.where)), prompt, joiner.join(prompt, options), index)
+
+    def labelled(row: Row) -> bool:
+        options = row.values.get("options")
+        return has_label(row, "answer") or (isinstance(options, list) and row.values.get("answer") in options)
 
     joiner = Delimiter(delimiter)
-    own = own_examples(load(data, config), to_example, lambda row: row.values.get("answer") is not None)
+    rows = load(data, config)
+    own = own_examples("multiple_choice", rows, to_example, ("answer",), labelled)
     joiner.say("multiple_choice")
-    parts = from_own(own, fractions)
-    return MultipleChoiceTask("multiple_choice", **parts, template="verbatim v1", normalise=normalise)
+    task = MultipleChoiceTask(
+        "multiple_choice", **from_own(own, fractions, "multiple_choice"), template="verbatim v1", normalise=normalise
+    )
+    task.origin = origin(own, rows)
+    return task

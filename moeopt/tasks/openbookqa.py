@@ -38,13 +38,20 @@ if TYPE_CHECKING:
 
 def harness(row: Row) -> Example:
     texts, answer = choices_of(row)
-    return Example(row_id(row, "id"), row.text("question_stem"), tuple(f" {text}" for text in texts), answer)
+    return Example(
+        row_id(row, "id"), row.text("question_stem"), tuple(f" {text}" for text in texts), answer, _tied(row)
+    )
 
 
 def eep(row: Row) -> Example:
     texts, answer = choices_of(row)
     prompt = f"Given the fact: {row.text('fact1')}\nQuestion: {row.text('question_stem')}\n{lettered(texts)}\nAnswer:"
-    return Example(row_id(row, "id"), prompt, letters(len(texts)), answer)
+    return Example(row_id(row, "id"), prompt, letters(len(texts)), answer, _tied(row))
+
+
+def _tied(row: Row) -> tuple[str, ...]:
+    """What examples are tied by: the question, and the fact where the row has it."""
+    return row.text("question_stem"), str(row.values.get("fact1") or "")
 
 
 openbookqa_task = Benchmark(

@@ -68,6 +68,9 @@ class PromptedTask(DividedTask):
         task._prompting = replace(prompting, shots=shown)
         return task
 
+    def shown(self) -> tuple[Example, ...]:
+        return self._prompting.shots
+
     def check(self, tokenizer: Any) -> None:
         self._prompting.check(self.name, tokenizer)
 

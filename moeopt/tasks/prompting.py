@@ -15,8 +15,8 @@ Two shots and a question, with the default separator, and the option that is sco
     Answer: yes
 
 A shot is a prompt with its right option, as in lm-evaluation-harness. Shots come from the search split, the same for
-every example: the last of its fixed random order, at most one of a group, none of a group that dev or test has too.
-They leave the search split, with whatever equals them or is of their group, so that nothing shown is scored.
+every example: the last of its fixed random order, at most one of a group. They leave the search split, with whatever
+equals them, nearly or wholly, or is of their group, so that nothing shown is scored.
 
 With `chat` the prompt is a user message, rendered by the tokenizer's chat template with its generation prompt, shots
 are earlier turns, and the option, without leading white space, is the assistant's reply. What is scored is what the
@@ -38,7 +38,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example
-from moeopt.tasks.splits import Splits, content_hash
+from moeopt.tasks.likeness import families
+from moeopt.tasks.splits import Splits
 from moeopt.tasks.tokens import Encoder
 
 if TYPE_CHECKING:
@@ -247,18 +248,14 @@ def draw(splits: Splits, count: int) -> tuple[tuple[Example, ...], Splits]:
     if count == 0:
         return (), splits
     pool = {split: splits.examples(split) if split in splits.names else () for split in SPLITS}
-    elsewhere = {example.group for split in ("dev", "test") for example in pool[split]} - {None}
     shots: list[Example] = []
     shown: set[str] = set()
-    groups: set[str | None] = set()
-    for example in reversed(pool["search"]):
-        if len(shots) == count:
-            break
-        if content_hash(example) not in shown and example.group not in groups | elsewhere:
+    named = families(pool["search"])
+    for example, family in zip(reversed(pool["search"]), reversed(named)):
+        if len(shots) < count and family not in shown:
             shots.insert(0, example)
-            shown.add(content_hash(example))
-            groups |= {example.group} - {None}
-    search = [e for e in pool["search"] if content_hash(e) not in shown and e.group not in groups]
+            shown.add(family)
+    search = [example for example, family in zip(pool["search"], named) if family not in shown]
     if len(shots) < count or not search:
         raise TaskError(
             f"task {splits.task!r} cannot show {count} shots: they leave its search split, whose {len(pool['search'])}"

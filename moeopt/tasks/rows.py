@@ -1,27 +1,28 @@
-"""Rows of data by split, from local JSONL or parquet files, a folder of them, or a data set of the Hugging Face hub or
-one that was saved to disk."""
+"""Rows of data by split, from local files or a folder of them (`moeopt.tasks.formats`, `moeopt.tasks.folders`), a data
+set of the Hugging Face hub or one that was saved to disk; and the examples that become of them."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from moeopt.errors import TaskError, nearest
-from moeopt.showing import shown
+from moeopt.showing import line, listed, shown
 from moeopt.tasks.base import Example
+from moeopt.tasks.folders import WORDS, split_files
+from moeopt.tasks.formats import read_rows
+from moeopt.tasks.labels import has_label, integer
+from moeopt.tasks.likeness import group_names
 from moeopt.tasks.splits import OWN
 
 Data = str | Path
-"""A .jsonl or .parquet file, a folder with one for each split, a folder that `save_to_disk` of the datasets package
-wrote, or a hub id such as "google/boolq"."""
+"""A file of rows (.jsonl, .json, .parquet, .csv or .tsv, also packed as .gz, .bz2, .xz or .zst), a folder with one for
+each split, a folder that `save_to_disk` of the datasets package wrote, or a hub id such as "google/boolq"."""
 
-ROW_SUFFIXES = (".jsonl", ".parquet")
-_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "search": "train", "dev": "validation"}
-_SPLIT_FILE = re.compile(rf"(?P<split>{'|'.join((*OWN, *_ALIASES))})(?![a-z])", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+")
 
 
@@ -34,9 +35,13 @@ class Row:
 
     def __getitem__(self, column: str) -> Any:
         if column not in self.values:
-            have = ", ".join(map(shown, list(self.values)[:20])) or "nothing"
-            raise TaskError(f"{self.where}: no {column!r}{nearest(column, list(self.values))} (it has {have})")
+            raise TaskError(f"{self.where}: no {column!r}{nearest(column, list(self.values))} ({self.has})")
         return self.values[column]
+
+    @property
+    def has(self) -> str:
+        """Which columns there are, for messages."""
+        return f"it has {', '.join(map(shown, list(self.values)[:20])) or 'nothing'}"
 
     def text(self, column: str) -> str:
         """A column that must be text."""
@@ -53,10 +58,10 @@ class Row:
         return value
 
     def number(self, column: str) -> int:
-        """A column that must be an integer >= 0."""
-        value = self[column]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise TaskError(f"{self.where}: {column!r} must be a number >= 0, got {shown(value)}")
+        """A column that must be an integer >= 0, also as text or as a float."""
+        value = integer(self[column])
+        if value is None:
+            raise TaskError(f"{self.where}: {column!r} must be a number >= 0, got {shown(self[column])}")
         return value
 
     def inner(self, column: str) -> Row:
@@ -74,35 +79,33 @@ class Row:
         return [Row(f"{self.where}, {column!r} {i}", item) for i, item in enumerate(value)]
 
 
-def load(data: Data, config: str | None = None, *, also: Collection[str] = ()) -> dict[str, list[Row]]:
+def load(
+    data: Data, config: str | None = None, *, also: Collection[str] = (), skip: Collection[str] = ()
+) -> dict[str, list[Row]]:
     """Rows by the data set's own split ("train", "validation", "test"); those of a lone file are "train".
 
     Args:
-        data: see `Data`. In a folder, files called `train*`, `val*` (`valid*`, `validation*`, `dev*`) and `test*`,
-            ending in .jsonl or .parquet, are the splits. A data set without splits that was saved to disk is "train".
+        data: see `Data`; `moeopt.tasks.folders` says which files of a folder are the splits. A data set without splits
+            that was saved to disk is "train".
         config: the configuration of a hub data set, such as "wic" of "aps/super_glue".
         also: further splits to read under their own name, such as the "dev" of MMLU, which is not its validation split.
+        skip: splits to leave alone, such as MMLU's "auxiliary_train".
 
     Raises:
-        TaskError: if the file, folder or data set is missing, unreadable, empty or malformed.
+        TaskError: if the file, folder or data set is missing, unreadable, empty or malformed, or it is ambiguous which
+            file is a split.
     """
     if not isinstance(data, (str, Path)):
         raise TaskError(f"data must be a path or a hub id, got {shown(data)}")
     path = Path(data)
     if is_saved(path):
-        return from_disk(path, also=also)
+        return from_disk(path, also=also, skip=skip)
     if path.is_dir():
-        own: dict[str, list[Row]] = {}
-        for file in sorted(path.iterdir()):
-            if file.suffix in ROW_SUFFIXES and (match := _SPLIT_FILE.match(file.stem)):
-                split = match["split"].lower()
-                own.setdefault(split if split in also else _ALIASES.get(split, split), []).extend(read(file))
-        if not own:
-            raise TaskError(f"folder {path} has no train, validation or test file ending in .jsonl or .parquet")
-        return own
+        files = split_files(path, also, skip)
+        return {split: [row for file in files[split] for row in read(file)] for split in files}
     if path.exists() or is_missing_file(data):
         return {"train": read(path)}
-    return from_hub(str(data), config, also=also)
+    return from_hub(str(data), config, also=also, skip=skip)
 
 
 def is_missing_file(data: str | Path) -> bool:
@@ -111,22 +114,17 @@ def is_missing_file(data: str | Path) -> bool:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of one .jsonl or .parquet file, at least one."""
-    if not path.exists():
-        raise TaskError(f"data file {path} does not exist")
-    if path.suffix not in ROW_SUFFIXES:
-        raise TaskError(f"data file {path} must end in {' or '.join(ROW_SUFFIXES)}")
-    try:
-        rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
-    except OSError as error:
-        raise TaskError(f"cannot read data file {path}: {error.strerror or shown(error)}") from error
-    if not rows:
-        raise TaskError(f"data file {path} has no rows")
-    return rows
+    """The rows of one file, at least one; raises as `moeopt.tasks.formats.read_rows`."""
+    return [Row(where, values) for where, values in read_rows(path)]
 
 
-def from_hub(name: str, config: str | None, *, also: Collection[str] = ()) -> dict[str, list[Row]]:
-    """The train, validation and test splits, and those of `also`, of a hub data set (or those of them that it has)."""
+def from_hub(
+    name: str, config: str | None, *, also: Collection[str] = (), skip: Collection[str] = ()
+) -> dict[str, list[Row]]:
+    """The train, validation and test splits, and those of `also`, of a hub data set (or those of them that it has).
+
+    Other splits, but for those of `skip`, are named in a warning.
+    """
     datasets = _datasets(f"reading {name!r} from the hub")
     try:
         splits = datasets.load_dataset(name, config)
@@ -136,7 +134,7 @@ def from_hub(name: str, config: str | None, *, also: Collection[str] = ()) -> di
             f"cannot load {name!r}{f' ({config})' if config else ''}: it is no local file, and the hub answered:"
             f" {reason}"
         ) from error
-    return _own(name, splits, also)
+    return _own(name, splits, also, skip)
 
 
 def is_saved(path: str | Path) -> bool:
@@ -144,14 +142,14 @@ def is_saved(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def from_disk(path: str | Path, *, also: Collection[str] = ()) -> dict[str, list[Row]]:
+def from_disk(path: str | Path, *, also: Collection[str] = (), skip: Collection[str] = ()) -> dict[str, list[Row]]:
     """As `from_hub`, of a folder that `save_to_disk` wrote; a data set without splits is "train"."""
     datasets = _datasets(f"reading {path}")
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:
         raise TaskError(f"cannot read the saved data set {path}: {shown(error)}") from error
-    return _own(str(path), found if isinstance(found, datasets.DatasetDict) else {"train": found}, also)
+    return _own(str(path), found if isinstance(found, datasets.DatasetDict) else {"train": found}, also, skip)
 
 
 def _datasets(what: str) -> Any:
@@ -162,25 +160,109 @@ def _datasets(what: str) -> Any:
     return datasets
 
 
-def _own(name: str, splits: Mapping[str, Iterable[Any]], also: Collection[str]) -> dict[str, list[Row]]:
+def _own(
+    name: str, splits: Mapping[str, Iterable[Any]], also: Collection[str], skip: Collection[str]
+) -> dict[str, list[Row]]:
+    chosen = {split: split for split in (*OWN, *also) if split in splits}
+    for split in splits:  # "val" or "eval" where there is no "validation" or "test"
+        if split not in chosen.values() and split.lower() in WORDS:
+            chosen.setdefault(WORDS[split.lower()], split)
     own = {
-        split: [Row(f"{name} {split}, row {i}", row) for i, row in enumerate(splits[split])]
-        for split in (*OWN, *also)
-        if split in splits
+        split: [Row(f"{name} {key}, row {i}", row) for i, row in enumerate(splits[key])]
+        for split, key in chosen.items()
     }
     if not any(own.values()):
         raise TaskError(f"data set {name!r} has no train, validation or test split (it has {', '.join(splits)})")
+    over = [line(split, 80) for split in splits if split not in (*chosen.values(), *skip)]
+    if over:
+        read = listed(f"{split} from {key}" if split != key else split for split, key in chosen.items())
+        warnings.warn(f"{name}: not read: the splits {listed(over)} (read are {read})", stacklevel=5)
     return own
 
 
 def own_examples(
-    own: Mapping[str, Iterable[Row]], to_example: Callable[[Row], Example], labelled: Callable[[Row], bool]
+    task: str,
+    own: Mapping[str, Iterable[Row]],
+    to_example: Callable[[Row], Example],
+    columns: Sequence[str],
+    labelled: Callable[[Row], bool] | None = None,
 ) -> dict[str, list[Example]]:
-    """Examples by own split. A test split in which no row is labelled, as in published benchmarks, is left out."""
+    """Examples by own split. Rows without a label, such as all of a published test split, are left out with a warning.
+
+    A row's column "group", a text or a number, says with whom it stays in one split, beside what `to_example` says.
+
+    Args:
+        task: its name, for messages.
+        own: rows by own split.
+        to_example: what becomes of a row.
+        columns: which hold the label; one is enough.
+        labelled: whether a row has one; None: by `moeopt.tasks.labels.has_label`.
+
+    Raises:
+        TaskError: when no row has a label.
+    """
     rows = {split: list(items) for split, items in own.items()}
-    if len(rows) > 1 and not any(labelled(row) for row in rows.get("test", [])):
-        rows.pop("test", None)
-    return {split: [to_example(row) for row in items] for split, items in rows.items()}
+    has = labelled or (lambda row: has_label(row, *columns))
+    kept = {split: [row for row in items if has(row)] for split, items in rows.items()}
+    label = " or ".join(map(repr, columns))
+    if not any(kept.values()):
+        _refuse_unlabelled(task, [row for items in rows.values() for row in items], columns, label)
+    usual = {column for items in kept.values() for column in (items[0].values if items else ())}
+    for items in (rows[split] for split in rows if rows[split] and not kept[split]):
+        if not usual & items[0].values.keys():
+            wanted = ", ".join(map(shown, sorted(usual)[:20]))
+            raise TaskError(
+                f"{items[0].where}: none of the columns {wanted}, which the other splits have ({items[0].has})"
+            )
+    counts = [(split, len(items) - len(kept[split]), len(items)) for split, items in rows.items()]
+    said = [f"{n:,} of {total:,} rows of {split}" for split, n, total in counts if n]
+    if said:
+        warnings.warn(
+            f"task {task!r}: left out {listed(said)}, which have no label: {label} is missing, null, -1 or empty",
+            stacklevel=4,
+        )
+    return {split: [grouped(to_example(row), row) for row in items] for split, items in kept.items() if items}
+
+
+def _refuse_unlabelled(task: str, rows: Sequence[Row], columns: Sequence[str], label: str) -> NoReturn:
+    if not rows:
+        raise TaskError(f"task {task!r} has no rows")
+    first = rows[0]
+    hint = "" if first.values.keys() & columns else nearest(columns[0], list(first.values))
+    raise TaskError(
+        f"{first.where}: no {label}: missing, null, -1 or empty in this row, as in all"
+        f" {len(rows):,} ({first.has}){hint}"
+    )
+
+
+def grouped(example: Example, row: Row) -> Example:
+    """The example, also of the group in its row's column "group"."""
+    try:
+        names = group_names(row.values.get("group"))
+    except TaskError as error:
+        raise TaskError(f"{row.where}: {error}") from None
+    return replace(example, group=(*names, *group_names(example.group))) if names else example
+
+
+def origin(own: Mapping[str, Sequence[Row | Example]], rows: Mapping[str, Sequence[Row]]) -> str:
+    """Which split was read from where, in words; `own` are the data set's own splits in use, of these `rows`."""
+    return sources({split: _places(rows[split]) for split in OWN if own.get(split)})
+
+
+def sources(names: Mapping[str, str]) -> str:
+    """The same, from what each of the data set's own splits was read from."""
+    places = [names[split] for split in OWN if split in names]
+    if len(places) == 1:
+        return f"divided by hash from {places[0]}"
+    if len(places) == 2:
+        return f"search and dev divided by hash from {places[0]}, test from {places[1]}"
+    return f"from {listed(places)}"
+
+
+def _places(rows: Sequence[Row]) -> str:
+    """The files, or the split of a data set, that rows are from."""
+    places = dict.fromkeys(re.split(r", (?:line|row) \d", row.where)[0] for row in rows)
+    return listed((line(Path(place).name if Path(place).exists() else place, 80) for place in places), most=2)
 
 
 def examples_of(
@@ -194,42 +276,3 @@ def examples_of(
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise TaskError(f"task {task!r}, row {number}: {type(error).__name__}: {error}") from error
     return examples
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise TaskError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
-            except json.JSONDecodeError as error:
-                raise TaskError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-            except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-                raise TaskError(f"{where}: JSON that Python does not read ({error})") from error
-            if not isinstance(values, dict):
-                raise TaskError(f"{where}: expected a JSON object, got {shown(values)}")
-            if b"\\u" in line:
-                try:
-                    json.dumps(values, ensure_ascii=False).encode()
-                except UnicodeEncodeError as error:
-                    raise TaskError(f"{where}: half of a surrogate pair, which is no text") from error
-            rows.append(Row(where, values))
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    try:
-        from pyarrow import ArrowException  # type: ignore[import-untyped]
-        from pyarrow.parquet import read_table  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise TaskError(f"reading {path} needs the pyarrow package: pip install pyarrow") from error
-    try:
-        table = read_table(path).to_pylist()
-    except (ArrowException, ValueError, TypeError, OverflowError) as error:
-        raise TaskError(f"cannot read data file {path}: {shown(error)}") from error
-    return [Row(f"{path}, row {i}", values) for i, values in enumerate(table)]

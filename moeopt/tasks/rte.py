@@ -37,7 +37,7 @@ LABELS = ("entailment", "not_entailment")
 
 def harness(row: Row) -> Example:
     prompt = f"{row.text('premise')}\nQuestion: {row.text('hypothesis')} True or False?\nAnswer:"
-    return Example(row_id(row), prompt, (" True", " False"), which(row, "label", LABELS))
+    return Example(row_id(row), prompt, (" True", " False"), which(row, "label", LABELS), row.text("premise"))
 
 
 def eep(row: Row) -> Example:
@@ -45,7 +45,7 @@ def eep(row: Row) -> Example:
         f"{row.text('premise')}\n{row.text('hypothesis')}\n"
         "Is the sentence below entailed by the sentence above?\nA. Yes\nB. No\nAnswer:"
     )
-    return Example(row_id(row), prompt, letters(2), which(row, "label", LABELS))
+    return Example(row_id(row), prompt, letters(2), which(row, "label", LABELS), row.text("premise"))
 
 
 rte_task = Benchmark(

@@ -6,19 +6,23 @@ A data set's own splits are respected:
 - two of them              -> the later one is test; a hash divides the earlier one into search and dev;
 - one file, or one split   -> a hash divides it into search, dev and test.
 
-The hash is over an example's prompt and options, or over its group, so equal examples, and those of a group, never
-straddle a split, and a file that grows moves none of its old examples. An example that a data set repeats in a later
-split of its own is dropped from the earlier one.
+The hash is over an example's family (`moeopt.tasks.likeness`: near-duplicates, and whoever shares a group), so that no
+family straddles two splits, and a file that grows moves none of its old examples unless the new ones tie two families
+together. Of a data set's own splits, what is of a later split's family is dropped from the earlier one, and counted in
+a warning.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from typing import TYPE_CHECKING
 
 from moeopt.errors import TaskError
+from moeopt.showing import listed, shown
 from moeopt.tasks.base import SPLITS, Example, Task
+from moeopt.tasks.likeness import families
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -28,28 +32,30 @@ FRACTIONS = (0.4, 0.2, 0.4)
 
 
 def content_hash(example: Example) -> str:
-    """SHA-256 of prompt and options: 64 hexadecimal digits. The answer is left out: one question, one split."""
+    """SHA-256 of prompt and options, to the letter: 64 hexadecimal digits. It is what examples are ordered by."""
     return hashlib.sha256(json.dumps([example.prompt, example.options]).encode()).hexdigest()
 
 
 def divide(examples: Iterable[Example], fractions: Sequence[float] = FRACTIONS) -> dict[str, list[Example]]:
-    """Divides one list into search, dev and test by the examples' hashes, in about the given fractions (sum 1)."""
+    """Divides one list into search, dev and test by the examples' families, in about the given fractions (sum 1)."""
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise TaskError(f"fractions must be three numbers >= 0 that sum to 1, got {tuple(fractions)}")
     search, dev, _ = fractions
     parts: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for example in examples:
-        name = content_hash(example) if example.group is None else hashlib.sha256(example.group.encode()).hexdigest()
-        u = int(name[:13], 16) / 16**13
+    examples = list(examples)
+    for example, family in zip(examples, families(examples), strict=True):
+        u = int(family[:13], 16) / 16**13
         parts["search" if u < search else "dev" if u < search + dev or fractions[2] == 0 else "test"].append(example)
     return parts
 
 
-def from_own(own: Mapping[str, Sequence[Example]], fractions: Sequence[float] = FRACTIONS) -> dict[str, list[Example]]:
-    """Maps a data set's own splits (keys among `OWN`, at least one) to search, dev and test."""
+def from_own(
+    own: Mapping[str, Sequence[Example]], fractions: Sequence[float] = FRACTIONS, task: str = ""
+) -> dict[str, list[Example]]:
+    """Maps a data set's own splits (keys among `OWN`) to search, dev and test; `task` is its name, for a warning."""
     given = [own[name] for name in OWN if own.get(name)]
-    if len(given) == 1:
-        return divide(given[0], fractions)
+    if len(given) < 2:
+        return divide(given[0] if given else (), fractions)
     if len(given) == 2:
         first, last = fractions[0], fractions[1]
         if first + last <= 0:
@@ -58,38 +64,69 @@ def from_own(own: Mapping[str, Sequence[Example]], fractions: Sequence[float] = 
         parts["test"] = list(given[1])
     else:
         parts = {split: list(examples) for split, examples in zip(SPLITS, given, strict=True)}
-    return without_repeats(parts)
+    return without_shared(parts, task)
 
 
-def without_repeats(parts: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
-    """Splits in which an example that a later split has is dropped from the earlier one."""
-    kept: dict[str, list[Example]] = {}
-    later: set[str] = set()
-    for split in reversed(SPLITS):
-        hashes = [content_hash(example) for example in parts[split]]
-        kept[split] = [e for e, h in zip(parts[split], hashes, strict=True) if h not in later]
-        later.update(hashes)
+def without_shared(parts: Mapping[str, Sequence[Example]], task: str = "") -> dict[str, list[Example]]:
+    """Splits without what is of the family of a later split's example, with a warning that counts it."""
+    every = [(split, example) for split in SPLITS for example in parts[split]]
+    last: dict[str, int] = {}
+    named = families([example for _, example in every])
+    for (split, _), family in zip(every, named, strict=True):
+        last[family] = max(last.get(family, 0), SPLITS.index(split))
+    kept: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for (split, example), family in zip(every, named, strict=True):
+        if SPLITS[last[family]] == split:
+            kept[split].append(example)
+    lost = [(split, len(parts[split]) - len(kept[split]), len(parts[split])) for split in SPLITS]
+    said = [f"{n:,} of {total:,} examples of {split}" for split, n, total in lost if n]
+    if said:
+        warnings.warn(
+            f"{f'task {task!r}: ' if task else ''}left out {listed(said)}: a later split has them, or others of their"
+            " group (the same passage, say)",
+            stacklevel=3,
+        )
     return kept
+
+
+def check_apart(parts: Mapping[tuple[str, ...], Sequence[Example]], where: str = "") -> None:
+    """Refuse examples of one family in two splits; `parts` by split, and by the member of a mixture that they are of.
+
+    Raises:
+        TaskError: naming two such examples and what they share.
+    """
+    every = [(place, example) for place, examples in parts.items() for example in examples]
+    owner: dict[str, tuple[tuple[str, ...], Example]] = {}
+    for (place, example), family in zip(every, families([example for _, example in every]), strict=True):
+        first, other = owner.setdefault(family, (place, example))
+        if first[0] == place[0]:
+            continue
+        here, there = (" of ".join(map(repr, one)) for one in (place, first))
+        if len(place) == 1 and example.likeness == other.likeness:
+            raise TaskError(f"{where}example {example.id!r} is in both {there} and {here}")
+        if example.likeness == other.likeness:
+            raise TaskError(f"{where}example {example.id!r} is in {here} and in {there}")
+        raise TaskError(
+            f"{where}example {example.id!r} of {here} and example {other.id!r} of {there} are of one group"
+            f" ({shown(example.group or other.group)}), which must stay in one split"
+        )
 
 
 class Splits:
     """Examples by split, each in the order of its hashes, which is a fixed random one.
 
     Raises:
-        TaskError: if there is no example at all, or two splits share one.
+        TaskError: if there is no example at all, or two splits share one, near-duplicates included, or a group.
     """
 
     def __init__(self, task: str, search: Iterable[Example], dev: Iterable[Example], test: Iterable[Example]) -> None:
         self.task = task
         self._examples: dict[str, tuple[Example, ...]] = {}
-        owner: dict[str, str] = {}
-        for split, examples in zip(SPLITS, (search, dev, test), strict=True):
-            hashed = sorted(((content_hash(e), e) for e in examples), key=lambda pair: pair[0])
-            for h, example in hashed:
-                if owner.setdefault(h, split) != split:
-                    raise TaskError(f"task {task!r}: example {example.id!r} is in both {owner[h]!r} and {split!r}")
-            self._examples[split] = tuple(example for _, example in hashed)
-        if not owner:
+        parts = {split: list(part) for split, part in zip(SPLITS, (search, dev, test), strict=True)}
+        check_apart({(split,): part for split, part in parts.items()}, f"task {task!r}: ")
+        for split, examples in parts.items():
+            self._examples[split] = tuple(sorted(examples, key=content_hash))
+        if not any(parts.values()):
             raise TaskError(f"task {task!r} has no examples")
 
     @property

@@ -73,9 +73,7 @@ TEMPLATES = {
 }
 
 
-squad_task = WrittenBenchmark(
-    "squad", hub="rajpurkar/squad", templates=TEMPLATES, labelled=lambda row: row.values.get("answers") is not None
-)
+squad_task = WrittenBenchmark("squad", hub="rajpurkar/squad", templates=TEMPLATES, labels=("answers",))
 
 
 def _example(row: Row, prompt: str, impossible: str) -> Example:

@@ -14,16 +14,20 @@ from __future__ import annotations
 import glob
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeopt.errors import TaskError
+from moeopt.showing import listed
 from moeopt.tasks.base import SPLITS, Example, Request, Scores
-from moeopt.tasks.rows import ROW_SUFFIXES, from_disk, from_hub, is_missing_file, is_saved, read
-from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, checked_limit, content_hash, divide, from_own
+from moeopt.tasks.folders import files_of, splits_named
+from moeopt.tasks.formats import PACKED, form_of
+from moeopt.tasks.rows import Row, from_disk, from_hub, grouped, is_missing_file, is_saved, origin, read, sources
+from moeopt.tasks.splits import FRACTIONS, OWN, DividedTask, Splits, checked_limit, content_hash, divide, from_own
 from moeopt.tasks.tokens import Encoder
 
 if TYPE_CHECKING:
@@ -37,19 +41,22 @@ class TextTask(DividedTask):
 
     Args:
         name: what studies record.
-        search, dev, test: texts; a split may be empty, the same text may not be in two of them.
+        search, dev, test: texts, or examples that hold one; a split may be empty, the same text, or group of examples,
+            may not be in two of them.
         window: tokens a window, at least 16; a window shorter than 16 tokens, at the end of a document, is dropped.
 
     Raises:
         TaskError: if splits overlap, a text is not one, or there are none.
     """
 
+    unit = "documents"
+
     def __init__(
         self,
         name: str,
-        search: Iterable[str] = (),
-        dev: Iterable[str] = (),
-        test: Iterable[str] = (),
+        search: Iterable[str | Example] = (),
+        dev: Iterable[str | Example] = (),
+        test: Iterable[str | Example] = (),
         *,
         window: int = 256,
     ) -> None:
@@ -64,8 +71,7 @@ class TextTask(DividedTask):
         cls, name: str, documents: Iterable[str], *, window: int = 256, fractions: Sequence[float] = FRACTIONS
     ) -> TextTask:
         """A task from any texts, divided into search, dev and test by a hash of each."""
-        parts = divide(_examples("document", documents), fractions)
-        return cls(name, **_texts(parts), window=window)
+        return cls(name, **divide(_examples("document", documents), fractions), window=window)
 
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
@@ -140,9 +146,10 @@ def text_task(
 
     Args:
         data: a file, a list of files, a glob pattern, a folder (all its files, recursively, hidden ones aside), one
-            that `save_to_disk` of the datasets package wrote, or a hub id. A .jsonl or .parquet file holds a document a
-            row, any other file is one document.
-        column: the column that holds the text, in .jsonl and .parquet files and data sets.
+            that `save_to_disk` of the datasets package wrote, or a hub id. A .jsonl or .parquet file, or a packed one
+            of rows such as .json.gz, holds a document a row, any other file is one document. Where every file is a
+            split by its name (`wiki.train.txt`, `wiki.test.txt`), it is that split; otherwise all are divided together.
+        column: the column that holds the text, in files of rows and data sets; rows of one "group" stay in one split.
         suffixes: of a folder or pattern, keep only files that end so, such as ".py".
         window: tokens a window.
         piece: cut documents at line ends into pieces of at least this many characters, each then a document of its own;
@@ -157,73 +164,104 @@ def text_task(
     if piece is not None and piece < 1:
         raise TaskError(f"piece must be at least 1 character, got {piece}")
     keep = (suffixes,) if isinstance(suffixes, str) else None if suffixes is None else tuple(suffixes)
-
-    def documents(kind: str, texts: Iterable[str]) -> list[Example]:
-        return _examples(kind, [part for text in texts for part in _pieces(text, piece)])
-
     saved = isinstance(data, str | Path) and is_saved(data)
     hub = isinstance(data, str) and not Path(data).exists() and not _is_pattern(data) and not is_missing_file(data)
     if isinstance(data, str | Path) and (saved or hub):
-        own = from_disk(data) if saved else from_hub(str(data), config)
-        parts = from_own(
-            {name: documents(name, [r.text(column) for r in rows]) for name, rows in own.items()}, fractions
-        )
+        rows = from_disk(data) if saved else from_hub(str(data), config)
+        own, said = {split: _of_rows(rows[split], column) for split in rows}, origin(rows, rows)
     else:
-        listed = [data] if isinstance(data, str | Path) else data
-        texts = [text for path in listed for text in _read_all(path, column, keep)]
-        parts = divide(documents("document", texts), fractions)
+        paths = [data] if isinstance(data, str | Path) else data
+        own, said = _by_name([file for path in paths for file in _read_all(path, column, keep)])
+    pieces = {split: [part for document in own[split] for part in _pieces(document, piece)] for split in own}
+    parts = from_own(pieces, fractions, "text")
     for split, fraction in zip(SPLITS, fractions, strict=True):
         if fraction > 0 and not parts[split]:
             raise TaskError(
                 f"split {split!r} is empty: {sum(map(len, parts.values()))} documents are too few to divide"
                 f" {':'.join(map(str, fractions))}; give more files, or piece=2000 to cut them"
             )
-    return TextTask("text", **_texts(parts), window=window)
+    task = TextTask("text", **parts, window=window)
+    task.origin = said
+    return task
 
 
 def _scored(requests: Sequence[Request]) -> NDArray[np.int64]:
     return np.asarray([request.scored for request in requests], np.int64)
 
 
-def _examples(kind: str, texts: Iterable[str]) -> list[Example]:
+def _examples(kind: str, texts: Iterable[str | Example]) -> list[Example]:
     """Documents as examples; empty texts are left out."""
-    return [Example(f"{kind} {i}", "", (text,), 0) for i, text in enumerate(texts) if text != ""]
+    return [
+        text if isinstance(text, Example) else Example(f"{kind} {i}", "", (text,), 0)
+        for i, text in enumerate(texts)
+        if text != ""
+    ]
 
 
-def _texts(parts: Mapping[str, Iterable[Example]]) -> dict[str, list[str]]:
-    return {split: [example.options[0] for example in examples] for split, examples in parts.items()}
+def _of_rows(rows: Iterable[Row], column: str) -> list[Example]:
+    return [grouped(Example(row.where, "", (text,), 0), row) for row in rows if (text := row.text(column))]
 
 
-def _pieces(text: str, size: int | None) -> list[str]:
+def _pieces(document: Example, size: int | None) -> list[Example]:
     if size is None:
-        return [text]
+        return [document]
     pieces = [""]
-    for line in text.splitlines(keepends=True):
+    for text in document.options[0].splitlines(keepends=True):
         if len(pieces[-1]) >= size:
             pieces.append("")
-        pieces[-1] += line
-    return pieces
+        pieces[-1] += text
+    return [replace(document, id=f"{document.id}, piece {i}", options=(text,)) for i, text in enumerate(pieces)]
 
 
 def _is_pattern(path: str | Path) -> bool:
     return not Path(path).exists() and glob.has_magic(str(path))
 
 
-def _read_all(path: str | Path, column: str, suffixes: tuple[str, ...] | None) -> list[str]:
+Document = tuple[Path, list[Example]]
+"""A file's path below the folder that was named, and what it holds."""
+
+
+def _by_name(files: Sequence[Document]) -> tuple[dict[str, list[Example]], str]:
+    """Documents by split, and in words from where: by the files' names where these are splits, else all as one."""
+    named = [splits_named(path) for path, _ in files]
+    if all(len(splits) == 1 for splits in named) and {"train"} < set.union(*named):
+        own: dict[str, list[Example]] = {split: [] for split in OWN}
+        names: dict[str, list[str]] = {split: [] for split in OWN}
+        for (path, documents), (split,) in zip(files, named, strict=True):
+            own[split] += documents
+            names[split].append(path.name)
+        return own, sources({split: listed(names[split], most=2) for split in OWN if own[split]})
+    alike = [str(path) for (path, _), splits in zip(files, named, strict=True) if splits and _is_text(path)]
+    if alike and len(files) > 1:
+        warnings.warn(
+            f"divided by hash with the other files, not read as splits, whatever their names say: {listed(alike)}",
+            stacklevel=3,
+        )
+    every = [document for _, documents in files for document in documents]
+    return {"train": every}, sources({"train": listed((path.name for path, _ in files), most=2)})
+
+
+def _is_text(path: Path) -> bool:
+    return form_of(path) is not None or path.suffix.lower() in (".txt", "")
+
+
+def _read_all(path: str | Path, column: str, suffixes: tuple[str, ...] | None) -> list[Document]:
     """The documents of one file, or of all the files of a folder or pattern."""
-    if Path(path).is_dir():
-        root = Path(path)
-        found = [p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    root = Path(path)
+    if root.is_dir():
+        found = [(file, file.relative_to(root)) for file in files_of(root)]
     elif _is_pattern(path):
-        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
+        found = [(Path(file), Path(Path(file).name)) for file in glob.glob(str(path), recursive=True)]
     else:
-        return _read_file(Path(path), column)
-    files = sorted(p for p in found if p.is_file() and (suffixes is None or p.name.endswith(suffixes)))
-    texts: list[str] = []
+        return [(Path(root.name), _read_file(root, column))]
+    files = sorted(
+        pair for pair in found if pair[0].is_file() and (suffixes is None or pair[0].name.endswith(suffixes))
+    )
+    documents: list[Document] = []
     skipped = []
-    for file in files:
+    for file, name in files:
         try:
-            texts += _read_file(file, column)
+            documents.append((name, _read_file(file, column)))
         except _NotTextError:
             skipped.append(file)
     if skipped:
@@ -231,26 +269,27 @@ def _read_all(path: str | Path, column: str, suffixes: tuple[str, ...] | None) -
             f"{path}: skipped {len(skipped)} of {len(files)} files, not UTF-8 text, such as {skipped[0]}",
             stacklevel=2,
         )
-    if not texts:
+    if not any(texts for _, texts in documents):
         ending = f" ending in {' or '.join(suffixes)}" if suffixes else ""
         raise TaskError(f"{path} has no text files{ending}")
-    return texts
+    return documents
 
 
-def _read_file(path: Path, column: str) -> list[str]:
-    if path.suffix in ROW_SUFFIXES:
-        return [row.text(column) for row in read(path)]
+def _read_file(path: Path, column: str) -> list[Example]:
+    if form_of(path) in (".jsonl", ".ndjson", ".parquet") or (form_of(path) and path.suffix.lower() in PACKED):
+        return _of_rows(read(path), column)
     try:
         data = path.read_bytes()
         if b"\0" in data:
             raise _NotTextError(f"data file {path} is not text: it has a zero byte at {data.index(0)}")
-        return [data.decode("utf-8-sig")]
+        text = data.decode("utf-8-sig")
     except FileNotFoundError as error:
         raise TaskError(f"data file {path} does not exist") from error
     except OSError as error:
         raise TaskError(f"cannot read data file {path}: {error}") from error
     except UnicodeDecodeError as error:
         raise _NotTextError(f"data file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    return [Example(str(path), "", (text,), 0)] if text else []
 
 
 class _NotTextError(TaskError):

@@ -38,7 +38,7 @@ def harness(row: Row) -> Example:
         f"Sentence 1: {sentence}\nSentence 2: {row.text('sentence2')}\n"
         f"Question: Is the word '{word}' used in the same way in the two sentences above?\nAnswer:"
     )
-    return Example(row_id(row), prompt, (" no", " yes"), int(yes_no(row, "label")))
+    return Example(row_id(row), prompt, (" no", " yes"), int(yes_no(row, "label")), _sentences(row))
 
 
 def eep(row: Row) -> Example:
@@ -46,7 +46,11 @@ def eep(row: Row) -> Example:
         f"Sentence 1: {row.text('sentence1')}\nSentence 2: {row.text('sentence2')}\n"
         f"Are '{row.text('word')}' in the above two sentenses the same?\nA. Yes\nB. No\nAnswer:"
     )
-    return Example(row_id(row), prompt, (" A", " B"), int(not yes_no(row, "label")))
+    return Example(row_id(row), prompt, (" A", " B"), int(not yes_no(row, "label")), _sentences(row))
+
+
+def _sentences(row: Row) -> tuple[str, str]:
+    return row.text("sentence1"), row.text("sentence2")
 
 
 wic_task = Benchmark(

@@ -55,14 +55,22 @@ class WinograndeTask(MultipleChoiceTask):
 def harness(row: Row) -> Example:
     before, names, after, answer = _parts(row)
     rest = f" {after.strip()}"
-    return Blank(row_id(row, "qID"), before, (names[0] + rest, names[1] + rest), answer, rest=rest)
+    return Blank(row_id(row, "qID"), before, (names[0] + rest, names[1] + rest), answer, _twins(row), rest=rest)
 
 
 def eep(row: Row) -> Example:
     _, names, _, answer = _parts(row)
     sentences = lettered([row.text("sentence").replace(BLANK, name) for name in names])
     prompt = f"Which of the following is a good sentence:\n{sentences}\nAnswer:"
-    return Example(row_id(row, "qID"), prompt, letters(2), answer)
+    return Example(row_id(row, "qID"), prompt, letters(2), answer, _twins(row))
+
+
+def _twins(row: Row) -> tuple[str, ...]:
+    """What ties a sentence to its twin, which has the other name for an answer: the id of the pair, or the names
+    together with what precedes or follows the blank, since twins differ in one word or two."""
+    before, names, after, _ = _parts(row)
+    pair = " or ".join(sorted(names))
+    return str(row.values.get("qID") or "").rpartition("-")[0], f"{before} {pair}", f"{pair} {after}"
 
 
 def _parts(row: Row) -> tuple[str, tuple[str, str], str, int]:

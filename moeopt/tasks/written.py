@@ -9,7 +9,7 @@ from moeopt.tasks.answers import Judge
 from moeopt.tasks.base import Example
 from moeopt.tasks.benchmark import chosen_template
 from moeopt.tasks.generation import GenerationTask
-from moeopt.tasks.rows import Data, Row, load, own_examples
+from moeopt.tasks.rows import Data, Row, load, origin, own_examples
 from moeopt.tasks.splits import FRACTIONS, from_own
 
 Rows = dict[str, list[Row]]
@@ -34,14 +34,15 @@ def _rows(data: Data, config: str | None, template: str) -> Rows:
 class WrittenBenchmark:
     """A published data set as a function that gives its task.
 
-    `templates` say what becomes of a row in the hub's schema, `labelled` whether it has an answer. `rows(data, config,
-    template)` reads them.
+    `templates` say what becomes of a row in the hub's schema, `labels` are the columns of which one holds its answer,
+    and `labelled` tells whether it has one where that takes more. `rows(data, config, template)` reads them.
     """
 
     name: str
     hub: str
     templates: Mapping[str, Template]
-    labelled: Callable[[Row], bool]
+    labels: tuple[str, ...]
+    labelled: Callable[[Row], bool] | None = None
     rows: Callable[[Data, str | None, str], Rows] = _rows
 
     def __call__(
@@ -57,7 +58,7 @@ class WrittenBenchmark:
         """The task, from the hub (`hub` unless `data` says otherwise) or local files.
 
         Args:
-            data: JSONL or parquet file, folder of them or hub id: see `moeopt.tasks.rows.load`.
+            data: a file of rows, a folder of them or a hub id: see `moeopt.tasks.rows.load`.
             template: which of `templates` writes the prompts and judges the answers.
             fractions: of search, dev and test where the data has no splits of its own; of two, the later one becomes
                 test, and the other is divided into search and dev, passage by passage where there are passages.
@@ -68,14 +69,15 @@ class WrittenBenchmark:
             TaskError: naming file and line of whatever is missing or malformed.
         """
         chosen = chosen_template(self.templates, template)
-        own = own_examples(
-            self.rows(self.hub if data is None else data, config, template), chosen.to_example, self.labelled
-        )
-        return GenerationTask(
+        rows = self.rows(self.hub if data is None else data, config, template)
+        own = own_examples(self.name, rows, chosen.to_example, self.labels, self.labelled)
+        task = GenerationTask(
             self.name,
-            **from_own(own, fractions),
+            **from_own(own, fractions, self.name),
             judges=chosen.judges,
             stop=chosen.stop if stop is None else stop,
             max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
             template=f"{template} v1",
         )
+        task.origin = origin(own, rows)
+        return task

@@ -58,7 +58,7 @@ def harness(row: Row) -> Example:
         f'Passage: {passage}\nQuestion: In the passage above, does the pronoun "*{pronoun}*" refer to "*{noun}*"?\n'
         "Answer:"
     )
-    return Example(row_id(row), prompt, (" no", " yes"), int(yes_no(row, "label")))
+    return Example(row_id(row), prompt, (" no", " yes"), int(yes_no(row, "label")), row.text("text"))
 
 
 def eep(row: Row) -> Example:
@@ -71,7 +71,7 @@ def eep(row: Row) -> Example:
         words[first : first + n] = [f"{mark} {span} {mark}", *[None] * (n - 1)]
     passage = " ".join(word for word in words if word is not None)
     prompt = f"Passage: {passage}\nDoes the pronoun # {pronoun} # refer to * {noun} *?\nA. Yes\nB. No\nAnswer:"
-    return Example(row_id(row), prompt, letters(2), int(not yes_no(row, "label")))
+    return Example(row_id(row), prompt, letters(2), int(not yes_no(row, "label")), row.text("text"))
 
 
 wsc_task = Benchmark(

@@ -105,7 +105,7 @@ def hellaswag(rng: random.Random, i: int) -> dict[str, Any]:
 
 def winogrande(rng: random.Random, i: int) -> dict[str, Any]:
     one, two, thing = rng.sample(WORDS, 3)
-    text = f"The {one} beat the {two} since the _ was {thing} {i}."
+    text = f"{i}: the {one} beat the {two} since the _ was {thing} {i}."
     return {"sentence": text, "option1": one, "option2": two, "answer": "12"[i % 2]}
 
 

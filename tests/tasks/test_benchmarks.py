@@ -128,11 +128,11 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("cb", {"premise": None}, "'premise' must be text, got None"),
     ("rte", {"label": "neutral"}, "'label' must be entailment or not_entailment .*, got 'neutral'"),
     ("wsc", {"label": 2}, "'label' must be true or false"),
-    ("wsc", {"span2_index": "9"}, "'span2_index' must be a number >= 0, got '9'"),
+    ("wsc", {"span2_index": "nine"}, "'span2_index' must be a number >= 0, got 'nine'"),
     ("wsc", {"target": []}, "'target' must be an object"),
     ("copa", {"question": "reason"}, "'question' must be cause or effect, got 'reason'"),
     ("copa", {"label": 2}, "'label' must be choice1 or choice2"),
-    ("multirc", {"label": None}, "'label' must be true or false"),
+    ("multirc", {"label": "maybe"}, "'label' must be true or false"),
     ("multirc", {"passage": {"text": "t", "questions": 3}}, "'passage': 'questions' must be a list of objects, got 3"),
     ("record", {"answers": ["nobody"]}, "none of 'answers' .'nobody'. is one of 'entities'"),
     ("record", {"entities": []}, "'entities' must be a list of texts"),
@@ -266,6 +266,10 @@ def test_superglue_files_of_passages_equal_the_hubs_rows(tmp_path):
             assert [(e.prompt, e.options, e.answer) for e in found] == [(e.prompt, e.options, e.answer) for e in wanted]
         bad = nest(rows)
         (bad[1]["qas"][0] if name == "record" else bad[1]["passage"]["questions"][0]).pop("answers")
+        if name == "record":
+            with pytest.warns(UserWarning, match="left out 1 of 20 rows of train, which have no label: 'answers'"):
+                tasks.get(name, write(tmp_path / "bad.jsonl", bad))
+            continue
         with pytest.raises(TaskError, match=r"line 2.*answers"):
             tasks.get(name, write(tmp_path / "bad.jsonl", bad))
 

@@ -343,7 +343,13 @@ def test_search_from_the_command_line(tmp_path, capsys):
     command = ["search", str(moeopt.demo.MODEL), "--task", "mixture", "--data", path, "--limit", "12", "--keep", "4"]
     command += ["--sampler", "random", "--trials", "2", "--storage", storage, "--study", "m"]
     assert main(command) == 0
-    assert "2 trials done" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "2 trials done" in out
+    loaded = [number for number, line in enumerate(err.splitlines()) if line.startswith("loading")]
+    (told,) = [number for number, line in enumerate(err.splitlines()) if line.startswith("task mixture: search ")]
+    assert told < loaded[0]
+    assert "divided by hash from sums.jsonl" in err
+    assert "divided by hash from 0.txt, 1.txt and 10 more" in err
     write(tmp_path, [SUMS | {"weight": 3}, NOTES])
     assert main(command) == 2
     assert "task.members.sums.share: study has 0.666" in capsys.readouterr().err

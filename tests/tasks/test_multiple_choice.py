@@ -116,7 +116,8 @@ def test_boolq_prompts(tmp_path, label, answer):
     for column in ("label", "answer"):
         path = write(tmp_path / "b.jsonl", [BOOLQ | {column: label}])
         (example,) = all_examples(tasks.get("boolq", path))
-        assert example == Example("3", "Ice is frozen water.\nQuestion: is ice cold?\nAnswer:", (" no", " yes"), answer)
+        prompt = "Ice is frozen water.\nQuestion: is ice cold?\nAnswer:"
+        assert example == Example("3", prompt, (" no", " yes"), answer, BOOLQ["passage"])
         (example,) = all_examples(tasks.get("boolq", path, template="eep"))
         assert example.options[example.answer] == (" A" if answer else " B")
         assert example.prompt == "Ice is frozen water.\nQuestion: is ice cold\nA. Yes\nB. No\nAnswer:"
@@ -137,8 +138,10 @@ def test_wic_prompts(tmp_path):
 
 def test_folder_of_splits_as_in_superglue(tmp_path):
     for name, n, label in (("train", 40, {"label": True}), ("val", 10, {"label": False}), ("test", 5, {})):
-        write(tmp_path / f"{name}.jsonl", [BOOLQ | {"question": f"{name} {i}"} | label for i in range(n)])
-    task = tasks.get("boolq", str(tmp_path))
+        write(tmp_path / f"{name}.jsonl", [BOOLQ | {"passage": f"{name} {i}"} | label for i in range(n)])
+    with pytest.warns(UserWarning, match="left out 5 of 5 rows of test, which have no label: 'label' or 'answer'"):
+        task = tasks.get("boolq", str(tmp_path))
+    assert task.origin == "search and dev divided by hash from train.jsonl, test from val.jsonl"
     assert {e.answer for e in task.examples("test")} == {0}
     assert len(task.examples("test")) == 10
     assert len(task.examples("search")) + len(task.examples("dev")) == 40
@@ -290,7 +293,7 @@ def test_malformed_line_is_named(tmp_path, row, message):
     assert path in str(error.value) or "surrogate" in message
 
 
-@pytest.mark.parametrize("label", ["maybe", None, 2])
+@pytest.mark.parametrize("label", ["maybe", 2])
 def test_bad_label_is_named(tmp_path, label):
     path = write(tmp_path / "b.jsonl", [BOOLQ | {"label": label}])
     with pytest.raises(TaskError, match="line 1: 'label' must be true or false"):
@@ -302,12 +305,14 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.parquet").write_text("no parquet")
     (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "table.xlsx").write_text("a,b")
     (tmp_path / "folder").mkdir()
     for name, message in (
         ("bytes.jsonl", "bytes.jsonl, line 1: not UTF-8"),
         ("empty.jsonl", "empty.jsonl has no rows"),
         ("broken.parquet", "cannot read data file .*broken.parquet"),
-        ("table.csv", "table.csv must end in .jsonl or .parquet"),
+        ("table.csv", "table.csv has no rows"),
+        ("table.xlsx", r"table.xlsx must end in .jsonl, .json, .parquet, .csv or .tsv \(also packed"),
         ("folder", "has no train, validation or test file"),
         ("missing.jsonl", "missing.jsonl does not exist"),
     ):

@@ -82,8 +82,7 @@ def test_shots_are_nested_and_leave_the_first_examples_where_they_are():
 
 def test_nothing_shown_is_scored_nor_anything_of_its_group():
     search = [question(i, f"g{i // 3}") for i in range(30)] + [question(4, "g1")]
-    test = [question(100, "g0"), question(101, "g1")]
-    task = MultipleChoiceTask("t", search, (), test)
+    task = MultipleChoiceTask("t", search, (), [question(100, "g10"), question(101, "g11")])
     prompted = task.prompted(shots=4)
     left = {e.group for split in prompted.splits for e in prompted.examples(split)}
     shown = prompted._prompting.shots
@@ -240,7 +239,7 @@ def test_bad_options_are_named_before_data_are_read(options, message):
 
 def test_options_of_every_task(tmp_path):
     path = tmp_path / "b.jsonl"
-    rows = [{"question": f"q{i}", "passage": "p", "answer": bool(i % 2)} for i in range(60)]
+    rows = [{"question": "q", "passage": f"p{i}", "answer": bool(i % 2)} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain = tasks.get("boolq", str(path))
     task = tasks.get("boolq", str(path), shots=3, chat=True, system="Be brief.")
