@@ -79,6 +79,9 @@ class Objective:
         prefix_memory, prefix_device, storage, score, compression: as for `Evaluator`.
         reference: whether a study gets the full model's scores, for one evaluation.
 
+    Warns:
+        UserWarning: when the task has no dev or no test split, or fewer distinct examples than `limit`.
+
     Raises:
         SpaceError: when the space is for a model of another shape.
         TaskError: when the task has no such split.
@@ -135,6 +138,8 @@ class Objective:
             score=score,
             compression=compression,
         )
+        if not task.kept:
+            _warn_of_too_little(task, split, limit, self.evaluator.examples)
         self._searched: Callable[[], optuna.Study | None] = lambda: None
         self._refers = reference
         self._reference: Reference | None = None
@@ -374,6 +379,27 @@ class Objective:
             "space": self.space.describe(),
             "evaluation": {"rungs": list(self.evaluator.rungs), "report": self.report, **backends, **score, **weight},
         }
+
+
+def _warn_of_too_little(task: Task, split: str, limit: int | None, examples: int) -> None:
+    """Say what a task lacks for a search of which `examples` (text: windows) are in use."""
+    lacks = " and ".join(f"no {name} split" for name in ("dev", "test") if name not in task.splits)
+    if lacks:
+        warnings.warn(
+            f"task {task.name!r} has {lacks} (it has {task.summary}): whether what is found holds on examples that the"
+            " search has not seen cannot be told. Give more rows, or a file for each split",
+            stacklevel=3,
+        )
+    distinct = examples
+    if task.unit == "examples":  # not windows
+        examples, distinct = len(task.examples(split)), len({one.likeness for one in task.examples(split)})
+    if limit is not None and distinct < limit:
+        repeats = f", {distinct:,} of them distinct" if distinct < examples else ""
+        warnings.warn(
+            f"the limit is {limit:,}, but the {split} split of task {task.name!r} gives {examples:,}"
+            f" {task.unit.replace('documents', 'windows')}{repeats} (it has {task.summary})",
+            stacklevel=3,
+        )
 
 
 def scores_name(evaluator: Evaluator) -> str:

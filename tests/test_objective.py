@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from moeopt.errors import OutOfMemoryError, StudyError
 from moeopt.plan import Plan
 from moeopt.racing import RacingPruner, blocks, rung_sizes
 from moeopt.samplers import get
-from moeopt.tasks import Example, MultipleChoiceTask, TextTask
+from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, TextTask
+from moeopt.tasks.keeping import Use, keep, restored
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -653,3 +655,62 @@ def test_a_search_of_the_demo_model_ends_with_fewer_active_experts() -> None:
     least = objective.evaluator.evaluate(Plan.identity(6, 8, 1))
     assert best.value <= least.loss + weight * least.active
     assert best.user_attrs["accuracy"] == pytest.approx(1.0, abs=0.05)
+
+
+# Too little data ----------------------------------------------------------------------------------------------------
+
+
+def questions(first: int, count: int, repeats: int = 1) -> list[Example]:
+    """Questions, each of them in several forms that differ in white space."""
+    forms = [(i, " " * k) for i in range(first, first + count) for k in range(repeats)]
+    return [Example(f"{i}{space}", f"is {space}{i}?", (" a", " b"), 0) for i, space in forms]
+
+
+def said(make: Any, task: Any, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        make(task, **options)
+    return [str(warning.message) for warning in seen]
+
+
+def test_a_task_without_dev_or_test_says_so_once(make: Any, tiny_tokenizer: Any) -> None:
+    search, dev, test = questions(0, 9), questions(10, 3), questions(20, 3)
+    assert said(make, MultipleChoiceTask("t", search, dev, test), limit=9) == []
+    for parts, lacks in (((search,), "no dev split and no test split"), ((search, dev), "no test split"),
+                         ((search, (), test), "no dev split")):  # fmt: skip
+        task = MultipleChoiceTask("t", *parts)
+        (message,) = said(make, task)
+        assert message.startswith(f"task 't' has {lacks} (it has {task.summary}): ")
+        assert "Give more rows, or a file for each split" in message
+        assert said(make, restored(keep(task, Use("search", tiny_tokenizer)), "search"), limit=100) == []
+    task = MultipleChoiceTask.from_rows("few", range(1), lambda i: Example(f"{i}", f"is {i}?", (" a", " b"), 0))
+    (message,) = said(make, task, split=task.splits[0])
+    assert "no dev split" in message or "no test split" in message
+    assert len(said(make, MixtureTask({"m": (MultipleChoiceTask("t", search), 1)}))) == 1
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_a_limit_above_the_distinct_examples_says_so(make: Any, shots: int) -> None:
+    task: Any = MultipleChoiceTask("t", questions(0, 6, repeats=3), questions(10, 3), questions(20, 3))
+    task = task.prompted(shots=shots) if shots else task
+    count, distinct = 18 - 3 * shots, 6 - shots
+    assert said(make, task) == said(make, task, limit=distinct) == []
+    for limit in (distinct + 1, count, 100):
+        (message,) = said(make, task, limit=limit)
+        assert message == (
+            f"the limit is {limit}, but the search split of task 't' gives {count} examples, {distinct} of them"
+            f" distinct (it has {task.summary})"
+        )
+    assert ("2 more of search are shown as shots" in task.summary) == bool(shots)
+    few = MultipleChoiceTask("t", questions(0, 6), questions(10, 3), questions(20, 3))
+    assert said(make, few, limit=7)[0].startswith(
+        "the limit is 7, but the search split of task 't' gives 6 examples (it"
+    )
+
+
+def test_a_limit_of_text_counts_windows(make: Any) -> None:
+    texts = [f"document {i} has words enough for some windows of its own" for i in range(3)]
+    task = TextTask("t", texts[:1], texts[1:2], texts[2:], window=16)
+    assert said(make, task, limit=3) == []
+    (message,) = said(make, task, limit=50)
+    assert "but the search split of task 't' gives 3 windows (it has search 1, dev 1 and test 1 documents)" in message
