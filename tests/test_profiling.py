@@ -365,7 +365,7 @@ def test_checkpoints_with_a_class_of_moeopt_are_profiled_as_their_plans(name: st
     answers = []
     for source, plan in ((MODEL, str(tmp_path / "plan.safetensors")), (out, None)):
         host = Host()
-        host.open(str(source), **{**OPTIONS, "trust_remote_code": source == out})
+        host.open(str(source), **OPTIONS)
         host.load([(7 * i) % 250 for i in range(64)])
         answers.append(host.inspect(plan, **what))
     planned, real = answers
@@ -376,7 +376,8 @@ def test_checkpoints_with_a_class_of_moeopt_are_profiled_as_their_plans(name: st
         moved = sum(abs(a - b) for a, b in zip(one["counts"], other["counts"])) / 2
         assert moved <= (2 if "mapped" in name else 0)  # the demo model's file, merged, is rounded to its bfloat16
         assert one["tokens"] == other["tokens"] == 64
-    with pytest.raises(ModelError):
+    (out / "helper.py").touch()
+    with pytest.raises(ModelError, match=r"brings code \(helper\.py\)"):
         Host().open(str(out), **OPTIONS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import typer
 from moeopt.cli import arguments
 from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE, TRIAL, Data, Limit, Model, Storage, StudyName, TaskOption
 from moeopt.errors import ExportError, PlanError
+from moeopt.showing import line
 
 if TYPE_CHECKING:
     from moeopt.exporting import Projection
@@ -92,11 +94,14 @@ def export(
     except ExportError as error:
         hint = "; --trial best-stock takes the best trial that one can hold" if form == "stock" and study else ""
         raise ExportError(f"{error}{hint}") from None
-    with err.status(Text(f"writing {out_dir}")):
+    with err.status(Text(f"writing {out_dir}")), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         if opened is None or projection is not None:
             write(chosen, out_dir, model=model, form=form, projection=projection)
         else:
             write(opened[1], out_dir, model=model, study=opened[0], form=form)
+    for warning in said:  # what was left out
+        err.print(line(warning.message, 2000), markup=False, soft_wrap=True)
     best = best_trial(opened[0]) if opened is not None else None
     if opened is not None and best is not None and best.number != opened[1].number:
         title += f"; the best of all is trial {best.number} (loss {best.value:.4f})"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeopt.errors import ExportError
+from moeopt.errors import ExportError, ModelError
 from moeopt.exporting.stock import ACTIVE_KEYS, keys_of, read_config
 from moeopt.plan import Plan
 
@@ -14,27 +13,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moeopt.models import MoELayer, RoutingRule
-
-CODE = "modeling_moeopt.py"
-PREFIX = "moeopt_"
-"""Of the model types of custom checkpoints."""
-
-
-def code_for(model_type: str) -> bytes:
-    """The modeling file of a family, such as ``"mixtral"``, that goes into its custom checkpoints.
-
-    Raises:
-        ExportError: when transformers knows no such family of causal language models.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    config, model = CONFIG_MAPPING_NAMES.get(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    family = str(config).removesuffix("Config")
-    if model != f"{family}ForCausalLM":
-        raise ExportError(f"moeopt has no custom form for models of type {model_type!r}; only a stock plan exports")
-    template = (Path(__file__).parent / CODE).read_text(encoding="utf-8")
-    return template.replace("Mixtral", family).replace("mixtral", model_type).encode()
 
 
 def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]:
@@ -51,9 +29,14 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]
         raise ExportError(
             f"moeopt has no custom form for {model_type!r}, a model of more than text; only a stock plan exports"
         )
-    family = code_for(model_type).decode().partition("class Moeopt")[2].partition("Config(")[0]
     from transformers import AutoConfig
 
+    from moeopt.models.gate import CUSTOM, auto_map
+
+    try:
+        classes = auto_map(model_type)
+    except ModelError as error:
+        raise ExportError(str(error)) from None
     known = AutoConfig.for_model(model_type)
     alias = getattr(known, "attribute_map", {})
     experts, active = keys_of(config, plan.layers[0].experts, source)
@@ -71,13 +54,12 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]
         "negative": [p.negative for p in layers],
         "skip": [p.skip for p in layers],
     }
-    names = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
     if config.get("output_router_logits"):
         config["output_router_logits"] = False  # the family's load balancing loss takes layers that are all alike
     return config | {
-        "architectures": [f"Moeopt{family}ForCausalLM"],
-        "auto_map": {auto: f"modeling_moeopt.Moeopt{family}{end}" for auto, end in names.items()},
-        "model_type": f"{PREFIX}{model_type}",
+        "architectures": [classes["AutoModelForCausalLM"].partition(".")[2]],
+        "auto_map": classes,
+        "model_type": f"{CUSTOM}{model_type}",
         "moeopt": {
             **lists,
             "full": full,
@@ -114,7 +96,7 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
     """Build the class that a custom checkpoint will load as, without weights, and hold the checkpoint against it.
 
     Args:
-        folder: where the modeling file and config.json lie.
+        folder: where config.json lies.
         config: what config.json holds.
         names: of the checkpoint's tensors.
         plan: its plan.
@@ -126,16 +108,12 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
     from accelerate import init_empty_weights
 
     from moeopt.models import lacking, placed
+    from moeopt.models.gate import CUSTOM, own_classes
 
-    spec = importlib.util.spec_from_file_location("moeopt_exported", folder / CODE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    classes = {auto: getattr(module, name.partition(".")[2]) for auto, name in config["auto_map"].items()}
+    config_class, model_class = own_classes(config["model_type"].removeprefix(CUSTOM))
     try:
         with init_empty_weights(include_buffers=True):
-            model = classes["AutoModelForCausalLM"](classes["AutoConfig"].from_pretrained(folder))
+            model = model_class(config_class.from_pretrained(folder))
         for block, part in zip((b for b in model.modules() if _is_block(b)), plan.layers):
             router = block.gate if isinstance(getattr(block, "gate", None), torch.nn.Module) else block.router
             weight = next(p for p in router.parameters() if p.ndim == 2)

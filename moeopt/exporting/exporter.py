@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moeopt import __version__
 from moeopt.errors import ExportError, ModelError
-from moeopt.exporting.custom import CODE, check_corrections, check_loads, code_for, custom_config, rule_of
+from moeopt.exporting.companions import companions, real
+from moeopt.exporting.custom import check_corrections, check_loads, custom_config, rule_of
 from moeopt.exporting.layout import Layout, lay_out
 from moeopt.exporting.record import card, plan_record
-from moeopt.exporting.source import Source, locate
+from moeopt.exporting.source import Source, few, locate
 from moeopt.exporting.stock import (
     check_takes,
     read_config,
@@ -22,7 +24,17 @@ from moeopt.exporting.stock import (
     why_not_stock,
 )
 from moeopt.exporting.trials import check_model, plan_of, trial_record
-from moeopt.exporting.writing import appearing, check_folder, copy_companions, write_json, write_weights
+from moeopt.exporting.unread import Unread, disagreeing, unread, without_prediction
+from moeopt.exporting.writing import (
+    appearing,
+    check_folder,
+    copy_companions,
+    needs,
+    room_for,
+    write_json,
+    write_text,
+    write_weights,
+)
 from moeopt.plan import Plan
 
 if TYPE_CHECKING:
@@ -55,8 +67,10 @@ def export(
     class, loading fails.
 
     Tensors are streamed a few MiB at a time from disk to disk, names and dtypes kept; the original ``config.json`` is
-    edited, not rewritten; tokenizer and chat template are copied; ``plan.safetensors`` holds the plan, ``moeopt.json``
-    and a model card say what was done. The folder appears whole or not at all.
+    edited, not rewritten; tokenizer, chat templates, settings of generation and licence are copied, but no link out of
+    the checkpoint is followed; ``plan.safetensors`` holds the plan, ``moeopt.json`` and a model card say what was done.
+    Blocks of experts that the model's class does not read, such as one for multi-token prediction, are left out. A
+    warning says what else was left out. The folder appears whole or not at all.
 
     Args:
         plan: a plan, or a finished trial of `study`.
@@ -100,13 +114,19 @@ def export(
     try:
         with Source(folder) as source:
             prepared = prepare(source, plan, form)
-            _check_space(out, prepared.layout)
+            record |= prepared.notes
+            files = sum(real(folder, name).stat().st_size for name in prepared.files)
+            if prepared.layout.nbytes + files > shutil.disk_usage(out.parent).free:
+                raise ExportError(f"cannot write {str(out)!r}: {needs(prepared.layout.nbytes + files, out.parent)}")
             with appearing(out) as temporary:
                 _write(temporary, source, prepared, plan, record, shard_bytes)
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
-        which = f" ({error.filename})" if error.filename else ""
+        file = error.filename2 or error.filename
+        which = f" ({file})" if file else ""
         raise ExportError(f"cannot write {str(out)!r} from {str(folder)!r}: {reason}{which}") from error
+    if prepared.notes:
+        warnings.warn(f"{str(out)!r}: {'; '.join(prepared.said())}", stacklevel=2)
     return out
 
 
@@ -131,12 +151,16 @@ class Prepared:
         config: what config.json will hold.
         code: of the class that a custom checkpoint brings, else None.
         layout: of its tensors.
-        unread: names of tensors of the full checkpoint that its model has no place for.
+        unread: tensors of the full checkpoint that its model has no place for.
+        ignored: names of those among them that are copied.
         written: the plan as the form expresses it.
+        files: names of the other files that are copied.
+        files_left: names of those that are not.
     """
 
     def __init__(self, source: Source, plan: Plan, form: Literal["stock", "custom"]) -> None:
         from moeopt.models import empty_model, moe_layers, placed
+        from moeopt.models.gate import code_for
 
         folder, self.code = source.folder, None
         written = stock_form(plan) if form == "stock" else plan
@@ -149,16 +173,38 @@ class Prepared:
         except ModelError as error:
             raise ExportError(str(error)) from error
         places = placed(model, source.tensors)
-        self.unread = [name for name in source.tensors if name not in places]
+        self.unread: Unread = unread(source.tensors, places, layers[0].n, layers[0].hidden)
+        self.ignored = [name for name in source.tensors if name not in places and name not in self.unread.tensors]
         if form == "custom":
-            self.code = code_for(str(read_config(folder).get("model_type")))
             self.config = custom_config(folder, written, rule)
+            self.code = code_for(str(read_config(folder).get("model_type")))
             by_parameter = {place.name: name for name, place in places.items()}
             check_corrections(
                 model, layers, written, rule, lambda name: not bool(source.tensor(by_parameter[name]).any())
             )
-        self.layout: Layout = lay_out(source, written, model, layers, form=form)
+        if self.unread.prediction:
+            without_prediction(self.config)
+        self.layout: Layout = lay_out(source, written, model, layers, form=form, left_out=self.unread.tensors)
+        wrong = disagreeing(self.config, self.layout.tensors)
+        if wrong:
+            raise ExportError(f"{str(folder)!r} holds experts that the plan is not for: {few(wrong, 2)}")
         self.written = written
+        self.files, self.files_left = companions(folder, source.files)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What moeopt.json says of tensors and files that are left out, or copied though nothing reads them."""
+        found = {
+            "left_out": self.unread.left_out,
+            "copied_unread": self.unread.copied,
+            "files_left_out": self.files_left,
+        }
+        return {key: list(names) for key, names in found.items() if names}
+
+    def said(self) -> list[str]:
+        """The same for people."""
+        files = few(self.files_left)
+        return [*self.unread.lines(), *([f"files that are not the model's were left behind: {files}"] if files else [])]
 
 
 def prepare(source: Source, plan: Plan, form: Literal["stock", "custom"]) -> Prepared:
@@ -172,7 +218,6 @@ def prepare(source: Source, plan: Plan, form: Literal["stock", "custom"]) -> Pre
         if prepared.code is None:
             check_takes(folder, prepared.written)
         else:
-            (folder / CODE).write_bytes(prepared.code)
             check_loads(folder, prepared.config, set(prepared.layout.tensors), prepared.written)
     return prepared
 
@@ -180,21 +225,15 @@ def prepare(source: Source, plan: Plan, form: Literal["stock", "custom"]) -> Pre
 def _write(
     folder: Path, source: Source, prepared: Prepared, plan: Plan, record: dict[str, Any], shard_bytes: int
 ) -> None:
+    from moeopt.models.gate import CODE
+
     write_weights(prepared.layout, source, folder, shard_bytes)
-    copy_companions(source.folder, folder)
+    copy_companions(source.folder, prepared.files, folder)
     write_json(folder / "config.json", prepared.config)
     if prepared.code is not None:
-        (folder / CODE).write_bytes(prepared.code)
-    plan.save(folder / "plan.safetensors")
+        write_text(folder / CODE, prepared.code.decode())
+    with room_for(folder / "plan.safetensors", sum(part.expert_matrix.nbytes for part in plan.layers)):
+        plan.save(folder / "plan.safetensors")
     write_json(folder / "moeopt.json", record | {"plan": plan_record(prepared.written)})
-    text = card(source.folder, prepared.written, record, prepared.layout.nbytes, source.nbytes)
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _check_space(out: Path, layout: Layout) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if layout.nbytes > free:
-        raise ExportError(
-            f"the checkpoint takes {layout.nbytes / 2**30:.2f} GiB, and {str(out.parent)!r} has only "
-            f"{free / 2**30:.2f} GiB left"
-        )
+    text = card(source.folder, prepared.written, record, prepared.layout.nbytes, source.nbytes, prepared.unread.lines())
+    write_text(folder / "README.md", text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -104,7 +104,15 @@ class Layout:
                 yield output.name, (output.start + at) * size, row.view(torch.uint8).numpy().tobytes()
 
 
-def lay_out(source: Source, plan: Plan, model: PreTrainedModel, layers: tuple[MoELayer, ...], *, form: str) -> Layout:
+def lay_out(
+    source: Source,
+    plan: Plan,
+    model: PreTrainedModel,
+    layers: tuple[MoELayer, ...],
+    *,
+    form: str,
+    left_out: Collection[str] = (),
+) -> Layout:
     """The layout of a plan's checkpoint.
 
     Args:
@@ -112,6 +120,7 @@ def lay_out(source: Source, plan: Plan, model: PreTrainedModel, layers: tuple[Mo
         plan: for `form` "stock", one that `stock_form` gave.
         model: what the full checkpoint's config describes, without weights; `layers` are its MoE layers.
         form: "stock", or "custom": routers that are mapped after their scores stay whole, the mapping joins them.
+        left_out: names of tensors that are not written.
 
     Raises:
         ExportError: when a tensor is missing or not stored as moeopt knows it.
@@ -130,6 +139,8 @@ def lay_out(source: Source, plan: Plan, model: PreTrainedModel, layers: tuple[Mo
         )
     layout, state = Layout(), model.state_dict()
     for name, stored in source.tensors.items():
+        if name in left_out:
+            continue
         role = roles.of(places.get(name))
         if role is None:
             layout.tensors[name] = stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,11 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     return {**shared, "layers": layers}
 
 
-def card(source: Path, plan: Plan, record: dict[str, Any], total: int, original: int) -> str:
-    """The model card; `total` and `original` are bytes of weights."""
+def card(
+    source: Path, plan: Plan, record: dict[str, Any], total: int, original: int, remarks: Sequence[str] = ()
+) -> str:
+    """The model card; `total` and `original` are bytes of weights, `remarks` what is said of tensors that no class
+    reads."""
     layers = plan.layers
     n, name = layers[0].experts, _code(source.name)
     r, k = (_range([getattr(p, field) for p in layers]) for field in ("kept_experts", "k"))
@@ -74,6 +78,8 @@ def card(source: Path, plan: Plan, record: dict[str, Any], total: int, original:
             "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
             "```",
         ]
+    for remark in remarks:
+        lines += ["", f"{_code(remark[0].upper() + remark[1:])}."]
     if "projection" in record:
         cost = record["projection"]
         lines += [

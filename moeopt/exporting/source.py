@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from moeopt.errors import ExportError
+from moeopt.errors import ExportError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
     from transformers import PreTrainedModel
 
-INDEX = "model.safetensors.index.json"
 BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -78,9 +78,10 @@ class Source:
     Attributes:
         folder: where it lies.
         tensors: of all files, by name, in the order of the files.
+        files: that hold them.
 
     Raises:
-        ExportError: when files are missing, truncated or not what their names say.
+        ExportError: when files are missing, truncated, not what their names say, or links out of the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,14 +89,14 @@ class Source:
         self.tensors: dict[str, Stored] = {}
         self._open: dict[Path, IO[bytes]] = {}
         self._loaded: dict[str, Tensor] = {}
-        files = _files(folder)
+        files, named = _files(folder)
         for file in files:
             found = _header(file) if file.suffix == ".safetensors" else self._unpickled(file)
             twice = next((name for name in found if name in self.tensors), None)
             if twice is not None:
                 raise ExportError(f"{str(folder)!r} holds {twice!r} twice, the second time in {file.name}")
             self.tensors |= found
-        named = _weight_map(folder / INDEX) if (folder / INDEX).is_file() else {}
+        self.files = tuple(files)
         absent = [name for name in named if name not in self.tensors]
         if absent:
             raise ExportError(f"{str(folder)!r} lacks tensors that its index names: {few(absent)}")
@@ -191,29 +192,44 @@ def few(names: Iterable[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
-def _files(folder: Path) -> list[Path]:
-    for index, single in ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
-        if (folder / index).is_file():
-            files = sorted({folder / file for file in _weight_map(folder / index).values()})
-        else:
-            files = [folder / single] if (folder / single).is_file() else []
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ExportError(f"{str(folder)!r} lacks the weight files {', '.join(missing)} that its index names")
-        if files:
-            return files
-    raise ExportError(f"{str(folder)!r} holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
+def inside(file: Path, folder: Path) -> bool:
+    """Whether a file of a checkpoint folder is no link, or one that stays in it or, in the hub's cache, in its
+    repository."""
+    real, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    if real.is_relative_to(root):
+        return True
+    repository = root.parents[1] if len(root.parents) > 1 else root
+    cached = root.parent.name == "snapshots" and repository.name.startswith("models--")
+    return cached and real.parent == Path(os.path.realpath(repository / "blobs"))
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def check_inside(file: Path) -> None:
+    """Raise ExportError where a file that export needs is a link out of its checkpoint."""
+    if not inside(file, file.parent):
+        raise ExportError(
+            f"{str(file)!r} is a link out of the checkpoint, to {os.path.realpath(file)!r}, which export does not "
+            "follow; put the file itself there"
+        )
+
+
+def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files, and the file of each tensor by their index."""
+    from moeopt.models.weight_files import weight_files
+
     try:
-        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = [file for file in found.values() if Path(file).name != file]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{str(index)!r} is not an index of weight files: {error!r}") from None
-    if outside:
-        raise ExportError(f"{str(index)!r} names weight files outside of its folder: {few(outside)}")
-    return found
+        files, named = weight_files(folder)
+    except ModelError as error:
+        raise ExportError(str(error)) from None
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ExportError(f"{str(folder)!r} lacks the weight files {', '.join(missing)} that its index names")
+    if not files:
+        raise ExportError(
+            f"{str(folder)!r} holds neither model.safetensors nor pytorch_model.bin, nor an index of either"
+        )
+    for file in files:
+        check_inside(file)
+    return files, named
 
 
 def _header(file: Path) -> dict[str, Stored]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import ExportError, ModelError
+from moeopt.exporting.source import check_inside
 from moeopt.plan import LayerPlan, Plan
 
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -77,11 +78,12 @@ def read_config(source: Path) -> dict[str, Any]:
     """The config.json of a checkpoint folder.
 
     Raises:
-        ExportError: when there is none, or it is not a JSON object.
+        ExportError: when there is none, it is a link out of the folder, or it is not a JSON object.
     """
     path = source / "config.json"
     if not path.is_file():
         raise ExportError(f"{str(source)!r} has no config.json")
+    check_inside(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -129,6 +131,7 @@ def keys_of(config: dict[str, Any], experts: int, source: Path) -> tuple[list[st
 def stock_config(source: Path, plan: Plan) -> dict[str, Any]:
     """The checkpoint's config with r and k in place of n and its k, readable by transformers 4 as well as 5."""
     config = read_config(source)
+    config.pop("auto_map", None)  # transformers' own class, which export reads the checkpoint with, needs no other code
     layer = plan.layers[0]
     text = config.get("text_config", config)
     experts, active = keys_of(text, layer.experts, source)

@@ -10,21 +10,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeopt.errors import ExportError
-from moeopt.exporting.custom import CODE, PREFIX, code_for
+from moeopt.errors import ExportError, ModelError
 from moeopt.exporting.exporter import chosen_form, prepare
 from moeopt.exporting.source import Source, few, locate
-from moeopt.exporting.stock import read_config
+from moeopt.exporting.stock import ACTIVE_KEYS, EXPERT_KEYS, read_config
+from moeopt.exporting.unread import PREDICTION_KEY, disagreeing
+from moeopt.exporting.writing import write_json
 from moeopt.files import MALFORMED
 from moeopt.plan import Plan
 from moeopt.showing import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moeopt.models import Admitted
 
 SMALLEST_EPSILON = 2.0**-20
 """Of float32, whose sums depend on how a library splits them, more bits than the last are not asked for."""
@@ -38,6 +41,8 @@ class Verification:
         form: "stock" or "custom".
         tensors: how many tensors were compared.
         differing: names of those that are not, bit for bit, what the plan makes of the full checkpoint.
+        config: where config.json disagrees with the numbers of experts in the file, or with what export writes there.
+        remarks: what is said of tensors that no class reads.
         tokens: positions whose logits were compared.
         difference: largest absolute difference of their logits.
         tolerance: what rounding may make of it, epsilon * sqrt(layers) * largest absolute logit, where epsilon is that
@@ -58,11 +63,13 @@ class Verification:
     generated: int = 0
     same_generation: bool = False
     failure: str | None = None
+    config: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether the checkpoint is the patched original, up to rounding."""
-        return not self.differing and self.difference <= self.tolerance and self.same_generation
+        return not self.differing and not self.config and self.difference <= self.tolerance and self.same_generation
 
     def lines(self) -> list[str]:
         """The same for people."""
@@ -70,6 +77,8 @@ class Verification:
             f"form            {self.form}",
             f"tensors         {self.tensors - len(self.differing)} of {self.tensors} bit for bit as the plan makes them"
             + (f"; not {few(self.differing)}" if self.differing else ""),
+            f"config          {few(self.config) or 'agrees with every number of experts in the file'}",
+            *(f"not read        {remark}" for remark in self.remarks),
         ]
         if self.failure is not None:
             lines.append(f"loading         fails: {self.failure}")
@@ -121,13 +130,15 @@ def verify(
 
     folder = Path(folder)
     record, plan = _read(folder)
-    ours = _check_code(folder, trust_remote_code)
+    config = read_config(folder)
+    if not trust_remote_code:
+        _admitted(folder)
     if model is None and not Path(record["source"]).is_dir():
         raise ExportError(f"the original is no longer at {record['source']!r}; say where it is: model=, or --model")
     full = locate(str(model or record["source"]))
     with Source(full) as source, Source(folder) as found:
         prepared = prepare(source, plan, chosen_form(plan, full, record["form"])[0])
-        layout, unread = prepared.layout, prepared.unread
+        layout = prepared.layout
         differing = set(layout.tensors.keys() ^ found.tensors.keys())
         for name in layout.tensors.keys() & found.tensors.keys():
             right, there = layout.tensors[name], found.tensors[name]
@@ -136,19 +147,23 @@ def verify(
         for name, at, piece in layout.parts(source):
             if name not in differing and found.read_bytes(name, at, len(piece)) != bytes(piece):
                 differing.add(name)
-    compared = Verification(record["form"], len(layout.tensors), tuple(sorted(differing)))
+        wrong = [*_changed(prepared.config, read_config(full), config), *disagreeing(config, found.tensors)]
+    compared = Verification(
+        record["form"],
+        len(layout.tensors),
+        tuple(sorted(differing)),
+        config=tuple(wrong),
+        remarks=tuple(prepared.unread.lines()),
+    )
     stored = max((torch.finfo(kind).eps for kind in layout.merged_dtypes), default=0.0)
     expected = _expected(full, plan, texts, sequences, length, new_tokens, seed, device_map)
+    options = {"device_map": device_map, "new_tokens": new_tokens, "unread": prepared.ignored}
     with tempfile.TemporaryDirectory() as scratch:
-        options = {
-            "device_map": device_map,
-            "trust_remote_code": ours or trust_remote_code,
-            "new_tokens": new_tokens,
-            "unread": unread,
-        }
-        got = _reloaded(folder, expected.request, Path(scratch), options)
+        place, own = (folder, True) if trust_remote_code else _settings(folder, Path(scratch) / "checkpoint")
+        options["trust_remote_code"] = own
+        got = _reloaded(place, expected.request, Path(scratch), options)
     if isinstance(got, str):
-        return Verification(compared.form, compared.tensors, compared.differing, failure=got)
+        return replace(compared, failure=got)
     return _compared(compared, expected, got, max(stored, expected.epsilon))
 
 
@@ -178,22 +193,49 @@ def _read(folder: Path) -> tuple[dict[str, Any], Plan]:
     return record, plan
 
 
-def _check_code(folder: Path, trusted: bool) -> bool:
-    """Whether the checkpoint brings a class of moeopt's, and nothing but that."""
-    config = read_config(folder)
-    if "auto_map" not in config:
-        return False
-    model_type = str(config.get("model_type"))
-    files = {str(name).rpartition("--")[2].partition(".")[0] + ".py" for name in config["auto_map"].values()}
-    ours = model_type.startswith(PREFIX) and files == {CODE} and (folder / CODE).is_file()
-    if ours and (folder / CODE).read_bytes() == code_for(model_type.removeprefix(PREFIX)):
-        return True
-    if not trusted:
-        raise ExportError(
-            f"{str(folder)!r} brings code ({few(sorted(files))}) that is not, byte for byte, what this moeopt ships; "
-            "read it, and if you trust it, give --trust-remote-code"
-        )
-    return False
+def _admitted(folder: Path) -> Admitted:
+    from moeopt.models import admit
+
+    try:
+        return admit(folder)
+    except ModelError as error:
+        raise ExportError(str(error)) from None
+
+
+def _settings(folder: Path, place: Path) -> tuple[Path, bool]:
+    """A copy of what the gate lets pass of a checkpoint, its weights as links, and whether moeopt's own class loads it.
+
+    It is the copy that is checked and loaded, so that nothing can be exchanged in between.
+    """
+    from moeopt.models.gate import CODE, CUSTOM, code_for
+    from moeopt.models.weight_files import INDEX, weight_files
+
+    _admitted(folder)
+    place.mkdir()
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            (place / name).write_bytes((folder / name).read_bytes())
+    model_type = str(read_config(place).get("model_type"))
+    if model_type.startswith(CUSTOM):
+        (place / CODE).write_bytes(code_for(model_type.removeprefix(CUSTOM)))
+    files, named = weight_files(folder)
+    for file in files:
+        (place / file.name).symlink_to(file.resolve())
+    if named:
+        write_json(place / INDEX, {"metadata": {}, "weight_map": named})
+    return place, _admitted(place).own
+
+
+def _changed(config: dict[str, Any], original: dict[str, Any], written: dict[str, Any]) -> list[str]:
+    """Where a config.json does not say of experts and of multi-token prediction what export changes there."""
+    complaints = []
+    for where in ("", "text_config"):
+        right, full, told = (c.get(where, {}) if where else c for c in (config, original, written))
+        for key, value in right.items():
+            of_experts = key in (*EXPERT_KEYS, *ACTIVE_KEYS) or PREDICTION_KEY.search(key)
+            if of_experts and value != full.get(key) and value != told.get(key):
+                complaints.append(f"{key} is {told.get(key)}, not {value}")
+    return complaints
 
 
 def _expected(
@@ -259,23 +301,21 @@ def _compared(found: Verification, expected: _Expected, got: dict[str, Tensor], 
         a, b = expected.results[name], got[name]
         if a.shape != b.shape:
             shapes = f"logits of shape {tuple(b.shape)}, the original's have {tuple(a.shape)}"
-            return Verification(found.form, found.tensors, found.differing, failure=shapes)
+            return replace(found, failure=shapes)
         gap = (a - b).abs().max().item()
         difference = max(difference, gap if math.isfinite(gap) else math.inf)
         largest = max(largest, a.abs().max().item())
         same += int((a.argmax(-1) == b.argmax(-1)).sum())
         tokens += a.shape[1]
     tolerance = epsilon * math.sqrt(expected.layers) * largest
-    return Verification(
-        found.form,
-        found.tensors,
-        found.differing,
-        tokens,
-        difference,
-        tolerance,
-        same / tokens,
-        expected.results["generated"].shape[1],
-        _same_generation(expected.results, got, tolerance),
+    return replace(
+        found,
+        tokens=tokens,
+        difference=difference,
+        tolerance=tolerance,
+        top_1=same / tokens,
+        generated=expected.results["generated"].shape[1],
+        same_generation=_same_generation(expected.results, got, tolerance),
     )
 
 

@@ -4,25 +4,26 @@ all."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from moeopt.errors import ExportError
+from moeopt.exporting.companions import real
 from moeopt.exporting.layout import Layout
-from moeopt.exporting.source import BYTES, INDEX, Source, Stored
+from moeopt.exporting.source import BYTES, Source, Stored
 
 WRITER = ".writer.json"
 """Names the process that writes a folder, in it."""
-TEMPLATES = "additional_chat_templates"
-"""The folder in which transformers keeps a tokenizer's chat templates other than the default one."""
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What writing fails with where a disk is full, or a quota or the largest size of a file is reached."""
 
 
 def check_folder(out: Path) -> None:
@@ -55,7 +56,8 @@ def appearing(out: Path) -> Iterator[Path]:
         yield temporary
         (temporary / WRITER).unlink()
         for file in temporary.iterdir():
-            _sync(file)
+            with room_for(file, file.stat().st_size):
+                _sync(file)
         _sync(temporary)
         umask = os.umask(0)
         os.umask(umask)
@@ -72,6 +74,8 @@ def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int
 
     Header first; the tensors are then filled in piece by piece, so that never more than a few MiB are in memory.
     """
+    from moeopt.models.weight_files import INDEX
+
     shards: list[dict[str, Stored]] = [{}]
     size = 0
     for name, tensor in layout.tensors.items():
@@ -85,35 +89,38 @@ def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int
         "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         for i in range(len(shards))
     ]
-    places: dict[str, tuple[FileIO, int]] = {}
+    places: dict[str, tuple[Path, FileIO, int]] = {}
+    sizes: dict[Path, int] = {}
     with ExitStack() as stack:
         for file, tensors in zip(files, shards):
-            stream = stack.enter_context((folder / file).open("w+b", buffering=0))
+            path = folder / file
+            stream = stack.enter_context(path.open("w+b", buffering=0))
             header, offsets, end = _header(tensors)
-            stream.write(header)
-            stream.truncate(len(header) + end)
-            places |= {name: (stream, len(header) + offset) for name, offset in offsets.items()}
+            sizes[path] = len(header) + end
+            with room_for(path, sizes[path]):
+                _write_all(stream, header)
+                stream.truncate(sizes[path])
+            places |= {name: (path, stream, len(header) + offset) for name, offset in offsets.items()}
         for name, at, piece in layout.parts(source):
-            stream, offset = places[name]
-            stream.seek(offset + at)
-            _write_all(stream, piece)
-        for stream in {stream for stream, _ in places.values()}:
-            os.fsync(stream.fileno())
+            path, stream, offset = places[name]
+            with room_for(path, sizes[path]):
+                stream.seek(offset + at)
+                _write_all(stream, piece)
+        for path, stream in {(path, stream) for path, stream, _ in places.values()}:
+            with room_for(path, sizes[path]):
+                os.fsync(stream.fileno())
     if not one:
         weight_map = {name: file for file, tensors in zip(files, shards) for name in tensors}
         write_json(folder / INDEX, {"metadata": {"total_size": layout.nbytes}, "weight_map": weight_map})
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat templates, generation config, custom code: every file that is neither weights nor replaced."""
-    ours = {"config.json", "moeopt.json", "README.md", "plan.safetensors"}
-    for file in sorted(source.iterdir()):
-        if file.is_dir() or file.name.startswith(".") or file.name in ours or file.name.endswith(".index.json"):
-            continue
-        if not file.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copy(file, folder / file.name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, folder / TEMPLATES)
+def copy_companions(source: Path, names: Sequence[str], folder: Path) -> None:
+    """Copy those files of a checkpoint, from where links point that do not leave it."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        data = real(source, name).read_bytes()
+        with room_for(folder / name, len(data)):
+            (folder / name).write_bytes(data)
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file():
         with contextlib.suppress(ValueError):  # what is no JSON stays as it is
@@ -125,7 +132,36 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """JSON that people can read."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Text in UTF-8."""
+    data = text.encode()
+    with room_for(path, len(data)):
+        path.write_bytes(data)
+
+
+@contextmanager
+def room_for(file: Path, size: int) -> Iterator[None]:
+    """Within it, a disk that is full is an ExportError that names the file written, its size and what is free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ExportError(f"cannot write {file.name}: {needs(size, file.parent.parent)} ({error.strerror})") from error
+
+
+def needs(size: int, folder: Path) -> str:
+    """How many bytes something takes, and how many are free where it goes, in words."""
+    free = shutil.disk_usage(folder).free
+    return f"it takes {_amount(size)}, and the disk of {str(folder)!r} has {_amount(free)} free"
+
+
+def _amount(size: int) -> str:
+    unit, name = next(((2**p, n) for p, n in ((30, "GiB"), (20, "MiB")) if size >= 2**p), (1, "bytes"))
+    return f"{size / unit:.2f} {name}" if unit > 1 else f"{size} {name}"
 
 
 def _header(tensors: dict[str, Stored]) -> tuple[bytes, dict[str, int], int]:

@@ -1,5 +1,6 @@
 """Models: find MoE layers, apply a plan reversibly, load checkpoints. The only room that knows transformers."""
 
+from moeopt.models.gate import Admitted, admit
 from moeopt.models.identity import describe, fingerprint
 from moeopt.models.layers import MoELayer, is_dense, materialised, moe_layers, shape_of
 from moeopt.models.layerwise import Layerwise, layerwise
@@ -20,6 +21,7 @@ from moeopt.models.sizes import Size, Sizes
 from moeopt.models.use import evaluation_mode, lock_of
 
 __all__ = [
+    "Admitted",
     "Layerwise",
     "MergedCache",
     "MoELayer",
@@ -29,6 +31,7 @@ __all__ = [
     "Size",
     "Sizes",
     "Storage",
+    "admit",
     "check_checkpoint",
     "describe",
     "empty_model",

@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moeopt.errors import ModelError
+from moeopt.models.bounds import check_size
+from moeopt.models.gate import UNUSABLE, admit, first_line
 from moeopt.models.layers import moe_layers, shape_of
 from moeopt.plan import ModelShape
 
 Source = str | os.PathLike[str]
 HUB = ("revision", "token", "cache_dir", "local_files_only")
-UNUSABLE = (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, StrictDataclassError)
-"""What transformers raises for a config with values that it cannot use."""
 
 
 def load(
@@ -48,8 +47,9 @@ def load(
             layers that moeopt can use, or some of its tensors are missing.
     """
     hub = {name: options[name] for name in HUB if name in options}
+    empty = empty_model(source, trust_remote_code=trust_remote_code, **hub)
     with _naming(source):
-        moe_layers(empty_model(source, trust_remote_code=trust_remote_code, **hub))
+        moe_layers(empty)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
     model = load_model(
         source,
@@ -68,10 +68,11 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False, **hub: An
     Raises:
         ModelError: when it has none that can be read.
     """
+    admitted = admit(source, trust_remote_code=trust_remote_code, **hub)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=admitted.trusted, **hub)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{str(source)!r} has no tokenizer that can be read: {_first_line(error)}") from error
+        raise ModelError(f"{str(source)!r} has no tokenizer that can be read: {first_line(error)}") from error
 
 
 def load_model(
@@ -93,17 +94,22 @@ def load_model(
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
+    admitted = admit(
+        source,
+        trust_remote_code=trust_remote_code,
+        **{name: options[name] for name in HUB if name in options},
+    )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = admitted.model_class.from_pretrained(
             source,
             device_map=device_map,
             dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=admitted.trusted,
             output_loading_info=True,
             **options,
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        raise ModelError(f"the weights of {str(source)!r} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"the weights of {str(source)!r} cannot be loaded: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -138,27 +144,22 @@ def empty_model(source: Source, *, trust_remote_code: bool = False, **hub: Any) 
     Raises:
         ModelError: when there is no such checkpoint, or its config is not that of a causal language model.
     """
-    _check_folder(source)
+    admitted = admit(source, trust_remote_code=trust_remote_code, **hub)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-    except OSError as error:
-        raise ModelError(
-            f"{str(source)!r} is no folder here, and its config cannot be had from the hub: {_first_line(error)}"
-            if not Path(source).expanduser().is_dir()
-            else f"the config of {str(source)!r} cannot be read: {_first_line(error)}"
-        ) from error
-    except UNUSABLE as error:
+        config = admitted.config_class.from_pretrained(source, trust_remote_code=admitted.trusted, **hub)
+    except (OSError, *UNUSABLE) as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ModelError(
                 f"{str(source)!r} brings a model class of its own, which runs only when it is trusted: "
                 "trust_remote_code=True, or --trust-remote-code"
             ) from error
-        raise ModelError(f"the config of {str(source)!r} cannot be used: {_first_line(error)}") from error
+        raise ModelError(f"the config of {str(source)!r} cannot be used: {first_line(error)}") from error
     try:
         with init_empty_weights(include_buffers=True):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = admitted.empty(config)
     except UNUSABLE as error:
-        raise ModelError(f"{str(source)!r} is not a causal language model: {_first_line(error)}") from error
+        raise ModelError(f"{str(source)!r} is not a causal language model: {first_line(error)}") from error
+    check_size(model, Path(source).expanduser())
     return model
 
 
@@ -169,21 +170,3 @@ def _naming(source: Source) -> Iterator[None]:
         yield
     except ModelError as error:
         raise ModelError(f"{str(source)!r}: {error}") from None
-
-
-def _check_folder(source: Source) -> None:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{str(source)!r} is not a checkpoint folder: it has no config.json")
-    elif path.exists():
-        raise ModelError(f"{str(source)!r} is a file; a checkpoint is a folder, or a hub id such as 'org/name'")
-    elif not isinstance(source, str) or len(path.parts) > 2 or source.startswith((".", "~", "/")):
-        raise ModelError(f"no checkpoint folder at {str(source)!r}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

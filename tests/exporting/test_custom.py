@@ -34,6 +34,16 @@ def reloaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
 
 
+def test_a_custom_model_that_moeopt_loaded_is_saved_with_its_code(
+    full: Any, plans: dict[str, Plan], tmp_path: Path
+) -> None:
+    moeopt.export(plans["everything"], tmp_path / "small", model=full)
+    small = moeopt.load(tmp_path / "small")[0]
+    small.save_pretrained(tmp_path / "again")
+    assert all(map(torch.equal, computed(moeopt.models.load_model(tmp_path / "again")), computed(small)))
+    assert all(map(torch.equal, computed(reloaded(tmp_path / "again")), computed(small)))
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [*((kind, torch.bfloat16) for kind in KINDS), *((kind, torch.float32) for kind in ("prob", "skip", "everything"))],
@@ -65,11 +75,14 @@ def test_moeopt_loads_and_evaluates_what_it_exported(
     task = moeopt.tasks.TextTask("t", search=[f"{word} sat on the mat" for word in ("a cat", "the dog", "no one")])
     expected = moeopt.Evaluator(full, tiny_tokenizer, task).evaluate(plans[kind])
     moeopt.export(plans[kind], tmp_path / "small", model=full)
+    for trusted in (False, True):  # its code is moeopt's own, which needs no trust
+        small, tokenizer = moeopt.load(tmp_path / "small", trust_remote_code=trusted)
+        found = moeopt.Evaluator(small, tokenizer, task).evaluate()
+        assert found.losses.tolist() == expected.losses.tolist()
+    code = tmp_path / "small" / "modeling_moeopt.py"
+    code.write_text(code.read_text() + "\n")
     with pytest.raises(ModelError, match="trust_remote_code=True, or --trust-remote-code"):
         moeopt.load(tmp_path / "small")
-    small, tokenizer = moeopt.load(tmp_path / "small", trust_remote_code=True)
-    found = moeopt.Evaluator(small, tokenizer, task).evaluate()
-    assert found.losses.tolist() == expected.losses.tolist()
 
 
 def test_every_family_has_a_custom_form(

@@ -254,10 +254,10 @@ def test_awkward_folders_and_damaged_checkpoints(full: Any, tmp_path: Path, monk
     moeopt.export(pruning(), tmp_path / "link", model=full)
     assert (tmp_path / "link" / "model.safetensors").is_file()
     (tmp_path / "full" / "gone.txt").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ExportError, match=r"No such file or directory \(.*gone\.txt\)"):
+    with pytest.warns(UserWarning, match=r"left behind: gone\.txt"):
         moeopt.export(pruning(), tmp_path / "small", model=full)
     weights = tmp_path / "full" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ExportError, match="truncated"):
-        moeopt.export(pruning(), tmp_path / "small", model=tmp_path / "full")
+        moeopt.export(pruning(), tmp_path / "other", model=tmp_path / "full")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -1,0 +1,237 @@
+"""The one gate for code that a checkpoint brings: what runs is moeopt's own, or the user trusts it."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from moeopt.errors import ModelError
+from moeopt.models.bounds import check_counts
+
+CODE = "modeling_moeopt.py"
+"""The file of the class that a custom checkpoint of moeopt brings."""
+CUSTOM = "moeopt_"
+"""Begins the model types of custom checkpoints."""
+TRUST = "read it, and if you trust it: trust_remote_code=True, or --trust-remote-code"
+UNUSABLE = (
+    ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError, IndexError,
+    AssertionError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises for a config with values that it cannot use."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """How a checkpoint is to be loaded.
+
+    Args:
+        trusted: what transformers is told as `trust_remote_code`.
+        config_class: whose `from_pretrained` reads the config.
+        model_class: whose `from_pretrained` loads the model.
+    """
+
+    trusted: bool
+    config_class: Any
+    model_class: Any
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a custom checkpoint that loads as moeopt's own class."""
+        return self.config_class is not AutoConfig
+
+    def empty(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """The model of a config, on the device in force."""
+        if not self.own:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trusted)
+        model: PreTrainedModel = self.model_class._from_config(config)
+        return model
+
+
+def admit(source: str | os.PathLike[str], *, trust_remote_code: bool = False, **hub: Any) -> Admitted:
+    """How a checkpoint may be loaded; every way to load one asks here first.
+
+    Without trust, transformers is never told to run code of the checkpoint. A custom checkpoint of moeopt loads without
+    trust if its code is what this moeopt ships, byte for byte, and it brings no other; what then runs is moeopt's own
+    copy.
+
+    Args:
+        source: a checkpoint folder or a hub id.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        ModelError: when there is no such checkpoint, its config cannot be read or holds numbers that no checkpoint has,
+            its index names files outside of its folder, or it needs code that is not trusted.
+    """
+    config, folder = _config(source, hub), Path(source).expanduser()
+    try:
+        check_counts(config, folder)
+    except ModelError as error:
+        raise ModelError(f"{str(source)!r}: {error}") from None
+    if trust_remote_code:
+        return Admitted(True, AutoConfig, AutoModelForCausalLM)
+    foreign = _elsewhere(config)
+    if (folder / "adapter_config.json").exists():
+        foreign.append("adapter_config.json")
+    model_type = str(config.get("model_type"))
+    own = model_type.startswith(CUSTOM)
+    if own:
+        foreign += _not_ours(source, folder, config, model_type.removeprefix(CUSTOM), hub)
+    if foreign:
+        raise ModelError(
+            f"{str(source)!r} brings code ({', '.join(foreign[:5])}) that is not, byte for byte, what this moeopt "
+            f"ships; {TRUST}"
+        )
+    return Admitted(False, *own_classes(model_type.removeprefix(CUSTOM))) if own else _WITHOUT
+
+
+def code_for(model_type: str) -> bytes:
+    """The modeling file of a family, such as ``"mixtral"``, that goes into its custom checkpoints.
+
+    Raises:
+        ModelError: when transformers knows no such family of causal language models.
+    """
+    family = _family(model_type)
+    template = (Path(__file__).parent / CODE).read_text(encoding="utf-8")
+    return template.replace("Mixtral", family).replace("mixtral", model_type).encode()
+
+
+@cache
+def own_classes(model_type: str) -> tuple[Any, Any]:
+    """The config and model classes of a family's custom checkpoints, from moeopt's own copy of their code.
+
+    Raises:
+        ModelError: as `code_for`.
+    """
+    code = code_for(model_type)
+    folder = Path(tempfile.mkdtemp(prefix="moeopt-"))  # a file, as a model that is saved takes its code along
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / CODE).write_bytes(code)
+    name = f"moeopt_custom.{model_type}.{CODE.removesuffix('.py')}"
+    spec = importlib.util.spec_from_file_location(name, folder / CODE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    classes = {auto: getattr(module, place.partition(".")[2]) for auto, place in auto_map(model_type).items()}
+    for auto, kind in classes.items():
+        kind.register_for_auto_class(auto)
+    return classes["AutoConfig"], classes["AutoModelForCausalLM"]
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """The field of config.json that names the classes of a family's custom checkpoints."""
+    names = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+    return {auto: f"{CODE.removesuffix('.py')}.Moeopt{_family(model_type)}{end}" for auto, end in names.items()}
+
+
+def first_line(error: Exception) -> str:
+    """What an error of transformers says, in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+_WITHOUT = Admitted(False, AutoConfig, AutoModelForCausalLM)
+
+
+def _family(model_type: str) -> str:
+    """What the names of a family's classes begin with, such as ``"Mixtral"``."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    family = str(CONFIG_MAPPING_NAMES.get(model_type)).removesuffix("Config")
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) != f"{family}ForCausalLM":
+        raise ModelError(f"moeopt has no custom form for models of type {model_type!r}; only a stock plan exports")
+    return family
+
+
+def _config(source: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
+    """What transformers reads as the config of a checkpoint, before any class sees it."""
+    _check_folder(source)
+    try:
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(source, **hub)[0]
+        return dict(config)
+    except OSError as error:
+        raise ModelError(
+            f"{str(source)!r} is no folder here, and its config cannot be had from the hub: {first_line(error)}"
+            if not Path(source).expanduser().is_dir()
+            else f"the config of {str(source)!r} cannot be read: {first_line(error)}"
+        ) from error
+    except (*UNUSABLE, RecursionError) as error:
+        raise ModelError(f"the config of {str(source)!r} cannot be used: {first_line(error)}") from error
+
+
+def _check_folder(source: str | os.PathLike[str]) -> None:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{str(source)!r} is not a checkpoint folder: it has no config.json")
+    elif path.exists():
+        raise ModelError(f"{str(source)!r} is a file; a checkpoint is a folder, or a hub id such as 'org/name'")
+    elif not isinstance(source, str) or len(path.parts) > 2 or source.startswith((".", "~", "/")):
+        raise ModelError(f"no checkpoint folder at {str(source)!r}")
+
+
+def _not_ours(
+    source: str | os.PathLike[str], folder: Path, config: dict[str, Any], family: str, hub: dict[str, Any]
+) -> list[str]:
+    """Where a custom checkpoint brings code other than moeopt's, for any loader that is told to trust it."""
+    try:
+        code, classes = code_for(family), auto_map(family)
+    except ModelError:
+        return [CODE]
+    foreign, local = [], folder.is_dir()
+    file = folder / CODE if local else cached_file(source, CODE, _raise_exceptions_for_missing_entries=False, **hub)
+    if file is None or not Path(file).is_file() or Path(file).read_bytes() != code:
+        foreign.append(CODE)
+    if config.get("auto_map") != classes:
+        foreign.append("auto_map of config.json")
+    settings = {"config.json": {key: value for key, value in config.items() if key != "auto_map"}}
+    if local:
+        names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*.py")))
+        foreign += [name for name in names if name != CODE]
+        foreign += ["custom_generate"] if os.path.lexists(folder / "custom_generate") else []
+        settings |= {path.name: _json(path) for path in sorted(folder.glob("*_config.json"))}
+    for name, value in settings.items():
+        foreign += [f"{key} of {name}" for key, _ in _fields(value) if key in ("auto_map", "custom_generate")]
+    return foreign
+
+
+def _elsewhere(config: dict[str, Any]) -> list[str]:
+    """Fields of a config by which transformers fetches kernels, which are code, from a repository."""
+    return [
+        f"{key} of config.json"
+        for key, value in _fields(config)
+        if key.strip("_").startswith(("attn_implementation", "experts_implementation")) and "/" in json.dumps(value)
+    ]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # nor can transformers read it
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    """All fields of nested objects and lists."""
+    if isinstance(value, dict):
+        yield from value.items()
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _fields(inner)
