@@ -431,6 +431,35 @@ def test_only_this_machine_is_answered(served: tuple[str, Any]) -> None:
         urllib.request.urlopen(urllib.request.Request(f"{address}/api/studies", headers={"Host": "evil.example"}))
 
 
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://localhost:1", "https://127.0.0.1", "null", ""])
+def test_no_other_site_changes_or_frames_anything(served: tuple[str, Any], method: str, origin: str) -> None:
+    address, storage = served
+    body = json.dumps({"study_name": "made", "directions": ["minimize"]}).encode()
+    headers = {"Content-Type": "application/json"}
+    here = urllib.request.Request(f"{address}/api/studies", body, headers | {"Origin": origin}, method=method)
+    with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+        urllib.request.urlopen(here)
+    assert refused.value.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+    assert not storage.get_all_studies()
+
+
+def test_its_own_pages_and_clients_that_are_no_browser_change_it(served: tuple[str, Any]) -> None:
+    address, storage = served
+    for number, origin in enumerate(({}, {"Origin": address})):
+        body = json.dumps({"study_name": f"made {number}", "directions": ["minimize"]}).encode()
+        headers = {"Content-Type": "application/json", **origin}
+        answer = urllib.request.urlopen(urllib.request.Request(f"{address}/api/studies", body, headers))
+        assert answer.status == 201
+        assert answer.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+        assert answer.headers["X-Frame-Options"] == "DENY"
+    assert len(storage.get_all_studies()) == 2
+    read = urllib.request.urlopen(
+        urllib.request.Request(f"{address}/api/studies", headers={"Origin": "http://evil.example"})
+    )
+    assert read.headers["Content-Security-Policy"] == "frame-ancestors 'none'"  # no page of evil.example gets to see it
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_page_draws_without_an_error(served: tuple[str, Any], browser: Browser, dark: bool) -> None:  # noqa: F811
     address, storage = served

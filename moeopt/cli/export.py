@@ -101,7 +101,7 @@ def export(
         else:
             write(opened[1], out_dir, model=model, study=opened[0], form=form)
     for warning in said:  # what was left out
-        err.print(line(warning.message, 2000), markup=False, soft_wrap=True)
+        err.print(line(str(warning.message), 2000), markup=False, soft_wrap=True)
     best = best_trial(opened[0]) if opened is not None else None
     if opened is not None and best is not None and best.number != opened[1].number:
         title += f"; the best of all is trial {best.number} (loss {best.value:.4f})"

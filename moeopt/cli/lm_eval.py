@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeopt.cli import arguments
-from moeopt.cli.options import DEFAULT_STORAGE, GOAL, STUDY, DeviceMap, Dtype, Model, Storage, TrustRemoteCode
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE, STUDY, DeviceMap, Dtype, Model, Storage
 from moeopt.errors import MoeoptError, TaskError
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ def lm_eval(
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences a forward pass.")] = 8,
     device_map: DeviceMap = "auto",
     dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Annotated[
+        bool,
+        MACHINE("--trust-remote-code", help="Run code that comes with a checkpoint, or with tasks in --include-path."),
+    ] = False,
 ) -> None:  # fmt: skip
     """Run lm-evaluation-harness on the full model and, side by side, on a smaller one; no checkpoint is written."""
     names = [name.strip() for name in tasks.split(",")]
@@ -90,7 +93,12 @@ def lm_eval(
     from moeopt.tasks.harness import load as load_tasks
 
     harness = load_tasks(
-        names, include_path=include_path, data=places, num_fewshot=num_fewshot, unsafe_code=unsafe_code
+        names,
+        include_path=include_path,
+        data=places,
+        num_fewshot=num_fewshot,
+        unsafe_code=unsafe_code,
+        trust_remote_code=trust_remote_code,
     )
     from moeopt.console import consoles
     from moeopt.evaluation import lm_eval_report

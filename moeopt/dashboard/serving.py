@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 LOOK_EVERY = 5.0
 """Seconds between two looks at the storage."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+READS = ("GET", "HEAD", "OPTIONS")
+UNFRAMED = (("Content-Security-Policy", "frame-ancestors 'none'"), ("X-Frame-Options", "DENY"))
 
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -48,9 +50,7 @@ def server(storage: BaseStorage, host: str = "127.0.0.1", port: int = 8080) -> W
         import optuna_dashboard
     except ImportError:
         raise FigureError("the dashboard needs optuna-dashboard: pip install 'moeopt[dashboard]'") from None
-    app: App = optuna_dashboard.wsgi(storage)
-    if host in LOOPBACK:
-        app = _for_this_machine(app)
+    app: App = _guarded(optuna_dashboard.wsgi(storage), host in LOOPBACK)
     kind = _Server6 if ":" in host else _Server
     try:
         return make_server(host, port, app, server_class=kind, handler_class=_Quiet)
@@ -77,15 +77,34 @@ def refresh_in_background(refresher: Refresher, stop: threading.Event) -> thread
     return thread
 
 
-def _for_this_machine(app: App) -> App:
-    """Refuses requests that a browser was tricked into sending here under another host's name (DNS rebinding)."""
+def _guarded(app: App, loopback: bool) -> App:
+    """Refuses what a browser was tricked into by another site, and lets no site show the dashboard inside its own.
+
+    On loopback, requests under another host's name (DNS rebinding); anywhere, writes that a page of another origin
+    sends. A client that is no browser names no origin.
+    """
 
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        named = str(environ.get("HTTP_HOST", ""))
+        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+            return start_response(status, [*headers, *UNFRAMED], *more)
+
+        named = str(environ.get("HTTP_HOST", "")).lower()
         name = named[1:].split("]")[0] if named.startswith("[") else named.rsplit(":", 1)[0]
-        if name in LOOPBACK:
-            return app(environ, start_response)
-        start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
-        return [b"This dashboard answers to localhost only; see moeopt dashboard --host.\n"]
+        origin = environ.get("HTTP_ORIGIN")
+        reason = ""
+        if loopback and name not in LOOPBACK:
+            reason = "This dashboard answers to localhost only; see moeopt dashboard --host."
+        elif environ.get("REQUEST_METHOD") not in READS and origin is not None and _place(origin) != _place(named):
+            reason = "This dashboard takes changes from its own pages only."
+        if not reason:
+            return app(environ, start)
+        start("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{reason}\n".encode()]
 
     return guarded
+
+
+def _place(origin: str) -> str:
+    """Host and port of an origin, or of a Host header, where a port that goes without saying is left out."""
+    scheme, _, place = origin.lower().rpartition("://")
+    return place.removesuffix(":443" if scheme == "https" else ":80")

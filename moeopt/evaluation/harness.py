@@ -160,6 +160,7 @@ def lm_eval_report(
     max_length: int | None = None,
     chat_template: bool = False,
     unsafe_code: bool = False,
+    trust_remote_code: bool = False,
     bootstrap_iters: int = 100_000,
 ) -> HarnessReport:
     """Runs lm-evaluation-harness on a model under a plan; nothing is written, and every kind of task works.
@@ -176,7 +177,7 @@ def lm_eval_report(
             gave, whose options then hold.
         plan: what is in force meanwhile; None for the model as it is.
         limit: evaluate the first so many documents of each task; None for all.
-        num_fewshot, include_path, data, unsafe_code: see `moeopt.tasks.harness.load`.
+        num_fewshot, include_path, data, unsafe_code, trust_remote_code: see `moeopt.tasks.harness.load`.
         batch_size: sequences a forward pass.
         max_length: most tokens a sequence; None for the model's.
         chat_template: whether prompts are written with the tokenizer's chat template, few-shot examples as turns.
@@ -193,7 +194,14 @@ def lm_eval_report(
         raise TaskError(f"batch_size must be at least 1, got {batch_size}")
     if not isinstance(tasks, Harness):
         names = [tasks] if isinstance(tasks, str) else tasks
-        tasks = load(names, include_path=include_path, data=data, num_fewshot=num_fewshot, unsafe_code=unsafe_code)
+        tasks = load(
+            names,
+            include_path=include_path,
+            data=data,
+            num_fewshot=num_fewshot,
+            unsafe_code=unsafe_code,
+            trust_remote_code=trust_remote_code,
+        )
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 

@@ -53,8 +53,8 @@ def check_size(model: nn.Module, folder: Path) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     if files and parameters > bits:
         raise ModelError(
-            f"the weights of {str(folder)!r} cannot be loaded: by config.json they are {parameters} parameters, and the "
-            f"files hold {bits // 8} bytes"
+            f"the weights of {str(folder)!r} cannot be loaded: by config.json they are {parameters} parameters, and "
+            f"the files hold {bits // 8} bytes"
         )
 
 

@@ -33,7 +33,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = sorted({file for file in found.values() if Path(file).name != file})
+        outside = sorted({file for file in found.values() if Path(file).name != file or file in ("", "..")})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{str(index)!r} is not an index of weight files: {error!r}") from None
     if outside:

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.10256836), found and loaded by name.
 
-The only file that knows where the harness keeps its tasks. A task folder may hold Python, which runs when one of its
-tasks is loaded, as in the harness itself. The harness is imported when a task is first asked for.
+The only file that knows where the harness keeps its tasks. A task folder may hold Python, which runs only when it is
+trusted. The harness is imported when a task is first asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 from moeopt.errors import TaskError, nearest
 from moeopt.tasks.folders import WORDS, files_of, splits_named, topmost, warn_passed_over
 from moeopt.tasks.formats import form_of
+from moeopt.tasks.harness_trust import is_the_harness, sandboxed, untrusted
 
 Data = str | Path
 SEED = 1234
@@ -60,6 +61,7 @@ def load(
     data: Mapping[str, Data] | None = None,
     num_fewshot: int | None = None,
     unsafe_code: bool = False,
+    trust_remote_code: bool = False,
 ) -> Harness:
     """Tasks, groups and tags of the harness, their data sets read.
 
@@ -72,9 +74,11 @@ def load(
         num_fewshot: examples in front of every question; None for what the task says. A task that says 0 keeps 0, with
             a warning, as in the harness.
         unsafe_code: whether tasks that run code written by the model are allowed.
+        trust_remote_code: whether tasks in `include_path` may run Python: `!function`, or a metric of their own.
 
     Raises:
-        TaskError: if the harness is not installed, a name is unknown, or a task or its data cannot be loaded.
+        TaskError: if the harness is not installed, a name is unknown, a task or its data cannot be loaded, or a task
+            runs Python that is not trusted.
     """
     version = harness_version()
     names = tuple(dict.fromkeys(names))
@@ -92,7 +96,9 @@ def load(
     with contained():
         for name in names:
             manager = _manager(name, include_path)
-            found = _load(manager, name, (data or {}).get(name), num_fewshot)
+            trusted = include_path is None or trust_remote_code or is_the_harness(manager)
+            with nullcontext() if trusted else untrusted(str(include_path)):
+                found = _load(manager, name, (data or {}).get(name), num_fewshot)
             tasks |= found["tasks"]
             groups |= found.get("groups") or {}
         for name, task in tasks.items():
@@ -113,6 +119,7 @@ def harness_version() -> str:
         import lm_eval.tasks
     except ImportError as error:
         raise TaskError(f"lm_eval tasks need lm-evaluation-harness ({error}): pip install 'moeopt[lm-eval]'") from error
+    sandboxed()
     return str(lm_eval.__version__)
 
 
@@ -194,7 +201,7 @@ def _broken(include_path: str | Path | None) -> str:
 
     for path in [] if include_path is None else sorted(Path(include_path).rglob("*.yaml")):
         try:
-            load_yaml(path)
+            load_yaml(path, resolve_func=False)
         except Exception as error:
             return f"; {path} cannot be read ({reason(error)})"
     return ""
@@ -210,6 +217,8 @@ def _load(manager: Any, name: str, data: Data | None, num_fewshot: int | None) -
         spec = {"group": f"moeopt {name}", "task": [{"task": name, **local}]}
     try:
         found: dict[str, Any] = manager.load([spec])
+    except TaskError:
+        raise
     except Exception as error:
         where = f" (data set {config['dataset_path']!r})" if data is None and config.get("dataset_path") else ""
         offline = isinstance(error, OSError) or "Connect" in type(error).__name__ or "offline" in str(error).lower()

@@ -261,6 +261,7 @@ def lm_eval_task(
     num_fewshot: int | None = None,
     fractions: Sequence[float] = FRACTIONS,
     most: int | None = None,
+    trust_remote_code: bool = False,
 ) -> HarnessTask:
     """A task, group or tag of lm-evaluation-harness as an objective.
 
@@ -273,11 +274,18 @@ def lm_eval_task(
         fractions: of search, dev and test where the data has no splits of its own.
         most: read at most so many documents of each of the harness's splits, in their order; they are rendered one by
             one, which takes about a millisecond.
+        trust_remote_code: whether tasks in `include_path` may run Python.
 
     Raises:
         TaskError: if the harness is not installed, the task is unknown, does not score given answers, or cannot be
             loaded.
     """
     sources = {} if data is None else {name: data}
-    harness = load([name], include_path=include_path, data=sources, num_fewshot=num_fewshot)
+    harness = load(
+        [name],
+        include_path=include_path,
+        data=sources,
+        num_fewshot=num_fewshot,
+        trust_remote_code=trust_remote_code,
+    )
     return HarnessTask(f"lm_eval:{name}", harness, fractions=fractions, most=most)
