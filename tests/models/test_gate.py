@@ -74,15 +74,40 @@ def processor(folder: Path, code: str) -> None:
     change_json(folder / "processor_config.json", auto_map={"AutoProcessor": "proc.P"})
 
 
+def changed(folder: Path, code: str) -> None:
+    (folder / "modeling_moeopt.py").write_text(code + (folder / "modeling_moeopt.py").read_text())
+
+
+def linked(folder: Path, code: str) -> None:
+    away = folder.with_name(f"{folder.name}.py")
+    away.write_text(code)
+    (folder / "modeling_moeopt.py").unlink()
+    (folder / "modeling_moeopt.py").symlink_to(away)
+
+
+def beside(folder: Path, code: str) -> None:
+    (folder / "deep").mkdir()
+    (folder / "deep" / "x.py").write_text(code)
+
+
+def nested(folder: Path, code: str) -> None:
+    (folder / "configuration_n.txt").write_text(code)
+    change_json(folder / "config.json", text_config={"auto_map": {"AutoConfig": "n.C"}, "model_type": "n"})
+
+
+def another_class(folder: Path, code: str) -> None:
+    names = json.loads((folder / "config.json").read_text())["auto_map"]
+    names["AutoModel"] = names["AutoModelForCausalLM"]
+    change_json(folder / "config.json", auto_map=names)
+
+
+def settings(file: str, **fields: Any) -> Change:
+    return lambda folder, code: change_json(folder / file, **fields)
+
+
 WAYS: dict[str, Change] = {
-    "changed": lambda folder, code: (folder / "modeling_moeopt.py").write_text(
-        code + (folder / "modeling_moeopt.py").read_text()
-    ) and None,
-    "linked": lambda folder, code: (
-        shutil.move(folder / "modeling_moeopt.py", folder.with_name(f"{folder.name}.py")),
-        folder.with_name(f"{folder.name}.py").write_text(code),
-        (folder / "modeling_moeopt.py").symlink_to(folder.with_name(f"{folder.name}.py")),
-    ) and None,
+    "changed": changed,
+    "linked": linked,
     "other file": other_file,
     "other repository": other_repository,
     "custom_generate": generate,
@@ -90,32 +115,15 @@ WAYS: dict[str, Change] = {
     "tokenizer": tokenizer,
     "tokenizer, escaped": lambda folder, code: tokenizer(folder, code, "auto\\u005fmap"),
     "processor": processor,
-    "file beside": lambda folder, code: (folder / "deep").mkdir() or (folder / "deep" / "x.py").write_text(code) and None,
-    "nested": lambda folder, code: (
-        (folder / "n.py").write_text(code),
-        change_json(folder / "config.json", text_config={"auto_map": {"AutoConfig": "n.C"}, "model_type": "n"}),
-    ) and None,
-    "another class": lambda folder, code: change_json(
-        folder / "config.json",
-        auto_map={
-            **json.loads((folder / "config.json").read_text())["auto_map"],
-            "AutoModel": "modeling_moeopt.MoeoptMixtralForCausalLM",
-        },
-    ),
-    "settings of generation": lambda folder, code: change_json(
-        folder / "generation_config.json", custom_generate="someone/else"
-    ),
-    "kernels": lambda folder, code: change_json(folder / "config.json", _attn_implementation="someone/else:f"),
-    "kernels of a part": lambda folder, code: change_json(
-        folder / "config.json", experts_implementation={"": "someone/else"}
-    ),
-    "adapter": lambda folder, code: change_json(
-        folder / "adapter_config.json", base_model_name_or_path="someone/else", peft_type="LORA"
-    ),
-    "a family that there is none of": lambda folder, code: change_json(
-        folder / "config.json", model_type="moeopt_../x"
-    ),
-}  # fmt: skip
+    "file beside": beside,
+    "nested": nested,
+    "another class": another_class,
+    "settings of generation": settings("generation_config.json", custom_generate="someone/else"),
+    "kernels": settings("config.json", _attn_implementation="someone/else:f"),
+    "kernels of a part": settings("config.json", experts_implementation={"": "someone/else"}),
+    "adapter": settings("adapter_config.json", base_model_name_or_path="someone/else", peft_type="LORA"),
+    "a family that there is none of": settings("config.json", model_type="moeopt_../x"),
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
