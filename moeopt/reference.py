@@ -6,8 +6,8 @@ workers and resumptions there are, and its layer-tokens count once in the `spent
 
 A model that guesses tells no plan from another: of n examples on which a blind pick is right with probabilities p_i, it
 is taken to guess unless it has significantly more than sum p_i right, one-sided at 5%, by the normal approximation with
-continuity correction: right - 1/2 - sum p_i > z sqrt(sum p_i (1 - p_i)). Where nothing is picked p_i is 0, so that it
-is enough to have one right. In a mixture every task is judged alone.
+continuity correction: right - 1/2 - sum p_i > z sqrt(sum p_i (1 - p_i)). Where nothing is picked, it is enough to have
+anything right. In a mixture every task is judged alone.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ def doubts(evaluator: Evaluator, evaluation: Evaluation, chances: NDArray[np.flo
         parts = {f" of {name}": at for name, (at, _) in task.places(evaluator.requests).items()}
     for name, at in parts.items():
         right, chance = float(evaluation.correct[at].sum(dtype=np.float64)), np.nan_to_num(chances[at])
-        if right - 0.5 - chance.sum() > Z * np.sqrt((chance * (1 - chance)).sum()):
+        by_guessing = chance.sum() + 0.5 + Z * np.sqrt((chance * (1 - chance)).sum()) if chance.any() else 0.0
+        if right > by_guessing:
             continue
         if chance.any():
             above = right > chance.sum()

@@ -214,8 +214,8 @@ def test_workers_that_begin_at_once_leave_one(
     assert held is not None
     assert held.loss == make().evaluator.evaluate().loss
     assert len(study.trials) == 6
-    last = max(trial.user_attrs["spent"] for trial in study.trials)
-    assert last == held.layer_tokens + sum(costs(study))
+    for trial, cost in zip(study.trials, costs(study)):  # of trials that end together neither counts the other
+        assert cost <= trial.user_attrs["spent"] - held.layer_tokens <= sum(costs(study))
 
 
 def test_threads_score_the_full_model_once(make: Any) -> None:
@@ -372,6 +372,8 @@ def test_what_is_said_of_a_guessing_model_names_numbers_and_what_to_look_at(tiny
     (text,) = doubts(WRITTEN, tiny_tokenizer, [0] * 8)
     assert "none of 8 examples right" in text
     assert doubts(WRITTEN, tiny_tokenizer, [1] + [0] * 7) == []
+    assert doubts(TEXT, tiny_tokenizer, [0.01] * 16) == []
+    assert doubts(TEXT, tiny_tokenizer, [0.0] * 16) != []
 
 
 def test_tasks_of_a_mixture_are_told_apart(tiny_tokenizer: Any) -> None:
@@ -391,7 +393,10 @@ def test_a_warning_in_python_shows_the_first_prompt(make: Any) -> None:
         plain(objective).optimize(objective, n_trials=1)
     prompt, scored = objective.evaluator.first_prompt
     assert prompt.startswith("<s>")
-    assert f'"{prompt[:-1]}\\n" + "{scored}"' in str(caught[0].message)
+    assert "is\n" in prompt + scored
+    message = str(caught[0].message)
+    assert reference.first_prompt(objective.evaluator) in message
+    assert "\\n" in message
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         study = plain(objective)
