@@ -95,8 +95,10 @@ def load(
     groups: dict[str, Any] = {}
     with contained():
         for name in names:
-            manager = _manager(name, include_path)
-            trusted = include_path is None or trust_remote_code or is_the_harness(manager)
+            trusted = include_path is None or trust_remote_code
+            with nullcontext() if trusted else untrusted(str(include_path)):
+                manager = _manager(name, include_path)
+            trusted |= is_the_harness(manager)
             with nullcontext() if trusted else untrusted(str(include_path)):
                 found = _load(manager, name, (data or {}).get(name), num_fewshot)
             tasks |= found["tasks"]
@@ -201,7 +203,7 @@ def _broken(include_path: str | Path | None) -> str:
 
     for path in [] if include_path is None else sorted(Path(include_path).rglob("*.yaml")):
         try:
-            load_yaml(path, resolve_func=False)
+            load_yaml(path)
         except Exception as error:
             return f"; {path} cannot be read ({reason(error)})"
     return ""
