@@ -32,6 +32,8 @@ DEEPEST = 64
 """Levels of objects and lists in a description."""
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 """What Optuna raises on rows that hold something else than it wrote."""
+MAY_DIFFER = ("version", "format", "model.name_or_path")
+"""Fields of the description that a resumed study need not share: the same weights may lie elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -243,3 +245,99 @@ def number(attrs: Mapping[str, Any], key: str) -> Any:
     """A number among user attributes, which anyone may set; None where there is none, or something else."""
     value = attrs.get(key)
     return value if FINITE.holds(value) else None
+
+
+def write(study: optuna.Study, description: Mapping[str, Any]) -> None:
+    """Keep in a study what it is made with, and what tells it from others."""
+    study.set_user_attr(DESCRIPTION, {"version": __version__, "format": FORMAT, **description})
+    for key, value in summary(description).items():
+        study.set_user_attr(key, value)
+
+
+def summary(description: Mapping[str, Any]) -> dict[str, str | int]:
+    """What tells studies apart, one user attribute each, for tables that cut the description short."""
+    sampler, space, model = description["sampler"], description["space"], description["model"]
+    seed = {"seed": sampler["seed"]} if isinstance(sampler.get("seed"), int) else {}
+    return {
+        "optimiser": str(sampler.get("name")),
+        **seed,
+        "task": str(description["task"].get("name")),
+        "model": str(model.get("name_or_path")),
+        "space": f"{space['kind']}, {space['keep']} of {space['shape']['experts']} experts"
+        if "keep" in space
+        else str(space["kind"]),
+    }
+
+
+def check_same(study: optuna.Study, description: Mapping[str, Any], hint: str = "") -> None:
+    """Raise StudyError, naming the fields that differ, unless the study was made with this description.
+
+    Args:
+        description: as `write` takes it, or parts of it.
+        hint: what to do instead, said at the end.
+    """
+    with reading(study.study_name):
+        attrs = study.user_attrs
+        empty = not attrs and not study.get_trials(deepcopy=False)
+    if DESCRIPTION not in attrs:
+        if not empty:
+            raise StudyError(f"study {study.study_name!r} was not made by moeopt; choose another name")
+        return
+    _check_parts(study, check_whole(study), description, hint)
+
+
+def recorded_sampler(study: optuna.Study) -> dict[str, Any] | None:
+    """The settings of the sampler that a study goes on with; None where it does not say.
+
+    Raises:
+        StudyError: when they are of another form than moeopt writes.
+    """
+    with reading(study.study_name):
+        attrs = study.user_attrs
+        noted = None if DESCRIPTION in attrs else genome.study_attributes(study).get(genome.SAMPLER)
+    if DESCRIPTION in attrs:
+        return described(study)["sampler"]  # type: ignore[no-any-return]
+    where = f"study {shown(study.study_name)}: {genome.SAMPLER!r}"
+    check_depth(noted, where)
+    check(noted, Maybe({"name": TEXT}), where)
+    return noted
+
+
+def record_sampler(study: optuna.Study, settings: Mapping[str, Any]) -> None:
+    """Note the sampler of a study of plain `optuna.create_study`, which says nothing of what it searches."""
+    genome.write_study(study, {genome.SAMPLER: settings})
+
+
+def check_sampler(study: optuna.Study, settings: Mapping[str, Any]) -> None:
+    """Raise StudyError, naming what differs, unless a study's sampler, if it says so, has these settings."""
+    stored = recorded_sampler(study)
+    if stored is not None:
+        _check_parts(study, {"sampler": stored}, {"sampler": settings}, go_on(study))
+
+
+def go_on(study: optuna.Study) -> str:
+    """How a study goes on with its own sampler and pruner, to say after what is wrong."""
+    if DESCRIPTION in study.user_attrs:
+        how = f"moeopt.load_study({study.study_name!r}, storage) goes on with the study's own"
+    else:
+        how = "give optuna.load_study the sampler that the study was made with"
+    return f". {how}; others need a study of their own"
+
+
+def _check_parts(study: optuna.Study, stored: Mapping[str, Any], description: Mapping[str, Any], hint: str) -> None:
+    differences = [found for found in differences_of(stored, description) if found[0] not in MAY_DIFFER]
+    for part, kind in (("sampler", "name"), ("pruner", "class")):
+        if any(path == f"{part}.{kind}" for path, _, _ in differences):  # its hyperparameters differ, too
+            differences = [d for d in differences if d[0] == f"{part}.{kind}" or not d[0].startswith(f"{part}.")]
+    if differences:
+        listed = "; ".join(f"{path}: study has {shown(old)}, now {shown(new)}" for path, old, new in differences)
+        raise StudyError(f"study {study.study_name!r} cannot be resumed with something else. {listed}{hint}")
+
+
+def differences_of(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted path, old and new value of every field in which two descriptions differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            yield from differences_of(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif old != new and not (isinstance(old, list) and isinstance(new, (list, tuple)) and old == list(new)):
+        yield path, old, new

@@ -143,6 +143,7 @@ class Objective:
         self._searched: Callable[[], optuna.Study | None] = lambda: None
         self._refers = reference
         self._reference: Reference | None = None
+        self._checked: tuple[Callable[[], optuna.Study | None], object, object] = (lambda: None, None, None)
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
         self.settings: dict[str, Any] = {
             **self._limits, "batch_tokens": batch_tokens, "rungs": rungs, "report": report,
@@ -157,12 +158,20 @@ class Objective:
         """The loss of the trial's plan, active experts weighed in, NaN where there is none.
 
         Raises:
-            StudyError: when the study maximises.
+            StudyError: when the study maximises, or does not go on as it was made (`check`); the trial has failed, and
+                is run again once the study does.
             optuna.TrialPruned: when the study's pruner says so.
         """
         study = getattr(trial, "study", None)
         if study is not None and study.direction.name == "MAXIMIZE":
             raise StudyError("the objective is a loss: create the study with direction='minimize'")
+        if study is not None:
+            try:
+                self.check(study)
+            except StudyError as error:
+                trial.set_user_attr(genome.INTERRUPTED, True)
+                trial.set_user_attr(genome.FAILURE, str(error))
+                raise
         try:
             return self._evaluate(trial, study)
         except KeyboardInterrupt:
@@ -173,6 +182,18 @@ class Objective:
         except Exception as error:
             trial.set_user_attr(genome.FAILURE, f"{type(error).__name__}: {error!s:.500}")
             raise
+
+    def check(self, study: optuna.Study) -> None:
+        """Raise StudyError, naming what differs, unless a study goes on as it was made: this objective, its sampler
+        and its pruner. A study of plain `optuna.create_study` notes its sampler, and is held against that from then on.
+        """
+        checked, sampler, pruner = self._checked
+        if checked() is study and sampler is study.sampler and pruner is study.pruner:
+            return
+        from moeopt.study import check_goes_on
+
+        check_goes_on(study, self)
+        self._checked = weakref.ref(study), study.sampler, study.pruner
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
         if study is not None:

@@ -85,10 +85,10 @@ def run_on_ray(
             raise StudyError(f"{what} must be a number of at least 0, got {share!r}")
     if gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
         raise StudyError(f"gpus_per_worker must be a whole number or below 1, got {gpus_per_worker}")
-    from moeopt.study import load_study
+    from moeopt.study import read_study
     from moeopt.tasks import own
 
-    study = load_study(study_name, storage)
+    study = read_study(study_name, storage)
     if 0 < gpus_per_worker <= 1:  # "auto" would take what another worker left free of a GPU for all there is
         options.setdefault("device_map", "cuda:0")
     ours = not ray.is_initialized()

@@ -109,7 +109,7 @@ def of(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Reci
     described: dict[str, Any] | None = describe(pruner)
     try:
         json.dumps(described, allow_nan=False)
-        _pruner(described)
+        pruner_from(described)
     except (StudyError, ValueError) as error:
         described, missing["pruner"] = None, str(error)
     name = str(getattr(objective.model.config, "_name_or_path", ""))
@@ -158,6 +158,11 @@ def read(study: optuna.Study) -> Recipe:
         raise StudyError(f"the recipe of {named} is damaged: {type(error).__name__}: {error!s:.200}") from None
 
 
+def kept(study: optuna.Study) -> Recipe | None:
+    """`read`; None for a study that has none."""
+    return read(study) if RECIPE in genome.study_attributes(study) else None
+
+
 def task_of(recipe: Recipe) -> Task:
     """The task that a recipe holds, with one split.
 
@@ -194,7 +199,7 @@ def sampler_of(recipe: Recipe, space: Space) -> GenomeSampler:
 
     if recipe.sampler is None:
         why = recipe.missing.get("sampler", "for no reason given")
-        raise StudyError(f"the study does not hold its sampler ({why}): give it to moeopt.run_worker(sampler=...)")
+        raise StudyError(f"the study does not hold its sampler ({why}); moeopt.run_worker(sampler=...) takes it")
     try:
         return from_settings(recipe.sampler["settings"], space, genome.unpack("start", recipe.sampler))
     except (MoeoptError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -209,12 +214,16 @@ def pruner_of(recipe: Recipe) -> BasePruner:
     """
     if recipe.pruner is None:
         why = recipe.missing.get("pruner", "for no reason given")
-        raise StudyError(f"the study does not hold its pruner ({why}): give it to moeopt.run_worker(pruner=...)")
-    return _pruner(recipe.pruner)
+        raise StudyError(f"the study does not hold its pruner ({why}); moeopt.run_worker(pruner=...) takes it")
+    return pruner_from(recipe.pruner)
 
 
-def _pruner(described: Any) -> BasePruner:
-    """The pruner, racing or Optuna's own, of which `describe` says this."""
+def pruner_from(described: Any) -> BasePruner:
+    """The pruner, racing or Optuna's own, of which `describe` says this.
+
+    Raises:
+        StudyError: when it says this of none.
+    """
     import optuna
 
     from moeopt.racing import RacingPruner
@@ -224,7 +233,7 @@ def _pruner(described: Any) -> BasePruner:
     known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds if kind is not optuna.pruners.BasePruner}
     try:
         kind = known[described["class"]]
-        given = {key: _pruner(v) if isinstance(v, dict) else v for key, v in described.items() if key != "class"}
+        given = {key: pruner_from(v) if isinstance(v, dict) else v for key, v in described.items() if key != "class"}
         pruner: BasePruner = kind(**given)
         if describe(pruner) == described:
             return pruner

@@ -74,7 +74,7 @@ def run_worker(
     from moeopt.objective import Objective
     from moeopt.plan import ModelShape
 
-    study = studies.load_study(study_name, storage)
+    study = studies.read_study(study_name, storage)
     recipe = recipes.read(study)
     target = recipes.wanted(study) if trials is None else trials
     patience = recipes.patience_of(study) if patience is None else patience

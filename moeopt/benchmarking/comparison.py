@@ -112,6 +112,7 @@ class Comparison:
         held_out_pairs: the same on test loss, empty where not every study has one.
         description: the model, task, space and evaluation of all.
         left_out: names of studies without a finished trial.
+        foreign: names of studies that were left out as other samplers than their own made some of their trials.
     """
 
     cost: Cost
@@ -127,6 +128,7 @@ class Comparison:
     held_out_pairs: tuple[Pair, ...]
     description: Mapping[str, Any]
     left_out: tuple[str, ...]
+    foreign: tuple[str, ...]
 
     @property
     def runs(self) -> list[Run]:
@@ -173,7 +175,8 @@ def compare(
 ) -> Comparison:
     """Compare optimisers over repeated seeds, each study being one optimiser and one seed.
 
-    Studies whose samplers, pruners and warm starts differ in nothing but the seed are repeats of one optimiser.
+    Studies whose samplers, pruners and warm starts differ in nothing but the seed are repeats of one optimiser. Those
+    that hold trials of another sampler than their own are left out, and named.
 
     Args:
         studies: of moeopt, of the same model, task, space and evaluation; or what `read` makes of them.
@@ -192,9 +195,15 @@ def compare(
         raise StudyError(f"cost must be layer-tokens, time or trials, got {cost!r}{hint}")
     if target is not None and not np.isfinite(target):
         raise StudyError(f"target must be a finite loss, got {target}")
-    everything = [study if isinstance(study, Run) else read(study) for study in studies]
-    if not everything:
+    given = [study if isinstance(study, Run) else read(study) for study in studies]
+    if not given:
         raise StudyError("no study to compare")
+    everything = [run for run in given if not run.foreign]
+    if not everything:
+        raise StudyError(
+            f"study {given[0].study!r}, as all that were given, has trials that another sampler than its own made, the "
+            f"first is {given[0].foreign[0]}: it says nothing of an optimiser"
+        )
     check_comparable(everything)
     runs = labelled([run for run in everything if len(run.curve)])
     if not runs:
@@ -255,6 +264,7 @@ def compare(
         held_out_pairs=_pairs([(one, one.held_out) for one in optimisers]) if _all_held_out(runs) else (),
         description=everything[0].description,
         left_out=tuple(run.study for run in everything if not len(run.curve)),
+        foreign=tuple(run.study for run in given if run.foreign),
     )
 
 

@@ -26,7 +26,11 @@ def conclusions(c: Comparison) -> list[str]:
 
 
 def _left_out(c: Comparison) -> list[str]:
-    return [f"Left out, without a finished trial: {listed([line(name) for name in c.left_out])}."] if c.left_out else []
+    reasons = {
+        "without a finished trial": c.left_out,
+        "with trials that another sampler than their own made": c.foreign,
+    }
+    return [f"Left out, {why}: {listed([line(name) for name in names])}." for why, names in reasons.items() if names]
 
 
 def _equality(c: Comparison) -> list[str]:

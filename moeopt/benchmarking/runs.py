@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from moeopt.benchmarking.statistics import Floats, best_so_far
+from moeopt import genome
 from moeopt.description import FINITE, check, check_whole
 from moeopt.errors import StudyError
-from moeopt.genome import RETRIES
+from moeopt.genome import ENQUEUED, RETRIES
 from moeopt.selection.record import SELECTION, WINNER, check_record, recorded
 from moeopt.showing import line, shown
-from moeopt.study import CALIBRATION, METHOD, WARM_START
+from moeopt.study import CALIBRATION, METHOD, WARM_START, foreign_trials
 
 if TYPE_CHECKING:
     import optuna
@@ -58,6 +59,7 @@ class Run:
         counts: trials completed, pruned and failed; an attempt that was made again counts once.
         charged: failed trials that did not note their layer-tokens and are charged the dearest trial's.
         held_out: None where nothing was selected.
+        foreign: numbers of trials that another sampler made (`moeopt.study.foreign_trials`).
     """
 
     study: str
@@ -69,6 +71,7 @@ class Run:
     counts: Mapping[str, int]
     charged: int
     held_out: HeldOut | None
+    foreign: tuple[int, ...] = ()
 
     def spent(self, cost: Cost) -> float:
         """Everything, at the end."""
@@ -113,6 +116,7 @@ def read(study: optuna.Study) -> Run:
         counts={name: states.count(state) for name, state in names.items()},
         charged=charged,
         held_out=_held_out(study),
+        foreign=tuple(foreign_trials(study)),
     )
 
 
@@ -182,16 +186,19 @@ def _without_seed(settings: Any) -> Any:
 
 
 def _extras(pruner: Any, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-    """The pruner, where there is one, and the warm starts: methods by name, other plans by their first digits."""
+    """The pruner, where there is one, and what was enqueued: methods by name, other plans by their first digits."""
     found: dict[str, Any] = {}
     if isinstance(pruner, dict) and not str(pruner.get("class")).endswith(".NopPruner"):
         found["pruner"] = _without_seed(pruner)
-    starts = {
-        line(t.user_attrs.get(METHOD) or f"plan {line(t.user_attrs[WARM_START])[:8]}", 40)
-        for t in trials
-        if WARM_START in t.user_attrs
-    }
+    given = [(t, t.user_attrs.get(WARM_START) or _enqueued(t)) for t in trials]
+    starts = {line(t.user_attrs.get(METHOD) or f"plan {line(plan)[:8]}", 40) for t, plan in given if plan}
     return found | ({"warm_starts": sorted(starts)} if starts else {})
+
+
+def _enqueued(trial: FrozenTrial) -> str | None:
+    """The plan of a trial that a person enqueued."""
+    origin = genome.origin(trial)
+    return origin.get("plan") if origin.get("operator") == ENQUEUED else None
 
 
 def _held_out(study: optuna.Study) -> HeldOut | None:

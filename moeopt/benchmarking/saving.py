@@ -56,6 +56,7 @@ def record(c: Comparison) -> dict[str, Any]:
         "settings": {one.name: dict(one.settings) for one in c.optimisers},
         "studies": [row for one in c.optimisers for row in _studies(c, one)],
         "left_out": list(c.left_out),
+        "foreign": list(c.foreign),
     }
 
 

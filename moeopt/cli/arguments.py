@@ -241,9 +241,9 @@ def chosen_plan(
     assert study is not None
     if trial not in ("best", "best-stock", "selected") and not trial.isdecimal():
         raise StudyError(f"--trial must be a trial's number, best, best-stock or selected, got {trial!r}")
-    from moeopt.study import load_study
+    from moeopt.study import read_study
 
-    opened = load_study(study, storage)
+    opened = read_study(study, storage)
     chosen, plan = plan_of(opened, trial)
     loss = "no loss" if chosen.value is None else f"loss {chosen.value:.4f}"
     return plan, f"trial {chosen.number} of {study} ({loss})", (opened, chosen)

@@ -119,9 +119,9 @@ def compare_methods(
     comparing.check_folder(out, {"task": chosen.describe(), "calibration": (other or chosen).describe()})
     opened = None
     if study is not None:
-        from moeopt.study import check_study, load_study
+        from moeopt.study import check_study, read_study
 
-        opened = load_study(study, storage)
+        opened = read_study(study, storage)
         check_study(opened, chosen)
     from moeopt.console import Steps, consoles
     from moeopt.models import check_checkpoint, load, load_tokenizer

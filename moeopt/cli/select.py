@@ -69,9 +69,9 @@ def select(
     options = arguments.pairs("--task-option", task_option)
     arguments.quick_shape(model)
     chosen = tasks.get(task, data=data, **options)
-    from moeopt.study import load_study
+    from moeopt.study import read_study
 
-    opened = load_study(study, storage)
+    opened = read_study(study, storage)
     from moeopt import selection
 
     selection.check(opened, chosen)

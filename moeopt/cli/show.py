@@ -55,7 +55,7 @@ def show(
         else:
             out.print(studies_table(records, f"studies in {hidden(storage)}"))
         return
-    opened_study = room.load_study(study, storage)
+    opened_study = room.read_study(study, storage)
     with readable_errors(storage):
         record = study_record(opened_study)
     plan = None if record["best"] is None else arguments.plan_of(opened_study, "best")[1]

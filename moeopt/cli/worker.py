@@ -95,14 +95,14 @@ def worker(
     from moeopt import recipe, tasks
     from moeopt.console import SearchProgress, consoles
     from moeopt.fleet import take
-    from moeopt.study import finished, load_study
+    from moeopt.study import finished, read_study
     from moeopt.worker import run_worker, threads
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     err = consoles()[1]
     try:
         with _ending_on_signals(while_stdin):
-            target = trials or recipe.wanted(load_study(study, storage))
+            target = trials or recipe.wanted(read_study(study, storage))
             chosen = None if task is None else tasks.get(task, data=data, **options)
             take(threads(device_map))
             with SearchProgress(err, target, timeout, quiet=quiet) as progress:

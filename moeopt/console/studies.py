@@ -32,6 +32,7 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
         StudyError, StorageError: when the study is not one that `moeopt.load_study` opens.
     """
     from moeopt.selection import recorded
+    from moeopt.study import foreign_trials
 
     about = check_whole(study)
     trials = study.get_trials(deepcopy=False)
@@ -62,6 +63,7 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
         ],
         "top": [trial_record(trial) for trial in ranked[:top]],
         "full_model": full_model(study.user_attrs, study.study_name),
+        "foreign": foreign_trials(study),
         "selection": recorded(study),
         "description": about,
     }
@@ -152,6 +154,9 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         *(("", line(warning, 1000)) for warning in (() if full is None else full.warnings[:MOST_SHOWN])),
     ):
         facts.add_row(Text(label, style="bold"), Text(text, style="" if label else "yellow"))
+    if record["foreign"]:
+        numbers = ", ".join(map(str, record["foreign"][:20])) + (", ..." if len(record["foreign"]) > 20 else "")
+        facts.add_row(Text("foreign", style="bold"), Text(f"another sampler than the study's made trials {numbers}"))
     if record["best"] is None:
         return Group(facts, Text("no trial is finished yet"))
     phases = Table("phase", "trials", "best loss", "layer-tokens", "seconds", title="phases", title_justify="left")

@@ -1,13 +1,13 @@
 """Optimisers as Optuna samplers over moeopt's spaces."""
 
-from moeopt.samplers.base import GenomeSampler, Proposal, Told
+from moeopt.samplers.base import GenomeSampler, Proposal, Told, UnknownSampler
 from moeopt.samplers.blockcmaes import BlockCMAESSampler
 from moeopt.samplers.cmaes import CMAESSampler
 from moeopt.samplers.eep import EEPSampler
 from moeopt.samplers.local import LocalSampler
 from moeopt.samplers.nevergrad import NevergradSampler
 from moeopt.samplers.random import RandomSampler
-from moeopt.samplers.registry import SAMPLERS, from_settings, get
+from moeopt.samplers.registry import SAMPLERS, from_settings, get, operators
 from moeopt.samplers.shadow import ShadowSampler, TPESampler
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "ShadowSampler",
     "TPESampler",
     "Told",
+    "UnknownSampler",
     "from_settings",
     "get",
+    "operators",
 ]

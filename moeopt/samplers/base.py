@@ -18,8 +18,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import description, genome, process
-from moeopt.errors import SamplerError
-from moeopt.genome import Vector
+from moeopt.errors import SamplerError, SpaceError, StudyError
+from moeopt.genome import ENQUEUED, Vector
 from moeopt.plan import Plan
 from moeopt.spaces.base import NAMED_AT_MOST, Space
 
@@ -79,6 +79,32 @@ class Proposal:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
+class UnknownSampler(BaseSampler):
+    """Stands in a study whose own sampler cannot be rebuilt: the study can be read, and none of its trials starts.
+
+    Args:
+        why: what is said to whoever starts one.
+    """
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        genome.fail(genome.whole_study(study), trial, self.why, again=True)
+        raise StudyError(self.why)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        raise StudyError(self.why)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        raise StudyError(self.why)
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+        raise StudyError(self.why)
+
+
 class GenomeSampler(BaseSampler):
     """Base of moeopt's samplers; works with a plain `optuna.create_study` and on any storage.
 
@@ -100,6 +126,7 @@ class GenomeSampler(BaseSampler):
             raise SamplerError(f"a sampler needs one of moeopt's spaces, got {type(space).__name__}")
         check_counts({"redraw": redraw}, least=0)
         self.space = space
+        self._drawn = seed is None
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
         if self.seed < 0:
             raise SamplerError(f"seed must be at least 0, got {seed!r}")
@@ -127,11 +154,35 @@ class GenomeSampler(BaseSampler):
     def opens(self, history: list[Told], slot: int) -> bool:
         """Whether this slot is the search's own first: no earlier one, or all earlier ones enqueued by hand."""
         earlier = [told for told in history if told.slot < slot]
-        return len(earlier) == slot and all(told.operator == "enqueued" for told in earlier)
+        return len(earlier) == slot and all(told.operator == ENQUEUED for told in earlier)
+
+    def adopt_seed(self, study: Study) -> None:
+        """Without a seed of its own, go on with the one that the study's sampler drew."""
+        stored = (description.recorded_sampler(study) or {}) if self._drawn else {}
+        if description.COUNT.holds(stored.get("seed")):
+            self.seed = stored["seed"]
+
+    def shortfall(self, trials: int) -> str | None:
+        """What a search of so many trials leaves out of the sampler; None for nothing."""
+        return None
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Give a trial its genotype.
+
+        Raises:
+            StudyError: when the study was made with other settings of the sampler, or with another; the trial is run
+                again once the study goes on with its own (`moeopt.study.reclaim`).
+            SpaceError: when the trial was enqueued with numbers that are out of range; it has failed.
+        """
+        whole = genome.whole_study(study)
+        try:
+            self.adopt_seed(whole)
+            description.check_sampler(whole, self.settings())
+        except StudyError as error:
+            genome.fail(whole, trial, str(error), again=True)
+            raise
         with _asking:
-            self._before_trial(genome.whole_study(study), trial)
+            self._before_trial(whole, trial)
 
     def _before_trial(self, whole: Study, trial: FrozenTrial) -> None:
         if len(whole.directions) != 1:
@@ -144,13 +195,16 @@ class GenomeSampler(BaseSampler):
             genome.write(whole, trial, {genome.ORIGIN: {**known, "slot": slot, "worker": process.this_worker()}})
         known |= {"slot": slot, "worker": process.this_worker()}
         stored = genome.read(trial)
-        if stored is not None and stored.size != self.space.size:
-            raise SamplerError(f"trial {trial.number} brings {stored.size} numbers, the space has {self.space.size}")
+        try:
+            self._check_given(trial, stored)
+        except SpaceError as error:
+            genome.fail(whole, trial, str(error), again=False)
+            raise
         for left in range(self.redraw, -1, -1):
             proposal = None if stored is not None else self._proposal(whole, trial, trials, slot)
             x = self.space.snap(proposal.x) if proposal is not None else stored
             assert x is not None
-            origin = {"operator": "enqueued", "parents": [], "notes": {}, **known}
+            origin = {"operator": ENQUEUED, "parents": [], "notes": {}, **known}
             if proposal is not None:
                 origin |= {"operator": proposal.operator, "parents": list(proposal.parents)}
                 origin["notes"] = dict(proposal.notes)
@@ -159,16 +213,24 @@ class GenomeSampler(BaseSampler):
             origin["plan"] = self.space.decode(x).fingerprint
             packed = genome.pack(genome.GENOME, x) if proposal is not None else {}
             params = {name: number for name, number in self.parameters(x).items() if name not in trial.params}
-            drawn = proposal is not None and proposal.operator != "enqueued"
+            drawn = proposal is not None and proposal.operator != ENQUEUED
             unless = genome.taken(origin["plan"], trials) if drawn and left else None
             if genome.write(whole, trial, {genome.ORIGIN: origin, **packed}, params=params, unless=unless):
                 return
             trials = whole.get_trials(deepcopy=False)  # another worker was faster
 
+    def _check_given(self, trial: FrozenTrial, stored: Vector | None) -> None:
+        """Raise SpaceError, naming number and range, where a trial was enqueued with numbers that are out of range."""
+        size = self.space.size
+        if stored is not None and stored.size != size:
+            raise SpaceError(f"trial {trial.number} brings {stored.size} numbers, the space has {size}")
+        given = genome.fixed(trial) if stored is None else dict(zip(self.space.names, stored.tolist()))
+        self.space.check_range({name: value for name, value in given.items() if description.FINITE.holds(value)})
+
     def _proposal(self, whole: Study, trial: FrozenTrial, trials: list[FrozenTrial], slot: int) -> Proposal:
         """What a trial without a genotype evaluates: the parameters it was enqueued with, the rest new."""
         history = self.history(whole, trials, without=trial.number)
-        given = trial.system_attrs.get("fixed_params") or {}
+        given = genome.fixed(trial)
         fixed = {name: value for name, value in given.items() if description.FINITE.holds(value)}
         if given and not set(fixed) & set(self.space.names):
             warnings.warn(
@@ -178,13 +240,13 @@ class GenomeSampler(BaseSampler):
             )
         named = [i for i, name in enumerate(self.space.names) if name in fixed]
         if len(named) == self.space.size:
-            return Proposal(np.array([fixed[name] for name in self.space.names]), "enqueued")
+            return Proposal(np.array([fixed[name] for name in self.space.names]), ENQUEUED)
         proposal = self._new_plan(history, slot)
         if not named:
             return proposal
         partly = np.array(proposal.x, dtype=np.float64)
         partly[named] = [fixed[self.space.names[i]] for i in named]
-        return Proposal(partly, "enqueued")
+        return Proposal(partly, ENQUEUED)
 
     def parameters(self, x: Vector) -> dict[str, tuple[float, BaseDistribution]]:
         """The named parameters of a genotype, as `Space.vector` suggests them: its numbers, or its drift if many."""
@@ -241,7 +303,7 @@ class GenomeSampler(BaseSampler):
             loss=None if loss is None or not np.isfinite(loss) else sign * loss,
             failed=trial.state.is_finished() and (loss is None or not np.isfinite(loss)),
             fingerprint=origin.get("plan") or self.space.decode(x).fingerprint,
-            operator=origin.get("operator", "enqueued"),
+            operator=origin.get("operator", ENQUEUED),
             attrs=trial.user_attrs,
             notes=origin.get("notes") or {},
         )

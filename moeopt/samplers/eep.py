@@ -31,9 +31,14 @@ from numpy.typing import NDArray
 from moeopt.errors import SamplerError
 from moeopt.plan import Matrix
 from moeopt.samplers.base import GenomeSampler, Proposal, Told, check_counts
-from moeopt.spaces.base import Space
+from moeopt.spaces.base import Phase, Space
 
 Score = Literal["loss", "accuracy"]
+OPERATORS = ("initial", *(f"{before}{phase}" for before in ("", "crossover+") for phase in get_args(Phase)))
+"""What makes its trials."""
+PUBLISHED = {"initial": 30, "prune_until": 100}
+"""The population sizes of the released configuration, in a search of `PUBLISHED_TRIALS`."""
+PUBLISHED_TRIALS = 400
 BANDS: dict[str, tuple[float, float]] = {"loss": (0.3, 0.1), "accuracy": (3.0, 1.0)}
 
 
@@ -70,8 +75,8 @@ class EEPSampler(GenomeSampler):
         *,
         seed: int | None = None,
         redraw: int = 20,
-        initial: int = 30,
-        prune_until: int = 100,
+        initial: int = PUBLISHED["initial"],
+        prune_until: int = PUBLISHED["prune_until"],
         p_change: float = 0.25,
         p_row: float = 0.15,
         p_crossover: float = 0.3,
@@ -116,6 +121,19 @@ class EEPSampler(GenomeSampler):
             "sigma", "p_normalise", "score", "band", "crossover_band", "crossover_pool", "prune_crossover",
         )  # fmt: skip
         return {"name": "eep", **{name: getattr(self, name) for name in names}}
+
+    def shortfall(self, trials: int) -> str | None:
+        if trials <= self.initial:
+            return (
+                f"all {trials} trials of EEP are random, as it draws initial={self.initial} solutions before it "
+                f"proposes any; {_advice(trials)}"
+            )
+        if trials <= self.prune_until and len(self.space.phases) > 1:
+            return (
+                f"EEP merges nothing in {trials} trials, as it prunes until there are "
+                f"prune_until={self.prune_until}; {_advice(trials)}"
+            )
+        return None
 
     def phase(self, population: int) -> str:
         """The phase in which a population of so many finished solutions is."""
@@ -207,6 +225,23 @@ class EEPSampler(GenomeSampler):
         if phase == "prune":
             _make_distinct(rng, child)
         return child
+
+
+def scaled(trials: int) -> dict[str, int]:
+    """`initial` and `prune_until` for a search of so many trials: the published ones from `PUBLISHED_TRIALS` on,
+    below in proportion, with two initial solutions and one pruning of them at least.
+
+    >>> scaled(30), scaled(1000)
+    ({'initial': 2, 'prune_until': 8}, {'initial': 30, 'prune_until': 100})
+    """
+    share = min(1.0, trials / PUBLISHED_TRIALS)
+    initial = max(2, round(share * PUBLISHED["initial"]))
+    return {"initial": initial, "prune_until": max(initial + 1, round(share * PUBLISHED["prune_until"]))}
+
+
+def _advice(trials: int) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in scaled(trials).items())
+    return f"in proportion to what is published for {PUBLISHED_TRIALS} trials it would be {options}"
 
 
 def _is_number(value: Any) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from optuna.samplers import BaseSampler
 
 from moeopt.errors import SamplerError, nearest
-from moeopt.samplers.base import GenomeSampler
+from moeopt.genome import ENQUEUED
+from moeopt.samplers import blockcmaes, cmaes, eep, shadow
+from moeopt.samplers.base import START, GenomeSampler
 from moeopt.samplers.blockcmaes import BlockCMAESSampler
 from moeopt.samplers.cmaes import CMAESSampler
 from moeopt.samplers.eep import EEPSampler
@@ -87,6 +89,9 @@ def from_settings(settings: dict[str, Any], space: Space, start: ArrayLike | Non
         SamplerError: when they are not those of a sampler that is known by name.
     """
     name, *_ = known = str(settings.get("name")).split(":")
+    inner = settings.get("sampler")
+    if isinstance(inner, dict):
+        raise SamplerError(f"it is an object of class {inner.get('class')!r:.120}")
     if name not in SAMPLERS or len(known) > 2:
         raise SamplerError(f"sampler {settings.get('name')!r:.80} is not one of moeopt's")
     for option, value in settings.items():
@@ -99,6 +104,26 @@ def from_settings(settings: dict[str, Any], space: Space, start: ArrayLike | Non
         if sampler.settings() == settings:
             return sampler
     raise SamplerError(f"{name} cannot be made with the settings {settings!r:.300}")
+
+
+def operators(settings: Mapping[str, Any]) -> frozenset[str] | None:
+    """What may have made a trial, as it says itself, in a study whose sampler has these settings.
+
+    None where that is not known: the sampler is code of its own.
+    """
+    name, _, optimizer = str(settings.get("name")).partition(":")
+    made: dict[str, Iterable[str]] = {
+        "eep": eep.OPERATORS,
+        "random": ("random",),
+        "local": settings.get("moves") or (),
+        "cmaes": (cmaes.OPERATOR,),
+        "sepcmaes": (cmaes.OPERATOR,),
+        "blockcmaes": (blockcmaes.OPERATOR,),
+        "nevergrad": (optimizer,),
+        "tpe": (shadow.OPERATOR,),
+        "optuna": (shadow.OPERATOR,),
+    }
+    return frozenset({START, ENQUEUED, *made[name]}) if name in made else None
 
 
 def _make(

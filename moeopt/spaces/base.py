@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -206,6 +206,19 @@ class Space(ABC):
         vector = np.clip(vector, self.low, self.high)
         return np.where(self.whole, np.rint(vector), vector).astype(np.float32) + np.float32(0)
 
+    def check_range(self, numbers: Mapping[str, float]) -> None:
+        """Raise SpaceError, naming number and range, unless all that are of this space, by name, lie in their bounds.
+
+        `snap` would clip them in silence, where they are a person's.
+        """
+        if not numbers:
+            return
+        for name, low, high in zip(self.names, self.low.tolist(), self.high.tolist()):
+            if name in numbers and not low <= numbers[name] <= high:
+                raise SpaceError(
+                    f"{name} must be from {low:g} to {high:g}, and was enqueued as {shown(numbers[name], 40)}"
+                )
+
     def values(self, x: Vector) -> list[float]:
         """A genotype as parameters of `distributions`: Python floats, and ints where a number is an integer."""
         if self.integer:
@@ -249,7 +262,10 @@ class Space(ABC):
                 return self.snap([trial.params[name] for name in self.names])
             if not frozen:
                 suggested = [self._suggest(trial, name) for name in self.distributions().items()]
-                return self.snap(suggested) if x is None else x
+                if x is not None:
+                    return x
+                self.check_range(dict(zip(self.names, suggested)))
+                return self.snap(suggested)
         if x is None:
             raise SpaceError(
                 f"a space of {self.size} numbers needs a sampler that knows it: create the study with one of moeopt's "

@@ -1,7 +1,17 @@
 """Storages that a team of workers can trust: outages are waited for, nothing evaluated is lost, slots are exact."""
 
-from moeopt.storage.opening import open_storage
+from moeopt.storage.opening import check_storage, in_memory, is_new, open_storage
 from moeopt.storage.resilient import ResilientStorage, study_names
 from moeopt.storage.urls import hidden, readable_errors, scrub
 
-__all__ = ["ResilientStorage", "hidden", "open_storage", "readable_errors", "scrub", "study_names"]
+__all__ = [
+    "ResilientStorage",
+    "check_storage",
+    "hidden",
+    "in_memory",
+    "is_new",
+    "open_storage",
+    "readable_errors",
+    "scrub",
+    "study_names",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from optuna.storages import BaseStorage, RDBStorage
 
 from moeopt import transaction
 from moeopt.errors import MoeoptError, StorageError
+from moeopt.showing import shown
 from moeopt.storage.outages import Waiting
 from moeopt.storage.resilient import ResilientStorage
 from moeopt.storage.urls import hidden, readable_errors, reason
@@ -55,25 +58,11 @@ def open_storage(
     Raises:
         StorageError: saying which of these fails. Passwords never appear in it.
     """
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
-
     _check(heartbeat_interval, grace_period, patience, retries)
-    try:
-        parsed = make_url(url)
-        backend = parsed.get_backend_name()
-    except (ArgumentError, NoSuchModuleError, ValueError):
-        raise StorageError(
-            "storage must be an SQLAlchemy URL such as sqlite:///moeopt.db or postgresql+psycopg://user@host/name, "
-            f"got {hidden(url)!r}"
-        ) from None
-    memory = backend == "sqlite" and parsed.database in (None, "", ":memory:")
-    if backend == "sqlite" and parsed.database and not memory and not parsed.database.startswith("file:"):
-        file = Path(parsed.database)
-        if not file.parent.is_dir():
-            raise StorageError(f"the folder of {hidden(url)} does not exist: {str(file.parent)!r}")
-        if not create and not file.is_file():
-            raise StorageError(f"no database at {hidden(url)}")
+    parsed = _parsed(url)
+    backend, memory = parsed.get_backend_name(), in_memory(url)
+    if not create and is_new(url):
+        raise StorageError(f"no database at {hidden(url)}")
     known = backend in transaction.DIALECTS and transaction.known_schema()
 
     def opened() -> BaseStorage:
@@ -101,6 +90,58 @@ def open_storage(
             if isinstance(error, MoeoptError):
                 raise
             raise StorageError(f"cannot use the storage {hidden(url)}: {reason(error, url)}") from None
+
+
+def check_storage(storage: object) -> None:
+    """Raise StorageError for what is neither a text nor an Optuna storage."""
+    if isinstance(storage, os.PathLike):
+        raise StorageError(f"a storage is named by its URL, 'sqlite:///{os.fspath(storage)!s}', got {storage!r}")
+    if not isinstance(storage, (str, BaseStorage)):
+        raise StorageError(
+            f"storage must be an SQLAlchemy URL such as sqlite:///moeopt.db, or an Optuna storage, got {shown(storage)}"
+        )
+
+
+def in_memory(url: str) -> bool:
+    """Whether a URL names a database in memory, which ends with its process."""
+    parsed = _parsed(url)
+    name = parsed.database or ""
+    memory = name in ("", ":memory:", "file:") or name.startswith("file::memory:")
+    return parsed.get_backend_name() == "sqlite" and (memory or parsed.query.get("mode") == "memory")
+
+
+def is_new(url: str) -> bool:
+    """Whether a URL names an SQLite file that is not there yet; it is not made, but its folder is checked.
+
+    Raises:
+        StorageError: when it is no URL, or the folder does not exist or cannot be written.
+    """
+    parsed = _parsed(url)
+    if parsed.get_backend_name() != "sqlite" or in_memory(url):
+        return False
+    file = Path(re.sub(r"^file:(//(localhost)?(?=/))?", "", str(parsed.database)))
+    if not file.parent.is_dir():
+        raise StorageError(f"the folder of {hidden(url)} does not exist: {str(file.parent)!r}")
+    if file.exists():
+        return False
+    if not os.access(file.parent, os.W_OK):
+        raise StorageError(f"the folder of {hidden(url)} cannot be written: {str(file.parent)!r}")
+    return True
+
+
+def _parsed(url: str) -> URL:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    try:
+        parsed = make_url(url)
+        parsed.get_backend_name()
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise StorageError(
+            "storage must be an SQLAlchemy URL such as sqlite:///moeopt.db or postgresql+psycopg://user@host/name, "
+            f"got {hidden(url)!r}"
+        ) from None
+    return parsed
 
 
 def _check(heartbeat_interval: Any, grace_period: Any, patience: Any, retries: Any) -> None:

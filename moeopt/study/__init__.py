@@ -1,10 +1,11 @@
 """Studies: create, resume, reclaim, run."""
 
-from moeopt.description import DESCRIPTION
+from moeopt.description import DESCRIPTION, MAY_DIFFER, check_same, differences_of, summary
 from moeopt.genome import CALIBRATION, METHOD, WARM_START
-from moeopt.study.checks import MAY_DIFFER, check_same, check_study, description_of, differences_of
-from moeopt.study.creating import COMMAND, create_study, summary
-from moeopt.study.opening import load_study, space_of
+from moeopt.study.checks import check_goes_on, check_study, description_of
+from moeopt.study.creating import COMMAND, create_study
+from moeopt.study.foreign import foreign_trials
+from moeopt.study.opening import load_study, read_study, space_of
 from moeopt.study.progress import best_trial, finished, stalled
 from moeopt.study.reclaiming import reclaim
 from moeopt.study.running import LONGEST_LOOK, Callback, check_limits, optimize
@@ -22,6 +23,7 @@ __all__ = [
     "WarmStarts",
     "best_trial",
     "check_expressible",
+    "check_goes_on",
     "check_limits",
     "check_same",
     "check_study",
@@ -30,8 +32,10 @@ __all__ = [
     "differences_of",
     "enqueue",
     "finished",
+    "foreign_trials",
     "load_study",
     "optimize",
+    "read_study",
     "reclaim",
     "space_of",
     "stalled",

@@ -2,49 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.pruners import BasePruner
+from optuna.pruners import BasePruner, NopPruner
 
-from moeopt.description import DESCRIPTION, check_whole, described, reading
+from moeopt.description import (
+    DESCRIPTION,
+    check_same,
+    check_sampler,
+    described,
+    go_on,
+    record_sampler,
+    recorded_sampler,
+)
 from moeopt.errors import StudyError
+from moeopt.samplers import GenomeSampler, UnknownSampler
 from moeopt.samplers.shadow import describe
 from moeopt.showing import shown
 
 if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
     from torch import nn
 
     from moeopt.objective import Objective
-    from moeopt.samplers import GenomeSampler
     from moeopt.tasks import Task
 
-MAY_DIFFER = ("version", "format", "model.name_or_path")
-"""Fields of the description that a resumed study need not share: the same weights may lie elsewhere."""
+
+def description_of(objective: Objective, sampler: BaseSampler, pruner: BasePruner) -> dict[str, Any]:
+    """What a study must agree on to be resumed, JSON: model, task, space, evaluation, sampler and pruner.
+
+    Where the objective has a single rung, no pruner has anything to do, and any counts as none.
+    """
+    told = describe(pruner if len(objective.evaluator.rungs) > 1 else NopPruner())
+    return {**objective.describe(), "sampler": settings_of(sampler), "pruner": told}
 
 
-def description_of(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> dict[str, Any]:
-    """What a study must agree on to be resumed, JSON: model, task, space, evaluation, sampler and pruner."""
-    return {**objective.describe(), "sampler": sampler.settings(), "pruner": describe(pruner)}
+def check_objective(objective: object) -> None:
+    """Raise StudyError for what is no objective of moeopt."""
+    from moeopt.objective import Objective
+
+    if not isinstance(objective, Objective):
+        raise StudyError(f"objective must be a moeopt.Objective, got {shown(objective)}")
 
 
-def check_same(study: optuna.Study, description: dict[str, Any]) -> None:
-    """Raise StudyError, naming the fields that differ, unless the study was made with this description."""
-    with reading(study.study_name):
-        attrs = study.user_attrs
-        empty = not attrs and not study.get_trials(deepcopy=False)
-    if DESCRIPTION not in attrs:
-        if not empty:
-            raise StudyError(f"study {study.study_name!r} was not made by moeopt; choose another name")
+def settings_of(sampler: BaseSampler) -> dict[str, Any]:
+    """The settings of a sampler of moeopt, or what one of Optuna's own, used as it is, shows of itself."""
+    if isinstance(sampler, GenomeSampler):
+        return sampler.settings()
+    return {"name": type(sampler).__name__, "plain": describe(sampler)}
+
+
+def check_goes_on(study: optuna.Study, objective: Objective) -> None:
+    """Raise StudyError, naming what differs, unless a study goes on as it was made.
+
+    A study of `create_study` is held against all that it is made with. In one of plain `optuna.create_study` the first
+    trial notes the sampler, and later ones are held against that.
+    """
+    sampler = study.sampler
+    if isinstance(sampler, UnknownSampler):
+        raise StudyError(sampler.why)
+    if isinstance(sampler, GenomeSampler):
+        sampler.adopt_seed(study)
+    if DESCRIPTION in study.user_attrs:
+        check_same(study, description_of(objective, sampler, study.pruner), go_on(study))
         return
-    stored = check_whole(study)
-    differences = [found for found in differences_of(stored, description) if found[0] not in MAY_DIFFER]
-    if any(path == "sampler.name" for path, _, _ in differences):  # its hyperparameters differ, too
-        differences = [found for found in differences if found[0] == "sampler.name" or found[0][:8] != "sampler."]
-    if differences:
-        listed = "; ".join(f"{path}: study has {shown(old)}, now {shown(new)}" for path, old, new in differences)
-        raise StudyError(f"study {study.study_name!r} cannot be resumed with something else. {listed}")
+    if recorded_sampler(study) is None:
+        record_sampler(study, settings_of(sampler))
+    check_sampler(study, settings_of(sampler))
 
 
 def check_study(
@@ -80,12 +106,3 @@ def check_study(
                 + ", ".join(f"{key} {shown(found['model'][key][:16])}, here {ours[key][:16]}" for key in differing)
                 + ("; the same weights in another dtype count as others" if differing == ["weights"] else "")
             )
-
-
-def differences_of(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted path, old and new value of every field in which two descriptions differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from differences_of(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-    elif old != new and not (isinstance(old, list) and isinstance(new, (list, tuple)) and old == list(new)):
-        yield path, old, new

@@ -8,14 +8,15 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError
 from optuna.pruners import BasePruner
 
-from moeopt import __version__, recipe, samplers
+from moeopt import recipe, samplers
 from moeopt.defaults import DEFAULT_STORAGE
-from moeopt.description import DESCRIPTION, FORMAT
+from moeopt.description import DESCRIPTION, check_same
+from moeopt.description import write as write_description
 from moeopt.errors import StudyError
 from moeopt.racing import NOISE_FLOOR, RacingPruner
-from moeopt.storage import open_storage, readable_errors
-from moeopt.study.checks import check_same, description_of
-from moeopt.study.opening import find
+from moeopt.storage import check_storage, is_new, open_storage, readable_errors
+from moeopt.study.checks import check_objective, description_of
+from moeopt.study.opening import check_name, find
 from moeopt.study.reclaiming import reclaim
 from moeopt.study.warm_starts import WarmStarts, calibrated, checked, enqueue_new
 
@@ -66,19 +67,31 @@ def create_study(
         MethodError: when a method is unknown.
         SpaceError: when a warm start is not a plan of the objective's space.
     """
+    if study_name is not None:
+        check_name(study_name)
+    check_objective(objective)
+    if storage is not None:
+        check_storage(storage)
     chosen = samplers.get(sampler, objective.space, seed=seed, **sampler_options)
     starts = checked(warm_starts, objective.space)
-    opened = open_storage(storage) if isinstance(storage, str) else storage
     racer = _pruner(pruner, objective)
-    description = description_of(objective, chosen, racer)
+    opened: BaseStorage | None = None
+    if not isinstance(storage, str) or not is_new(storage):  # a file is made when nothing else can go wrong
+        opened = open_storage(storage) if isinstance(storage, str) else storage
     with readable_errors(storage):
         existing = find(opened, study_name)
         if existing is not None:
             if not load_if_exists:
                 raise _taken(study_name)
+            chosen.adopt_seed(existing)
+    description = description_of(objective, chosen, racer)
+    if existing is not None:
+        with readable_errors(storage):
             check_same(existing, description)
     held = [] if existing is None else [trial.user_attrs for trial in existing.get_trials(deepcopy=False)]
     found = calibrated(starts, objective, held)
+    if opened is None and isinstance(storage, str):
+        opened = open_storage(storage)
     with readable_errors(storage):
         try:
             study = optuna.create_study(
@@ -94,9 +107,7 @@ def create_study(
         if DESCRIPTION in study.user_attrs:
             check_same(study, description)  # another process may have made it since
         else:
-            study.set_user_attr(DESCRIPTION, {"version": __version__, "format": FORMAT, **description})
-            for key, value in summary(description).items():
-                study.set_user_attr(key, value)
+            write_description(study, description)
         if isinstance(racer, RacingPruner) and racer.noise_floor is None and NOISE_FLOOR not in study.user_attrs:
             study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
         if opened is not None:
@@ -110,21 +121,6 @@ def _taken(study_name: str | None) -> StudyError:
     return StudyError(
         f"study {study_name!r} already exists; resume it with load_if_exists=True, or choose another name"
     )
-
-
-def summary(description: dict[str, Any]) -> dict[str, str | int]:
-    """What tells studies apart, one user attribute each, for tables that cut the description short."""
-    sampler, space, model = description["sampler"], description["space"], description["model"]
-    seed = {"seed": sampler["seed"]} if isinstance(sampler.get("seed"), int) else {}
-    return {
-        "optimiser": str(sampler.get("name")),
-        **seed,
-        "task": str(description["task"].get("name")),
-        "model": str(model.get("name_or_path")),
-        "space": f"{space['kind']}, {space['keep']} of {space['shape']['experts']} experts"
-        if "keep" in space
-        else str(space["kind"]),
-    }
 
 
 def _pruner(pruner: str | BasePruner | None, objective: Objective) -> BasePruner:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.pruners import BasePruner, NopPruner
 
-from moeopt.description import DESCRIPTION, check_whole, described, reading
-from moeopt.errors import SpaceError, StudyError
-from moeopt.showing import line
+from moeopt.description import DESCRIPTION, check_sampler, check_whole, described, go_on, reading
+from moeopt.errors import MoeoptError, SpaceError, StudyError
+from moeopt.samplers import UnknownSampler, from_settings
+from moeopt.showing import line, shown
 from moeopt.spaces import Space, from_description
-from moeopt.storage import hidden, open_storage, readable_errors, study_names
+from moeopt.storage import check_storage, hidden, open_storage, readable_errors, study_names
 
 if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
+
+LONGEST_NAME = 512
+"""Characters of a study's name, as Optuna's tables hold it."""
 
 
 def find(storage: BaseStorage | None, study_name: str | None) -> optuna.Study | None:
@@ -27,15 +33,29 @@ def find(storage: BaseStorage | None, study_name: str | None) -> optuna.Study | 
 
 
 def load_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
-    """Open a study of moeopt to read it; all of it is read and checked.
+    """Open a study of moeopt; all of it is read and checked, and it goes on with its own sampler and pruner.
+
+    These are rebuilt from the study. Where they cannot be (an object of Optuna's, code of your own), the study can
+    be read and exported, and a trial that it would start is refused: `create_study` takes the object again.
 
     Raises:
         StudyError: when there is no such study (the nearest name is suggested), moeopt did not make it, a newer one
             did, or a trial is not of the form that moeopt writes.
         StorageError: when the storage cannot be opened, or the study is damaged.
     """
+    study = read_study(study_name, storage)
+    with readable_errors(storage):
+        study.sampler, study.pruner = _own(study)
+    return study
+
+
+def read_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
+    """Open a study of moeopt to read it, as `load_study` does; nothing of it is rebuilt, and it starts no trials."""
     from moeopt.errors import nearest
 
+    check_storage(storage)
+    if not isinstance(study_name, str):
+        raise StudyError(f"a study has a name, a text, got {shown(study_name)}")
     opened = open_storage(storage, create=False) if isinstance(storage, str) else storage
     with readable_errors(storage):
         study = find(opened, study_name)
@@ -45,7 +65,49 @@ def load_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
             hint = nearest(study_name, [str(name) for name in names])
             raise StudyError(f"no study {study_name!r} in {hidden(storage)}{hint}")
         check_whole(study)
+    study.sampler = UnknownSampler(f"study {study_name!r} was opened to be read{go_on(study)}")
     return study
+
+
+def check_name(study_name: object) -> None:
+    """Raise StudyError unless a new study may be called so: a name can be typed again, and told from others."""
+    if not isinstance(study_name, str):
+        raise StudyError(f"a study's name is a text, got {shown(study_name)}")
+    if not study_name.strip() or study_name != study_name.strip() or not study_name.isprintable():
+        raise StudyError(
+            "a study's name must be printable, and neither empty nor begin or end with white space, got "
+            f"{shown(study_name)}"
+        )
+    if len(study_name) > LONGEST_NAME:
+        raise StudyError(f"a study's name has at most {LONGEST_NAME} characters, got {len(study_name)}")
+
+
+def _pruner(told: dict[str, Any] | None) -> BasePruner:
+    """The pruner that a description tells of; the first versions had none."""
+    from moeopt import recipe
+
+    return NopPruner() if told is None else recipe.pruner_from(told)
+
+
+def _own(study: optuna.Study) -> tuple[BaseSampler, BasePruner]:
+    """The study's sampler and pruner, rebuilt; a sampler that starts nothing, with the reason, where one cannot be."""
+    from moeopt import recipe as recipes
+
+    name = study.study_name
+    try:
+        about, kept = described(study), recipes.kept(study)
+        space = space_of(study)
+        sampler = recipes.sampler_of(kept, space) if kept else from_settings(about["sampler"], space)
+        pruner = recipes.pruner_of(kept) if kept else _pruner(about.get("pruner"))
+        check_sampler(study, sampler.settings())
+    except MoeoptError as error:
+        why = (
+            f"the sampler or the pruner of study {name!r} cannot be rebuilt from it: {line(str(error), 300)}. Pass the "
+            f"object that it was made with again, sampler=... or pruner=..., to moeopt.create_study({name!r}, "
+            "objective=..., storage=..., load_if_exists=True) or moeopt.run_worker"
+        )
+        return UnknownSampler(why), NopPruner()
+    return sampler, pruner
 
 
 def space_of(study: optuna.Study) -> Space:

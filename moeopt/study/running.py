@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import genome, recipe
 from moeopt.errors import StorageError, StudyError
+from moeopt.objective import Objective
+from moeopt.samplers import GenomeSampler, UnknownSampler
+from moeopt.showing import shown
 from moeopt.storage.rows import NoSlotLeft, StudyIsGone
 from moeopt.study.progress import finished, stalled
 from moeopt.study.reclaiming import reclaim
@@ -51,11 +55,21 @@ def optimize(
         timeout: seconds for this run.
         patience: stop after so many trials without a better one.
 
+    Warns where the sampler says that so many trials leave out what it is for (`GenomeSampler.shortfall`).
+
     Raises:
-        StudyError: when none of the three says when to stop, or one cannot.
+        StudyError: when none of the three says when to stop, or one cannot; when the study would not go on as it was
+            made (`Objective.check`), before a trial starts.
         StorageError: when the database was away for longer than its storage waits, or the study was deleted.
     """
     check_limits(trials, timeout, patience)
+    callbacks = _checked(study, objective, callbacks)
+    if (
+        trials is not None
+        and isinstance(study.sampler, GenomeSampler)
+        and (left_out := study.sampler.shortfall(trials))
+    ):
+        warnings.warn(left_out, stacklevel=2)
     until = None if timeout is None else time.monotonic() + timeout
     team = genome.shared(study)
 
@@ -85,6 +99,21 @@ def optimize(
             except NoSlotLeft:
                 if not _wait_for_others(study, trials, stop, left):
                     return
+
+
+def _checked(study: Any, objective: Any, callbacks: Any) -> list[Callback]:
+    """The callbacks, once all three are what they are called; StudyError for what is not, or goes on with another."""
+    if not isinstance(study, optuna.Study):
+        raise StudyError(f"study must be an optuna.Study, as moeopt.create_study gives it, got {shown(study)}")
+    if not callable(objective):
+        raise StudyError(f"objective must be called with trials, such as a moeopt.Objective, got {shown(objective)}")
+    if callable(callbacks) or isinstance(callbacks, str):
+        raise StudyError(f"callbacks is a list, got {shown(callbacks)}")
+    if isinstance(objective, Objective):
+        objective.check(study)
+    elif isinstance(study.sampler, UnknownSampler):
+        raise StudyError(study.sampler.why)
+    return list(callbacks)
 
 
 def check_limits(trials: Any = None, timeout: Any = None, patience: Any = None) -> None:
