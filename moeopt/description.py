@@ -32,6 +32,10 @@ DEEPEST = 64
 """Levels of objects and lists in a description."""
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 """What Optuna raises on rows that hold something else than it wrote."""
+SAMPLER = "moeopt:sampler"
+"""System attribute of a study of plain `optuna.create_study`: settings of the sampler that it goes on with."""
+ENQUEUED = "enqueued"
+"""Operator, in a trial's origin, of one whose genotype, or part of it, a person gave."""
 MAY_DIFFER = ("version", "format", "model.name_or_path")
 """Fields of the description that a resumed study need not share: the same weights may lie elsewhere."""
 
@@ -294,10 +298,10 @@ def recorded_sampler(study: optuna.Study) -> dict[str, Any] | None:
     """
     with reading(study.study_name):
         attrs = study.user_attrs
-        noted = None if DESCRIPTION in attrs else genome.study_attributes(study).get(genome.SAMPLER)
+        noted = None if DESCRIPTION in attrs else genome.study_attributes(study).get(SAMPLER)
     if DESCRIPTION in attrs:
         return described(study)["sampler"]  # type: ignore[no-any-return]
-    where = f"study {shown(study.study_name)}: {genome.SAMPLER!r}"
+    where = f"study {shown(study.study_name)}: {SAMPLER!r}"
     check_depth(noted, where)
     check(noted, Maybe({"name": TEXT}), where)
     return noted
@@ -305,7 +309,7 @@ def recorded_sampler(study: optuna.Study) -> dict[str, Any] | None:
 
 def record_sampler(study: optuna.Study, settings: Mapping[str, Any]) -> None:
     """Note the sampler of a study of plain `optuna.create_study`, which says nothing of what it searches."""
-    genome.write_study(study, {genome.SAMPLER: settings})
+    genome.write_study(study, {SAMPLER: settings})
 
 
 def check_sampler(study: optuna.Study, settings: Mapping[str, Any]) -> None:

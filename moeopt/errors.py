@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 
 class MoeoptError(Exception):
     """Base of every error raised by moeopt on purpose; its text is meant for the user."""
@@ -66,3 +68,11 @@ def nearest(name: str, known: list[str]) -> str:
     lowered = {k.lower(): k for k in known}
     match = get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
     return f"; did you mean {lowered[match[0]]!r}?" if match else ""
+
+
+def got(value: object) -> str:
+    """A value of a wrong type, as a message names it: the value where it is short, else what it is."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}, not an instance of it"
+    text = repr(value) if isinstance(value, (str, bytes, int, float, PurePath, type(None))) else ""
+    return text if 0 < len(text) <= 120 else f"an object of type {type(value).__name__}"

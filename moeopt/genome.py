@@ -32,12 +32,10 @@ Params = Mapping[str, tuple[Any, "BaseDistribution"]]
 
 GENOME = "moeopt:genome"
 ORIGIN = "moeopt:origin"
-ENQUEUED = "enqueued"  # operator, in a trial's origin, of one whose genotype, or part of it, a person gave
 SCORES = "moeopt:scores"
 NOT_FINITE = "moeopt:not_finite"  # what the scores of a trial are of that ended without a finite loss
 RETRIES = "retry_history"  # Optuna's own key, as `RetryHeartbeatStaleTrialCallback` writes it
 ESTIMATE = "estimate"  # user attribute of a pruned trial: an honest estimate of its loss over all examples
-SAMPLER = "moeopt:sampler"  # system attribute of a study of plain optuna: settings of the sampler it goes on with
 INTERRUPTED = "interrupted"  # user attribute of a trial that Ctrl-C ended
 FAILURE = "failure"  # user attribute of a failed trial: why it failed
 # User attributes that a trial's repetition gets: fingerprint and method of a warm start, and what that cost beforehand.
@@ -123,11 +121,6 @@ def origin(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def fixed(trial: FrozenTrial) -> dict[str, Any]:
-    """The parameters that a trial was enqueued with, by name."""
-    return trial.system_attrs.get("fixed_params") or {}
-
-
 def write(
     study: optuna.Study,
     trial: Any,
@@ -205,16 +198,6 @@ def slot(trial: FrozenTrial, trials: Iterable[FrozenTrial]) -> int:
 def mark_interrupted(study: optuna.Study, trial: FrozenTrial) -> None:
     """Note on a trial that it is to be run again, whatever becomes of it."""
     study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
-
-
-def fail(study: optuna.Study, trial: Any, reason: str, *, again: bool) -> None:
-    """End a running trial that its sampler refuses, with the reason; with `again` it is run once the study goes on."""
-    from optuna.trial import TrialState
-
-    if again:
-        mark_interrupted(study, trial)
-    study._storage.set_trial_user_attr(trial._trial_id, FAILURE, reason)
-    study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
 def waiting(attrs: Attrs, user_attrs: Attrs) -> FrozenTrial:

@@ -15,8 +15,9 @@ import optuna
 from optuna.trial import TrialState
 
 from moeopt import genome, racing, reference
-from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError
+from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError, got
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
+from moeopt.evaluation.checks import check_parts
 from moeopt.evaluation.memory import ran_out
 from moeopt.models import Storage, describe, fingerprint, lock_of, shape_of
 from moeopt.plan import Plan
@@ -83,8 +84,8 @@ class Objective:
         UserWarning: when the task has no dev or no test split, or fewer distinct examples than `limit`.
 
     Raises:
-        SpaceError: when the space is for a model of another shape.
-        TaskError: when the task has no such split.
+        SpaceError: when the space is none, or for a model of another shape.
+        TaskError, ModelError: as `Evaluator`.
         StudyError: when `rungs`, `report` or `active_weight` is out of range.
     """
 
@@ -109,6 +110,11 @@ class Objective:
         compression: Compression | None = None,
         reference: bool = True,
     ) -> None:
+        check_parts(model, tokenizer, task)
+        if not isinstance(space, Space):
+            raise SpaceError(
+                f"space must be one of moeopt's, such as moeopt.EEPSpace.of(model, keep=4), got {got(space)}"
+            )
         shape = shape_of(model)
         if shape != space.shape:
             raise SpaceError(f"the space is for {space.shape}, the model has {shape}")

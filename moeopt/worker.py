@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from moeopt import recipe as recipes
 from moeopt import study as studies
 from moeopt.description import described
-from moeopt.errors import StudyError
+from moeopt.errors import StudyError, TaskError, got
 
 if TYPE_CHECKING:
     import optuna
     import torch
     from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
 
-    from moeopt.samplers import GenomeSampler
     from moeopt.study import Callback
     from moeopt.tasks import Task
 
@@ -36,7 +36,7 @@ def run_worker(
     timeout: float | None = None,
     patience: int | None = None,
     task: Task | None = None,
-    sampler: GenomeSampler | None = None,
+    sampler: str | BaseSampler | None = None,
     pruner: BasePruner | None = None,
     callbacks: Iterable[Callback] = (),
     **options: Any,
@@ -57,7 +57,7 @@ def run_worker(
         timeout: seconds after which no trial starts.
         patience: finished trials without a better one after which none starts; None for what the study says.
         task: what the search was given, where the study cannot hold it (a task that is code of its own).
-        sampler, pruner: likewise.
+        sampler, pruner: likewise (an object of Optuna's, code of your own).
         callbacks: of `study.optimize`.
         options: for `moeopt.load`.
 
@@ -70,10 +70,20 @@ def run_worker(
         StorageError: when the storage cannot be opened.
         ModelError: when the checkpoint cannot be loaded.
     """
-    from moeopt.models import check_checkpoint, load, load_tokenizer
+    from optuna.pruners import BasePruner
+
+    from moeopt.models import check_checkpoint, check_device_map, check_dtype, load, load_tokenizer
     from moeopt.objective import Objective
     from moeopt.plan import ModelShape
+    from moeopt.samplers import get as get_sampler
+    from moeopt.tasks import Task
 
+    check_device_map(device_map)
+    check_dtype(dtype)
+    if task is not None and not isinstance(task, Task):
+        raise TaskError(f"task must be a moeopt.tasks.Task, got {got(task)}")
+    if pruner is not None and not isinstance(pruner, BasePruner):
+        raise StudyError(f"pruner must be an Optuna pruner object, got {got(pruner)}")
     study = studies.read_study(study_name, storage)
     recipe = recipes.read(study)
     target = recipes.wanted(study) if trials is None else trials
@@ -93,7 +103,11 @@ def run_worker(
     if shape != searched:
         raise StudyError(f"study {study_name!r} searches {searched}, {str(source)!r} has {shape}")
     space = studies.space_of(study)
-    study.sampler = sampler = recipes.sampler_of(recipe, space) if sampler is None else sampler
+    if sampler is None:
+        sampler = recipes.sampler_of(recipe, space)
+    else:
+        sampler = get_sampler(sampler, space, seed=about["sampler"].get("seed", 0))
+    study.sampler = sampler
     study.pruner = pruner = recipes.pruner_of(recipe) if pruner is None else pruner
     chosen = recipes.task_of(recipe) if task is None else task
     tokenizer = load_tokenizer(source)

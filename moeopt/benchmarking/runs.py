@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from moeopt.benchmarking.statistics import Floats, best_so_far
 from moeopt import genome
-from moeopt.description import FINITE, check, check_whole
+from moeopt.benchmarking.statistics import Floats, best_so_far
+from moeopt.description import ENQUEUED, FINITE, check, check_whole
 from moeopt.errors import StudyError
-from moeopt.genome import ENQUEUED, RETRIES
+from moeopt.genome import RETRIES
 from moeopt.selection.record import SELECTION, WINNER, check_record, recorded
 from moeopt.showing import line, shown
 from moeopt.study import CALIBRATION, METHOD, WARM_START, foreign_trials

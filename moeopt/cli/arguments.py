@@ -216,11 +216,25 @@ def warm_starts(given: Iterable[str], layers: int, space: Space) -> list[Plan | 
 
 
 def command_again(given: Sequence[str] | None, storage: str) -> str:
-    """The command that was given (None: of this process), to resume with; without a storage's password."""
+    """The command that was given (None: of this process), to resume with here; without a storage's password."""
+    return shlex.join(["moeopt", *_again(given, storage)])
+
+
+def noted_command(given: Sequence[str] | None, storage: str) -> str:
+    """`command_again` to resume with from another folder, and where MOEOPT_STORAGE is not set."""
+    from moeopt.storage import hidden
+
+    words = _again(given, storage)
+    if not any(word.partition("=")[0] == "--storage" for word in words):
+        words += ["--storage", hidden(storage)]
+    return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(['moeopt', *words])}"
+
+
+def _again(given: Sequence[str] | None, storage: str) -> list[str]:
     from moeopt.storage import hidden
 
     words = [word for word in (sys.argv[1:] if given is None else given) if word != "--no-resume"]
-    return shlex.join(["moeopt", *(word.replace(storage, hidden(storage)) for word in words)])
+    return [word.replace(storage, hidden(storage)) for word in words]
 
 
 def storage_again(storage: str) -> list[str]:
@@ -228,6 +242,12 @@ def storage_again(storage: str) -> list[str]:
     from moeopt.storage import hidden
 
     return [] if os.environ.get(STORAGE_VARIABLE) == storage else ["--storage", hidden(storage)]
+
+
+def show_again(study: str, storage: str) -> str:
+    """The command that shows a study."""
+    name = ["--", study] if study.startswith("-") else [study]
+    return shlex.join(["moeopt", "show", *storage_again(storage), *name])
 
 
 def chosen_plan(
@@ -272,36 +292,70 @@ def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:
     return chosen, plan_of(chosen, study)
 
 
-def check_shared(storage: str) -> None:
-    """Raise StorageError for a database in memory, which no other process sees."""
+def check_kept(storage: str, workers: int) -> None:
+    """Raise StorageError for a database in memory, which ends with the command, and no other process sees."""
     from moeopt.errors import StorageError
-    from moeopt.storage import hidden
+    from moeopt.storage import hidden, in_memory
 
-    if storage in ("sqlite://", "sqlite:///") or ":memory:" in storage or "mode=memory" in storage:
-        raise StorageError(
-            f"a database in memory is of one process, and --workers are several: not {hidden(storage)!r}"
-        )
+    if in_memory(storage):
+        why = "a database in memory ends with the search, and all that it found"
+        if workers > 1:
+            why = "a database in memory is of one process, and --workers are several"
+        raise StorageError(f"{why}: give a file, such as sqlite:///moeopt.db, not {hidden(storage)!r}")
 
 
-def existing(storage: str, name: str, described: dict[str, Any], *, resume: bool) -> optuna.Study | None:
-    """The study of that name, if there is one; StudyError when it cannot be resumed with what is `described`."""
-    import optuna
+def device_map(given: str) -> str:
+    """What was given, unless it names a device that is none, or is not here: then ModelError."""
+    if given not in ("auto", "cpu"):  # of which PyTorch, slow to import, need not be asked
+        from moeopt.models import check_device_map
 
-    from moeopt import study as room
-    from moeopt.description import reading
-    from moeopt.storage import hidden, open_storage, readable_errors
+        check_device_map(given)
+    return given
 
+
+def existing(storage: str, name: str, *, resume: bool) -> optuna.Study | None:
+    """The study of that name; None where there is none, and no database file is made.
+
+    Raises:
+        StudyError: when there is one, and it is not to be resumed.
+        StorageError: when the storage cannot be used.
+    """
+    from moeopt.storage import hidden, is_new, open_storage, readable_errors
+    from moeopt.study import find
+
+    if is_new(storage):
+        return None
     opened = open_storage(storage)
     with readable_errors(storage):
-        try:
-            found = optuna.load_study(study_name=name, storage=opened)
-        except KeyError:
-            return None
-    if not resume:
+        found = find(opened, name)
+    if found is not None and not resume:
         raise StudyError(
             f"study {name!r} already exists in {hidden(storage)}; leave out --no-resume, or choose another name"
         )
-    with readable_errors(storage), reading(name):
-        stored = found.user_attrs.get(room.DESCRIPTION)
-    room.check_same(found, {**(stored if isinstance(stored, dict) else {}), **described})
     return found
+
+
+def stored_description(study: optuna.Study | None) -> dict[str, Any]:
+    """What a study says it searches; of none, and of one that moeopt did not make, nothing."""
+    from moeopt.description import DESCRIPTION, described, reading
+
+    if study is None:
+        return {}
+    with reading(study.study_name):
+        made_by_us = DESCRIPTION in study.user_attrs
+    return described(study) if made_by_us else {}
+
+
+def for_trials(sampler: str, given: dict[str, Any], trials: int, stored: dict[str, Any]) -> dict[str, Any]:
+    """Options of a sampler; where it is EEP, those that follow the number of trials are added.
+
+    A study that is resumed keeps its own, however many trials it shall hold now.
+    """
+    from moeopt.samplers.eep import PUBLISHED, scaled
+
+    if sampler != "eep":
+        return given
+    its_own = stored.get("sampler") or {}
+    if its_own.get("name") == "eep" and PUBLISHED.keys() <= its_own.keys():
+        return {**{name: its_own[name] for name in PUBLISHED}, **given}
+    return {**scaled(trials, given), **given}

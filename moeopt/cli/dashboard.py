@@ -40,7 +40,7 @@ def dashboard(
 ) -> None:
     """Serve optuna-dashboard for a storage, with each study's note and figures kept current."""
     from moeopt.console import consoles
-    from moeopt.storage import hidden, open_storage, readable_errors
+    from moeopt.storage import anywhere, hidden, open_storage, readable_errors
 
     out, err = consoles()
     opened = open_storage(storage, create=False)
@@ -53,7 +53,9 @@ def dashboard(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     cached = optuna.storages.get_storage(opened)
     refresher = Refresher(
-        cached, hidden(storage), report=lambda line: err.print(line, style="yellow", markup=False, soft_wrap=True)
+        cached,
+        hidden(anywhere(storage)),
+        report=lambda line: err.print(line, style="yellow", markup=False, soft_wrap=True),
     )
     if once:
         with readable_errors(storage):

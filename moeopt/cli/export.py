@@ -54,7 +54,9 @@ def export(
     data: Data = None,
     task_option: TaskOption = None,
     limit: Limit = None,
-    device_map: Annotated[str, MACHINE(metavar="MAP", help="With --project: where weights go.")] = "auto",
+    device_map: Annotated[
+        str, MACHINE(metavar="MAP", callback=arguments.device_map, help="With --project: where weights go.")
+    ] = "auto",
 ) -> None:
     """Write the smaller model as a checkpoint that needs nothing of moeopt to load.
 

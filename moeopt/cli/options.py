@@ -41,7 +41,9 @@ Score = Annotated[
     ),
 ]
 Limit = Annotated[int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")]
-DeviceMap = Annotated[str, MACHINE(metavar="MAP", help="Where weights go: auto, cpu, cuda:0, ...")]
+DeviceMap = Annotated[
+    str, MACHINE(metavar="MAP", callback=arguments.device_map, help="Where weights go: auto, cpu, cuda:0, ...")
+]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], MACHINE(help="Type of the weights in memory.")]
 TrustRemoteCode = Annotated[bool, MACHINE("--trust-remote-code", help="Run code that comes with a checkpoint.")]
 BatchTokens = Annotated[int, MACHINE(metavar="N", min=1, help="Padded tokens a forward pass.")]
@@ -59,6 +61,9 @@ TRIAL = "A trial's number, best: the one of least loss, or selected: what [bold]
 
 def interrupted(err: Console, kept: str, ctx: typer.Context, storage: str) -> typer.Exit:
     """How a command ends after Ctrl-C, once it has said what is kept, and how to go on: with the same command."""
-    err.print(f"Interrupted; {kept}")
-    err.print(f"  {arguments.command_again(ctx.obj, storage)}", markup=False, soft_wrap=True)
+    from moeopt.storage.urls import HIDDEN
+
+    command = arguments.command_again(ctx.obj, storage)
+    err.print(f"Interrupted; {kept}" + (f" ({HIDDEN}: what is secret)" if HIDDEN in command else ""), markup=False)
+    err.print(f"  {command}", markup=False, soft_wrap=True)
     return typer.Exit(INTERRUPTED)

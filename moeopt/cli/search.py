@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -140,6 +142,10 @@ def search(
     ] = 1,
 ) -> None:  # fmt: skip
     """Start or resume a search: every trial prunes or merges the model's experts and scores it on the task."""
+    from moeopt.study import check_name
+
+    check_name(study)
+    arguments.check_kept(storage, workers)
     task_options = arguments.pairs("--task-option", task_option)
     sampler_options = arguments.pairs("--sampler-option", sampler_option)
     ranges = arguments.groups(groups)
@@ -148,10 +154,9 @@ def search(
         space, keep=keep, active=chosen_active.k, encoding=encoding, router=router, around=around, scale=scale,
         groups=groups, searched=chosen_active.searched,
     )  # fmt: skip
-    if workers > 1:
-        arguments.check_shared(storage)
     from moeopt import samplers, tasks
     from moeopt.plan import ModelShape
+    from moeopt.samplers.eep import PUBLISHED, PUBLISHED_TRIALS
     from moeopt.spaces import PruneSpace
 
     shape = arguments.quick_shape(model)
@@ -166,22 +171,37 @@ def search(
         shape = check_checkpoint(model)
     chosen_space = arguments.space(space, shape, keep, ranges, around, scale, encoding, router, chosen_active)
     starts = arguments.warm_starts(warm_start or (), shape.layers, chosen_space)
-    chosen_sampler = samplers.get(sampler, chosen_space, seed=seed, **sampler_options)
+    resumed = arguments.existing(storage, study, resume=resume)
+    stored = arguments.stored_description(resumed)
+    fitted = arguments.for_trials(sampler, sampler_options, trials, stored)
+    chosen_sampler = samplers.get(sampler, chosen_space, seed=seed, **fitted)
     described = {
         "task": {**chosen_task.describe(), "split": "search", "limit": limit, "max_length": None},
         "space": chosen_space.describe(),
         "sampler": chosen_sampler.settings(),
     }
-    resumed = arguments.existing(storage, study, described, resume=resume) is not None
 
     import optuna
 
     from moeopt import fleet, recipe
     from moeopt.console import SearchProgress, consoles
-    from moeopt.study import COMMAND, best_trial, create_study, finished, optimize, stalled
+    from moeopt.study import COMMAND, best_trial, check_same, create_study, finished, optimize, stalled
+
+    if resumed is not None:
+        check_same(resumed, {**stored, **described})
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # no traceback of a trial that Ctrl-C ended
     out, err = consoles()
+    if resumed is None and sampler == "eep" and trials < PUBLISHED_TRIALS and fitted != sampler_options:
+        sizes = ", ".join(f"{name}={fitted[name]}" for name in PUBLISHED)
+        published = ", ".join(f"{name}={value}" for name, value in PUBLISHED.items())
+        err.print(
+            f"EEP in {trials} trials: {sizes}, in proportion to {published} as published for {PUBLISHED_TRIALS}; "
+            "--sampler-option sets others", markup=False, soft_wrap=True,
+        )  # fmt: skip
+    missing = chosen_sampler.shortfall(trials)
+    if missing is not None:
+        err.print(missing, markup=False, soft_wrap=True)
     try:
         err.print(f"task {chosen_task.name}: {chosen_task.summary}", markup=False, soft_wrap=True)
         err.print(f"loading {model}", markup=False)
@@ -208,9 +228,10 @@ def search(
             load_if_exists=resume,
             warm_starts=starts,
         )
-        if COMMAND not in record.user_attrs:
-            record.set_user_attr(COMMAND, arguments.command_again(ctx.obj, storage))
-        if resumed:
+        command = arguments.noted_command(ctx.obj, storage)
+        if record.user_attrs.get(COMMAND) != command:
+            record.set_user_attr(COMMAND, command)
+        if resumed is not None:
             err.print(f"resuming study {study!r}: {finished(record)} of {trials} trials done", markup=False)
         if "merge" in chosen_space.phases and chosen_space.router == "prob":
             err.print("merged routers map probabilities: only prunings export to an ordinary checkpoint (see --router)")
@@ -229,9 +250,11 @@ def search(
             again += ["--task", task, *(["--data", data] if data is not None else [])]
             again += [word for option in task_option or () for word in ("--task-option", option)]
         with (
+            warnings.catch_warnings(),
             SearchProgress(err, trials, timeout) as progress,
             fleet.Fleet(shares[1:], again, storage, progress.say),
         ):
+            warnings.filterwarnings("ignore", message=re.escape(str(missing)))  # it is said above
             optimize(record, objective, trials=trials, timeout=timeout, patience=patience, callbacks=[progress])
         teacher = objective.evaluator.teacher
         if teacher is not None and teacher.nbytes:
@@ -266,7 +289,7 @@ def search(
     place = shlex.join(arguments.storage_again(storage))
     out.print(
         f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n{compared}"
-        f"  moeopt show {shlex.quote(study)} {place}\n"
+        f"  {arguments.show_again(study, storage)}\n"
         f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --study {shlex.quote(study)}",
         markup=False,
         soft_wrap=True,

@@ -23,9 +23,11 @@ from moeopt.cli.options import (
     DeviceMap,
     Storage,
     TaskOption,
+    interrupted,
 )
 from moeopt.errors import MoeoptError
 
+STORED = "every finished trial is stored. To go on:"
 FAILED = 1
 """Exit code after a trial failed for a reason that is neither the plan's nor the user's."""
 
@@ -70,6 +72,7 @@ def register(app: typer.Typer) -> None:
 
 
 def worker(
+    ctx: typer.Context,
     study: StudyName,
     storage: Storage = DEFAULT_STORAGE,
     model: Checkpoint = None,
@@ -111,9 +114,9 @@ def worker(
                     task=chosen, callbacks=[progress],
                 )  # fmt: skip
     except KeyboardInterrupt:
-        if not quiet:
-            err.print("Interrupted; every finished trial is stored")
-        raise typer.Exit(INTERRUPTED) from None
+        if quiet:
+            raise typer.Exit(INTERRUPTED) from None
+        raise interrupted(err, STORED, ctx, storage) from None
     except MoeoptError:
         raise
     except Exception as error:
@@ -125,6 +128,7 @@ def worker(
 
 
 def on_ray(
+    ctx: typer.Context,
     study: StudyName,
     workers: Annotated[int, MACHINE(metavar="N", min=1, help="Workers; those without a place yet wait for one.")],
     storage: Storage = DEFAULT_STORAGE,
@@ -165,8 +169,7 @@ def on_ray(
             model=model, trials=trials, timeout=timeout, dtype=dtype, task=chosen,
         )  # fmt: skip
     except KeyboardInterrupt:
-        err.print("Interrupted; every finished trial is stored")
-        raise typer.Exit(INTERRUPTED) from None
+        raise interrupted(err, STORED, ctx, storage) from None
     err.print(f"{finished(record)} trials done", markup=False)
 
 

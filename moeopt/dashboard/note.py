@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from moeopt.dashboard.digest import Digest, number, shown
+from moeopt.dashboard.resuming import resuming
 from moeopt.reference import MOST_SHOWN
 
 MARK = "[//]: # (moeopt writes what follows; text above this line is yours and stays)"
 """A line that Markdown does not show."""
-LONGEST_COMMAND = 2000
 MOST_RUNS = 64
 """Lines of a plan that are listed."""
 
 
-def note(digest: Digest, command: Any, storage: str) -> str:
+def note(digest: Digest, command: Any, storage: str, trials: int | None = None) -> str:
     """The body of the note.
 
     Args:
         command: what resumes the study, as `moeopt search` left it; anything else is ignored.
         storage: the URL of its storage, without a password.
+        trials: how many the study shall hold, where it says so.
     """
     parts = [f"## {code(digest.name)}"]
     if digest.problems:
         parts.append("\n".join(f"- **Cannot be read in full:** {code(line)}" for line in digest.problems))
     if digest.about:
         parts.append("### What it searches\n\n" + _table(_facts(digest)))
-        parts.append("### How to resume\n\n" + _resume(digest, command, storage))
+        parts.append("### How to resume\n\n" + resuming(digest, command, storage, trials))
     parts.append("### Best so far\n\n" + _best(digest))
     return "\n\n".join(parts) + "\n"
 
@@ -82,36 +82,6 @@ def _facts(digest: Digest) -> list[tuple[str, str]]:
 
 def _named(name: Any, more: Any) -> str:
     return code(shown(name)) + (f" ({code(more)})" if isinstance(more, str) else "")
-
-
-def _resume(digest: Digest, command: Any, storage: str) -> str:
-    known = _command(command)
-    if known is not None:
-        return _fenced(known, "bash")
-    seed = digest.part("sampler", "seed")
-    return "Run the Python that made it again, with\n\n" + _fenced(
-        f"study = moeopt.create_study(\n    {digest.name!r},\n    objective=objective,\n    storage={storage!r},\n"
-        f"    sampler={shown(digest.part('sampler', 'name'))!r},\n"
-        + (f"    seed={seed},\n" if isinstance(seed, int) else "")
-        + "    load_if_exists=True,\n)\nmoeopt.optimize(study, objective, trials=...)",
-        "python",
-    )
-
-
-def _command(command: Any) -> str | None:
-    """A `moeopt` command, quoted anew so that a shell runs nothing but it; None for anything else."""
-    if not isinstance(command, str) or len(command) > LONGEST_COMMAND or not command.isprintable():
-        return None
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        return None
-    return shlex.join(words) if words[:2] == ["moeopt", "search"] else None
-
-
-def _fenced(text: str, language: str) -> str:
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _best(digest: Digest) -> str:

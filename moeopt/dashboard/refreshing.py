@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -18,7 +19,7 @@ from moeopt.dashboard.drawing import Curve, best_curve, draw
 from moeopt.dashboard.note import joined, note
 from moeopt.errors import FigureError, MoeoptError, StudyError
 from moeopt.spaces.base import NAMED_AT_MOST
-from moeopt.storage import readable_errors, study_names
+from moeopt.storage import anywhere, hidden, readable_errors, study_names
 from moeopt.study import COMMAND
 
 if TYPE_CHECKING:
@@ -153,7 +154,9 @@ class Refresh:
             self._last[name] = time.monotonic()
             try:
                 if is_ours(study.user_attrs):
-                    attach(study, digest(study, self._rows.setdefault(name, {})), "...", {})
+                    team = genome.shared(study)
+                    place = "..." if team is None else hidden(anywhere(str(team[0].url)))
+                    attach(study, digest(study, self._rows.setdefault(name, {})), place, {})
             except Exception as error:  # a figure must not end a search
                 if not self._warned:
                     self._warned = True
@@ -173,6 +176,9 @@ def attach(study: optuna.Study, read: Digest, url: str, others: Mapping[str, Cur
         from optuna_dashboard import get_note, save_note, save_plotly_graph_object
     except ImportError:
         raise FigureError("notes and figures need optuna-dashboard: pip install 'moeopt[dashboard]'") from None
+    from moeopt.recipe import wanted as trials_wanted
+
+    wanted = trials_wanted(study)
     about, command = draw(read, others, _named(study, read)), study.user_attrs.get(COMMAND)
     written = 0
     for _ in range(TRIES):
@@ -182,11 +188,12 @@ def attach(study: optuna.Study, read: Digest, url: str, others: Mapping[str, Cur
             if key.startswith("dashboard:") and isinstance(value, int if key.endswith("note_ver") else str)
         }
         memory = optuna.storages.InMemoryStorage()
-        memory.create_new_study([optuna.study.StudyDirection.MINIMIZE], "desk")
+        with _unsaid():
+            memory.create_new_study([optuna.study.StudyDirection.MINIMIZE], "desk")
         desk = optuna.load_study(study_name="desk", storage=memory)
         genome.write_study(desk, there)
         before = _note(get_note, desk)
-        body = joined(before, note(read, command, url))
+        body = joined(before, note(read, command, url, wanted))
         if body != before:
             save_note(desk, body)
         for name, figure in about.items():
@@ -197,6 +204,21 @@ def attach(study: optuna.Study, read: Digest, url: str, others: Mapping[str, Cur
         genome.write_study(study, changed)
         written += len(changed)
     return written
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Within it, Optuna does not tell of the studies in memory that this thread makes for its own use."""
+    here, logger = threading.get_ident(), logging.getLogger("optuna.storages._in_memory")
+
+    def said_elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    logger.addFilter(said_elsewhere)
+    try:
+        yield
+    finally:
+        logger.removeFilter(said_elsewhere)
 
 
 def _note(get_note: Callable[[Any], str], desk: optuna.Study) -> str:

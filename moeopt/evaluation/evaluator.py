@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError, TaskError
+from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError, TaskError, got
 from moeopt.evaluation import mixing
 from moeopt.evaluation.batches import Batch, pack
 from moeopt.evaluation.branching import may_branch
+from moeopt.evaluation.checks import check_parts, check_settings
 from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.generating import Generation, Generator
 from moeopt.evaluation.generating import race as race_generated
@@ -93,9 +94,10 @@ class Evaluator:
         teacher: what is known of the full model, and what that cost; None where the task's own scores are the loss.
 
     Raises:
-        TaskError: if the split is empty, or an example does not fit.
-        ModelError: if `prefix_memory` is given and the model keeps state across layers.
-        ValueError: naming an argument that is out of range.
+        TaskError: if the split is empty, or an example does not fit; naming an argument that is not what it should be.
+        ModelError: likewise for what is about the model; if `prefix_memory` is given and the model keeps state across
+            layers.
+        ValueError: when `rungs` are not such.
     """
 
     def __init__(
@@ -115,11 +117,14 @@ class Evaluator:
         score: Score = "likelihood",
         compression: Compression | None = None,
     ) -> None:
+        check_parts(model, tokenizer, task)
+        check_settings(
+            split=split, limit=limit, batch_tokens=batch_tokens, max_length=max_length, prefix_memory=prefix_memory,
+            prefix_device=prefix_device, storage=storage, compression=compression,
+        )  # fmt: skip
         if score not in get_args(Score):
-            raise ValueError(f"score must be one of {', '.join(get_args(Score))}, got {score!r}")
+            raise TaskError(f"score must be one of {', '.join(get_args(Score))}, got {got(score)}")
         self.score: Score = score
-        if prefix_memory is not None and prefix_memory < 0:
-            raise ValueError(f"prefix_memory must be at least 0 bytes, got {prefix_memory}")
         config = model.config.get_text_config()
         if max_length is None:
             max_length = getattr(config, "max_position_embeddings", None)

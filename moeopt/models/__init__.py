@@ -1,8 +1,9 @@
 """Models: find MoE layers, apply a plan reversibly, load checkpoints. The only room that knows transformers."""
 
+from moeopt.models.devices import check_device, check_device_map, check_dtype
 from moeopt.models.gate import Admitted, admit
 from moeopt.models.identity import describe, fingerprint
-from moeopt.models.layers import MoELayer, is_dense, materialised, moe_layers, shape_of
+from moeopt.models.layers import MoELayer, check_model, is_dense, materialised, moe_layers, shape_of
 from moeopt.models.layerwise import Layerwise, layerwise
 from moeopt.models.loading import check_checkpoint, empty_model, load, load_model, load_tokenizer
 from moeopt.models.merging import MergedCache, merge
@@ -33,6 +34,10 @@ __all__ = [
     "Storage",
     "admit",
     "check_checkpoint",
+    "check_device",
+    "check_device_map",
+    "check_dtype",
+    "check_model",
     "describe",
     "empty_model",
     "evaluation_mode",

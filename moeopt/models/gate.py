@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from moeopt.errors import ModelError
+from moeopt.errors import ModelError, got
 from moeopt.models.bounds import check_counts
 
 CODE = "modeling_moeopt.py"
@@ -178,6 +178,8 @@ def _config(source: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, An
 
 
 def _check_folder(source: str | os.PathLike[str]) -> None:
+    if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
+        raise ModelError(f"a checkpoint is a folder, or a hub id such as 'org/name', got {got(source)}")
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moeopt.errors import ModelError
+from moeopt.errors import ModelError, got
 from moeopt.plan import ModelShape
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,6 +50,14 @@ class MoELayer:
         return int(gate_weight(self.router, self.n)[1].shape[1])
 
 
+def check_model(model: object) -> None:
+    """Raise ModelError for what is no model, such as the path of one."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model must be a loaded model, as model, tokenizer = moeopt.load(...) gives it, got {got(model)}"
+        )
+
+
 def moe_layers(model: nn.Module) -> tuple[MoELayer, ...]:
     """The MoE layers of `model`, first layer first. Every router is called once, on two tokens of zeros.
 
@@ -59,6 +67,7 @@ def moe_layers(model: nn.Module) -> tuple[MoELayer, ...]:
     Raises:
         ModelError: when there is none; it says whether the model is dense or which part of the interface is missing.
     """
+    check_model(model)
     exported = getattr(getattr(model, "config", None), "moeopt", None)
     if exported is not None:
         return _exported_layers(model, exported["experts"], exported["active"])

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moeopt.errors import ModelError
 from moeopt.models.bounds import check_size
+from moeopt.models.devices import check_device_map, check_dtype
 from moeopt.models.gate import UNUSABLE, admit, first_line
 from moeopt.models.layers import moe_layers, shape_of
 from moeopt.plan import ModelShape
@@ -43,9 +44,11 @@ def load(
         options: passed to `from_pretrained`: `max_memory`, `offload_folder`, `revision`, ...
 
     Raises:
-        ModelError: when there is no such checkpoint, it has no tokenizer, it is not a causal language model with MoE
-            layers that moeopt can use, or some of its tensors are missing.
+        ModelError: when there is no such checkpoint, device or dtype, it has no tokenizer, it is not a causal language
+            model with MoE layers that moeopt can use, or some of its tensors are missing.
     """
+    check_device_map(device_map)
+    check_dtype(dtype)
     hub = {name: options[name] for name in HUB if name in options}
     empty = empty_model(source, trust_remote_code=trust_remote_code, **hub)
     with _naming(source):
@@ -89,6 +92,8 @@ def load_model(
     Raises:
         ModelError: when its weights cannot be read, or some are missing.
     """
+    check_device_map(device_map)
+    check_dtype(dtype)
     # oneDNN keeps a compiled primitive for every number of tokens an expert ever saw, 1024 of them: gigabytes
     # in a search on a CPU, and no time saved. It reads the variable at the first bfloat16 product of the process.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")

@@ -18,8 +18,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import description, genome, process
-from moeopt.errors import SamplerError, SpaceError, StudyError
-from moeopt.genome import ENQUEUED, Vector
+from moeopt.description import ENQUEUED
+from moeopt.errors import SamplerError, SpaceError, StudyError, got
+from moeopt.genome import Vector
 from moeopt.plan import Plan
 from moeopt.spaces.base import NAMED_AT_MOST, Space
 
@@ -90,7 +91,7 @@ class UnknownSampler(BaseSampler):
         self.why = why
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        genome.fail(genome.whole_study(study), trial, self.why, again=True)
+        end_refused(genome.whole_study(study), trial, self.why, again=True)
         raise StudyError(self.why)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -123,13 +124,13 @@ class GenomeSampler(BaseSampler):
 
     def __init__(self, space: Space, *, seed: int | None = None, redraw: int = 20) -> None:
         if not isinstance(space, Space):
-            raise SamplerError(f"a sampler needs one of moeopt's spaces, got {type(space).__name__}")
+            raise SamplerError(f"a sampler needs one of moeopt's spaces, got {got(space)}")
         check_counts({"redraw": redraw}, least=0)
         self.space = space
         self._drawn = seed is None
+        if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__") or seed < 0):
+            raise SamplerError(f"seed must be at least 0, an integer or None, got {got(seed)}")
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
-        if self.seed < 0:
-            raise SamplerError(f"seed must be at least 0, got {seed!r}")
         self.redraw = redraw
         self._told: dict[tuple[str, int, datetime | None], Told] = {}
 
@@ -179,7 +180,7 @@ class GenomeSampler(BaseSampler):
             self.adopt_seed(whole)
             description.check_sampler(whole, self.settings())
         except StudyError as error:
-            genome.fail(whole, trial, str(error), again=True)
+            end_refused(whole, trial, str(error), again=True)
             raise
         with _asking:
             self._before_trial(whole, trial)
@@ -198,7 +199,7 @@ class GenomeSampler(BaseSampler):
         try:
             self._check_given(trial, stored)
         except SpaceError as error:
-            genome.fail(whole, trial, str(error), again=False)
+            end_refused(whole, trial, str(error), again=False)
             raise
         for left in range(self.redraw, -1, -1):
             proposal = None if stored is not None else self._proposal(whole, trial, trials, slot)
@@ -224,13 +225,13 @@ class GenomeSampler(BaseSampler):
         size = self.space.size
         if stored is not None and stored.size != size:
             raise SpaceError(f"trial {trial.number} brings {stored.size} numbers, the space has {size}")
-        given = genome.fixed(trial) if stored is None else dict(zip(self.space.names, stored.tolist()))
+        given = _fixed(trial) if stored is None else dict(zip(self.space.names, stored.tolist()))
         self.space.check_range({name: value for name, value in given.items() if description.FINITE.holds(value)})
 
     def _proposal(self, whole: Study, trial: FrozenTrial, trials: list[FrozenTrial], slot: int) -> Proposal:
         """What a trial without a genotype evaluates: the parameters it was enqueued with, the rest new."""
         history = self.history(whole, trials, without=trial.number)
-        given = genome.fixed(trial)
+        given = _fixed(trial)
         fixed = {name: value for name, value in given.items() if description.FINITE.holds(value)}
         if given and not set(fixed) & set(self.space.names):
             warnings.warn(
@@ -326,6 +327,17 @@ class GenomeSampler(BaseSampler):
 
     def reseed_rng(self) -> None:
         """Nothing to do: proposals of concurrent trials differ by their slot."""
+
+
+def end_refused(study: Study, trial: FrozenTrial, reason: str, *, again: bool) -> None:
+    """Fail a trial that was started and is not to be run so, with the reason; with `again` it is queued by a resume."""
+    genome.write(study, trial, {}, {genome.FAILURE: reason, **({genome.INTERRUPTED: True} if again else {})})
+    study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _fixed(trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters that a trial was enqueued with, by name."""
+    return trial.system_attrs.get("fixed_params") or {}
 
 
 def noted(told: Told, key: str) -> int | None:

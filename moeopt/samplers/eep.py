@@ -23,6 +23,7 @@ bands are in points of accuracy in the paper; for a loss they are standard devia
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -124,16 +125,16 @@ class EEPSampler(GenomeSampler):
 
     def shortfall(self, trials: int) -> str | None:
         if trials <= self.initial:
-            return (
-                f"all {trials} trials of EEP are random, as it draws initial={self.initial} solutions before it "
-                f"proposes any; {_advice(trials)}"
-            )
-        if trials <= self.prune_until and len(self.space.phases) > 1:
-            return (
-                f"EEP merges nothing in {trials} trials, as it prunes until there are "
-                f"prune_until={self.prune_until}; {_advice(trials)}"
-            )
-        return None
+            missing = f"all {trials} trials of EEP are random, as it first draws initial={self.initial} solutions"
+        elif trials <= self.prune_until and len(self.space.phases) > 1:
+            missing = f"EEP merges nothing in {trials} trials, as it prunes until it has prune_until={self.prune_until}"
+        else:
+            return None
+        fitting = scaled(trials)
+        if fitting == {"initial": self.initial, "prune_until": self.prune_until}:
+            return missing
+        options = ", ".join(f"{name}={value}" for name, value in fitting.items())
+        return f"{missing}; in proportion to what is published for {PUBLISHED_TRIALS} trials it would be {options}"
 
     def phase(self, population: int) -> str:
         """The phase in which a population of so many finished solutions is."""
@@ -227,21 +228,26 @@ class EEPSampler(GenomeSampler):
         return child
 
 
-def scaled(trials: int) -> dict[str, int]:
-    """`initial` and `prune_until` for a search of so many trials: the published ones from `PUBLISHED_TRIALS` on,
-    below in proportion, with two initial solutions and one pruning of them at least.
+def scaled(trials: int, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`initial` and `prune_until` of a search of so many trials, those given as they are.
 
-    >>> scaled(30), scaled(1000)
-    ({'initial': 2, 'prune_until': 8}, {'initial': 30, 'prune_until': 100})
+    From `PUBLISHED_TRIALS` on they are the published ones, below in proportion, with two initial solutions and one
+    pruning of them at least.
+
+    >>> scaled(30), scaled(1000), scaled(30, {"initial": 10})
+    ({'initial': 2, 'prune_until': 8}, {'initial': 30, 'prune_until': 100}, {'initial': 10, 'prune_until': 11})
     """
-    share = min(1.0, trials / PUBLISHED_TRIALS)
-    initial = max(2, round(share * PUBLISHED["initial"]))
-    return {"initial": initial, "prune_until": max(initial + 1, round(share * PUBLISHED["prune_until"]))}
-
-
-def _advice(trials: int) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in scaled(trials).items())
-    return f"in proportion to what is published for {PUBLISHED_TRIALS} trials it would be {options}"
+    found = {name: (given or {}).get(name, value) for name, value in PUBLISHED.items()}
+    if trials >= PUBLISHED_TRIALS:
+        return found
+    initial, prune_until = (round(trials / PUBLISHED_TRIALS * value) for value in PUBLISHED.values())
+    if "initial" not in (given or {}):
+        until = found["prune_until"]
+        found["initial"] = max(2, min(initial, until if isinstance(until, int) else initial))
+    if "prune_until" not in (given or {}):
+        least = found["initial"] + 1 if isinstance(found["initial"], int) else 1
+        found["prune_until"] = max(least, prune_until)
+    return found
 
 
 def _is_number(value: Any) -> bool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.samplers import BaseSampler
 
+from moeopt.description import ENQUEUED
 from moeopt.errors import SamplerError, nearest
-from moeopt.genome import ENQUEUED
 from moeopt.samplers import blockcmaes, cmaes, eep, shadow
 from moeopt.samplers.base import START, GenomeSampler
 from moeopt.samplers.blockcmaes import BlockCMAESSampler

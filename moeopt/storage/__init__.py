@@ -2,10 +2,11 @@
 
 from moeopt.storage.opening import check_storage, in_memory, is_new, open_storage
 from moeopt.storage.resilient import ResilientStorage, study_names
-from moeopt.storage.urls import hidden, readable_errors, scrub
+from moeopt.storage.urls import anywhere, hidden, readable_errors, scrub
 
 __all__ = [
     "ResilientStorage",
+    "anywhere",
     "check_storage",
     "hidden",
     "in_memory",

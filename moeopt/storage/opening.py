@@ -14,8 +14,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage
 
 from moeopt import transaction
-from moeopt.errors import MoeoptError, StorageError
-from moeopt.showing import shown
+from moeopt.errors import MoeoptError, StorageError, got
 from moeopt.storage.outages import Waiting
 from moeopt.storage.resilient import ResilientStorage
 from moeopt.storage.urls import hidden, readable_errors, reason
@@ -98,7 +97,7 @@ def check_storage(storage: object) -> None:
         raise StorageError(f"a storage is named by its URL, 'sqlite:///{os.fspath(storage)!s}', got {storage!r}")
     if not isinstance(storage, (str, BaseStorage)):
         raise StorageError(
-            f"storage must be an SQLAlchemy URL such as sqlite:///moeopt.db, or an Optuna storage, got {shown(storage)}"
+            f"storage must be an SQLAlchemy URL such as sqlite:///moeopt.db, or an Optuna storage, got {got(storage)}"
         )
 
 

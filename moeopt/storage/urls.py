@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote_plus
 
@@ -78,6 +79,17 @@ def hidden(storage: Any) -> str:
     query = {key: value if key.lower() in SHOWN else HIDDEN for key, value in url.query.items()}
     text = url.set(query=query).render_as_string(hide_password=True)
     return line(scrub(text.replace(quote_plus(HIDDEN), HIDDEN)), 2000)
+
+
+def anywhere(url: str) -> str:
+    """A storage URL that means the same in every folder: an SQLite file has its whole path."""
+    from sqlalchemy.engine import make_url
+
+    parsed = make_url(url)
+    file = parsed.database or ":memory:"
+    if parsed.get_backend_name() != "sqlite" or file.startswith((":memory:", "file:", "/")):
+        return url
+    return parsed.set(database=str(Path(file).absolute())).render_as_string(hide_password=False)
 
 
 def scrub(text: str, storage: Any = None) -> str:

@@ -5,7 +5,7 @@ from moeopt.genome import CALIBRATION, METHOD, WARM_START
 from moeopt.study.checks import check_goes_on, check_study, description_of
 from moeopt.study.creating import COMMAND, create_study
 from moeopt.study.foreign import foreign_trials
-from moeopt.study.opening import load_study, read_study, space_of
+from moeopt.study.opening import check_name, find, load_study, read_study, space_of
 from moeopt.study.progress import best_trial, finished, stalled
 from moeopt.study.reclaiming import reclaim
 from moeopt.study.running import LONGEST_LOOK, Callback, check_limits, optimize
@@ -25,12 +25,14 @@ __all__ = [
     "check_expressible",
     "check_goes_on",
     "check_limits",
+    "check_name",
     "check_same",
     "check_study",
     "create_study",
     "description_of",
     "differences_of",
     "enqueue",
+    "find",
     "finished",
     "foreign_trials",
     "load_study",

@@ -17,7 +17,7 @@ from moeopt.description import (
     record_sampler,
     recorded_sampler,
 )
-from moeopt.errors import StudyError
+from moeopt.errors import StudyError, got
 from moeopt.samplers import GenomeSampler, UnknownSampler
 from moeopt.samplers.shadow import describe
 from moeopt.showing import shown
@@ -44,7 +44,7 @@ def check_objective(objective: object) -> None:
     from moeopt.objective import Objective
 
     if not isinstance(objective, Objective):
-        raise StudyError(f"objective must be a moeopt.Objective, got {shown(objective)}")
+        raise StudyError(f"objective must be a moeopt.Objective, got {got(objective)}")
 
 
 def settings_of(sampler: BaseSampler) -> dict[str, Any]:

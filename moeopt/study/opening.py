@@ -8,7 +8,7 @@ import optuna
 from optuna.pruners import BasePruner, NopPruner
 
 from moeopt.description import DESCRIPTION, check_sampler, check_whole, described, go_on, reading
-from moeopt.errors import MoeoptError, SpaceError, StudyError
+from moeopt.errors import MoeoptError, SpaceError, StudyError, got
 from moeopt.samplers import UnknownSampler, from_settings
 from moeopt.showing import line, shown
 from moeopt.spaces import Space, from_description
@@ -55,7 +55,7 @@ def read_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
 
     check_storage(storage)
     if not isinstance(study_name, str):
-        raise StudyError(f"a study has a name, a text, got {shown(study_name)}")
+        raise StudyError(f"a study has a name, a text, got {got(study_name)}")
     opened = open_storage(storage, create=False) if isinstance(storage, str) else storage
     with readable_errors(storage):
         study = find(opened, study_name)
@@ -72,7 +72,7 @@ def read_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
 def check_name(study_name: object) -> None:
     """Raise StudyError unless a new study may be called so: a name can be typed again, and told from others."""
     if not isinstance(study_name, str):
-        raise StudyError(f"a study's name is a text, got {shown(study_name)}")
+        raise StudyError(f"a study's name is a text, got {got(study_name)}")
     if not study_name.strip() or study_name != study_name.strip() or not study_name.isprintable():
         raise StudyError(
             "a study's name must be printable, and neither empty nor begin or end with white space, got "

@@ -6,6 +6,7 @@ import math
 import numbers
 import random
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -18,10 +19,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import genome, recipe
-from moeopt.errors import StorageError, StudyError
-from moeopt.objective import Objective
+from moeopt.errors import StorageError, StudyError, got
 from moeopt.samplers import GenomeSampler, UnknownSampler
-from moeopt.showing import shown
 from moeopt.storage.rows import NoSlotLeft, StudyIsGone
 from moeopt.study.progress import finished, stalled
 from moeopt.study.reclaiming import reclaim
@@ -104,12 +103,13 @@ def optimize(
 def _checked(study: Any, objective: Any, callbacks: Any) -> list[Callback]:
     """The callbacks, once all three are what they are called; StudyError for what is not, or goes on with another."""
     if not isinstance(study, optuna.Study):
-        raise StudyError(f"study must be an optuna.Study, as moeopt.create_study gives it, got {shown(study)}")
+        raise StudyError(f"study must be an optuna.Study, as moeopt.create_study gives it, got {got(study)}")
     if not callable(objective):
-        raise StudyError(f"objective must be called with trials, such as a moeopt.Objective, got {shown(objective)}")
+        raise StudyError(f"objective must be called with trials, such as a moeopt.Objective, got {got(objective)}")
     if callable(callbacks) or isinstance(callbacks, str):
-        raise StudyError(f"callbacks is a list, got {shown(callbacks)}")
-    if isinstance(objective, Objective):
+        raise StudyError(f"callbacks is a list, got {got(callbacks)}")
+    ours = sys.modules.get("moeopt.objective")  # which imports torch; whoever has an objective has it
+    if ours is not None and isinstance(objective, ours.Objective):
         objective.check(study)
     elif isinstance(study.sampler, UnknownSampler):
         raise StudyError(study.sampler.why)

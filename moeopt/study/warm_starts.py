@@ -9,7 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from moeopt import genome
-from moeopt.errors import SpaceError
+from moeopt.errors import SpaceError, got
 from moeopt.genome import CALIBRATION, METHOD, WARM_START
 from moeopt.plan import Plan
 from moeopt.spaces import Space
@@ -23,13 +23,18 @@ WarmStarts = Iterable["Plan | str"] | Mapping[str, "Plan | Found"]
 
 def checked(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Found | None]]:
     """Method and plan of every warm start, checked; a method that has yet to be run comes without a plan."""
+    if isinstance(given, (str, Plan)) or not isinstance(given, Iterable):
+        raise SpaceError(f"warm_starts is a list of plans and names of methods, such as ['naee'], got {got(given)}")
     if isinstance(given, Mapping):
         starts: list[tuple[str | None, Plan | Found | None]] = list(given.items())
     else:
         starts = [(start, None) if isinstance(start, str) else (None, start) for start in given]
     for name, found in starts:
         if found is not None:
-            space.encode(found if isinstance(found, Plan) else found.plan)
+            plan = found if isinstance(found, Plan) else getattr(found, "plan", None)
+            if not isinstance(plan, Plan):
+                raise SpaceError(f"a warm start is a plan or a method's name, got {got(found)}")
+            space.encode(plan)
         else:
             assert name is not None
             check_expressible(name, space)
