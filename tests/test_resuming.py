@@ -67,25 +67,25 @@ def by_slot(url: str, name: str) -> dict[int, Any]:
 
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command, presses Ctrl-C in its third evaluation, and gives the command that it prints to go on with."""
-    race = Evaluator.race
+    """Runs a command, presses Ctrl-C in its third trial, and gives the command that it prints to go on with."""
+    whole = moeopt.Objective.__call__
 
-    def run_until(*arguments: str) -> str:
+    def run_until(*arguments: str, code: int = 130) -> str:
         calls = 0
 
-        def racing(self: Evaluator, *given: Any) -> Any:
+        def dying(self: moeopt.Objective, trial: Any) -> float:
             nonlocal calls
             calls += 1
             if calls == 3:
                 os.kill(os.getpid(), signal.SIGINT)
-            return race(self, *given)
+            return whole(self, trial)
 
-        monkeypatch.setattr(Evaluator, "race", racing)
+        monkeypatch.setattr(moeopt.Objective, "__call__", dying)
         capfd.readouterr()
-        assert main(list(arguments)) == 130
-        monkeypatch.setattr(Evaluator, "race", race)
+        assert main(list(arguments)) == code
+        monkeypatch.setattr(moeopt.Objective, "__call__", whole)
         *_, before, last = capfd.readouterr().err.splitlines()
-        assert before.startswith("Interrupted; ")
+        assert before.endswith(("To resume:", "To go on:", "(***: what is secret)"))
         return last.strip()
 
     return run_until
@@ -140,7 +140,12 @@ def test_what_is_printed_and_what_is_noted_resume(
         shutil.copy(tmp_path / "kept.db", file)
         done = run(command, folder, cwd, **more)
         assert done.returncode == 0, done.stderr
-        assert by_slot(part, study) == expected
+        found = by_slot(part, study)
+        if "local" in name:  # which goes by measured costs, and a new process has no hidden states to reuse
+            assert found.keys() == expected.keys()
+            assert {operator for _, operator, _ in found.values()} <= {"start", "swap", "route", "remap"}
+        else:
+            assert found == expected
         assert not list(folder.glob("*.db"))
 
 
@@ -190,7 +195,7 @@ def test_a_worker_says_how_to_go_on(
     search = ["search", "a model", *GOAL, "--keep", "3", "--limit", "4", "--study", "s", "--storage", url]
     interrupted(*search)
     monkeypatch.setenv("MOEOPT_STORAGE", url)
-    printed = interrupted("worker", "--study", "s", "--model", "a model")
+    printed = interrupted("worker", "--study", "s", "--model", "a model", code=0)
     assert len(by_slot(url, "s")) == 6
     done = run(printed, folder, folder, MOEOPT_STORAGE=url)
     assert done.returncode == 0, done.stderr

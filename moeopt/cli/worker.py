@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,9 @@ from moeopt.cli.options import (
     interrupted,
 )
 from moeopt.errors import MoeoptError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 STORED = "every finished trial is stored. To go on:"
 FAILED = 1
@@ -124,7 +127,7 @@ def worker(
         err.print(f"Error: a trial failed: {type(error).__name__}: {reason}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(FAILED) from None
     if not quiet:
-        err.print(f"{finished(record)} trials done", markup=False)
+        _print_end(err, ctx, storage, finished(record), target)
 
 
 def on_ray(
@@ -154,7 +157,7 @@ def on_ray(
     options = _task_options(task, data, task_option)
     import optuna
 
-    from moeopt import tasks
+    from moeopt import recipe, tasks
     from moeopt.console import consoles
     from moeopt.on_ray import run_on_ray
     from moeopt.study import finished
@@ -170,7 +173,15 @@ def on_ray(
         )  # fmt: skip
     except KeyboardInterrupt:
         raise interrupted(err, STORED, ctx, storage) from None
-    err.print(f"{finished(record)} trials done", markup=False)
+    _print_end(err, ctx, storage, finished(record), trials or recipe.wanted(record))
+
+
+def _print_end(err: Console, ctx: typer.Context, storage: str, done: int, wanted: int | None) -> None:
+    """How many trials there are, and where that is fewer than wanted, how to go on."""
+    err.print(f"{done} trials done", markup=False)
+    if wanted is not None and done < wanted:
+        err.print(f"{wanted} are wanted. To go on:")
+        err.print(f"  {arguments.command_again(ctx.obj, storage)}", markup=False, soft_wrap=True)
 
 
 def _task_options(task: str | None, data: str | None, given: list[str] | None) -> dict[str, Any]:
