@@ -34,7 +34,7 @@ def split_files(folder: Path, also: Collection[str] = (), skip: Collection[str] 
     """The files of each split ("train", "validation", "test") of a folder, or "train" of its only file of rows.
 
     Args:
-        folder: where to look, subfolders included, those whose name begins with a dot left out.
+        folder: where to look, subfolders included; nothing is read whose name begins with a dot.
         also: words that are splits under their own name.
         skip: words whose files are left alone.
 
@@ -43,11 +43,13 @@ def split_files(folder: Path, also: Collection[str] = (), skip: Collection[str] 
     """
     named: dict[str, list[Path]] = defaultdict(list)
     lone, over = [], []
-    for file in files_of(folder):
+    for file in files_of(folder, hidden=True):
         if any(re.search(rf"(?<![a-z]){word}(?![a-z])", file.name.lower()) for word in skip):
             continue
         splits = splits_named(file.relative_to(folder), also)
-        if len(splits) == 1 and form_of(file):
+        if _is_hidden(file.relative_to(folder)):
+            over.append(file)
+        elif len(splits) == 1 and form_of(file):
             named[splits.pop()].append(file)
         elif splits:
             over.append(file)
@@ -63,15 +65,15 @@ def split_files(folder: Path, also: Collection[str] = (), skip: Collection[str] 
     return chosen
 
 
-def files_of(folder: Path) -> list[Path]:
-    """All files of a folder and its subfolders, links followed, in order; names that begin with a dot left out."""
+def files_of(folder: Path, hidden: bool = False) -> list[Path]:
+    """All files of a folder and its subfolders, links followed, in order; with `hidden` also those with a dot."""
 
     def walk(place: Path, above: tuple[str, ...]) -> Iterator[Path]:
         real = os.path.realpath(place)
         if real in above:
             return
         for path in sorted(place.iterdir()):
-            if path.name.startswith("."):
+            if path.name.startswith(".") and not hidden:
                 continue
             if path.is_dir():
                 yield from walk(path, (*above, real))
@@ -132,11 +134,17 @@ def warn_passed_over(folder: Path, files: Iterable[Path], chosen: Mapping[str, I
     read = {file for split in chosen.values() for file in split}
     names = {file: file.relative_to(folder) for file in set(files) - read}
     over = sorted(  # a .json that is no split may be anything, such as a data set's card
-        line(str(name), 80) for name in names.values() if splits_named(name) or form_of(name) not in (None, ".json")
+        line(str(name), 80)
+        for name in names.values()
+        if (form_of(name) not in (None, ".json") or splits_named(name)) and (form_of(name) or not _is_hidden(name))
     )
     if over:
         splits = listed(f"{split} from {listed(file.name for file in files)}" for split, files in chosen.items())
         warnings.warn(f"{folder}: not read: {listed(over, most=20)} (read are {splits})", stacklevel=4)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _words(path: Path) -> list[str]:

@@ -252,7 +252,7 @@ def _local(name: str, config: Mapping[str, Any], data: Path, num_fewshot: int | 
         have = ", ".join(sorted(path.name for paths in files.values() for path in paths))
         raise TaskError(f"data {data} must be .jsonl or .json files, or .parquet files, or .csv files, got {have}")
     if data.is_dir() and not (data / "dataset_dict.json").is_file():
-        warn_passed_over(data, files_of(data), files)
+        warn_passed_over(data, files_of(data, hidden=True), files)
     shots = config.get("num_fewshot") if num_fewshot is None else num_fewshot
     if shots and roles.get("fewshot_split", evaluated) not in files:
         raise TaskError(

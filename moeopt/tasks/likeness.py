@@ -56,12 +56,13 @@ def group_names(group: Any) -> tuple[str, ...]:
     Raises:
         TaskError: naming a value of another type.
     """
-    if isinstance(group, (tuple, list)):
+    if isinstance(group, (tuple, list)) and not any(isinstance(one, (tuple, list)) for one in group):
         return tuple(dict.fromkeys(name for one in group for name in group_names(one)))
     if group is None or (isinstance(group, float) and math.isnan(group)):
         return ()
     if isinstance(group, str):
-        return (group,) if group.strip() else ()
+        name = re.sub(r"^(\d+)\.0+$", r"\1", group)  # as a table writes the numbers of a column with gaps
+        return (name,) if name.strip() else ()
     if isinstance(group, Real) and not isinstance(group, bool):
         if isinstance(group, Integral):
             return (str(group),)

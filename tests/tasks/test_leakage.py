@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -312,6 +313,14 @@ def test_bad_groups_are_named(tmp_path, group):
     if row["group"] != [1]:
         with pytest.raises(TaskError, match="line 1: a group must be a text or a number, got"):
             tasks.get("multiple_choice", write(tmp_path / "r.jsonl", [row]))
+
+
+def test_a_group_is_the_same_as_a_number_and_as_text():
+    for group in (7, 7.0, "7", "7.0", (7,), ["7.0"], np.int64(7)):
+        assert Example("1", "p", ("a",), 0, group).group == "7"
+    for none in (None, "", "  ", float("nan"), (), ("", None)):
+        assert Example("1", "p", ("a",), 0, none).group is None
+    assert Example("1", "p", ("a",), 0, (2.5, "x", "x")).group == ("2.5", "x")
 
 
 def test_groups_hold_across_the_tasks_of_a_mixture(tmp_path):
