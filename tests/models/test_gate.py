@@ -236,11 +236,14 @@ def test_a_nested_number_and_one_beyond_the_index_are_refused(tmp_path: Path) ->
     change_json(folder / "config.json", vision_config={"num_hidden_layers": 10**9})
     with pytest.raises(ModelError, match=r"says vision_config\.num_hidden_layers = 1000000000, and moeopt takes at mo"):
         moeopt.load(folder)
+    change_json(folder / "config.json", vision_config={}, num_hidden_layers=1000)
+    with pytest.raises(ModelError, match=r"says num_hidden_layers = 1000, and it holds \d\d\d tensors"):
+        moeopt.load(folder)
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(("a", "b"), "a.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    change_json(folder / "config.json", vision_config={}, num_hidden_layers=6)
-    with pytest.raises(ModelError, match="says num_hidden_layers = 6, and its index has 2 tensors"):
+    change_json(folder / "config.json", num_hidden_layers=6)
+    with pytest.raises(ModelError, match="says num_hidden_layers = 6, and it holds 2 tensors"):
         moeopt.load(folder)
 
 
