@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage, RDBStorage
 
 from moeopt import transaction
 from moeopt.errors import MoeoptError, StorageError, got
+from moeopt.storage import links
 from moeopt.storage.outages import Waiting
 from moeopt.storage.resilient import ResilientStorage
 from moeopt.storage.urls import hidden, readable_errors, reason
@@ -66,7 +67,7 @@ def open_storage(
 
     def opened() -> BaseStorage:
         _check_database(parsed, url)
-        options = {"connect_args": {"timeout": 60}} if backend == "sqlite" else _network(parsed)
+        options = links.options(parsed)
         if not known:
             return RDBStorage(url, engine_kwargs={**options, "pool_pre_ping": True})
         with warnings.catch_warnings():
@@ -158,17 +159,6 @@ def _check(heartbeat_interval: Any, grace_period: Any, patience: Any, retries: A
         raise StorageError(f"patience must be a number of seconds of at least 0, got {patience!r}")
 
 
-def _network(url: URL) -> dict[str, Any]:
-    """Engine options by which a connection to a host that vanished ends within a minute."""
-    driver, arguments = url.get_driver_name(), {}
-    if driver in ("psycopg", "psycopg2"):
-        arguments = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 10, "keepalives_count": 3}
-    elif driver == "pymysql":
-        arguments = {"connect_timeout": 10, "read_timeout": 120, "write_timeout": 120}
-    given = {name: value for name, value in arguments.items() if name not in url.query}
-    return {"pool_pre_ping": False, "connect_args": given}  # a closed connection is tried again
-
-
 def _with_tables(opened: Callable[[], BaseStorage]) -> BaseStorage:
     """The storage, also where other workers create its tables at the same time."""
     from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
@@ -189,8 +179,8 @@ def _check_database(parsed: URL, url: str) -> None:
     from sqlalchemy import create_engine, inspect
 
     sqlite = parsed.get_backend_name() == "sqlite"
-    options: dict[str, Any] = {"connect_args": {"timeout": 5}} if sqlite else _network(parsed)
-    engine = create_engine(parsed, **options)
+    engine = create_engine(parsed, **links.options(parsed))
+    links.limit(engine)
     try:
         tables = set(inspect(engine).get_table_names())
         ours = {"studies", "trials", "version_info"} <= tables or tables <= transaction.tables()

@@ -1,15 +1,18 @@
-"""Waiting for a database that went away: which errors mean that, and how often to try again."""
+"""Waiting for a database that went away, or that another worker locks: which errors mean that, when to try again."""
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from moeopt.errors import StorageError
+from moeopt.storage import links
 from moeopt.storage.urls import reason
 
 T = TypeVar("T")
@@ -25,8 +28,9 @@ MYSQL = {
     1040, 1053, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1290, 1317, 1927, 2002, 2003, 2006, 2013, 2055, 3024, 4031,
 }  # fmt: skip
 """Numbers of MySQL and MariaDB that will pass: too many connections, shutdown, KILL, network, lock waits."""
-POSTGRES = ("08", "57", "53300", "40001", "40P01", "55P03", "25006")
-"""Beginnings of PostgreSQL's codes that will pass: connection, shutdown, cancel, too many clients, locks, standby."""
+POSTGRES = ("08", "57", "53300", "40001", "40P01", "55P03", "25006", "25P03", "25P04")
+"""Beginnings of PostgreSQL's codes that will pass: connection, shutdown, cancel, too many clients, locks, standby, and
+transactions that the server ended, as their worker was frozen."""
 REFUSED = ("authentication failed", "does not exist", "no pg_hba.conf", "unsupported", "permission denied")
 """What a server says that is there, and will say again."""
 
@@ -35,13 +39,29 @@ def is_outage(error: BaseException | None) -> bool:
     """Whether a database error will pass: the server went away or is busy, rather than refuses what it is asked."""
     from sqlalchemy import exc
 
-    while error is not None:
-        if isinstance(error, (exc.DisconnectionError, exc.TimeoutError, exc.PendingRollbackError)):
-            return True
-        if isinstance(error, exc.DBAPIError):
-            return error.connection_invalidated or _passes(error.orig)
+    said = _said(error)
+    if isinstance(said, exc.DBAPIError):
+        return said.connection_invalidated or _passes(said.orig)
+    return said is not None
+
+
+def is_locked(error: BaseException | None) -> bool:
+    """Whether a database error is that another session holds a lock, and did for as long as was waited for it."""
+    cause = getattr(_said(error), "orig", None)
+    if type(cause).__module__.split(".")[0] == "sqlite3":
+        return _passes(cause)
+    code = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+    return code == "55P03" or getattr(cause, "args", ())[:1] == (1205,)
+
+
+def _said(error: BaseException | None) -> BaseException | None:
+    """What SQLAlchemy raised, where an error comes of its database's or of a connection to it."""
+    from sqlalchemy import exc
+
+    kinds = (exc.DisconnectionError, exc.TimeoutError, exc.PendingRollbackError, exc.DBAPIError)
+    while error is not None and not isinstance(error, kinds):
         error = error.__cause__ or error.__context__
-    return False
+    return error
 
 
 def _passes(error: BaseException | None) -> bool:
@@ -57,6 +77,26 @@ def _passes(error: BaseException | None) -> bool:
     if code is not None:
         return str(code).startswith(POSTGRES)
     return any(base.__name__ in ("OperationalError", "InterfaceError") for base in type(error).__mro__)
+
+
+def holders(url: str | None) -> str:
+    """Which other processes hold locks on an SQLite file, beginning with ", by"; empty where nothing tells."""
+    import psutil
+    from sqlalchemy.engine import make_url
+
+    parsed = None if url is None else make_url(url)
+    if parsed is None or parsed.get_backend_name() != "sqlite" or not parsed.database:
+        return ""
+    said = []
+    try:
+        inode = f":{Path(parsed.database).stat().st_ino}"
+        held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]  # Linux
+        for pid in sorted({int(lock[4]) for lock in held if lock[5].endswith(inode)} - {os.getpid()}):
+            stopped = psutil.Process(pid).status() == psutil.STATUS_STOPPED
+            said.append(f"process {pid}, which is stopped" if stopped else f"process {pid}")
+    except (OSError, ValueError, IndexError, psutil.Error):
+        pass
+    return f", by {' and '.join(said)}" if said else ""
 
 
 class Waiting:
@@ -97,6 +137,7 @@ class Waiting:
 
         tries = 0
         while True:
+            began = time.monotonic()
             try:
                 result = call()
             except Exception as error:
@@ -108,33 +149,37 @@ class Waiting:
                 if not passes:
                     said = reason(error, self._url)
                     raise StorageError(f"cannot use the storage {self.place}: {said}") from None
-                self._wait(error, tries)
+                self._wait(error, tries, began)
                 tries += 1
             else:
                 self._answered()
                 return result
 
-    def _wait(self, error: Exception, tries: int) -> None:
+    def _wait(self, error: Exception, tries: int, began: float) -> None:
         now = time.monotonic()
+        now_is, was = ("is locked", "was locked") if is_locked(error) else ("does not answer", "did not answer")
         with self._lock:
-            since = self._since = now if self._since is None else self._since
-            waited = now - since
+            if self._since is None:
+                self._since = began if now - began >= links.LOCK / 2 else now  # what it waited for itself counts, too
+            waited = now - self._since
             late = self.deadline is not None and now >= self.deadline
             if waited >= self.patience or late or self._gave_up or self.stopped:
                 self._gave_up = True
-                raise StorageError(
-                    f"{self.place} did not answer for {waited:.0f} s: {reason(error, self._url)}"
-                ) from None
+                raise StorageError(f"{self.place} {was} for {waited:.0f} s: {self._why(error)}") from None
             if waited >= SILENT and not self._told:
                 self._told = True
-                logger.warning(
-                    "%s does not answer (%s); waiting up to %.0f s", self.place, reason(error, self._url), self.patience
-                )
+                told = "%s %s (%s); waiting up to %.0f s"
+                logger.warning(told, self.place, now_is, self._why(error), self.patience)
         delay = min(FIRST_DELAY * 2**tries, LONGEST_DELAY) * random.uniform(0.5, 1.0)
         left = self.patience - waited if self.deadline is None else min(self.patience - waited, self.deadline - now)
         until = now + min(delay, left)
         while not self.stopped and time.monotonic() < until:
             time.sleep(max(0.0, min(SLICE, until - time.monotonic())))
+
+    def _why(self, error: Exception) -> str:
+        """What the database said, and who locks it, where that can be told."""
+        locked = holders(self._url) if is_locked(error) else ""
+        return reason(error, self._url) + locked
 
     def _answered(self) -> None:
         if self._since is None and not self._gave_up:

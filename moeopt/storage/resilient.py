@@ -18,9 +18,10 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
@@ -30,14 +31,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import genome, process, transaction
 from moeopt.errors import StorageError
-from moeopt.storage import rows, spool
+from moeopt.storage import links, rows, spool
 from moeopt.storage.outages import LONGEST_DELAY, Waiting
 from moeopt.storage.spool import Result
+from moeopt.storage.staleness import Watch
 from moeopt.storage.urls import hidden
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import StudyDirection
+    from sqlalchemy import Engine
 
 logger = logging.getLogger("moeopt.storage")
 
@@ -45,7 +48,7 @@ REPEATED = (
     "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name", "get_study_name_from_id",
     "get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "get_all_studies", "get_trial_param",
     "get_trial_user_attrs", "get_trial_system_attrs", "get_trial_id_from_study_id_trial_number", "get_trial",
-    "_get_trials", "_get_best_trial_id",
+    "_get_best_trial_id",
 )  # fmt: skip
 """Calls that may be done twice."""
 
@@ -87,13 +90,24 @@ class ResilientStorage(RDBStorage):
         self.waiting = Waiting(hidden(url), self._patience, url)
         self._owned: dict[int, _Owned] = {}
         self._identities: dict[int, str] = {}
+        self._watches: dict[int, Watch] = {}
         self._local = threading.local()
         self._beating: threading.Thread | None = None
         self._lock = threading.Lock()
 
+    @property
+    def engine(self) -> Engine:
+        engine: Engine = self.__dict__["engine"]
+        return engine
+
+    @engine.setter
+    def engine(self, engine: Engine) -> None:  # which Optuna makes, and uses at once, also of a pickle
+        links.limit(engine)
+        self.__dict__["engine"] = engine
+
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        for name in ("waiting", "_owned", "_identities", "_local", "_beating", "_lock"):
+        for name in ("waiting", "_owned", "_identities", "_watches", "_local", "_beating", "_lock"):
             del state[name]
         return state
 
@@ -103,6 +117,21 @@ class ResilientStorage(RDBStorage):
         super().__setstate__(state)
 
     # Studies.
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        def read() -> list[FrozenTrial]:
+            if trial_id_greater_than < 0 and self.engine.name != "sqlite":
+                # All of a large study takes longer to build than the server leaves a transaction idle.
+                self.scoped_session().connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+            return RDBStorage._get_trials(self, study_id, states, included_trial_ids, trial_id_greater_than)
+
+        return self.waiting(read)
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
         name = f"no-name-{uuid.uuid4()}" if study_name is None else study_name
@@ -330,19 +359,25 @@ class ResilientStorage(RDBStorage):
         return []
 
     def take_over_stale(self, study_id: int) -> None:
-        """Take over the running trials without a heartbeat for longer than the grace period."""
+        """Take over the running trials that were seen without a heartbeat for longer than the grace period."""
         if self.heartbeat_interval is None:
             return
+        self.waiting(lambda: self._look(study_id))
         grace = 2 * self.heartbeat_interval if self.grace_period is None else self.grace_period
         if time.monotonic() - self.waiting.returned < 2 * self.heartbeat_interval + LONGEST_DELAY:
             return  # after an outage, others shall be heard of first
-        for trial_id in self.waiting(lambda: rows.stale(self, study_id, grace)):
+        for trial_id, heard in self._watches[study_id].silent(grace).items():
             if trial_id not in self._owned:
-                self.take_over(study_id, trial_id, f"its worker was not heard of for {grace} s", grace)
+                self.take_over(study_id, trial_id, f"its worker was not heard of for {grace} s", heard)
 
-    def take_over(self, study_id: int, trial_id: int, failure: str, grace: float | None = None) -> int | None:
+    def _look(self, study_id: int) -> None:
+        assert self.heartbeat_interval is not None
+        watch = self._watches.setdefault(study_id, Watch(2 * self.heartbeat_interval))
+        watch.look(rows.heartbeats(self, study_id))
+
+    def take_over(self, study_id: int, trial_id: int, failure: str, heard: datetime | None = None) -> int | None:
         """`rows.take_over`, waited for."""
-        call = functools.partial(rows.take_over, self, study_id, trial_id, failure, retries=self.retries, grace=grace)
+        call = functools.partial(rows.take_over, self, study_id, trial_id, failure, retries=self.retries, heard=heard)
         return self.waiting(call)
 
     def recover(self, study_id: int, other_hosts: bool = False) -> None:
@@ -379,7 +414,7 @@ def study_names(storage: BaseStorage) -> list[str]:
 
 
 def _beat(reference: weakref.ref[ResilientStorage], interval: float) -> None:
-    """Beat for all trials that a storage's process runs, as long as there is the storage."""
+    """Beat for all trials that a storage's process runs, and look at others' beats, as long as there is the storage."""
     delay = interval
     while True:
         time.sleep(delay)
@@ -390,6 +425,8 @@ def _beat(reference: weakref.ref[ResilientStorage], interval: float) -> None:
         try:
             if owned := [*storage._owned]:
                 rows.beat(storage, owned)
+                for study_id in {trial.study_id for trial in [*storage._owned.values()]}:
+                    storage._look(study_id)
         except Exception as error:  # an outage: the calls that wait for it tell of it
             logger.debug("no heartbeat: %s", error)
             delay = min(interval, 1.0)

@@ -12,7 +12,7 @@ import json
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from optuna.storages import RDBStorage
@@ -276,22 +276,16 @@ def _end(
     trial.state, trial.datetime_complete = state, datetime.now()
 
 
-def stale(storage: Any, study_id: int, grace: float) -> list[int]:
-    """Running trials whose worker was not heard of for `grace` seconds."""
+def heartbeats(storage: Any, study_id: int) -> dict[int, datetime]:
+    """The last heartbeat of every running trial that has one; not to be compared with any clock."""
     trials, beats = models.TrialModel, models.TrialHeartbeatModel
     with Session(storage.engine) as session:
-        now = session.query(func.now()).scalar()
         running = session.query(trials.trial_id, beats.heartbeat).join(beats)
-        running = running.filter(trials.study_id == study_id, trials.state == TrialState.RUNNING)
-        return [trial_id for trial_id, heard in running if _silent(now, heard, grace)]
-
-
-def _silent(now: datetime, heard: datetime, grace: float) -> bool:
-    return now.replace(tzinfo=None) - heard.replace(tzinfo=None) > timedelta(seconds=grace)
+        return dict(map(tuple, running.filter(trials.study_id == study_id, trials.state == TrialState.RUNNING)))
 
 
 def take_over(
-    storage: Any, study_id: int, trial_id: int, failure: str, *, retries: int, grace: float | None = None
+    storage: Any, study_id: int, trial_id: int, failure: str, *, retries: int, heard: datetime | None = None
 ) -> int | None:
     """Fail a running trial whose worker died, and queue the one that repeats it, under a new number, which is returned.
 
@@ -301,7 +295,7 @@ def take_over(
     Args:
         failure: the reason, kept as the trial's user attribute.
         retries: how many workers may die with a trial before it is failed for good.
-        grace: only where its heartbeat is that old, in seconds.
+        heard: only where its last heartbeat is this one.
     """
     with transaction(storage, study_id) as session:
         trial = locked(session, models.TrialModel, trial_id)
@@ -311,8 +305,8 @@ def take_over(
         origin = genome.origin(dead)
         deaths = int(origin[DEATHS]) if isinstance(origin.get(DEATHS), int) else 0
         if dead.state == TrialState.RUNNING:
-            heard = session.query(models.TrialHeartbeatModel.heartbeat).filter_by(trial_id=trial_id).scalar()
-            if grace is not None and not (heard and _silent(session.query(func.now()).scalar(), heard, grace)):
+            last = session.query(models.TrialHeartbeatModel.heartbeat).filter_by(trial_id=trial_id).scalar()
+            if heard is not None and last != heard:
                 return None
             deaths += 1
             if deaths > retries:

@@ -50,11 +50,15 @@ def url(database: str, name: str) -> Iterator[str]:
 
 
 class Wire:
-    """A TCP proxy in front of a database server: it can be cut, and lose the answer to the next COMMIT of something."""
+    """A TCP proxy in front of a database server.
+
+    It can be cut, lose the answer to the next COMMIT of something, and be `silent`: what is sent then gets lost, while
+    connections stay and new ones are taken.
+    """
 
     def __init__(self, host: str, port: int) -> None:
         self.server = (host, port)
-        self.losing = False
+        self.losing = self.silent = False
         self._open: set[socket.socket] = set()
         self._listener: socket.socket | None = None
         with closing(socket.socket()) as free:
@@ -98,7 +102,8 @@ class Wire:
                     wrote = wrote and b"COMMIT" not in data
                 if not asks and lost.is_set():
                     break
-                target.sendall(data)
+                if not self.silent:
+                    target.sendall(data)
         for end in (source, target):
             self._close(end)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy import text
@@ -23,8 +26,9 @@ import moeopt
 from moeopt import genome, samplers
 from moeopt.errors import StorageError
 from moeopt.samplers import EEPSampler
-from moeopt.storage import open_storage
+from moeopt.storage import open_storage, staleness
 from moeopt.storage.spool import Result
+from moeopt.storage.staleness import Watch
 from moeopt.study.warm_starts import enqueue_new
 
 from .conftest import SPACE, loss, opened, processes, slots, until
@@ -40,10 +44,10 @@ def backend(study: optuna.Study) -> tuple[Any, int]:
 
 
 def age(study: optuna.Study, seconds: int = 3600) -> None:
-    """Let the heartbeats of all trials be so old."""
+    """Let the heartbeats of all trials be so old, as if of a machine whose clock is behind."""
     storage, _ = backend(study)
     ago = {
-        "sqlite": f"datetime(heartbeat, '-{seconds} seconds')",
+        "sqlite": f"datetime(heartbeat, '{-seconds} seconds')",
         "postgresql": f"heartbeat - interval '{seconds} seconds'",
         "mysql": f"heartbeat - interval {seconds} second",
     }[storage.engine.name]
@@ -84,18 +88,21 @@ def test_killed_workers_leave_every_slot_done_once(url: str, name: str) -> None:
 
 def takes_over(url: str, name: str, delay: float) -> None:
     study = opened(url, name, grace_period=2)
+    staleness.clock = map(float, itertools.count()).__next__  # a second from look to look
     if delay:
         signal.setitimer(signal.ITIMER_REAL, delay)  # SIGALRM ends the process wherever it is
     for _ in range(20):
         optuna.storages.fail_stale_trials(study)
 
 
-def test_a_stale_trial_has_one_successor_whoever_looks_and_dies(url: str, name: str) -> None:
+def test_a_stale_trial_has_one_successor_whoever_looks_and_dies(
+    url: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = opened(url, name)
     asked = [study.ask().number for _ in range(12)]
     storage, _ = backend(study)
     storage._owned.clear()  # as if this process were dead
-    age(study)
+    monkeypatch.setattr(staleness, "clock", staleness.clock)
     rng = random.Random(1)
     for process in processes(2, takes_over, url, name, 0.05) + [
         p for _ in range(3) for p in processes(1, takes_over, url, name, rng.uniform(0.05, 0.4))
@@ -242,14 +249,57 @@ def test_enqueued_trials_count_as_slots_and_none_is_one_too_many(url: str, name:
 
 
 def test_heartbeats_of_a_trial_go_on_until_it_is_told(url: str, name: str) -> None:
-    study, other = opened(url, name), opened(url, name, grace_period=2)
+    study, other = opened(url, name), opened(url, name, grace_period=3)
     trial = study.ask()
-    age(study)
-    time.sleep(2.5)  # two intervals
-    optuna.storages.fail_stale_trials(other)
+    for _ in range(10):
+        time.sleep(0.5)
+        optuna.storages.fail_stale_trials(other)
     assert other.trials[0].state == TrialState.RUNNING
     study.tell(trial, 1.0)
     assert other.trials[0].value == 1.0
+
+
+@pytest.mark.parametrize("behind", [3600, -3600, 0])
+def test_staleness_is_told_by_the_observers_own_clock(
+    url: str, name: str, behind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, other = opened(url, name), opened(url, name, heartbeat_interval=60, grace_period=180)
+    trial = study.ask()
+    backend(study)[0]._owned.clear()  # as if this process were dead
+    now = [0.0]
+    monkeypatch.setattr(staleness, "clock", lambda: now[0])
+
+    def state_after(seconds: float) -> TrialState:
+        now[0] += seconds
+        optuna.storages.fail_stale_trials(other)
+        return other.trials[trial.number].state
+
+    assert state_after(1000) == TrialState.RUNNING  # whoever has just begun to look knows nothing
+    age(study, behind + 1)
+    assert [state_after(100), state_after(100)] == [TrialState.RUNNING] * 2
+    age(study, 1)  # another heartbeat
+    assert [state_after(100), state_after(80), state_after(80)] == [TrialState.RUNNING] * 3
+    assert state_after(30) == TrialState.FAIL
+    assert [t.state for t in other.trials] == [TrialState.FAIL, TrialState.WAITING]
+
+
+@given(st.lists(st.tuples(st.floats(0, 500), st.booleans()), max_size=30), st.integers(1, 300))
+def test_only_what_was_seen_unchanged_for_long_enough_is_silent(looks: list[tuple[float, bool]], grace: int) -> None:
+    now, gap = 0.0, 120.0
+    beat, counted = datetime(2000, 1, 1), 0.0
+    watch = Watch(gap)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staleness, "clock", lambda: now)
+        watch.look({1: beat})
+        for seconds, beats in looks:
+            now += seconds
+            counted = 0.0 if beats else counted + min(seconds, gap)
+            beat -= timedelta(hours=beats)  # whichever way a clock is set
+            watch.look({1: beat, 2: datetime.now()})
+            if abs(counted - grace) > 1e-6:
+                assert (watch.silent(grace) == {1: beat}) == (counted > grace)
+        watch.look({})
+        assert watch.silent(0) == {}
 
 
 def draws(url: str, name: str, trials: int) -> None:
