@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import warnings
 from abc import abstractmethod
@@ -33,6 +34,16 @@ START = "start"
 
 _asking = threading.RLock()
 """Threads of one process ask one after the other, so that each sees what the others already try."""
+
+
+def _forked() -> None:
+    """A forked process has no thread but one; another may have been asking."""
+    global _asking
+    _asking = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 @dataclass(frozen=True)

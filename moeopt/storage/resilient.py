@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import genome, process, transaction
 from moeopt.errors import StorageError
-from moeopt.storage import links, rows, spool
+from moeopt.storage import forks, links, rows, spool
 from moeopt.storage.outages import LONGEST_DELAY, Waiting
 from moeopt.storage.spool import Result
 from moeopt.storage.staleness import Watch
@@ -89,6 +89,7 @@ class ResilientStorage(RDBStorage):
     def _begin(self, url: str) -> None:
         self.waiting = Waiting(hidden(url), self._patience, url)
         self._owned: dict[int, _Owned] = {}
+        self._inherited: dict[int, int] = {}
         self._identities: dict[int, str] = {}
         self._watches: dict[int, Watch] = {}
         self._local = threading.local()
@@ -104,10 +105,19 @@ class ResilientStorage(RDBStorage):
     def engine(self, engine: Engine) -> None:  # which Optuna makes, and uses at once, also of a pickle
         links.limit(engine)
         self.__dict__["engine"] = engine
+        forks.follow(self)
+
+    def forked(self) -> None:
+        """In a process that was forked from the one that opened this storage; that one's trials are not this one's."""
+        inherited = {trial_id: owned.result.number for trial_id, owned in self._owned.items()} | self._inherited
+        identities = self._identities
+        self._begin(self.url)
+        self._identities, self._inherited = identities, inherited
+        forks.connect_anew(self)
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        for name in ("waiting", "_owned", "_identities", "_watches", "_local", "_beating", "_lock"):
+        for name in ("waiting", "_owned", "_inherited", "_identities", "_watches", "_local", "_beating", "_lock"):
             del state[name]
         return state
 
@@ -325,6 +335,9 @@ class ResilientStorage(RDBStorage):
 
     def _end(self, trial_id: int, state: TrialState, values: list[float] | None) -> bool:
         owned = self._owned.get(trial_id)
+        if trial_id in self._inherited:
+            number = self._inherited[trial_id]
+            raise StorageError(f"trial {number} is ended by the process that runs it, not by one forked from that")
         if owned is None:
             return self.waiting(lambda: RDBStorage.set_trial_state_values(self, trial_id, state, values))
         result = owned.result

@@ -6,26 +6,35 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import optuna
 import psutil
 import pytest
+from optuna.trial import TrialState
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 import moeopt
 from moeopt import genome
-from moeopt.storage import links, open_storage
+from moeopt.errors import StorageError
+from moeopt.samplers import base
+from moeopt.storage import links, open_storage, rows
 
-from .conftest import Wire, loss, opened, processes, slots, until
+from .conftest import SPACE, Wire, loss, opened, processes, slots, until
 
 
 def backend(study: optuna.Study) -> tuple[Any, int]:
     team = genome.shared(study)
     assert team is not None
     return team
+
+
+def loss_of(trial: optuna.trial.FrozenTrial) -> float:
+    return float(((SPACE.vector(trial) - 0.25) ** 2).sum())
 
 
 def hasten() -> None:
@@ -136,3 +145,95 @@ def test_what_a_connection_waits_for_is_bounded_but_for_what_the_url_says(direct
 )
 def test_every_driver_is_bounded_by_what_it_takes(driver: str, names: set[str]) -> None:
     assert names <= set(links.options(make_url(f"{driver}://host/name"))["connect_args"])
+
+
+def forks(url: str, name: str, said: str) -> None:
+    """A worker that forks before it runs trials, and while it runs one; all go on with the study that one opened."""
+    study = opened(url, name)
+    study.ask()
+    children: list[int] = []
+
+    def fork(work: Callable[[], Any]) -> None:
+        children.append(os.fork())
+        if not children[-1]:
+            work()
+            os._exit(0)
+
+    def inside(trial: optuna.Trial) -> None:
+        try:
+            study.tell(trial, -1.0)
+        except StorageError as error:
+            Path(said).write_text(str(error))
+        trial.set_user_attr("from", "child")
+        for again in (study.ask() for _ in range(3)):
+            study.tell(again, loss(again))
+
+    def objective(trial: optuna.Trial) -> float:
+        if len(children) == 1:
+            fork(lambda: inside(trial))
+            assert os.waitpid(children[1], 0)[1] == 0
+        return loss(trial)
+
+    def outside() -> None:
+        until(Path(said).exists)
+        moeopt.optimize(study, loss, trials=12)
+
+    fork(outside)
+    moeopt.optimize(study, objective, trials=11)
+    study.tell(0, 0.5)
+    assert os.waitpid(children[0], 0)[1] == 0
+
+
+def test_a_forked_process_gets_connections_of_its_own_and_ends_no_trial_of_its_parent(
+    url: str, name: str, tmp_path: Path
+) -> None:
+    (process,) = processes(1, forks, url, name, str(tmp_path / "said"))
+    process.join()
+    assert process.exitcode == 0
+    study = opened(url, name)
+    assert slots(study) == list(range(12))
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 12
+    assert study.trials[0].value == 0.5
+    (forked,) = [trial for trial in study.trials if trial.user_attrs]
+    assert forked.value == loss_of(forked)
+    said = f"trial {forked.number} is ended by the process that runs it, not by one forked from that"
+    assert (tmp_path / "said").read_text() == said
+
+
+def forks_amid(url: str, name: str, said: str) -> None:
+    """Fork while other threads hold a transaction, the lock of Optuna's cache, and that of those who ask."""
+    study = opened(url, name)
+    storage, study_id = backend(study)
+    holding, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with study._storage._lock, base._asking, rows.transaction(storage, study_id):  # type: ignore[attr-defined]
+            holding.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait()
+    child = os.fork()
+    if not child:
+        try:
+            moeopt.optimize(study, loss, trials=3)
+        except StorageError as error:
+            Path(said).write_text(str(error))
+        os._exit(0)
+    if url.startswith("sqlite"):
+        os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    if not url.startswith("sqlite"):
+        os.waitpid(child, 0)
+    moeopt.optimize(study, loss, trials=4)
+
+
+def test_a_process_forked_amid_a_transaction_works_or_says_why_not(url: str, name: str, tmp_path: Path) -> None:
+    (process,) = processes(1, forks_amid, url, name, str(tmp_path / "said"))
+    process.join()
+    assert process.exitcode == 0
+    assert slots(opened(url, name)) == list(range(4))
+    said = (tmp_path / "said").read_text() if (tmp_path / "said").exists() else ""
+    assert ("by 'spawn' or 'forkserver'" in said) == url.startswith("sqlite")
