@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ def write(
     user_attrs: Mapping[str, Any],
     params: Mapping[str, tuple[Any, BaseDistribution]],
     unless: Taken | None = None,
+    started: datetime | None = None,
 ) -> bool:
     """Set system and user attributes, and add parameters that the trial does not have yet.
 
@@ -78,8 +80,10 @@ def write(
         trial_id: Optuna's key of a running trial.
         params: value and distribution by name.
         unless: what keeps it from writing; then False is returned.
+        started: when the trial was started, naive UTC as Optuna stores it; None: whenever.
 
     Raises:
+        KeyError: when there is no such trial, as the database was set back to an earlier state.
         optuna.exceptions.UpdateFinishedTrialError: when the trial has ended.
         sqlalchemy.exc.SQLAlchemyError: when the database fails; then nothing is written.
     """
@@ -93,7 +97,10 @@ def write(
         trials = models.TrialModel.__table__
         if unless is not None and _is_taken(connection, trial_id, unless):
             return False
-        trial = connection.execute(trials.select().where(trials.c.trial_id == trial_id).with_for_update()).one()
+        found = connection.execute(trials.select().where(trials.c.trial_id == trial_id).with_for_update())
+        trial = found.one_or_none()
+        if trial is None or not same_start(started, trial.datetime_start):
+            raise KeyError(f"trial key {trial_id}")
         storage.check_trial_is_updatable(trial_id, trial.state)
         for model, values in ((models.TrialSystemAttributeModel, attrs), (models.TrialUserAttributeModel, user_attrs)):
             if not values:
@@ -108,6 +115,16 @@ def write(
             )
             connection.execute(rows, [{"trial_id": trial_id, **dict(zip(columns, fact))} for fact in facts])
     return True
+
+
+def same_start(started: datetime | None, stored: datetime | None) -> bool:
+    """Whether a trial is the one that was started then; another gets its key when a database is set back.
+
+    MySQL rounds to whole seconds, MariaDB down to them.
+    """
+    if started is None or stored is None or stored.microsecond:
+        return started in (None, stored)
+    return abs(stored - started) < timedelta(seconds=1)
 
 
 def write_study(storage: Any, study_id: int, attrs: Mapping[str, Any]) -> None:

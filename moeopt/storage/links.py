@@ -7,10 +7,12 @@ What ends so is an outage: it is waited for, and nothing is done twice. A URL's 
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Generator
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,6 +73,20 @@ def limit(engine: Engine) -> None:
         @event.listens_for(engine, "do_connect")
         def connect(dialect: Any, record: Any, arguments: Any, given: Any) -> Any:
             return _listening().connect(*arguments, **given)
+
+
+def keep_file(engine: Engine) -> None:
+    """Let later connections to an SQLite file fail where it is not there any more, rather than make an empty one."""
+    from sqlalchemy import event
+
+    file = engine.url.database
+    if engine.name != "sqlite" or file in (None, "", ":memory:") or str(file).startswith("file:"):
+        return
+
+    @event.listens_for(engine, "do_connect")
+    def look(*_: Any) -> None:
+        if not Path(str(file)).exists():
+            raise sqlite3.OperationalError("unable to open database file: it is not there")
 
 
 def _limits(engine: Engine) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +32,12 @@ MYSQL = {
 POSTGRES = ("08", "57", "53300", "40001", "40P01", "55P03", "25006", "25P03", "25P04")
 """Beginnings of PostgreSQL's codes that will pass: connection, shutdown, cancel, too many clients, locks, standby, and
 transactions that the server ended, as their worker was frozen."""
+GONE = (1046, 1049, 1146, 1412, 1932, "3D000", "42P01")
+"""What says that tables or the whole database are not there, or others than before."""
+GONE_WORDS = re.compile(
+    r'database ".*" does not exist|no such table|unable to open database file'
+    r"|could not open relation|cache lookup failed|cached plan must not change"
+)
 REFUSED = ("authentication failed", "does not exist", "no pg_hba.conf", "unsupported", "permission denied")
 """What a server says that is there, and will say again."""
 
@@ -52,6 +59,15 @@ def is_locked(error: BaseException | None) -> bool:
         return _passes(cause)
     code = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
     return code == "55P03" or getattr(cause, "args", ())[:1] == (1205,)
+
+
+def is_gone(error: BaseException | None) -> bool:
+    """Whether tables that were there are not, or others are: the database was dropped, or is being restored."""
+    cause = getattr(_said(error), "orig", None)
+    code = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+    moved = getattr(cause, "sqlite_errorname", None) == "SQLITE_READONLY_DBMOVED"
+    number = next(iter(getattr(cause, "args", ())), None)
+    return moved or code in GONE or number in GONE or bool(GONE_WORDS.search(str(cause)))
 
 
 def _said(error: BaseException | None) -> BaseException | None:
@@ -106,20 +122,32 @@ class Waiting:
         place: names the storage, without its password.
         url: whose secrets are left out of what it says.
         patience: seconds to wait for it; then StorageError, at once from every call until one succeeds.
+        missing: of a database that was there: whether a study is missing that was in it. Given this, tables that are
+            gone, and after an outage also a study, are waited for: they may be on their way back.
+        renew: called where connections may be to what is gone.
 
     Attributes:
         deadline: `time.monotonic` after which nothing is waited for; None: none.
         stopped: nothing is waited for, as Ctrl-C was pressed.
+        shaken: a connection was lost since the study was last seen.
         returned: `time.monotonic` when the last outage ended that was told of.
     """
 
-    def __init__(self, place: str, patience: float, url: str | None = None) -> None:
+    def __init__(
+        self,
+        place: str,
+        patience: float,
+        url: str | None = None,
+        missing: Callable[[], bool] | None = None,
+        renew: Callable[[], Any] | None = None,
+    ) -> None:
         self.place, self.patience, self._url = place, patience, url
         self.deadline: float | None = None
         self.returned = float("-inf")
         self._since: float | None = None
         self._told = self._gave_up = False
-        self.stopped = False
+        self.stopped = self.shaken = False
+        self._missing, self._renew = missing, renew
         self._lock = threading.Lock()
 
     def __call__(self, call: Callable[[], T], failed: Callable[[], Any] | None = None) -> T:
@@ -141,7 +169,7 @@ class Waiting:
             try:
                 result = call()
             except Exception as error:
-                passes = is_outage(error)
+                passes = is_outage(error) or self._may_return(error)
                 if not passes and not isinstance(error, (DBAPIError, StorageInternalError)):
                     raise
                 if tries == 0 and failed is not None:
@@ -155,8 +183,27 @@ class Waiting:
                 self._answered()
                 return result
 
+    def note(self, error: BaseException) -> None:
+        """Note an error, of whoever may not wait: what is missing from now on may be on its way back."""
+        self.shaken = self.shaken or is_gone(error) or (is_outage(error) and not is_locked(error))
+
+    def _may_return(self, error: Exception) -> bool:
+        """Whether it is a part of the database that is not there, and may be restored; a study only after an outage."""
+        from moeopt.storage.rows import StudyIsGone
+
+        if self._missing is None or self._renew is None:
+            return False
+        if is_gone(error):
+            self._renew()
+            return True
+        try:
+            return self.shaken and isinstance(error, (KeyError, StudyIsGone)) and self._missing()
+        except Exception as other:
+            return is_outage(other) or is_gone(other)
+
     def _wait(self, error: Exception, tries: int, began: float) -> None:
         now = time.monotonic()
+        self.note(error)
         now_is, was = ("is locked", "was locked") if is_locked(error) else ("does not answer", "did not answer")
         with self._lock:
             if self._since is None:
@@ -178,8 +225,13 @@ class Waiting:
 
     def _why(self, error: Exception) -> str:
         """What the database said, and who locks it, where that can be told."""
-        locked = holders(self._url) if is_locked(error) else ""
-        return reason(error, self._url) + locked
+        if is_locked(error):
+            return reason(error, self._url) + holders(self._url)
+        if is_gone(error):
+            return f"{reason(error, self._url)}; it was dropped or is being restored"
+        if not is_outage(error):
+            return "the study is not in it any more; it was dropped, or restored to a time before the study"
+        return reason(error, self._url)
 
     def _answered(self) -> None:
         if self._since is None and not self._gave_up:

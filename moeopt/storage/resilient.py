@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
@@ -31,10 +31,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import genome, process, transaction
 from moeopt.errors import StorageError
-from moeopt.storage import forks, links, rows, spool
+from moeopt.storage import forks, links, presence, rows, spool
 from moeopt.storage.outages import LONGEST_DELAY, Waiting
 from moeopt.storage.spool import Result
-from moeopt.storage.staleness import Watch
+from moeopt.storage.staleness import Watch, beat
 from moeopt.storage.urls import hidden
 
 if TYPE_CHECKING:
@@ -85,12 +85,15 @@ class ResilientStorage(RDBStorage):
         self._patience, self.retries = patience, retries
         self._begin(url)
         super().__init__(url, engine_kwargs, heartbeat_interval=heartbeat_interval, grace_period=grace_period)
+        links.keep_file(self.engine)
 
     def _begin(self, url: str) -> None:
-        self.waiting = Waiting(hidden(url), self._patience, url)
+        missing, renew = functools.partial(presence.is_missing, self), lambda: self.engine.dispose()
+        self.waiting = Waiting(hidden(url), self._patience, url, missing, renew)
         self._owned: dict[int, _Owned] = {}
         self._inherited: dict[int, int] = {}
         self._identities: dict[int, str] = {}
+        self._ends = presence.Ends()
         self._watches: dict[int, Watch] = {}
         self._local = threading.local()
         self._beating: threading.Thread | None = None
@@ -116,15 +119,16 @@ class ResilientStorage(RDBStorage):
         forks.connect_anew(self)
 
     def __getstate__(self) -> dict[Any, Any]:
-        state = super().__getstate__()
-        for name in ("waiting", "_owned", "_inherited", "_identities", "_watches", "_local", "_beating", "_lock"):
-            del state[name]
-        return state
+        begun = (
+            "waiting", "_owned", "_inherited", "_identities", "_ends", "_watches", "_local", "_beating", "_lock",
+        )  # fmt: skip
+        return {name: value for name, value in super().__getstate__().items() if name not in begun}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         self._patience = state["_patience"]
         self._begin(state["url"])
         super().__setstate__(state)
+        links.keep_file(self.engine)
 
     # Studies.
 
@@ -135,13 +139,27 @@ class ResilientStorage(RDBStorage):
         included_trial_ids: set[int],
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
+        """What Optuna has cached is right unless the database was set back, which undid what happened last: that is
+        looked at, too.
+
+        Raises:
+            SetBack: when trials that were to be read, or the last that ended, are not there any more, or not as then.
+        """
+        again = trial_id_greater_than >= 0 and states is None
+        wanted = included_trial_ids | (self._ends.of(study_id) if again else set())
+
         def read() -> list[FrozenTrial]:
             if trial_id_greater_than < 0 and self.engine.name != "sqlite":
                 # All of a large study takes longer to build than the server leaves a transaction idle.
                 self.scoped_session().connection(execution_options={"isolation_level": "AUTOCOMMIT"})
-            return RDBStorage._get_trials(self, study_id, states, included_trial_ids, trial_id_greater_than)
+            return RDBStorage._get_trials(self, study_id, states, wanted, trial_id_greater_than)
 
-        return self.waiting(read)
+        trials = self.waiting(read)
+        if states is None:
+            lost = again and not wanted <= {trial._trial_id for trial in trials}
+            if lost or not self._ends.agree(study_id, trials, with_last=again):
+                raise presence.set_back(self)
+        return trials
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
         name = f"no-name-{uuid.uuid4()}" if study_name is None else study_name
@@ -178,19 +196,6 @@ class ResilientStorage(RDBStorage):
             self._identities[study_id] = self.waiting(lambda: rows.identity(self, study_id))
         return self._identities[study_id]
 
-    def check_there(self, study_id: int) -> None:
-        """Raise StudyIsGone when a study was deleted since this process knows it; nothing of it is kept on the disk."""
-        if study_id not in self._identities:
-            return
-        try:
-            with rows.transaction(self) as session:
-                rows.check_there(session, study_id, self._identities[study_id])
-        except rows.StudyIsGone:
-            for owned in self._owned.values():
-                if owned.study_id == study_id:
-                    owned.result.remove()
-            raise
-
     # Claims.
 
     @contextmanager
@@ -209,8 +214,13 @@ class ResilientStorage(RDBStorage):
         slots: int | None = getattr(self._local, "slots", None)
         if slots is None:
             return None
+        return slots + len(self.run_here(study_id))
+
+    def run_here(self, study_id: int) -> dict[int, Result]:
+        """What is known of the trials that this thread runs."""
         here = threading.get_ident()
-        return slots + sum(owned.thread == here and owned.study_id == study_id for owned in [*self._owned.values()])
+        trials = [*self._owned.items()]
+        return {key: owned.result for key, owned in trials if owned.thread == here and owned.study_id == study_id}
 
     def claimable(self, study_id: int) -> bool:
         """Whether there is a trial to start: a slot that was not yet, or one to be repeated."""
@@ -252,12 +262,16 @@ class ResilientStorage(RDBStorage):
 
     def _own(self, study_id: int, trial: FrozenTrial) -> None:
         plan = genome.origin(trial).get("plan")
-        result = Result(self.identity(study_id), trial.number, process.this_worker(), plan)
+        local = trial.datetime_start
+        started = None if local is None else local.astimezone(UTC).replace(tzinfo=None).isoformat()
+        identity = self.identity(study_id)
+        result = Result(identity, trial.number, process.this_worker(), plan, started=started)
+        self.waiting.shaken = False  # the study is there
         with self._lock:
             self._owned[trial._trial_id] = _Owned(study_id, threading.get_ident(), result)
             if self.heartbeat_interval is not None and (self._beating is None or not self._beating.is_alive()):
                 arguments = (weakref.ref(self), float(self.heartbeat_interval))
-                self._beating = threading.Thread(target=_beat, args=arguments, daemon=True, name="moeopt heartbeats")
+                self._beating = threading.Thread(target=beat, args=arguments, daemon=True, name="moeopt heartbeats")
                 self._beating.start()
 
     # What a trial writes.
@@ -271,7 +285,8 @@ class ResilientStorage(RDBStorage):
         unless: transaction.Taken | None = None,
     ) -> bool:
         """`transaction.write`, waited for; False where `unless` kept it from writing."""
-        write = functools.partial(transaction.write, self, trial_id, attrs, user_attrs, params, unless)
+        since = self._owned[trial_id].result.since if trial_id in self._owned else None
+        write = functools.partial(transaction.write, self, trial_id, attrs, user_attrs, params, unless, since)
         if self._write(trial_id, write, attrs, user_attrs) is False:
             return False
         origin = attrs.get(genome.ORIGIN)
@@ -280,19 +295,25 @@ class ResilientStorage(RDBStorage):
         return True
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        call = functools.partial(RDBStorage.set_trial_user_attr, self, trial_id, key, value)
-        self._write(trial_id, call, {}, {key: value})
+        self.write_trial(trial_id, {}, {key: value}, {})
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        call = functools.partial(RDBStorage.set_trial_system_attr, self, trial_id, key, value)
-        self._write(trial_id, call, {key: value}, {})
+        self.write_trial(trial_id, {key: value}, {}, {})
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        call = functools.partial(RDBStorage.set_trial_intermediate_value, self, trial_id, step, intermediate_value)
-        self._write(trial_id, call, {}, {})
+        self._write_by_optuna(RDBStorage.set_trial_intermediate_value, trial_id, step, intermediate_value)
 
     def _set_trial_param(self, trial_id: int, *arguments: Any) -> None:
-        self._write(trial_id, functools.partial(RDBStorage._set_trial_param, self, trial_id, *arguments), {}, {})
+        self._write_by_optuna(RDBStorage._set_trial_param, trial_id, *arguments)
+
+    def _write_by_optuna(self, write: Callable[..., Any], trial_id: int, *arguments: Any) -> None:
+        def call() -> None:
+            owned = self._owned.get(trial_id)
+            if owned is not None and not rows.still_there(self, {trial_id: owned.result}):
+                raise KeyError(trial_id)
+            write(self, trial_id, *arguments)
+
+        self._write(trial_id, call, {}, {})
 
     def _write(
         self, trial_id: int, call: Callable[[], Any], attrs: Mapping[str, Any], user_attrs: Mapping[str, Any]
@@ -315,6 +336,9 @@ class ResilientStorage(RDBStorage):
         except UpdateFinishedTrialError:
             keep()
             return None
+        except KeyError:
+            presence.check_there(self, owned.study_id)
+            raise presence.set_back(self) from None
         except StorageError:
             result.user_attrs[genome.INTERRUPTED] = True  # it is not the trial that failed
             result.save()
@@ -355,7 +379,10 @@ class ResilientStorage(RDBStorage):
 
     def _build_frozen_trial_from_trial_model(self, trial: Any) -> FrozenTrial:
         frozen = super()._build_frozen_trial_from_trial_model(trial)
-        if frozen._trial_id in self._owned and frozen.state.is_finished():
+        owned = self._owned.get(frozen._trial_id)
+        if owned is not None and not owned.result.is_of(trial._datetime_start_utc):
+            raise presence.set_back(self)
+        if owned is not None and frozen.state.is_finished():
             frozen.state, frozen.values, frozen.datetime_complete = TrialState.RUNNING, None, None
         return frozen
 
@@ -375,7 +402,7 @@ class ResilientStorage(RDBStorage):
         """Take over the running trials that were seen without a heartbeat for longer than the grace period."""
         if self.heartbeat_interval is None:
             return
-        self.waiting(lambda: self._look(study_id))
+        self.waiting(lambda: self.look(study_id))
         grace = 2 * self.heartbeat_interval if self.grace_period is None else self.grace_period
         if time.monotonic() - self.waiting.returned < 2 * self.heartbeat_interval + LONGEST_DELAY:
             return  # after an outage, others shall be heard of first
@@ -383,7 +410,8 @@ class ResilientStorage(RDBStorage):
             if trial_id not in self._owned:
                 self.take_over(study_id, trial_id, f"its worker was not heard of for {grace} s", heard)
 
-    def _look(self, study_id: int) -> None:
+    def look(self, study_id: int) -> None:
+        """Note the heartbeats of a study's running trials."""
         assert self.heartbeat_interval is not None
         watch = self._watches.setdefault(study_id, Watch(2 * self.heartbeat_interval))
         watch.look(rows.heartbeats(self, study_id))
@@ -424,26 +452,6 @@ def study_names(storage: BaseStorage) -> list[str]:
     if not isinstance(database, ResilientStorage):
         return get_all_study_names(storage)
     return database.waiting(lambda: rows.study_names(database))
-
-
-def _beat(reference: weakref.ref[ResilientStorage], interval: float) -> None:
-    """Beat for all trials that a storage's process runs, and look at others' beats, as long as there is the storage."""
-    delay = interval
-    while True:
-        time.sleep(delay)
-        storage = reference()
-        if storage is None:
-            return
-        delay = interval
-        try:
-            if owned := [*storage._owned]:
-                rows.beat(storage, owned)
-                for study_id in {trial.study_id for trial in [*storage._owned.values()]}:
-                    storage._look(study_id)
-        except Exception as error:  # an outage: the calls that wait for it tell of it
-            logger.debug("no heartbeat: %s", error)
-            delay = min(interval, 1.0)
-        del storage
 
 
 def _repeated(name: str) -> Callable[..., Any]:

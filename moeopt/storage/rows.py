@@ -49,6 +49,13 @@ class NoSlotLeft(Exception):
     """Every slot that the study shall have was started."""
 
 
+class SetBack(StorageError):
+    """The database was restored to an earlier state: trials that this process knows are not there, or others are."""
+
+    def __init__(self) -> None:
+        super().__init__("the database was set back to an earlier state while the study was searched; load it anew")
+
+
 class StudyIsGone(StorageError):
     """The study was deleted, and its key may be another one's now."""
 
@@ -73,11 +80,11 @@ def transaction(storage: Any, study_id: int | None = None, identity: str | None 
 
 
 def locked(session: Session, model: Any, key: int) -> Any:
-    """The study or trial of that key, locked; StudyIsGone where there is none."""
+    """The study or trial of that key, locked; StudyIsGone or SetBack where there is none."""
     try:
         return model.find_or_raise_by_id(key, session, for_update=True)
     except KeyError:
-        raise StudyIsGone from None
+        raise (StudyIsGone if model is models.StudyModel else SetBack) from None
 
 
 def attributes(session: Session, model: Any, trial_id: int) -> dict[str, Any]:
@@ -104,6 +111,14 @@ def check_there(session: Session, study_id: int, identity: str) -> None:
     found = session.query(kind.value_json).filter_by(study_id=study_id, key=IDENTITY).scalar()
     if found is None or json.loads(found) != identity:
         raise StudyIsGone
+
+
+def still_there(storage: Any, results: Mapping[int, Result]) -> set[int]:
+    """Which of these trials are in the database, rather than none or others by their keys."""
+    trials = models.TrialModel
+    with Session(storage.engine) as session:
+        stored = session.query(trials.trial_id, trials._datetime_start_utc).filter(trials.trial_id.in_(results))
+        return {trial_id for trial_id, started in stored if results[trial_id].is_of(started)}
 
 
 def identity(storage: Any, study_id: int) -> str:
@@ -253,8 +268,10 @@ def end(
 ) -> bool:
     """End a trial with what is known of it; whether it was still running, or ended so before."""
     with transaction(storage) as session:
-        trial = locked(session, models.TrialModel, trial_id)
+        trial = session.get(models.TrialModel, trial_id, with_for_update=True)
         check_there(session, study_id, result.study)
+        if trial is None or not result.is_of(trial._datetime_start_utc):
+            raise SetBack
         if trial.state.is_finished():
             ended = frozen(storage, trial)
             attrs = attributes(session, SystemAttr, trial_id)
@@ -360,7 +377,7 @@ def _delivered(storage: Any, session: Session, result: Result, first: Any, trial
     """Store a result in a running or waiting trial, which is locked; `first` is the one that it was kept of."""
     known = attributes(session, SystemAttr, trial.trial_id)
     plan = (known.get(genome.ORIGIN) or {}).get("plan")
-    if None not in (plan, result.plan) and plan != result.plan:
+    if (not result.is_of(first._datetime_start_utc)) if None in (plan, result.plan) else (plan != result.plan):
         return None
     if trial is not first:
         if result.state == "FAIL":  # the trial that repeats it shall tell

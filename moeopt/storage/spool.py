@@ -14,8 +14,11 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from moeopt.transaction import same_start
 
 logger = logging.getLogger("moeopt.storage")
 
@@ -40,6 +43,7 @@ class Result:
         state: of STATES; None: not evaluated to the end.
         values: of a COMPLETE trial.
         attrs, user_attrs: system and user attributes.
+        started: when the trial was, UTC in ISO format; in a database that was set back another one may have its number.
     """
 
     study: str
@@ -50,6 +54,16 @@ class Result:
     values: list[float] | None = None
     attrs: dict[str, Any] = field(default_factory=dict)
     user_attrs: dict[str, Any] = field(default_factory=dict)
+    started: str | None = None
+
+    @property
+    def since(self) -> datetime | None:
+        """UTC, without a time zone, as Optuna stores it."""
+        return None if self.started is None else datetime.fromisoformat(self.started)
+
+    def is_of(self, started: datetime | None) -> bool:
+        """Whether it is of the trial that was started then."""
+        return same_start(self.since, started)
 
     @property
     def file(self) -> Path:
@@ -137,6 +151,7 @@ def _read(file: Path, study: str) -> Result:
         and found.file == file
         and (found.state is None or found.state in STATES)
         and isinstance(found.plan, (str, type(None)))
+        and (found.started is None or datetime.fromisoformat(found.started).tzinfo is None)
         and isinstance(found.attrs, dict)
         and isinstance(found.user_attrs, dict)
         and numbers

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from datetime import datetime
+from typing import TYPE_CHECKING
+
+from moeopt.storage import rows
+
+if TYPE_CHECKING:
+    from moeopt.storage.resilient import ResilientStorage
+
+logger = logging.getLogger("moeopt.storage")
 
 clock = time.monotonic
 """Seconds; no correction of the time moves it."""
@@ -39,3 +49,24 @@ class Watch:
         """The last heartbeat of each trial that was seen without another one for longer than this."""
         with self._lock:
             return {trial: beat for trial, (beat, silent) in self._beats.items() if silent > seconds}
+
+
+def beat(reference: weakref.ref[ResilientStorage], interval: float) -> None:
+    """Beat for all trials that a storage's process runs, and look at others' beats, as long as there is the storage."""
+    delay = interval
+    while True:
+        time.sleep(delay)
+        storage = reference()
+        if storage is None:
+            return
+        delay = interval
+        try:
+            if owned := [*storage._owned]:
+                rows.beat(storage, owned)
+                for study_id in {trial.study_id for trial in [*storage._owned.values()]}:
+                    storage.look(study_id)
+        except Exception as error:  # an outage: the calls that wait for it tell of it
+            logger.debug("no heartbeat: %s", error)
+            storage.waiting.note(error)
+            delay = min(interval, 1.0)
+        del storage

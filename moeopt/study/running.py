@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import optuna
@@ -21,12 +22,15 @@ from optuna.trial import FrozenTrial, TrialState
 from moeopt import genome, recipe
 from moeopt.errors import StorageError, StudyError, got
 from moeopt.samplers import GenomeSampler, UnknownSampler
-from moeopt.storage.rows import NoSlotLeft, StudyIsGone
+from moeopt.storage import presence
+from moeopt.storage.rows import NoSlotLeft, SetBack, StudyIsGone
 from moeopt.study.progress import finished, stalled
 from moeopt.study.reclaiming import reclaim
 
-LONGEST_LOOK = 1.0
+SHORTEST_LOOK, LONGEST_LOOK = 0.05, 1.0
 """Seconds between two looks for a trial to start, while others run elsewhere."""
+STUMBLES = (StorageError, UnboundLocalError, AssertionError, KeyError)
+"""What Optuna raises when a storage fails while it ends a trial."""
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 
@@ -80,13 +84,14 @@ def optimize(
     stop = _Stop()
 
     def stop_when_done(study: optuna.Study, trial: FrozenTrial | None = None) -> None:
+        stop.delay = SHORTEST_LOOK
         if stop.asked or ((patience is not None or team is None) and enough()):
             study.stop()
 
     def left() -> float | None:
         return None if until is None else max(0.0, until - time.monotonic())
 
-    with _stoppable(study, stop, until):
+    def run() -> None:
         if trials is not None or patience is not None:
             recipe.want(study, trials, patience)
         reclaim(study)
@@ -98,6 +103,15 @@ def optimize(
             except NoSlotLeft:
                 if not _wait_for_others(study, trials, stop, left):
                     return
+
+    with _stoppable(study, stop, until):
+        while True:
+            try:
+                return run()
+            except STUMBLES as error:
+                if not _set_back(study, error):
+                    raise
+                time.sleep(SHORTEST_LOOK)
 
 
 def _checked(study: Any, objective: Any, callbacks: Any) -> list[Callback]:
@@ -154,25 +168,45 @@ def _wait_for_others(study: optuna.Study, trials: int | None, stop: _Stop, left:
     team = genome.shared(study)
     assert team is not None
     storage, study_id = team
-    delay = 0.05
-    while not stop.asked and left() != 0.0:
+    while not stop.asked and (remaining := left()) != 0.0:
+        # First, and longer as long as nothing is run: however the others' trials look, nobody turns in circles.
+        time.sleep(stop.delay * random.uniform(0.5, 1.0) if remaining is None else min(stop.delay, remaining))
+        stop.delay = min(2 * stop.delay, LONGEST_LOOK)
         reclaim(study)
         if trials is not None and finished(study) >= trials:
             return False
         with storage.slots(trials):
             if storage.claimable(study_id):
                 return True
-        remaining = left()
-        time.sleep(delay * random.uniform(0.5, 1.0) if remaining is None else min(delay, remaining))
-        delay = min(2 * delay, LONGEST_LOOK)
     return False
+
+
+def _set_back(study: optuna.Study, error: BaseException) -> bool:
+    """Whether an error is that the database was set back to an earlier state; then the study is read anew from there.
+
+    Raises:
+        StudyIsGone: where the study is not there any more.
+    """
+    team = genome.shared(study)
+    said = _storage_error(error)
+    if team is None or not isinstance(said, (SetBack, NoneType)):
+        return False
+    try:
+        presence.check_there(*team)
+    except SetBack as other:
+        said = other
+    if said is None:
+        return False
+    presence.start_over(study)
+    return True
 
 
 @dataclass
 class _Stop:
-    """Whether Ctrl-C was pressed."""
+    """Whether Ctrl-C was pressed, and how long to wait until the next look for a trial to start."""
 
     asked: bool = False
+    delay: float = SHORTEST_LOOK
 
 
 def _storage_error(error: BaseException | None) -> StorageError | None:
@@ -206,10 +240,10 @@ def _stoppable(study: optuna.Study, stop: _Stop, until: float | None) -> Iterato
         signal.signal(signal.SIGINT, finish_trial)
     try:
         yield
-    except (StorageError, UnboundLocalError, AssertionError, KeyError) as error:
+    except STUMBLES as error:
         found = _storage_error(error)
         if team is not None and (found is None or isinstance(found, StudyIsGone)):
-            team[0].check_there(team[1])
+            presence.check_there(*team)
         if found is None:
             raise
         if not stop.asked and (until is None or time.monotonic() < until):
