@@ -499,13 +499,14 @@ def printed(found: Comparison, width: int) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("score", ["metric", "kl"])
+@pytest.mark.parametrize("score", ["metric", "choice", "kl"])
 def test_another_score_is_that_of_the_evaluator(demo: Demo, score: Any, folder: Path, found: Comparison) -> None:
     other = demo.compare(score=score, methods=["reap"], draws=0, out=folder)
     for split, n in LIMITS.items():
         evaluator = Evaluator(demo.model, demo.tokenizer, demo.task, split=split, limit=n, score=score)
         assert row(other, "reap").loss[split] == evaluator.evaluate(row(other, "reap").plan).loss
-    assert other.full.loss["test"] == (0 if score == "kl" else 1 - other.full.accuracy["test"])
+    expected = {"kl": 0.0, "metric": 1 - other.full.accuracy["test"]}
+    assert other.full.loss["test"] == expected.get(score, evaluator.evaluate().loss)
     assert ("agree" in printed(other, 120)) == (score == "kl")
     assert f"Loss: {score}." in " ".join(printed(other, 120).split())
 

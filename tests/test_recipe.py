@@ -113,6 +113,7 @@ def test_an_objective_from_a_recipe_gives_the_same_losses(model: Any, tiny_token
     space = moeopt.EEPSpace.of(model, keep=2)
     for options in (
         {"score": "metric", "active_weight": 0.1},
+        {"score": "choice"},
         {"score": "kl", "compression": moeopt.evaluation.Compression(top_p=0.9)},
         {"rungs": 3, "report": "block", "max_length": 64, "batch_tokens": 64, "prefix_memory": 0},
     ):

@@ -32,11 +32,12 @@ Data = Annotated[
 TaskOption = Annotated[
     list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as shots=5; repeatable.")
 ]
-ScoreName = Literal["likelihood", "metric", "kl", "acceptance"]
+ScoreName = Literal["likelihood", "choice", "metric", "kl", "acceptance"]
 Score = Annotated[
     ScoreName,
     GOAL(
-        help="What is minimised. likelihood: minus the answers' log-likelihood. metric: 1 minus the task's metric. "
+        help="What is minimised. likelihood: minus the answers' log-likelihood. choice: minus the log of the right "
+        "option's share among the options. metric: 1 minus the task's metric. "
         "Without answers, against the full model: kl, the divergence; acceptance: 1 minus speculative decoding's rate."
     ),
 ]

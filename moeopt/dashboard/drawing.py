@@ -68,9 +68,8 @@ def draw(digest: Digest, others: Mapping[str, Curve], named: Mapping[str, float]
 
 def _label(digest: Digest) -> str:
     score = digest.part("evaluation", "score")
-    return {"metric": "1 - metric", "kl": "KL to the full model", "acceptance": "1 - acceptance"}.get(
-        str(score), "loss"
-    )
+    labels = {"metric": "1 - metric", "choice": "loss of the choice", "kl": "KL to the full model"}
+    return (labels | {"acceptance": "1 - acceptance"}).get(str(score), "loss")
 
 
 def _progress(digest: Digest, others: Mapping[str, Curve]) -> style.Figure:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from moeopt.tasks import Request, Scores, Task
 
 PREFIX_MEMORY = 1 << 30
-Score = Literal["likelihood", "metric", "kl", "acceptance"]
+Score = Literal["likelihood", "choice", "metric", "kl", "acceptance"]
 
 
 class Evaluator:
@@ -77,7 +77,10 @@ class Evaluator:
         prefix_device: where they are kept, such as ``"cpu"``; None: where they were computed.
         storage: where merged experts live, see `moeopt.patched`. ``"auto"``: scratch if they would take more than half
             of the free memory.
-        score: what a loss is. ``"likelihood"``: the task's own, smooth one; ``"metric"``: 1 minus the correctness of
+        score: what a loss is. ``"likelihood"``: the task's own, smooth one; ``"choice"``, for tasks that choose among
+            options: minus the log of the right option's share in the softmax over the options (see
+            `moeopt.tasks.multiple_choice`), smooth, and blind to what all options share; ``"metric"``: 1 minus the
+            correctness of
             the example, so that the mean loss is 1 minus the task's metric; for a `GenerationTask`, also in a mixture,
             the model then generates, and the metric is that of the text. ``"kl"`` and ``"acceptance"`` need no answers:
             how far the model under a plan is from the model without, see `moeopt.evaluation.teacher`. The loss of an
@@ -125,6 +128,8 @@ class Evaluator:
         if score not in get_args(Score):
             raise TaskError(f"score must be one of {', '.join(get_args(Score))}, got {got(score)}")
         self.score: Score = score
+        if score == "choice" and not task.chooses:
+            raise TaskError(f"task {task.name!r} does not choose among options: score='choice' needs a task that does")
         config = model.config.get_text_config()
         if max_length is None:
             max_length = getattr(config, "max_position_embeddings", None)
@@ -325,7 +330,12 @@ class Evaluator:
             return self.teacher.reduce(requests, sums, "kl" if self.score == "kl" else "acceptance")
         scores = self.task.reduce(self.split, requests, sums[0], sums[1].astype(np.int64))
         metrics = self.task.metrics(self.split, scores)
-        return (replace(scores, losses=1 - scores.correct) if self.score == "metric" else scores), metrics
+        if self.score == "metric":
+            scores = replace(scores, losses=1 - scores.correct)
+        elif self.score == "choice":
+            assert scores.choice is not None
+            scores = replace(scores, losses=scores.choice)
+        return scores, metrics
 
     def _run(self, rung: int, plan: Plan | None, sums: NDArray[np.float64]) -> Run:
         """Fills in what the requests of a rung got, (values, requests), with smaller batches if memory runs out.

@@ -93,15 +93,30 @@ class Request:
 class Scores:
     """Per example, float32 (examples,): loss, weight in the means, and correctness in [0, 1].
 
-    `chosen`, int64 (examples,), is the option that the model chose, where it chooses among options. `members` are the
-    scores of the tasks that a mixture is made of.
+    `chosen`, int64 (examples,), is the option that the model chose, where it chooses among options, and `choice`,
+    float32 (examples,), the loss of that choice, see `choice_loss`; of a mixture's examples that have no options it is
+    their loss. `members` are the scores of the tasks that a mixture is made of.
     """
 
     losses: NDArray[np.float32]
     weights: NDArray[np.float32]
     correct: NDArray[np.float32]
     chosen: NDArray[np.int64] | None = None
+    choice: NDArray[np.float32] | None = None
     members: Mapping[str, Scores] | None = None
+
+
+def choice_loss(compared: Sequence[float], right: Sequence[int]) -> float:
+    """- log of the right options' share in the softmax over all options: what accuracy is made of, but smooth.
+
+    What all options share, such as how likely the model holds any answer, does not change it.
+
+    Args:
+        compared: (options,) log-likelihoods, normalised as the options are compared.
+        right: the options that count as right; their shares add up.
+    """
+    values = np.asarray(compared, np.float64)
+    return float(np.logaddexp.reduce(values) - np.logaddexp.reduce(values[list(right)]))
 
 
 class Task(ABC):
@@ -120,6 +135,11 @@ class Task(ABC):
     """Which split was read from where, in words."""
     kept: bool = False
     """Whether it is what a study kept of its task: what the whole one lacks was said when the study was made."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether `reduce` gives `Scores.choice`, which ``score="choice"`` minimises."""
+        return False
 
     @property
     @abstractmethod

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeopt.errors import TaskError
-from moeopt.tasks.base import SPLITS, Example, Request, Scores
+from moeopt.tasks.base import SPLITS, Example, Request, Scores, choice_loss
 from moeopt.tasks.harness import SEED, Data, contained, load, reason
 from moeopt.tasks.harness_documents import Document, Reader
 from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, without_shared
@@ -106,6 +106,10 @@ class HarnessTask(DividedTask):
         task.name, task._harness, task._documents, task._splits = name, None, dict(documents), splits
         return task
 
+    @property
+    def chooses(self) -> bool:
+        return all(len(e.options) > 1 for split in self._splits.names for e in self._splits.examples(split))
+
     def rule(self, document: Document, example: Example) -> str:
         """The `Document.rule` that gives what the harness's own code does.
 
@@ -177,11 +181,13 @@ class HarnessTask(DividedTask):
         for request, total, hits in zip(requests, log_likelihood, greedy, strict=True):
             answer = float(total), int(hits) == request.scored, request.scored
             scored.setdefault(request.example, {})[request.option] = answer
-        losses, correct, chosen, results, tasks = [], [], [], [], []
+        losses, correct, chosen, choices, results, tasks = [], [], [], [], [], []
         for number, options in scored.items():
             document = self._documents[examples[number].id]
             answers = [options[j] for j in range(len(document.pairs))]
-            pick = int(np.argmax([total for total, *_ in answers[: len(examples[number].options)]]))
+            totals = [total for total, *_ in answers[: len(examples[number].options)]]
+            pick = int(np.argmax(totals))
+            choices.append(choice_loss(totals, document.right))
             found = self._results(document, pick, [(total, hit) for total, hit, _ in answers])
             losses.append(min(-answers[j][0] / answers[j][2] for j in document.right))
             correct.append(float(found.get("acc", pick in document.right)))
@@ -192,7 +198,8 @@ class HarnessTask(DividedTask):
             np.asarray(losses, np.float32),
             np.ones(len(losses), np.float32),
             np.asarray(correct, np.float32),
-            np.asarray(chosen) if all(len(examples[number].options) > 1 for number in scored) else None,
+            np.asarray(chosen) if self.chooses else None,
+            np.asarray(choices, np.float32) if self.chooses else None,
             results=tuple(results),
             tasks=tuple(tasks),
         )

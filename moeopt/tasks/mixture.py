@@ -157,7 +157,7 @@ class MixtureTask(Task):
         greedy: NDArray[np.int64],
     ) -> Scores:
         positions = {example: i for i, example in enumerate(sorted({request.example for request in requests}))}
-        found = np.zeros((3, len(positions)), np.float32)
+        found = np.zeros((4, len(positions)), np.float32)
         chosen = np.full(len(positions), -1, np.int64)
         members: dict[str, Scores] = {}
         for m, (name, task) in enumerate(self.members.items()):
@@ -172,10 +172,16 @@ class MixtureTask(Task):
                 raise TaskError(f"task {name!r}: `reduce` gives other weights than `weights`, which a mixture needs")
             at = list(source)
             scaled = scores.weights * np.asarray([one.scale for one in source.values()])
-            found[:, at] = scores.losses, scaled, scores.correct
+            choice = scores.losses if scores.choice is None else scores.choice
+            found[:, at] = scores.losses, scaled, scores.correct, choice
             if scores.chosen is not None:
                 chosen[at] = scores.chosen
-        return Scores(found[0], found[1], found[2], chosen, members)
+        return Scores(found[0], found[1], found[2], chosen, found[3] if self.chooses else None, members)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a member does; what the others contribute to ``score="choice"`` is their likelihood."""
+        return any(task.chooses for task in self.members.values())
 
     @property
     def generates(self) -> bool:

@@ -3,8 +3,9 @@
     {"prompt": "Question: Is ice cold?\\nAnswer:", "options": ["no", "yes"], "answer": 1}
 
 The loss of an example is the mean negative log-likelihood, per token, of the right option given the prompt. The model's
-choice is the option with the highest log-likelihood; the first of equals wins. `normalise` says what an option's
-log-likelihood is divided by before the options are compared:
+choice is the option with the highest log-likelihood; the first of equals wins. With ``score="choice"`` the loss is
+minus the log of the right option's share in the softmax over the options. `normalise` says what an option's
+log-likelihood is divided by before the options are compared, in either case:
 
 - "tokens": its number of tokens (the default), so that long options are not at a disadvantage;
 - "none": nothing, as in the `acc` of lm-evaluation-harness;
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeopt.errors import TaskError
-from moeopt.tasks.base import Example, Request, Scores
+from moeopt.tasks.base import Example, Request, Scores, choice_loss
 from moeopt.tasks.delimiter import Delimiter
 from moeopt.tasks.labels import has_label, integer
 from moeopt.tasks.prompted import PromptedTask
@@ -75,6 +76,10 @@ class MultipleChoiceTask(PromptedTask):
         """
         return (example,)
 
+    @property
+    def chooses(self) -> bool:
+        return True
+
     def right(self, example: Example) -> tuple[int, ...]:
         """The options that count as right; the loss is that of the likeliest of them."""
         return (example.answer,)
@@ -107,16 +112,19 @@ class MultipleChoiceTask(PromptedTask):
         totals: dict[int, list[tuple[float, int]]] = {}
         for request, total in zip(requests, log_likelihood, strict=True):
             totals.setdefault(request.example, []).append((float(total), request.scored))
-        losses, chosen, correct = [], [], []
+        losses, chosen, correct, choices = [], [], [], []
         for i, options in totals.items():
             right = self.right(examples[i])
             means = [total / length for total, length in options]
-            choice = int(np.argmax(self._compared(examples[i], options)))
+            compared = self._compared(examples[i], options)
+            choice = int(np.argmax(compared))
+            choices.append(choice_loss(compared, right))
             losses.append(-max(means[j] for j in right))
             chosen.append(choice)
             correct.append(choice in right)
         weights = np.ones(len(losses), np.float32)
-        return Scores(np.asarray(losses, np.float32), weights, np.asarray(correct, np.float32), np.asarray(chosen))
+        columns = [np.asarray(column, np.float32) for column in (losses, correct, choices)]
+        return Scores(columns[0], weights, columns[1], np.asarray(chosen), columns[2])
 
     def chance(self, split: str, requests: Sequence[Request]) -> NDArray[np.float64]:
         """The share of an example's options that are right."""
