@@ -362,8 +362,8 @@ class Objective:
         from moeopt import methods
 
         limits = {name: self._limits[name] for name in ("split", "limit", "max_length")}
-        batch_tokens = self.evaluator.batch_tokens
-        calibration = methods.Calibration(self.model, self.tokenizer, self.task, batch_tokens=batch_tokens, **limits)
+        options = {"batch_tokens": self.evaluator.batch_tokens, "score": self.evaluator.score, **limits}
+        calibration = methods.Calibration(self.model, self.tokenizer, self.task, **options)
         space, start = self.space, self.space.decode(self.space.start()).layers
         most = max(layer.k for layer in start)
         found = methods.plans(names, calibration, keep=space.keep, k=most, groups=space.groups, seed=seed)

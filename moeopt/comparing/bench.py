@@ -58,7 +58,7 @@ class Bench:
         progress: Progress,
     ) -> None:
         self._model, self._tokenizer, self._task, self._batch_tokens = model, tokenizer, task, batch_tokens
-        self._calibration_task, self._calibration_limit = calibration, calibration_limit
+        self._calibration_task, self._calibration_limit, self._score = calibration, calibration_limit, score
         self._ledger, self._steps, self._progress, self._done = ledger, steps, progress, 0
         self.calibrated: Calibrated | None = None
         self.evaluators = {
@@ -89,6 +89,7 @@ class Bench:
             self._calibration_task,
             limit=self._calibration_limit,
             batch_tokens=self._batch_tokens,
+            score=self._score if self._calibration_task.chooses else "likelihood",
         )
 
     @cached_property
@@ -153,8 +154,8 @@ class Bench:
 
 def groups(names: Sequence[str]) -> list[list[str]]:
     """Methods that share passes, and each that needs passes of its own: what is lost when a run is cut off."""
-    shared = [name for name in names if not METHODS[name].progressive]
-    alone = [[name] for name in names if METHODS[name].progressive]
+    shared = [name for name in names if not METHODS[name].alone]
+    alone = [[name] for name in names if METHODS[name].alone]
     return [shared, *alone] if shared else alone
 
 

@@ -89,6 +89,8 @@ class Evaluator:
             once more, when a plan is first evaluated, after weights, attention or experts backend have changed, and
             after memory ran out.
         compression: how much of what the full model says is kept for that.
+        requests: score these alone, of those that the task makes for the split; `limit` then only tells how many
+            examples they are of.
 
     Attributes:
         examples: how many there are (windows, for text).
@@ -119,6 +121,7 @@ class Evaluator:
         storage: Storage = "auto",
         score: Score = "likelihood",
         compression: Compression | None = None,
+        requests: Sequence[Request] | None = None,
     ) -> None:
         check_parts(model, tokenizer, task)
         check_settings(
@@ -135,7 +138,9 @@ class Evaluator:
             max_length = getattr(config, "max_position_embeddings", None)
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.split, self.limit, self.max_length = split, limit, max_length
-        self._requests = sorted(self._asked(), key=lambda request: request.example)
+        if requests is None:
+            requests = task.requests(split, tokenizer, limit=limit, max_length=max_length)
+        self._requests = sorted(requests, key=lambda request: request.example)
         numbers = [request.example for request in self._requests]
         distinct = sorted(set(numbers))
         self.examples = len(distinct)
@@ -165,7 +170,7 @@ class Evaluator:
             each = None if prefix_memory is None else prefix_memory // len(task.members)
             own = task.own(self._requests)
             alone = partial(
-                _OfMember, model, tokenizer, split=split, batch_tokens=batch_tokens, max_length=max_length,
+                Evaluator, model, tokenizer, split=split, batch_tokens=batch_tokens, max_length=max_length,
                 prefix_memory=each, prefix_device=prefix_device, storage=storage, score=score,
             )  # fmt: skip
             for key, (at, scale) in task.places(self._requests).items():
@@ -175,9 +180,6 @@ class Evaluator:
                 self._members[key] = mixing.Member(evaluator, at, scale)
         self._batches: list[list[Batch]] = []
         self._pack(batch_tokens)
-
-    def _asked(self) -> Sequence[Request]:
-        return self.task.requests(self.split, self.tokenizer, limit=self.limit, max_length=self.max_length)
 
     @property
     def batches(self) -> tuple[Batch, ...]:
@@ -193,6 +195,11 @@ class Evaluator:
     def first_prompt(self) -> tuple[str, str]:
         """The first example's prompt as the model reads it, and what is scored behind it: see `prompts.decoded`."""
         return decoded(self.tokenizer, self._requests[0])
+
+    @property
+    def branching(self) -> bool:
+        """Whether the options of a question share its prompt."""
+        return self._branching
 
     @property
     def tokens(self) -> int:
@@ -328,14 +335,20 @@ class Evaluator:
         requests = self._requests[: sums.shape[1]]
         if self.teacher is not None:
             return self.teacher.reduce(requests, sums, "kl" if self.score == "kl" else "acceptance")
-        scores = self.task.reduce(self.split, requests, sums[0], sums[1].astype(np.int64))
-        metrics = self.task.metrics(self.split, scores)
+        scores = self.scores_of(requests, sums[0], sums[1].astype(np.int64))
+        return scores, self.task.metrics(self.split, scores)
+
+    def scores_of(
+        self, requests: Sequence[Request], log_likelihood: NDArray[np.float64], greedy: NDArray[np.int64]
+    ) -> Scores:
+        """Per example, the loss that `score` names, from the log-likelihoods of some requests, as `Task.reduce`."""
+        scores = self.task.reduce(self.split, requests, log_likelihood, greedy)
         if self.score == "metric":
-            scores = replace(scores, losses=1 - scores.correct)
-        elif self.score == "choice":
+            return replace(scores, losses=1 - scores.correct)
+        if self.score == "choice":
             assert scores.choice is not None
-            scores = replace(scores, losses=scores.choice)
-        return scores, metrics
+            return replace(scores, losses=scores.choice)
+        return scores
 
     def _run(self, rung: int, plan: Plan | None, sums: NDArray[np.float64]) -> Run:
         """Fills in what the requests of a rung got, (values, requests), with smaller batches if memory runs out.
@@ -453,17 +466,6 @@ class Evaluator:
         if bad:
             raise NonFiniteLossError(f"the loss is not finite: the MoE output of layer {bad[0]} is not", layer=bad[0])
         raise NonFiniteLossError("the loss is not finite, though the output of every MoE layer is", layer=None)
-
-
-class _OfMember(Evaluator):
-    """The evaluator of a mixture's task, which takes the requests that the mixture had of it."""
-
-    def __init__(self, *arguments: Any, requests: Sequence[Request], **options: Any) -> None:
-        self._given = requests
-        super().__init__(*arguments, **options)
-
-    def _asked(self) -> Sequence[Request]:
-        return self._given
 
 
 def _checked_rungs(rungs: Sequence[int] | None, examples: int) -> tuple[int, ...]:

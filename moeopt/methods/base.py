@@ -59,6 +59,9 @@ class Method(ABC):
     summary: str
     progressive: bool = False
 
+    alone: bool = False
+    """Whether it takes passes of its own, which it shares with no other method, as progressive ones do."""
+
     def needs(self, wanted: Wanted) -> dict[str, Statistic]:
         """New statistics to fill for one layer, by name; methods that name one alike share it."""
         return {}

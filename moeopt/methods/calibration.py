@@ -28,6 +28,7 @@ from moeopt.plan import ModelShape, Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from moeopt.evaluation.evaluator import Score
     from moeopt.tasks import Task
 
 
@@ -44,6 +45,8 @@ class Calibration:
         limit: how many examples (text: windows); None for all.
         batch_tokens: padded tokens a forward pass; a longer sequence runs alone.
         max_length: most tokens a sequence; None for the model's `max_position_embeddings`.
+        score: the loss of methods that look at one, as for `Evaluator`. ``"metric"``, which has no derivative, stands
+            for "choice" where the task chooses among options, else for "likelihood".
 
     Attributes:
         shape: layers, n and k of the model.
@@ -65,18 +68,21 @@ class Calibration:
         limit: int | None = None,
         batch_tokens: int = 1024,
         max_length: int | None = None,
+        score: Score = "likelihood",
     ) -> None:
         if batch_tokens < 1:
             raise MethodError(f"batch_tokens must be at least 1, got {batch_tokens}")
         if max_length is None:
             max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.model, self.task = model, task
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.split, self.batch_tokens = split, batch_tokens
+        self.loss: Score = score if score != "metric" else "choice" if task.chooses else "likelihood"
         with evaluation_mode(model), without_plan(model), torch.inference_mode():
             self.layers, self.rules = moe_layers(model), routing_rules(model)
         first = self.layers[0]
         self.shape = ModelShape(len(self.layers), first.n, first.k)
-        requests = task.solutions(split, task.requests(split, tokenizer, limit=limit, max_length=max_length))
-        sequences = [request.ids for request in requests]
+        self.requests = task.requests(split, tokenizer, limit=limit, max_length=max_length)
+        sequences = [request.ids for request in task.solutions(split, self.requests)]
         self.sequences, self.tokens = len(sequences), sum(map(len, sequences))
         self.batches = packed(sequences, batch_tokens)
 

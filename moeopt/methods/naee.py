@@ -67,7 +67,7 @@ class SetErrors(Statistic):
     def add(self, seen: Seen) -> None:
         problem, kept = Problem.of(seen), self._masks.to(seen.logits.device)
         if self._by_rank is not None and not seen.depends_on_set:
-            self._sums.add(seen, self._by_rank.squared_errors(problem, kept))
+            self._sums.add(seen, self._by_rank.of_sets(seen, kept, problem.squared_errors))
             return
         step = max(1, AT_ONCE // problem.grams[:, 0].numel())
         parts = (kept[first : first + step] for first in range(0, len(kept), step))
@@ -197,7 +197,7 @@ class NaeeProgressive(Naee):
     """The same, each layer being given what the pruned earlier ones leave it; targets are the full model's."""
 
     summary = "naee, each layer after the earlier ones are pruned; targets of the full model"
-    progressive = True
+    progressive = alone = True
 
 
 def masks(sets: list[Kept], n: int) -> Tensor:
@@ -278,16 +278,21 @@ class ByRank:
             best = tuple(itertools.islice((i for i in range(n) if mask >> i & 1), k))
             self.table[mask] = number.get(best, 0)
 
-    def squared_errors(self, problem: Problem, kept: Tensor) -> Tensor:
-        """As `Problem.squared_errors`, for sets, bool (sets, n): (tokens, sets)."""
-        seen = problem.seen
+    def of_sets(self, seen: Seen, kept: Tensor, of_picks: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What `of_picks` gives for the experts that each token would pick of each set: (tokens, sets).
+
+        Args:
+            seen: a batch of a layer whose weights do not depend on the set (`Seen.depends_on_set`).
+            kept: sets, bool (sets, n).
+            of_picks: numbers and weights of experts that run, (tokens, choices, k) -> (tokens, choices).
+        """
         device = seen.logits.device
         choice = seen.probabilities if seen.correction is None else seen.probabilities + seen.correction
         order = choice.argsort(dim=1, descending=True)
         index = order[:, self.picks.to(device)]
         scores = seen.probabilities.gather(1, index.flatten(1)).view(index.shape)
-        errors = problem.squared_errors(index, seen.gated(scores))
+        values = of_picks(index, seen.gated(scores))
         bits = torch.zeros_like(seen.probabilities, dtype=torch.float64)
         bits.scatter_(1, order, (2.0 ** torch.arange(order.shape[1], device=device)).double().expand_as(order))
         numbers = (bits @ kept.T.double()).long()
-        return errors.gather(1, self.table.to(device)[numbers])
+        return values.gather(1, self.table.to(device)[numbers])

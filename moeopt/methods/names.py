@@ -20,6 +20,8 @@ ROUTERS: dict[str, Router] = {
     "m_smoe": "alias",
     "m_smoe_summed": "prob",
     "output_fit": "prob",
+    "loss_aware": "rows",
+    "loss_aware_rounds": "rows",
 }
 """For every method, where the W_RM of its plans acts; "rows" for prunings."""
 

@@ -13,6 +13,7 @@ from moeopt.errors import MethodError, ModelError
 from moeopt.methods import clustering, ranking
 from moeopt.methods.base import Method, Wanted
 from moeopt.methods.calibration import Calibration, Stream
+from moeopt.methods.loss_aware import ROUNDS, LossAware
 from moeopt.methods.naee import Naee, NaeeProgressive
 from moeopt.methods.names import ROUTERS, check
 from moeopt.methods.output_fit import OutputFit
@@ -48,6 +49,8 @@ METHODS: dict[str, Method] = {
         "frequent experts merged with those routed alike, probabilities summed", clustering.by_logits, (), "prob"
     ),
     "output_fit": OutputFit(),
+    "loss_aware": LossAware("the kept set that changes the loss least, by its derivative", 1),
+    "loss_aware_rounds": LossAware("loss_aware, with derivatives taken again on the way", ROUNDS),
 }
 
 
@@ -60,11 +63,13 @@ class Found:
         layer_tokens: what it would cost alone: tokens times decoder layers, a layer whose n experts all run counting as
             n / k layers, one whose experts run again for the tokens routed to them as 2.
         seconds: wall time of the passes it shared with others, and of its own.
+        how: what it chose on the way, in words.
     """
 
     plan: Plan
     layer_tokens: int
     seconds: float
+    how: str = ""
 
 
 def get(name: str) -> Method:
@@ -130,10 +135,13 @@ def plans(
     if any((layer.n, layer.k) != (shape.experts, shape.k) for layer in layers.values()):
         raise MethodError("the MoE layers of the model differ in n or k; one-shot methods need equal layers")
     ranges = _ranges(groups, shape.layers)
-    at_once = {name: method for name, method in chosen.items() if not method.progressive}
+    at_once = {name: method for name, method in chosen.items() if not method.alone}
     found = _at_once(at_once, calibration, wanted, ranges) if at_once else {}
     for name, method in chosen.items():
-        if method.progressive:
+        if isinstance(method, LossAware):
+            outcome = method.planned(calibration, wanted, ranges)
+            found[name] = Found(outcome.plan, outcome.layer_tokens, outcome.seconds, outcome.how)
+        elif method.progressive:
             if len(ranges) < shape.layers:
                 raise MethodError(f"{name} goes layer by layer: layers cannot share a choice, got {len(ranges)} groups")
             found[name] = _progressively(name, method, calibration, wanted)

@@ -105,6 +105,11 @@ class Seen:
             return self.every
         return torch.stack([self._output(j, slice(None)) for j in range(self.layer.n)])
 
+    def detached(self) -> Seen:
+        """The same apart from the graph that gave it."""
+        names = ("hidden", "logits", "gates", "routed")
+        return replace(self, **{name: getattr(self, name).detach() for name in names})
+
     def without_states(self) -> Seen:
         """The same without hidden states: what routing needs."""
         nothing = self.hidden.new_empty(0, self.hidden.shape[1])  # not a view, which would hold the whole

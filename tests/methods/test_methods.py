@@ -516,7 +516,8 @@ def test_groups_share_a_choice(calibration, tokens):
     for name, found in methods.plans(names, calibration, keep=3, groups=groups).items():
         assert found.plan.layers[0] == found.plan.layers[1], name
         alone = methods.plan(name, calibration, keep=3)
-        assert name == "random" or found.plan.layers[2] == alone.layers[2]
+        # What judges all layers together (loss_aware) may add up in another way.
+        assert name == "random" or methods.METHODS[name].alone or found.plan.layers[2] == alone.layers[2]
     both = tokens[0] + tokens[1]
     scores = [RULES["reap"](both, j) for j in range(8)]
     kept = methods.plan("reap", calibration, keep=3, groups=groups).layers[0].kept

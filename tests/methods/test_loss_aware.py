@@ -1,0 +1,165 @@
+"""Loss-aware pruning: derivatives against differences, sums over tokens against patched forwards, one at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moeopt import methods
+from moeopt.errors import MethodError
+from moeopt.evaluation import Evaluator
+from moeopt.methods import loss_aware, naee
+from moeopt.methods.base import Wanted
+from moeopt.methods.gradients import LossGradients
+from moeopt.methods.loss_aware import RULES, Changes
+from moeopt.models import moe_layers, patched
+from moeopt.plan import LayerPlan, Plan
+from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, TextTask
+
+OPTIONS = ((" no", " perhaps not"), (" yes", " a"), ("x", " b c d"))
+
+
+@pytest.fixture(scope="module")
+def questions():
+    rows = [Example(str(i), f"question {i * i} of {i}:", OPTIONS[i % 3], i % 2) for i in range(12)]
+    return MultipleChoiceTask("q", rows[:8], rows[8:])
+
+
+@pytest.fixture(scope="module")
+def text():
+    return TextTask("text", search=["".join(chr(40 + i * j % 50) for i in range(90)) for j in (3, 7, 11)], window=30)
+
+
+def gradients_of(evaluator, plan=None, memory=1 << 30):
+    """Per layer [(seen, dL/dy)] in the order of batches, and the loss."""
+    found = [[] for _ in moe_layers(evaluator.model)]
+    loss = LossGradients(evaluator, memory=memory).run(lambda s, g: found[s.layer.index].append((s, g)), plan)
+    return found, loss
+
+
+@pytest.mark.parametrize("score", ["likelihood", "choice"])
+@pytest.mark.parametrize("planned", [False, True])
+def test_derivatives_are_those_of_differences(make_mixtral, tiny_tokenizer, questions, text, score, planned):
+    model = make_mixtral(k=8)  # all experts run: no small step makes a router change its mind
+    mixture = MixtureTask({"q": (questions, 2.0), "t": (text, 1.0)}, use="all")
+    plan = Plan.one_hot([[0, 2, 3, 5, 6]] * 3, experts=8, k=5) if planned else None
+    evaluator = Evaluator(model, tiny_tokenizer, mixture, score=score, limit=9, prefix_memory=0)
+    found, loss = gradients_of(evaluator, plan)
+    weights = float(evaluator.evaluate().weights.sum())
+    assert loss == pytest.approx(evaluator.evaluate(plan).loss, rel=1e-5)
+    for layer, seen in zip(moe_layers(model), found):
+        direction = torch.randn(layer.hidden, generator=torch.Generator().manual_seed(layer.index))
+        expected = []
+        for sign in (1, -1):
+            moved = layer.experts.register_forward_hook(lambda _m, _i, y, step=sign * 1e-2 * direction: y + step)
+            expected.append(sign * evaluator.evaluate(plan).loss * weights / 2e-2)
+            moved.remove()
+        got = sum(float((gradient @ direction).sum()) for _, gradient in seen)
+        assert got == pytest.approx(sum(expected), rel=0.02, abs=0.02)
+
+
+def test_a_small_memory_changes_nothing(make_mixtral, tiny_tokenizer, questions):
+    model = make_mixtral()
+    evaluator = Evaluator(model, tiny_tokenizer, questions, score="choice")
+    sums = []
+    for memory in (1 << 30, 1):
+        found, loss = gradients_of(evaluator, memory=memory)
+        sums.append((loss, [sum(float((s.routed * g).sum()) for s, g in seen) for seen in found]))
+    assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-5)
+    np.testing.assert_allclose(sums[0][1], sums[1][1], rtol=1e-3, atol=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def changes_by_patching(model, layer, seen, gradient, sets, k, now):
+    """d_t of every set, (tokens, sets): the layer's experts under the plan of each set, for the hidden states seen."""
+
+    def routed(part):
+        outputs = []
+        plan = [LayerPlan(x.n, x.k, kept=tuple(range(x.n))) for x in moe_layers(model)]
+        plan[layer.index] = part
+        handle = layer.experts.register_forward_hook(lambda _m, _i, y: outputs.append(y.clone()))
+        with torch.no_grad(), patched(model, Plan(tuple(plan))):
+            layer.block(seen.hidden[None])
+        handle.remove()
+        return outputs[0].reshape(seen.hidden.shape)
+
+    before = routed(LayerPlan(layer.n, layer.k, kept=now))
+    return torch.stack(
+        [((routed(LayerPlan(layer.n, k, kept=s)) - before).double() * gradient).sum(-1) for s in sets], dim=1
+    )
+
+
+@pytest.mark.parametrize("by_set", [True, False])
+def test_sums_are_those_of_patched_layers(family, build_family, tiny_tokenizer, text, by_set, monkeypatch):
+    monkeypatch.setattr(loss_aware, "MOST_SETS", naee.MOST_SETS if by_set else 1)
+    model = build_family(family, vocabulary=300, corrected=True)
+    found, _ = gradients_of(Evaluator(model, tiny_tokenizer, text, limit=3))
+    n, k = moe_layers(model)[0].n, moe_layers(model)[0].k
+    wanted = Wanted(experts=n, k=k, keep=4, active=k)
+    for layer, seen in zip(moe_layers(model), found):
+        now = tuple(range(n)) if by_set else tuple(e for e in range(n) if e != 2)
+        made = Changes(now, k, wanted, 4)
+        assert made.by_set == by_set
+        expected = []
+        for what, gradient in seen:
+            with torch.no_grad():
+                made.add(what, gradient)
+            expected.append(changes_by_patching(model, layer, what, gradient.double(), made.sets, k, now))
+        d = torch.cat(expected)
+        scale = float(d.abs().sum(0).max())
+        np.testing.assert_allclose(made.signed, d.sum(0), rtol=1e-3, atol=1e-4 * scale)
+        np.testing.assert_allclose(made.absolute, d.abs().sum(0), rtol=1e-3, atol=1e-4 * scale)
+        np.testing.assert_allclose(made.squared, (d**2).sum(0), rtol=1e-3, atol=1e-4 * float((d**2).sum(0).max()))
+        for rule in RULES.values():
+            kept, scores = made.best(rule), rule(made)
+            if by_set:
+                assert scores[made.sets.index(kept)] == scores.min()
+            else:
+                assert len(kept) == 4
+                assert min(scores[now.index(e)] for e in kept) >= max(scores[now.index(e)] for e in set(now) - {*kept})
+
+
+def harmful(model, expert):
+    """The model with one expert of every layer made so large that it spoils what the others give."""
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            layer.experts.down_proj[expert] *= 40
+    return model
+
+
+@pytest.mark.parametrize("score", ["likelihood", "choice", "metric", "kl"])
+@pytest.mark.parametrize("name", ["loss_aware", "loss_aware_rounds"])
+def test_it_says_how_it_chose_and_what_it_cost(make_mixtral, tiny_tokenizer, questions, score, name):
+    calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions, score=score)
+    assert calibration.loss == ("choice" if score == "metric" else score)
+    found = methods.plans([name], calibration, keep=4)[name]
+    assert found.how.partition(",")[0] in (loss_aware.CURVATURE if score == "kl" else RULES)
+    # Forth twice, back once, all experts once, and at least one candidate judged.
+    assert found.layer_tokens > 3 * 3 * calibration.tokens
+
+
+def test_it_beats_what_the_literature_keeps_where_an_expert_harms(make_mixtral, tiny_tokenizer, questions):
+    model = harmful(make_mixtral(), 5)
+    calibration = methods.Calibration(model, tiny_tokenizer, questions)
+    evaluator = Evaluator(model, tiny_tokenizer, questions)
+    losses = {
+        name: evaluator.evaluate(found.plan).loss
+        for name, found in methods.plans(["loss_aware", "naee", "reap"], calibration, keep=7).items()
+    }
+    assert losses["loss_aware"] < min(losses["naee"], losses["reap"])
+
+
+@pytest.mark.parametrize("keep", [3, 6])
+def test_beyond_enumeration_experts_are_ranked(make_mixtral, tiny_tokenizer, questions, keep, monkeypatch):
+    monkeypatch.setattr(loss_aware, "MOST_SETS", 1)
+    calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions)
+    for name, found in methods.plans(["loss_aware", "loss_aware_rounds"], calibration, keep=keep, k=1).items():
+        assert all((len(part.kept), part.k) == (keep, 1) for part in found.plan.layers), name
+
+
+def test_bad_input(make_mixtral, tiny_tokenizer, questions):
+    one = methods.Calibration(make_mixtral(), tiny_tokenizer, questions, limit=1)
+    with pytest.raises(MethodError, match="at least 2 calibration examples, got 1"):
+        methods.plan("loss_aware", one, keep=4)
