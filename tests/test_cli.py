@@ -398,6 +398,35 @@ def test_ctrl_c_finishes_the_trial_and_says_how_to_go_on(place: Place, tmp_path:
     assert by_slot(storage) == by_slot(place.storage)
 
 
+def test_eep_follows_the_number_of_trials_and_a_resumed_study_keeps_its_own(
+    place: Place, refused: Refused, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'x.db'}"
+
+    def searched(*more: str) -> tuple[dict[str, Any], str]:
+        capsys.readouterr()
+        assert main(place.search(*more, storage=storage)) == 0
+        settings = load_study("s", storage).user_attrs["moeopt"]["sampler"]
+        return {key: settings[key] for key in ("initial", "prune_until")}, capsys.readouterr().err
+
+    settings, said = searched("--trials", "12")
+    assert settings == {"initial": 2, "prune_until": 3}
+    assert said.count("EEP in 12 trials: initial=2, prune_until=3") == 1
+    phases = [trial.user_attrs["phase"] for trial in load_study("s", storage).trials]
+    assert phases == ["prune"] * 3 + ["merge"] * 9
+    assert searched("--trials", "14")[0] == settings
+    assert "EEP in" not in searched("--trials", "14", "--sampler-option", "initial=2")[1]
+    message = refused(place.search("--trials", "16", "--sampler-option", "initial=3", storage=storage))
+    assert "sampler.initial: study has 2, now 3" in message
+    assert main(place.search(*EEP, storage=storage, study="given")) == 0
+    assert "EEP" not in capsys.readouterr().err
+    short = ["--trials", "2", "--sampler-option", "initial=4", "--sampler-option", "prune_until=8"]
+    assert main(place.search(*short, storage=storage, study="short")) == 0
+    said = capsys.readouterr().err
+    assert said.count("all 2 trials of EEP are random") == 1
+    assert "UserWarning" not in said
+
+
 def test_kill_9_in_a_trial_loses_that_trial_only(place: Place, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     killed = dies("SIGKILL", place.search(*EEP, storage=storage))

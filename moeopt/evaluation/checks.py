@@ -41,14 +41,13 @@ def check_settings(
         raise TaskError(f"split must be 'search', 'dev' or 'test', got {got(split)}")
     counts = {"limit": limit, "batch_tokens": batch_tokens, "max_length": max_length, "prefix_memory": prefix_memory}
     for name, value in counts.items():
-        least = 0 if name == "prefix_memory" else 1
-        optional = name != "batch_tokens"
-        if optional and value is None:
+        least, unit = (0, " bytes") if name == "prefix_memory" else (1, "")
+        if value is None and name != "batch_tokens":
             continue
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-            unit = " bytes" if name == "prefix_memory" else ""
-            also = " or None" if optional else ""
-            raise TaskError(f"{name} must be at least {least}{unit}, an integer{also}, got {got(value)}")
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TaskError(f"{name} must be an integer of at least {least}{unit}, got {got(value)}")
+        if value < least:
+            raise TaskError(f"{name} must be at least {least}{unit}, got {value}")
     if prefix_device is not None:
         check_device(prefix_device, "prefix_device")
     if not isinstance(storage, str) or storage not in get_args(Storage):

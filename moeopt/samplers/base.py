@@ -135,12 +135,12 @@ class GenomeSampler(BaseSampler):
 
     def __init__(self, space: Space, *, seed: int | None = None, redraw: int = 20) -> None:
         if not isinstance(space, Space):
-            raise SamplerError(f"a sampler needs one of moeopt's spaces, got {got(space)}")
+            raise SamplerError(f"a sampler needs one of moeopt's spaces, got {type(space).__name__}")
         check_counts({"redraw": redraw}, least=0)
         self.space = space
         self._drawn = seed is None
         if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__") or seed < 0):
-            raise SamplerError(f"seed must be at least 0, an integer or None, got {got(seed)}")
+            raise SamplerError(f"seed must be at least 0, got {got(seed)}; it is an integer or None")
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
         self.redraw = redraw
         self._told: dict[tuple[str, int, datetime | None], Told] = {}
@@ -341,7 +341,12 @@ class GenomeSampler(BaseSampler):
 
 
 def end_refused(study: Study, trial: FrozenTrial, reason: str, *, again: bool) -> None:
-    """Fail a trial that was started and is not to be run so, with the reason; with `again` it is queued by a resume."""
+    """Fail a trial that was started and is not to be run so, with the reason; with `again` it is queued by a resume.
+
+    In a thread of `study.optimize(n_jobs=...)` it is also warned of: Optuna loses the errors of the last ones.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        warnings.warn(reason, stacklevel=3)
     genome.write(study, trial, {}, {genome.FAILURE: reason, **({genome.INTERRUPTED: True} if again else {})})
     study.tell(trial.number, state=TrialState.FAIL)
 

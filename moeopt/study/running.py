@@ -67,12 +67,10 @@ def optimize(
     """
     check_limits(trials, timeout, patience)
     callbacks = _checked(study, objective, callbacks)
-    if (
-        trials is not None
-        and isinstance(study.sampler, GenomeSampler)
-        and (left_out := study.sampler.shortfall(trials))
-    ):
-        warnings.warn(left_out, stacklevel=2)
+    if trials is not None and isinstance(study.sampler, GenomeSampler) and not finished(study):  # later it was said
+        left_out = study.sampler.shortfall(trials)
+        if left_out is not None:
+            warnings.warn(left_out, stacklevel=2)
     until = None if timeout is None else time.monotonic() + timeout
     team = genome.shared(study)
 

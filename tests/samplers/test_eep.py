@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import moeopt
 from moeopt import genome
 from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import EEPSampler, Told
+from moeopt.samplers.eep import scaled
 from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
 
 SHAPE = ModelShape(layers=6, experts=8, k=2)
@@ -302,3 +308,48 @@ def test_active_experts_alone_make_a_phase_of_their_own() -> None:
     assert study.best_value == 0
     assert {genome.origin(trial)["phase"] for trial in study.trials} == {"active"}
     assert {genome.origin(trial)["operator"] for trial in study.trials} == {"initial", "active"}
+
+
+@given(st.integers(1, 1000))
+def test_a_small_budget_is_spent_in_the_published_proportions(trials: int) -> None:
+    found = scaled(trials)
+    if trials >= 400:
+        assert found == {"initial": 30, "prune_until": 100}
+        return
+    initial, prune_until = found["initial"], found["prune_until"]
+    assert initial == max(2, round(trials * 30 / 400))
+    assert initial < prune_until <= max(3, round(trials * 100 / 400))
+    sampler = EEPSampler(SPACE, **found)
+    assert (sampler.shortfall(trials) is None) == (trials > 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"initial": 10}, {"initial": 10, "prune_until": 11}),
+        ({"prune_until": 20}, {"initial": 2, "prune_until": 20}),
+        ({"prune_until": 1}, {"initial": 2, "prune_until": 1}),
+        ({"initial": 1, "prune_until": 2}, {"initial": 1, "prune_until": 2}),
+        ({"initial": "x"}, {"initial": "x", "prune_until": 8}),
+    ],
+)
+def test_what_is_given_is_kept_and_the_rest_follows(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert scaled(30, options) == expected
+
+
+def test_a_search_that_is_too_short_for_the_settings_is_told() -> None:
+    sampler = EEPSampler(SPACE)
+    assert "all 30 trials of EEP are random" in str(sampler.shortfall(30))
+    assert "initial=2, prune_until=8" in str(sampler.shortfall(30))
+    assert "merges nothing in 100 trials" in str(sampler.shortfall(100))
+    assert sampler.shortfall(101) is None
+    assert EEPSampler(PruneSpace(SHAPE, keep=4)).shortfall(100) is None
+
+
+def test_optimize_warns_once_of_a_search_that_is_too_short() -> None:
+    study = optuna.create_study(sampler=EEPSampler(SPACE, seed=0, initial=3, prune_until=4))
+    with pytest.warns(UserWarning, match="all 2 trials of EEP are random"):
+        moeopt.optimize(study, lambda trial: float(SPACE.vector(trial).sum()), trials=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moeopt.optimize(study, lambda trial: float(SPACE.vector(trial).sum()), trials=3)
