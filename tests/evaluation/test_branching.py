@@ -42,6 +42,11 @@ QUESTIONS: dict[str, list[Question]] = {
 }
 
 
+def unused(*_: object) -> None:
+    """A tokenizer that no one asks: the task brings its tokens."""
+    raise AssertionError
+
+
 class Given(Task):
     """Questions of token sequences as they are. The losses are those of all options: minus their log-likelihoods."""
 
@@ -113,7 +118,7 @@ def test_likelihoods_are_those_of_one_sequence_at_a_time(
     task = Given(questions)
     losses, greedy = one_at_a_time(model, task, plan)
     for batch_tokens in (1, 30, 4096):
-        evaluator = Evaluator(model, None, task, batch_tokens=batch_tokens, prefix_memory=memory)
+        evaluator = Evaluator(model, unused, task, batch_tokens=batch_tokens, prefix_memory=memory)
         result = evaluator.evaluate(plan)
         np.testing.assert_allclose(result.losses, losses, rtol=1e-5, atol=2e-5)
         np.testing.assert_array_equal(result.correct, greedy)
@@ -124,7 +129,7 @@ def test_likelihoods_are_those_of_one_sequence_at_a_time(
 @pytest.mark.parametrize("name", ["options of several tokens", "equal", "one token beside several"])
 def test_every_prompt_token_is_run_once(model: Any, name: str) -> None:
     task = Given(QUESTIONS[name])
-    evaluator = Evaluator(model, None, task)
+    evaluator = Evaluator(model, unused, task)
     assert evaluator._branching
     run: list[int] = []
     hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _m, args: run.append(args[0].shape[:2].numel()))
@@ -141,13 +146,13 @@ def test_an_option_of_one_token_beside_a_longer_one(model: Any) -> None:
     """One branch behind a prompt is no branching at all: the shorter option needs a part of the longer one's row."""
     task = Given([(PROMPT, [(1,), (2, 3)]), ((256, 5, 5), [(1,), (2, 3)])])
     losses, _ = one_at_a_time(model, task, None)
-    result = Evaluator(model, None, task).evaluate()
+    result = Evaluator(model, unused, task).evaluate()
     np.testing.assert_allclose(result.losses, losses, rtol=1e-5, atol=2e-5)
     assert result.tokens == len(PROMPT) + 1 + 3 + 1
 
 
 def test_options_that_differ_in_the_last_token_need_no_branches(model: Any) -> None:
-    evaluator = Evaluator(model, None, Given([(PROMPT, [(1,), (2,), (3,)])]))
+    evaluator = Evaluator(model, unused, Given([(PROMPT, [(1,), (2,), (3,)])]))
     assert all(batch.sees is None for batch in evaluator.batches)
     assert evaluator.tokens == len(PROMPT)
 
@@ -164,7 +169,7 @@ question = st.tuples(
 def test_any_questions(model: Any, questions: list[Question], batch_tokens: int) -> None:
     task = Given(questions)
     losses, _ = one_at_a_time(model, task, None)
-    evaluator = Evaluator(model, None, task, batch_tokens=batch_tokens)
+    evaluator = Evaluator(model, unused, task, batch_tokens=batch_tokens)
     result = evaluator.evaluate()
     np.testing.assert_allclose(result.losses, losses, rtol=1e-5, atol=2e-5)
     assert result.tokens <= tokens_needed(task, branching=evaluator._branching)
@@ -219,7 +224,7 @@ def test_rows_that_branch_stay_within_the_tokens_of_a_batch(make_mixtral: Any, t
 def test_half_precision_is_off_by_rounding_only(make_mixtral: Any, dtype: torch.dtype) -> None:
     model = make_mixtral(layers=2, experts=4, dtype=dtype, initializer_range=0.05)
     task = Given(QUESTIONS["options of several tokens"])
-    evaluator = Evaluator(model, None, task)
+    evaluator = Evaluator(model, unused, task)
     assert evaluator._branching
     losses, _ = one_at_a_time(model, task, None)
     np.testing.assert_allclose(evaluator.evaluate().losses, losses, rtol=0.01, atol=0.05)
@@ -255,7 +260,7 @@ class Flat(MixtralModel):
 def test_half_precision_does_not_hide_that_a_model_cannot_branch(make_mixtral: Any, kind: Any) -> None:
     model = make_mixtral(layers=2, experts=4, dtype=torch.bfloat16, initializer_range=0.1)
     model.model.__class__ = kind
-    assert not Evaluator(model, None, Given(QUESTIONS["options of several tokens"]))._branching
+    assert not Evaluator(model, unused, Given(QUESTIONS["options of several tokens"]))._branching
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -267,7 +272,7 @@ def test_models_that_cannot_branch_run_options_apart(make_mixtral: Any, attentio
     if kind != "window":
         model.model.__class__ = kind
     task = Given(QUESTIONS[name])
-    evaluator = Evaluator(model, None, task)
+    evaluator = Evaluator(model, unused, task)
     assert not evaluator._branching
     losses, _ = one_at_a_time(model, task, None)
     result = evaluator.evaluate()
@@ -276,7 +281,7 @@ def test_models_that_cannot_branch_run_options_apart(make_mixtral: Any, attentio
 
 
 def test_checking_leaves_nothing_behind(make_mixtral: Any) -> None:
-    evaluator = Evaluator(make_mixtral(layers=2, experts=4), None, Given(QUESTIONS["equal"]))
+    evaluator = Evaluator(make_mixtral(layers=2, experts=4), unused, Given(QUESTIONS["equal"]))
     assert evaluator._branching
     assert evaluator._runner.prefixes.nbytes == 0  # type: ignore[union-attr]
     assert evaluator.evaluate().layer_tokens == 2 * evaluator.tokens
