@@ -122,8 +122,8 @@ class Waiting:
         place: names the storage, without its password.
         url: whose secrets are left out of what it says.
         patience: seconds to wait for it; then StorageError, at once from every call until one succeeds.
-        missing: of a database that was there: whether a study is missing that was in it. Given this, tables that are
-            gone, and after an outage also a study, are waited for: they may be on their way back.
+        missing: of a database that was there: whether a study is missing that was in it, and may be on its way back;
+            called with `shaken`. Given this, tables that are gone are waited for, too.
         renew: called where connections may be to what is gone.
 
     Attributes:
@@ -138,7 +138,7 @@ class Waiting:
         place: str,
         patience: float,
         url: str | None = None,
-        missing: Callable[[], bool] | None = None,
+        missing: Callable[[bool], bool] | None = None,
         renew: Callable[[], Any] | None = None,
     ) -> None:
         self.place, self.patience, self._url = place, patience, url
@@ -188,7 +188,7 @@ class Waiting:
         self.shaken = self.shaken or is_gone(error) or (is_outage(error) and not is_locked(error))
 
     def _may_return(self, error: Exception) -> bool:
-        """Whether it is a part of the database that is not there, and may be restored; a study only after an outage."""
+        """Whether it is a part of the database that is not there, and may be restored."""
         from moeopt.storage.rows import StudyIsGone
 
         if self._missing is None or self._renew is None:
@@ -197,7 +197,7 @@ class Waiting:
             self._renew()
             return True
         try:
-            return self.shaken and isinstance(error, (KeyError, StudyIsGone)) and self._missing()
+            return isinstance(error, (KeyError, StudyIsGone)) and self._missing(self.shaken)
         except Exception as other:
             return is_outage(other) or is_gone(other)
 

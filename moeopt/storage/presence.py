@@ -74,8 +74,14 @@ def check_there(storage: ResilientStorage, study_id: int) -> None:
         raise set_back(storage)
 
 
-def is_missing(storage: ResilientStorage) -> bool:
-    """Whether a study is not there that this process knows."""
+def is_missing(storage: ResilientStorage, shaken: bool) -> bool:
+    """Whether a study is not there that this process knows, other than by being deleted.
+
+    Args:
+        shaken: a connection was lost since it was seen; else it was deleted, unless tables were made anew.
+    """
+    if not shaken and storage._made in (None, rows.made(storage)):
+        return False
     try:
         with rows.transaction(storage) as session:
             for study_id, identity in storage._identities.items():

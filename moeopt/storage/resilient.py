@@ -93,6 +93,7 @@ class ResilientStorage(RDBStorage):
         self._owned: dict[int, _Owned] = {}
         self._inherited: dict[int, int] = {}
         self._identities: dict[int, str] = {}
+        self._made: Any = None
         self._ends = presence.Ends()
         self._watches: dict[int, Watch] = {}
         self._local = threading.local()
@@ -113,14 +114,15 @@ class ResilientStorage(RDBStorage):
     def forked(self) -> None:
         """In a process that was forked from the one that opened this storage; that one's trials are not this one's."""
         inherited = {trial_id: owned.result.number for trial_id, owned in self._owned.items()} | self._inherited
-        identities = self._identities
+        identities, made = self._identities, self._made
         self._begin(self.url)
-        self._identities, self._inherited = identities, inherited
+        self._identities, self._made, self._inherited = identities, made, inherited
         forks.connect_anew(self)
 
     def __getstate__(self) -> dict[Any, Any]:
         begun = (
-            "waiting", "_owned", "_inherited", "_identities", "_ends", "_watches", "_local", "_beating", "_lock",
+            "waiting", "_owned", "_inherited", "_identities", "_made", "_ends", "_watches", "_local", "_beating",
+            "_lock",
         )  # fmt: skip
         return {name: value for name, value in super().__getstate__().items() if name not in begun}
 
@@ -194,6 +196,7 @@ class ResilientStorage(RDBStorage):
         """The random name by which results on a disk know a study."""
         if study_id not in self._identities:
             self._identities[study_id] = self.waiting(lambda: rows.identity(self, study_id))
+            self._made = self.waiting(lambda: rows.made(self))
         return self._identities[study_id]
 
     # Claims.

@@ -25,6 +25,7 @@ from moeopt import genome
 from moeopt.errors import StorageError
 from moeopt.process import this_worker
 from moeopt.storage.spool import Result
+from moeopt.transaction import DIALECTS
 
 IDENTITY = "moeopt:identity"
 """System attribute of a study: a random name, by which results on a disk know it."""
@@ -119,6 +120,18 @@ def still_there(storage: Any, results: Mapping[int, Result]) -> set[int]:
     with Session(storage.engine) as session:
         stored = session.query(trials.trial_id, trials._datetime_start_utc).filter(trials.trial_id.in_(results))
         return {trial_id for trial_id, started in stored if results[trial_id].is_of(started)}
+
+
+def made(storage: Any) -> Any:
+    """What changes when the tables are made anew."""
+    asked = {
+        "sqlite": "PRAGMA schema_version",
+        "postgresql": "SELECT CAST(CAST('studies' AS regclass) AS oid)",
+        "mysql": "SELECT create_time FROM information_schema.tables"
+        " WHERE table_schema = DATABASE() AND table_name = 'studies'",
+    }
+    with storage.engine.connect() as connection:
+        return connection.exec_driver_sql(asked[DIALECTS[storage.engine.name]]).scalar()
 
 
 def identity(storage: Any, study_id: int) -> str:

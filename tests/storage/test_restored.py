@@ -220,20 +220,25 @@ def test_a_database_that_was_dropped_is_waited_for_until_it_is_back(
     assert any("it was dropped or is being restored" in text for text in said(caplog))
 
 
-@pytest.mark.parametrize("anew", [False, True], ids=["dropped", "made anew"])
-def test_a_database_that_does_not_come_back_is_one_error(own: Own, name: str, anew: bool) -> None:
+@pytest.mark.parametrize("what", ["dropped", "made anew", "tables made anew"])
+def test_a_database_that_does_not_come_back_is_one_error(own: Own, name: str, what: str) -> None:
     study = opened(own.url, name, patience=2)
     backend = genome.shared(study)[0]  # type: ignore[index]
 
     def objective(trial: optuna.Trial) -> float:
-        if trial.number == 1:
+        if trial.number == 1 and what == "tables made anew":
+            engine = own.engine()
+            TABLES.drop_all(engine)
+            TABLES.create_all(engine)
+            engine.dispose()
+        elif trial.number == 1:
             own.drop()
             own.create()
-            if anew:
+            if what == "made anew":
                 opened(own.url, f"{name}-other")
         return loss(trial)
 
-    wanted = "the study is not in it any more" if anew else "dropped or is being restored"
+    wanted = "dropped or is being restored" if what == "dropped" else "the study is not in it any more"
     began = time.monotonic()
     with pytest.raises(StorageError, match=wanted) as error:
         moeopt.optimize(study, objective, trials=4)
