@@ -30,7 +30,6 @@ A trial takes about 40 ms of CPU and 65 statements: two cores are what bounds th
 from __future__ import annotations
 
 import argparse
-import getpass
 import os
 import random
 import signal
@@ -47,9 +46,11 @@ from typing import Any
 
 import numpy as np
 import optuna
+import worker_faults
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
+from servers import Cluster
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -69,6 +70,10 @@ def main() -> int:
     if args.work:
         work(args)
         return 0
+    if args.faults:
+        args.trials, args.seconds = args.trials or 80, args.seconds or 0.1
+        return worker_faults.main(args, sys.modules[__name__])
+    args.trials, args.seconds = args.trials or 1000, args.seconds or 0.005
     table = Table(title=f"trials of {1000 * args.seconds:.0f} ms, {args.workers} workers")
     columns = ("storage", "faults", "trials", "trials/s", "s", "killed", "outages", "failed", "slots", "right")
     for column in columns:
@@ -219,6 +224,8 @@ def opened(args: argparse.Namespace, url: str) -> optuna.Study:
 def work(args: argparse.Namespace) -> None:
     """One worker process."""
     socket.gethostname = lambda: args.work
+    if args.log:
+        worker_faults.be(args.role)
     study = opened(args, args.storage)
 
     def objective(trial: optuna.Trial) -> float:
@@ -227,42 +234,14 @@ def work(args: argparse.Namespace) -> None:
         genome.write(study, trial, {}, {"note": value})
         return value
 
-    moeopt.optimize(study, objective, trials=args.trials)
+    def told(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if args.log:
+            with open(args.log, "a") as log:  # one short line, which is appended whole
+                log.write(f"{time.monotonic()}\n")
 
-
-class Cluster:
-    """A PostgreSQL server of our own; PostgreSQL refuses to run as root, so root runs it as `postgres`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.data = folder / "postgres"
-        self.data.mkdir()
-        self.user: list[str] = []
-        if getpass.getuser() == "root":
-            self.user = ["runuser", "-u", "postgres", "--"]
-            folder.chmod(0o755)
-            subprocess.run(["chown", "postgres", str(self.data)], check=True)
-        found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-        self.programs = str(found[-1]) + "/" if found else ""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self._call("initdb", "-D", str(self.data), "-A", "trust", "-U", "postgres")
-        self.start()
-
-    @property
-    def url(self) -> str:
-        return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/postgres"
-
-    def start(self) -> None:
-        options = f"-p {self.port} -k {self.data} -c listen_addresses=127.0.0.1"
-        self._call("pg_ctl", "-D", str(self.data), "-w", "-l", str(self.data / "log"), "-o", options, "start")
-
-    def stop(self) -> None:
-        self._call("pg_ctl", "-D", str(self.data), "-w", "-m", "fast", "stop")
-
-    def _call(self, program: str, *arguments: str) -> None:
-        command = [*self.user, self.programs + program, *arguments]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
+    if args.role == "forked":
+        os.fork()
+    moeopt.optimize(study, objective, trials=args.trials, callbacks=[told])
 
 
 @contextmanager
@@ -284,15 +263,19 @@ def database(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Clus
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--storage", metavar="URL", help="a database, or sqlite; by default a PostgreSQL of its own")
-    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--trials", type=int, help="1000; with --faults 80")
+    parser.add_argument("--faults", choices=["all"], help="a table of faults, each under a team of its own")
+    parser.add_argument("--fault", choices=[*worker_faults.FAULTS], help="of --faults all, this one only")
+    parser.add_argument("--database", choices=[*worker_faults.SERVERS], help="of --faults all, on this one only")
     parser.add_argument("--clean-trials", type=int, help="trials of the run without faults; by default as many")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=0.005, help="of an evaluation")
+    parser.add_argument("--seconds", type=float, help="of an evaluation: 0.005; with --faults 0.1")
     parser.add_argument("--outage", type=float, default=20.0, help="seconds")
     parser.add_argument("--grace", type=int, default=30, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", metavar="HOST", help=argparse.SUPPRESS)
+    for hidden in ("--work", "--log", "--role"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

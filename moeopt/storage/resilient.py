@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,11 +55,12 @@ REPEATED = (
 
 @dataclass
 class _Owned:
-    """A trial that this process runs, and the thread that asked for it."""
+    """A trial that this process runs, the thread that asked for it, and names of what is written of it, by kind."""
 
     study_id: int
     thread: int
     result: Result
+    written: dict[str, set[Any]]
 
 
 class ResilientStorage(RDBStorage):
@@ -269,9 +270,10 @@ class ResilientStorage(RDBStorage):
         started = None if local is None else local.astimezone(UTC).replace(tzinfo=None).isoformat()
         identity = self.identity(study_id)
         result = Result(identity, trial.number, process.this_worker(), plan, started=started)
+        written = {"attrs": {*trial.system_attrs}, "user_attrs": {*trial.user_attrs}, "params": {*trial.params}}
         self.waiting.shaken = False  # the study is there
         with self._lock:
-            self._owned[trial._trial_id] = _Owned(study_id, threading.get_ident(), result)
+            self._owned[trial._trial_id] = _Owned(study_id, threading.get_ident(), result, written)
             if self.heartbeat_interval is not None and (self._beating is None or not self._beating.is_alive()):
                 arguments = (weakref.ref(self), float(self.heartbeat_interval))
                 self._beating = threading.Thread(target=beat, args=arguments, daemon=True, name="moeopt heartbeats")
@@ -290,7 +292,7 @@ class ResilientStorage(RDBStorage):
         """`transaction.write`, waited for; False where `unless` kept it from writing."""
         since = self._owned[trial_id].result.since if trial_id in self._owned else None
         write = functools.partial(transaction.write, self, trial_id, attrs, user_attrs, params, unless, since)
-        if self._write(trial_id, write, attrs, user_attrs) is False:
+        if self._write(trial_id, write, attrs, user_attrs, params=params) is False:
             return False
         origin = attrs.get(genome.ORIGIN)
         if isinstance(origin, dict) and trial_id in self._owned:
@@ -304,22 +306,30 @@ class ResilientStorage(RDBStorage):
         self.write_trial(trial_id, {key: value}, {}, {})
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        self._write_by_optuna(RDBStorage.set_trial_intermediate_value, trial_id, step, intermediate_value)
+        write = RDBStorage.set_trial_intermediate_value
+        self._write_by_optuna(write, trial_id, step, intermediate_value, steps=[step])
 
-    def _set_trial_param(self, trial_id: int, *arguments: Any) -> None:
-        self._write_by_optuna(RDBStorage._set_trial_param, trial_id, *arguments)
+    def _set_trial_param(self, trial_id: int, param_name: str, *arguments: Any) -> None:
+        self._write_by_optuna(RDBStorage._set_trial_param, trial_id, param_name, *arguments, params=[param_name])
 
-    def _write_by_optuna(self, write: Callable[..., Any], trial_id: int, *arguments: Any) -> None:
+    def _write_by_optuna(
+        self, write: Callable[..., Any], trial_id: int, *arguments: Any, **written: Iterable[Any]
+    ) -> None:
         def call() -> None:
             owned = self._owned.get(trial_id)
             if owned is not None and not rows.still_there(self, {trial_id: owned.result}):
                 raise KeyError(trial_id)
             write(self, trial_id, *arguments)
 
-        self._write(trial_id, call, {}, {})
+        self._write(trial_id, call, {}, {}, **written)
 
     def _write(
-        self, trial_id: int, call: Callable[[], Any], attrs: Mapping[str, Any], user_attrs: Mapping[str, Any]
+        self,
+        trial_id: int,
+        call: Callable[[], Any],
+        attrs: Mapping[str, Any],
+        user_attrs: Mapping[str, Any],
+        **others: Iterable[Any],
     ) -> Any:
         """A write to a trial that this process runs is kept while the database is away, and once it was taken over."""
         owned = self._owned.get(trial_id)
@@ -346,6 +356,9 @@ class ResilientStorage(RDBStorage):
             result.user_attrs[genome.INTERRUPTED] = True  # it is not the trial that failed
             result.save()
             raise
+        if done is not False:
+            for kind, names in {"attrs": attrs, "user_attrs": user_attrs, **others}.items():
+                owned.written.setdefault(kind, set()).update(names)
         if kept:
             for known, written in ((result.attrs, attrs), (result.user_attrs, user_attrs)):
                 for key in written:
@@ -370,7 +383,7 @@ class ResilientStorage(RDBStorage):
         result = owned.result
         if state != TrialState.FAIL:
             result.user_attrs.pop(genome.INTERRUPTED, None)
-        end = functools.partial(rows.end, self, owned.study_id, trial_id, result, state, values)
+        end = functools.partial(rows.end, self, owned.study_id, trial_id, result, state, values, owned.written)
         if not self.waiting(end, lambda: self.hold(trial_id, state, values)):
             result.state, result.values = state.name, values
             taker = self._deliver(owned.study_id, result)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models as _models
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy import func
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from moeopt import genome
@@ -37,6 +37,13 @@ DEATHS = "deaths"
 """In a retried trial's origin: how many workers died with it."""
 models: Any = _models  # SQLAlchemy's columns have no types there
 SystemAttr, UserAttr = models.TrialSystemAttributeModel, models.TrialUserAttributeModel
+KINDS = {
+    "attrs": SystemAttr,
+    "user_attrs": UserAttr,
+    "params": models.TrialParamModel,
+    "steps": models.TrialIntermediateValueModel,
+}
+"""What is written to a running trial."""
 
 
 def study_names(storage: Any) -> list[str]:
@@ -277,9 +284,22 @@ def beat(storage: Any, trial_ids: list[int]) -> None:
 
 
 def end(
-    storage: Any, study_id: int, trial_id: int, result: Result, state: TrialState, values: list[float] | None
+    storage: Any,
+    study_id: int,
+    trial_id: int,
+    result: Result,
+    state: TrialState,
+    values: list[float] | None,
+    written: Mapping[str, Collection[Any]],
 ) -> bool:
-    """End a trial with what is known of it; whether it was still running, or ended so before."""
+    """End a trial with what is known of it; whether it was still running, or ended so before.
+
+    Args:
+        written: names, by kind (of KINDS), of what its worker wrote to it before.
+
+    Raises:
+        SetBack: when that is not all there.
+    """
     with transaction(storage) as session:
         trial = session.get(models.TrialModel, trial_id, with_for_update=True)
         check_there(session, study_id, result.study)
@@ -289,8 +309,22 @@ def end(
             ended = frozen(storage, trial)
             attrs = attributes(session, SystemAttr, trial_id)
             return ended.state == state and (ended.values or None) == (values or None) and SUCCESSOR not in attrs
+        if not _holds(session, trial_id, result.plan, written):
+            raise SetBack
         _end(storage, session, trial, result, state, values)
         return True
+
+
+def _holds(session: Session, trial_id: int, plan: str | None, written: Mapping[str, Collection[Any]]) -> bool:
+    """Whether a trial has its plan, and as many attributes and numbers as were written."""
+    counts = [
+        select(func.count()).select_from(model).where(model.trial_id == trial_id).scalar_subquery()
+        for model in KINDS.values()
+    ]
+    origin = select(SystemAttr.value_json).where(SystemAttr.trial_id == trial_id, SystemAttr.key == genome.ORIGIN)
+    *there, noted = session.execute(select(*counts, origin.scalar_subquery())).one()
+    known = plan is None or (noted is not None and json.loads(noted).get("plan") == plan)
+    return known and all(count >= len(written.get(kind, ())) for kind, count in zip(KINDS, there))
 
 
 def _end(
@@ -390,7 +424,7 @@ def _delivered(storage: Any, session: Session, result: Result, first: Any, trial
     """Store a result in a running or waiting trial, which is locked; `first` is the one that it was kept of."""
     known = attributes(session, SystemAttr, trial.trial_id)
     plan = (known.get(genome.ORIGIN) or {}).get("plan")
-    if (not result.is_of(first._datetime_start_utc)) if None in (plan, result.plan) else (plan != result.plan):
+    if (result.plan != plan) if result.plan is not None else not result.is_of(first._datetime_start_utc):
         return None
     if trial is not first:
         if result.state == "FAIL":  # the trial that repeats it shall tell

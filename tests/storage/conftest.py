@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from databases import servers
 from sqlalchemy.engine import make_url
 
 import moeopt
+from benchmarks.servers import Wire
 from moeopt import genome, samplers
 from moeopt.storage import open_storage
 
@@ -47,71 +46,6 @@ def url(database: str, name: str) -> Iterator[str]:
     yield database
     with suppress(KeyError):
         optuna.delete_study(study_name=name, storage=database)
-
-
-class Wire:
-    """A TCP proxy in front of a database server.
-
-    It can be cut, lose the answer to the next COMMIT of something, and be `silent`: what is sent then gets lost, while
-    connections stay and new ones are taken.
-    """
-
-    def __init__(self, host: str, port: int) -> None:
-        self.server = (host, port)
-        self.losing = self.silent = False
-        self._open: set[socket.socket] = set()
-        self._listener: socket.socket | None = None
-        with closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.mend()
-
-    def mend(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", self.port), reuse_port=True)
-        threading.Thread(target=self._serve, args=(self._listener,), daemon=True).start()
-
-    def cut(self) -> None:
-        assert self._listener is not None
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for end in [*self._open]:
-            self._close(end)
-
-    def _serve(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(self.server)
-            self._open |= {client, server}
-            lost = threading.Event()
-            for source, target, asks in ((client, server, True), (server, client, False)):
-                threading.Thread(target=self._copy, args=(source, target, asks, lost), daemon=True).start()
-
-    def _copy(self, source: socket.socket, target: socket.socket, asks: bool, lost: threading.Event) -> None:
-        wrote = False
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                if asks:
-                    wrote = wrote or b"INSERT" in data or b"UPDATE trials" in data
-                    if self.losing and wrote and b"COMMIT" in data:
-                        self.losing = False
-                        lost.set()
-                    wrote = wrote and b"COMMIT" not in data
-                if not asks and lost.is_set():
-                    break
-                if not self.silent:
-                    target.sendall(data)
-        for end in (source, target):
-            self._close(end)
-
-    def _close(self, end: socket.socket) -> None:
-        self._open.discard(end)
-        with suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
-        end.close()
 
 
 @pytest.fixture(params=servers())

@@ -2,97 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import sqlite3
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from optuna.storages._rdb import models
 from optuna.trial import TrialState
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.engine import make_url
 
 import moeopt
+from benchmarks.servers import TABLES, Own
 from moeopt import genome
 from moeopt.errors import StorageError
 
 from .conftest import loss, opened, slots
-
-TABLES = models.BaseModel.metadata  # type: ignore[attr-defined]
-
-
-class Own:
-    """A database of this test's own."""
-
-    def __init__(self, server: str, folder: Path) -> None:
-        self._server = make_url(server)
-        self.file = folder / "own.db" if self._server.get_backend_name() == "sqlite" else None
-        self._name = f"moeopt_own_{uuid.uuid4().hex[:12]}"
-        self.create()
-        parsed = self._server.set(database=self._name if self.file is None else str(self.file))
-        self.url = parsed.render_as_string(hide_password=False)
-
-    def create(self) -> None:
-        if self.file is None:
-            self._tell(f"CREATE DATABASE {self._name}")
-
-    def drop(self) -> None:
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
-        else:
-            force = " WITH (FORCE)" if self._server.get_backend_name() == "postgresql" else ""
-            self._tell(f"DROP DATABASE IF EXISTS {self._name}{force}")
-
-    def _tell(self, statement: str) -> None:
-        engine = create_engine(self._server, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(statement))
-        engine.dispose()
-
-    def engine(self) -> Engine:
-        return create_engine(self.url)
-
-    def backup(self) -> Callable[[], None]:
-        """What restores the database, or what is left of it, to what it holds now."""
-        if self.file is not None:
-            copy = self.file.with_suffix(".backup")
-            _copy(self.file, copy)
-            return functools.partial(_copy, copy, self.file)
-        engine = self.engine()
-        with engine.connect() as connection:
-            rows = {table: connection.execute(table.select()).mappings().all() for table in TABLES.sorted_tables}
-        engine.dispose()
-
-        def restore() -> None:
-            if engine.name == "mysql":
-                time.sleep(2)  # no restore is as fast as its clock, which shows seconds
-            TABLES.drop_all(engine)
-            TABLES.create_all(engine)
-            with engine.begin() as connection:
-                for table in TABLES.sorted_tables:
-                    if rows[table]:
-                        connection.execute(table.insert(), [dict(row) for row in rows[table]])
-                    key = next(iter(table.primary_key.columns)).name
-                    if engine.name == "postgresql":
-                        restart = f"SELECT setval(pg_get_serial_sequence('{table}', '{key}'), max({key})) FROM {table}"
-                        connection.execute(text(restart))
-            engine.dispose()
-
-        return restore
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy an SQLite database into another with SQLite's locks, which a process loses when it closes a file itself."""
-    with closing(sqlite3.connect(source)) as origin, closing(sqlite3.connect(target)) as copy:
-        origin.backup(copy)
 
 
 @pytest.fixture
@@ -183,6 +109,41 @@ def test_a_trial_that_ran_when_the_backup_was_made_is_done_once(own: Own, name: 
     trials = opened(own.url, name).trials
     assert slots(mine) == list(range(5))
     assert [trial.state for trial in trials if trial.number != 1] == [TrialState.COMPLETE] * (len(trials) - 1)
+
+
+@pytest.mark.parametrize("lost", ["proposal", "attribute", "report"])
+def test_a_trial_that_lost_what_was_written_to_it_is_run_again(own: Own, name: str, lost: str) -> None:
+    mine = opened(own.url, name)
+    backups: list[Callable[[], None]] = []
+    proposes = mine.sampler.before_trial
+
+    def before_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if trial.number == 1:
+            backups.append(own.backup())
+        proposes(study, trial)
+
+    def objective(trial: optuna.Trial) -> float:
+        first = trial.number == 1
+        if lost == "report":
+            trial.report(1.0, 0)
+        if first and lost != "proposal":
+            backups.append(own.backup())
+        genome.write(mine, trial, {}, {"note": trial.number})
+        trial.report(2.0, 1)
+        if first:
+            backups[-1]()
+        return loss(trial)
+
+    if lost == "proposal":
+        mine.sampler.before_trial = before_trial  # type: ignore[method-assign]
+    moeopt.optimize(mine, objective, trials=4)
+    assert slots(mine) == list(range(4))
+    for trial in opened(own.url, name).trials:
+        if trial.state == TrialState.COMPLETE:
+            assert trial.value == float(((genome.read(trial) - 0.25) ** 2).sum())  # type: ignore[operator]
+            assert trial.user_attrs["note"] == trial.number
+            assert trial.intermediate_values[1] == 2.0
+    assert [trial.state for trial in mine.trials].count(TrialState.FAIL) == 1
 
 
 @pytest.mark.parametrize("what", ["tables", "database"])
