@@ -15,13 +15,13 @@ from moeopt.cli import main
 from moeopt.errors import TaskError
 from moeopt.evaluation import Evaluator, lm_eval_report
 
-PLAIN = {"doc_to_text": "{{a}}", "doc_to_target": "{{a}}", "doc_to_choice": ["0", "1"]}
+PLAIN = {"doc_to_text": "{{n}} is {{a}}", "doc_to_target": "{{a}}", "doc_to_choice": ["0", "1"]}
 REFUSED = r"runs Python.*; read it, and if you trust it: trust_remote_code=True, or --trust-remote-code"
 
 
 def write(folder: Path, name: str, fields: dict[str, str], **more: Any) -> None:
-    """A task on two rows; `fields` are written as YAML, the others as JSON, which is YAML, too."""
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"a": i % 2}) + "\n" for i in range(20)))
+    """A task on 20 rows; `fields` are written as YAML, the others as JSON, which is YAML, too."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"n": i, "a": i % 2}) + "\n" for i in range(20)))
     whole = {
         "task": name, "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
         "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}, **PLAIN, **more,
