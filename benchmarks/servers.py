@@ -18,6 +18,7 @@ from typing import Any
 from optuna.storages._rdb import models
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 TABLES: Any = models.BaseModel.metadata  # type: ignore[attr-defined]
 
@@ -164,12 +165,10 @@ class Own:
             rows = {table: connection.execute(table.select()).mappings().all() for table in TABLES.sorted_tables}
         engine.dispose()
 
-        def restore() -> None:
-            if engine.name == "mysql":
-                time.sleep(2)  # no restore is as fast as its clock, which shows seconds
-            TABLES.drop_all(engine)
-            TABLES.create_all(engine)
+        def write() -> None:
             with engine.begin() as connection:
+                TABLES.drop_all(connection)
+                TABLES.create_all(connection)
                 for table in TABLES.sorted_tables:
                     if rows[table]:
                         connection.execute(table.insert(), [dict(row) for row in rows[table]])
@@ -177,6 +176,17 @@ class Own:
                     if engine.name == "postgresql":
                         restart = f"SELECT setval(pg_get_serial_sequence('{table}', '{key}'), max({key})) FROM {table}"
                         connection.execute(text(restart))
+
+        def restore() -> None:
+            if engine.name == "mysql":
+                time.sleep(2)  # no restore is as fast as its clock, which shows seconds
+            for left in reversed(range(20)):
+                try:
+                    write()
+                    break
+                except OperationalError:  # a deadlock with a worker
+                    if not left:
+                        raise
             engine.dispose()
 
         return restore

@@ -95,6 +95,7 @@ def frozen(scene: Scene) -> float:
     flag.touch()
     while not (pid := flag.with_suffix(".pid")).exists() or not pid.read_text():
         time.sleep(0.05)
+    time.sleep(1.0)
     began = time.monotonic()
     time.sleep(SHORT if scene.wire is None else LONG)
     os.kill(int(pid.read_text()), signal.SIGCONT)
@@ -189,8 +190,8 @@ FAULTS: dict[str, Callable[[Scene], float]] = {
     "clock an hour behind": nothing,
     "forked workers": nothing,
 }
-"""Each returns the `time.monotonic` from which recovery counts, to the end of the longest silence after it: the end of
-the fault, but its beginning where a server shall end it."""
+"""Each returns the `time.monotonic` from which recovery counts, to the next trial that is told: the end of the fault,
+but where a server shall end it the beginning, when the others have told what they ran."""
 ROLES = {"clock an hour ahead": "ahead", "clock an hour behind": "behind", "forked workers": "forked"}
 OF_SERVERS = ("silent link", "killed connections")
 
@@ -248,8 +249,8 @@ def row(args: argparse.Namespace, fault: str, database: str, many: Any) -> list[
             counts = judged(study, args.trials, many.loss)
             codes = Counter(worker.returncode for worker in scene.workers if worker.returncode not in (0, -9))
             silence = max(b - a for a, b in pairwise(told))
-            later = [(b - a, b) for a, b in pairwise(told) if b >= start]
-            recovery = "-" if fault in ROLES or not later else f"{max(later)[1] - start:.1f}"
+            after = [time for time in told if time >= start]
+            recovery = "-" if fault in ROLES or not after else f"{after[0] - start:.1f}"
             load = f"{args.workers} x {args.seconds:g} s"
             return [
                 fault,
