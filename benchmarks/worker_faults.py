@@ -1,4 +1,20 @@
-"""Faults, one after the other, under a team of workers: `many_workers.py --faults all`."""
+"""Faults, one after the other, under a team of workers: `many_workers.py --faults all`.
+
+Four workers, trials of 0.1 s, 80 asked for, `--grace 10`; a fault lasts 10 s, on a server's link and lock 45 s, which
+the servers shall end after 30. On two cores, busy with other work. Lost, double and wrong trials: none in any row.
+
+| fault | SQLite: silence, recovery (s) | PostgreSQL 15 | MariaDB 10.11 |
+|---|---|---|---|
+| frozen lock holder | 10.1, 0.1 (ends with the fault) | 30.0, 29.4 | 30.2, 29.2 |
+| silent link | - | 30.5, 20.5 | 30.6, 20.5 |
+| killed connections | - | 2.0, 0.1 | not measured |
+| killed workers | 1.3, 7.2 | 3.0, 0.5 | not measured |
+| outage | 10.2, 0.1 | 10.3, 0.3 | not measured |
+| restore to an earlier state | 2.2, 11.6 | 7.2, 1.9; one worker of four ended with an error | not measured |
+| drop and create | 11.1, 1.1 | 12.9, 2.0 | not measured |
+| clock an hour ahead, behind | .5, .6 | .6, .5 | not measured |
+| forked workers | .7 | .4 | not measured |
+"""
 
 from __future__ import annotations
 
