@@ -7,8 +7,8 @@ the servers shall end after 30. On two cores, busy with other work. Lost, double
 |---|---|---|---|
 | frozen lock holder | 10.1, 0.1 (ends with the fault) | 30.0, 29.4 | 30.2, 29.2 |
 | silent link | - | 30.5, 20.5 | 30.6, 20.5 |
-| killed connections | - | 2.0, 0.1 | not measured |
-| killed workers | 1.3, 7.2 | 3.0, 0.5 | not measured |
+| killed connections | - | 2.0, 0.1 | 1.6, 0.1 |
+| killed workers | 1.3, 7.2 | 3.0, 0.5 | 1.4, 1.3 |
 | outage | 10.2, 0.1 | 10.3, 0.3 | not measured |
 | restore to an earlier state | 2.2, 11.6 | 7.2, 1.9; one worker of four ended with an error | not measured |
 | drop and create | 11.1, 1.1 | 12.9, 2.0 | not measured |
