@@ -21,6 +21,7 @@ from moeopt.errors import StudyError, got
 from moeopt.samplers import GenomeSampler, UnknownSampler
 from moeopt.samplers.shadow import describe
 from moeopt.showing import shown
+from moeopt.spaces import Space
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -31,19 +32,14 @@ if TYPE_CHECKING:
 
 
 def description_of(objective: Objective, sampler: BaseSampler, pruner: BasePruner) -> dict[str, Any]:
-    """What a study must agree on to be resumed, JSON: model, task, space, evaluation, sampler and pruner.
-
-    Where the objective has a single rung, no pruner has anything to do, and any counts as none.
-    """
-    told = describe(pruner if len(objective.evaluator.rungs) > 1 else NopPruner())
-    return {**objective.describe(), "sampler": settings_of(sampler), "pruner": told}
+    """What a study must agree on to be resumed, JSON: model, task, space, evaluation, sampler and pruner."""
+    return {**objective.describe(), "sampler": settings_of(sampler), "pruner": describe(pruner)}
 
 
 def check_objective(objective: object) -> None:
-    """Raise StudyError for what is no objective of moeopt."""
-    from moeopt.objective import Objective
-
-    if not isinstance(objective, Objective):
+    """Raise StudyError for what does not say, as an objective of moeopt does, what it searches, and where."""
+    space, describes = getattr(objective, "space", None), callable(getattr(objective, "describe", None))
+    if isinstance(objective, type) or not isinstance(space, Space) or not describes:
         raise StudyError(f"objective must be a moeopt.Objective, got {got(objective)}")
 
 
@@ -66,7 +62,8 @@ def check_goes_on(study: optuna.Study, objective: Objective) -> None:
     if isinstance(sampler, GenomeSampler):
         sampler.adopt_seed(study)
     if DESCRIPTION in study.user_attrs:
-        check_same(study, description_of(objective, sampler, study.pruner), go_on(study))
+        raced = len(objective.evaluator.rungs) > 1  # else no pruner has anything to do, and any counts as none
+        check_same(study, description_of(objective, sampler, study.pruner if raced else NopPruner()), go_on(study))
         return
     if recorded_sampler(study) is None:
         record_sampler(study, settings_of(sampler))
