@@ -240,7 +240,7 @@ def scaled(trials: int, given: Mapping[str, Any] | None = None) -> dict[str, Any
     found = {name: (given or {}).get(name, value) for name, value in PUBLISHED.items()}
     if trials >= PUBLISHED_TRIALS:
         return found
-    initial, prune_until = (round(trials / PUBLISHED_TRIALS * value) for value in PUBLISHED.values())
+    initial, prune_until = (round(trials * value / PUBLISHED_TRIALS) for value in PUBLISHED.values())
     if "initial" not in (given or {}):
         until = found["prune_until"]
         found["initial"] = max(2, min(initial, until if isinstance(until, int) else initial))

@@ -67,10 +67,7 @@ def optimize(
     """
     check_limits(trials, timeout, patience)
     callbacks = _checked(study, objective, callbacks)
-    if trials is not None and isinstance(study.sampler, GenomeSampler) and not finished(study):  # later it was said
-        left_out = study.sampler.shortfall(trials)
-        if left_out is not None:
-            warnings.warn(left_out, stacklevel=2)
+    left_out = study.sampler.shortfall(trials) if trials and isinstance(study.sampler, GenomeSampler) else None
     until = None if timeout is None else time.monotonic() + timeout
     team = genome.shared(study)
 
@@ -90,6 +87,10 @@ def optimize(
         return None if until is None else max(0.0, until - time.monotonic())
 
     def run() -> None:
+        nonlocal left_out
+        if left_out is not None and not finished(study):  # of a study that goes on, it was said
+            warnings.warn(left_out, stacklevel=3)
+        left_out = None
         if trials is not None or patience is not None:
             recipe.want(study, trials, patience)
         reclaim(study)

@@ -178,7 +178,7 @@ def test_a_database_that_was_dropped_is_waited_for_until_it_is_back(
     threads[0].join()
     assert slots(study) == list(range(6))
     assert facts(study) == facts(opened(own.url, name))
-    assert any("it was dropped or is being restored" in text for text in said(caplog))
+    assert any("it was dropped" in text for text in said(caplog))
 
 
 @pytest.mark.parametrize("what", ["dropped", "made anew", "tables made anew"])
@@ -189,6 +189,8 @@ def test_a_database_that_does_not_come_back_is_one_error(own: Own, name: str, wh
     def objective(trial: optuna.Trial) -> float:
         if trial.number == 1 and what == "tables made anew":
             engine = own.engine()
+            if engine.name == "mysql":
+                time.sleep(1.1)  # it knows by the second when its tables were made
             TABLES.drop_all(engine)
             TABLES.create_all(engine)
             engine.dispose()
