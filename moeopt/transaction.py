@@ -171,7 +171,9 @@ def _is_taken(connection: Any, trial_id: int, taken: Taken) -> bool:
 
     trials, attrs = models.TrialModel.__table__.c, models.TrialSystemAttributeModel.__table__.c
     studies = models.StudyModel.__table__.c
-    study_id = connection.execute(select(trials.study_id).where(trials.trial_id == trial_id)).scalar_one()
+    study_id = connection.execute(select(trials.study_id).where(trials.trial_id == trial_id)).scalar()
+    if study_id is None:
+        raise KeyError(f"trial key {trial_id}")
     connection.execute(select(studies.study_id).where(studies.study_id == study_id).with_for_update())
     since = or_(trials.trial_id > taken.newest, trials.trial_id.in_(taken.open))
     origins = select(attrs.value_json).join_from(

@@ -29,9 +29,10 @@ MYSQL = {
     1040, 1053, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1290, 1317, 1927, 2002, 2003, 2006, 2013, 2055, 3024, 4031,
 }  # fmt: skip
 """Numbers of MySQL and MariaDB that will pass: too many connections, shutdown, KILL, network, lock waits."""
-POSTGRES = ("08", "57", "53300", "40001", "40P01", "55P03", "25006", "25P03", "25P04")
-"""Beginnings of PostgreSQL's codes that will pass: connection, shutdown, cancel, too many clients, locks, standby, and
-transactions that the server ended, as their worker was frozen."""
+POSTGRES = ("08", "57", "53300", "40001", "40P01", "55P03", "25006", "25P02", "25P03", "25P04")
+"""Beginnings of PostgreSQL's codes that will pass: connection, shutdown, cancel, too many clients, locks, standby,
+transactions in which a statement failed before (Optuna then tries another one), and those that the server ended, as
+their worker was frozen."""
 GONE = (1046, 1049, 1146, 1412, 1932, "3D000", "42P01")
 """What says that tables or the whole database are not there, or others than before."""
 GONE_WORDS = re.compile(

@@ -47,8 +47,7 @@ logger = logging.getLogger("moeopt.storage")
 REPEATED = (
     "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name", "get_study_name_from_id",
     "get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "get_all_studies", "get_trial_param",
-    "get_trial_user_attrs", "get_trial_system_attrs", "get_trial_id_from_study_id_trial_number", "get_trial",
-    "_get_best_trial_id",
+    "get_trial_user_attrs", "get_trial_system_attrs", "get_trial_id_from_study_id_trial_number", "_get_best_trial_id",
 )  # fmt: skip
 """Calls that may be done twice."""
 
@@ -93,6 +92,7 @@ class ResilientStorage(RDBStorage):
         self.waiting = Waiting(hidden(url), self._patience, url, missing, renew)
         self._owned: dict[int, _Owned] = {}
         self._inherited: dict[int, int] = {}
+        self._ended: set[int] = set()
         self._identities: dict[int, str] = {}
         self._made: Any = None
         self._ends = presence.Ends()
@@ -122,8 +122,8 @@ class ResilientStorage(RDBStorage):
 
     def __getstate__(self) -> dict[Any, Any]:
         begun = (
-            "waiting", "_owned", "_inherited", "_identities", "_made", "_ends", "_watches", "_local", "_beating",
-            "_lock",
+            "waiting", "_owned", "_inherited", "_ended", "_identities", "_made", "_ends", "_watches", "_local",
+            "_beating", "_lock",
         )  # fmt: skip
         return {name: value for name, value in super().__getstate__().items() if name not in begun}
 
@@ -391,7 +391,21 @@ class ResilientStorage(RDBStorage):
             logger.warning("trial %d was taken over while its worker was away; its result %s", result.number, where)
         result.remove()
         del self._owned[trial_id]
+        self._ended.add(trial_id)
         return True
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """As of `RDBStorage`; Optuna reads a trial once more when it has ended it.
+
+        Raises:
+            SetBack: when the trial is one that this process ended, and is not there any more.
+        """
+        try:
+            return self.waiting(lambda: RDBStorage.get_trial(self, trial_id))
+        except KeyError:
+            if trial_id in self._ended:
+                raise presence.set_back(self) from None
+            raise
 
     def _build_frozen_trial_from_trial_model(self, trial: Any) -> FrozenTrial:
         frozen = super()._build_frozen_trial_from_trial_model(trial)
