@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "moeopt"
 """User attribute of a study: the JSON description of model, task, space and sampler it was made with."""
 FULL_MODEL = "full_model"
+HELD = "held"
 """User attribute of a study: what the full model gives on its examples (`moeopt.reference`)."""
 FORMAT = 1
 DEEPEST = 64
@@ -86,6 +87,9 @@ REFERENCE = {
     "of": TEXT, "score": TEXT, "loss": NUMBER, "penalty": FINITE, "accuracy": FINITE, "metrics": {TEXT: NUMBER},
     "active": FINITE, "examples": COUNT, "chance": Maybe(FINITE), "tokens": COUNT, "layer_tokens": COUNT,
     "seconds": FINITE, "warnings": [TEXT],
+}  # fmt: skip
+GAIN = {
+    "trial": COUNT, "start": COUNT, "search": FINITE, "dev": FINITE, "low": FINITE, "high": FINITE, "examples": COUNT,
 }  # fmt: skip
 TRIAL = {
     genome.ORIGIN: {
@@ -210,6 +214,7 @@ def check_whole(study: optuna.Study) -> dict[str, Any]:
     for trial in trials:
         check_trial(trial, study.study_name)
     full_model(attrs, study.study_name)
+    held_facts(attrs, study.study_name)
     return found
 
 
@@ -219,11 +224,26 @@ def full_model(attrs: Mapping[str, Any], study_name: str) -> dict[str, Any] | No
     Raises:
         StudyError: when it is of another form.
     """
-    if FULL_MODEL not in attrs:
+    return _facts(attrs, FULL_MODEL, REFERENCE, study_name)
+
+
+def held_facts(attrs: Mapping[str, Any], study_name: str) -> dict[str, Any] | None:
+    """What the user attributes of a study say of what held on dev, of the form `GAIN`; None where they do not.
+
+    Raises:
+        StudyError: when it is of another form.
+    """
+    facts = _facts(attrs, HELD, GAIN, study_name)
+    if facts is not None and not facts["search"] > 0:
+        raise StudyError(f"study {shown(study_name)}: {HELD!r}.search must be above 0, got {shown(facts['search'])}")
+    return facts
+
+
+def _facts(attrs: Mapping[str, Any], key: str, form: dict[str, Any], study_name: str) -> dict[str, Any] | None:
+    if key not in attrs:
         return None
-    found, where = attrs[FULL_MODEL], f"study {shown(study_name)}: its attribute {FULL_MODEL!r}"
-    check(found, REFERENCE, where)
-    return {key: found.get(key) for key in REFERENCE}
+    check(attrs[key], form, f"study {shown(study_name)}: its attribute {key!r}")
+    return {name: attrs[key].get(name) for name in form}
 
 
 def check_trial(trial: FrozenTrial, study_name: str) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from moeopt import genome, racing, reference
-from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError, got
+from moeopt import genome, guide, racing, reference
+from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError, got
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
 from moeopt.evaluation.checks import check_parts
 from moeopt.evaluation.memory import ran_out
@@ -25,11 +25,13 @@ from moeopt.reference import Reference
 from moeopt.spaces import Space
 
 if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moeopt.evaluation import Compression
     from moeopt.evaluation.evaluator import Score
     from moeopt.methods import Found
+    from moeopt.methods.guiding import Guiding
     from moeopt.tasks import Task
 
 Report = Literal["mean", "block"]
@@ -79,6 +81,10 @@ class Objective:
         active_weight: what one more active expert per token and layer must gain in loss; at least 0.
         prefix_memory, prefix_device, storage, score, compression: as for `Evaluator`.
         reference: whether a study gets the full model's scores, for one evaluation.
+        guide: the largest share of the study's layer-tokens that guides may take, the first one aside; 0: there are
+            none. After a trial the objective may leave, packed, what each expert taken out of the best pruning so far,
+            or back in, would change of the loss (`moeopt.guide`), which the sampler ``"guided"`` reads. The trial's
+            `layer_tokens` count it, and its `guide_layer_tokens` say how many of them it was.
 
     Warns:
         UserWarning: when the task has no dev or no test split, or fewer distinct examples than `limit`.
@@ -86,7 +92,7 @@ class Objective:
     Raises:
         SpaceError: when the space is none, or for a model of another shape.
         TaskError, ModelError: as `Evaluator`.
-        StudyError: when `rungs`, `report` or `active_weight` is out of range.
+        StudyError: when `rungs`, `report`, `active_weight` or `guide` is out of range, or guides cannot be made.
     """
 
     def __init__(
@@ -109,6 +115,7 @@ class Objective:
         score: Score = "likelihood",
         compression: Compression | None = None,
         reference: bool = True,
+        guide: float = 0.0,
     ) -> None:
         check_parts(model, tokenizer, task)
         if not isinstance(space, Space):
@@ -125,7 +132,9 @@ class Objective:
         weighs = isinstance(active_weight, (int, float)) and not isinstance(active_weight, bool)
         if not weighs or not 0 <= active_weight < float("inf"):
             raise StudyError(f"active_weight must be a number of at least 0, got {active_weight!r}")
-        self.active_weight = float(active_weight)
+        if isinstance(guide, bool) or not isinstance(guide, (int, float)) or not 0 <= guide < 1:
+            raise StudyError(f"guide is the share of layer-tokens for guides, at least 0 and below 1, got {guide!r}")
+        self.active_weight, self.guide = float(active_weight), float(guide)
         self.model, self.tokenizer, self.task, self.space, self.split = model, tokenizer, task, space, split
         self.report: Report = report
         sizes = racing.rung_sizes if report == "mean" else racing.blocks
@@ -159,6 +168,10 @@ class Objective:
             self.settings |= {"top_p": compression.top_p, "memory": compression.memory}
         if not reference:
             self.settings["reference"] = False
+        self._guiding: Guiding | None = None
+        if guide:
+            self.settings["guide"] = self.guide
+            self._guiding = _guiding(self.evaluator, self._of)
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> float:
         """The loss of the trial's plan, active experts weighed in, NaN where there is none.
@@ -242,6 +255,8 @@ class Objective:
         }
         if pruned:
             facts[genome.ESTIMATE] = self._estimate(study, evaluation)
+        elif study is not None:
+            attrs |= self._guide(study, plan, evaluation.loss + self._penalty(evaluation), facts)
         self._note(study, trial, attrs, facts)
         if pruned:
             raise optuna.TrialPruned
@@ -301,13 +316,48 @@ class Objective:
     ) -> None:
         if study is not None:
             ended = study.get_trials(deepcopy=False, states=FINISHED)
-            costs = (one.user_attrs.get("layer_tokens") for one in ended)
-            spent = sum(cost for cost in costs if isinstance(cost, int)) + facts.get("layer_tokens", 0)
-            spent += 0 if self._reference is None else self._reference.layer_tokens
+            spent = self._spent(ended) + facts.get("layer_tokens", 0)
             genome.write(study, trial, attrs, facts | {SPENT: spent})
             return
         for key, value in facts.items():
             trial.set_user_attr(key, value)
+
+    def _guide(self, study: optuna.Study, plan: Plan, loss: float, facts: dict[str, Any]) -> dict[str, Any]:
+        """Attributes for a trial that hold a guide of the study's best pruning so far, which may be the trial's own.
+
+        There is none where that has a guide, where warm starts wait to be tried, and where guides would take more than
+        their share of the layer-tokens. The trial's `layer_tokens`, in `facts`, come to count it.
+        """
+        if self._guiding is None:
+            return {}
+        trials = study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.WAITING))
+        if any(trial.state == TrialState.WAITING for trial in trials):
+            return {}
+        done = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None and t.value <= loss]
+        if done:
+            plan = self.space.decode(self.space.vector(min(done, key=lambda trial: (trial.value, trial.number))))
+        cost, guides = self._guiding.layer_tokens, guide.cost(trials)
+        held = (plan.fingerprint, self._of) in {guide.plan_of(trial) for trial in trials}
+        if held or not all(layer.kept is not None for layer in plan.layers):
+            return {}
+        if guides and guides + cost > self.guide * (self._spent(trials) + facts["layer_tokens"] + cost):
+            return {}
+        try:
+            made = self._guiding.guide(plan)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            warnings.warn(f"there is no guide, as memory ran out: {str(error).partition(chr(10))[0]}", stacklevel=2)
+            return {}
+        facts["layer_tokens"] += cost
+        facts[guide.COST] = cost
+        return made.packed()
+
+    def _spent(self, trials: Iterable[FrozenTrial]) -> int:
+        """Layer-tokens of these trials, and of the reference."""
+        costs = (trial.user_attrs.get("layer_tokens") for trial in trials)
+        own = 0 if self._reference is None else self._reference.layer_tokens
+        return own + sum(cost for cost in costs if isinstance(cost, int))
 
     def _known(
         self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, plan: Plan, facts: dict[str, Any]
@@ -400,6 +450,7 @@ class Objective:
         if self.evaluator.teacher is not None:
             score |= {"top_p": self.evaluator.teacher.compression.top_p, "kept_tokens": self.evaluator.teacher.most}
         weight = {"active_weight": self.active_weight} if self.active_weight else {}
+        weight |= {"guide": self.guide} if self.guide else {}
         return {
             "model": describe(self.model),
             "task": {**self.task.describe(), **self._limits},
@@ -427,6 +478,17 @@ def _warn_of_too_little(task: Task, split: str, limit: int | None, examples: int
             f" {task.unit.replace('documents', 'windows')}{repeats} (it has {task.summary})",
             stacklevel=3,
         )
+
+
+def _guiding(evaluator: Evaluator, of: str) -> Guiding:
+    from moeopt.methods.guiding import Guiding
+
+    if evaluator.score == "metric":
+        raise StudyError("guides are derivatives of the loss, and score='metric' has none: search score='choice'")
+    try:
+        return Guiding(evaluator, of)
+    except ModelError as error:
+        raise StudyError(f"no guide: its derivatives need a model that runs layer by layer: {error}") from error
 
 
 def scores_name(evaluator: Evaluator) -> str:

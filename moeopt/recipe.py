@@ -52,6 +52,7 @@ SETTINGS: dict[str, tuple[type | tuple[type, ...], float]] = {
     "top_p": ((int, float), 1),
     "memory": (int, 1 << 44),
     "reference": (bool, 1),
+    "guide": ((int, float), 1),
 }
 """Settings of an objective that a recipe holds: their types, and the largest numbers that are believed."""
 

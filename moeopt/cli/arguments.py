@@ -7,10 +7,10 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeopt.defaults import STORAGE_VARIABLE
 from moeopt.errors import ModelError, MoeoptError, PlanError, SpaceError, StudyError
@@ -198,10 +198,20 @@ def read_plan(path: Path, layers: int | None) -> Plan:
     return Plan.from_eep(path, layers)
 
 
-def warm_starts(given: Iterable[str], layers: int, space: Space) -> list[Plan | str]:
-    """Plan files as plans, and names of one-shot methods, each held against the space."""
+def warm_starts(given: Sequence[str], layers: int, space: Space) -> list[Plan | str] | Literal["auto"]:
+    """Plan files as plans, and names of one-shot methods, each held against the space; those of "auto", and "none".
+
+    Raises:
+        SpaceError: when "none" stands beside others.
+    """
     from moeopt.study import check_expressible
 
+    if [*given] == ["auto"]:
+        return "auto"
+    if [*given] == ["none"]:
+        return []
+    if "none" in given or "auto" in given:
+        raise SpaceError(f"--warm-start none and auto stand alone, got {' '.join(given)}")
     starts: list[Plan | str] = []
     for text in given:
         if Path(text).exists() or text.endswith((".safetensors", ".pth")):

@@ -8,7 +8,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -31,6 +31,11 @@ from moeopt.cli.options import (
     interrupted,
 )
 
+if TYPE_CHECKING:
+    import optuna
+
+    from moeopt.objective import Objective
+
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
     "moeopt search ./mixtral --task boolq --data boolq.jsonl --keep 4 --groups 4 --study boolq-8to4\n\n"
@@ -43,6 +48,8 @@ EXAMPLES = (
     "not, and the trial is run again on resuming."
 )
 
+GUIDES = 0.5
+"""The share of layer-tokens that guides may take, where they are asked for without one."""
 SPACE, OPTIMISER, STOP = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("What may vary", "Optimiser", "When to stop")
 )
@@ -105,15 +112,28 @@ def search(
     ] = 0.0,
     warm_start: Annotated[
         list[str] | None,
-        SPACE(metavar="NAMES|PLAN", help="Try first: one-shot methods, as naee,reap, or a plan file; repeatable."),
+        SPACE(
+            metavar="NAMES|PLAN",
+            help="Try first: one-shot methods, as naee,reap, or a plan file; repeatable. Default: auto, which is "
+            "ean,loss_aware where experts are pruned; none: EEP as published.",
+        ),
     ] = None,
     sampler: Annotated[
-        str, OPTIMISER(metavar="NAME", help="eep, local, cmaes, blockcmaes, tpe, random, or nevergrad:DE and so on.")
+        str,
+        OPTIMISER(metavar="NAME", help="eep, guided, local, cmaes, blockcmaes, tpe, random, nevergrad:DE and so on."),
     ] = "eep",
     sampler_option: Annotated[
         list[str] | None, OPTIMISER(metavar="NAME=VALUE", help="A hyperparameter, such as prune_until=40; repeatable.")
     ] = None,
     seed: Annotated[int, OPTIMISER(metavar="N", min=0, help="Seed of the optimiser.")] = 0,
+    guide: Annotated[
+        float | None,
+        OPTIMISER(
+            metavar="SHARE", min=0, max=1,
+            help="Largest share of layer-tokens that guides may take: derivatives of the loss, which guided reads. "
+            "Default: 0.5 with guided, else 0.",
+        ),
+    ] = None,
     trials: Annotated[
         int, STOP(metavar="N", min=1, help="Finished trials the study shall hold, earlier runs included.")
     ] = 400,
@@ -128,6 +148,9 @@ def search(
         ),
     ] = 1,
     reference: Annotated[bool, STUDY(help="Whether to score the full model first, for one evaluation.")] = True,
+    held: Annotated[
+        bool, STUDY(help="Whether to score the best trial and the best start on dev at the end, for two evaluations.")
+    ] = True,
     storage: Storage = DEFAULT_STORAGE,
     resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
     device_map: DeviceMap = "auto",
@@ -157,6 +180,7 @@ def search(
     from moeopt import samplers, tasks
     from moeopt.plan import ModelShape
     from moeopt.samplers.eep import PUBLISHED, PUBLISHED_TRIALS
+    from moeopt.samplers.guided import GUIDED
     from moeopt.spaces import PruneSpace
 
     shape = arguments.quick_shape(model)
@@ -170,7 +194,9 @@ def search(
 
         shape = check_checkpoint(model)
     chosen_space = arguments.space(space, shape, keep, ranges, around, scale, encoding, router, chosen_active)
-    starts = arguments.warm_starts(warm_start or (), shape.layers, chosen_space)
+    if guide is None:
+        guide = GUIDES if sampler == GUIDED and score != "metric" else 0.0
+    starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
     resumed = arguments.existing(storage, study, resume=resume)
     stored = arguments.stored_description(resumed)
     fitted = arguments.for_trials(sampler, sampler_options, trials, stored)
@@ -185,7 +211,7 @@ def search(
 
     from moeopt import fleet, recipe
     from moeopt.console import SearchProgress, consoles
-    from moeopt.study import COMMAND, best_trial, check_same, create_study, finished, optimize, stalled
+    from moeopt.study import COMMAND, automatic, best_trial, check_same, create_study, finished, optimize, stalled
 
     if resumed is not None:
         check_same(resumed, {**stored, **described})
@@ -217,8 +243,10 @@ def search(
         objective = Objective(
             loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
             active_weight=active_weight, prefix_memory=None if prefix_memory is None else prefix_memory << 20,
-            score=score, reference=reference,
+            score=score, reference=reference, guide=guide,
         )  # fmt: skip
+        if starts == "auto" and resumed is None and (names := automatic(chosen_space)):
+            err.print(f"starting from {' and '.join(names)}; --warm-start chooses others, or none", markup=False)
         record = create_study(
             study,
             objective=objective,
@@ -286,6 +314,8 @@ def search(
         if gap is not None:
             compared += f". Best - full: loss {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
         compared += "\n"
+    if held and "dev" in chosen_task.splits:
+        compared += _held(record, objective)
     place = shlex.join(arguments.storage_again(storage))
     out.print(
         f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n{compared}"
@@ -294,3 +324,15 @@ def search(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _held(study: optuna.Study, objective: Objective) -> str:
+    """A line on what became of a search's gain on dev; empty where there was none."""
+    from moeopt.errors import MoeoptError
+    from moeopt.selection import held
+
+    try:
+        made = held(study, objective)
+    except MoeoptError as error:
+        return f"What of the gain holds on dev is not known: {error}\n"
+    return "" if made is None else f"{made}\n"

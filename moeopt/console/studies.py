@@ -13,7 +13,7 @@ from rich.text import Text
 
 from moeopt.console.formatting import number, percent
 from moeopt.console.plans import plan_table
-from moeopt.description import COUNT, check_whole, full_model
+from moeopt.description import COUNT, check_whole, full_model, held_facts
 from moeopt.description import number as numeric
 from moeopt.errors import MoeoptError
 from moeopt.plan import Plan
@@ -63,6 +63,7 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
         ],
         "top": [trial_record(trial) for trial in ranked[:top]],
         "full_model": full_model(study.user_attrs, study.study_name),
+        "held": held_facts(study.user_attrs, study.study_name),
         "foreign": foreign_trials(study),
         "selection": recorded(study),
         "description": about,
@@ -154,6 +155,10 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         *(("", line(warning, 1000)) for warning in (() if full is None else full.warnings[:MOST_SHOWN])),
     ):
         facts.add_row(Text(label, style="bold"), Text(text, style="" if label else "yellow"))
+    if record["held"] is not None:
+        from moeopt.selection.gains import Held
+
+        facts.add_row(Text("held", style="bold"), Text(str(Held(**record["held"]))))
     if record["foreign"]:
         numbers = ", ".join(map(str, record["foreign"][:20])) + (", ..." if len(record["foreign"]) > 20 else "")
         facts.add_row(Text("foreign", style="bold"), Text(f"another sampler than the study's made trials {numbers}"))

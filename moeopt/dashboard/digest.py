@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeopt import genome
-from moeopt.description import full_model
+from moeopt.description import full_model, held_facts
 from moeopt.errors import MoeoptError, StudyError
 from moeopt.reference import Reference, of_facts
 from moeopt.spaces import Space, from_description
@@ -82,6 +82,7 @@ class Digest:
         selection: the record that `moeopt select` left, unchecked.
         blocks: name and place in `Row.features` of every choice that is searched.
         problems: what is wrong, in lines for the user.
+        held: what became of its gain on dev, of the form `description.GAIN`; None where that is unknown.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Digest:
     selection: Mapping[str, Any] | None = None
     blocks: tuple[tuple[str, slice], ...] = ()
     problems: tuple[str, ...] = field(default=())
+    held: Mapping[str, Any] | None = None
 
     def part(self, *path: str) -> Any:
         """A field of the description, or None."""
@@ -166,13 +168,18 @@ def digest(study: optuna.Study, known: dict[int, Row] | None = None) -> Digest:
         full = None if facts is None else of_facts(facts)
     except StudyError as error:
         problems.append(f"what its full model gives cannot be read: {_line(error)}")
+    held = None
+    try:
+        held = held_facts(attrs, study.study_name)
+    except StudyError as error:
+        problems.append(f"what of its gain held cannot be read: {_line(error)}")
     selection = attrs.get(SELECTION)
     if selection is not None and not isinstance(selection, dict):
         problems.append(f"its selection is {_kind(selection)}, not what moeopt select writes")
     top = None if best is None else known[best.number]
     return Digest(
         _name(study), about, space, tuple(rows), running, failed, top, accuracy, plan, full,
-        selection if isinstance(selection, dict) else None, blocks, tuple(problems),
+        selection if isinstance(selection, dict) else None, blocks, tuple(problems), held,
     )  # fmt: skip
 
 

@@ -96,6 +96,10 @@ def _best(digest: Digest) -> str:
         facts.append(("agreement" if label_free else "accuracy", f"{100 * digest.accuracy:.1f}%"))
     if best.operator:
         facts.append(("made by", code(best.operator)))
+    if digest.held is not None:
+        from moeopt.selection.gains import Held
+
+        compared.append(("held", code(str(Held(**digest.held)), 400)))
     text = _table(facts + compared)
     if digest.selection is not None:
         sentences = digest.selection.get("sentences")

@@ -53,6 +53,7 @@ class LossGradients:
 
     Attributes:
         tokens: non-padding tokens that one run takes through the model.
+        weight: once a run ended, the sum of the examples' weights; of distances, the scored positions.
     """
 
     def __init__(self, evaluator: Evaluator, *, memory: int = MEMORY) -> None:
@@ -89,12 +90,14 @@ class LossGradients:
             The weighted mean loss under the plan; NaN for distances from the full model.
         """
         total = losses = 0.0
+        self.weight = float("nan")
         self._draws = torch.Generator().manual_seed(0)
         with lock_of(self.model), torch.no_grad(), evaluation_mode(self.model), ExitStack() as stack:
             stack.enter_context(without_plan(self.model) if plan is None else patched(self.model, plan))
             for requests, batches in self._chunks:
                 loss, weight = self._chunk(requests, batches, see)
                 losses, total = losses + loss, total + weight
+        self.weight = total
         return losses / total
 
     def _chunk(self, requests: Sequence[Request], batches: list[Batch], see: See) -> tuple[float, float]:
@@ -110,7 +113,7 @@ class LossGradients:
             if self.evaluator.teacher is None:
                 coefficients, loss, weight = self._coefficients(requests, *self._scored(len(requests), batches, last))
             else:
-                coefficients, loss, weight = None, float("nan"), 1.0
+                coefficients, loss, weight = None, float("nan"), float(sum(len(batch.cells) for batch in batches))
             back = [self._from_head(batch, hidden, coefficients) for batch, hidden in zip(batches, last)]
         for i in reversed(range(len(self.parts.layers))):
             back = self._through(i, batches, calls, entering.pop(), back, see)

@@ -29,9 +29,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from math import comb
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -58,50 +59,57 @@ Groups = Sequence[tuple[int, int]]
 Kept = tuple[int, ...]
 
 
-class Changes:
-    """What kept sets would change of the loss, added up over tokens, for one layer or several that share a choice.
+class Sums:
+    """What plans of one layer, or several that share a choice, would change of the loss, each a set of kept experts.
 
     Args:
-        now: experts that may be routed to, in the plan at which derivatives are taken.
-        k: how many run in it.
-        wanted: what is asked.
-        keep: experts to keep, now: `wanted.keep`, or more on the way there.
+        sets: the sets, all of as many of the n experts.
+        active: how many of a set run.
+        now, k: experts that may be routed to in the plan at which derivatives are taken, and how many of them run.
+        n: experts of a layer.
 
     Attributes:
-        sets: the kept sets that are judged: all of `keep` experts, or `now` without one expert each.
-        signed, absolute, squared: sums of d_t, |d_t| and d_t^2, float64 (sets,).
+        signed, absolute, squared: sums over tokens of d_t, |d_t| and d_t^2, float64 (sets,).
     """
 
-    def __init__(self, now: Kept, k: int, wanted: Wanted, keep: int) -> None:
-        n = wanted.experts
-        self.now, self.k, self.wanted, self.keep = now, k, wanted, keep
-        self.by_set = keep == wanted.keep and comb(n, keep) <= MOST_SETS
-        self.sets = kept_sets(n, keep) if self.by_set else [tuple(e for e in now if e != one) for one in now]
-        self.signed, self.absolute, self.squared = (np.zeros(len(self.sets)) for _ in range(3))
-        self._masks, self._now = masks(self.sets, n), masks([now], n)
+    def __init__(self, sets: Sequence[Kept], active: int, now: Kept, k: int, n: int) -> None:
+        self.sets, self.active, self.now, self.k, self.n = sets, active, now, k, n
+        self.signed, self.absolute, self.squared = (np.zeros(len(sets)) for _ in range(3))
+        self._masks, self._now = masks(sets, n), masks([now], n)
 
-    def add(self, seen: Seen, gradient: Tensor) -> None:
-        """A batch: what the layer saw, and dL/dy, (tokens, hidden)."""
-        slopes = gradient.float()
-        products = torch.stack(
-            [(seen.output(e, slice(None)).float() * slopes).sum(-1) for e in range(seen.layer.n)], dim=1
-        )
+    def add(self, seen: Seen, products: Tensor) -> None:
+        """A batch: what the layer saw, and `products_of` that."""
         before = _values(seen, products, self._now, self.k)
-        # What a set of which fewer remain than run would do is that of all that remain.
-        active = min(self.wanted.active, len(self.sets[0]))
         step = max(1, AT_ONCE // products.numel())
         for first in range(0, len(self.sets), step):
             part = slice(first, first + step)
-            change = (_values(seen, products, self._masks[part], active) - before).double()
+            change = (_values(seen, products, self._masks[part], self.active) - before).double()
             self.signed[part] += change.sum(0).cpu().numpy()
             self.absolute[part] += change.abs().sum(0).cpu().numpy()
             self.squared[part] += (change**2).sum(0).cpu().numpy()
 
-    def __add__(self, other: Changes) -> Changes:
-        total = Changes(self.now, self.k, self.wanted, self.keep)
+    def __add__(self, other: Self) -> Self:
+        total = copy(self)
         for name in ("signed", "absolute", "squared"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
+
+
+class Changes(Sums):
+    """`Sums` of all kept sets of `keep` experts, or of `now` without one expert each, where those are too many.
+
+    Args:
+        now, k: as for `Sums`.
+        wanted: what is asked.
+        keep: experts to keep, now: `wanted.keep`, or more on the way there.
+    """
+
+    def __init__(self, now: Kept, k: int, wanted: Wanted, keep: int) -> None:
+        n = wanted.experts
+        self.by_set, self.keep = keep == wanted.keep and comb(n, keep) <= MOST_SETS, keep
+        sets = kept_sets(n, keep) if self.by_set else [tuple(e for e in now if e != one) for one in now]
+        # What a set of which fewer remain than run would do is that of all that remain.
+        super().__init__(sets, min(wanted.active, len(sets[0])), now, k, n)
 
     def best(self, rule: Rule) -> Kept:
         """The kept set of least change; of a ranking, the experts whose loss alone would change most."""
@@ -119,6 +127,19 @@ RULES: dict[str, Rule] = {
     **{f"gauss_newton {x}": lambda c, x=x: c.signed + x / 2 * c.squared for x in (1, 3, 10)},  # type: ignore[misc]
 }
 """From sums to a score a set, of which the least is kept."""
+
+
+def products_of(seen: Seen, gradient: Tensor) -> Tensor:
+    """<g_t, f_e(x_t)> of every expert, from dL/dy (tokens, hidden): float32 (tokens, n)."""
+    slopes = gradient.float()
+    return torch.stack([(seen.output(e, slice(None)).float() * slopes).sum(-1) for e in range(seen.layer.n)], dim=1)
+
+
+def cost_of(gradients: LossGradients) -> int:
+    """Layer-tokens of one pass with all products: forth, forth again layer by layer, and back, and n / k times the
+    layers whose n experts run."""
+    experts = sum(layer.n / layer.k for layer in gradients.layers)
+    return round(gradients.tokens * (3 * len(gradients.parts.layers) + experts))
 
 
 def _values(seen: Seen, products: Tensor, kept: Tensor, k: int) -> Tensor:
@@ -241,11 +262,13 @@ class _Search:
         both = []
         for gradients in self.gradients:
             parts = [Changes(kept, k, self.wanted, keep) for kept in now]
-            gradients.run(lambda seen, g, parts=parts: parts[self.group_of[seen.layer.index]].add(seen, g), plan)  # type: ignore[misc]
+
+            def see(seen: Seen, gradient: Tensor, parts: list[Changes] = parts) -> None:
+                parts[self.group_of[seen.layer.index]].add(seen, products_of(seen, gradient))
+
+            gradients.run(see, plan)
             both.append(parts)
-            # Forth, forth again layer by layer, and back; and n / k times its layers for the products of all experts.
-            layers = 3 * len(gradients.parts.layers) + len(gradients.layers) * self.wanted.experts / self.wanted.k
-            self.layer_tokens += round(gradients.tokens * layers)
+            self.layer_tokens += cost_of(gradients)
         return both[0], [a + b for a, b in zip(*both)]
 
     def plan(self, kept: list[Kept], k: int | None = None) -> Plan:

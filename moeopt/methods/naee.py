@@ -12,7 +12,7 @@ improved by the best swap until none helps. That comes with no guarantee.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import comb
@@ -200,7 +200,7 @@ class NaeeProgressive(Naee):
     progressive = alone = True
 
 
-def masks(sets: list[Kept], n: int) -> Tensor:
+def masks(sets: Sequence[Kept], n: int) -> Tensor:
     """bool (sets, n)."""
     found: NDArray[np.bool_] = np.zeros((len(sets), n), dtype=bool)
     for row, kept in zip(found, sets):

@@ -4,6 +4,7 @@ from moeopt.samplers.base import GenomeSampler, Proposal, Told, UnknownSampler
 from moeopt.samplers.blockcmaes import BlockCMAESSampler
 from moeopt.samplers.cmaes import CMAESSampler
 from moeopt.samplers.eep import EEPSampler
+from moeopt.samplers.guided import GuidedSampler
 from moeopt.samplers.local import LocalSampler
 from moeopt.samplers.nevergrad import NevergradSampler
 from moeopt.samplers.random import RandomSampler
@@ -16,6 +17,7 @@ __all__ = [
     "CMAESSampler",
     "EEPSampler",
     "GenomeSampler",
+    "GuidedSampler",
     "LocalSampler",
     "NevergradSampler",
     "Proposal",

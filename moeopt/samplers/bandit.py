@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from moeopt.guide import COST
 from moeopt.samplers.base import Told
 from moeopt.spaces.base import Space
 
@@ -57,8 +58,8 @@ def gain(told: Told, parent: Told | None) -> float:
 
 
 def layers_run(told: Told, space: Space, first: int) -> float:
-    """Layers that a trial ran, by its own account; without one, all from layer `first` to the last."""
+    """Layers that a trial ran, by its own account, a guide apart; without one, all from layer `first` to the last."""
     used, tokens = told.attrs.get("layer_tokens"), told.attrs.get("tokens")
     if used and tokens:
-        return float(used) / float(tokens)
+        return max(0.0, float(used) - float(told.attrs.get(COST, 0))) / float(tokens)
     return float(space.shape.layers - first)

@@ -18,10 +18,11 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import description, genome, process
+from moeopt import description, genome, guide, process
 from moeopt.description import ENQUEUED
 from moeopt.errors import SamplerError, SpaceError, StudyError, got
 from moeopt.genome import Vector
+from moeopt.guide import Guide
 from moeopt.plan import Plan
 from moeopt.spaces.base import NAMED_AT_MOST, Space
 
@@ -59,6 +60,7 @@ class Told:
         operator: what made it (`Proposal.operator`); ``"enqueued"`` when a person did.
         attrs: its user attributes.
         notes: what the sampler noted when it proposed the trial (`Proposal.notes`).
+        guide: what the objective left with it.
     """
 
     number: int
@@ -70,6 +72,7 @@ class Told:
     operator: str
     attrs: Mapping[str, Any] = field(repr=False)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    guide: Guide | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -318,6 +321,7 @@ class GenomeSampler(BaseSampler):
             operator=origin.get("operator", ENQUEUED),
             attrs=trial.user_attrs,
             notes=origin.get("notes") or {},
+            guide=guide.read(trial, self.space.shape.layers, self.space.shape.experts),
         )
         if trial.state.is_finished():
             self._told[key] = told

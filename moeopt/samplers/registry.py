@@ -16,6 +16,7 @@ from moeopt.samplers.base import START, GenomeSampler
 from moeopt.samplers.blockcmaes import BlockCMAESSampler
 from moeopt.samplers.cmaes import CMAESSampler
 from moeopt.samplers.eep import EEPSampler
+from moeopt.samplers.guided import GUIDED, GuidedSampler
 from moeopt.samplers.local import LocalSampler
 from moeopt.samplers.nevergrad import NevergradSampler
 from moeopt.samplers.random import RandomSampler
@@ -35,6 +36,7 @@ SAMPLERS: dict[str, Callable[..., GenomeSampler]] = {
     "tpe": TPESampler,
     "random": RandomSampler,
     "local": LocalSampler,
+    GUIDED: GuidedSampler,
     "blockcmaes": BlockCMAESSampler,
 }
 """Every sampler that `get` knows by name. ``"nevergrad:DE"`` is short for ``"nevergrad"`` with ``optimizer="DE"``."""
@@ -116,6 +118,7 @@ def operators(settings: Mapping[str, Any]) -> frozenset[str] | None:
         "eep": eep.OPERATORS,
         "random": ("random",),
         "local": settings.get("moves") or (),
+        GUIDED: (GUIDED, *(settings.get("moves") or ())),
         "cmaes": (cmaes.OPERATOR,),
         "sepcmaes": (cmaes.OPERATOR,),
         "blockcmaes": (blockcmaes.OPERATOR,),

@@ -8,9 +8,11 @@ from moeopt.lazily import lazily
 
 _HOMES = {
     "Candidate": "record",
+    "Held": "gains",
     "SELECTION": "record",
     "Selection": "record",
     "check": "checks",
+    "held": "gains",
     "recorded": "record",
     "select": "run",
     "selected_trial": "record",
@@ -22,8 +24,10 @@ _HOMES = {
 __all__ = [
     "SELECTION",
     "Candidate",
+    "Held",
     "Selection",
     "check",
+    "held",
     "on_test",
     "recorded",
     "select",
@@ -34,6 +38,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moeopt.selection.checks import check
+    from moeopt.selection.gains import Held, held
     from moeopt.selection.kept import on_test
     from moeopt.selection.record import SELECTION, Candidate, Selection, recorded, selected_trial, verdict
     from moeopt.selection.run import select

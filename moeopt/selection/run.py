@@ -121,9 +121,7 @@ def select(
         check(study, task, model)
         ranked = _ranked(study, top, stock_only)
         compression = None if teacher is None else teacher.compression
-        bench = _Bench(
-            study, model, tokenizer, task, settings, batch_tokens or 1024, compression, len(ranked), progress
-        )
+        bench = Bench(study, model, tokenizer, task, settings, batch_tokens or 1024, compression, len(ranked), progress)
         candidates = _judged(bench, ranked)
         trials = {trial.number: trial for trial, _ in ranked}
         winner, best = candidates[0], min(candidates, key=lambda one: (one.search_loss, one.trial))
@@ -178,7 +176,7 @@ def _ranked(study: optuna.Study, top: int, stock_only: bool) -> Ranked:
     return list(found.values())
 
 
-class _Bench:
+class Bench:
     """Evaluates plans on the splits as the study did on its own, each once.
 
     Attributes:
@@ -205,7 +203,8 @@ class _Bench:
         if self.score in LABEL_FREE and compression is None:
             compression = Compression(top_p=evaluation.get("top_p") or Compression.top_p)
         self._active_weight = float(evaluation.get("active_weight") or 0.0)
-        limits = {searched["split"]: searched.get("limit"), **{split: settings[f"{split}_limit"] for split in UNSEEN}}
+        unseen = {split: settings.get(f"{split}_limit") for split in UNSEEN if split in task.splits}
+        limits = {searched["split"]: searched.get("limit"), **unseen}
         self.evaluators = {
             split: Evaluator(
                 model,
@@ -225,6 +224,14 @@ class _Bench:
         self.evaluated = self.layer_tokens = self._done = 0
         self._progress = progress or (lambda done, steps, what: None)
         self._steps = candidates + 5
+
+    @classmethod
+    def for_study(cls, study: optuna.Study, objective: Objective, **limits: int | None) -> Bench:
+        """For a study's own objective, with a limit for each split."""
+        evaluator = objective.evaluator
+        compression = None if evaluator.teacher is None else evaluator.teacher.compression
+        parts = objective.model, objective.tokenizer, objective.task
+        return cls(study, *parts, {"score": None, **limits}, evaluator.batch_tokens, compression, 0, None)
 
     def evaluate(self, plan: Plan | None, split: str, what: str) -> Evaluation:
         """What a plan gives on a split.
@@ -269,7 +276,7 @@ class _Bench:
         return replace(evaluation, losses=evaluation.losses + added)
 
 
-def _judged(bench: _Bench, ranked: Ranked) -> list[Candidate]:
+def _judged(bench: Bench, ranked: Ranked) -> list[Candidate]:
     """The candidates, the best on dev first; those without a finite loss there come last."""
     found, errors = [], []
     for i, (trial, plan) in enumerate(ranked, start=1):
@@ -285,7 +292,7 @@ def _judged(bench: _Bench, ranked: Ranked) -> list[Candidate]:
     return sorted(found, key=lambda c: (math.inf if c.dev is None else c.dev.loss, c.search_loss, c.trial))
 
 
-def _tested(bench: _Bench, compared: dict[str, Candidate]) -> dict[str, Evaluation]:
+def _tested(bench: Bench, compared: dict[str, Candidate]) -> dict[str, Evaluation]:
     """What the full model and the candidates give on test; only the winner must give a finite loss there."""
     of, looks = bench.of["test"], bench.kept.looks
     plans = [one.plan for one in compared.values()]

@@ -9,7 +9,7 @@ from moeopt.study.opening import check_name, find, load_study, read_study, space
 from moeopt.study.progress import best_trial, finished, stalled
 from moeopt.study.reclaiming import reclaim
 from moeopt.study.running import LONGEST_LOOK, Callback, check_limits, optimize
-from moeopt.study.warm_starts import WarmStarts, check_expressible, enqueue
+from moeopt.study.warm_starts import WarmStarts, automatic, check_expressible, enqueue
 
 __all__ = [
     "CALIBRATION",
@@ -21,6 +21,7 @@ __all__ = [
     "WARM_START",
     "Callback",
     "WarmStarts",
+    "automatic",
     "best_trial",
     "check_expressible",
     "check_goes_on",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -18,7 +19,7 @@ from moeopt.storage import check_storage, is_new, open_storage, readable_errors
 from moeopt.study.checks import check_objective, description_of
 from moeopt.study.opening import check_name, find
 from moeopt.study.reclaiming import reclaim
-from moeopt.study.warm_starts import WarmStarts, calibrated, checked, enqueue_new
+from moeopt.study.warm_starts import AUTO, WarmStarts, calibrated, checked, enqueue_new
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -54,8 +55,9 @@ def create_study(
             `rungs`. For racing, the noise floor is measured first, on the first rung.
         load_if_exists: resume a study of this name. Trials that died with a worker of this host are queued again.
         warm_starts: what to evaluate next, unless the study did so before: plans, names of `moeopt.methods`, which are
-            then calibrated on the objective's examples, or what methods found, by name. Such trials have their
-            method's name as user attribute ``method``. EEP counts them among its initial solutions.
+            then calibrated on the objective's examples, or what methods found, by name; ``"auto"`` stands for
+            ``["ean", "loss_aware"]`` in spaces that prune, as far as they run here. Such trials have their method's
+            name as user attribute ``method``. EEP counts them among its initial solutions.
         sampler_options: hyperparameters of a sampler given by name.
 
     Raises:
@@ -73,6 +75,10 @@ def create_study(
     if storage is not None:
         check_storage(storage)
     chosen = samplers.get(sampler, objective.space, seed=seed, **sampler_options)
+    if isinstance(chosen, samplers.GuidedSampler) and not getattr(objective, "guide", 0.0):
+        warnings.warn(
+            "the sampler 'guided' searches as 'local' does without guides: Objective(guide=0.5)", stacklevel=2
+        )
     starts = checked(warm_starts, objective.space)
     racer = _pruner(pruner, objective)
     opened: BaseStorage | None = None
@@ -89,7 +95,7 @@ def create_study(
         with readable_errors(storage):
             check_same(existing, description)
     held = [] if existing is None else [trial.user_attrs for trial in existing.get_trials(deepcopy=False)]
-    found = calibrated(starts, objective, held)
+    found = calibrated(starts, objective, held, optional=warm_starts == AUTO)
     if opened is None and isinstance(storage, str):
         opened = open_storage(storage)
     with readable_errors(storage):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial
 
 from moeopt import genome
-from moeopt.errors import SpaceError, got
+from moeopt.errors import MoeoptError, SpaceError, got
 from moeopt.genome import CALIBRATION, METHOD, WARM_START
 from moeopt.plan import Plan
 from moeopt.spaces import Space
@@ -18,13 +19,25 @@ if TYPE_CHECKING:
     from moeopt.methods import Found
     from moeopt.objective import Objective
 
-WarmStarts = Iterable["Plan | str"] | Mapping[str, "Plan | Found"]
+WarmStarts = Literal["auto"] | Iterable["Plan | str"] | Mapping[str, "Plan | Found"]
+AUTO = "auto"
+CHOICE = ("ean", "loss_aware")
+"""What ``"auto"`` stands for: the best ranking by one pass, and the method that asks the loss."""
+
+
+def automatic(space: Space) -> tuple[str, ...]:
+    """Names of the methods that ``"auto"`` stands for; none where the space holds no prunings of its own."""
+    return CHOICE if "prune" in space.phases else ()
 
 
 def checked(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Found | None]]:
     """Method and plan of every warm start, checked; a method that has yet to be run comes without a plan."""
+    if given == AUTO and isinstance(given, str):
+        given = automatic(space)
     if isinstance(given, (str, Plan)) or not isinstance(given, Iterable):
-        raise SpaceError(f"warm_starts is a list of plans and names of methods, such as ['naee'], got {got(given)}")
+        raise SpaceError(
+            f"warm_starts is 'auto', or a list of plans and names of methods, such as ['naee'], got {got(given)}"
+        )
     if isinstance(given, Mapping):
         starts: list[tuple[str | None, Plan | Found | None]] = list(given.items())
     else:
@@ -58,12 +71,30 @@ def check_expressible(method: str, space: Space) -> None:
 
 
 def calibrated(
-    starts: list[tuple[str | None, Plan | Found | None]], objective: Objective, held: list[dict[str, Any]]
+    starts: list[tuple[str | None, Plan | Found | None]],
+    objective: Objective,
+    held: list[dict[str, Any]],
+    *,
+    optional: bool,
 ) -> list[tuple[str | None, Plan | Found]]:
-    """The warm starts with their plans; methods that the study already ran are left out."""
+    """The warm starts with their plans; methods that the study already ran are left out.
+
+    Args:
+        optional: whether a method that cannot be run here is left out, with a warning, as nobody asked for it.
+    """
     run = {attrs.get(METHOD) for attrs in held}
     new = [name for name, found in starts if found is None and name is not None and name not in run]
-    made = objective.calibrated(new) if new else {}
+    made: dict[str, Found] = {}
+    try:
+        made = objective.calibrated(new) if new else {}
+    except MoeoptError:
+        if not optional:
+            raise
+        for name in new:
+            try:
+                made |= objective.calibrated([name])
+            except MoeoptError as error:
+                warnings.warn(f"the search does not start from {name}: {error}", stacklevel=3)
     found = [(name, made.get(name or "") if start is None else start) for name, start in starts]
     return [(name, start) for name, start in found if start is not None]
 

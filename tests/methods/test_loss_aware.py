@@ -12,7 +12,7 @@ from moeopt.evaluation import Evaluator
 from moeopt.methods import loss_aware, naee
 from moeopt.methods.base import Wanted
 from moeopt.methods.gradients import LossGradients
-from moeopt.methods.loss_aware import RULES, Changes
+from moeopt.methods.loss_aware import RULES, Changes, products_of
 from moeopt.models import moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
 from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, TextTask
@@ -105,7 +105,7 @@ def test_sums_are_those_of_patched_layers(family, build_family, tiny_tokenizer, 
         expected = []
         for what, gradient in seen:
             with torch.no_grad():
-                made.add(what, gradient)
+                made.add(what, products_of(what, gradient))
             expected.append(changes_by_patching(model, layer, what, gradient.double(), made.sets, k, now))
         d = torch.cat(expected)
         scale = float(d.abs().sum(0).max())

@@ -1,0 +1,71 @@
+"""Makes a `moeopt.guide.Guide`: what each expert taken out of a pruning, or back in, would change of its loss."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from moeopt.evaluation import Evaluator
+from moeopt.guide import Guide
+from moeopt.methods.gradients import LossGradients
+from moeopt.methods.loss_aware import Sums, cost_of, products_of
+from moeopt.methods.seen import Seen
+from moeopt.plan import Plan
+
+
+class Guiding:
+    """Takes the derivative of an evaluator's loss at prunings.
+
+    Args:
+        evaluator: model, task, examples and score.
+        of: names them (`moeopt.objective.scores_name`).
+
+    Attributes:
+        layer_tokens: what one guide costs.
+
+    Raises:
+        MethodError: when the score has no derivative.
+        ModelError: when the model cannot be run layer by layer.
+    """
+
+    def __init__(self, evaluator: Evaluator, of: str) -> None:
+        self._gradients, self._of = LossGradients(evaluator), of
+        self.layer_tokens = cost_of(self._gradients)
+
+    def guide(self, plan: Plan) -> Guide:
+        """The guide of a plan whose layers all keep experts as they are (`LayerPlan.kept`)."""
+        toggles = [_Toggles(layer.kept or (), layer.k, layer.experts) for layer in plan.layers]
+
+        def see(seen: Seen, gradient: Tensor) -> None:
+            toggles[seen.layer.index].add(seen, products_of(seen, gradient))
+
+        self._gradients.run(see, plan)
+        signed, squared = (np.stack([of.scores(name) for of in toggles]) for name in ("signed", "squared"))
+        if self._gradients.evaluator.teacher is not None:
+            signed[:] = 0.0  # of tokens that were drawn: its mean is 0, whatever the plan
+        weight = self._gradients.weight
+        return Guide(plan.fingerprint, self._of, *((part / weight).astype(np.float32) for part in (signed, squared)))
+
+
+class _Toggles:
+    """Of one layer: the sums of the kept set without each of its experts, and with each of the others."""
+
+    def __init__(self, kept: tuple[int, ...], k: int, n: int) -> None:
+        without = [tuple(e for e in kept if e != one) for one in kept] if len(kept) > 1 else []
+        others = [e for e in range(n) if e not in kept]
+        self._parts = [
+            (experts, Sums(sets, min(k, len(sets[0])), kept, k, n))
+            for experts, sets in ((kept, without), (others, [(*kept, e) for e in others]))
+            if sets
+        ]
+        self._n = n
+
+    def add(self, seen: Seen, products: Tensor) -> None:
+        for _, sums in self._parts:
+            sums.add(seen, products)
+
+    def scores(self, name: str) -> np.ndarray:
+        found = np.zeros(self._n)
+        for experts, sums in self._parts:
+            found[list(experts)] = getattr(sums, name)
+        return found

@@ -1,0 +1,256 @@
+"""Local search that looks where the loss's derivative points, and learns from what came of it.
+
+The objective leaves guides (`moeopt.guide`, `Objective(guide=...)`): what every expert of every MoE layer, taken out of
+the best pruning or back in, would change of the loss. Summed over a group's layers, they give each of its experts a
+value v_e = a signed_e + b squared_e, what having it costs: of a kept one, minus what its loss costs. Near the pruning G
+of the guide, a pruning S that shares all else has the loss
+
+    loss(S) = loss(G) + sum over e of ([e in S] - [e in G]) v_e + noise,
+
+a linear model whose noise stands for what experts change together, and grows with the number of experts that differ.
+Every trial of a pruning tells of it. So (a, b), begun at (1, 1.5), is a ridge fit to the trials; v has the guide's
+numbers as its prior mean, with a spread in proportion to them; a proposal draws v from its posterior (Thompson
+sampling, by Matheron's rule) and takes the swaps that gain most by that draw per layer that is run again: up to
+`radius` groups change at once, all from the first changed layer on. The radius doubles when a trial gains at least a
+quarter of what was predicted, and is halved when it gains nothing.
+
+Where `patience` such trials after another gained nothing since the last guide, their gains compete with those of
+`local`'s moves in a bandit; without a guide, where nothing is kept as it is, and in spaces that hold no prunings, the
+search is `local`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moeopt.errors import SpaceError
+from moeopt.plan import Plan
+from moeopt.samplers.bandit import choose, gain, layers_run
+from moeopt.samplers.base import Proposal, Told, check_counts, digest, noted
+from moeopt.samplers.local import LocalSampler
+from moeopt.spaces.base import Space, kept_rows, one_hot_pair
+
+GUIDED = "guided"
+"""The move."""
+SIGNED, SQUARED = 1.0, 1.5
+"""What (a, b) is before any trial: gauss_newton 3 of `loss_aware`, the best where experts differ."""
+SPREAD = 0.5
+"""Prior standard deviation of a value, in its own and the values' median absolute size."""
+INTERACTION = 0.5
+"""Standard deviation of the noise, in the prior's of what differs."""
+
+Values = NDArray[np.floating[Any]]
+
+
+class GuidedSampler(LocalSampler):
+    """See the top of this file.
+
+    Args:
+        space, seed, redraw, start, population, fade, moves: as for `LocalSampler`; moves are what else is tried.
+        radius: groups that the first guided trial may change at once; None: half of them.
+        patience: guided trials without a gain after which local moves are tried, too.
+
+    Raises:
+        SamplerError: naming the argument that does not fit.
+        SpaceError: when `start` is not of this space.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        seed: int | None = None,
+        redraw: int = 20,
+        start: Plan | ArrayLike | None = None,
+        radius: int | None = None,
+        patience: int = 6,
+        population: int = 1,
+        fade: float = 0.1,
+        moves: Sequence[str] = ("swap", "route", "remap", "active"),
+    ) -> None:
+        super().__init__(space, seed=seed, redraw=redraw, start=start, population=population, fade=fade, moves=moves)
+        check_counts({"patience": patience, **({} if radius is None else {"radius": radius})})
+        self.radius, self.patience = radius, patience
+        self._rows: dict[str, NDArray[np.bool_] | None] = {}
+
+    def settings(self) -> dict[str, Any]:
+        names = ("seed", "redraw", "radius", "patience", "population", "fade")
+        start = digest(self.x0) if self.given else None
+        return {"name": GUIDED, **{name: getattr(self, name) for name in names}, "moves": [*self.moves], "start": start}
+
+    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
+        if not (attempt == 0 and self.opens(history, slot) and (self.given or not history)):
+            rng = self.rng(slot, attempt)
+            parent, model = self.parent(rng, history), self.model(history)
+            if parent is not None and model is not None and self.trusts(rng, history):
+                proposal = self.swapped(rng, parent, model, self.reach(history, model.since))
+                if proposal is not None:
+                    return proposal
+        return super().propose(history, slot, attempt)
+
+    def is_own(self, told: Told) -> bool:
+        return self.is_guided(told) or super().is_own(told)
+
+    def is_guided(self, told: Told) -> bool:
+        """Whether a trial came of a guide."""
+        return told.operator == GUIDED and noted(told, "parent") is not None and noted(told, "first") is not None
+
+    def plays(self, history: list[Told]) -> list[tuple[Any, float, float]]:
+        return super().plays([told for told in history if not self.is_guided(told)])
+
+    def trusts(self, rng: np.random.Generator, history: list[Told]) -> bool:
+        """Whether the next trial is a guided one."""
+        by_slot = {told.slot: told for told in history}
+        tried = [t for t in history if self.is_own(t) and (t.loss is not None or t.failed)]
+        plays = [
+            (self.is_guided(t), gain(t, by_slot.get(t.notes["parent"])), layers_run(t, self.space, 0)) for t in tried
+        ]
+        guide = max((told.slot for told in history if told.guide is not None), default=-1)
+        fails = 0
+        for told, (guided, won, _) in zip(tried, plays):
+            fails = 0 if told.slot <= guide or won > 0 else fails + guided
+        return fails < self.patience or choose(rng, [True, False], plays, prior=self.prior, memory=self.memory)
+
+    def rows(self, told: Told) -> NDArray[np.bool_] | None:
+        """Which experts a trial's groups keep, bool (groups, n); None where it does not keep experts as they are."""
+        if told.fingerprint not in self._rows:
+            try:
+                kept = kept_rows(self.space.matrices(told.x))
+                rows = np.stack([np.isin(np.arange(self.space.shape.experts), row) for row in kept])
+                self._rows[told.fingerprint] = rows
+            except SpaceError:
+                self._rows[told.fingerprint] = None
+        return self._rows[told.fingerprint]
+
+    def model(self, history: list[Told]) -> _Model | None:
+        """What the last guide, and the trials so far, tell of the values of experts; None without a guide."""
+        if "prune" not in self.space.phases:
+            return None
+        rows: dict[str, NDArray[np.bool_]] = {}
+        losses: dict[str, float] = {}
+        for told in history:
+            if told.loss is not None and told.fingerprint not in rows and (kept := self.rows(told)) is not None:
+                rows[told.fingerprint], losses[told.fingerprint] = kept, told.loss
+        for told in reversed(history):
+            if told.guide is not None and told.guide.plan in rows:
+                signed, squared = (
+                    np.stack([part[first : last + 1].sum(0) for first, last in self.space.groups]).astype(np.float64)
+                    for part in (told.guide.signed, told.guide.squared)
+                )
+                base, sign = rows[told.guide.plan], np.where(rows[told.guide.plan], -1.0, 1.0)
+                others = [plan for plan in rows if plan != told.guide.plan]
+                differing = np.array([rows[plan].astype(float) - base for plan in others])
+                changes = np.array([losses[plan] - losses[told.guide.plan] for plan in others])
+                return _Model(
+                    told.slot, sign * signed, sign * squared, differing.reshape(len(others), base.size), changes
+                )
+        return None
+
+    def reach(self, history: Sequence[Told], since: int) -> int:
+        """How many groups may change at once."""
+        by_slot = {told.slot: told for told in history}
+        most = len(self.space.groups)
+        radius = max(1, most // 2) if self.radius is None else min(self.radius, most)
+        for told in history:
+            if self.is_guided(told) and told.slot > since and (told.loss is not None or told.failed):
+                won, predicted = gain(told, by_slot.get(told.notes["parent"])), told.notes.get("predicted")
+                if won > 0 and isinstance(predicted, float) and won >= predicted / 4:
+                    radius = min(2 * radius, most)
+                elif won == 0:
+                    radius = max(1, radius // 2)
+        return radius
+
+    def swapped(self, rng: np.random.Generator, parent: Told, model: _Model, radius: int) -> Proposal | None:
+        """The parent after the swaps that gain most by a draw; None where it does not keep experts as they are."""
+        kept = self.rows(parent)
+        if kept is None or kept.all():
+            return None
+        drawn, mean = model.draw(rng).reshape(kept.shape), model.mean().reshape(kept.shape)
+        out = np.where(kept, drawn, -np.inf).argmax(axis=1)
+        into = np.where(kept, np.inf, drawn).argmin(axis=1)
+        groups = np.arange(len(kept))
+        gains = drawn[groups, out] - drawn[groups, into]
+        layers = self.space.shape.layers
+        best, chosen = -np.inf, groups[:0]
+        for start, (first, _) in enumerate(self.space.groups):
+            window = groups[start:]
+            top = window[np.argsort(-gains[window], kind="stable")][:radius]
+            top = top[gains[top] > 0] if gains[top[0]] > 0 else top[:1]
+            rate = gains[top].sum() * (1 / (layers - first) if gains[top].sum() > 0 else layers - first)
+            if rate > best:
+                best, chosen = rate, np.sort(top)
+        child = self.space.matrices(parent.x).copy()
+        experts = kept.copy()
+        experts[chosen, out[chosen]], experts[chosen, into[chosen]] = False, True
+        for group in chosen:
+            child[group] = one_hot_pair(np.flatnonzero(experts[group])[None], kept.shape[1])[0]
+        predicted = float((mean[chosen, out[chosen]] - mean[chosen, into[chosen]]).sum())
+        notes = {"first": int(chosen[0]), "width": len(chosen), "parent": parent.slot, "predicted": predicted}
+        return Proposal(self.space.with_matrices(parent.x, child), GUIDED, (parent.number,), "prune", notes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Model:
+    """The linear model of losses near a guide's pruning; values are float64 (groups * n,).
+
+    Args:
+        since: slot of the trial that holds the guide.
+        signed, squared: (groups, n), of having each expert.
+        differing: experts that trials have and the guide's pruning does not, less the reverse, (trials, groups * n).
+        changes: their losses less that pruning's, (trials,).
+    """
+
+    since: int
+    signed: Values
+    squared: Values
+    differing: Values
+    changes: Values
+
+    def prior(self) -> tuple[Values, Values, Values]:
+        """Mean and standard deviation of values before the trials, and the noise's of every trial."""
+        factors = np.array([SIGNED, SQUARED])
+        features = np.stack([self.signed.reshape(-1), self.squared.reshape(-1)])
+        spread = _spread(factors @ features)
+        noise = self.noise(spread)
+        # (a, b) by ridge regression, with the trials weighted by their noise, and never of the wrong sign.
+        seen = self.differing @ features.T / noise[:, None]
+        precision = np.diag(1 / factors**2)
+        fitted = np.linalg.solve(precision + seen.T @ seen, precision @ factors + seen.T @ (self.changes / noise))
+        mean = np.maximum(fitted, 0.0) @ features
+        spread = _spread(mean)
+        return mean, spread, self.noise(spread)
+
+    def noise(self, spread: Values) -> Values:
+        """The noise's standard deviation, (trials,): in proportion to what differs, as interactions are of pairs."""
+        differ: Values = np.abs(self.differing) @ spread
+        return INTERACTION * differ + 1e-9
+
+    def mean(self) -> Values:
+        """The posterior mean."""
+        mean, spread, noise = self.prior()
+        moved: Values = mean + self._gain(spread, noise) @ (self.changes - self.differing @ mean)
+        return moved
+
+    def draw(self, rng: np.random.Generator) -> Values:
+        """Values from the posterior: a draw from the prior, moved by what the trials say against it (Matheron)."""
+        mean, spread, noise = self.prior()
+        values = mean + spread * rng.standard_normal(mean.size)
+        told = self.changes + noise * rng.standard_normal(noise.size)
+        drawn: Values = values + self._gain(spread, noise) @ (told - self.differing @ values)
+        return drawn
+
+    def _gain(self, spread: Values, noise: Values) -> Values:
+        moved = self.differing * spread**2
+        gains: Values = np.linalg.solve(moved @ self.differing.T + np.diag(noise**2), moved).T
+        return gains
+
+
+def _spread(mean: Values) -> Values:
+    size = np.abs(mean)
+    spread: Values = SPREAD * (size + np.median(size)) + 1e-12
+    return spread
