@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import shutil
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -274,16 +277,27 @@ def hostile(storage: Any) -> list[str]:
     return [*descriptions, "two"]
 
 
-def test_hostile_studies_are_said_to_be_and_keep_no_other_from_its_figures(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'studies.db'}"
-    names = hostile(url)
-    searched("good", storage=url, trials=5)
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A database with hostile studies and two good ones, `good` and `other`; and the names of the hostile ones."""
+    path = tmp_path_factory.mktemp("studies") / "studies.db"
+    names = hostile(f"sqlite:///{path}")
+    searched("good", storage=f"sqlite:///{path}", trials=30)
+    searched("other", storage=f"sqlite:///{path}", trials=10)
+    return path, names
+
+
+def test_hostile_studies_are_said_to_be_and_keep_no_other_from_its_figures(
+    tmp_path: Path, studies: tuple[Path, list[str]]
+) -> None:
+    url, names = f"sqlite:///{tmp_path / 'studies.db'}", studies[1]
+    shutil.copy(studies[0], tmp_path)
     foreign = optuna.create_study(study_name="foreign", storage=url)
     foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
     said: list[str] = []
     done = Refresher(open_storage(url), url, report=said.append).refresh()
     assert said == []
-    assert set(done) == {*names, "good"}
+    assert set(done) == {*names, "good", "other"}
     assert not any(key.startswith("dashboard:") for key in genome.study_attributes(foreign))
     for name in names:
         study = optuna.load_study(study_name=name, storage=url)
@@ -352,7 +366,7 @@ def test_refreshers_of_one_storage_at_once_leave_whole_figures(tmp_path: Path) -
     for thread in threads:
         thread.start()
     try:
-        for _ in range(10):
+        for _ in range(5):
             searched("a", storage=url, trials=2)
             shown(study)  # whole at any time
     finally:
@@ -411,10 +425,10 @@ def test_once_and_what_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFi
     assert "cannot listen on 203.0.113.1" in capsys.readouterr().err
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[str, Any]]:
+@contextmanager
+def serving(path: Path) -> Iterator[tuple[str, Any]]:
     """The address of a dashboard, and the storage that it serves."""
-    storage = optuna.storages.get_storage(open_storage(f"sqlite:///{tmp_path / 'studies.db'}"))
+    storage = optuna.storages.get_storage(open_storage(f"sqlite:///{path}"))
     listening = server(storage, port=0)
     thread = threading.Thread(target=listening.serve_forever, daemon=True)
     thread.start()
@@ -424,6 +438,12 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Any]]:
     listening.server_close()
 
 
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, Any]]:
+    with serving(tmp_path / "studies.db") as found:
+        yield found
+
+
 def test_only_this_machine_is_answered(served: tuple[str, Any]) -> None:
     address, _ = served
     assert urllib.request.urlopen(f"{address}/api/studies").status == 200
@@ -431,17 +451,17 @@ def test_only_this_machine_is_answered(served: tuple[str, Any]) -> None:
         urllib.request.urlopen(urllib.request.Request(f"{address}/api/studies", headers={"Host": "evil.example"}))
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
-@pytest.mark.parametrize("origin", ["http://evil.example", "http://localhost:1", "https://127.0.0.1", "null", ""])
-def test_no_other_site_changes_or_frames_anything(served: tuple[str, Any], method: str, origin: str) -> None:
+def test_no_other_site_changes_or_frames_anything(served: tuple[str, Any]) -> None:
     address, storage = served
     body = json.dumps({"study_name": "made", "directions": ["minimize"]}).encode()
     headers = {"Content-Type": "application/json"}
-    here = urllib.request.Request(f"{address}/api/studies", body, headers | {"Origin": origin}, method=method)
-    with pytest.raises(urllib.error.HTTPError, match="403") as refused:
-        urllib.request.urlopen(here)
-    assert refused.value.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
-    assert not storage.get_all_studies()
+    origins = ["http://evil.example", "http://localhost:1", "https://127.0.0.1", "null", ""]
+    for method, origin in itertools.product(["POST", "PUT", "DELETE", "PATCH"], origins):
+        here = urllib.request.Request(f"{address}/api/studies", body, headers | {"Origin": origin}, method=method)
+        with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+            urllib.request.urlopen(here)
+        assert refused.value.headers["Content-Security-Policy"] == "frame-ancestors 'none'", (method, origin)
+        assert not storage.get_all_studies(), (method, origin)
 
 
 def test_its_own_pages_and_clients_that_are_no_browser_change_it(served: tuple[str, Any]) -> None:
@@ -460,27 +480,31 @@ def test_its_own_pages_and_clients_that_are_no_browser_change_it(served: tuple[s
     assert read.headers["Content-Security-Policy"] == "frame-ancestors 'none'"  # no page of evil.example gets to see it
 
 
+@pytest.fixture(scope="module")
+def drawn(studies: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
+    """A dashboard on a copy of that database, with the figures of every study."""
+    with serving(Path(shutil.copy(studies[0], tmp_path_factory.mktemp("drawn")))) as found:
+        Refresher(found[1], "sqlite:///x.db").refresh()
+        yield found
+
+
 @pytest.mark.parametrize("dark", [False, True])
-def test_every_page_draws_without_an_error(served: tuple[str, Any], browser: Browser, dark: bool) -> None:  # noqa: F811
-    address, storage = served
-    searched("good", storage=storage, trials=30)
-    searched("other", storage=storage, trials=10)
-    hostile_name = hostile(storage)[0]
-    Refresher(storage, "sqlite:///x.db").refresh()
-    ids = {name: storage.get_study_id_from_name(name) for name in ("good", "other", hostile_name)}
+def test_every_page_draws_without_an_error(drawn: tuple[str, Any], browser: Browser, dark: bool) -> None:  # noqa: F811
+    address, storage = drawn
+    ids = {name: storage.get_study_id_from_name(name) for name in ("good", "other", HOSTILE_NAME)}
     root = f"{address}/dashboard"
     with browser.open(root, dark=dark, height=2600) as tab:
         page = tab.page
         page.get_by_text("good", exact=False).first.wait_for()
         page.get_by_text("<script>", exact=False).first.wait_for()
-        for name in ("good", hostile_name):
+        for name in ("good", HOSTILE_NAME):
             page.goto(f"{root}/studies/{ids[name]}")
             for figure in FIGURES:
                 page.wait_for_selector(f"[id='user-defined-plot:{figure}'] svg.main-svg", state="attached")
                 if name == "good":
                     assert tab.traces(f"[id='user-defined-plot:{figure}']") >= 1, figure
             page.get_by_text("Best Trial").first.wait_for()
-        page.goto(f"{root}/studies/{ids[hostile_name]}/note")
+        page.goto(f"{root}/studies/{ids[HOSTILE_NAME]}/note")
         page.get_by_role("heading", name="What it searches").wait_for()
         assert page.locator("a", has_text="evil").count() == 0
         assert page.locator(".MuiCard-root script, .MuiCard-root img").count() == 0
