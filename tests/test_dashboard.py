@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -277,29 +277,36 @@ def hostile(storage: Any) -> list[str]:
     return [*descriptions, "two"]
 
 
+@dataclass(frozen=True)
+class Refreshed:
+    """A database with hostile studies, two good ones, `good` and `other`, and one of Optuna's, refreshed once."""
+
+    path: Path
+    hostile: list[str]
+    done: list[str]
+    said: list[str]
+
+
 @pytest.fixture(scope="module")
-def studies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A database with hostile studies and two good ones, `good` and `other`; and the names of the hostile ones."""
-    path = tmp_path_factory.mktemp("studies") / "studies.db"
-    names = hostile(f"sqlite:///{path}")
-    searched("good", storage=f"sqlite:///{path}", trials=30)
-    searched("other", storage=f"sqlite:///{path}", trials=10)
-    return path, names
-
-
-def test_hostile_studies_are_said_to_be_and_keep_no_other_from_its_figures(
-    tmp_path: Path, studies: tuple[Path, list[str]]
-) -> None:
-    url, names = f"sqlite:///{tmp_path / 'studies.db'}", studies[1]
-    shutil.copy(studies[0], tmp_path)
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
+    path = tmp_path_factory.mktemp("mixed") / "studies.db"
+    url = f"sqlite:///{path}"
+    names = hostile(url)
+    searched("good", storage=url, trials=30)
+    searched("other", storage=url, trials=10)
     foreign = optuna.create_study(study_name="foreign", storage=url)
     foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
     said: list[str] = []
-    done = Refresher(open_storage(url), url, report=said.append).refresh()
-    assert said == []
-    assert set(done) == {*names, "good", "other"}
+    return Refreshed(path, names, Refresher(open_storage(url), url, report=said.append).refresh(), said)
+
+
+def test_hostile_studies_are_said_to_be_and_keep_no_other_from_its_figures(mixed: Refreshed) -> None:
+    url = f"sqlite:///{mixed.path}"
+    assert mixed.said == []
+    assert set(mixed.done) == {*mixed.hostile, "good", "other"}
+    foreign = optuna.load_study(study_name="foreign", storage=url)
     assert not any(key.startswith("dashboard:") for key in genome.study_attributes(foreign))
-    for name in names:
+    for name in mixed.hostile:
         study = optuna.load_study(study_name=name, storage=url)
         text = get_note(study)
         assert "rm -rf" not in text
@@ -432,10 +439,12 @@ def serving(path: Path) -> Iterator[tuple[str, Any]]:
     listening = server(storage, port=0)
     thread = threading.Thread(target=listening.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{listening.server_port}", storage
-    listening.shutdown()
-    thread.join()
-    listening.server_close()
+    try:
+        yield f"http://127.0.0.1:{listening.server_port}", storage
+    finally:
+        listening.shutdown()
+        thread.join()
+        listening.server_close()
 
 
 @pytest.fixture
@@ -480,17 +489,13 @@ def test_its_own_pages_and_clients_that_are_no_browser_change_it(served: tuple[s
     assert read.headers["Content-Security-Policy"] == "frame-ancestors 'none'"  # no page of evil.example gets to see it
 
 
-@pytest.fixture(scope="module")
-def drawn(studies: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
-    """A dashboard on a copy of that database, with the figures of every study."""
-    with serving(Path(shutil.copy(studies[0], tmp_path_factory.mktemp("drawn")))) as found:
-        Refresher(found[1], "sqlite:///x.db").refresh()
-        yield found
-
-
 @pytest.mark.parametrize("dark", [False, True])
-def test_every_page_draws_without_an_error(drawn: tuple[str, Any], browser: Browser, dark: bool) -> None:  # noqa: F811
-    address, storage = drawn
+def test_every_page_draws_without_an_error(mixed: Refreshed, browser: Browser, dark: bool) -> None:  # noqa: F811
+    with serving(mixed.path) as (address, storage):
+        draws(address, storage, browser, dark)
+
+
+def draws(address: str, storage: Any, browser: Browser, dark: bool) -> None:  # noqa: F811
     ids = {name: storage.get_study_id_from_name(name) for name in ("good", "other", HOSTILE_NAME)}
     root = f"{address}/dashboard"
     with browser.open(root, dark=dark, height=2600) as tab:
