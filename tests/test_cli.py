@@ -200,7 +200,7 @@ def test_databases_that_cannot_serve_are_refused(place: Place, refused: Refused,
     assert "readonly" in refused(place.search(storage=f"sqlite:///file:{ours}?mode=ro&uri=true"))
     with sqlite3.connect(ours, isolation_level=None) as connection:
         connection.execute("BEGIN EXCLUSIVE")
-        assert "locked" in refused(place.search(storage=f"sqlite:///{ours}"))
+        assert "locked" in refused(place.search(storage=f"sqlite:///{ours}?timeout=1"))
         connection.execute("ROLLBACK")
     assert "no database" in refused(["show", "--storage", f"sqlite:///{tmp_path / 'new.db'}"])
     assert "no study 'z'" in refused(["show", "z", "--storage", place.storage])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -274,18 +277,36 @@ def hostile(storage: Any) -> list[str]:
     return [*descriptions, "two"]
 
 
-def test_hostile_studies_are_said_to_be_and_keep_no_other_from_its_figures(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'studies.db'}"
+@dataclass(frozen=True)
+class Refreshed:
+    """A database with hostile studies, two good ones, `good` and `other`, and one of Optuna's, refreshed once."""
+
+    path: Path
+    hostile: list[str]
+    done: list[str]
+    said: list[str]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
+    path = tmp_path_factory.mktemp("mixed") / "studies.db"
+    url = f"sqlite:///{path}"
     names = hostile(url)
-    searched("good", storage=url, trials=5)
+    searched("good", storage=url, trials=30)
+    searched("other", storage=url, trials=10)
     foreign = optuna.create_study(study_name="foreign", storage=url)
     foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
     said: list[str] = []
-    done = Refresher(open_storage(url), url, report=said.append).refresh()
-    assert said == []
-    assert set(done) == {*names, "good"}
+    return Refreshed(path, names, Refresher(open_storage(url), url, report=said.append).refresh(), said)
+
+
+def test_hostile_studies_are_said_to_be_and_keep_no_other_from_its_figures(mixed: Refreshed) -> None:
+    url = f"sqlite:///{mixed.path}"
+    assert mixed.said == []
+    assert set(mixed.done) == {*mixed.hostile, "good", "other"}
+    foreign = optuna.load_study(study_name="foreign", storage=url)
     assert not any(key.startswith("dashboard:") for key in genome.study_attributes(foreign))
-    for name in names:
+    for name in mixed.hostile:
         study = optuna.load_study(study_name=name, storage=url)
         text = get_note(study)
         assert "rm -rf" not in text
@@ -352,7 +373,7 @@ def test_refreshers_of_one_storage_at_once_leave_whole_figures(tmp_path: Path) -
     for thread in threads:
         thread.start()
     try:
-        for _ in range(10):
+        for _ in range(5):
             searched("a", storage=url, trials=2)
             shown(study)  # whole at any time
     finally:
@@ -411,17 +432,25 @@ def test_once_and_what_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFi
     assert "cannot listen on 203.0.113.1" in capsys.readouterr().err
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[str, Any]]:
+@contextmanager
+def serving(path: Path) -> Iterator[tuple[str, Any]]:
     """The address of a dashboard, and the storage that it serves."""
-    storage = optuna.storages.get_storage(open_storage(f"sqlite:///{tmp_path / 'studies.db'}"))
+    storage = optuna.storages.get_storage(open_storage(f"sqlite:///{path}"))
     listening = server(storage, port=0)
     thread = threading.Thread(target=listening.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{listening.server_port}", storage
-    listening.shutdown()
-    thread.join()
-    listening.server_close()
+    try:
+        yield f"http://127.0.0.1:{listening.server_port}", storage
+    finally:
+        listening.shutdown()
+        thread.join()
+        listening.server_close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, Any]]:
+    with serving(tmp_path / "studies.db") as found:
+        yield found
 
 
 def test_only_this_machine_is_answered(served: tuple[str, Any]) -> None:
@@ -431,17 +460,17 @@ def test_only_this_machine_is_answered(served: tuple[str, Any]) -> None:
         urllib.request.urlopen(urllib.request.Request(f"{address}/api/studies", headers={"Host": "evil.example"}))
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
-@pytest.mark.parametrize("origin", ["http://evil.example", "http://localhost:1", "https://127.0.0.1", "null", ""])
-def test_no_other_site_changes_or_frames_anything(served: tuple[str, Any], method: str, origin: str) -> None:
+def test_no_other_site_changes_or_frames_anything(served: tuple[str, Any]) -> None:
     address, storage = served
     body = json.dumps({"study_name": "made", "directions": ["minimize"]}).encode()
     headers = {"Content-Type": "application/json"}
-    here = urllib.request.Request(f"{address}/api/studies", body, headers | {"Origin": origin}, method=method)
-    with pytest.raises(urllib.error.HTTPError, match="403") as refused:
-        urllib.request.urlopen(here)
-    assert refused.value.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
-    assert not storage.get_all_studies()
+    origins = ["http://evil.example", "http://localhost:1", "https://127.0.0.1", "null", ""]
+    for method, origin in itertools.product(["POST", "PUT", "DELETE", "PATCH"], origins):
+        here = urllib.request.Request(f"{address}/api/studies", body, headers | {"Origin": origin}, method=method)
+        with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+            urllib.request.urlopen(here)
+        assert refused.value.headers["Content-Security-Policy"] == "frame-ancestors 'none'", (method, origin)
+        assert not storage.get_all_studies(), (method, origin)
 
 
 def test_its_own_pages_and_clients_that_are_no_browser_change_it(served: tuple[str, Any]) -> None:
@@ -461,26 +490,26 @@ def test_its_own_pages_and_clients_that_are_no_browser_change_it(served: tuple[s
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_every_page_draws_without_an_error(served: tuple[str, Any], browser: Browser, dark: bool) -> None:  # noqa: F811
-    address, storage = served
-    searched("good", storage=storage, trials=30)
-    searched("other", storage=storage, trials=10)
-    hostile_name = hostile(storage)[0]
-    Refresher(storage, "sqlite:///x.db").refresh()
-    ids = {name: storage.get_study_id_from_name(name) for name in ("good", "other", hostile_name)}
+def test_every_page_draws_without_an_error(mixed: Refreshed, browser: Browser, dark: bool) -> None:  # noqa: F811
+    with serving(mixed.path) as (address, storage):
+        draws(address, storage, browser, dark)
+
+
+def draws(address: str, storage: Any, browser: Browser, dark: bool) -> None:  # noqa: F811
+    ids = {name: storage.get_study_id_from_name(name) for name in ("good", "other", HOSTILE_NAME)}
     root = f"{address}/dashboard"
     with browser.open(root, dark=dark, height=2600) as tab:
         page = tab.page
         page.get_by_text("good", exact=False).first.wait_for()
         page.get_by_text("<script>", exact=False).first.wait_for()
-        for name in ("good", hostile_name):
+        for name in ("good", HOSTILE_NAME):
             page.goto(f"{root}/studies/{ids[name]}")
             for figure in FIGURES:
                 page.wait_for_selector(f"[id='user-defined-plot:{figure}'] svg.main-svg", state="attached")
                 if name == "good":
                     assert tab.traces(f"[id='user-defined-plot:{figure}']") >= 1, figure
             page.get_by_text("Best Trial").first.wait_for()
-        page.goto(f"{root}/studies/{ids[hostile_name]}/note")
+        page.goto(f"{root}/studies/{ids[HOSTILE_NAME]}/note")
         page.get_by_role("heading", name="What it searches").wait_for()
         assert page.locator("a", has_text="evil").count() == 0
         assert page.locator(".MuiCard-root script, .MuiCard-root img").count() == 0

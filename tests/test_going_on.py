@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +120,31 @@ WAYS: dict[str, tuple[Callable[[str, str, Objective], optuna.Study], str]] = {
 }
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.fixture(scope="module")
+def uninterrupted(make: Make) -> Callable[[str | None], dict[int, Any]]:
+    """The trials of a search that no one came between, by its pruner."""
+
+    @cache
+    def found(pruner: str | None) -> dict[int, Any]:
+        objective = make(rungs=1 if pruner is None else 2)
+        study = moeopt.create_study("whole", objective=objective, storage=None, seed=3, pruner=pruner, **OPTIONS["eep"])
+        moeopt.optimize(study, objective, trials=6)
+        return by_slot(study)
+
+    return found
+
+
+@pytest.mark.parametrize(
+    ("way", "jobs"), [*((way, 1) for way in WAYS), ("Optuna's default", 2), ("other options", 2), ("another pruner", 2)]
+)
 def test_another_optimiser_is_refused_and_leaves_no_trace_in_the_search(
-    way: str, jobs: int, make: Make, url: str
+    way: str, jobs: int, make: Make, url: str, uninterrupted: Callable[[str | None], dict[int, Any]]
 ) -> None:
     open_it, named = WAYS[way]
     objective = make(rungs=2 if way == "another pruner" else 1)
     pruner = "racing" if way == "another pruner" else None
     options: dict[str, Any] = {"objective": objective, "seed": 3, "pruner": pruner, **OPTIONS["eep"]}
-    whole = moeopt.create_study("whole", storage=url, **options)
-    moeopt.optimize(whole, objective, trials=6)
+    whole = uninterrupted(pruner)
     moeopt.optimize(moeopt.create_study("s", storage=url, **options), objective, trials=2)
     with pytest.raises(StudyError, match=named) as refusal:
         open_it("s", url, objective).optimize(objective, n_trials=6, n_jobs=jobs)  # Optuna loses the last errors
@@ -143,9 +158,9 @@ def test_another_optimiser_is_refused_and_leaves_no_trace_in_the_search(
     assert foreign_trials(study) == []
     moeopt.optimize(study, objective, trials=6)
     if way == "another pruner" and jobs == 2:  # the study's own sampler proposed two trials at once
-        assert by_slot(study).keys() == by_slot(whole).keys()
+        assert by_slot(study).keys() == whole.keys()
     else:
-        assert by_slot(study) == by_slot(whole)
+        assert by_slot(study) == whole
     assert finished(study) == 6
 
 

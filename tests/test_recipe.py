@@ -27,12 +27,12 @@ def task(name: str = "toy", kind: type[MultipleChoiceTask] = MultipleChoiceTask,
     return kind(name, [Example(str(i), f"{i} and 1 make", (f" {i + 1}", f" {i + 2}"), i % 2) for i in range(n)])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(make_mixtral: Any) -> Any:
     return make_mixtral(layers=2, experts=4, hidden=16, intermediate=16)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def objective(model: Any, tiny_tokenizer: Any) -> moeopt.Objective:
     return moeopt.Objective(model, tiny_tokenizer, task(), moeopt.EEPSpace.of(model, keep=2), limit=8, rungs=2)
 
@@ -172,9 +172,11 @@ def test_a_recipe_is_small_and_in_pieces_that_every_database_holds(model: Any, t
     assert recipe.task_of(recipe.read(study)).examples("search") == objective.task.examples("search")
 
 
-def test_a_model_that_lies_in_a_folder_is_never_named(objective: moeopt.Objective, url: str, tmp_path: Path) -> None:
+def test_a_model_that_lies_in_a_folder_is_never_named(
+    objective: moeopt.Objective, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, kept in ((str(tmp_path), None), ("../up", None), ("org/name", "org/name"), ("a/b/c", None)):
-        objective.model.config._name_or_path = name
+        monkeypatch.setattr(objective.model.config, "_name_or_path", name)
         assert recipe.read(create(objective, url)).model == kept
 
 
@@ -228,10 +230,16 @@ DAMAGE: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(objective: moeopt.Objective, tmp_path_factory: pytest.TempPathFactory) -> tuple[optuna.Study, Recipe]:
+    """A study and its recipe."""
+    study = create(objective, f"sqlite:///{tmp_path_factory.mktemp('whole')}/study.db")
+    return study, recipe.read(study)
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_or_hostile_recipe_is_one_clear_error(damage: str, objective: moeopt.Objective, url: str) -> None:
-    study = create(objective, url)
-    held = recipe.read(study)
+def test_a_damaged_or_hostile_recipe_is_one_clear_error(damage: str, whole: tuple[optuna.Study, Recipe]) -> None:
+    study, held = whole
     genome.write_study(study, {RECIPE: packed(body_of(held))})
     assert recipe.read(study) == held
     genome.write_study(study, {RECIPE: DAMAGE[damage](held)})
@@ -258,9 +266,9 @@ def test_a_damaged_or_hostile_recipe_is_one_clear_error(damage: str, objective: 
     ],
 )
 def test_hostile_settings_of_a_sampler_are_one_clear_error(
-    settings: dict[str, Any], objective: moeopt.Objective, url: str
+    settings: dict[str, Any], objective: moeopt.Objective, whole: tuple[optuna.Study, Recipe]
 ) -> None:
-    held = recipe.read(create(objective, url))
+    held = whole[1]
     hostile = Recipe(**body_of(held, sampler={"settings": settings}))
     with pytest.raises(StudyError, match="sampler"):
         recipe.sampler_of(hostile, objective.space)

@@ -84,8 +84,18 @@ def costs(study: optuna.Study) -> list[int]:
 # Made once ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("made", ["by Optuna", "by moeopt", "by moeopt in a file"])
-@pytest.mark.parametrize("task", [TASK, TEXT, MIXED, WRITTEN], ids=["questions", "text", "mixture", "generation"])
+@pytest.mark.parametrize(
+    ("task", "made"),
+    [
+        (TASK, "by Optuna"),
+        (TASK, "by moeopt"),
+        (TASK, "by moeopt in a file"),
+        (TEXT, "by Optuna"),
+        (MIXED, "by moeopt"),
+        (WRITTEN, "by Optuna"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_the_full_model_is_scored_before_the_first_trial(make: Any, task: Any, made: str, tmp_path: Path) -> None:
     objective = make(task)
     plans = counted(objective)
@@ -337,8 +347,8 @@ class Answering:
         self.task, self.requests = task, requests
 
 
-def doubts(task: Any, tokenizer: Any, correct: Any) -> list[str]:
-    requests = task.requests("search", tokenizer)
+def doubts(task: Any, tokenizer: Any, correct: Any, requests: Any = None) -> list[str]:
+    requests = requests or task.requests("search", tokenizer)
     correct = np.asarray(correct, np.float32)
     evaluation = Evaluation(correct, np.ones_like(correct), correct, 0, 0, 0.0)
     return reference.doubts(Answering(task, requests), evaluation, task.chance("search", requests))  # type: ignore[arg-type]
@@ -354,7 +364,8 @@ def test_guessing_is_told_at_the_level_that_is_stated(tiny_tokenizer: Any, optio
         for right in range(n + 2)
     ]
     exact = next(right for right, p in enumerate(tail) if p <= 0.05)
-    said = [bool(doubts(task, tiny_tokenizer, [1] * right + [0] * (n - right))) for right in range(n + 1)]
+    requests = task.requests("search", tiny_tokenizer)
+    said = [bool(doubts(task, tiny_tokenizer, [1] * right + [0] * (n - right), requests)) for right in range(n + 1)]
     least = said.index(False)
     assert abs(least - exact) <= 1
     assert tail[least] < 0.06

@@ -1,4 +1,7 @@
-"""Every way to resume that moeopt prints or notes, run as it is said: by a shell, from another folder, by Python."""
+"""Every way to resume that moeopt prints or notes, run as it is said: by a shell, from another folder, by Python.
+
+A shell takes every command apart. What it then calls runs in this process where one of its own is not the point.
+"""
 
 from __future__ import annotations
 
@@ -40,19 +43,38 @@ def folder(make_mixtral: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.Temp
     rows = [{"prompt": f"{i} and 1 make", "options": [str(i + 1), str(i + 2)], "answer": i % 2} for i in range(60)]
     (found / "the $rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Plan.one_hot([[1, 3, 5]] * LAYERS, experts=EXPERTS, k=2).save(found / "a plan.safetensors")
-    (found / "bin").mkdir()
-    script = found / "bin" / "moeopt"
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m moeopt "$@"\n')
-    script.chmod(0o755)
+    for name, does in (
+        ("alone", f'exec {shlex.quote(sys.executable)} -P -m moeopt "$@"'),
+        ("here", 'printf "%s\\0" "$PWD" "${MOEOPT_STORAGE-}" "$@" > "$CALL"'),
+    ):
+        (found / name).mkdir()
+        (found / name / "moeopt").write_text(f"#!/bin/sh\n{does}\n")
+        (found / name / "moeopt").chmod(0o755)
     return found
 
 
-def run(command: str, folder: Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """A command as a user pastes it into a shell, with nothing of this process's environment that names a storage."""
+def run(command: str, folder: Path, cwd: Path, alone: bool = False, **env: str) -> None:
+    """A command as a user pastes it into a shell, with nothing of this process's environment that names a storage.
+
+    What it calls runs in a process of its own (`alone`), or is called here in the folder and with the storage that the
+    shell gives it.
+    """
     inherited = {key: value for key, value in os.environ.items() if key != "MOEOPT_STORAGE"}
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    full = {**inherited, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(["sh", "-c", command], cwd=cwd, env=full, capture_output=True, text=True)
+    path = f"{folder / ('alone' if alone else 'here')}:{os.environ['PATH']}"
+    call = cwd.parent / "call"
+    full = {**inherited, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CALL": str(call), **env}
+    done = subprocess.run(["sh", "-c", command], cwd=cwd, env=full, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if alone:
+        return
+    there, storage, *arguments = call.read_text().split("\0")[:-1]
+    call.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(there)
+        patch.delenv("MOEOPT_STORAGE", raising=False)
+        if storage:
+            patch.setenv("MOEOPT_STORAGE", storage)
+        assert main(arguments) == 0, command
 
 
 def by_slot(url: str, name: str) -> dict[int, Any]:
@@ -138,8 +160,7 @@ def test_what_is_printed_and_what_is_noted_resume(
     shutil.copy(file, tmp_path / "kept.db")
     for command, cwd, more in ((printed, folder, env), (resume, tmp_path, {})):
         shutil.copy(tmp_path / "kept.db", file)
-        done = run(command, folder, cwd, **more)
-        assert done.returncode == 0, done.stderr
+        run(command, folder, cwd, alone=command == printed and name == "eep, its options", **more)
         found = by_slot(part, study)
         if "local" in name:  # which goes by measured costs, and a new process has no hidden states to reuse
             assert found.keys() == expected.keys()
@@ -160,13 +181,11 @@ def test_a_relative_storage_and_what_a_search_prints_at_its_end(
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("  moeopt")]
     assert [line.split()[1] for line in lines] == ["show", "export"]
     for line in lines:
-        done = run(line, folder, tmp_path)
-        assert done.returncode == 0, done.stderr
+        run(line, folder, tmp_path)
     assert (tmp_path / "OUT_DIR" / "config.json").is_file()
     again = noted("sqlite:///here.db", "-x y")
     (tmp_path / "elsewhere").mkdir()
-    longer = run(f"{again} --trials {TRIALS + 2}", folder, tmp_path / "elsewhere")
-    assert longer.returncode == 0, longer.stderr
+    run(f"{again} --trials {TRIALS + 2}", folder, tmp_path / "elsewhere")
     assert len(by_slot("sqlite:///here.db", "-x y")) == TRIALS + 2
     assert noted("sqlite:///here.db", "-x y").endswith(f"--trials {TRIALS + 2}")
 
@@ -182,8 +201,7 @@ def test_what_is_secret_is_put_in_by_hand(
     for command in (printed, resume):
         assert "geheim" not in command
         assert command.count("***") == 1
-    done = run(resume.replace("***", "geheim"), folder, tmp_path)
-    assert done.returncode == 0, done.stderr
+    run(resume.replace("***", "geheim"), folder, tmp_path)
     assert len(by_slot(url, "s")) == TRIALS
 
 
@@ -197,8 +215,7 @@ def test_a_worker_says_how_to_go_on(
     monkeypatch.setenv("MOEOPT_STORAGE", url)
     printed = interrupted("worker", "--study", "s", "--model", "a model", code=0)
     assert len(by_slot(url, "s")) == 6
-    done = run(printed, folder, folder, MOEOPT_STORAGE=url)
-    assert done.returncode == 0, done.stderr
+    run(printed, folder, folder, alone=True, MOEOPT_STORAGE=url)
     assert len(by_slot(url, "s")) == TRIALS
 
 
@@ -223,8 +240,7 @@ def test_select_and_compare_methods_say_how_to_go_on(
         capfd.readouterr()
         assert main(command) == 130
         monkeypatch.setattr(Evaluator, "race", race)
-        done = run(capfd.readouterr().err.splitlines()[-1], folder, folder)
-        assert done.returncode == 0, done.stderr
+        run(capfd.readouterr().err.splitlines()[-1], folder, folder)
 
 
 # What the README says -----------------------------------------------------------------------------------------------
@@ -247,12 +263,10 @@ def test_the_commands_of_the_readme_resume(folder: Path, tmp_path: Path, monkeyp
         assert old in search
         search = search.replace(old, new)
     for trials in (3, 5):
-        done = run(search.format(rows="the $rows.jsonl", trials=trials), folder, folder)
-        assert done.returncode == 0, done.stderr
+        run(search.format(rows="the $rows.jsonl", trials=trials), folder, folder)
         assert len(by_slot(url, "boolq-8to4")) == trials
     for line in (f"export MOEOPT_STORAGE={url}; {worker} --trials 6",):
-        done = run(line.replace("/models/mixtral", "'a model'"), folder, folder)
-        assert done.returncode == 0, done.stderr
+        run(line.replace("/models/mixtral", "'a model'"), folder, folder)
     assert len(by_slot(url, "boolq-8to4")) == 6
 
 
@@ -262,13 +276,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eep": {"sampler": "eep", "initial": 2, "prune_until": 4, "band": 0.1},
     "local": {"sampler": "local", "widths": [1, 2], "moves": ["swap"]},
     "cmaes": {"sampler": "sepcmaes", "sigma": 0.2, "population_size": 3},
-    "blockcmaes": {"sampler": "blockcmaes"},
     "tpe": {"sampler": "tpe", "n_startup_trials": 2, "multivariate": True},
-    "random": {"sampler": "random", "redraw": 0},
     "nevergrad": {"sampler": "nevergrad:DE", "budget": 20},
-    "raced": {"sampler": "random", "pruner": "racing"},
+    "raced": {"sampler": "random", "redraw": 0, "pruner": "racing"},
     "an object": {"sampler": optuna.samplers.TPESampler(n_startup_trials=2)},
-    "another start": {"sampler": "cmaes", "start": "plan"},
+    "another start": {"sampler": "blockcmaes", "start": "plan"},
 }
 
 
@@ -287,7 +299,7 @@ def test_the_python_of_a_note_resumes(name: str, folder: Path, tmp_path: Path, m
     moeopt.optimize(whole, objective, trials=6)
     monkeypatch.chdir(tmp_path)
     study = moeopt.create_study("s", storage="sqlite:///x.db", **made)
-    moeopt.optimize(study, objective, trials=4, callbacks=[Refresh(every=0.0)])
+    moeopt.optimize(study, objective, trials=4)
     moeopt.recipe.want(study, 6)
     Refresh(every=0.0)(study)
     text = get_note(study)

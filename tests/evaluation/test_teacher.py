@@ -108,7 +108,7 @@ def test_a_position_that_options_share_counts_once(make) -> None:
 
 def test_the_full_model_is_at_no_distance_from_itself(make, task) -> None:
     for score in LABEL_FREE:
-        for batch_tokens in (1, 90, 5000):
+        for batch_tokens in (1, 5000):
             evaluator = make(task, score=score, batch_tokens=batch_tokens)
             for plan in (None, FULL):
                 evaluation = evaluator.evaluate(plan)
@@ -116,7 +116,7 @@ def test_the_full_model_is_at_no_distance_from_itself(make, task) -> None:
                 assert (evaluation.correct == 1).all()
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     top_p=st.floats(0.05, 1.0, exclude_max=True),
     tokens=st.integers(1, VOCAB),
@@ -167,11 +167,11 @@ def test_kept_tokens_are_the_fewest_that_reach_top_p(model, tiny_tokenizer, make
     assert teacher_of(evaluator).rest == pytest.approx(np.mean(rests), rel=1e-4)
 
 
-@pytest.mark.parametrize("score", LABEL_FREE)
 @pytest.mark.parametrize("change", ["rungs", "whole", "no prefixes", "offloaded", "blocks", "known"])
 def test_how_it_is_run_changes_nothing(
-    model, make_mixtral, make, task, score: Score, change: str, monkeypatch: pytest.MonkeyPatch
+    model, make_mixtral, make, task, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    score: Score = "kl" if task.name == "questions" else "acceptance"
     expected = make(task, score=score).evaluate(PRUNED)
     options: dict[str, Any] = {}
     if change in ("rungs", "known"):

@@ -140,9 +140,9 @@ def replaced(value: Any, at: tuple[Any, ...], new: Any) -> Any:
 
 
 def mutations(value: Any) -> Iterator[tuple[str, Any]]:
-    """The value with something else, or nothing, at every place."""
-    for at in paths(value):
-        for new in (*VALUES, *([...] if at else [])):
+    """The value with nothing, or something else, at every place: of `VALUES` each third one, beginning with another."""
+    for i, at in enumerate(paths(value)):
+        for new in (*VALUES[i % 3 :: 3], *([...] if at else [])):
             yield f"{'.'.join(map(str, at))} = {str(new)[:40]!r}", replaced(value, at, new)
 
 

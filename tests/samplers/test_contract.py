@@ -6,12 +6,15 @@ import random
 import uuid
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import cycle, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
 import torch
+from databases import servers
 from optuna.trial import FrozenTrial, TrialState
 
 from moeopt import genome
@@ -58,7 +61,11 @@ MAKE: dict[str, Make] = {
 
 each_sampler = pytest.mark.parametrize("name", MAKE)
 each_space = pytest.mark.parametrize("kind", SPACES)
-three_spaces = pytest.mark.parametrize("kind", ["scores", "merge", "active"])
+
+
+def in_turn(*kinds: str) -> pytest.MarkDecorator:
+    """Every sampler on one of these spaces, every space with some of the samplers: what the base class promises."""
+    return pytest.mark.parametrize(("name", "kind"), list(zip(MAKE, cycle(kinds))))
 
 
 def loss_of(plan: Plan) -> float:
@@ -133,8 +140,10 @@ def test_plain_optuna_study(name: str, kind: str) -> None:
         assert set(trial.params) == (set(space.names) if space.size <= 48 else {"drift"})
 
 
-@each_sampler
-@each_space
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*product(MAKE, ("scores", "subset", "eep", "active")), *zip(MAKE, cycle(("rows", "merge", "active alone")))],
+)
 def test_goes_on_after_a_kill_as_if_uninterrupted(name: str, kind: str) -> None:
     """A trial dies running, a new process marks it failed, evaluates it again under a new number, and goes on."""
     space = SPACES[kind]()
@@ -156,8 +165,7 @@ STUBBORN = ("nevergrad:NelderMead", "nevergrad:NGOpt")
 """Scipy's local methods: on a plateau they ask for one plan more often than any bound."""
 
 
-@each_sampler
-@three_spaces
+@in_turn("scores", "merge", "active")
 def test_seeds(name: str, kind: str) -> None:
     space = SPACES[kind]()
     assert proposals(run(name, space, 6)) == uninterrupted(name, kind)[:6]
@@ -166,17 +174,19 @@ def test_seeds(name: str, kind: str) -> None:
         assert other[2:] != uninterrupted(name, kind)[2:6]
 
 
-@pytest.fixture
-def storage(database: str) -> Iterator[Any]:
-    storage = optuna.storages.RDBStorage(database)
-    yield storage
-    storage.engine.dispose()
+def on_storages() -> Iterator[Any]:
+    """Every sampler on SQLite, where it depends on what is read back, and every server with a few of the samplers."""
+    for name, kind in zip(MAKE, cycle(["subset", "merge"])):
+        yield pytest.param("sqlite", name, kind, id=f"sqlite-{kind}-{name}")
+    for server in servers():
+        for name, kind in (("eep", "subset"), ("cmaes", "merge"), ("nevergrad:DE", "subset"), ("optuna TPE", "merge")):
+            yield pytest.param(*server.values, name, kind, id=f"{server.id}-{kind}-{name}", marks=server.marks)
 
 
-@each_sampler
-@pytest.mark.parametrize("kind", ["subset", "merge"])
-def test_every_storage_gives_the_same(name: str, kind: str, storage: Any) -> None:
-    space, study_name = SPACES[kind](), f"contract-{uuid.uuid4()}"
+@pytest.mark.parametrize(("where", "name", "kind"), list(on_storages()))
+def test_every_storage_gives_the_same(where: str, name: str, kind: str, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db" if where == "sqlite" else where
+    space, study_name, storage = SPACES[kind](), f"contract-{uuid.uuid4()}", optuna.storages.RDBStorage(url)
     try:
         run(name, space, 4, optuna.create_study(storage=storage, study_name=study_name))
         study = run(name, SPACES[kind](), 4, optuna.load_study(storage=storage, study_name=study_name))
@@ -184,10 +194,10 @@ def test_every_storage_gives_the_same(name: str, kind: str, storage: Any) -> Non
         assert [space.plan(trial) for trial in study.trials] == [space.decode(stored(trial)) for trial in study.trials]
     finally:
         optuna.delete_study(storage=storage, study_name=study_name)
+        storage.engine.dispose()
 
 
-@each_sampler
-@pytest.mark.parametrize("kind", ["scores", "subset", "merge", "active"])
+@in_turn("scores", "subset", "merge", "active")
 def test_no_plan_is_evaluated_twice(name: str, kind: str) -> None:
     fingerprints = plans(run(name, SPACES[kind](), 25, redraw=100))
     if name not in STUBBORN or kind in ("merge", "active"):
@@ -205,8 +215,7 @@ def test_an_exhausted_space_goes_on(name: str, encoding: Any) -> None:
     assert len(set(plans(study))) <= 3
 
 
-@each_sampler
-@three_spaces
+@in_turn("scores", "merge", "active")
 def test_enqueued_plan_is_evaluated_as_it_is_and_told(name: str, kind: str) -> None:
     space = SPACES[kind]()
     plan = space.decode(space.sample(np.random.default_rng(5)))
@@ -245,8 +254,7 @@ def test_what_is_enqueued_and_no_number_is_said_and_drawn(value: Any) -> None:
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
 
 
-@each_sampler
-@three_spaces
+@in_turn("scores", "merge", "active")
 def test_failed_trials(name: str, kind: str) -> None:
     space = SPACES[kind]()
     study = optuna.create_study(sampler=MAKE[name](space))
@@ -286,23 +294,31 @@ def test_pruned_trials_count_with_their_estimate(name: str, pruner: optuna.prune
         assert history[trial.number].loss == trial.user_attrs["estimate"] != trial.value
 
 
-BUDGET = {"tpe": 60, "optuna TPE": 60}
 CAREFUL = ("nevergrad:OldCMA", "nevergrad:NelderMead")
 """Pycma as Nevergrad sets it up, and scipy's simplex, begin with steps too small for 90 trials of 72 numbers."""
 
 
+@cache
+def long(name: str, kind: str) -> list[FrozenTrial]:
+    slow = {"scores": 60, "merge": 40} if "tpe" in name.lower() else {}
+    return run(name, SPACES[kind](), slow.get(kind, 90)).trials
+
+
+@cache
+def by_chance(kind: str) -> np.ndarray:
+    """The losses of random plans."""
+    space, rng = SPACES[kind](), np.random.default_rng(0)
+    return np.array([loss_of(space.decode(space.sample(rng))) for _ in range(400)])
+
+
 @each_sampler
-@three_spaces
+@pytest.mark.parametrize("kind", ["scores", "merge", "active"])
 def test_finds_better_plans(name: str, kind: str) -> None:
     """Better than its first trial, and than 19 of 20 random plans."""
-    space = SPACES[kind]()
-    budget = 90 if kind == "active" else BUDGET.get(name, 90)
-    losses = [t.value for t in run(name, space, budget).trials]
-    rng = np.random.default_rng(0)
-    chance = np.array([loss_of(space.decode(space.sample(rng))) for _ in range(400)])
+    losses = [trial.value for trial in long(name, kind)]
     assert min(losses) < losses[0]
     if kind == "scores" or name not in CAREFUL:
-        assert min(losses) <= np.quantile(chance, 0.05)
+        assert min(losses) <= np.quantile(by_chance(kind), 0.05)
 
 
 @each_sampler
@@ -317,8 +333,7 @@ def test_global_random_states_are_left_alone(name: str) -> None:
     assert torch.equal(torch.random.get_rng_state(), before[2])
 
 
-@each_sampler
-@three_spaces
+@in_turn("scores", "merge", "active")
 def test_maximising_is_minimising_the_negative(name: str, kind: str) -> None:
     space = SPACES[kind]()
     study = optuna.create_study(direction="maximize", sampler=MAKE[name](space))
@@ -334,8 +349,7 @@ def test_multi_objective_is_refused(name: str) -> None:
         study.ask()
 
 
-@each_sampler
-@three_spaces
+@in_turn("scores", "merge", "active")
 def test_workers_do_not_try_the_same_plan(name: str, kind: str) -> None:
     space = SPACES[kind]()
     study = run(name, space, 5)
@@ -370,11 +384,13 @@ def test_settings_describe_the_sampler(name: str) -> None:
 def test_k_and_beta_move(name: str, kind: str) -> None:
     """Every one of them takes several values, and the plans have them."""
     space = SPACES[kind]()
-    bold = {"sigma": 4.0} if name in CAREFUL else {}
-    study = run(name, space, BUDGET.get(name, 90), **bold)
-    extras = np.stack([stored(trial)[space.extras] for trial in study.trials])
+    if kind == "active" and name not in CAREFUL:
+        trials = long(name, kind)
+    else:  # of 64 plans, so that more trials would draw most of them again
+        trials = run(name, space, 30, **({"sigma": 4.0} if name in CAREFUL else {})).trials
+    extras = np.stack([stored(trial)[space.extras] for trial in trials])
     count = len(space.extra_groups)
-    for trial, row in zip(study.trials, extras):
+    for trial, row in zip(trials, extras):
         layers = [space.plan(trial).layers[first] for first, _ in space.extra_groups]
         ks, betas = row[:count].tolist(), row[count:].tolist() or [0.0] * count
         assert [layer.k for layer in layers] == ks
