@@ -31,7 +31,10 @@ from moeopt.study import load_study, space_of
 
 LAYERS, EXPERTS = 3, 6
 TRIALS = 12
-EEP = ("--sampler-option", "initial=4", "--sampler-option", "prune_until=8", "--trials", str(TRIALS))
+EEP = (
+    "--warm-start", "none", "--sampler-option", "initial=4", "--sampler-option", "prune_until=8",
+    "--trials", str(TRIALS),
+)  # fmt: skip
 SLOW = ("torch", "transformers", "nevergrad")
 
 
