@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -281,7 +280,8 @@ def honest(study: Any, trial: FrozenTrial) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "jobs"), [*((name, TEXT, 1) for name in PRUNERS), *((name, TASK, 2) for name in PRUNERS)]
+    ("name", "task", "jobs"),
+    [*((name, TEXT, 1) for name in PRUNERS), ("racing", TASK, 2), ("racing", TEXT, 2), ("wilcoxon", TASK, 2)],
 )
 def test_any_pruner_of_optuna(make: Any, model: Any, name: str, task: Any, jobs: int, url: str) -> None:
     report = "block" if name == "wilcoxon" else "mean"
@@ -519,18 +519,6 @@ def test_without_a_study_memory_that_ran_out_is_raised_by_the_evaluator(make: An
     model.model.layers[-1].mlp.register_forward_pre_hook(full)
     with pytest.warns(UserWarning, match="out of memory"), pytest.raises(OutOfMemoryError):
         objective.evaluator.evaluate(one_hot())
-
-
-def test_threads_take_the_losses_of_their_own_plans(make: Any, url: str) -> None:
-    objective, unraced = make(TEXT, rungs=4), make(TEXT)
-    study = plain_study(objective, RacingPruner(error=0.2, n_min=4), url, sampler="random")
-    study.optimize(objective, n_trials=12, n_jobs=2)
-    for trial in study.trials:
-        scores = genome.read_scores(trial)
-        assert scores is not None
-        whole = unraced.evaluator.evaluate(objective.space.plan(trial))
-        np.testing.assert_allclose(scores[0], whole.losses[: scores.shape[1]], atol=2e-5)
-    assert os.path.exists(url.removeprefix("sqlite:///"))
 
 
 # Active experts -----------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_a_killed_actor_is_started_again_and_every_trial_is_run_once(
 ) -> None:
     (tmp_path / "slow.py").write_text(slow_task)
     task = moeopt.tasks.get(f"{tmp_path}/slow.py:Slow")
-    study = made(make_mixtral, tiny_tokenizer, tmp_path, 30, task)
+    study = made(make_mixtral, tiny_tokenizer, tmp_path, 12, task)
     hold = tmp_path / "hold"
     hold.touch()
     killed: list[int] = []
@@ -72,8 +72,8 @@ def test_a_killed_actor_is_started_again_and_every_trial_is_run_once(
     )  # fmt: skip
     thread.join()
     trials = study.trials
-    assert finished(study) == 30
-    assert sum(trial.state.name == "COMPLETE" for trial in trials) == 30
+    assert finished(study) == 12
+    assert sum(trial.state.name == "COMPLETE" for trial in trials) == 12
     (dead,) = [trial for trial in trials if trial.state.name != "COMPLETE"]
     assert genome.origin(dead)["worker"]["pid"] == killed[0]
     (again,) = [trial for trial in trials if trial.system_attrs.get(genome.RETRIES)]

@@ -357,18 +357,30 @@ CUSTOM = {
 }
 
 
+STREAM = [(7 * i) % 250 for i in range(64)]
+
+
+def hosted(source: Path) -> Host:
+    host = Host()
+    host.open(str(source), **OPTIONS)
+    host.load(STREAM)
+    return host
+
+
+@pytest.fixture(scope="module")
+def original() -> Host:
+    return hosted(MODEL)
+
+
 @pytest.mark.parametrize("name", CUSTOM)
-def test_checkpoints_with_a_class_of_moeopt_are_profiled_as_their_plans(name: str, tmp_path: Path) -> None:
+def test_checkpoints_with_a_class_of_moeopt_are_profiled_as_their_plans(
+    name: str, original: Host, tmp_path: Path
+) -> None:
     out = moeopt.export(CUSTOM[name], tmp_path / "custom", model=MODEL)
     CUSTOM[name].save(tmp_path / "plan.safetensors")
     what: dict[str, Any] = {"batch": 1, "prompt_length": 16, "new_tokens": 1, "balance_tokens": 64}
-    answers = []
-    for source, plan in ((MODEL, str(tmp_path / "plan.safetensors")), (out, None)):
-        host = Host()
-        host.open(str(source), **OPTIONS)
-        host.load([(7 * i) % 250 for i in range(64)])
-        answers.append(host.inspect(plan, **what))
-    planned, real = answers
+    planned = original.inspect(str(tmp_path / "plan.safetensors"), **what)
+    real = hosted(out).inspect(None, **what)
     for key in ("parameters", "active_parameters", "weight_bytes"):
         assert planned[key] == real[key], key
     assert len(planned["loads"]) == len(real["loads"]) == LAYERS

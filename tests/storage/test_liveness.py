@@ -68,7 +68,7 @@ def freezes(url: str, name: str, step: str) -> None:
         return result
 
     setattr(storage, step, freeze)
-    moeopt.optimize(study, loss, trials=5)
+    moeopt.optimize(study, loss, trials=3)
 
 
 @pytest.mark.parametrize("step", ["_get_prepared_new_trial", "_set_trial_value_without_commit"])
@@ -82,12 +82,12 @@ def test_a_worker_frozen_with_a_lock_stops_the_others_for_a_bounded_time(
     with caplog.at_level(logging.WARNING, "moeopt"):
         if url.startswith("sqlite"):  # nothing breaks its lock
             threading.Timer(3.0, process.resume).start()
-        moeopt.optimize(study, loss, trials=5)
+        moeopt.optimize(study, loss, trials=3)
     with suppress(psutil.NoSuchProcess):
         process.resume()
     frozen.join()
     assert frozen.exitcode == 0
-    assert slots(study) == list(range(5))
+    assert slots(study) == list(range(3))
     said = [record.getMessage() for record in caplog.records if record.name == "moeopt.storage"]
     if url.startswith("sqlite"):
         assert f"is locked (database is locked, by process {frozen.pid}, which is stopped); waiting up to" in said[0]
@@ -100,14 +100,14 @@ def test_a_link_without_a_word_is_an_outage(wire: Wire, wired: str, name: str, h
     study = opened(wired, name)
 
     def objective(trial: optuna.Trial) -> float:
-        if trial.number == 2:
+        if trial.number == 1:
             wire.silent = True
             threading.Timer(3.0, setattr, (wire, "silent", False)).start()
         return loss(trial)
 
-    moeopt.optimize(study, objective, trials=5)
-    assert slots(study) == list(range(5))
-    assert [trial.number for trial in study.trials] == list(range(5))
+    moeopt.optimize(study, objective, trials=3)
+    assert slots(study) == list(range(3))
+    assert [trial.number for trial in study.trials] == list(range(3))
 
 
 def test_what_a_connection_waits_for_is_bounded_but_for_what_the_url_says(direct: str) -> None:
@@ -176,10 +176,10 @@ def forks(url: str, name: str, said: str) -> None:
 
     def outside() -> None:
         until(Path(said).exists)
-        moeopt.optimize(study, loss, trials=12)
+        moeopt.optimize(study, loss, trials=8)
 
     fork(outside)
-    moeopt.optimize(study, objective, trials=11)
+    moeopt.optimize(study, objective, trials=7)
     study.tell(0, 0.5)
     assert os.waitpid(children[0], 0)[1] == 0
 
@@ -191,8 +191,8 @@ def test_a_forked_process_gets_connections_of_its_own_and_ends_no_trial_of_its_p
     process.join()
     assert process.exitcode == 0
     study = opened(url, name)
-    assert slots(study) == list(range(12))
-    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 12
+    assert slots(study) == list(range(8))
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 8
     assert study.trials[0].value == 0.5
     (forked,) = [trial for trial in study.trials if trial.user_attrs]
     assert forked.value == loss_of(forked)

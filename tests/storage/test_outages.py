@@ -43,16 +43,16 @@ def test_a_search_goes_on_after_an_outage(
     study = opened(secret if "postgres" in wired else wired, name)
 
     def objective(trial: optuna.Trial) -> float:
-        if trial.number == 2:
+        if trial.number == 1:
             wire.cut()
-            threading.Timer(3.0, wire.mend).start()
+            threading.Timer(2.5, wire.mend).start()
         value = loss(trial)
         genome.write(study, trial, {}, {"note": value})
         return value
 
     with caplog.at_level(logging.WARNING, "moeopt"):
-        moeopt.optimize(study, objective, trials=8)
-    assert slots(study) == list(range(8))
+        moeopt.optimize(study, objective, trials=3)
+    assert slots(study) == list(range(3))
     assert all(t.state == TrialState.COMPLETE and t.user_attrs["note"] == t.value for t in study.trials)
     assert kept(spool) == []
     said = [record.getMessage() for record in caplog.records if record.name == "moeopt.storage"]

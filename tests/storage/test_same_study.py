@@ -34,9 +34,9 @@ def content(url: str, name: str, sampler: Any) -> list[Any]:
             return float("nan")
         return loss
 
-    moeopt.optimize(study, objective, trials=8)
+    moeopt.optimize(study, objective, trials=5)
     study = opened(url, name, sampler)
-    moeopt.optimize(study, objective, trials=14)
+    moeopt.optimize(study, objective, trials=9)
     found = []
     for trial in opened(url, name, sampler).trials:
         system = dict(trial.system_attrs)
@@ -51,10 +51,10 @@ def test_every_database_gives_the_same_study(tmp_path: Path, sampler: str) -> No
     urls = [url for variable in SERVERS.values() if (url := os.environ.get(variable))]
     if not urls:
         pytest.skip(f"none of {', '.join(SERVERS.values())} is set")
-    options: dict[str, Any] = {"initial": 4, "prune_until": 9} if sampler == "eep" else {}
+    options: dict[str, Any] = {"initial": 3, "prune_until": 6} if sampler == "eep" else {}
     made = [samplers.get(sampler, SPACE, seed=7, **options) for _ in range(1 + len(urls))]
     reference = content(f"sqlite:///{tmp_path}/study.db", "same", made[0])
-    assert len(reference) == 14
+    assert len(reference) == 9
     for url, other in zip(urls, made[1:]):
         name = f"test-{uuid.uuid4().hex[:12]}"
         try:
