@@ -408,7 +408,7 @@ def test_eep_follows_the_number_of_trials_and_a_resumed_study_keeps_its_own(
 
     def searched(*more: str) -> tuple[dict[str, Any], str]:
         capsys.readouterr()
-        assert main(place.search(*more, storage=storage)) == 0
+        assert main(place.search("--warm-start", "none", *more, storage=storage)) == 0
         settings = load_study("s", storage).user_attrs["moeopt"]["sampler"]
         return {key: settings[key] for key in ("initial", "prune_until")}, capsys.readouterr().err
 
@@ -492,6 +492,17 @@ def test_a_plan_goes_from_study_to_file_to_search_and_export(
 
 def test_a_search_starts_from_methods(place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
+    assert main(place.search("--sampler", "guided", "--trials", "6", storage=storage, study="auto")) == 0
+    said = capsys.readouterr()
+    assert said.err.count("starting from ean and loss_aware; --warm-start chooses others, or none") == 1
+    study = load_study("auto", storage)
+    assert [trial.user_attrs.get("method") for trial in study.trials[:3]] == ["ean", "loss_aware", None]
+    assert "guide_layer_tokens" in study.trials[1].user_attrs
+    gained = study.best_trial.number > 1
+    assert ("of the gain held" in said.out, "held" in study.user_attrs) == (gained, gained)
+    assert main(place.search("--sampler", "guided", "--trials", "7", storage=storage, study="auto")) == 0
+    assert "starting from" not in capsys.readouterr().err
+    assert len(load_study("auto", storage).trials) == 7
     search = place.search("--warm-start", "naee,reap", "--trials", "3", storage=storage, study="warm")
     assert main(search) == 0
     trials = load_study("warm", storage).trials

@@ -164,7 +164,7 @@ def test_what_is_printed_and_what_is_noted_resume(
         found = by_slot(part, study)
         if "local" in name:  # which goes by measured costs, and a new process has no hidden states to reuse
             assert found.keys() == expected.keys()
-            assert {operator for _, operator, _ in found.values()} <= {"start", "swap", "route", "remap"}
+            assert {operator for _, operator, _ in found.values()} <= {"enqueued", "swap", "route", "remap"}
         else:
             assert found == expected
         assert not list(folder.glob("*.db"))
