@@ -32,6 +32,7 @@ def folder(make_mixtral: Any, tiny_tokenizer: Any, slow_task: str, tmp_path: Pat
 def search(folder: Path, *more: str) -> subprocess.Popen[str]:
     """A search whose trials are held; its full model, which would be held before any worker is started, is left out."""
     arguments = ["search", "model", "--task", "slow.py:Slow", "--study", "s", "--keep", "2", "--sampler", "random"]
+    arguments += ["--warm-start", "none"]
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "moeopt", *arguments, "--trials", "6", "--workers", "2", "--no-reference", *more],
         cwd=folder,

@@ -181,6 +181,7 @@ class GuidedSampler(LocalSampler):
             window = groups[start:]
             top = window[np.argsort(-gains[window], kind="stable")][:radius]
             top = top[gains[top] > 0] if gains[top[0]] > 0 else top[:1]
+            # Per layer that is run again; where every swap is thought to lose, the least loss in the fewest layers.
             rate = gains[top].sum() * (1 / (layers - first) if gains[top].sum() > 0 else layers - first)
             if rate > best:
                 best, chosen = rate, np.sort(top)

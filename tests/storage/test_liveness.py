@@ -176,10 +176,10 @@ def forks(url: str, name: str, said: str) -> None:
 
     def outside() -> None:
         until(Path(said).exists)
-        moeopt.optimize(study, loss, trials=8)
+        moeopt.optimize(study, loss, trials=12)
 
     fork(outside)
-    moeopt.optimize(study, objective, trials=7)
+    moeopt.optimize(study, objective, trials=11)
     study.tell(0, 0.5)
     assert os.waitpid(children[0], 0)[1] == 0
 
@@ -191,8 +191,8 @@ def test_a_forked_process_gets_connections_of_its_own_and_ends_no_trial_of_its_p
     process.join()
     assert process.exitcode == 0
     study = opened(url, name)
-    assert slots(study) == list(range(8))
-    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 8
+    assert slots(study) == list(range(12))
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 12
     assert study.trials[0].value == 0.5
     (forked,) = [trial for trial in study.trials if trial.user_attrs]
     assert forked.value == loss_of(forked)

@@ -1,0 +1,120 @@
+"""What a search gains by knowing the loss's derivative, at equal cost, and what of it holds.
+
+    python benchmarks/guided.py --model MODEL --task text --data FILE --keep 8 [--limit 24] [--evaluations 70]
+
+One-shot methods, EEP as published (400 trials, from random prunings, no warm start), `local` and `guided`, both from
+`loss_aware`, until each has spent the layer-tokens of so many evaluations of the full model on the same examples;
+calibration and guides count. Losses are over the full model's, those on test (all of the split) with paired 95%
+intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+
+import optuna
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import moeopt
+from moeopt import methods
+from moeopt.evaluation import Evaluation, paired_bootstrap
+from moeopt.genome import CALIBRATION
+from moeopt.plan import Plan
+
+ONE_SHOT = ("frequency", "ean", "reap", "naee", "loss_aware")
+
+
+def main() -> None:
+    args = arguments()
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
+    table = Table("seed", "method", "trials", "evaluations", "search", "test [95%]", "test - loss_aware [95%]")
+    for name in args.methods:
+        table.add_row("", name, "", *bench.row(bench.found[name].plan, bench.found[name].layer_tokens))
+    for seed in args.seeds:
+        for sampler in args.samplers:
+            trials, plan, spent = bench.search(sampler, seed)
+            table.add_row(str(seed), sampler, str(trials), *bench.row(plan, spent))
+            Console(width=140).print(table)
+
+
+class Bench:
+    """A model and a task, what the full model gives, and what one-shot methods find."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.model, self.tokenizer = moeopt.load(args.model, dtype=torch.float32)
+        self.task = moeopt.tasks.get(args.task, data=args.data, **json.loads(args.task_options))
+        parts = self.model, self.tokenizer, self.task
+        self.test = moeopt.Evaluator(*parts, split="test", limit=args.test_limit, score=args.score)
+        self.seen = moeopt.Evaluator(*parts, limit=args.limit, score=args.score)
+        self.full = {"search": self.seen.evaluate(None), "test": self.test.evaluate(None)}
+        calibration = methods.Calibration(*parts, limit=args.limit, score=args.score)
+        self.found = methods.plans([*args.methods], calibration, keep=args.keep)
+        self.reference = self.test.evaluate(self.found["loss_aware"].plan)
+
+    def search(self, sampler: str, seed: int) -> tuple[int, Plan, int]:
+        """How many trials a search had, its best plan, and its layer-tokens."""
+        args, eep = self.args, sampler == "eep"
+        space = (moeopt.EEPSpace if eep else moeopt.PruneSpace).of(self.model, keep=args.keep, groups=args.groups)
+        objective = moeopt.Objective(
+            self.model, self.tokenizer, self.task, space, limit=args.limit, score=args.score,
+            guide=0.5 if sampler == "guided" else 0.0,
+        )  # fmt: skip
+        start = self.found["loss_aware"]
+        study = moeopt.create_study(
+            objective=objective, storage=None, sampler=sampler, seed=seed, warm_starts={} if eep else {"start": start}
+        )
+        budget = args.evaluations * self.full["search"].layer_tokens
+        spent = 0
+        while len(study.trials) < args.eep_trials if eep else spent < budget:
+            moeopt.optimize(study, objective, trials=1 + sum(t.state.is_finished() for t in study.trials))
+            spent = sum(t.user_attrs.get(key, 0) for t in study.trials for key in ("layer_tokens", CALIBRATION))
+        return len(study.trials), space.plan(study.best_trial), spent
+
+    def row(self, plan: Plan, spent: int) -> list[str]:
+        search, test = self.seen.evaluate(plan), self.test.evaluate(plan)
+        self.seen.clear()
+        self.test.clear()
+        cost = f"{spent / self.full['search'].layer_tokens:.1f}"
+        gap = f"{search.loss - self.full['search'].loss:+.4f}"
+        return [cost, gap, difference(test, self.full["test"]), difference(test, self.reference)]
+
+
+def difference(one: Evaluation, other: Evaluation) -> str:
+    """Mean loss of one less that of the other, and its interval."""
+    i = paired_bootstrap(one, other)
+    return f"{i.mean:+.4f} [{i.low:+.4f}, {i.high:+.4f}]"
+
+
+def arguments() -> argparse.Namespace:
+    def listed(text: str) -> list[str]:
+        return [word for word in text.split(",") if word]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--task", default="text")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--task-options", default="{}", help="JSON")
+    parser.add_argument("--score", default="likelihood")
+    parser.add_argument("--keep", type=int, required=True)
+    parser.add_argument("--groups", type=int, help="of layers that share a choice; default: each its own")
+    parser.add_argument("--limit", type=int, default=24, help="examples or windows to search on")
+    parser.add_argument("--test-limit", type=int)
+    parser.add_argument("--evaluations", type=float, default=70.0, help="of the full model: what a search may cost")
+    parser.add_argument("--eep-trials", type=int, default=400)
+    parser.add_argument("--methods", type=listed, default=[*ONE_SHOT])
+    parser.add_argument("--samplers", type=listed, default=["guided", "local"], help="with eep: 400 trials more")
+    parser.add_argument("--seeds", type=lambda text: [int(word) for word in listed(text)], default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
