@@ -3,7 +3,7 @@
     python benchmarks/guided.py --model MODEL --task text --data FILE --keep 8 [--limit 24] [--evaluations 70]
 
 One-shot methods, EEP as published (400 trials, from random prunings, no warm start), `local` and `guided`, both from
-`loss_aware`, until each has spent the layer-tokens of so many evaluations of the full model on the same examples;
+`--start`, until each has spent the layer-tokens of so many evaluations of the full model on the same examples;
 calibration and guides count. Losses are over the full model's, those on test (all of the split) with paired 95%
 intervals.
 """
@@ -37,6 +37,7 @@ def main() -> None:
     table = Table("seed", "method", "trials", "evaluations", "search", "test [95%]", "test - loss_aware [95%]")
     for name in args.methods:
         table.add_row("", name, "", *bench.row(bench.found[name].plan, bench.found[name].layer_tokens))
+    Console(width=140).print(table)
     for seed in args.seeds:
         for sampler in args.samplers:
             trials, plan, spent = bench.search(sampler, seed)
@@ -67,9 +68,9 @@ class Bench:
             self.model, self.tokenizer, self.task, space, limit=args.limit, score=args.score,
             guide=0.5 if sampler == "guided" else 0.0,
         )  # fmt: skip
-        start = self.found["loss_aware"]
+        starts = {name: self.found[name] for name in args.start}
         study = moeopt.create_study(
-            objective=objective, storage=None, sampler=sampler, seed=seed, warm_starts={} if eep else {"start": start}
+            objective=objective, storage=None, sampler=sampler, seed=seed, warm_starts={} if eep else starts
         )
         budget = args.evaluations * self.full["search"].layer_tokens
         spent = 0
@@ -110,6 +111,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluations", type=float, default=70.0, help="of the full model: what a search may cost")
     parser.add_argument("--eep-trials", type=int, default=400)
     parser.add_argument("--methods", type=listed, default=[*ONE_SHOT])
+    parser.add_argument("--start", type=listed, default=["naee", "loss_aware"], help="of the methods")
     parser.add_argument("--samplers", type=listed, default=["guided", "local"], help="with eep: 400 trials more")
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in listed(text)], default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)

@@ -494,9 +494,9 @@ def test_a_search_starts_from_methods(place: Place, capsys: pytest.CaptureFixtur
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     assert main(place.search("--sampler", "guided", "--trials", "6", storage=storage, study="auto")) == 0
     said = capsys.readouterr()
-    assert said.err.count("starting from ean and loss_aware; --warm-start chooses others, or none") == 1
+    assert said.err.count("starting from naee and loss_aware; --warm-start chooses others, or none") == 1
     study = load_study("auto", storage)
-    assert [trial.user_attrs.get("method") for trial in study.trials[:3]] == ["ean", "loss_aware", None]
+    assert [trial.user_attrs.get("method") for trial in study.trials[:3]] == ["naee", "loss_aware", None]
     assert "guide_layer_tokens" in study.trials[1].user_attrs
     gained = study.best_trial.number > 1
     assert ("of the gain held" in said.out, "held" in study.user_attrs) == (gained, gained)

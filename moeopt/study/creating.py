@@ -56,7 +56,7 @@ def create_study(
         load_if_exists: resume a study of this name. Trials that died with a worker of this host are queued again.
         warm_starts: what to evaluate next, unless the study did so before: plans, names of `moeopt.methods`, which are
             then calibrated on the objective's examples, or what methods found, by name; ``"auto"`` stands for
-            ``["ean", "loss_aware"]`` in spaces that prune, as far as they run here. Such trials have their method's
+            ``["naee", "loss_aware"]`` in spaces that prune, as far as they run here. Such trials have their method's
             name as user attribute ``method``. EEP counts them among its initial solutions.
         sampler_options: hyperparameters of a sampler given by name.
 

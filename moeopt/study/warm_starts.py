@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 WarmStarts = Literal["auto"] | Iterable["Plan | str"] | Mapping[str, "Plan | Found"]
 AUTO = "auto"
-CHOICE = ("ean", "loss_aware")
-"""What ``"auto"`` stands for: the best ranking by one pass, and the method that asks the loss."""
+CHOICE = ("naee", "loss_aware")
+"""What ``"auto"`` stands for: the kept sets that change a layer's output least, and those that change the loss least."""
 
 
 def automatic(space: Space) -> tuple[str, ...]:
