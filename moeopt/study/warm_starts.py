@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WarmStarts = Literal["auto"] | Iterable["Plan | str"] | Mapping[str, "Plan | Found"]
 AUTO = "auto"
 CHOICE = ("naee", "loss_aware")
-"""What ``"auto"`` stands for: the kept sets that change a layer's output least, and those that change the loss least."""
+"""What ``"auto"`` stands for: the kept sets that change the layers' outputs least, and the loss."""
 
 
 def automatic(space: Space) -> tuple[str, ...]:
