@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/moeopt demo --out demo-out
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check moeopt studies benchmarks tests
