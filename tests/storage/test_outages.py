@@ -300,8 +300,12 @@ def test_which_errors_are_outages() -> None:
     class Cancelled(Exception):
         sqlstate = "57014"
 
+    class Aborted(Exception):
+        sqlstate = "25P02"
+
     locked = OperationalError("x", {}, sqlite3.OperationalError("database is locked"))
     assert is_outage(locked)
+    assert is_outage(OperationalError("x", {}, Aborted("current transaction is aborted")))
     wrapped = optuna.exceptions.StorageInternalError("x")
     wrapped.__cause__ = locked
     assert is_outage(wrapped)

@@ -99,6 +99,33 @@ def test_a_trial_that_has_the_number_of_another_one_now_is_not_written_to(
     assert calls == [2, 3, 4, *([5] if others != "none" else [2, 3, 4, 5])]
 
 
+@pytest.mark.parametrize("step", ["proposed", "told"])
+def test_a_trial_that_is_gone_between_two_steps_of_optuna_s_is_run_again(
+    own: Own, name: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is asked whether its plan is taken; and after it was told, when it is read once more."""
+    mine = opened(own.url, name)
+    moeopt.optimize(mine, loss, trials=2)
+    restores = [own.backup()]
+    backend = genome.shared(mine)[0]  # type: ignore[index]
+    call = "write_trial" if step == "proposed" else "_end"
+    original = getattr(backend, call)
+
+    def restored(*arguments: Any, **options: Any) -> Any:
+        if step == "proposed" and restores and arguments[4] is not None:
+            restores.pop()()
+        done = original(*arguments, **options)
+        if step == "told" and restores:
+            restores.pop()()
+        return done
+
+    monkeypatch.setattr(backend, call, restored)
+    moeopt.optimize(mine, loss, trials=4)
+    assert not restores
+    assert slots(mine) == list(range(4))
+    assert facts(mine) == facts(opened(own.url, name))
+
+
 def test_a_trial_that_ran_when_the_backup_was_made_is_done_once(own: Own, name: str) -> None:
     mine = opened(own.url, name, grace_period=2)
     backups: list[Callable[[], None]] = []
