@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -212,6 +213,7 @@ class _Model:
     differing: Values
     changes: Values
 
+    @cached_property
     def prior(self) -> tuple[Values, Values, Values]:
         """Mean and standard deviation of values before the trials, and the noise's of every trial."""
         factors = np.array([SIGNED, SQUARED])
@@ -233,13 +235,13 @@ class _Model:
 
     def mean(self) -> Values:
         """The posterior mean."""
-        mean, spread, noise = self.prior()
+        mean, spread, noise = self.prior
         moved: Values = mean + self._gain(spread, noise) @ (self.changes - self.differing @ mean)
         return moved
 
     def draw(self, rng: np.random.Generator) -> Values:
         """Values from the posterior: a draw from the prior, moved by what the trials say against it (Matheron)."""
-        mean, spread, noise = self.prior()
+        mean, spread, noise = self.prior
         values = mean + spread * rng.standard_normal(mean.size)
         told = self.changes + noise * rng.standard_normal(noise.size)
         drawn: Values = values + self._gain(spread, noise) @ (told - self.differing @ values)

@@ -131,7 +131,7 @@ def model_of(trials: int) -> _Model:
 @pytest.mark.parametrize("trials", [0, 1, 7, 40])
 def test_its_mean_is_that_of_bayesian_regression(trials: int) -> None:
     model = model_of(trials)
-    mean, spread, noise = model.prior()
+    mean, spread, noise = model.prior
     features = np.stack([model.signed.reshape(-1), model.squared.reshape(-1)], axis=1)
     # (a, b): least squares with one row a trial, and one that holds each factor at what it is before.
     first = features @ [1.0, SQUARED]
