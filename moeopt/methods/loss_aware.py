@@ -8,21 +8,25 @@ the experts of S may be routed to, token t contributes, to first order,
     d_t(S) = sum_e (w_e(S; x_t) - w_e(now; x_t)) <g_t, f_e(x_t)>.
 
 Layers are judged apart, all from one pass forth and back (`moeopt.methods.gradients`), in which every expert runs once
-for its product with g_t: scalars, where NAEE needs a Gram matrix. Up to 20,000 kept sets S of a layer are all judged;
-beyond, the loss of dropping each expert alone ranks them. Over tokens the d_t are added up in one of these ways:
+for its product with g_t: a scalar, where NAEE needs a row of a Gram matrix. Up to 20,000 kept sets S of a layer are all
+judged; beyond, the search begins with an elimination and goes on by swaps, those first that the loss without each
+expert, and with each of the others, speaks for. Over tokens the d_t are added up in one of these ways:
 
 - signed: sum d_t, the first-order change itself. Right where experts are near copies; misleading where they differ,
   since at a trained optimum first-order terms cancel over tokens, and what is left is curvature;
 - absolute: sum |d_t|; squared: sum d_t^2, the curvature, with the losses' own derivatives as its (Fisher) estimate;
-- gauss_newton c: sum d_t + c/2 d_t^2, for c = 1, 3 and 10: c accounts for tokens and layers that change together.
+- gauss_newton c: sum d_t + c/2 d_t^2, for c = 1, 3 and 10: c accounts for tokens and layers that change together;
+- output: sum |g_t| |dy_t|^2, NAEE's error with the tokens weighed by what the loss makes of them. Where much is pruned,
+  the directions g_t of the full model are no longer those of the pruned one, but what matters to it is. Squares are
+  estimated without bias by `SKETCHES` products a token with random directions (Achlioptas 2003).
 
 Which one is told by the true loss on the last quarter of the calibration examples, under the plan that each makes of
-the others; the plan returned is that way's, of all of them. Distances from the full model (kl, acceptance), which are
+the others: output, unless another's loss is lower with its paired 95 % interval below 0; then the lowest of those. The
+plan returned is that way's, of all examples. Distances from the full model (kl, acceptance), which are
 least there, are seen from the curvature alone, with tokens drawn from the model itself as the answers.
 
-`loss_aware_rounds` goes on from there: derivatives are taken again under the plan (sets), or while experts are dropped
-in three steps (rankings), and the result is kept if the last quarter's loss is lower. Of all methods here, these two
-alone look at derivatives: of activations, of no weight.
+`loss_aware_rounds` goes on from there: derivatives are taken again under the plan so far, as long as the last quarter's
+loss gets lower. Of all methods here, these two alone look at derivatives: of activations, of no weight.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING, Self
 
@@ -39,7 +43,7 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import MethodError, ModelError
-from moeopt.evaluation import Evaluator
+from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
 from moeopt.methods.base import Method, Wanted
 from moeopt.methods.gradients import LossGradients
 from moeopt.methods.naee import AT_ONCE, MOST_RANKED, MOST_SETS, by_rank, kept_sets, masks
@@ -54,13 +58,21 @@ if TYPE_CHECKING:
 JUDGED = 0.25
 """The share of the calibration examples that ways of adding up are judged on."""
 ROUNDS = 3
+SKETCHES = 8
+"""Random directions a token that squared norms are estimated by; errors cancel over tokens."""
+HELD = 1 << 30
+"""Bytes of products that are held where kept sets are too many to add up; beyond, of every so many tokens."""
+STEPS = 4
+"""An elimination drops this part of the excess at a time, of the experts without which least changes."""
+SWAPS = 32
+"""Swaps that are tried at a time."""
 
 Groups = Sequence[tuple[int, int]]
 Kept = tuple[int, ...]
 
 
 class Sums:
-    """What plans of one layer, or several that share a choice, would change of the loss, each a set of kept experts.
+    """What sets of experts kept in one layer, or several that share a choice, would change of the loss.
 
     Args:
         sets: the sets, all of as many of the n experts.
@@ -70,69 +82,146 @@ class Sums:
 
     Attributes:
         signed, absolute, squared: sums over tokens of d_t, |d_t| and d_t^2, float64 (sets,).
+        output: the sum over tokens of |g_t| times the squared change of the output, estimated by sketches, (sets,).
     """
 
     def __init__(self, sets: Sequence[Kept], active: int, now: Kept, k: int, n: int) -> None:
         self.sets, self.active, self.now, self.k, self.n = sets, active, now, k, n
-        self.signed, self.absolute, self.squared = (np.zeros(len(sets)) for _ in range(3))
+        self.signed, self.absolute, self.squared, self.output = (np.zeros(len(sets)) for _ in range(4))
         self._masks, self._now = masks(sets, n), masks([now], n)
 
     def add(self, seen: Seen, products: Tensor) -> None:
-        """A batch: what the layer saw, and `products_of` that."""
+        """A batch: what the layer saw, and `products_of` that, with or without sketches."""
         before = _values(seen, products, self._now, self.k)
         step = max(1, AT_ONCE // products.numel())
         for first in range(0, len(self.sets), step):
             part = slice(first, first + step)
             change = (_values(seen, products, self._masks[part], self.active) - before).double()
-            self.signed[part] += change.sum(0).cpu().numpy()
-            self.absolute[part] += change.abs().sum(0).cpu().numpy()
-            self.squared[part] += (change**2).sum(0).cpu().numpy()
+            along = change[..., 0]
+            self.signed[part] += along.sum(0).cpu().numpy()
+            self.absolute[part] += along.abs().sum(0).cpu().numpy()
+            self.squared[part] += (along**2).sum(0).cpu().numpy()
+            self.output[part] += (change[..., 1:] ** 2).sum((0, 2)).cpu().numpy()
 
     def __add__(self, other: Self) -> Self:
         total = copy(self)
-        for name in ("signed", "absolute", "squared"):
+        for name in ("signed", "absolute", "squared", "output"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
 
-class Changes(Sums):
-    """`Sums` of all kept sets of `keep` experts, or of `now` without one expert each, where those are too many.
+class Changes:
+    """`Sums` of kept sets of one layer, or several that share a choice.
+
+    Up to `MOST_SETS` sets of `wanted.keep` experts are all added up, batch by batch; where there are more, the batches'
+    products are held, and sets are judged as they are asked for.
 
     Args:
         now, k: as for `Sums`.
         wanted: what is asked.
-        keep: experts to keep, now: `wanted.keep`, or more on the way there.
+        every: of the tokens that are held, each first of so many.
     """
 
-    def __init__(self, now: Kept, k: int, wanted: Wanted, keep: int) -> None:
-        n = wanted.experts
-        self.by_set, self.keep = keep == wanted.keep and comb(n, keep) <= MOST_SETS, keep
-        sets = kept_sets(n, keep) if self.by_set else [tuple(e for e in now if e != one) for one in now]
+    def __init__(self, now: Kept, k: int, wanted: Wanted, every: int = 1) -> None:
+        self.now, self.k, self.wanted, self.every = now, k, wanted, every
+        self._held: list[tuple[Seen, Tensor]] = []
+        n, keep = wanted.experts, wanted.keep
+        self.all_sets = self._none(kept_sets(n, keep)) if comb(n, keep) <= MOST_SETS else None
+
+    def _none(self, sets: Sequence[Kept]) -> Sums:
         # What a set of which fewer remain than run would do is that of all that remain.
-        super().__init__(sets, min(wanted.active, len(sets[0])), now, k, n)
+        return Sums(sets, min(self.wanted.active, len(sets[0])), self.now, self.k, self.wanted.experts)
+
+    def add(self, seen: Seen, products: Tensor) -> None:
+        """A batch: what the layer saw, and `products_of` that."""
+        if self.all_sets is not None:
+            self.all_sets.add(seen, products)
+        else:
+            self._held.append((seen.without_states(self.every), products[:: self.every].clone()))
+
+    def __add__(self, other: Self) -> Self:
+        total = copy(self)
+        total._held = self._held + other._held
+        if self.all_sets is not None and other.all_sets is not None:
+            total.all_sets = self.all_sets + other.all_sets
+        return total
+
+    def of_sets(self, sets: Sequence[Kept]) -> Sums:
+        """Sums of any sets of as many experts, where products are held."""
+        sums = self._none(sets)
+        for seen, products in self._held:
+            sums.add(seen, products)
+        return sums
 
     def best(self, rule: Rule) -> Kept:
-        """The kept set of least change; of a ranking, the experts whose loss alone would change most."""
-        scores = rule(self)
-        if self.by_set:
-            return self.sets[int(scores.argmin())]
-        return tuple(sorted(self.now[i] for i in np.argsort(-scores, kind="stable")[: self.keep]))
+        """The kept set of least change; of sets too many to add up, one that no swap tried betters."""
+        if self.all_sets is not None:
+            return self.all_sets.sets[int(rule(self.all_sets).argmin())]
+        kept = self.now
+        while (excess := len(kept) - self.wanted.keep) > 0:
+            order = np.argsort(rule(self.of_sets(_without_one(kept))), kind="stable")
+            dropped = {kept[i] for i in order[: -(-excess // STEPS)]}
+            kept = tuple(e for e in kept if e not in dropped)
+        least = rule(self.of_sets([kept]))[0]
+        while sets := self._swapped(kept, rule):
+            scores = rule(self.of_sets(sets))
+            if scores.min() >= least:
+                break
+            kept, least = sets[int(scores.argmin())], scores.min()
+        return kept
+
+    def _swapped(self, kept: Kept, rule: Rule) -> list[Kept]:
+        """The sets after each of the swaps that promise most, by what dropping one and adding the other would do."""
+        others = [e for e in range(self.wanted.experts) if e not in kept]
+        pairs = [(i, j) for i in range(len(kept)) for j in range(len(others))]
+        if len(pairs) > SWAPS:
+            without = rule(self.of_sets(_without_one(kept)))
+            added = rule(self.of_sets([tuple(sorted((*kept, e))) for e in others]))
+            pairs = sorted(pairs, key=lambda pair: without[pair[0]] + added[pair[1]])[:SWAPS]
+        return [tuple(sorted({*kept} - {kept[i]} | {others[j]})) for i, j in pairs]
 
 
-Rule = Callable[[Changes], Array]
-CURVATURE: dict[str, Rule] = {"absolute": lambda c: c.absolute, "squared": lambda c: c.squared}
+Rule = Callable[[Sums], Array]
+CURVATURE: dict[str, Rule] = {
+    "absolute": lambda sums: sums.absolute,
+    "squared": lambda sums: sums.squared,
+    "output": lambda sums: sums.output,
+}
 RULES: dict[str, Rule] = {
-    "signed": lambda c: c.signed,
+    "signed": lambda sums: sums.signed,
     **CURVATURE,
-    **{f"gauss_newton {x}": lambda c, x=x: c.signed + x / 2 * c.squared for x in (1, 3, 10)},  # type: ignore[misc]
+    **{f"gauss_newton {c}": lambda sums, c=c: sums.signed + c / 2 * sums.squared for c in (1, 3, 10)},  # type: ignore[misc]
 }
 """From sums to a score a set, of which the least is kept."""
+DEFAULT = "output"
 
 
-def products_of(seen: Seen, gradient: Tensor) -> Tensor:
-    """<g_t, f_e(x_t)> of every expert, from dL/dy (tokens, hidden): float32 (tokens, n)."""
+def _without_one(kept: Kept) -> list[Kept]:
+    return [kept[:i] + kept[i + 1 :] for i in range(len(kept))]
+
+
+def products_of(seen: Seen, gradient: Tensor, draws: torch.Generator | None = None) -> Tensor:
+    """<g_t, f_e(x_t)> of every expert, from dL/dy (tokens, hidden): float32 (tokens, n, 1).
+
+    With `draws`, of the CPU, (tokens, n, 1 + `SKETCHES`): then the products of sqrt |g_t| f_e(x_t) with so many random
+    directions, the same for all experts of a token, such that sums of their squares are, in the mean, the squared norm.
+    """
     slopes = gradient.float()
-    return torch.stack([(seen.output(e, slice(None)).float() * slopes).sum(-1) for e in range(seen.layer.n)], dim=1)
+    if draws is None:
+        return torch.stack([_output(seen, e) * slopes for e in range(seen.layer.n)], dim=1).sum(-1, keepdim=True)
+    # Signs differ from token to token, so that errors of the estimate cancel over tokens, too.
+    signs = (torch.randint(2, slopes.shape, generator=draws) * 2 - 1).to(slopes)
+    directions = torch.randn(slopes.shape[1], SKETCHES, generator=draws).to(slopes) / SKETCHES**0.5
+    signs *= slopes.norm(dim=-1, keepdim=True).sqrt()
+
+    def products(output: Tensor) -> Tensor:
+        return torch.cat([(output * slopes).sum(-1, keepdim=True), (output * signs) @ directions], dim=-1)
+
+    return torch.stack([products(_output(seen, e)) for e in range(seen.layer.n)], dim=1)
+
+
+def _output(seen: Seen, expert: int) -> Tensor:
+    return seen.output(expert, slice(None)).float()
 
 
 def cost_of(gradients: LossGradients) -> int:
@@ -143,11 +232,11 @@ def cost_of(gradients: LossGradients) -> int:
 
 
 def _values(seen: Seen, products: Tensor, kept: Tensor, k: int) -> Tensor:
-    """sum_e w_e(S) <g, f_e> of sets, bool (sets, n): float32 (tokens, sets)."""
+    """sum_e w_e(S) <., f_e> of sets, bool (sets, n), by each product: float32 (tokens, sets, products)."""
 
     def of_picks(index: Tensor, weights: Tensor) -> Tensor:
-        picked = products.gather(1, index.flatten(1)).view(index.shape)
-        return (weights * picked).sum(-1)
+        picked = products.gather(1, index.flatten(1)[..., None].expand(-1, -1, products.shape[2]))
+        return (weights[..., None] * picked.view(*index.shape, products.shape[2])).sum(-2)
 
     kept = kept.to(products.device)
     if len(kept) > seen.layer.n and seen.layer.n <= MOST_RANKED and not seen.depends_on_set:
@@ -214,76 +303,86 @@ class _Search:
         )  # fmt: skip
         self.rules = RULES if self.fit.teacher is None else CURVATURE
         self.gradients = [LossGradients(self.fit), LossGradients(self.judge)]
+        bytes_held = (
+            sum(part.tokens for part in self.gradients) * len(self.group_of) * wanted.experts * 4 * (2 + SKETCHES)
+        )
+        self.every = max(1, -(-bytes_held // HELD))
         self.layer_tokens = 0
-        self.losses: dict[str, float] = {}
+        self.evaluations: dict[str, Evaluation] = {}
 
     def run(self, rounds: int) -> Outcome:
         wanted = self.wanted
         everything = [tuple(range(wanted.experts))] * len(self.ranges)
-        fit, total = self.changes(everything, wanted.k, wanted.keep)
+        fit, total = self.changes(None, everything, wanted.k)
         made = {name: self.plan([part.best(rule) for part in fit]) for name, rule in self.rules.items()}
-        name = min(made, key=lambda name: self.judged(made[name]))
+        name = self.chosen({name: self.judged(plan) for name, plan in made.items()})
         kept = [part.best(self.rules[name]) for part in total]
         how = name
         if rounds > 1:
-            further = (self._again if total[0].by_set else self._in_steps)(name, kept, rounds)
-            reached = self.judged(self.plan(further))
-            if reached < self.judged(self.plan(kept)):
-                kept, how = further, f"{name}, {rounds} rounds"
-            else:
-                how = f"{name}, the first round's plan"
+            against = (everything, wanted.k) if name in CURVATURE else None
+            kept, further = self._again(name, kept, rounds, against)
+            how += f", {further + 1} rounds" if further else ", the first round's plan"
+        if total[0].all_sets is None and self.every > 1:
+            how += f", of every {self.every}th token"
         seconds = time.perf_counter() - self.started
         return Outcome(self.plan(kept), self.layer_tokens, seconds, how)
 
-    def _again(self, name: str, kept: list[Kept], rounds: int) -> list[Kept]:
-        """All sets again, from derivatives under the plan so far."""
-        for _ in range(rounds - 1):
-            _, total = self.changes(kept, self.wanted.active, self.wanted.keep)
-            further = [part.best(self.rules[name]) for part in total]
-            if self.judged(self.plan(further)) >= self.judged(self.plan(kept)):
-                break
-            kept = further
-        return kept
+    def _again(
+        self, name: str, kept: list[Kept], rounds: int, against: tuple[list[Kept], int] | None
+    ) -> tuple[list[Kept], int]:
+        """The same from derivatives under the plan so far, and how many such rounds bettered it.
 
-    def _in_steps(self, name: str, kept: list[Kept], rounds: int) -> list[Kept]:
-        """A few experts after another dropped, with derivatives under the plan so far."""
-        n, r, k = self.wanted.experts, self.wanted.keep, self.wanted.k
-        kept = [tuple(range(n))] * len(self.ranges)
-        for keep in np.linspace(n, r, rounds + 1).round().astype(int)[1:].tolist():
-            _, total = self.changes(kept, k, keep)
-            kept = [part.best(self.rules[name]) for part in total]
-            k = self.wanted.active if keep == r else min(k, keep)
-        return kept
+        What is seen from the curvature alone goes on being a distance from the full layers (`against`), which a plan's
+        own experts would be nearest to; what has a sign is a change of the plan's loss.
+        """
+        for further in range(rounds - 1):
+            plan = self.plan(kept)
+            _, total = self.changes(plan, *(against or (kept, self.wanted.active)))
+            changed = [part.best(self.rules[name]) for part in total]
+            if self.judged(self.plan(changed)).loss >= self.judged(plan).loss:
+                return kept, further
+            kept = changed
+        return kept, rounds - 1
 
-    def changes(self, now: list[Kept], k: int, keep: int) -> tuple[list[Changes], list[Changes]]:
-        """By group, of the examples that ways are made from, and of all: one pass forth and back."""
-        whole = all(len(kept) == self.wanted.experts for kept in now) and k == self.wanted.k
-        plan = None if whole else self.plan(now, k)
+    def changes(self, plan: Plan | None, now: list[Kept], k: int) -> tuple[list[Changes], list[Changes]]:
+        """By group, of the examples that ways are made from, and of all: one pass forth and back.
+
+        Args:
+            plan: in force when derivatives are taken; None: the full model.
+            now, k: what changes are from, as for `Sums`.
+        """
+        draws = torch.Generator().manual_seed(0)
         both = []
         for gradients in self.gradients:
-            parts = [Changes(kept, k, self.wanted, keep) for kept in now]
+            parts = [Changes(kept, k, self.wanted, self.every) for kept in now]
 
             def see(seen: Seen, gradient: Tensor, parts: list[Changes] = parts) -> None:
-                parts[self.group_of[seen.layer.index]].add(seen, products_of(seen, gradient))
+                parts[self.group_of[seen.layer.index]].add(seen, products_of(seen, gradient, draws))
 
             gradients.run(see, plan)
             both.append(parts)
             self.layer_tokens += cost_of(gradients)
         return both[0], [a + b for a, b in zip(*both)]
 
-    def plan(self, kept: list[Kept], k: int | None = None) -> Plan:
+    def plan(self, kept: list[Kept]) -> Plan:
         """Of every group's experts."""
-        wanted = self.wanted if k is None else replace(self.wanted, active=k)
-        return Plan(tuple(wanted.pruned(kept[group]) for group in self.group_of))
+        return Plan(tuple(self.wanted.pruned(kept[group]) for group in self.group_of))
 
-    def judged(self, plan: Plan) -> float:
-        """The loss of the examples that ways are judged on; no plan's twice."""
+    def judged(self, plan: Plan) -> Evaluation:
+        """What the examples that ways are judged on give; no plan twice."""
         name = plan.fingerprint
-        if name not in self.losses:
-            evaluation = self.judge.evaluate(plan)
-            self.layer_tokens += evaluation.layer_tokens
-            self.losses[name] = evaluation.loss
-        return self.losses[name]
+        if name not in self.evaluations:
+            self.evaluations[name] = self.judge.evaluate(plan)
+            self.layer_tokens += self.evaluations[name].layer_tokens
+        return self.evaluations[name]
+
+    def chosen(self, judged: Mapping[str, Evaluation]) -> str:
+        """The way of adding up of least loss among those that are better than the default for more than luck."""
+
+        def better(name: str) -> bool:
+            return paired_bootstrap(judged[name], judged[DEFAULT]).high < 0
+
+        return min((name for name in judged if name == DEFAULT or better(name)), key=lambda name: judged[name].loss)
 
 
 def _divided(calibration: Calibration) -> tuple[list, list]:  # type: ignore[type-arg]

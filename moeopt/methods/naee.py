@@ -284,7 +284,7 @@ class ByRank:
         Args:
             seen: a batch of a layer whose weights do not depend on the set (`Seen.depends_on_set`).
             kept: sets, bool (sets, n).
-            of_picks: numbers and weights of experts that run, (tokens, choices, k) -> (tokens, choices).
+            of_picks: numbers and weights of experts that run, (tokens, choices, k) -> (tokens, choices, ...).
         """
         device = seen.logits.device
         choice = seen.probabilities if seen.correction is None else seen.probabilities + seen.correction
@@ -294,5 +294,5 @@ class ByRank:
         values = of_picks(index, seen.gated(scores))
         bits = torch.zeros_like(seen.probabilities, dtype=torch.float64)
         bits.scatter_(1, order, (2.0 ** torch.arange(order.shape[1], device=device)).double().expand_as(order))
-        numbers = (bits @ kept.T.double()).long()
-        return values.gather(1, self.table.to(device)[numbers])
+        numbers = self.table.to(device)[(bits @ kept.T.double()).long()]
+        return values[torch.arange(len(values), device=device)[:, None], numbers]

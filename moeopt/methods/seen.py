@@ -110,10 +110,13 @@ class Seen:
         names = ("hidden", "logits", "gates", "routed")
         return replace(self, **{name: getattr(self, name).detach() for name in names})
 
-    def without_states(self) -> Seen:
-        """The same without hidden states: what routing needs."""
+    def without_states(self, every: int = 1) -> Seen:
+        """The same without hidden states: what routing needs; of the first of every so many tokens."""
         nothing = self.hidden.new_empty(0, self.hidden.shape[1])  # not a view, which would hold the whole
-        return replace(self, hidden=nothing, routed=nothing, every=None, target=None)
+        thinned = {name: getattr(self, name)[::every] for name in ("logits", "gates", "index", "sequence")}
+        if every > 1:
+            thinned = {name: tensor.clone() for name, tensor in thinned.items()}
+        return replace(self, hidden=nothing, routed=nothing, every=None, target=None, **thinned)
 
     def output(self, expert: int, tokens: Tensor | slice) -> Tensor:
         """One expert's output without its gate, (tokens, hidden)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from moeopt.evaluation import Evaluator
 from moeopt.methods import loss_aware, naee
 from moeopt.methods.base import Wanted
 from moeopt.methods.gradients import LossGradients
-from moeopt.methods.loss_aware import RULES, Changes, products_of
+from moeopt.methods.loss_aware import RULES, Changes, Sums, products_of
 from moeopt.models import moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
 from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, TextTask
@@ -91,34 +93,86 @@ def changes_by_patching(model, layer, seen, gradient, sets, k, now):
     )
 
 
-@pytest.mark.parametrize("by_set", [True, False])
-def test_sums_are_those_of_patched_layers(family, build_family, tiny_tokenizer, text, by_set, monkeypatch):
-    monkeypatch.setattr(loss_aware, "MOST_SETS", naee.MOST_SETS if by_set else 1)
+@pytest.mark.parametrize("enumerated", [True, False])
+def test_sums_are_those_of_patched_layers(family, build_family, tiny_tokenizer, text, enumerated, monkeypatch):
+    monkeypatch.setattr(loss_aware, "MOST_SETS", naee.MOST_SETS if enumerated else 1)
     model = build_family(family, vocabulary=300, corrected=True)
-    found, _ = gradients_of(Evaluator(model, tiny_tokenizer, text, limit=3))
+    seen_of, _ = gradients_of(Evaluator(model, tiny_tokenizer, text, limit=3))
     n, k = moe_layers(model)[0].n, moe_layers(model)[0].k
     wanted = Wanted(experts=n, k=k, keep=4, active=k)
-    for layer, seen in zip(moe_layers(model), found):
-        now = tuple(range(n)) if by_set else tuple(e for e in range(n) if e != 2)
-        made = Changes(now, k, wanted, 4)
-        assert made.by_set == by_set
-        expected = []
-        for what, gradient in seen:
-            with torch.no_grad():
-                made.add(what, products_of(what, gradient))
-            expected.append(changes_by_patching(model, layer, what, gradient.double(), made.sets, k, now))
-        d = torch.cat(expected)
+    for layer, batches in zip(moe_layers(model), seen_of):
+        now = tuple(range(n)) if enumerated else tuple(e for e in range(n) if e != 2)
+        changes = Changes(now, k, wanted)
+        with torch.no_grad():
+            for seen, gradient in batches:
+                changes.add(seen, products_of(seen, gradient))
+        sums = changes.all_sets or changes.of_sets([tuple(e for e in now if e != one) for one in now])
+        assert (changes.all_sets is not None) == enumerated
+        d = torch.cat(
+            [
+                changes_by_patching(model, layer, seen, gradient.double(), sums.sets, k, now)
+                for seen, gradient in batches
+            ]
+        )
         scale = float(d.abs().sum(0).max())
-        np.testing.assert_allclose(made.signed, d.sum(0), rtol=1e-3, atol=1e-4 * scale)
-        np.testing.assert_allclose(made.absolute, d.abs().sum(0), rtol=1e-3, atol=1e-4 * scale)
-        np.testing.assert_allclose(made.squared, (d**2).sum(0), rtol=1e-3, atol=1e-4 * float((d**2).sum(0).max()))
-        for rule in RULES.values():
-            kept, scores = made.best(rule), rule(made)
-            if by_set:
-                assert scores[made.sets.index(kept)] == scores.min()
-            else:
-                assert len(kept) == 4
-                assert min(scores[now.index(e)] for e in kept) >= max(scores[now.index(e)] for e in set(now) - {*kept})
+        np.testing.assert_allclose(sums.signed, d.sum(0), rtol=1e-3, atol=1e-4 * scale)
+        np.testing.assert_allclose(sums.absolute, d.abs().sum(0), rtol=1e-3, atol=1e-4 * scale)
+        np.testing.assert_allclose(sums.squared, (d**2).sum(0), rtol=1e-3, atol=1e-4 * float((d**2).sum(0).max()))
+
+
+@pytest.mark.parametrize("enumerated", [True, False])
+def test_the_best_set_is_one_that_no_swap_betters(make_mixtral, tiny_tokenizer, text, enumerated, monkeypatch):
+    model = make_mixtral()
+    seen_of, _ = gradients_of(Evaluator(model, tiny_tokenizer, text, limit=3))
+    wanted = Wanted(experts=8, k=2, keep=4, active=2)
+    for batches in seen_of:
+        best: list[dict[str, float]] = []
+        for most in (naee.MOST_SETS, 1):
+            monkeypatch.setattr(loss_aware, "MOST_SETS", most)
+            changes, draws = Changes(tuple(range(8)), 2, wanted), torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for seen, gradient in batches:
+                    changes.add(seen, products_of(seen, gradient, draws))
+            if most > 1:
+                every = changes.all_sets
+            kept = {name: changes.best(rule) for name, rule in RULES.items()}
+            best.append({name: RULES[name](every)[every.sets.index(which)] for name, which in kept.items()})
+            for name, which in kept.items():
+                swapped = [i for i, other in enumerate(every.sets) if len({*which} & {*other}) == 3]
+                # With 16 swaps all are tried; what is held adds up in another order.
+                assert best[-1][name] <= RULES[name](every)[swapped].min() + 1e-6 * abs(RULES[name](every)).max()
+        assert all(best[0][name] <= best[1][name] + 1e-9 for name in RULES)
+
+
+def test_sketches_estimate_the_change_of_the_output(make_mixtral, tiny_tokenizer, text):
+    """Without bias: over all tokens of ten draws, within 2 %."""
+    model = make_mixtral()
+    seen_of, _ = gradients_of(Evaluator(model, tiny_tokenizer, text, limit=3))
+    sets = naee.kept_sets(8, 4)
+    for layer, batches in zip(moe_layers(model), seen_of):
+        exact, estimated = 0.0, 0.0
+        draws = torch.Generator().manual_seed(layer.index)
+        for seen, gradient in batches:
+            with torch.no_grad():
+                errors = naee.Problem.of(seen).squared_errors(*seen.chosen(naee.masks(sets, 8), 2))
+                exact = exact + (gradient.double().norm(dim=1)[:, None] * errors).sum(0).numpy()
+                for _ in range(20):
+                    sums = Sums(sets, 2, tuple(range(8)), 2, 8)
+                    sums.add(seen, products_of(seen, gradient, draws))
+                    estimated = estimated + sums.output / 20
+        np.testing.assert_allclose(estimated, exact, rtol=0.1)
+        assert estimated.sum() == pytest.approx(exact.sum(), rel=0.02)
+
+
+def test_tokens_are_thinned_where_products_would_not_fit(make_mixtral, tiny_tokenizer, questions, monkeypatch):
+    monkeypatch.setattr(loss_aware, "MOST_SETS", 1)
+    calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions)
+    whole = methods.plans(["loss_aware"], calibration, keep=4)["loss_aware"]
+    assert "token" not in whole.how
+    monkeypatch.setattr(loss_aware, "HELD", 40_000)
+    thinned = methods.plans(["loss_aware"], calibration, keep=4)["loss_aware"]
+    assert re.search(r", of every \d+th token$", thinned.how)
+    assert thinned.layer_tokens >= 3 * 3 * calibration.tokens
 
 
 def harmful(model, expert):
@@ -152,7 +206,7 @@ def test_it_beats_what_the_literature_keeps_where_an_expert_harms(make_mixtral, 
 
 
 @pytest.mark.parametrize("keep", [3, 6])
-def test_beyond_enumeration_experts_are_ranked(make_mixtral, tiny_tokenizer, questions, keep, monkeypatch):
+def test_beyond_enumeration_as_many_are_kept(make_mixtral, tiny_tokenizer, questions, keep, monkeypatch):
     monkeypatch.setattr(loss_aware, "MOST_SETS", 1)
     calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions)
     for name, found in methods.plans(["loss_aware", "loss_aware_rounds"], calibration, keep=keep, k=1).items():
