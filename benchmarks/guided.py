@@ -34,8 +34,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import warnings
+from typing import Literal
 
+import numpy as np
 import optuna
 import torch
 from rich.console import Console
@@ -47,7 +50,7 @@ from moeopt.evaluation import Evaluation, paired_bootstrap
 from moeopt.genome import CALIBRATION
 from moeopt.plan import Plan
 
-ONE_SHOT = ("frequency", "ean", "reap", "naee", "loss_aware")
+ONE_SHOT = ("frequency", "ean", "reap", "hc_smoe", "naee", "loss_aware")
 
 
 def main() -> None:
@@ -56,15 +59,27 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     torch.set_num_threads(args.threads)
     bench = Bench(args)
-    table = Table("seed", "method", "trials", "evaluations", "search", "test [95%]", "test - loss_aware [95%]")
+    console = Console(width=170)
+    table = Table(
+        "seed", "method", "trials", "evaluations", "search", "test [95%]", f"test - {bench.best} [95%]", *bench.more
+    )
     for name in args.methods:
-        table.add_row("", name, "", *bench.row(bench.found[name].plan, bench.found[name].layer_tokens))
-    Console(width=140).print(table)
-    for seed in args.seeds:
-        for sampler in args.samplers:
-            trials, plan, spent = bench.search(sampler, seed)
-            table.add_row(str(seed), sampler, str(trials), *bench.row(plan, spent))
-            Console(width=140).print(table)
+        table.add_row("", name, "", *bench.row(bench.made[name].plan, bench.made[name].layer_tokens))
+    if args.random:
+        table.add_row("", *bench.random(args.random))
+    console.print(table)
+    reached: dict[str, float] = {}
+    for sampler in args.samplers:
+        for seed in args.seeds[:1] if sampler == "eep" else args.seeds:
+            trials, plan, curve = bench.search(sampler, seed)
+            table.add_row(str(seed), sampler, str(trials), *bench.row(plan, curve[-1][0]))
+            console.print(table)
+            if sampler == "eep":
+                reached = {"loss": curve[-1][1], "spent": curve[-1][0]}
+            elif reached:
+                spent = next((spent for spent, best in curve if best <= reached["loss"]), None)
+                what = "never is" if spent is None else f"is, after {spent / reached['spent']:.4f} of its layer-tokens,"
+                console.print(f"{sampler}, seed {seed}, {what} at EEP's search loss")
 
 
 class Bench:
@@ -78,28 +93,46 @@ class Bench:
         self.test = moeopt.Evaluator(*parts, split="test", limit=args.test_limit, score=args.score)
         self.seen = moeopt.Evaluator(*parts, limit=args.limit, score=args.score)
         self.full = {"search": self.seen.evaluate(None), "test": self.test.evaluate(None)}
-        calibration = methods.Calibration(*parts, limit=args.limit, score=args.score)
-        self.found = methods.plans([*args.methods], calibration, keep=args.keep)
-        self.reference = self.test.evaluate(self.found["loss_aware"].plan)
+        calibration = methods.Calibration(*parts, limit=args.calibrate or args.limit, score=args.score)
+        groups = moeopt.PruneSpace.of(self.model, keep=args.keep, groups=args.groups).groups
+        self.made = methods.plans([*args.methods], calibration, keep=args.keep, groups=groups)
+        losses = {name: self.seen.evaluate(made.plan).loss for name, made in self.made.items()}
+        self.best = min(losses, key=lambda name: losses[name])
+        self.reference = self.test.evaluate(self.made[self.best].plan)
+        self.more = ["accuracy, test - full [95%]", f"- {self.best} [95%]"] if self.task.chooses else []
 
-    def search(self, sampler: str, seed: int) -> tuple[int, Plan, int]:
-        """How many trials a search had, its best plan, and its layer-tokens."""
+    def random(self, number: int) -> list[str]:
+        """A row of the mean and the best of random prunings: search losses, and the best's on test."""
+        space = moeopt.PruneSpace.of(self.model, keep=self.args.keep, groups=self.args.groups)
+        plans = [space.decode(space.sample(np.random.default_rng(seed))) for seed in range(number)]
+        losses = [self.seen.evaluate(plan).loss for plan in plans]
+        row = self.row(plans[int(np.argmin(losses))], number * self.full["search"].layer_tokens)
+        mean = np.mean(losses) - self.full["search"].loss
+        return [f"random, best of {number}; mean {mean:+.4f} on search", "", *row]
+
+    def search(self, sampler: str, seed: int) -> tuple[int, Plan, list[tuple[int, float]]]:
+        """How many trials a search had, its best plan, and (layer-tokens, best loss so far) by trial.
+
+        What one-shot starts cost is counted with the trials that hold them.
+        """
         args, eep = self.args, sampler == "eep"
         space = (moeopt.EEPSpace if eep else moeopt.PruneSpace).of(self.model, keep=args.keep, groups=args.groups)
         objective = moeopt.Objective(
             self.model, self.tokenizer, self.task, space, limit=args.limit, score=args.score,
-            guide=0.5 if sampler == "guided" else 0.0,
+            guide=0.5 if sampler == "guided" else 0.0, rungs=1 if eep else args.rungs,
         )  # fmt: skip
-        starts = {name: self.found[name] for name in args.start}
+        starts = {name: self.made[name] for name in args.start}
         study = moeopt.create_study(
-            objective=objective, storage=None, sampler=sampler, seed=seed, warm_starts={} if eep else starts
-        )
+            objective=objective, storage=None, sampler=sampler, seed=seed, warm_starts={} if eep else starts,
+            pruner="racing" if args.rungs > 1 and not eep else None,
+        )  # fmt: skip
         budget = args.evaluations * self.full["search"].layer_tokens
-        spent = 0
-        while len(study.trials) < args.eep_trials if eep else spent < budget:
+        curve: list[tuple[int, float]] = [(0, math.inf)]
+        while len(study.trials) < args.eep_trials if eep else curve[-1][0] < budget:
             moeopt.optimize(study, objective, trials=1 + sum(t.state.is_finished() for t in study.trials))
             spent = sum(t.user_attrs.get(key, 0) for t in study.trials for key in ("layer_tokens", CALIBRATION))
-        return len(study.trials), space.plan(study.best_trial), spent
+            curve.append((spent, study.best_value))
+        return len(study.trials), space.plan(study.best_trial), curve
 
     def row(self, plan: Plan, spent: int) -> list[str]:
         search, test = self.seen.evaluate(plan), self.test.evaluate(plan)
@@ -107,12 +140,14 @@ class Bench:
         self.test.clear()
         cost = f"{spent / self.full['search'].layer_tokens:.1f}"
         gap = f"{search.loss - self.full['search'].loss:+.4f}"
-        return [cost, gap, difference(test, self.full["test"]), difference(test, self.reference)]
+        others = self.full["test"], self.reference
+        of: list[Literal["loss", "accuracy"]] = ["loss", "accuracy"] if self.more else ["loss"]
+        return [cost, gap, *(difference(test, other, what) for what in of for other in others)]
 
 
-def difference(one: Evaluation, other: Evaluation) -> str:
-    """Mean loss of one less that of the other, and its interval."""
-    i = paired_bootstrap(one, other)
+def difference(one: Evaluation, other: Evaluation, of: Literal["loss", "accuracy"]) -> str:
+    """The mean of one less that of the other, and its interval."""
+    i = paired_bootstrap(one, other, of=of)
     return f"{i.mean:+.4f} [{i.low:+.4f}, {i.high:+.4f}]"
 
 
@@ -123,18 +158,21 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--task", default="text")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", required=True, type=lambda text: json.loads(text) if text[0] == "{" else text)
     parser.add_argument("--task-options", default="{}", help="JSON")
     parser.add_argument("--score", default="likelihood")
     parser.add_argument("--keep", type=int, required=True)
     parser.add_argument("--groups", type=int, help="of layers that share a choice; default: each its own")
     parser.add_argument("--limit", type=int, default=24, help="examples or windows to search on")
+    parser.add_argument("--calibrate", type=int, help="examples or windows that methods look at, if not as many")
+    parser.add_argument("--rungs", type=int, default=1, help="at which a trial of guided and local may be stopped")
     parser.add_argument("--test-limit", type=int)
     parser.add_argument("--evaluations", type=float, default=70.0, help="of the full model: what a search may cost")
     parser.add_argument("--eep-trials", type=int, default=400)
     parser.add_argument("--methods", type=listed, default=[*ONE_SHOT])
     parser.add_argument("--start", type=listed, default=["naee", "loss_aware"], help="of the methods")
-    parser.add_argument("--samplers", type=listed, default=["guided", "local"], help="with eep: 400 trials more")
+    parser.add_argument("--samplers", type=listed, default=["guided", "local"], help="eep first, once")
+    parser.add_argument("--random", type=int, default=20, help="random prunings")
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in listed(text)], default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
