@@ -119,7 +119,7 @@ class Bench:
         space = (moeopt.EEPSpace if eep else moeopt.PruneSpace).of(self.model, keep=args.keep, groups=args.groups)
         objective = moeopt.Objective(
             self.model, self.tokenizer, self.task, space, limit=args.limit, score=args.score,
-            guide=0.5 if sampler == "guided" else 0.0, rungs=1 if eep else args.rungs,
+            guide=0.3 if sampler == "guided" else 0.0, rungs=1 if eep else args.rungs,
         )  # fmt: skip
         starts = {name: self.made[name] for name in args.start}
         study = moeopt.create_study(
@@ -130,7 +130,8 @@ class Bench:
         curve: list[tuple[int, float]] = [(0, math.inf)]
         while len(study.trials) < args.eep_trials if eep else curve[-1][0] < budget:
             moeopt.optimize(study, objective, trials=1 + sum(t.state.is_finished() for t in study.trials))
-            spent = sum(t.user_attrs.get(key, 0) for t in study.trials for key in ("layer_tokens", CALIBRATION))
+            done = [t for t in study.trials if t.state.is_finished()]
+            spent = sum(t.user_attrs.get(key, 0) for t in done for key in ("layer_tokens", CALIBRATION))
             curve.append((spent, study.best_value))
         return len(study.trials), space.plan(study.best_trial), curve
 

@@ -81,10 +81,11 @@ class Objective:
         active_weight: what one more active expert per token and layer must gain in loss; at least 0.
         prefix_memory, prefix_device, storage, score, compression: as for `Evaluator`.
         reference: whether a study gets the full model's scores, for one evaluation.
-        guide: the largest share of the study's layer-tokens that guides may take, the first one aside; 0: there are
-            none. After a trial the objective may leave, packed, what each expert taken out of the best pruning so far,
-            or back in, would change of the loss (`moeopt.guide`), which the sampler ``"guided"`` reads. The trial's
-            `layer_tokens` count it, and its `guide_layer_tokens` say how many of them it was.
+        guide: the largest share of the study's layer-tokens that guides may take, the first one aside, where trials
+            are counted as if they reused nothing; 0: there are none. After a trial the objective may leave, packed,
+            what each expert taken out of the best pruning so far, or back in, would change of the loss
+            (`moeopt.guide`), which the sampler ``"guided"`` reads. The trial's `layer_tokens` count it, and its
+            `guide_layer_tokens` say how many of them it was.
 
     Warns:
         UserWarning: when the task has no dev or no test split, or fewer distinct examples than `limit`.
@@ -340,7 +341,9 @@ class Objective:
         held = (plan.fingerprint, self._of) in {guide.plan_of(trial) for trial in trials}
         if held or not all(layer.kept is not None for layer in plan.layers):
             return {}
-        if guides and guides + cost > self.guide * (self._spent(trials) + facts["layer_tokens"] + cost):
+        # As if nothing were reused: whether there is a guide must not depend on the process that a trial ran in.
+        tokens = facts["tokens"] + sum(int(trial.user_attrs.get("tokens", 0)) for trial in trials)
+        if guides and guides + cost > self.guide * (tokens * self.evaluator.layers + guides + cost):
             return {}
         try:
             made = self._guiding.guide(plan)

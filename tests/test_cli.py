@@ -319,6 +319,21 @@ def test_a_raced_search_with_local(place: Place, tmp_path: Path) -> None:
     assert main([*arguments, "--rungs", "3"]) == 2
 
 
+@pytest.mark.parametrize(("sampler", "rungs"), [("guided", 4), ("local", 4), ("random", 1)])
+def test_what_races_by_default_goes_on_as_it_began(place: Place, tmp_path: Path, sampler: str, rungs: int) -> None:
+    storage = f"sqlite:///{tmp_path / 'x.db'}"
+    arguments = place.search("--limit", "24", "--sampler", sampler, "--trials", "3", "--no-held", storage=storage)
+    assert main(arguments) == 0
+    study = load_study("s", storage)
+    assert len(study.user_attrs["moeopt"]["evaluation"]["rungs"]) == rungs
+    assert main([*arguments, "--trials", "4"]) == 0
+    alone = [*place.search("--limit", "24", "--sampler", sampler, "--trials", "3", "--no-held"), "--study", "t"]
+    assert main([*alone, "--rungs", "1", "--guide", "0.1", "--storage", storage]) == 0
+    assert main([*alone, "--storage", storage, "--trials", "4"]) == 0
+    study = load_study("t", storage)
+    assert (len(study.user_attrs["moeopt"]["evaluation"]["rungs"]), len(study.trials)) == (1, 4)
+
+
 def test_prompts_without_answers_are_searched(place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(

@@ -70,7 +70,9 @@ def test_what_guides_cost_is_counted_and_bounded(make: Any) -> None:
     costs = [trial.user_attrs[COST] for trial in made]
     assert set(costs) == {Guiding(objective.evaluator, "it").layer_tokens}
     assert study.trials[-1].user_attrs["spent"] == total
-    assert sum(costs) <= 0.7 * total
+    without_reuse = sum(trial.user_attrs["tokens"] for trial in study.trials) * LAYERS
+    assert sum(costs[1:]) > 0
+    assert sum(costs) <= 0.7 * (without_reuse + sum(costs))
     evaluated = alone.evaluator.evaluate(objective.space.plan(study.trials[0]))
     assert study.trials[0].user_attrs["layer_tokens"] == evaluated.layer_tokens + costs[0]
     for trial in study.trials:
@@ -102,6 +104,40 @@ def test_a_resumed_search_and_a_worker_s_go_on_with_the_guides(make: Any, tmp_pa
     assert recipe.read(part).objective["guide"] == 0.9
     with pytest.raises(StudyError, match="guide"):
         study_of(make(guide=0.2), url, load_if_exists=True)
+
+
+@pytest.mark.parametrize("rungs", [1, 3])
+@pytest.mark.parametrize("sampler", ["guided", "local", "blockcmaes"])
+def test_what_a_process_could_reuse_changes_no_proposal(sampler: str, rungs: int, tmp_path: Path) -> None:
+    """A search that goes on in a new process, which has no prefixes in memory, tries what it would have tried."""
+    task, url = moeopt.demo.skill_task("caesar"), f"sqlite:///{tmp_path}/study.db"
+    model, tokenizer = moeopt.load(moeopt.demo.MODEL)
+    space = moeopt.PruneSpace.of(model, keep=3)
+
+    def begun(storage: str | None) -> tuple[optuna.Study, moeopt.Objective]:
+        guide = 0.3 if sampler == "guided" else 0.0
+        objective = moeopt.Objective(model, tokenizer, task, space, limit=24, rungs=rungs, guide=guide)
+        study = moeopt.create_study(
+            "s",
+            objective=objective,
+            storage=storage,
+            sampler=sampler,
+            pruner="racing" if rungs > 1 else None,
+            seed=0,
+            load_if_exists=True,
+        )
+        return study, objective
+
+    whole, objective = begun(None)
+    moeopt.optimize(whole, objective, trials=25)
+    for trials in (4, 5, 13, 25):
+        part, objective = begun(url)
+        moeopt.optimize(part, objective, trials=trials)
+    costs = [[trial.user_attrs["layer_tokens"] for trial in study.trials] for study in (whole, part)]
+    assert costs[0] != costs[1]
+    assert [trial.value for trial in whole.trials] == [trial.value for trial in part.trials]
+    for one, other in zip(whole.trials, part.trials):
+        assert np.array_equal(genome.read(one), genome.read(other))
 
 
 def test_plans_that_merge_get_none(make: Any, model: Any) -> None:

@@ -48,7 +48,10 @@ EXAMPLES = (
     "not, and the trial is run again on resuming."
 )
 
-GUIDES = 0.5
+RACED = ("guided", "local")
+RUNGS = 4
+"""How often a trial of our own samplers is held against the best: at equal cost they search four times the examples."""
+GUIDES = 0.3
 """The share of layer-tokens that guides may take, where they are asked for without one."""
 SPACE, OPTIMISER, STOP = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("What may vary", "Optimiser", "When to stop")
@@ -131,7 +134,7 @@ def search(
         OPTIMISER(
             metavar="SHARE", min=0, max=1,
             help="Largest share of layer-tokens that guides may take: derivatives of the loss, which guided reads. "
-            "Default: 0.5 with guided, else 0.",
+            "Default: 0.3 with guided, else 0.",
         ),
     ] = None,
     trials: Annotated[
@@ -140,13 +143,14 @@ def search(
     timeout: Annotated[float | None, STOP(metavar="S", min=0, help="Seconds after which no trial starts.")] = None,
     patience: Annotated[int | None, STOP(metavar="N", min=1, help="Stop after N trials without a better one.")] = None,
     rungs: Annotated[
-        int,
+        int | None,
         STOP(
             metavar="N", min=1,
             help="Race: a trial is held against the best one after a half, a quarter, ... of the examples, N - 1 "
-            "times, and stopped when it is surely worse. Worth it from some 64 examples on.",
+            "times, and stopped when it is surely worse. Worth it from some 64 examples on. Default: 4 with guided and "
+            "local, else 1.",
         ),
-    ] = 1,
+    ] = None,
     reference: Annotated[bool, STUDY(help="Whether to score the full model first, for one evaluation.")] = True,
     held: Annotated[
         bool, STUDY(help="Whether to score the best trial and the best start on dev at the end, for two evaluations.")
@@ -194,11 +198,14 @@ def search(
 
         shape = check_checkpoint(model)
     chosen_space = arguments.space(space, shape, keep, ranges, around, scale, encoding, router, chosen_active)
-    if guide is None:
-        guide = GUIDES if sampler == GUIDED and score != "metric" else 0.0
     starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
     resumed = arguments.existing(storage, study, resume=resume)
     stored = arguments.stored_description(resumed)
+    evaluated = stored.get("evaluation", {})
+    if rungs is None:
+        rungs = len(evaluated["rungs"]) if evaluated else RUNGS if sampler in RACED else 1
+    if guide is None:
+        guide = evaluated.get("guide", 0.0) if evaluated else GUIDES if sampler == GUIDED and score != "metric" else 0.0
     fitted = arguments.for_trials(sampler, sampler_options, trials, stored)
     chosen_sampler = samplers.get(sampler, chosen_space, seed=seed, **fitted)
     described = {

@@ -15,7 +15,7 @@ from moeopt.console import number, percent
 from moeopt.evaluation import Evaluation, Interval
 from moeopt.plan import Plan
 
-FULL, RANDOM, PRUNE, MERGE = "full model", "mean random pruning", "EEP prune", "EEP prune + merge"
+FULL, RANDOM, SEARCH = "full model", "mean random pruning", "guided search"
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,25 @@ class DemoResult:
     Args:
         title: of the table.
         full: the full model.
-        random: random prunings, the first ones of the search.
-        prune: the best pruning of the search, by search loss.
-        merge: the best merged solution of the search, by search loss; None where it ended before it merged.
+        random: random prunings.
+        one_shot: what one-shot methods make of the same examples, which the search starts from.
+        search: its best trial, by search loss.
         sizes: examples scored of ``"search"`` and ``"test"``.
-        differences: of test loss, (what, against what), each with a 95% interval of a paired bootstrap over examples.
-        exported, exported_trial: folder of the exported checkpoint, and the trial in it.
-        exported_loss, reloaded_loss: test loss of that trial's plan, and of the checkpoint under plain transformers.
+        differences: test loss of the search's best less that of each other line, each with a 95% interval of a paired
+            bootstrap over examples.
+        exported: folder of its checkpoint.
+        reloaded_loss: test loss of that under plain transformers.
         seconds: the whole demo.
     """
 
     title: str
     full: Entry
     random: tuple[Entry, ...]
-    prune: Entry
-    merge: Entry | None
+    one_shot: tuple[Entry, ...]
+    search: Entry
     sizes: dict[str, int]
-    differences: dict[tuple[str, str], Interval]
+    differences: dict[str, Interval]
     exported: Path
-    exported_trial: int
-    exported_loss: float
     reloaded_loss: float
     seconds: float
 
@@ -98,9 +97,9 @@ def table(result: DemoResult) -> Table:
     )
     losses = (f"{a:.4f} – {b:.4f}" for a, b in zip(low[:2], high[:2]))
     shown.add_row("  lowest – highest", *losses, f"{100 * low[2]:.1f} – {100 * high[2]:.1f}%", "", "")
-    line(result.prune, style="bold")
-    if result.merge is not None:
-        line(result.merge, style="bold")
+    for entry in result.one_shot:
+        line(entry)
+    line(result.search, style="bold")
     return shown
 
 
@@ -109,20 +108,13 @@ def _size(entry: Entry) -> tuple[str, str]:
 
 
 def _sentences(result: DemoResult) -> Iterator[Text]:
-    yield Text("Difference of test loss, with a 95% interval (paired bootstrap over examples); below 0 is better:")
-    for (name, other), interval in result.differences.items():
+    yield Text("Its test loss less theirs, with a 95% interval (paired bootstrap over examples); below 0 is better:")
+    for other, interval in result.differences.items():
         verdict = "better" if interval.high < 0 else "worse" if interval.low > 0 else "no clear difference"
         numbers = f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-        yield Text(f"  {name + ' against ' + other:<46}{numbers}  {verdict}")
-    if result.merge is None:
-        yield Text(f"  {MERGE}: the search ended before it merged.")
-    elif result.merge.search_loss > result.prune.search_loss:
-        yield Text(
-            "No merged solution beat the best pruning on the search examples: the pruning is the search's result."
-        )
-    difference = result.reloaded_loss - result.exported_loss
+        yield Text(f"  {'against ' + other:<30}{numbers}  {verdict}")
+    difference = result.reloaded_loss - result.search.test.loss
     yield Text(
-        f"Exported: trial {result.exported_trial}, the best that an ordinary checkpoint can hold.\n"
-        f"Reloaded with plain transformers: test loss {result.reloaded_loss:.6f}, "
-        f"{result.exported_loss:.6f} under the plan, difference {difference:.1e}."
+        f"Exported, and reloaded with plain transformers: test loss {result.reloaded_loss:.6f}, "
+        f"{result.search.test.loss:.6f} under the plan, difference {difference:.1e}."
     )

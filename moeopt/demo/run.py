@@ -1,4 +1,4 @@
-"""The demo: an EEP search on the small model that comes with moeopt, held against random prunings, then exported."""
+"""The demo: a guided search on the small model that comes with moeopt, held against what needs no search; exported."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from pathlib import Path
 import numpy as np
 import optuna
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moeopt.console import SearchProgress
-from moeopt.demo.result import FULL, MERGE, PRUNE, RANDOM, DemoResult, Entry, view
+from moeopt.demo.result import FULL, RANDOM, SEARCH, DemoResult, Entry, view
 from moeopt.demo.skills import DEFAULT_SKILL, MODEL
 from moeopt.demo.task import skill_task
 from moeopt.errors import StudyError
 from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
-from moeopt.exporting import best_stock_trial, check_folder, export
+from moeopt.exporting import check_folder, export
+from moeopt.genome import METHOD
 from moeopt.models import Sizes, load
 from moeopt.objective import Objective
 from moeopt.plan import Plan
-from moeopt.spaces import EEPSpace
-from moeopt.study import create_study, finished, optimize
+from moeopt.spaces import PruneSpace
+from moeopt.study import best_trial, create_study, finished, optimize
+from moeopt.study.warm_starts import CHOICE
 
-KEEP = 4
-TRIALS, INITIAL, PRUNE_UNTIL = 160, 30, 80
-BAND = 0.05
-"""Random prunings of the demo model differ so much that EEP's 0.3 of their deviation would admit poor parents."""
+KEEP = 2
+TRIALS = 150
+RUNGS = 4
+GUIDE = 0.3
 DRAWS = 20
-EXAMPLES = {"search": 64, "test": 250}
+EXAMPLES = {"search": 96, "test": 250}
 WINDOWS = {"search": 24, "test": 96}
 """Examples, and windows of text, that the demo scores of each split."""
 
@@ -52,21 +54,18 @@ def run(
     console: Console | None = None,
     svg: Path | None = None,
     examples: dict[str, int] | None = None,
-    initial: int = INITIAL,
-    prune_until: int = PRUNE_UNTIL,
 ) -> DemoResult:
     """Search, compare on held-out examples, export and reload; run again, it goes on where it stopped.
 
     Args:
         out_dir: gets the study (unless `storage` is given) and the exported model.
         skill: one of `moeopt.demo.SKILLS`.
-        trials: finished trials of the search.
-        seed: of the search; each has its own study.
+        trials: finished trials of the search, its starts included.
+        seed: of the search and of the random prunings; each has its own study.
         storage: an SQLAlchemy URL instead of an SQLite file in `out_dir`.
         console: where progress and table are printed; by default nowhere.
         svg: also write the table as a picture.
         examples: how many to score of ``"search"`` and ``"test"`` (windows for text); a study is bound to the former.
-        initial, prune_until: as for `EEPSampler`.
 
     Raises:
         TaskError: when the skill is unknown.
@@ -77,29 +76,28 @@ def run(
     started = time.perf_counter()
     console = console or Console(file=io.StringIO())
     task = skill_task(skill)
-    if trials < 2:
-        raise StudyError(f"the demo needs at least 2 trials, got {trials}")
+    if trials <= len(CHOICE):
+        raise StudyError(f"the demo needs at least {len(CHOICE) + 1} trials, {len(CHOICE)} to start from, got {trials}")
     out = Path(out_dir)
     folder = out / f"{skill}-{KEEP}-experts"
-    name = f"{skill}-8to{KEEP}-seed{seed}"
+    name = f"{skill}-8to{KEEP}-guided-seed{seed}"
     if not _is_ours(folder, name):
         check_folder(folder)
     sizes = examples or (WINDOWS if skill == "text" else EXAMPLES)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with _one_thread(), _no_bars():
         model, tokenizer = load(MODEL)
-        space = EEPSpace.of(model, keep=KEEP)
-        objective = Objective(model, tokenizer, task, space, limit=sizes["search"])
+        space = PruneSpace.of(model, keep=KEEP)
+        objective = Objective(model, tokenizer, task, space, limit=sizes["search"], rungs=RUNGS, guide=GUIDE)
         study = create_study(
             name,
             objective=objective,
             storage=storage or f"sqlite:///{out / 'study.db'}",
-            sampler="eep",
+            sampler="guided",
+            pruner="racing",
             seed=seed,
             load_if_exists=True,
-            initial=initial,
-            prune_until=prune_until,
-            band=BAND,
+            warm_starts="auto",
         )
         console.print(
             f"Skill {skill}: searching {KEEP} of {space.shape.experts} experts in each of "
@@ -114,43 +112,30 @@ def run(
         test = Evaluator(model, tokenizer, task, split="test", limit=sizes["test"])
         with console.status(f"scoring on {sizes['test']} held-out examples"):
             full = _entry(FULL, model, None, objective.reference(study).loss, test)
-            done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            drawn = [trial for trial in done if trial.user_attrs.get("operator") == "initial"][:DRAWS]
-            random = tuple(_of_trial(RANDOM, trial, space, model, test) for trial in drawn)
-            pruned = _best([trial for trial in done if space.plan(trial).is_one_hot])
-            prune = _of_trial(f"{PRUNE} (trial {pruned.number})", pruned, space, model, test)
-            merged = [trial for trial in done if not space.plan(trial).is_one_hot]
-            merge = None
-            if merged:
-                best = _best(merged)
-                merge = _of_trial(f"{MERGE} (trial {best.number})", best, space, model, test)
-            chosen = best_stock_trial(study)
+            rng = np.random.default_rng(seed)
+            drawn = [space.decode(space.sample(rng)) for _ in range(DRAWS)]
+            random = tuple(_entry(RANDOM, model, plan, objective.evaluator.evaluate(plan).loss, test) for plan in drawn)
+            starts = [trial for trial in study.get_trials(deepcopy=False) if METHOD in trial.user_attrs]
+            one_shot = tuple(_of_trial(trial.user_attrs[METHOD], trial, space, model, test) for trial in starts)
+            best = best_trial(study)
+            assert best is not None
+            search = _of_trial(f"{SEARCH} (trial {best.number})", best, space, model, test)
             if _is_ours(folder, name):
                 shutil.rmtree(folder)
-            export(chosen, folder, study=study, model=model)
+            export(best, folder, study=study, model=model)
             reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
             again = Evaluator(reloaded, tokenizer, task, split="test", limit=sizes["test"]).evaluate()
-            there = prune.test if chosen.number == pruned.number else test.evaluate(space.plan(chosen))
-    typical = _mean([entry.test for entry in random])
-    differences = {
-        (PRUNE, FULL): paired_bootstrap(prune.test, full.test),
-        (PRUNE, RANDOM): paired_bootstrap(prune.test, typical),
-    }
-    if merge is not None:
-        differences[MERGE, FULL] = paired_bootstrap(merge.test, full.test)
-        differences[MERGE, RANDOM] = paired_bootstrap(merge.test, typical)
-        differences[MERGE, PRUNE] = paired_bootstrap(merge.test, prune.test)
+    others = {FULL: full.test, RANDOM: _mean([entry.test for entry in random])}
+    others |= {entry.name: entry.test for entry in one_shot}
     result = DemoResult(
         title=f"moeopt demo, skill {skill}: {space.shape.experts} experts to {KEEP}, {finished(study)} trials",
         full=full,
         random=random,
-        prune=prune,
-        merge=merge,
+        one_shot=one_shot,
+        search=search,
         sizes=sizes,
-        differences=differences,
+        differences={name: paired_bootstrap(search.test, other) for name, other in others.items()},
         exported=folder,
-        exported_trial=chosen.number,
-        exported_loss=there.loss,
         reloaded_loss=again.loss,
         seconds=time.perf_counter() - started,
     )
@@ -172,11 +157,7 @@ def _is_ours(folder: Path, study_name: str) -> bool:
         return False
 
 
-def _best(trials: Sequence[FrozenTrial]) -> FrozenTrial:
-    return min(trials, key=lambda trial: (trial.value, trial.number))
-
-
-def _of_trial(name: str, trial: FrozenTrial, space: EEPSpace, model: PreTrainedModel, test: Evaluator) -> Entry:
+def _of_trial(name: str, trial: FrozenTrial, space: PruneSpace, model: PreTrainedModel, test: Evaluator) -> Entry:
     assert trial.value is not None
     return _entry(name, model, space.plan(trial), trial.value, test)
 

@@ -9,12 +9,11 @@ play's weight.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
-from moeopt.guide import COST
 from moeopt.samplers.base import Told
 from moeopt.spaces.base import Space
 
@@ -57,9 +56,19 @@ def gain(told: Told, parent: Told | None) -> float:
     return max(0.0, parent.loss - told.loss)
 
 
-def layers_run(told: Told, space: Space, first: int) -> float:
-    """Layers that a trial ran, by its own account, a guide apart; without one, all from layer `first` to the last."""
-    used, tokens = told.attrs.get("layer_tokens"), told.attrs.get("tokens")
-    if used and tokens:
-        return max(0.0, float(used) - float(told.attrs.get(COST, 0))) / float(tokens)
-    return float(space.shape.layers - first)
+def most_tokens(history: Iterable[Told]) -> float:
+    """Tokens of a trial that ran all examples; 0 where none says."""
+    return max((float(told.attrs.get("tokens") or 0.0) for told in history), default=0.0)
+
+
+def layers_run(told: Told, space: Space, first: int, whole: float) -> float:
+    """What a trial cost, in layers over all examples: those from layer `first` on, over the tokens that it ran.
+
+    Not by its own account (`layer_tokens`): what could be reused of earlier trials depends on the process that it ran
+    in, and what a sampler proposes must not.
+
+    Args:
+        whole: `most_tokens`.
+    """
+    tokens = float(told.attrs.get("tokens") or 0.0)
+    return (space.shape.layers - first) * (tokens / whole if tokens and whole else 1.0)

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeopt.genome import Vector
 from moeopt.plan import Plan
-from moeopt.samplers.bandit import choose, gain, layers_run
+from moeopt.samplers.bandit import choose, gain, layers_run, most_tokens
 from moeopt.samplers.base import (
     START,
     GenomeSampler,
@@ -134,12 +134,12 @@ class BlockCMAESSampler(GenomeSampler):
                 return Visit(number, tuple(block), by_slot.get(around), generations)
         finished = [told for told in history if told.loss is not None]
         best = min(finished, key=lambda told: told.loss or 0.0, default=None)
-        plays = []
+        plays, whole = [], most_tokens(history)
         for told in own:
             if told.loss is None and not told.failed:
                 continue
             block, center = tuple(told.notes["block"]), by_slot.get(told.notes["around"])
-            plays.append((block, gain(told, center), layers_run(told, self.space, self.layer(block))))
+            plays.append((block, gain(told, center), layers_run(told, self.space, self.layer(block), whole)))
         return Visit(number + 1, choose(rng, self.blocks, plays, prior=self.prior, memory=self.memory), best, [])
 
     def is_own(self, told: Told) -> bool:

@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeopt.errors import SpaceError
 from moeopt.plan import Plan
-from moeopt.samplers.bandit import choose, gain, layers_run
+from moeopt.samplers.bandit import choose, gain, most_tokens
 from moeopt.samplers.base import Proposal, Told, check_counts, digest, noted
 from moeopt.samplers.local import LocalSampler
 from moeopt.spaces.base import Space, kept_rows, one_hot_pair
@@ -42,6 +42,8 @@ SIGNED, SQUARED = 1.0, 1.5
 """What (a, b) is before any trial: gauss_newton 3 of `loss_aware`, the best where experts differ."""
 SPREAD = 0.5
 """Prior standard deviation of a value, in its own and the values' median absolute size."""
+WIDER = 0.25
+"""What every further draw of a proposal adds to the prior's spread, in parts of it."""
 INTERACTION = 0.5
 """Standard deviation of the noise, in the prior's of what differs."""
 
@@ -89,7 +91,9 @@ class GuidedSampler(LocalSampler):
             rng = self.rng(slot, attempt)
             parent, model = self.parent(rng, history), self.model(history)
             if parent is not None and model is not None and self.trusts(rng, history):
-                proposal = self.swapped(rng, parent, model, self.reach(history, model.since))
+                # Draws that agree on a plan which the study holds already are made from a wider belief.
+                widen = 1 + WIDER * attempt
+                proposal = self.swapped(rng, parent, model, self.reach(history, model.since), widen)
                 if proposal is not None:
                     return proposal
         return super().propose(history, slot, attempt)
@@ -106,11 +110,9 @@ class GuidedSampler(LocalSampler):
 
     def trusts(self, rng: np.random.Generator, history: list[Told]) -> bool:
         """Whether the next trial is a guided one."""
-        by_slot = {told.slot: told for told in history}
+        by_slot, whole = {told.slot: told for told in history}, most_tokens(history)
         tried = [t for t in history if self.is_own(t) and (t.loss is not None or t.failed)]
-        plays = [
-            (self.is_guided(t), gain(t, by_slot.get(t.notes["parent"])), layers_run(t, self.space, 0)) for t in tried
-        ]
+        plays = [(self.is_guided(t), gain(t, by_slot.get(t.notes["parent"])), self.cost(t, whole)) for t in tried]
         guide = max((told.slot for told in history if told.guide is not None), default=-1)
         fails = 0
         for told, (guided, won, _) in zip(tried, plays):
@@ -166,12 +168,14 @@ class GuidedSampler(LocalSampler):
                     radius = max(1, radius // 2)
         return radius
 
-    def swapped(self, rng: np.random.Generator, parent: Told, model: _Model, radius: int) -> Proposal | None:
+    def swapped(
+        self, rng: np.random.Generator, parent: Told, model: _Model, radius: int, widen: float = 1.0
+    ) -> Proposal | None:
         """The parent after the swaps that gain most by a draw; None where it does not keep experts as they are."""
         kept = self.rows(parent)
         if kept is None or kept.all():
             return None
-        drawn, mean = model.draw(rng).reshape(kept.shape), model.mean().reshape(kept.shape)
+        drawn, mean = model.draw(rng, widen).reshape(kept.shape), model.mean().reshape(kept.shape)
         out = np.where(kept, drawn, -np.inf).argmax(axis=1)
         into = np.where(kept, np.inf, drawn).argmin(axis=1)
         groups = np.arange(len(kept))
@@ -239,9 +243,13 @@ class _Model:
         moved: Values = mean + self._gain(spread, noise) @ (self.changes - self.differing @ mean)
         return moved
 
-    def draw(self, rng: np.random.Generator) -> Values:
-        """Values from the posterior: a draw from the prior, moved by what the trials say against it (Matheron)."""
+    def draw(self, rng: np.random.Generator, widen: float = 1.0) -> Values:
+        """Values from the posterior: a draw from the prior, moved by what the trials say against it (Matheron).
+
+        The prior's spread is taken `widen` times.
+        """
         mean, spread, noise = self.prior
+        spread = widen * spread
         values = mean + spread * rng.standard_normal(mean.size)
         told = self.changes + noise * rng.standard_normal(noise.size)
         drawn: Values = values + self._gain(spread, noise) @ (told - self.differing @ values)

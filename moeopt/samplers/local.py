@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike
 from moeopt.errors import SamplerError
 from moeopt.genome import Vector
 from moeopt.plan import Matrix, Plan
-from moeopt.samplers.bandit import choose, gain, layers_run
+from moeopt.samplers.bandit import choose, gain, layers_run, most_tokens
 from moeopt.samplers.base import (
     START,
     GenomeSampler,
@@ -189,16 +189,19 @@ class LocalSampler(GenomeSampler):
 
     def plays(self, history: list[Told]) -> list[tuple[Arm, float, float]]:
         """Arm, gain and cost (in layers run) of every finished proposal of this sampler, by slot."""
-        by_slot = {told.slot: told for told in history}
+        by_slot, whole = {told.slot: told for told in history}, most_tokens(history)
         found = []
         for told in history:
             if not self.is_own(told) or (told.loss is None and not told.failed):
                 continue
             parent, first = by_slot.get(told.notes["parent"]), told.notes["first"]
             arm = Arm(told.operator, told.notes["width"], self.band(first, told.operator))
-            layer = self.groups(told.operator)[first][0]
-            found.append((arm, gain(told, parent), layers_run(told, self.space, layer)))
+            found.append((arm, gain(told, parent), self.cost(told, whole)))
         return found
+
+    def cost(self, told: Told, whole: float) -> float:
+        """What a proposal of this sampler cost, in layers over all examples; `whole` as for `layers_run`."""
+        return layers_run(told, self.space, self.groups(told.operator)[told.notes["first"]][0], whole)
 
     def moved(self, rng: np.random.Generator, x: Vector, move: str, groups: range) -> Vector:
         """A copy of `x` after the move; numbers of other groups than these stay as they are."""

@@ -77,7 +77,7 @@ def create_study(
     chosen = samplers.get(sampler, objective.space, seed=seed, **sampler_options)
     if isinstance(chosen, samplers.GuidedSampler) and not getattr(objective, "guide", 0.0):
         warnings.warn(
-            "the sampler 'guided' searches as 'local' does without guides: Objective(guide=0.5)", stacklevel=2
+            "the sampler 'guided' searches as 'local' does without guides: Objective(guide=0.3)", stacklevel=2
         )
     starts = checked(warm_starts, objective.space)
     racer = _pruner(pruner, objective)

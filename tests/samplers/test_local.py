@@ -154,33 +154,37 @@ def test_bandit_prefers_the_arm_with_more_gain() -> None:
     for slot in range(1, 200):
         move, band = list(MOVES)[slot % len(MOVES)], slot // len(MOVES) % 4
         won = (move, band) == ("route", 1)
-        cost = {"layer_tokens": 40, "tokens": 10}
-        history.append(played(slot, move, 2 * band, 4.9 if won else 5.1, attrs=cost))
+        history.append(played(slot, move, 2 * band, 4.9 if won else 5.1))
     assert arms_played(history, memory=1e6)["route", 1] > 150
 
 
 def test_bandit_counts_gain_per_layer_token() -> None:
-    """Gains are equal; measured cost makes the first half dear, then, against the depth, cheap."""
+    """Gains are equal; trials of one half of the depth ran all examples, those of the other were stopped early.
+
+    What they say they ran, which depends on what their process could reuse, changes nothing.
+    """
     for dear in (0, 4):
         history = [told(0, 5.0)]
         for slot in range(1, 200):
             first = slot % 8
-            attrs = {"layer_tokens": 10 * (100 if first // 4 == dear // 4 else 1), "tokens": 10}
+            attrs = {"layer_tokens": slot**3 % 1009, "tokens": 1000 if first // 4 == dear // 4 else 1}
             history.append(played(slot, "swap", first, 4.9, attrs=attrs))
-        bands = arms_played(history, moves=["swap"])
-        assert bands["swap", 0] + bands["swap", 1] == (0 if dear == 0 else 200)
+        bands = arms_played(history, moves=["swap"], memory=1e6)
+        early = bands["swap", 0] + bands["swap", 1]
+        assert early < 20 if dear == 0 else early > 180
 
 
-def test_without_measured_costs_late_windows_are_taken_for_cheaper() -> None:
+def test_late_windows_are_cheaper() -> None:
     history = [told(0, 5.0), *(played(slot, "swap", slot % 8, 4.9) for slot in range(1, 200))]
     bands = arms_played(history, moves=["swap"], memory=1e6)
     assert bands["swap", 3] > 150
 
 
 def test_old_gains_are_forgotten() -> None:
-    attrs = {"layer_tokens": 10, "tokens": 10}
-    late_dry = [played(slot, "swap", 6, 4.9 if slot < 30 else 5.1, attrs=attrs) for slot in range(1, 60)]
-    early = [played(slot, "swap", 0, 4.9 if slot % 3 == 0 else 5.1, attrs=attrs) for slot in range(60, 80)]
+    # 2 layers over all examples cost as much as 8 over a quarter.
+    late, soon = {"tokens": 4}, {"tokens": 1}
+    late_dry = [played(slot, "swap", 6, 4.9 if slot < 30 else 5.1, attrs=late) for slot in range(1, 60)]
+    early = [played(slot, "swap", 0, 4.9 if slot % 3 == 0 else 5.1, attrs=soon) for slot in range(60, 80)]
     history = [told(0, 5.0), *late_dry, *early]
     assert arms_played(history, moves=["swap"], memory=1e6)["swap", 3] > 45
     assert arms_played(history, moves=["swap"], memory=10.0)["swap", 3] < 40
