@@ -98,6 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {
         "console",
         "errors",
+        "genome",
         "plan",
         "spaces",
         "samplers",
