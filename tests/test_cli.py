@@ -319,6 +319,23 @@ def test_a_raced_search_with_local(place: Place, tmp_path: Path) -> None:
     assert main([*arguments, "--rungs", "3"]) == 2
 
 
+def test_ctrl_c_while_dev_is_scored_loses_nothing(
+    place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    arguments = place.search("--sampler", "random", "--trials", "5", storage=f"sqlite:///{tmp_path / 'x.db'}")
+    with monkeypatch.context() as patch:
+        patch.setattr("moeopt.selection.held", interrupted)
+        assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "5 trials done. Best: trial" in said
+    assert "was interrupted; the same command again scores it" in said
+    assert main(arguments) == 0
+    assert "was interrupted" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("sampler", "rungs"), [("guided", 4), ("local", 4), ("random", 1)])
 def test_what_races_by_default_goes_on_as_it_began(place: Place, tmp_path: Path, sampler: str, rungs: int) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"

@@ -342,4 +342,6 @@ def _held(study: optuna.Study, objective: Objective) -> str:
         made = held(study, objective)
     except MoeoptError as error:
         return f"What of the gain holds on dev is not known: {error}\n"
+    except KeyboardInterrupt:  # all trials are done: what they gave is shown all the same
+        return "What of the gain holds on dev was interrupted; the same command again scores it\n"
     return "" if made is None else f"{made}\n"
