@@ -319,6 +319,16 @@ def test_a_raced_search_with_local(place: Place, tmp_path: Path) -> None:
     assert main([*arguments, "--rungs", "3"]) == 2
 
 
+def test_automatic_starts_are_those_that_the_space_holds_and_memory_allows() -> None:
+    from moeopt.plan import ModelShape
+    from moeopt.study import automatic
+
+    assert automatic(moeopt.PruneSpace(ModelShape(2, 64, 2), keep=8)) == ("naee", "loss_aware")
+    assert automatic(moeopt.EEPSpace(ModelShape(2, 128, 8), keep=64)) == ("loss_aware",)
+    merging = moeopt.MergeSpace(ModelShape(2, 4, 2), around=moeopt.Plan.one_hot([[0, 1]] * 2, experts=4, k=2))
+    assert automatic(merging) == ()
+
+
 def test_ctrl_c_while_dev_is_scored_loses_nothing(
     place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from moeopt.evaluation import Evaluator
 from moeopt.guide import Guide
 from moeopt.methods.gradients import LossGradients
-from moeopt.methods.loss_aware import Sums, cost_of, products_of
+from moeopt.methods.loss_aware import Toggles, cost_of, products_of
 from moeopt.methods.seen import Seen
 from moeopt.plan import Plan
 
@@ -34,7 +34,7 @@ class Guiding:
 
     def guide(self, plan: Plan) -> Guide:
         """The guide of a plan whose layers all keep experts as they are (`LayerPlan.kept`)."""
-        toggles = [_Toggles(layer.kept or (), layer.k, layer.experts) for layer in plan.layers]
+        toggles = [_OfLayer(layer.kept or (), layer.k, layer.experts) for layer in plan.layers]
 
         def see(seen: Seen, gradient: Tensor) -> None:
             toggles[seen.layer.index].add(seen, products_of(seen, gradient))
@@ -47,17 +47,13 @@ class Guiding:
         return Guide(plan.fingerprint, self._of, *((part / weight).astype(np.float32) for part in (signed, squared)))
 
 
-class _Toggles:
+class _OfLayer:
     """Of one layer: the sums of the kept set without each of its experts, and with each of the others."""
 
     def __init__(self, kept: tuple[int, ...], k: int, n: int) -> None:
-        without = [tuple(e for e in kept if e != one) for one in kept] if len(kept) > 1 else []
-        others = [e for e in range(n) if e not in kept]
-        self._parts = [
-            (experts, Sums(sets, min(k, len(sets[0])), kept, k, n))
-            for experts, sets in ((kept, without), (others, [(*kept, e) for e in others]))
-            if sets
-        ]
+        others = tuple(e for e in range(n) if e not in kept)
+        toggled = ([kept] if len(kept) > 1 else []) + ([others] if others else [])
+        self._parts = [(experts, Toggles(kept, experts, k, kept, k, n)) for experts in toggled]
         self._n = n
 
     def add(self, seen: Seen, products: Tensor) -> None:

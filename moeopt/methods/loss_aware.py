@@ -47,7 +47,7 @@ from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
 from moeopt.methods.base import Method, Wanted
 from moeopt.methods.gradients import LossGradients
 from moeopt.methods.naee import AT_ONCE, MOST_RANKED, MOST_SETS, by_rank, kept_sets, masks
-from moeopt.methods.seen import Seen
+from moeopt.methods.seen import TINY, Seen
 from moeopt.methods.statistics import Array
 from moeopt.plan import LayerPlan, Plan
 
@@ -60,11 +60,11 @@ JUDGED = 0.25
 ROUNDS = 3
 SKETCHES = 8
 """Random directions a token that squared norms are estimated by; errors cancel over tokens."""
-HELD = 1 << 30
+HELD = 1 << 29
 """Bytes of products that are held where kept sets are too many to add up; beyond, of every so many tokens."""
-STEPS = 4
+STEPS = 2
 """An elimination drops this part of the excess at a time, of the experts without which least changes."""
-SWAPS = 32
+SWAPS = 16
 """Swaps that are tried at a time."""
 
 Groups = Sequence[tuple[int, int]]
@@ -96,18 +96,74 @@ class Sums:
         step = max(1, AT_ONCE // products.numel())
         for first in range(0, len(self.sets), step):
             part = slice(first, first + step)
-            change = (_values(seen, products, self._masks[part], self.active) - before).double()
+            change = (self.values(seen, products, part) - before).double()
             along = change[..., 0]
             self.signed[part] += along.sum(0).cpu().numpy()
             self.absolute[part] += along.abs().sum(0).cpu().numpy()
             self.squared[part] += (along**2).sum(0).cpu().numpy()
             self.output[part] += (change[..., 1:] ** 2).sum((0, 2)).cpu().numpy()
 
+    def values(self, seen: Seen, products: Tensor, part: slice) -> Tensor:
+        """sum_e w_e(S) <., f_e> of some of the sets, by each product: float32 (tokens, sets, products)."""
+        return _values(seen, products, self._masks[part], self.active)
+
     def __add__(self, other: Self) -> Self:
         total = copy(self)
         for name in ("signed", "absolute", "squared", "output"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
+
+
+class Toggles(Sums):
+    """`Sums` of one set without each of its experts, or with each of the others.
+
+    What a token picks of such a set differs from what it picks of the whole by one expert: no set is ranked anew.
+
+    Args:
+        base: the set.
+        experts: those taken out, all of the set, or put in, none of it.
+        active, now, k, n: as for `Sums`.
+    """
+
+    def __init__(self, base: Kept, experts: Kept, active: int, now: Kept, k: int, n: int) -> None:
+        sets = [tuple(sorted({*base} ^ {e})) for e in experts]
+        # What a set of which fewer remain than run would do is that of all that remain.
+        super().__init__(sets, min(active, len(sets[0])), now, k, n)
+        self.experts, self._base = torch.tensor(experts), masks([base], n)[0]
+        self.taken_out, self.size = len(sets[0]) < len(base), len(base)
+
+    def values(self, seen: Seen, products: Tensor, part: slice) -> Tensor:
+        softmax = seen.rule.score != "sigmoid"
+        if softmax and seen.correction is not None:  # whose order changes with the set that probabilities are over
+            return super().values(seen, products, part)
+        base, experts = self._base.to(products.device), self.experts[part].to(products.device)
+        scores = seen.probabilities
+        choice = scores if seen.correction is None else scores + seen.correction
+        whole = (scores * base).sum(-1, keepdim=True).clamp_min(TINY) if softmax else torch.ones_like(scores[:, :1])
+        scores = scores / whole
+        ranked = choice.masked_fill(~base, -torch.inf)
+        picks = ranked.topk(self.active + 1 if self.taken_out else min(self.active, self.size)).indices
+        picked = scores.gather(1, picks)
+        parts = picked[..., None] * products.gather(1, picks[..., None].expand(-1, -1, products.shape[2]))
+        # Scores and products of the picks but each one: sums, as differences would cancel where one outweighs all.
+        others = 1 - torch.eye(picks.shape[1], device=products.device)
+        totals, sums = picked @ others, torch.einsum("tim,ij->tjm", parts, others)
+        own, own_sums = scores[:, experts], scores[:, experts, None] * products[:, experts]
+        if self.taken_out:  # one of the picks, or else the last of them, which is one too many
+            places = torch.arange(picks.shape[1], device=products.device).expand_as(picks)
+            place = torch.full(scores.shape, picks.shape[1] - 1, device=products.device).scatter(1, picks, places)
+            place = place[:, experts]
+            total, summed = totals.gather(1, place), sums.gather(1, place[..., None].expand(-1, -1, sums.shape[2]))
+        elif self.active > self.size:
+            total, summed = picked.sum(1, keepdim=True) + own, parts.sum(1, keepdim=True) + own_sums
+        else:
+            enters = choice[:, experts] > ranked.gather(1, picks[:, -1:])
+            total = torch.where(enters, totals[:, -1:] + own, picked.sum(1, keepdim=True))
+            summed = torch.where(enters[..., None], sums[:, -1:] + own_sums, parts.sum(1, keepdim=True))
+        if softmax:  # over what is left
+            share = 1 / (1 - own if self.taken_out else 1 + own).clamp_min(TINY)
+            total, summed = total * share, summed * share[..., None]
+        return summed * seen.factor(total)[..., None]
 
 
 class Changes:
@@ -126,11 +182,8 @@ class Changes:
         self.now, self.k, self.wanted, self.every = now, k, wanted, every
         self._held: list[tuple[Seen, Tensor]] = []
         n, keep = wanted.experts, wanted.keep
-        self.all_sets = self._none(kept_sets(n, keep)) if comb(n, keep) <= MOST_SETS else None
-
-    def _none(self, sets: Sequence[Kept]) -> Sums:
-        # What a set of which fewer remain than run would do is that of all that remain.
-        return Sums(sets, min(self.wanted.active, len(sets[0])), self.now, self.k, self.wanted.experts)
+        all_of_them = comb(n, keep) <= MOST_SETS
+        self.all_sets = Sums(kept_sets(n, keep), wanted.active, now, k, n) if all_of_them else None
 
     def add(self, seen: Seen, products: Tensor) -> None:
         """A batch: what the layer saw, and `products_of` that."""
@@ -147,8 +200,14 @@ class Changes:
         return total
 
     def of_sets(self, sets: Sequence[Kept]) -> Sums:
-        """Sums of any sets of as many experts, where products are held."""
-        sums = self._none(sets)
+        """Sums of any sets of `wanted.keep` experts, where products are held."""
+        return self._summed(Sums(sets, self.wanted.active, self.now, self.k, self.wanted.experts))
+
+    def toggled(self, base: Kept, experts: Kept) -> Sums:
+        """Sums of a set without each of its experts, or with each of others, where products are held."""
+        return self._summed(Toggles(base, experts, self.wanted.active, self.now, self.k, self.wanted.experts))
+
+    def _summed(self, sums: Sums) -> Sums:
         for seen, products in self._held:
             sums.add(seen, products)
         return sums
@@ -159,7 +218,7 @@ class Changes:
             return self.all_sets.sets[int(rule(self.all_sets).argmin())]
         kept = self.now
         while (excess := len(kept) - self.wanted.keep) > 0:
-            order = np.argsort(rule(self.of_sets(_without_one(kept))), kind="stable")
+            order = np.argsort(rule(self.toggled(kept, kept)), kind="stable")
             dropped = {kept[i] for i in order[: -(-excess // STEPS)]}
             kept = tuple(e for e in kept if e not in dropped)
         least = rule(self.of_sets([kept]))[0]
@@ -172,11 +231,10 @@ class Changes:
 
     def _swapped(self, kept: Kept, rule: Rule) -> list[Kept]:
         """The sets after each of the swaps that promise most, by what dropping one and adding the other would do."""
-        others = [e for e in range(self.wanted.experts) if e not in kept]
+        others = tuple(e for e in range(self.wanted.experts) if e not in kept)
         pairs = [(i, j) for i in range(len(kept)) for j in range(len(others))]
         if len(pairs) > SWAPS:
-            without = rule(self.of_sets(_without_one(kept)))
-            added = rule(self.of_sets([tuple(sorted((*kept, e))) for e in others]))
+            without, added = rule(self.toggled(kept, kept)), rule(self.toggled(kept, others))
             pairs = sorted(pairs, key=lambda pair: without[pair[0]] + added[pair[1]])[:SWAPS]
         return [tuple(sorted({*kept} - {kept[i]} | {others[j]})) for i, j in pairs]
 
@@ -194,10 +252,6 @@ RULES: dict[str, Rule] = {
 }
 """From sums to a score a set, of which the least is kept."""
 DEFAULT = "output"
-
-
-def _without_one(kept: Kept) -> list[Kept]:
-    return [kept[:i] + kept[i + 1 :] for i in range(len(kept))]
 
 
 def products_of(seen: Seen, gradient: Tensor, draws: torch.Generator | None = None) -> Tensor:
@@ -232,7 +286,7 @@ def cost_of(gradients: LossGradients) -> int:
 
 
 def _values(seen: Seen, products: Tensor, kept: Tensor, k: int) -> Tensor:
-    """sum_e w_e(S) <., f_e> of sets, bool (sets, n), by each product: float32 (tokens, sets, products)."""
+    """`Sums.values` of sets, bool (sets, n)."""
 
     def of_picks(index: Tensor, weights: Tensor) -> Tensor:
         picked = products.gather(1, index.flatten(1)[..., None].expand(-1, -1, products.shape[2]))

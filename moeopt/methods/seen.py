@@ -80,6 +80,12 @@ class Seen:
             scores = scores / (scores.sum(-1, keepdim=True) + self.rule.epsilon).clamp_min(TINY)
         return scores * self.rule.scale
 
+    def factor(self, total: Tensor) -> Tensor:
+        """What `gated` multiplies scores with that sum to `total`, of any shape."""
+        if not self.rule.normalised:
+            return torch.full_like(total, self.rule.scale)
+        return self.rule.scale / (total + self.rule.epsilon).clamp_min(TINY)
+
     @property
     def depends_on_set(self) -> bool:
         """Whether what is kept changes the weights, or the order of choice, of experts that run in any case."""

@@ -23,11 +23,15 @@ WarmStarts = Literal["auto"] | Iterable["Plan | str"] | Mapping[str, "Plan | Fou
 AUTO = "auto"
 CHOICE = ("naee", "loss_aware")
 """What ``"auto"`` stands for: the kept sets that change the layers' outputs least, and the loss."""
+MOST_OF_NAEE = 64
+"""Experts of a layer beyond which it stands for the last alone: NAEE's Gram matrices take 4 n (n + 1) bytes a token."""
 
 
 def automatic(space: Space) -> tuple[str, ...]:
     """Names of the methods that ``"auto"`` stands for; none where the space holds no prunings of its own."""
-    return CHOICE if "prune" in space.phases else ()
+    if "prune" not in space.phases:
+        return ()
+    return CHOICE if space.shape.experts <= MOST_OF_NAEE else CHOICE[-1:]
 
 
 def checked(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Found | None]]:

@@ -106,7 +106,7 @@ def test_sums_are_those_of_patched_layers(family, build_family, tiny_tokenizer, 
         with torch.no_grad():
             for seen, gradient in batches:
                 changes.add(seen, products_of(seen, gradient))
-        sums = changes.all_sets or changes.of_sets([tuple(e for e in now if e != one) for one in now])
+        sums = changes.all_sets or changes.toggled(now, now)
         assert (changes.all_sets is not None) == enumerated
         d = torch.cat(
             [
@@ -118,6 +118,33 @@ def test_sums_are_those_of_patched_layers(family, build_family, tiny_tokenizer, 
         np.testing.assert_allclose(sums.signed, d.sum(0), rtol=1e-3, atol=1e-4 * scale)
         np.testing.assert_allclose(sums.absolute, d.abs().sum(0), rtol=1e-3, atol=1e-4 * scale)
         np.testing.assert_allclose(sums.squared, (d**2).sum(0), rtol=1e-3, atol=1e-4 * float((d**2).sum(0).max()))
+
+
+@pytest.mark.parametrize("active", [1, 2, 3])
+def test_toggles_are_the_sums_of_the_sets_they_make(family, build_family, tiny_tokenizer, text, active):
+    """Of sets that hold more, as many, and fewer experts than run; exactly what ranking each set anew gives."""
+    model = build_family(family, vocabulary=300, corrected=True)
+    seen_of, _ = gradients_of(Evaluator(model, tiny_tokenizer, text, limit=3))
+    n, k = moe_layers(model)[0].n, moe_layers(model)[0].k
+    everything = tuple(range(n))
+    for batches in seen_of:
+        for experts_of_base in {n, n - 1, active + 1, active, max(1, active - 1)}:
+            base = everything[n - experts_of_base :]
+            others = tuple(e for e in everything if e not in base)
+            for experts in [base] * (len(base) > 1) + [others] * bool(others):
+                toggles = loss_aware.Toggles(base, experts, active, everything, k, n)
+                sums = Sums(toggles.sets, min(active, len(toggles.sets[0])), everything, k, n)
+                for seen, gradient in batches:
+                    with torch.no_grad():
+                        products = products_of(seen, gradient, torch.Generator().manual_seed(1))
+                        toggles.add(seen, products)
+                        sums.add(seen, products)
+                        size = products.abs().amax((1, 2)).double()
+                for name in ("signed", "absolute", "squared", "output"):
+                    scale = float((size if name in ("signed", "absolute") else size**2).sum())
+                    np.testing.assert_allclose(
+                        getattr(toggles, name), getattr(sums, name), rtol=1e-4, atol=1e-5 * scale
+                    )
 
 
 @pytest.mark.parametrize("enumerated", [True, False])
