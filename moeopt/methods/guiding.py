@@ -8,8 +8,9 @@ from torch import Tensor
 from moeopt.evaluation import Evaluator
 from moeopt.guide import Guide
 from moeopt.methods.gradients import LossGradients
-from moeopt.methods.loss_aware import Toggles, cost_of, products_of
+from moeopt.methods.loss_aware import cost_of
 from moeopt.methods.seen import Seen
+from moeopt.methods.set_changes import Toggles, products_of
 from moeopt.plan import Plan
 
 

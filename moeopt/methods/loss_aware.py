@@ -32,11 +32,9 @@ loss gets lower. Of all methods here, these two alone look at derivatives: of ac
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,9 +44,9 @@ from moeopt.errors import MethodError, ModelError
 from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
 from moeopt.methods.base import Method, Wanted
 from moeopt.methods.gradients import LossGradients
-from moeopt.methods.naee import AT_ONCE, MOST_RANKED, MOST_SETS, by_rank, kept_sets, masks
-from moeopt.methods.seen import TINY, Seen
-from moeopt.methods.statistics import Array
+from moeopt.methods.naee import Kept
+from moeopt.methods.seen import Seen
+from moeopt.methods.set_changes import CURVATURE, DEFAULT, RULES, SKETCHES, Changes, products_of
 from moeopt.plan import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -58,224 +56,10 @@ if TYPE_CHECKING:
 JUDGED = 0.25
 """The share of the calibration examples that ways of adding up are judged on."""
 ROUNDS = 3
-SKETCHES = 8
-"""Random directions a token that squared norms are estimated by; errors cancel over tokens."""
 HELD = 1 << 29
 """Bytes of products that are held where kept sets are too many to add up; beyond, of every so many tokens."""
-STEPS = 2
-"""An elimination drops this part of the excess at a time, of the experts without which least changes."""
-SWAPS = 16
-"""Swaps that are tried at a time."""
 
 Groups = Sequence[tuple[int, int]]
-Kept = tuple[int, ...]
-
-
-class Sums:
-    """What sets of experts kept in one layer, or several that share a choice, would change of the loss.
-
-    Args:
-        sets: the sets, all of as many of the n experts.
-        active: how many of a set run.
-        now, k: experts that may be routed to in the plan at which derivatives are taken, and how many of them run.
-        n: experts of a layer.
-
-    Attributes:
-        signed, absolute, squared: sums over tokens of d_t, |d_t| and d_t^2, float64 (sets,).
-        output: the sum over tokens of |g_t| times the squared change of the output, estimated by sketches, (sets,).
-    """
-
-    def __init__(self, sets: Sequence[Kept], active: int, now: Kept, k: int, n: int) -> None:
-        self.sets, self.active, self.now, self.k, self.n = sets, active, now, k, n
-        self.signed, self.absolute, self.squared, self.output = (np.zeros(len(sets)) for _ in range(4))
-        self._masks, self._now = masks(sets, n), masks([now], n)
-
-    def add(self, seen: Seen, products: Tensor) -> None:
-        """A batch: what the layer saw, and `products_of` that, with or without sketches."""
-        before = _values(seen, products, self._now, self.k)
-        step = max(1, AT_ONCE // products.numel())
-        for first in range(0, len(self.sets), step):
-            part = slice(first, first + step)
-            change = (self.values(seen, products, part) - before).double()
-            along = change[..., 0]
-            self.signed[part] += along.sum(0).cpu().numpy()
-            self.absolute[part] += along.abs().sum(0).cpu().numpy()
-            self.squared[part] += (along**2).sum(0).cpu().numpy()
-            self.output[part] += (change[..., 1:] ** 2).sum((0, 2)).cpu().numpy()
-
-    def values(self, seen: Seen, products: Tensor, part: slice) -> Tensor:
-        """sum_e w_e(S) <., f_e> of some of the sets, by each product: float32 (tokens, sets, products)."""
-        return _values(seen, products, self._masks[part], self.active)
-
-    def __add__(self, other: Self) -> Self:
-        total = copy(self)
-        for name in ("signed", "absolute", "squared", "output"):
-            setattr(total, name, getattr(self, name) + getattr(other, name))
-        return total
-
-
-class Toggles(Sums):
-    """`Sums` of one set without each of its experts, or with each of the others.
-
-    What a token picks of such a set differs from what it picks of the whole by one expert: no set is ranked anew.
-
-    Args:
-        base: the set.
-        experts: those taken out, all of the set, or put in, none of it.
-        active, now, k, n: as for `Sums`.
-    """
-
-    def __init__(self, base: Kept, experts: Kept, active: int, now: Kept, k: int, n: int) -> None:
-        sets = [tuple(sorted({*base} ^ {e})) for e in experts]
-        # What a set of which fewer remain than run would do is that of all that remain.
-        super().__init__(sets, min(active, len(sets[0])), now, k, n)
-        self.experts, self._base = torch.tensor(experts), masks([base], n)[0]
-        self.taken_out, self.size = len(sets[0]) < len(base), len(base)
-
-    def values(self, seen: Seen, products: Tensor, part: slice) -> Tensor:
-        softmax = seen.rule.score != "sigmoid"
-        if softmax and seen.correction is not None:  # whose order changes with the set that probabilities are over
-            return super().values(seen, products, part)
-        base, experts = self._base.to(products.device), self.experts[part].to(products.device)
-        scores = seen.probabilities
-        choice = scores if seen.correction is None else scores + seen.correction
-        whole = (scores * base).sum(-1, keepdim=True).clamp_min(TINY) if softmax else torch.ones_like(scores[:, :1])
-        scores = scores / whole
-        ranked = choice.masked_fill(~base, -torch.inf)
-        picks = ranked.topk(self.active + 1 if self.taken_out else min(self.active, self.size)).indices
-        picked = scores.gather(1, picks)
-        parts = picked[..., None] * products.gather(1, picks[..., None].expand(-1, -1, products.shape[2]))
-        # Scores and products of the picks but each one: sums, as differences would cancel where one outweighs all.
-        others = 1 - torch.eye(picks.shape[1], device=products.device)
-        totals, sums = picked @ others, torch.einsum("tim,ij->tjm", parts, others)
-        own, own_sums = scores[:, experts], scores[:, experts, None] * products[:, experts]
-        if self.taken_out:  # one of the picks, or else the last of them, which is one too many
-            places = torch.arange(picks.shape[1], device=products.device).expand_as(picks)
-            place = torch.full(scores.shape, picks.shape[1] - 1, device=products.device).scatter(1, picks, places)
-            place = place[:, experts]
-            total, summed = totals.gather(1, place), sums.gather(1, place[..., None].expand(-1, -1, sums.shape[2]))
-        elif self.active > self.size:
-            total, summed = picked.sum(1, keepdim=True) + own, parts.sum(1, keepdim=True) + own_sums
-        else:
-            enters = choice[:, experts] > ranked.gather(1, picks[:, -1:])
-            total = torch.where(enters, totals[:, -1:] + own, picked.sum(1, keepdim=True))
-            summed = torch.where(enters[..., None], sums[:, -1:] + own_sums, parts.sum(1, keepdim=True))
-        if softmax:  # over what is left
-            share = 1 / (1 - own if self.taken_out else 1 + own).clamp_min(TINY)
-            total, summed = total * share, summed * share[..., None]
-        return summed * seen.factor(total)[..., None]
-
-
-class Changes:
-    """`Sums` of kept sets of one layer, or several that share a choice.
-
-    Up to `MOST_SETS` sets of `wanted.keep` experts are all added up, batch by batch; where there are more, the batches'
-    products are held, and sets are judged as they are asked for.
-
-    Args:
-        now, k: as for `Sums`.
-        wanted: what is asked.
-        every: of the tokens that are held, each first of so many.
-    """
-
-    def __init__(self, now: Kept, k: int, wanted: Wanted, every: int = 1) -> None:
-        self.now, self.k, self.wanted, self.every = now, k, wanted, every
-        self._held: list[tuple[Seen, Tensor]] = []
-        n, keep = wanted.experts, wanted.keep
-        all_of_them = comb(n, keep) <= MOST_SETS
-        self.all_sets = Sums(kept_sets(n, keep), wanted.active, now, k, n) if all_of_them else None
-
-    def add(self, seen: Seen, products: Tensor) -> None:
-        """A batch: what the layer saw, and `products_of` that."""
-        if self.all_sets is not None:
-            self.all_sets.add(seen, products)
-        else:
-            self._held.append((seen.without_states(self.every), products[:: self.every].clone()))
-
-    def __add__(self, other: Self) -> Self:
-        total = copy(self)
-        total._held = self._held + other._held
-        if self.all_sets is not None and other.all_sets is not None:
-            total.all_sets = self.all_sets + other.all_sets
-        return total
-
-    def of_sets(self, sets: Sequence[Kept]) -> Sums:
-        """Sums of any sets of `wanted.keep` experts, where products are held."""
-        return self._summed(Sums(sets, self.wanted.active, self.now, self.k, self.wanted.experts))
-
-    def toggled(self, base: Kept, experts: Kept) -> Sums:
-        """Sums of a set without each of its experts, or with each of others, where products are held."""
-        return self._summed(Toggles(base, experts, self.wanted.active, self.now, self.k, self.wanted.experts))
-
-    def _summed(self, sums: Sums) -> Sums:
-        for seen, products in self._held:
-            sums.add(seen, products)
-        return sums
-
-    def best(self, rule: Rule) -> Kept:
-        """The kept set of least change; of sets too many to add up, one that no swap tried betters."""
-        if self.all_sets is not None:
-            return self.all_sets.sets[int(rule(self.all_sets).argmin())]
-        kept = self.now
-        while (excess := len(kept) - self.wanted.keep) > 0:
-            order = np.argsort(rule(self.toggled(kept, kept)), kind="stable")
-            dropped = {kept[i] for i in order[: -(-excess // STEPS)]}
-            kept = tuple(e for e in kept if e not in dropped)
-        least = rule(self.of_sets([kept]))[0]
-        while sets := self._swapped(kept, rule):
-            scores = rule(self.of_sets(sets))
-            if scores.min() >= least:
-                break
-            kept, least = sets[int(scores.argmin())], scores.min()
-        return kept
-
-    def _swapped(self, kept: Kept, rule: Rule) -> list[Kept]:
-        """The sets after each of the swaps that promise most, by what dropping one and adding the other would do."""
-        others = tuple(e for e in range(self.wanted.experts) if e not in kept)
-        pairs = [(i, j) for i in range(len(kept)) for j in range(len(others))]
-        if len(pairs) > SWAPS:
-            without, added = rule(self.toggled(kept, kept)), rule(self.toggled(kept, others))
-            pairs = sorted(pairs, key=lambda pair: without[pair[0]] + added[pair[1]])[:SWAPS]
-        return [tuple(sorted({*kept} - {kept[i]} | {others[j]})) for i, j in pairs]
-
-
-Rule = Callable[[Sums], Array]
-CURVATURE: dict[str, Rule] = {
-    "absolute": lambda sums: sums.absolute,
-    "squared": lambda sums: sums.squared,
-    "output": lambda sums: sums.output,
-}
-RULES: dict[str, Rule] = {
-    "signed": lambda sums: sums.signed,
-    **CURVATURE,
-    **{f"gauss_newton {c}": lambda sums, c=c: sums.signed + c / 2 * sums.squared for c in (1, 3, 10)},  # type: ignore[misc]
-}
-"""From sums to a score a set, of which the least is kept."""
-DEFAULT = "output"
-
-
-def products_of(seen: Seen, gradient: Tensor, draws: torch.Generator | None = None) -> Tensor:
-    """<g_t, f_e(x_t)> of every expert, from dL/dy (tokens, hidden): float32 (tokens, n, 1).
-
-    With `draws`, of the CPU, (tokens, n, 1 + `SKETCHES`): then the products of sqrt |g_t| f_e(x_t) with so many random
-    directions, the same for all experts of a token, such that sums of their squares are, in the mean, the squared norm.
-    """
-    slopes = gradient.float()
-    if draws is None:
-        return torch.stack([_output(seen, e) * slopes for e in range(seen.layer.n)], dim=1).sum(-1, keepdim=True)
-    # Signs differ from token to token, so that errors of the estimate cancel over tokens, too.
-    signs = (torch.randint(2, slopes.shape, generator=draws) * 2 - 1).to(slopes)
-    directions = torch.randn(slopes.shape[1], SKETCHES, generator=draws).to(slopes) / SKETCHES**0.5
-    signs *= slopes.norm(dim=-1, keepdim=True).sqrt()
-
-    def products(output: Tensor) -> Tensor:
-        return torch.cat([(output * slopes).sum(-1, keepdim=True), (output * signs) @ directions], dim=-1)
-
-    return torch.stack([products(_output(seen, e)) for e in range(seen.layer.n)], dim=1)
-
-
-def _output(seen: Seen, expert: int) -> Tensor:
-    return seen.output(expert, slice(None)).float()
 
 
 def cost_of(gradients: LossGradients) -> int:
@@ -283,19 +67,6 @@ def cost_of(gradients: LossGradients) -> int:
     layers whose n experts run."""
     experts = sum(layer.n / layer.k for layer in gradients.layers)
     return round(gradients.tokens * (3 * len(gradients.parts.layers) + experts))
-
-
-def _values(seen: Seen, products: Tensor, kept: Tensor, k: int) -> Tensor:
-    """`Sums.values` of sets, bool (sets, n)."""
-
-    def of_picks(index: Tensor, weights: Tensor) -> Tensor:
-        picked = products.gather(1, index.flatten(1)[..., None].expand(-1, -1, products.shape[2]))
-        return (weights[..., None] * picked.view(*index.shape, products.shape[2])).sum(-2)
-
-    kept = kept.to(products.device)
-    if len(kept) > seen.layer.n and seen.layer.n <= MOST_RANKED and not seen.depends_on_set:
-        return by_rank(seen.layer.n, k).of_sets(seen, kept, of_picks)
-    return of_picks(*seen.chosen(kept, k))
 
 
 class LossAware(Method):

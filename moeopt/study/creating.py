@@ -57,7 +57,8 @@ def create_study(
         warm_starts: what to evaluate next, unless the study did so before: plans, names of `moeopt.methods`, which are
             then calibrated on the objective's examples, or what methods found, by name; ``"auto"`` stands for
             ``["naee", "loss_aware"]`` in spaces that prune, as far as they run here, and beyond 64 experts for
-            ``["loss_aware"]``. Such trials have their method's name as user attribute ``method``. EEP counts them among its initial solutions.
+            ``["loss_aware"]``. Such trials have their method's name as user attribute ``method``. EEP counts them among
+            its initial solutions.
         sampler_options: hyperparameters of a sampler given by name.
 
     Raises:

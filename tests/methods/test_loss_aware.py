@@ -11,10 +11,10 @@ import torch
 from moeopt import methods
 from moeopt.errors import MethodError
 from moeopt.evaluation import Evaluator
-from moeopt.methods import loss_aware, naee
+from moeopt.methods import loss_aware, naee, set_changes
 from moeopt.methods.base import Wanted
 from moeopt.methods.gradients import LossGradients
-from moeopt.methods.loss_aware import RULES, Changes, Sums, products_of
+from moeopt.methods.set_changes import RULES, Changes, Sums, Toggles, products_of
 from moeopt.models import moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
 from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, TextTask
@@ -95,7 +95,7 @@ def changes_by_patching(model, layer, seen, gradient, sets, k, now):
 
 @pytest.mark.parametrize("enumerated", [True, False])
 def test_sums_are_those_of_patched_layers(family, build_family, tiny_tokenizer, text, enumerated, monkeypatch):
-    monkeypatch.setattr(loss_aware, "MOST_SETS", naee.MOST_SETS if enumerated else 1)
+    monkeypatch.setattr(set_changes, "MOST_SETS", naee.MOST_SETS if enumerated else 1)
     model = build_family(family, vocabulary=300, corrected=True)
     seen_of, _ = gradients_of(Evaluator(model, tiny_tokenizer, text, limit=3))
     n, k = moe_layers(model)[0].n, moe_layers(model)[0].k
@@ -132,7 +132,7 @@ def test_toggles_are_the_sums_of_the_sets_they_make(family, build_family, tiny_t
             base = everything[n - experts_of_base :]
             others = tuple(e for e in everything if e not in base)
             for experts in [base] * (len(base) > 1) + [others] * bool(others):
-                toggles = loss_aware.Toggles(base, experts, active, everything, k, n)
+                toggles = Toggles(base, experts, active, everything, k, n)
                 sums = Sums(toggles.sets, min(active, len(toggles.sets[0])), everything, k, n)
                 for seen, gradient in batches:
                     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_the_best_set_is_one_that_no_swap_betters(make_mixtral, tiny_tokenizer, 
     for batches in seen_of:
         best: list[dict[str, float]] = []
         for most in (naee.MOST_SETS, 1):
-            monkeypatch.setattr(loss_aware, "MOST_SETS", most)
+            monkeypatch.setattr(set_changes, "MOST_SETS", most)
             changes, draws = Changes(tuple(range(8)), 2, wanted), torch.Generator().manual_seed(0)
             with torch.no_grad():
                 for seen, gradient in batches:
@@ -192,7 +192,7 @@ def test_sketches_estimate_the_change_of_the_output(make_mixtral, tiny_tokenizer
 
 
 def test_tokens_are_thinned_where_products_would_not_fit(make_mixtral, tiny_tokenizer, questions, monkeypatch):
-    monkeypatch.setattr(loss_aware, "MOST_SETS", 1)
+    monkeypatch.setattr(set_changes, "MOST_SETS", 1)
     calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions)
     whole = methods.plans(["loss_aware"], calibration, keep=4)["loss_aware"]
     assert "token" not in whole.how
@@ -216,7 +216,7 @@ def test_it_says_how_it_chose_and_what_it_cost(make_mixtral, tiny_tokenizer, que
     calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions, score=score)
     assert calibration.loss == ("choice" if score == "metric" else score)
     found = methods.plans([name], calibration, keep=4)[name]
-    assert found.how.partition(",")[0] in (loss_aware.CURVATURE if score == "kl" else RULES)
+    assert found.how.partition(",")[0] in (set_changes.CURVATURE if score == "kl" else RULES)
     # Forth twice, back once, all experts once, and at least one candidate judged.
     assert found.layer_tokens > 3 * 3 * calibration.tokens
 
@@ -234,7 +234,7 @@ def test_it_beats_what_the_literature_keeps_where_an_expert_harms(make_mixtral, 
 
 @pytest.mark.parametrize("keep", [3, 6])
 def test_beyond_enumeration_as_many_are_kept(make_mixtral, tiny_tokenizer, questions, keep, monkeypatch):
-    monkeypatch.setattr(loss_aware, "MOST_SETS", 1)
+    monkeypatch.setattr(set_changes, "MOST_SETS", 1)
     calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions)
     for name, found in methods.plans(["loss_aware", "loss_aware_rounds"], calibration, keep=keep, k=1).items():
         assert all((len(part.kept), part.k) == (keep, 1) for part in found.plan.layers), name
