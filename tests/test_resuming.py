@@ -257,7 +257,7 @@ def test_the_commands_of_the_readme_resume(folder: Path, tmp_path: Path, monkeyp
     url = f"sqlite:///{tmp_path}/moeopt.db"
     for old, new in {
         "mistralai/Mixtral-8x7B-Instruct-v0.1": "'a model'", "--task boolq": "--task multiple_choice --data '{rows}'",
-        "--keep 4": "--keep 3", "--groups 4": "--groups 2", "--trials 400": "--trials {trials} --limit 4",
+        "--keep 4": "--keep 3", "--groups 4": "--groups 2", "--trials 150": "--trials {trials} --limit 4",
         "sqlite:///moeopt.db": url, "--device-map auto": "--device-map cpu",
     }.items():  # fmt: skip
         assert old in search

@@ -220,18 +220,18 @@ def test_a_database_that_does_not_come_back_is_one_error(own: Own, name: str, wh
     backend = genome.shared(study)[0]  # type: ignore[index]
 
     def objective(trial: optuna.Trial) -> float:
+        engine = own.engine()
+        if trial.number == 1 and engine.name == "mysql":
+            time.sleep(1.1)  # it knows by the second when its tables were made
         if trial.number == 1 and what == "tables made anew":
-            engine = own.engine()
-            if engine.name == "mysql":
-                time.sleep(1.1)  # it knows by the second when its tables were made
             TABLES.drop_all(engine)
             TABLES.create_all(engine)
-            engine.dispose()
         elif trial.number == 1:
             own.drop()
             own.create()
             if what == "made anew":
                 opened(own.url, f"{name}-other")
+        engine.dispose()
         return loss(trial)
 
     wanted = "dropped or is being restored" if what == "dropped" else "the study is not in it any more"
