@@ -61,9 +61,9 @@ ARC-Easy, methods calibrated on 160 questions by `choice`, 1,000 test questions,
 | hc_smoe | 3.1 | +.0050 | +.0008 [-.0066, +.0077] | -.011 [-.023, +.001] |
 | loss_aware | 8.7 | -.1319 | **-.0944 [-.1155, -.0742]** | **+.043 [+.023, +.062]** |
 
-loss_aware is above every other method by 3.8 points [1.7, 5.8] (reap) or more, and above the full model; 72 % of what it
-gains on the questions that it looked at holds. By `likelihood` in place of `choice` it has the same accuracy, +.043
-[+.023, +.063]: here there is no difference, and `likelihood` stays the default.
+loss_aware is above every other method by 3.8 points [1.7, 5.8] (reap) or more, and above the full model; 72 % of what
+it gains on the questions that it looked at holds. By `likelihood` in place of `choice` it has the same accuracy,
++.043 [+.023, +.063]: here there is no difference, and `likelihood` stays the default.
 
 At r = 16, next to loss_aware's plan, 3 of 90 single swaps gain, up to .0003; what the derivative says of swaps
 correlates with what they do at .96 (.87 at r = 8), with a = 1.3 (1.8) and b = .8 (.5). Gradient steps in W_RM (logits,
