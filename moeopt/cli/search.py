@@ -49,10 +49,7 @@ EXAMPLES = (
 )
 
 RACED = ("guided", "local")
-RUNGS = 4
-"""How often a trial of our own samplers is held against the best: at equal cost they search four times the examples."""
-GUIDES = 0.3
-"""The share of layer-tokens that guides may take, where they are asked for without one."""
+"""Samplers whose trials race by default."""
 SPACE, OPTIMISER, STOP = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("What may vary", "Optimiser", "When to stop")
 )
@@ -184,7 +181,8 @@ def search(
     from moeopt import samplers, tasks
     from moeopt.plan import ModelShape
     from moeopt.samplers.eep import PUBLISHED, PUBLISHED_TRIALS
-    from moeopt.samplers.guided import GUIDED
+    from moeopt.samplers.guided import GUIDED, SHARE
+    from moeopt.samplers.local import RUNGS
     from moeopt.spaces import PruneSpace
 
     shape = arguments.quick_shape(model)
@@ -205,7 +203,7 @@ def search(
     if rungs is None:
         rungs = len(evaluated["rungs"]) if evaluated else RUNGS if sampler in RACED else 1
     if guide is None:
-        guide = evaluated.get("guide", 0.0) if evaluated else GUIDES if sampler == GUIDED and score != "metric" else 0.0
+        guide = evaluated.get("guide", 0.0) if evaluated else SHARE if sampler == GUIDED and score != "metric" else 0.0
     fitted = arguments.for_trials(sampler, sampler_options, trials, stored)
     chosen_sampler = samplers.get(sampler, chosen_space, seed=seed, **fitted)
     described = {

@@ -30,14 +30,14 @@ from moeopt.genome import METHOD
 from moeopt.models import Sizes, load
 from moeopt.objective import Objective
 from moeopt.plan import Plan
+from moeopt.samplers.guided import SHARE
+from moeopt.samplers.local import RUNGS
 from moeopt.spaces import PruneSpace
 from moeopt.study import best_trial, create_study, finished, optimize
 from moeopt.study.warm_starts import CHOICE
 
 KEEP = 2
 TRIALS = 150
-RUNGS = 4
-GUIDE = 0.3
 DRAWS = 20
 EXAMPLES = {"search": 96, "test": 250}
 WINDOWS = {"search": 24, "test": 96}
@@ -88,7 +88,7 @@ def run(
     with _one_thread(), _no_bars():
         model, tokenizer = load(MODEL)
         space = PruneSpace.of(model, keep=KEEP)
-        objective = Objective(model, tokenizer, task, space, limit=sizes["search"], rungs=RUNGS, guide=GUIDE)
+        objective = Objective(model, tokenizer, task, space, limit=sizes["search"], rungs=RUNGS, guide=SHARE)
         study = create_study(
             name,
             objective=objective,

@@ -77,14 +77,17 @@ class Seen:
     def gated(self, scores: Tensor) -> Tensor:
         """The weights that the layer makes of the scores of the experts that run, (..., k)."""
         if self.rule.normalised:
-            scores = scores / (scores.sum(-1, keepdim=True) + self.rule.epsilon).clamp_min(TINY)
+            scores = scores / self._divisor(scores.sum(-1, keepdim=True))
         return scores * self.rule.scale
 
     def factor(self, total: Tensor) -> Tensor:
         """What `gated` multiplies scores with that sum to `total`, of any shape."""
         if not self.rule.normalised:
             return torch.full_like(total, self.rule.scale)
-        return self.rule.scale / (total + self.rule.epsilon).clamp_min(TINY)
+        return self.rule.scale / self._divisor(total)
+
+    def _divisor(self, total: Tensor) -> Tensor:
+        return (total + self.rule.epsilon).clamp_min(TINY)
 
     @property
     def depends_on_set(self) -> bool:

@@ -38,6 +38,8 @@ from moeopt.spaces.base import Space, kept_rows, one_hot_pair
 
 GUIDED = "guided"
 """The move."""
+SHARE = 0.3
+"""The share of layer-tokens that guides may take (`Objective(guide=)`), where nobody says another."""
 SIGNED, SQUARED = 1.0, 1.5
 """What (a, b) is before any trial: gauss_newton 3 of `loss_aware`, the best where experts differ."""
 SPREAD = 0.5

@@ -46,6 +46,9 @@ from moeopt.samplers.base import (
 )
 from moeopt.spaces.base import Phase, Space
 
+RUNGS = 4
+"""At how many rungs trials race by default: at equal cost, that searches some four times the examples."""
+
 
 @dataclass(frozen=True)
 class Arm:
