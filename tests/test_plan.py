@@ -189,8 +189,8 @@ def test_bad_files(tmp_path: Path) -> None:
     save_file({"a": np.zeros(2)}, tmp_path / "other")
     with pytest.raises(PlanError, match="not a moeopt plan"):
         Plan.load(tmp_path / "other")
-    save_file({}, tmp_path / "newer", metadata={"format": "moeopt-plan", "version": "3"})
-    with pytest.raises(PlanError, match=r"plan format version '3'; this is moeopt .*, which reads 1 to 2"):
+    save_file({}, tmp_path / "newer", metadata={"format": "moeopt-plan", "version": "4"})
+    with pytest.raises(PlanError, match=r"plan format version '4'; this is moeopt .*, which reads 1 to 3"):
         Plan.load(tmp_path / "newer")
     head = {"format": "moeopt-plan", "version": "1"}
     save_file({}, tmp_path / "malformed", metadata=head | {"layers": "[{}]"})

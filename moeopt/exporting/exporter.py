@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -55,6 +56,7 @@ def export(
     model: PreTrainedModel | str | Path,
     study: optuna.Study | None = None,
     form: Form = "auto",
+    about: Mapping[str, Any] | None = None,
     projection: Projection | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -79,6 +81,7 @@ def export(
         study: the study the trial belongs to; with it, scores and the study's description go into ``moeopt.json``.
         form: ``"stock"`` or ``"custom"``; ``"auto"`` is stock where that expresses the plan. ``moeopt.json`` says which
             it became.
+        about: what the plan's file says of it (`Plan.about`), to be recorded; of a refit the model card tells it.
         projection: what it cost to make the plan one that a stock checkpoint expresses, to be recorded.
         shard_bytes: largest size of one weight file.
 
@@ -109,6 +112,8 @@ def export(
     form, reason = chosen_form(plan, folder, form)
     record |= {"form": form, **({} if reason is None else {"why_custom": reason})}
     record |= {"source": str(folder.resolve()), "fingerprint": plan.fingerprint}
+    if about:
+        record["about"] = dict(about)
     if projection is not None:
         record["projection"] = asdict(projection)
     try:
@@ -119,7 +124,7 @@ def export(
             if prepared.layout.nbytes + files > shutil.disk_usage(out.parent).free:
                 raise ExportError(f"cannot write {str(out)!r}: {needs(prepared.layout.nbytes + files, out.parent)}")
             with appearing(out) as temporary:
-                _write(temporary, source, prepared, plan, record, shard_bytes)
+                _write(temporary, source, prepared, plan, record, shard_bytes, about)
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         file = error.filename2 or error.filename
@@ -223,7 +228,13 @@ def prepare(source: Source, plan: Plan, form: Literal["stock", "custom"]) -> Pre
 
 
 def _write(
-    folder: Path, source: Source, prepared: Prepared, plan: Plan, record: dict[str, Any], shard_bytes: int
+    folder: Path,
+    source: Source,
+    prepared: Prepared,
+    plan: Plan,
+    record: dict[str, Any],
+    shard_bytes: int,
+    about: Mapping[str, Any] | None,
 ) -> None:
     from moeopt.models.gate import CODE
 
@@ -232,8 +243,8 @@ def _write(
     write_json(folder / "config.json", prepared.config)
     if prepared.code is not None:
         write_text(folder / CODE, prepared.code.decode())
-    with room_for(folder / "plan.safetensors", sum(part.expert_matrix.nbytes for part in plan.layers)):
-        plan.save(folder / "plan.safetensors")
+    with room_for(folder / "plan.safetensors", plan.nbytes):
+        plan.save(folder / "plan.safetensors", about=about)
     write_json(folder / "moeopt.json", record | {"plan": plan_record(prepared.written)})
     text = card(source.folder, prepared.written, record, prepared.layout.nbytes, source.nbytes, prepared.unread.lines())
     write_text(folder / "README.md", text)

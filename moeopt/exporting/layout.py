@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moeopt.errors import ExportError, PlanError
@@ -50,12 +51,14 @@ class Layout:
     Args:
         tensors: name, dtype and shape of every tensor, in the order of the full checkpoint.
         made: how those are made that come from the full checkpoint.
-        given: the others.
+        given: the others, each made when its turn comes.
+        fitted: names of those among them that are experts' weights.
     """
 
     tensors: dict[str, Stored] = field(default_factory=dict)
     made: list[Made] = field(default_factory=list)
-    given: dict[str, Tensor] = field(default_factory=dict)
+    given: dict[str, Callable[[Source], Tensor]] = field(default_factory=dict)
+    fitted: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -64,8 +67,8 @@ class Layout:
 
     @property
     def merged_dtypes(self) -> set[dtype]:
-        """Dtypes of tensors that are mixtures, which rounds them."""
-        names = [made.outputs[0].name for made in self.made if made.matrix is not None]
+        """Dtypes of tensors that are mixtures or sums, which rounds them."""
+        names = [made.outputs[0].name for made in self.made if made.matrix is not None] + self.fitted
         return {torch_dtype(self.tensors[name].dtype) for name in names}
 
     def parts(self, source: Source) -> Iterator[tuple[str, int, bytes]]:
@@ -82,8 +85,10 @@ class Layout:
                         yield output.name, (output.start + at) * size, piece
             else:
                 yield from self._mixed(made, source, size)
-        for name, tensor in self.given.items():
-            yield name, 0, tensor.numpy().tobytes()
+        for name, make in self.given.items():
+            import torch
+
+            yield name, 0, make(source).contiguous().view(torch.uint8).numpy().tobytes()
 
     def _mixed(self, made: Made, source: Source, size: int) -> Iterator[tuple[str, int, bytes]]:
         """In the steps of `merge`, so that rounding is the same."""
@@ -127,6 +132,7 @@ def lay_out(
         PlanError: when the plan is not for this checkpoint.
     """
     from moeopt.models import lacking, placed
+    from moeopt.models.merging import DOWN, is_transposed
 
     if len(plan.layers) != len(layers):
         raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the checkpoint has {len(layers)}")
@@ -148,7 +154,9 @@ def lay_out(
             continue
         kind, layer = role
         part = plan.layers[layer.index]
-        if kind == "experts":
+        if kind == "experts" and part.down is not None and places[name].name.endswith(f".{DOWN}"):
+            _lay_down(layout, name, source, part, is_transposed(layer.experts))
+        elif kind == "experts":
             _lay_experts(layout, name, source, part)
         elif form == "custom" and part.router in ("prob", "alias"):
             layout.tensors[name] = stored
@@ -193,29 +201,75 @@ def _copied(name: str, size: int) -> Made:
 
 
 def _lay_experts(layout: Layout, name: str, source: Source, part: LayerPlan) -> None:
-    from moeopt.models.names import NUMBERED
-
-    stored, number = source.tensors[name], NUMBERED.search(name)
-    if number is None:
+    stored, numbered = source.tensors[name], _numbered(name, source, part)
+    if numbered is None:
         _lay_stacked(layout, name, stored, part, part.kept, part.expert_matrix)
         return
-    i = int(number[1])
+    i, names = numbered
     if i >= part.kept_experts:
         return
     layout.tensors[name] = stored
     if i:  # made together with those of expert 0
         return
-
-    def of(j: int) -> str:
-        return f"{name[: number.start(1)]}{j}{name[number.end(1) :]}"
-
-    for j in range(part.experts):
-        other = source.tensors.get(of(j))
-        if other is None or (other.shape, other.dtype) != (stored.shape, stored.dtype):
-            raise ExportError(f"{of(j)!r} is not of the shape and dtype of {name!r}, {stored.shape} {stored.dtype}")
-    inputs = tuple(Slice(of(j), 0, stored.size) for j in range(part.experts))
-    outputs = tuple(Slice(of(j), 0, stored.size) for j in range(part.kept_experts))
+    inputs, outputs = (
+        tuple(Slice(other, 0, stored.size) for other in some) for some in (names, names[: part.kept_experts])
+    )
     layout.made.append(_made(outputs, inputs, part.kept, part.expert_matrix, name, stored))
+
+
+def _numbered(name: str, source: Source, part: LayerPlan) -> tuple[int, list[str]] | None:
+    """The number of the expert that a tensor belongs to, and the like tensors of all n; None: it holds all experts'."""
+    from moeopt.models.names import NUMBERED
+
+    stored, number = source.tensors[name], NUMBERED.search(name)
+    if number is None:
+        return None
+    i, names = int(number[1]), [f"{name[: number.start(1)]}{j}{name[number.end(1) :]}" for j in range(part.experts)]
+    for other in names if i == 0 else ():
+        there = source.tensors.get(other)
+        if there is None or (there.shape, there.dtype) != (stored.shape, stored.dtype):
+            raise ExportError(f"{other!r} is not of the shape and dtype of {name!r}, {stored.shape} {stored.dtype}")
+    return i, names
+
+
+def _lay_down(layout: Layout, name: str, source: Source, part: LayerPlan, transposed: bool) -> None:
+    """Fitted down projections: of one expert, (hidden, inner) as of any linear layer, or of all as in the model."""
+    import torch
+
+    from moeopt.models.merging import merge, write_down
+
+    down, stored, numbered = part.down, source.tensors[name], _numbered(name, source, part)
+    assert down is not None
+    r, form = down.shape[0], down.shape[1:]
+    transposed = transposed and numbered is None
+    if stored.shape[-2:] != (form[::-1] if transposed else form):
+        raise ExportError(
+            f"{name!r} has shape {stored.shape}, the plan has down projections of (hidden, inner) = {form}"
+        )
+    if numbered is not None and numbered[0] >= r:
+        return
+    kind, matrix = torch_dtype(stored.dtype), torch.from_numpy(part.expert_matrix.copy())
+    if not kind.is_floating_point or BYTES[stored.dtype] < 2:
+        raise ExportError(f"{name!r} is stored as {stored.dtype}, which weights cannot be fitted in")
+    layout.tensors[name] = stored if numbered is not None else replace(stored, shape=(r, *stored.shape[1:]))
+
+    def made(source: Source) -> torch.Tensor:
+        experts = range(r) if numbered is None else [numbered[0]]
+        out = torch.empty(len(experts), *stored.shape[-2:], dtype=kind)
+        for place, i in enumerate(experts):
+
+            def merged(i: int = i) -> torch.Tensor:
+                if numbered is None:
+                    every = source.tensor(name).view(stored.shape)
+                else:
+                    every = torch.stack([source.tensor(other).view(stored.shape) for other in numbered[1]])
+                return merge(matrix[i : i + 1], every)[0]
+
+            write_down(down, i, merged, out[place], transposed)
+        return out if numbered is None else out[0]
+
+    layout.given[name] = made
+    layout.fitted.append(name)
 
 
 def _lay_stacked(
@@ -247,6 +301,10 @@ def _made(
     return Made(outputs, inputs, matrix=matrix)
 
 
+def _same(tensor: Tensor, source: Source) -> Tensor:
+    return tensor
+
+
 def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Roles, places: dict[str, Placed]) -> None:
     """W_RM, float32 (r, n), and aliases, int64 (n,), beside the weights of the routers that they belong to."""
     import torch
@@ -263,4 +321,4 @@ def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Rol
         beside = (name for name, place in places.items() if place.name == f"{module}.weight" and name.endswith(end))
         name = f"{next(beside, f'{module}.weight').removesuffix('weight')}{leaf}"
         layout.tensors[name] = Stored(dtype_name(tensor.dtype), tuple(tensor.shape))
-        layout.given[name] = tensor
+        layout.given[name] = partial(_same, tensor)

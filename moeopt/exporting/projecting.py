@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeopt.errors import PlanError
 from moeopt.plan import LayerPlan, Matrix, Plan, one_hot
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def project(
         batch_tokens: padded tokens a forward pass.
 
     Raises:
-        PlanError: when the plan does not fit the model.
+        PlanError: when the plan does not fit the model, or is refitted and of different r by layer.
         TaskError: when the task has no examples in one of the splits.
     """
     from moeopt.methods.calibration import Calibration
@@ -179,6 +180,11 @@ def _fit_layer(part: LayerPlan, seen: Sequence[Seen], r: int, k: int) -> tuple[L
 
 def _padded(part: LayerPlan, r: int, score: NDArray[np.float32]) -> tuple[tuple[int, ...] | None, Matrix, list[int]]:
     """Experts kept (or None) and W_EM, (r, n), with those of the full model that come back, and which those are."""
+    if part.down is not None and r > part.kept_experts:
+        raise PlanError(
+            f"a refitted layer of {part.kept_experts} experts cannot get back others to have {r}, as a stock "
+            "checkpoint needs; project the plan first, then refit it"
+        )
     used = set(part.kept or part.expert_matrix.argmax(1).tolist())
     back = [int(j) for j in np.argsort(-score) if j not in used]
     back = (back + [j for j in range(part.experts) if j not in back])[: r - part.kept_experts]
@@ -191,6 +197,7 @@ def _candidates(
 ) -> list[tuple[str, LayerPlan]]:
     kept, w_em, back = padded
     experts: dict[str, Any] = {"kept": kept} if kept is not None else {"w_em": w_em}
+    experts["down"] = part.down
     scores = rule.scores(logits).double().cpu().numpy()
     rows = [*(part.router_rows or _likeliest(part, scores)), *back]
     selected = LayerPlan(part.experts, 1, **experts, w_rm=one_hot(rows, part.experts), router="rows")

@@ -38,6 +38,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
             entry["w_rm"] = p.router_matrix.tolist()
         if p.router == "prob":
             entry["negative"] = p.negative
+        if p.down is not None:
+            entry["down"] = {"shape": list(p.down.shape), "rank": p.down.rank}
     return {**shared, "layers": layers}
 
 
@@ -80,6 +82,8 @@ def card(
         ]
     for remark in remarks:
         lines += ["", f"{_code(remark[0].upper() + remark[1:])}."]
+    if plan.is_refitted:
+        lines += ["", _refitted(plan, record.get("about", {}).get("refit"))]
     if "projection" in record:
         cost = record["projection"]
         lines += [
@@ -100,6 +104,17 @@ def card(
             "split that the search minimised; expect a higher loss on unseen data.",
         ]
     return "\n".join([*lines, "", "`moeopt.json` says what was done, layer by layer; `plan.safetensors` exactly.", ""])
+
+
+def _refitted(plan: Plan, refit: Any) -> str:
+    """What the model card says of down projections that were fitted, and of what they were fitted to."""
+    number = sum(layer.down is not None for layer in plan.layers)
+    text = f"In {number} layers the experts' down projections are fitted, by ridge regression, to the full model"
+    try:
+        data = f"`{_code(refit['task']['name'])}`, `{_code(refit['split'])}`"
+        return f"{text}: {refit['tokens']:,} tokens of {refit['sequences']:,} sequences of {data}."
+    except (TypeError, KeyError, ValueError):
+        return f"{text}."
 
 
 def _code(text: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,7 @@ def as_rows(layer: LayerPlan) -> LayerPlan:
     """The layer with a one-hot mapping of probabilities or logits written as selected router rows; else as it is."""
     if layer.router_rows is None:
         return layer
-    w_rm = layer.w_rm
-    return LayerPlan(layer.experts, layer.k, kept=layer.kept, w_em=layer.w_em, w_rm=w_rm, skip=layer.skip)
+    return replace(layer, router="rows", negative="clamp")
 
 
 def read_config(source: Path) -> dict[str, Any]:

@@ -12,12 +12,14 @@ _HOMES = {
     "Calibration": "calibration",
     "Found": "registry",
     "Method": "base",
+    "Refit": "refitting",
     "Seen": "seen",
     "Wanted": "base",
     "check": "names",
     "get": "registry",
     "plan": "registry",
     "plans": "registry",
+    "refit": "refitting",
     "skipping": "thresholds",
 }
 
@@ -27,12 +29,14 @@ __all__ = [
     "Calibration",
     "Found",
     "Method",
+    "Refit",
     "Seen",
     "Wanted",
     "check",
     "get",
     "plan",
     "plans",
+    "refit",
     "skipping",
 ]
 
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from moeopt.methods.base import Method, Wanted
     from moeopt.methods.calibration import Calibration
     from moeopt.methods.names import ROUTERS, check
+    from moeopt.methods.refitting import Refit, refit
     from moeopt.methods.registry import METHODS, Found, get, plan, plans
     from moeopt.methods.seen import Seen
     from moeopt.methods.thresholds import skipping

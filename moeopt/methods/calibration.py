@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,6 +174,7 @@ class Stream:
     Attributes:
         depth: decoder layers.
         moe: for every MoE layer, the index of its decoder layer.
+        states: for each batch, the hidden states where it is now, (rows, width, hidden).
 
     Raises:
         ModelError: when the model cannot be run layer by layer.
@@ -186,7 +187,7 @@ class Stream:
         self.depth, self.moe = len(self._parts.layers), self._parts.moe
         device = input_device(calibration.model)
         begun = [self._parts.begin(batch.inputs(device)) for batch in self._batches]
-        self._states = [hidden for hidden, _ in begun]
+        self.states = [hidden for hidden, _ in begun]
         self._calls = [calls for _, calls in begun]
 
     def advance(self, index: int, watch: Callable[[Batch], None], plan: Plan | None = None) -> None:
@@ -197,10 +198,14 @@ class Stream:
             there = stack.enter_context(self._parts.loaded(index))
             for b, batch in enumerate(self._batches):
                 watch(batch)
-                self._states[b] = self._calls[b][index](self._parts.layers[index], self._states[b], there)
+                self.states[b] = self._calls[b][index](self._parts.layers[index], self.states[b], there)
+
+    def loaded(self, index: int) -> AbstractContextManager[torch.device | None]:
+        """Decoder layer `index` with its weights in place, also under offload."""
+        return self._parts.loaded(index)
 
     def look(self, index: int, watch: Callable[[Batch], None]) -> None:
         """As `advance` without a plan, but the batches stay where they are."""
-        before = list(self._states)
+        before = list(self.states)
         self.advance(index, watch)
-        self._states = before
+        self.states = before

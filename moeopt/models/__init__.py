@@ -11,6 +11,7 @@ from moeopt.models.names import Placed, lacking, placed
 from moeopt.models.patching import (
     Patched,
     Storage,
+    check_makes,
     experts_run_by,
     patched,
     plan_in_force,
@@ -37,6 +38,7 @@ __all__ = [
     "check_device",
     "check_device_map",
     "check_dtype",
+    "check_makes",
     "check_model",
     "describe",
     "empty_model",

@@ -6,7 +6,8 @@ EEP, arXiv 2407.00945, section 3.2.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeopt.models.layers import _weights_map, stacked
-from moeopt.plan import Matrix
+from moeopt.plan import DownProjections, LayerPlan
 
 CHUNK_BYTES = 4 << 20
+DOWN = "down_proj"
+"""Name of the down projections among the tensors of an experts module: (n, hidden, inner), or transposed."""
 
 
 @torch.no_grad()
@@ -45,8 +48,9 @@ def merge(matrix: Tensor, tensor: Tensor, out: Tensor | None = None) -> Tensor:
 class MergedCache:
     """Merged expert tensors of a model's layers, kept from one `patched` to the next.
 
-    A layer is computed again only when its w_em differs from the one its tensors were made from, and then into the
-    same memory. Holds r / n of the experts' size for every layer that was ever merged, until `clear`.
+    A layer is computed again only when its w_em or its down projections differ from those that its tensors were made
+    from, and then into the same memory. Holds r / n of the experts' size for every layer that was ever merged, until
+    `clear`.
     """
 
     def __init__(self) -> None:
@@ -55,14 +59,14 @@ class MergedCache:
         )
         self.merges = 0
 
-    def tensors(self, experts: nn.Module, w_em: Matrix) -> Mapping[str, Tensor]:
+    def tensors(self, experts: nn.Module, part: LayerPlan) -> Mapping[str, Tensor]:
         """The (r, ...) merged tensors of an experts module whose weights are on their device now."""
-        source = stacked(experts, w_em.shape[1])
-        key = _key(experts, source, w_em)
+        source = stacked(experts, part.experts)
+        key = _key(experts, source, part)
         known, buffers = self._entries.get(experts, (None, {}))
         if known != key:
             self._entries.pop(experts, None)  # so that an interrupted merge is not taken for a finished one
-            merge_into(buffers, source, w_em)
+            merge_into(buffers, source, part, is_transposed(experts))
             self._entries[experts] = (key, buffers)
             self.merges += 1
         return buffers
@@ -88,27 +92,65 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
         self._held: tuple[weakref.ref[nn.Module], object] | None = None
 
-    def tensors(self, experts: nn.Module, w_em: Matrix) -> Mapping[str, Tensor]:
+    def tensors(self, experts: nn.Module, part: LayerPlan) -> Mapping[str, Tensor]:
         """The (r, ...) merged tensors of an experts module, valid until the next call."""
-        source = stacked(experts, w_em.shape[1])
-        key = _key(experts, source, w_em)
+        source = stacked(experts, part.experts)
+        key = _key(experts, source, part)
         if self._held is None or self._held[0]() is not experts or self._held[1] != key:
             self._held = None
-            merge_into(self._buffers, source, w_em)
+            merge_into(self._buffers, source, part, is_transposed(experts))
             self._held = weakref.ref(experts), key
         return self._buffers
 
 
-def merge_into(buffers: dict[str, Tensor], source: Mapping[str, Tensor], w_em: Matrix) -> None:
-    """Write the merge of every (n, ...) tensor of `source` into `buffers`, reusing those whose form fits."""
+def merge_into(
+    buffers: dict[str, Tensor], source: Mapping[str, Tensor], part: LayerPlan, transposed: bool = False
+) -> None:
+    """Write what the plan makes of every (n, ...) tensor of `source` into `buffers`, reusing those whose form fits."""
     with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside of it
-        matrix = torch.from_numpy(np.array(w_em))
+        matrix = torch.from_numpy(np.array(part.expert_matrix))
         for name in set(buffers) - set(source):
             del buffers[name]
         for name, tensor in source.items():
-            old, shape = buffers.get(name), (w_em.shape[0], *tensor.shape[1:])
+            old, shape = buffers.get(name), (len(matrix), *tensor.shape[1:])
             fits = old is not None and old.shape == shape and (old.dtype, old.device) == (tensor.dtype, tensor.device)
-            buffers[name] = merge(matrix, tensor, old if fits else None)
+            buffers[name] = out = old if old is not None and fits else tensor.new_empty(shape)
+            if name != DOWN or part.down is None:
+                merge(matrix, tensor, out)
+                continue
+            for i in range(len(matrix)):
+                write_down(part.down, i, partial(_merged, matrix[i : i + 1], tensor), out[i], transposed)
+
+
+def _merged(row: Tensor, tensor: Tensor) -> Tensor:
+    return merge(row, tensor)[0]
+
+
+@torch.no_grad()
+def write_down(
+    down: DownProjections, expert: int, merged: Callable[[], Tensor], out: Tensor, transposed: bool
+) -> Tensor:
+    """Write the down projection of new expert `expert` into `out`, (hidden, inner) or transposed, and return it.
+
+    Args:
+        down: of a plan.
+        expert: its number among the r.
+        merged: what the expert's would be without them; asked for only where they are added to it.
+        out: of the model's dtype.
+        transposed: whether `out` and `merged()` are (inner, hidden).
+    """
+    if down.whole is not None:
+        given = torch.from_numpy(down.whole[expert].copy())
+        return out.copy_(given.T if transposed else given)
+    assert down.left is not None
+    assert down.right is not None
+    update = torch.from_numpy(down.left[expert].copy()) @ torch.from_numpy(down.right[expert].copy())
+    return out.copy_(merged().float() + (update.T if transposed else update).to(out.device))
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether an experts module stores its projections (n, in, out), not (n, out, in)."""
+    return bool(getattr(experts, "is_transposed", False))
 
 
 def merged_view(experts: nn.Module, tensors: Mapping[str, Tensor], n: int) -> Any:
@@ -128,10 +170,11 @@ def merged_view(experts: nn.Module, tensors: Mapping[str, Tensor], n: int) -> An
     return view
 
 
-def _key(experts: nn.Module, source: Mapping[str, Tensor], w_em: Matrix) -> object:
+def _key(experts: nn.Module, source: Mapping[str, Tensor], part: LayerPlan) -> object:
     away = hasattr(experts, "_hf_hook") and bool(_weights_map(experts))  # then every load makes new tensors
     own = [(name, t.dtype, t.device, None if away else identity(t)) for name, t in source.items()]
-    return w_em.shape, w_em.tobytes(), own
+    w_em, down = part.expert_matrix, None if part.down is None else part.down.digests
+    return w_em.shape, w_em.tobytes(), down, own
 
 
 def identity(tensor: Tensor) -> object:

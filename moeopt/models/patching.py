@@ -17,9 +17,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moeopt.errors import ModelError, PlanError
 from moeopt.models.balancing import BalancedLoss
 from moeopt.models.layers import MoELayer, is_offloaded, is_quantised, moe_layers
-from moeopt.models.merging import MergedCache, Scratch, merged_view
+from moeopt.models.merging import DOWN, MergedCache, Scratch, is_transposed, merged_view
 from moeopt.models.routing import MappedRouter, RoutingRule, learn_rule, probe_tokens
-from moeopt.plan import LayerPlan, Matrix, Plan, one_hot
+from moeopt.plan import LayerPlan, Plan
 
 Storage = Literal["auto", "resident", "scratch"]
 PREFIX = "moeopt-"
@@ -150,6 +150,15 @@ def routing_rules(model: nn.Module) -> tuple[RoutingRule, ...]:
         return _attach(model).rules
 
 
+def check_makes(model: nn.Module) -> None:
+    """Raise ModelError unless every layer of `model` takes experts with down projections of a plan's own."""
+    with _suspended(model):
+        attachment = _attach(model)
+        for layer in attachment.layers:
+            _check_merging(model, attachment, layer)
+            _down_of(layer)
+
+
 @dataclass(eq=False)
 class _Patch:
     """Everything that a plan hangs on a model; can be attached and detached any number of times."""
@@ -251,10 +260,11 @@ def _patch_for(model: nn.Module, plan: Plan, attachment: _Attachment, storage: S
         if part.is_identity and part.k == layer.k:
             continue
         routers[layer.index] = MappedRouter(layer, rule, part)
-        if part.w_em is not None:
+        if part.makes_experts:
             _check_merging(model, attachment, layer)
+            _check_down(layer, part)
             keep = storage == "resident" or (storage == "auto" and not is_offloaded(layer.experts))
-            experts[layer.index] = _merging(cache if keep else scratch, part.w_em)
+            experts[layer.index] = _merging(cache if keep else scratch, part)
         if part.skip:
             _check_dispatch(layer, "skipped")
             experts[layer.index] = _skipping(experts.get(layer.index))
@@ -262,11 +272,11 @@ def _patch_for(model: nn.Module, plan: Plan, attachment: _Attachment, storage: S
     return _Patch(attachment.layers, routers, experts, plan, balancing)
 
 
-def _merging(store: MergedCache | Scratch, w_em: Matrix) -> Run:
-    """Run on the merged experts."""
+def _merging(store: MergedCache | Scratch, part: LayerPlan) -> Run:
+    """Run on the experts that the plan makes."""
 
     def run(forward: Forward, experts: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        return forward(merged_view(experts, store.tensors(experts, w_em), w_em.shape[1]), *args, **kwargs)
+        return forward(merged_view(experts, store.tensors(experts, part), part.experts), *args, **kwargs)
 
     return run
 
@@ -347,7 +357,7 @@ def _check_merging(model: nn.Module, attachment: _Attachment, layer: MoELayer) -
     last = (layer.n - 1,)
     plan, rule = LayerPlan(layer.n, 1, kept=last), attachment.rules[layer.index]
     kept = _Patch(attachment.layers, {layer.index: MappedRouter(layer, rule, plan)}, {})
-    merging = _merging(Scratch(), one_hot(last, layer.n))
+    merging = _merging(Scratch(), plan)
     routers = {layer.index: MappedRouter(layer, rule, plan, renumber=False)}
     merged = _Patch(attachment.layers, routers, {layer.index: merging})
     if not _same(_run(layer, kept), _run(layer, merged)):
@@ -355,6 +365,26 @@ def _check_merging(model: nn.Module, attachment: _Attachment, layer: MoELayer) -
             f"{layer.name}: {type(layer.experts).__name__} gives other results on a merged copy of an expert"
         )
     attachment.merging_checked.add(_kind(layer))
+
+
+def _check_down(layer: MoELayer, part: LayerPlan) -> None:
+    """Down projections of a plan must be of the layer's form."""
+    if part.down is None:
+        return
+    tensor = _down_of(layer)
+    sizes = tuple(tensor.shape[:0:-1] if is_transposed(layer.experts) else tensor.shape[1:])
+    if part.down.shape[1:] != sizes:
+        raise PlanError(
+            f"layer {layer.index} of the plan has down projections of shape (hidden, inner) = {part.down.shape[1:]}, "
+            f"those of {layer.name} are {sizes}"
+        )
+
+
+def _down_of(layer: MoELayer) -> Tensor:
+    tensor: Tensor | None = getattr(layer.experts, DOWN, None)
+    if tensor is None:
+        raise ModelError(f"{layer.name}: {type(layer.experts).__name__} has no {DOWN}, so that none can be fitted")
+    return tensor
 
 
 def _dispatches(layer: MoELayer) -> bool:

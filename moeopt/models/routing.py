@@ -174,7 +174,7 @@ class MappedRouter:
     """A forward hook that makes a layer's router choose among the plan's experts.
 
     The router's logits, (tokens, n), are returned as they are. Weights and expert numbers are those of `plan`: numbers
-    of the *original* experts where the plan keeps experts, 0..r-1 where it merges them.
+    of the *original* experts where the plan keeps experts, 0..r-1 where it makes them.
 
     Attributes:
         calls: how often the hook ran.
@@ -193,7 +193,7 @@ class MappedRouter:
                 f"{layer.name}: {type(layer.router).__name__} corrects its choice of experts by a bias; a mapping of "
                 f'probabilities or logits (router="{plan.router}") does not say how: keep experts with router="rows"'
             )
-        numbers = torch.tensor(plan.kept) if (plan.kept is not None if renumber is None else renumber) else None
+        numbers = torch.tensor(plan.kept) if (not plan.makes_experts if renumber is None else renumber) else None
         if plan.aliases is not None:
             aliases = torch.tensor(plan.aliases)
             numbers = aliases if numbers is None else numbers[aliases]

@@ -14,9 +14,10 @@ Dynamic skipping (NAEE, arXiv 2402.14800, section 3.3) also leaves out, token by
 Arrays here are numpy float32; nothing in this room needs torch, except reading EEP's own `.pth` files.
 """
 
+from moeopt.plan.down import DownProjections
 from moeopt.plan.layer import LayerPlan, Negative, Router
 from moeopt.plan.matrices import Matrix, one_hot
 from moeopt.plan.plan import Plan
 from moeopt.plan.shape import ModelShape
 
-__all__ = ["LayerPlan", "Matrix", "ModelShape", "Negative", "Plan", "Router", "one_hot"]
+__all__ = ["DownProjections", "LayerPlan", "Matrix", "ModelShape", "Negative", "Plan", "Router", "one_hot"]

@@ -10,6 +10,7 @@ import numpy as np
 
 from moeopt.errors import PlanError
 from moeopt.plan.checks import MOST_EXPERTS, integer
+from moeopt.plan.down import DownProjections
 from moeopt.plan.matrices import Matrix, checked_matrix, frozen, one_hot, one_hot_rows
 
 Router = Literal["rows", "prob", "logit", "alias"]
@@ -37,6 +38,8 @@ class LayerPlan:
             (a token whose whole top-k is 0 gets a zero MoE output); ``"eep"`` keeps them, as EEP's code does.
         skip: beta of dynamic skipping, between 0 (no skipping) and 1: of the k experts of a token those whose weight is
             less than beta times the largest are left out, and the weights of the others renormalised.
+        down: down projections of the r experts in place of those that `kept` or `w_em` gives, as `moeopt.refit` fits
+            them.
 
     Raises:
         PlanError: naming the value that does not fit and the shape or range that would.
@@ -50,6 +53,7 @@ class LayerPlan:
     router: Router = "rows"
     negative: Negative = "clamp"
     skip: float = 0.0
+    down: DownProjections | None = None
 
     def __post_init__(self) -> None:
         n = integer("experts", self.experts, low=1, high=MOST_EXPERTS)
@@ -98,6 +102,8 @@ class LayerPlan:
         else:
             integer("k", self.k, low=1, high=r, what=f"k must be between 1 and the {r} experts kept")
         object.__setattr__(self, "skip", float(np.float32(self.skip)) if self.k > 1 else 0.0)
+        if self.down is not None and self.down.shape[0] != r:
+            raise PlanError(f"down must hold the projections of the {r} experts kept, got {self.down.shape[0]}")
 
     @property
     def kept_experts(self) -> int:
@@ -127,18 +133,28 @@ class LayerPlan:
         return one_hot_rows(cast(Matrix, self.w_rm).T) if self.router == "alias" else None
 
     @property
+    def makes_experts(self) -> bool:
+        """Whether the layer's experts are not among the full model's: merged, or with down projections of their own.
+
+        They are then numbered 0 to r - 1.
+        """
+        return self.kept is None or self.down is not None
+
+    @property
     def is_identity(self) -> bool:
-        """Whether the layer keeps all n experts, in order, router untouched, none skipped (k may still differ)."""
+        """Whether the layer keeps all n experts as they are, in order, router too, none skipped (k may differ)."""
         everything = tuple(range(self.experts))
-        return self.kept == everything and self.router_rows == everything and not self.skip
+        plain = self.skip == 0 and self.down is None
+        return plain and self.kept == everything and self.router_rows == everything
 
     def _key(self, *, ordered: bool) -> bytes:
         matrix = np.concatenate([self.expert_matrix, self.router_matrix], axis=1) + np.float32(0.0)  # -0.0 becomes 0.0
-        if not ordered:
-            matrix = matrix[np.lexsort(matrix.T[::-1])]
+        order = range(len(matrix)) if ordered else np.lexsort(matrix.T[::-1])
+        matrix = matrix[order]
         head = f"{self.experts},{self.k},{self.router},{self.negative if self.router == 'prob' else ''}"
         head += f",{self.skip!r};" if self.skip else ";"
-        return head.encode() + np.ascontiguousarray(matrix, dtype="<f4").tobytes()
+        weights = b"" if self.down is None else b"".join(self.down.digests[i] for i in order)
+        return head.encode() + np.ascontiguousarray(matrix, dtype="<f4").tobytes() + weights
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LayerPlan) and self._key(ordered=True) == other._key(ordered=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import cast
+from typing import Any, cast
 
 from moeopt.errors import PlanError
 from moeopt.plan import eep_files, saving
@@ -75,8 +75,9 @@ class Plan:
 
     @property
     def is_one_hot(self) -> bool:
-        """Whether every layer is a plain pruning: kept experts with their own router rows, none skipped."""
-        return all(x.kept is not None and x.router_rows == x.kept and not x.skip for x in self.layers)
+        """Whether every layer is a plain pruning: kept experts as they are with their own router rows, none skipped."""
+        plain = all(not x.skip and x.down is None for x in self.layers)
+        return plain and all(x.kept is not None and x.router_rows == x.kept for x in self.layers)
 
     def first_difference(self, other: Plan) -> int | None:
         """Index of the first layer in which `other` differs, or None when the plans are equal.
@@ -90,9 +91,23 @@ class Plan:
             )
         return next((i for i, (a, b) in enumerate(zip(self.layers, other.layers)) if a != b), None)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as one safetensors file with JSON metadata; a file of that name is replaced whole."""
-        saving.write(self.layers, path)
+    def save(self, path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
+        """Write the plan as one safetensors file with JSON metadata; a file of that name is replaced whole.
+
+        Args:
+            path: of the file.
+            about: JSON to keep beside the plan, such as how it came about.
+        """
+        saving.write(self.layers, path, about)
+
+    @staticmethod
+    def about(path: str | os.PathLike[str]) -> dict[str, Any]:
+        """What a file says about its plan; empty where `save` was told nothing.
+
+        Raises:
+            PlanError: when the file cannot be read.
+        """
+        return saving.about(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -124,6 +139,18 @@ class Plan:
             PlanError: when the file cannot be read, a key cannot be placed, or a layer has no matrix.
         """
         return cls(tuple(eep_files.read(path, integer("n_layers", n_layers, low=1), k)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its matrices and of down projections of its own."""
+        downs = [array for layer in self.layers if layer.down is not None for array in layer.down.arrays.values()]
+        matrices = [matrix for layer in self.layers for matrix in (layer.expert_matrix, layer.w_rm)]
+        return sum(array.nbytes for array in (*downs, *matrices) if array is not None)
+
+    @property
+    def is_refitted(self) -> bool:
+        """Whether some layer has down projections of its own."""
+        return any(layer.down is not None for layer in self.layers)
 
     def with_k(self, k: int) -> Plan:
         """The same plan with k experts activated per token in every layer."""

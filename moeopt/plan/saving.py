@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeopt import __version__
 from moeopt.errors import PlanError
 from moeopt.files import MALFORMED, write_atomically
+from moeopt.plan.down import DownProjections
 from moeopt.plan.layer import LayerPlan
 from moeopt.showing import line, shown
 
 FORMAT = "moeopt-plan"
-FORMAT_VERSION = 2
-"""Of files that hold an alias or skip; others are written as version 1."""
+FORMAT_VERSION = 3
+"""Of files that hold down projections; of those that hold an alias or skip it is 2, of others 1."""
+TENSOR = re.compile(r"layers\.\d+\.(w_em|w_rm|down\.(whole|left|right))")
 
 
-def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str]) -> None:
-    """Write the layers of a plan; a file of that name is replaced whole."""
+def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
+    """Write the layers of a plan, and JSON about it; a file of that name is replaced whole."""
     from safetensors.numpy import save
 
     records, tensors = [], {}
@@ -42,9 +46,30 @@ def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str]) -> None:
             matrix = getattr(layer, name)
             if matrix is not None:
                 tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(matrix)
-    version = FORMAT_VERSION if any(x.skip or x.router == "alias" for x in layers) else 1
+        for name, array in ({} if layer.down is None else layer.down.arrays).items():
+            if array is not None:
+                tensors[f"layers.{i}.down.{name}"] = np.ascontiguousarray(array)
+    version = 2 if any(x.skip or x.router == "alias" for x in layers) else 1
+    version = FORMAT_VERSION if any(x.down is not None for x in layers) else version
     metadata = {"format": FORMAT, "version": str(version), "moeopt": __version__, "layers": json.dumps(records)}
+    if about:
+        metadata["about"] = json.dumps(about)
     write_atomically(Path(path), save(tensors, metadata=metadata))
+
+
+def about(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write` was told about a plan; empty where that was nothing."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as file:
+            text = (file.metadata() or {}).get("about", "{}")
+        value = json.loads(text)
+    except (SafetensorError, OSError, *MALFORMED) as error:
+        raise PlanError(f"what {str(path)!r} says about its plan cannot be read ({line(str(error), 500)})") from None
+    if not isinstance(value, dict):
+        raise PlanError(f"what {str(path)!r} says about its plan must be a JSON object, got {shown(value)}")
+    return value
 
 
 def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
@@ -57,7 +82,7 @@ def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
         with safe_open(str(path), framework="np") as file:
             metadata = file.metadata() or {}
             names = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names if re.fullmatch(r"layers\.\d+\.w_(em|rm)", name)}
+            tensors = {name: file.get_tensor(name) for name in names if TENSOR.fullmatch(name)}
     except (SafetensorError, OSError, *MALFORMED) as error:
         reason = line(str(error), 500)
         raise PlanError(f"{str(path)!r} is not a plan: it cannot be read as a safetensors file ({reason})") from None
@@ -81,10 +106,12 @@ def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
                 router=record["router"],
                 negative=record["negative"],
                 skip=record.get("skip", 0.0),
+                down=_down(tensors, f"layers.{i}.down."),
             )
             for i, record in enumerate(records)
         )
-        placed = sum((p.w_em is not None) + (p.w_rm is not None) for p in layers)
+        downs = [array for p in layers if p.down is not None for array in p.down.arrays.values()]
+        placed = sum(array is not None for array in (*downs, *(m for p in layers for m in (p.w_em, p.w_rm))))
     except PlanError as error:
         raise PlanError(f"{str(path)!r}: {line(str(error), 500)}") from None
     except MALFORMED as error:
@@ -93,3 +120,8 @@ def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
         unplaced = shown(sorted(tensors or names), 500)
         raise PlanError(f"{str(path)!r} holds tensors that its metadata does not place: {unplaced}")
     return layers
+
+
+def _down(tensors: dict[str, NDArray[np.float32]], prefix: str) -> DownProjections | None:
+    arrays = {name: tensors.pop(prefix + name, None) for name in ("whole", "left", "right")}
+    return DownProjections(**arrays) if any(array is not None for array in arrays.values()) else None

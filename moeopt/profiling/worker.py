@@ -169,7 +169,7 @@ def usable_layers(model: Any) -> tuple[tuple[MoELayer, ...], str | None]:
 
 def experts_of(layer: LayerPlan) -> range | tuple[int, ...]:
     """The numbers that a planned layer's router gives its experts."""
-    return range(layer.kept_experts) if layer.kept is None else tuple(sorted(layer.kept))
+    return range(layer.kept_experts) if layer.makes_experts else tuple(sorted(layer.kept or ()))
 
 
 def free_bytes(device_map: str | None) -> int:

@@ -1,0 +1,387 @@
+"""Refit: what pruning or merging took from a layer, given back in closed form.
+
+Experts are f_i(x) = W2_i a_i(x), with a_i all that comes before the down projection W2_i. Once a plan says which
+experts there are and how the router weighs them, the layer's output is linear in W2 = [W2_1 .. W2_r]: it is A W2' with
+A = [g_1 a_1 .. g_r a_r], (tokens, r inner), g_i the weight that expert i gets. So W2 is fitted by ridge regression to
+give the full model's hidden states behind the layer, h, in place of the small model's, h':
+
+    D = (A'A + lam I)^-1 A' (h - h'),   W2' <- W2' + D.
+
+Layer by layer, the earlier layers being refitted already: so each one also makes up for what those before it lost,
+which gives back more than fitting it to what the full model's own layer adds (`benchmarks/refit.py`). No derivative, no
+training loop; the result is an ordinary checkpoint. Related: MergeMoE (arXiv 2510.14436), which fits merged experts.
+
+lam is chosen for each layer among `RIDGES` times the mean of A'A's diagonal, on a quarter of the sequences that the fit
+has not seen; a layer that no lam makes better there keeps its weights. The weights are then those of all sequences.
+
+Statistics are added up over batches: A'A, or A itself where tokens are fewer than columns, which gives the same D by
+D = A' (A A' + lam I)^-1 (h - h'). Experts of more than `COLUMNS` columns together are fitted a few at a time, each to
+what the others leave, `SWEEPS` times in turn (block Gauss-Seidel). So memory is that of `COLUMNS` squared and of the
+hidden states of the calibration, whatever the model.
+
+A solution of low rank q takes q (hidden + inner) numbers an expert: D_i V V', V being the first q right singular
+vectors of A_i D_i, is the nearest to D_i of that rank in what the expert gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeopt.errors import MethodError, ModelError
+from moeopt.methods.calibration import Calibration, Stream
+from moeopt.methods.ridge import Gram, Products, Rows
+from moeopt.methods.seen import Seen
+from moeopt.models import MoELayer, check_makes, fingerprint, patched
+from moeopt.models.merging import DOWN, Scratch, is_transposed, merged_view
+from moeopt.plan import DownProjections, LayerPlan, Plan
+
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""What lam may be, in means of A'A's diagonal."""
+HELD_OUT = 4
+"""Of so many sequences one is what lam is chosen on."""
+COLUMNS = 8192
+"""Of A that are fitted at once."""
+SWEEPS = 2
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What became of one layer.
+
+    Args:
+        ridge: lam in means of A'A's diagonal, of the last experts where they were fitted a few at a time; None: the
+            layer keeps its weights.
+        before, after: squared distance of the hidden states behind it from the full model's, on sequences that the fit
+            has not seen, as a share of the squares of what the full model's experts give there; the earlier layers are
+            refitted in both.
+    """
+
+    ridge: float | None
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What `refit` gives.
+
+    Args:
+        plan: with down projections of its own.
+        layers: what became of each layer.
+        layer_tokens: what it cost: tokens times decoder layers, experts that run again for A counting as a layer.
+        seconds: wall time.
+        calibrated: task, split, sequences and tokens that it was fitted to, and its options, as JSON.
+    """
+
+    plan: Plan
+    layers: tuple[LayerFit, ...]
+    layer_tokens: int
+    seconds: float
+    calibrated: Mapping[str, Any]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as `Plan.save`, with what was fitted to what, which an export's model card tells."""
+        self.plan.save(path, about={"refit": {**self.calibrated, "layers": [asdict(fit) for fit in self.layers]}})
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        fitted = [fit for fit in self.layers if fit.ridge is not None]
+        whole = [i for i, fit in enumerate(self.layers) if fit.ridge is None]
+        before, after = (np.mean([getattr(fit, name) for fit in self.layers]) for name in ("before", "after"))
+        lines = [
+            f"refitted {len(fitted)} of {len(self.layers)} layers; on sequences that the fit has not seen, the squared "
+            f"distance from the full model's hidden states is {after:.3f} of what its experts give, was {before:.3f}"
+        ]
+        if whole:
+            lines.append(f"not better there, so that they keep their weights: layers {', '.join(map(str, whole))}")
+        return lines
+
+
+def refit(
+    plan: Plan,
+    calibration: Calibration,
+    *,
+    ridges: Sequence[float] = RIDGES,
+    rank: int | None = None,
+    columns: int = COLUMNS,
+    parts: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Refit:
+    """The plan with the down projections of its experts fitted to the full model; see the top of this file.
+
+    Args:
+        plan: any plan of the model: pruned, merged, searched, of different r or k by layer, with skipping, or refitted.
+        calibration: the full model, and the sequences to fit to.
+        ridges: what lam may be, in means of A'A's diagonal.
+        rank: q, of the change, for each expert; None: any. A plan that is refitted already keeps whole matrices.
+        columns: most columns of A that are fitted at once; memory is some 16 of their squares, in bytes.
+        parts: a folder, made where there is none, that keeps every layer that is done, so that the same call goes on
+            where it was cut off.
+        progress: called with the layers done, all of them, and what comes.
+
+    Raises:
+        MethodError: for fewer than four sequences, ridges that are not above 0, a rank below 1, a model that does not
+            run layer by layer, or a folder of parts of something else.
+        PlanError: when the plan does not fit the model.
+        ModelError: when the model's experts are quantised, or take no down projections of a plan.
+    """
+    started = time.perf_counter()
+    if not ridges or not all(np.isfinite(ridge) and ridge > 0 for ridge in ridges):
+        raise MethodError(f"ridges must be numbers above 0, got {list(ridges)}")
+    for name, value in (("rank", rank), ("columns", columns)):
+        if value is not None and value < 1:
+            raise MethodError(f"{name} must be at least 1, got {value}")
+    if calibration.sequences < HELD_OUT:
+        raise MethodError(
+            f"a refit needs at least {HELD_OUT} sequences, to choose its ridge on one of {HELD_OUT}; there are "
+            f"{calibration.sequences}"
+        )
+    options = {"ridges": [float(ridge) for ridge in ridges], "rank": rank, "columns": columns}
+    check_makes(calibration.model)
+    done = _Parts(None if parts is None else Path(parts), _digest(plan, calibration, options))
+    layers, fits, runs = list(plan.layers), list[LayerFit](), 0
+    with calibration.ready():
+        try:
+            full, small = Stream(calibration), Stream(calibration)
+        except ModelError as error:
+            raise MethodError(f"refit goes layer by layer, which this model does not allow: {error}") from error
+        for index in range(full.depth):
+            if index not in full.moe:
+                full.advance(index, _nothing)
+                small.advance(index, _nothing)
+                continue
+            number = full.moe.index(index)
+            if progress is not None:
+                progress(number, len(layers), f"refit: layer {number}")
+            original = list[Seen]()
+            with calibration.watching(original.append) as watch:
+                full.advance(index, watch)
+            stored = done.get(number)
+            if stored is None:
+                entering, batches = list(small.states), list[Seen]()
+                with patched(calibration.model, Plan(tuple(layers))), calibration.watching(batches.append) as watch:
+                    small.advance(index, watch)  # the plan first, so that its routing is what is seen
+                gaps = [
+                    (there - here).float()[batch.mask.bool().to(here.device)]
+                    for there, here, batch in zip(full.states, small.states, calibration.batches)
+                ]
+                with small.loaded(index):
+                    fitting = _LayerFitting(calibration.layers[number], layers[number], batches, gaps, original)
+                    layers[number], fit = fitting.run(ridges, rank, columns)
+                runs += 1 + fitting.runs
+                if fit.ridge is not None:
+                    small.states = entering
+                    small.advance(index, _nothing, Plan(tuple(layers)))
+                done.put(number, layers[number], fit)
+            else:
+                layers[number], fit = stored
+                small.advance(index, _nothing, Plan(tuple(layers)))
+            fits.append(fit)
+    if progress is not None:
+        progress(len(layers), len(layers), "refit: done")
+    cost = calibration.tokens * (2 * full.depth + runs)
+    calibrated = {
+        "task": calibration.task.describe(),
+        "split": calibration.split,
+        "sequences": calibration.sequences,
+        "tokens": calibration.tokens,
+        **options,
+    }
+    return Refit(Plan(tuple(layers)), tuple(fits), cost, time.perf_counter() - started, calibrated)
+
+
+def _nothing(_batch: Any) -> None:
+    pass
+
+
+class _LayerFitting:
+    """One layer of the small model, what enters it, and how far what leaves it is from the full model's.
+
+    Attributes:
+        runs: how often the experts ran for A.
+    """
+
+    def __init__(
+        self, layer: MoELayer, part: LayerPlan, batches: list[Seen], gaps: list[Tensor], original: list[Seen]
+    ) -> None:
+        self.layer, self.part, self.batches, self.gaps = layer, part, batches, gaps
+        self.weights = [self._weights(seen) for seen in batches]
+        self.held = [seen.sequence.to(gap.device) % HELD_OUT == HELD_OUT - 1 for seen, gap in zip(batches, gaps)]
+        routed = (seen.routed[held] for seen, held in zip(original, self.held))
+        self.given = sum(float(y.double().square().sum()) for y in routed)
+        self.tensors = Scratch().tensors(layer.experts, part)
+        self.transposed = is_transposed(layer.experts)
+        sizes = self.tensors[DOWN].shape
+        self.hidden, self.inner = (sizes[2], sizes[1]) if self.transposed else (sizes[1], sizes[2])
+        self.runs = 0
+
+    def _weights(self, seen: Seen) -> Tensor:
+        """What each of the r experts weighs for each token, float32 (tokens, r)."""
+        r, index = self.part.kept_experts, seen.index
+        if not self.part.makes_experts:
+            place = torch.zeros(self.part.experts, dtype=torch.int64, device=index.device)
+            place[list(self.part.kept or ())] = torch.arange(r, device=index.device)
+            index = place[index]
+        return torch.zeros(len(index), r, device=index.device).scatter_add_(1, index, seen.gates.float())
+
+    def run(self, ridges: Sequence[float], rank: int | None, columns: int) -> tuple[LayerPlan, LayerFit]:
+        """The layer with fitted weights, or as it is."""
+        r, at_once = self.part.kept_experts, max(1, columns // self.inner)
+        groups = [range(first, min(first + at_once, r)) for first in range(0, r, at_once)]
+        before = self._held_out()
+        fits = [torch.zeros(len(group) * self.inner, self.hidden, device=self.gaps[0].device) for group in groups]
+        chosen = [ridges[0]] * len(groups)
+        single = len(groups) == 1
+        for _ in range(1 if single else SWEEPS):
+            for g, group in enumerate(groups):
+                fitted, held = self._products(group, fits[g])
+                trials = {ridge: self._solved(fitted, ridge, rank, group) for ridge in ridges}
+                left = {ridge: held.left(trial) for ridge, trial in trials.items()}
+                chosen[g] = min(left, key=lambda ridge: left[ridge])
+                if not single:
+                    self._take(group, trials[chosen[g]] - fits[g])
+                fits[g] = trials[chosen[g]]
+        after = left[chosen[0]] if single else self._held_out()
+        if not after < before:
+            share = before / self.given if self.given else 0.0
+            return self.part, LayerFit(None, share, share)
+        for g, group in enumerate(groups):  # once more, with the sequences that were held out
+            if not single:
+                fitted, held = self._products(group, fits[g])
+            new = self._solved(fitted.joined(held), chosen[g], rank, group)
+            if not single:
+                self._take(group, new - fits[g])
+            fits[g] = new
+        change = torch.cat(fits).view(r, self.inner, self.hidden).transpose(1, 2)
+        fit = LayerFit(chosen[-1], before / self.given, after / self.given)
+        return replace(self.part, down=self._projections(change, rank)), fit
+
+    def _held_out(self) -> float:
+        return sum(float(gap[held].double().square().sum()) for gap, held in zip(self.gaps, self.held))
+
+    def _products(self, group: range, fit: Tensor) -> tuple[Products, Products]:
+        """Of the tokens that the fit sees and of those held out; these experts' own fit counts as to be found."""
+        columns = len(group) * self.inner
+        active = [(weights[:, group.start : group.stop] != 0).any(1) for weights in self.weights]
+        kind = Gram if sum(int(a.sum()) for a in active) >= columns else Rows
+        fitted, held = kind(columns, self.hidden), kind(columns, self.hidden)
+        for b, here in enumerate(active):
+            a, out = self._columns(group, b, here), self.held[b][here]
+            gap = self.gaps[b][here]
+            target = gap + a @ fit if fit.any() else gap
+            fitted.add(a[~out], target[~out])
+            held.add(a[out], target[out])
+            # what no expert of the group is weighed in cannot be explained by it
+            held.squares += float(self.gaps[b][~here & self.held[b]].double().square().sum())
+        self.runs += -(-self.inner // self.hidden)
+        return fitted, held
+
+    def _take(self, group: range, change: Tensor) -> None:
+        """Subtract from the gaps what a change of these experts gives."""
+        for b, weights in enumerate(self.weights):
+            here = (weights[:, group.start : group.stop] != 0).any(1)
+            self.gaps[b][here] -= self._columns(group, b, here) @ change
+        self.runs += -(-self.inner // self.hidden)
+
+    def _columns(self, group: range, b: int, tokens: Tensor) -> Tensor:
+        """A of some experts and tokens (bool) of a batch, float32 (tokens, experts x inner)."""
+        hidden, weights = self.batches[b].hidden[tokens], self.weights[b][tokens]
+        a = torch.zeros(len(hidden), len(group), self.inner, device=weights.device)
+        for place, i in enumerate(group):
+            there = weights[:, i].nonzero()[:, 0]
+            if len(there):
+                a[there, place] = self._activations(i, hidden[there], weights[there, i])
+        return a.flatten(1)
+
+    def _activations(self, i: int, hidden: Tensor, weights: Tensor) -> Tensor:
+        """g_i a_i, float32 (tokens, inner).
+
+        What comes before the down projection is the family's own: its experts run with rows of the identity in place of
+        W2, as many at a time as W2 has. A product with them is exact in any dtype.
+        """
+        first = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
+        own = {name: tensor[i : i + 1] for name, tensor in self.tensors.items()}
+        found = []
+        for start in range(0, self.inner, self.hidden):
+            down = torch.zeros(self.hidden, self.inner, dtype=own[DOWN].dtype, device=hidden.device)
+            rows = range(min(self.hidden, self.inner - start))
+            down[rows, range(start, start + len(rows))] = 1
+            given = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.startswith(f"{DOWN}_")}
+            given[DOWN] = (down.T if self.transposed else down)[None]
+            view = merged_view(self.layer.experts, own | given, self.part.experts)
+            output = type(self.layer.experts).forward(view, hidden, first, weights[:, None].to(hidden.dtype))
+            found.append(output[:, : len(rows)])
+        return torch.cat(found, 1).float()
+
+    def _solved(self, products: Products, ridge: float, rank: int | None, group: range) -> Tensor:
+        """D, (experts x inner, hidden), of the rank that is asked for."""
+        try:
+            d = products.solution(ridge * max(products.scale, torch.finfo(torch.float32).tiny))
+        except ArithmeticError as error:
+            raise MethodError(f"{self.layer.name}: {error}; give larger ridges") from None
+        if rank is None:
+            return d
+        for place in range(len(group)):
+            own = slice(place * self.inner, (place + 1) * self.inner)
+            vectors = torch.linalg.eigh(products.given(d[own], own).double()).eigenvectors[:, -rank:].float()
+            d[own] = d[own] @ vectors @ vectors.T
+        return d
+
+    def _projections(self, change: Tensor, rank: int | None) -> DownProjections:
+        """Those of a change, (r, hidden, inner): itself, of low rank, or all numbers, exact in the model's dtype."""
+        if rank is not None and self.part.down is None:
+            probe = torch.randn(self.inner, min(rank, *change.shape[1:]), generator=torch.Generator().manual_seed(0))
+            left = torch.linalg.qr(change @ probe.to(change.device)).Q  # spans the columns of a matrix of that rank
+            return DownProjections(left=left.cpu().numpy(), right=(left.mT @ change).cpu().numpy())
+        now = self.tensors[DOWN]
+        whole = (now.mT if self.transposed else now).float() + change
+        return DownProjections(whole=whole.to(now.dtype).float().cpu().numpy())
+
+
+class _Parts:
+    """Layers that are done, a plan file each, in a folder."""
+
+    def __init__(self, folder: Path | None, of: str) -> None:
+        self.folder, self.of = folder, of
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, number: int) -> tuple[LayerPlan, LayerFit] | None:
+        """A layer that is done, and what became of it."""
+        if self.folder is None or not self._file(number).is_file():
+            return None
+        about = Plan.about(self._file(number))
+        if about.get("of") != self.of:
+            raise MethodError(
+                f"{str(self._file(number))!r} is of another refit: of another plan, model, calibration or other "
+                "options; give an empty folder"
+            )
+        return Plan.load(self._file(number)).layers[0], LayerFit(**about["fit"])
+
+    def put(self, number: int, layer: LayerPlan, fit: LayerFit) -> None:
+        if self.folder is not None:
+            Plan((layer,)).save(self._file(number), about={"of": self.of, "fit": asdict(fit)})
+
+    def _file(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"layer-{number}.safetensors"
+
+
+def _digest(plan: Plan, calibration: Calibration, options: dict[str, Any]) -> str:
+    """Names model, plan, sequences and options."""
+    digest = hashlib.sha256(f"{fingerprint(calibration.model)},{plan.prefixes()[-1].hex()},{options}".encode())
+    for batch in calibration.batches:
+        digest.update(batch.ids.numpy().tobytes() + batch.mask.numpy().tobytes() + batch.numbers.numpy().tobytes())
+    return digest.hexdigest()[:32]
