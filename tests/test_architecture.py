@@ -71,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "description",
         "errors",
         "lazily",
+        "methods",
         "plan",
         "genome",
         "models",

@@ -20,6 +20,7 @@ from moeopt.cli import (
     export,
     lm_eval,
     profile,
+    refit,
     search,
     select,
     show,
@@ -77,6 +78,6 @@ def _common(
 
 
 for command in (
-    demo, search, show, select, export, verify, profile, lm_eval, compare_methods, compare, dashboard, worker,
+    demo, search, show, select, refit, export, verify, profile, lm_eval, compare_methods, compare, dashboard, worker,
 ):  # fmt: skip
     command.register(app)

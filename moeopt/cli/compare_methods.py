@@ -68,6 +68,9 @@ def compare_methods(
     skip: Annotated[
         bool, COMPARED("--skip", help="Also each plan with NAEE's dynamic skipping, its thresholds calibrated.")
     ] = False,
+    refit: Annotated[
+        bool, COMPARED("--refit", help="Also each plan with its down projections fitted to the full model.")
+    ] = False,
     draws: Annotated[
         int, COMPARED(metavar="N", min=0, help="Random prunings; dev and test see the first 5 and the best.")
     ] = 20,
@@ -145,6 +148,7 @@ def compare_methods(
                 methods=names,
                 active=actives,
                 skipping=skip,
+                refits=refit,
                 draws=draws,
                 calibration=other,
                 limit=limit,

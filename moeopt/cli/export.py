@@ -99,7 +99,10 @@ def export(
     with err.status(Text(f"writing {out_dir}")), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if opened is None or projection is not None:
-            write(chosen, out_dir, model=model, form=form, projection=projection)
+            from moeopt.plan import Plan
+
+            about = Plan.about(plan) if plan is not None and plan.suffix == ".safetensors" else None
+            write(chosen, out_dir, model=model, form=form, about=about, projection=projection)
         else:
             write(opened[1], out_dir, model=model, study=opened[0], form=form)
     for warning in said:  # what was left out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -39,6 +40,14 @@ Score = Annotated[
         help="What is minimised. likelihood: minus the answers' log-likelihood. choice: minus the log of the right "
         "option's share among the options. metric: 1 minus the task's metric. "
         "Without answers, against the full model: kl, the divergence; acceptance: 1 minus speculative decoding's rate."
+    ),
+]
+RefitFile = Annotated[
+    Path | None,
+    STUDY(
+        "--refit",
+        metavar="FILE",
+        help="Then fit the experts of the best plan to the full model, judge that on dev, and write the plan to FILE.",
     ),
 ]
 Limit = Annotated[int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")]

@@ -24,12 +24,14 @@ from moeopt.cli.options import (
     Dtype,
     Limit,
     Model,
+    RefitFile,
     Score,
     Storage,
     Task,
     TaskOption,
     interrupted,
 )
+from moeopt.cli.refit import check_file, export_again, written
 
 if TYPE_CHECKING:
     import optuna
@@ -152,6 +154,7 @@ def search(
     held: Annotated[
         bool, STUDY(help="Whether to score the best trial and the best start on dev at the end, for two evaluations.")
     ] = True,
+    refit: RefitFile = None,
     storage: Storage = DEFAULT_STORAGE,
     resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
     device_map: DeviceMap = "auto",
@@ -169,6 +172,8 @@ def search(
     from moeopt.study import check_name
 
     check_name(study)
+    if refit is not None:
+        check_file(refit)
     arguments.check_kept(storage, workers)
     task_options = arguments.pairs("--task-option", task_option)
     sampler_options = arguments.pairs("--sampler-option", sampler_option)
@@ -321,9 +326,19 @@ def search(
         compared += "\n"
     if held and "dev" in chosen_task.splits:
         compared += _held(record, objective)
+    refitted = ""
+    if refit is not None:
+        try:
+            lines = written(
+                chosen_space.plan(best), refit, loaded, tokenizer, chosen_task, err, limit=limit, dev_limit=limit,
+                score=score, batch_tokens=batch_tokens,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
+        refitted = "\n".join([*lines, f"  {export_again(model, refit)}", ""])
     place = shlex.join(arguments.storage_again(storage))
     out.print(
-        f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n{compared}"
+        f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n{compared}{refitted}"
         f"  {arguments.show_again(study, storage)}\n"
         f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --study {shlex.quote(study)}",
         markup=False,

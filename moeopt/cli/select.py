@@ -18,12 +18,14 @@ from moeopt.cli.options import (
     DeviceMap,
     Dtype,
     Model,
+    RefitFile,
     ScoreName,
     Storage,
     Task,
     TaskOption,
     interrupted,
 )
+from moeopt.cli.refit import check_file, export_again, written
 from moeopt.selection.checks import MOST, TOP
 
 EXAMPLES = (
@@ -57,6 +59,7 @@ def select(
         ScoreName | None,
         GOAL(help="What the plan is chosen by on dev. Default: what the study minimised."),
     ] = None,
+    refit: RefitFile = None,
     stock: Annotated[bool, GOAL("--stock", help="Only plans that an ordinary checkpoint can hold.")] = False,
     storage: Storage = DEFAULT_STORAGE,
     device_map: DeviceMap = "auto",
@@ -69,6 +72,9 @@ def select(
     options = arguments.pairs("--task-option", task_option)
     arguments.quick_shape(model)
     chosen = tasks.get(task, data=data, **options)
+    if refit is not None:
+        check_file(refit)
+    from moeopt.description import described as stored
     from moeopt.study import read_study
 
     opened = read_study(study, storage)
@@ -98,12 +104,23 @@ def select(
                 batch_tokens=batch_tokens,
                 progress=progress,
             )
+        lines = []
+        if refit is not None:
+            limit = stored(opened)["task"].get("limit")
+            lines = written(
+                found.winner.plan, refit, loaded, tokenizer, chosen, err, limit=limit, dev_limit=dev_limit,
+                score=found.settings["score"], batch_tokens=batch_tokens,
+            )  # fmt: skip
     except KeyboardInterrupt:
         raise interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None
     if not found.evaluated:
         console.print("All of it was on record; nothing was evaluated.")
     console.print(selection.view(found))
+    for text in lines:
+        console.print(text, markup=False, soft_wrap=True)
     place = shlex.join([*arguments.storage_again(storage), "--study", study])
     console.print(
         f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --trial selected", markup=False, soft_wrap=True
     )
+    if refit is not None:
+        console.print(f"  {export_again(model, refit)}", markup=False, soft_wrap=True)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from moeopt.comparing.comparison import SKIPPING, Calibrated, Size, plan_file
+from moeopt.comparing.comparison import REFIT, SKIPPING, Calibrated, Size, plan_file
 from moeopt.comparing.ledger import Known, Ledger
 from moeopt.errors import MethodError
 from moeopt.evaluation import Evaluation, Evaluator
 from moeopt.evaluation.evaluator import Score
-from moeopt.methods import METHODS, Calibration, plans, skipping
+from moeopt.methods import METHODS, Calibration, plans, refit, skipping
 from moeopt.models import describe
 from moeopt.plan import Plan
 
@@ -133,6 +133,17 @@ class Bench:
             cost += calibration.tokens * calibration.decoder_layers
             found = Known(skipping(plan, calibration), cost, calibration.sequences, calibration.tokens)
             self._ledger.keep_plan(found, of, plan_file(f"{name}{SKIPPING}", keep, k))
+        return self._noted(of)
+
+    def refitted(self, plan: Plan, cost: int, name: str, keep: int, k: int) -> Known:
+        """A plan refitted to what methods look at, `cost` being what the plan itself cost."""
+        self.step(f"refitting {name}, keep {keep}, k {k}")
+        of = _digest(self._looked_at, "refit", plan.fingerprint, cost)
+        if self._ledger.plan(of) is None:
+            calibration = self.calibration
+            made = refit(plan, calibration)
+            known = Known(made.plan, cost + made.layer_tokens, calibration.sequences, calibration.tokens)
+            self._ledger.keep_plan(known, of, plan_file(f"{name}{REFIT}", keep, k))
         return self._noted(of)
 
     def step(self, what: str) -> None:

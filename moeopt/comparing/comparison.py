@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Kind = Literal["full", "random", "best random", "method", "search"]
-SKIPPING = " + skipping"
-"""Ends the name of a row whose plan skips experts by thresholds that were calibrated here."""
+SKIPPING, REFIT = " + skipping", " + refit"
+"""End the name of a row whose plan skips experts by thresholds that were calibrated here, or was refitted here."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,16 @@ class Row:
         return self.plan is not None and any(layer.skip for layer in self.plan.layers)
 
     @property
+    def variant(self) -> str | None:
+        """What ends its name, of a row that is the one above changed."""
+        return next((ending for ending in (SKIPPING, REFIT) if self.name.endswith(ending)), None)
+
+    @property
+    def refitted(self) -> bool:
+        """Whether its plan has down projections of its own."""
+        return self.plan is not None and self.plan.is_refitted
+
+    @property
     def file(self) -> str | None:
         """Name of its plan's file."""
         return None if self.plan is None else plan_file(self.name, self.keep, self.k)
@@ -131,7 +141,7 @@ class Comparison:
         return tuple(dict.fromkeys(row.keep for row in self.rows if row.kind != "full"))
 
     def best_one_shot(self, keep: int, k: int) -> Row | None:
-        """The one-shot method, without skipping, of least loss on `chosen_on`."""
+        """The one-shot method, without skipping and refit, of least loss on `chosen_on`."""
         return best_one_shot(self.rows, keep, k, self.chosen_on)
 
     def table(self, keep: int) -> Table:
@@ -154,8 +164,9 @@ class Comparison:
 
 
 def best_one_shot(rows: Iterable[Row], keep: int, k: int, split: str) -> Row | None:
-    """The row of a one-shot method, without skipping, of least loss on a split; the first of equals."""
-    found = [row for row in rows if row.kind == "method" and (row.keep, row.k) == (keep, k) and not row.skips]
+    """The row of a one-shot method, without skipping and refit, of least loss on a split; the first of equals."""
+    plain = (row for row in rows if not row.skips and not row.refitted)
+    found = [row for row in plain if row.kind == "method" and (row.keep, row.k) == (keep, k)]
     return min(found, key=lambda row: row.loss[split], default=None)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moeopt.comparing.bench import Bench, found_by_each
-from moeopt.comparing.comparison import SKIPPING, Kind, Row
+from moeopt.comparing.comparison import REFIT, SKIPPING, Kind, Row
 from moeopt.comparing.searched import Searched
 from moeopt.errors import MethodError, ModelError, NonFiniteLossError
 from moeopt.evaluation import Evaluation
@@ -23,15 +23,16 @@ class Maker:
         bench: scores plans.
         shape, sizes: of the full model.
         seed: of the random prunings.
-        skipping: whether a row is followed by the same plan with calibrated skipping.
+        skipping, refits: whether a row is followed by the same plan with calibrated skipping, and refitted.
 
     Attributes:
         rows: those made so far.
         left_out: methods that could not be, and why.
     """
 
-    def __init__(self, bench: Bench, shape: ModelShape, sizes: Sizes, seed: int, skipping: bool) -> None:
-        self.bench, self.shape, self.sizes, self.seed, self.skips = bench, shape, sizes, seed, skipping
+    def __init__(self, bench: Bench, shape: ModelShape, sizes: Sizes, seed: int, skipping: bool, refits: bool) -> None:
+        self.bench, self.shape, self.sizes, self.seed = bench, shape, sizes, seed
+        self.skips, self.refits = skipping, refits
         self.rows: list[Row] = []
         self.left_out: list[str] = []
 
@@ -81,7 +82,7 @@ class Maker:
         best = plans[int(losses["search"].argmin())]
         name = f"best of {len(plans)} random"
         self._row("best random", name, best, keep, k, 0)
-        self._skipping("best random", name, best, keep, k, 0)
+        self._variants("best random", name, best, keep, k, 0)
 
     def methods(self, names: Sequence[str], keep: int, k: int, *, strict: bool) -> None:
         """One-shot methods; of these, those that cannot are left out, unless `strict`."""
@@ -91,7 +92,7 @@ class Maker:
                 if isinstance(known, MethodError):
                     raise known
                 self._row("method", name, known.plan, keep, k, known.layer_tokens)
-                self._skipping("method", name, known.plan, keep, k, known.layer_tokens)
+                self._variants("method", name, known.plan, keep, k, known.layer_tokens)
             except (MethodError, ModelError, NonFiniteLossError) as error:
                 if strict:
                     raise
@@ -112,7 +113,7 @@ class Maker:
         """A trial of a study."""
         keep, k = kept(one.plan), max(layer.k for layer in one.plan.layers)
         self._row("search", one.name, one.plan, keep, k, one.layer_tokens)
-        self._skipping("search", one.name, one.plan, keep, k, one.layer_tokens)
+        self._variants("search", one.name, one.plan, keep, k, one.layer_tokens)
 
     def _row(self, kind: Kind, name: str, plan: Plan | None, keep: int, k: int, cost: int) -> None:
         label = f"{name}, keep {keep}, k {k}"
@@ -134,6 +135,12 @@ class Maker:
                 evaluations=found,
             )
         )
+
+    def _variants(self, kind: Kind, name: str, plan: Plan, keep: int, k: int, cost: int) -> None:
+        if self.refits:
+            known = self.bench.refitted(plan, cost, name, keep, k)
+            self._row(kind, f"{name}{REFIT}", known.plan, keep, k, known.layer_tokens)
+        self._skipping(kind, name, plan, keep, k, cost)
 
     def _skipping(self, kind: Kind, name: str, plan: Plan, keep: int, k: int, cost: int) -> None:
         if self.skips and k > 1 and not any(layer.skip for layer in plan.layers):

@@ -36,6 +36,7 @@ def compare(
     methods: Sequence[str] | None = None,
     active: Sequence[int] | None = None,
     skipping: bool = False,
+    refits: bool = False,
     draws: int = DRAWS,
     test_draws: int = TEST_DRAWS,
     calibration: Task | None = None,
@@ -63,6 +64,8 @@ def compare(
         active: numbers of experts that run per token; None: the model's.
         skipping: whether each plan with two or more active experts also comes with NAEE's calibrated dynamic skipping
             (of the random prunings the best one).
+        refits: whether each pruned or merged plan (of the random prunings the best one) also comes refitted
+            (`moeopt.refit`) to what one-shot methods look at.
         draws: random prunings scored on the search split; 0: none.
         test_draws: how many of them are scored on dev and test, too. The best by search loss always is.
         calibration: whose search split one-shot methods look at; None: the task's own, so that they are task-specific.
@@ -109,13 +112,14 @@ def compare(
                     score=score,
                     batch_tokens=batch_tokens,
                     ledger=ledger,
-                    steps=_steps(len(splits), shape, keep, ks, names, draws, test_draws, skipping, found),
+                    steps=_steps(len(splits), shape, keep, ks, names, draws, test_draws, skipping, refits, found),
                     progress=progress or (lambda done, steps, what: None),
                 ),
                 shape,
                 Sizes(model),
                 seed,
                 skipping,
+                refits,
             )
             maker.full(ks)
             for r in dict.fromkeys(keep):
@@ -187,18 +191,19 @@ def _steps(
     draws: int,
     test_draws: int,
     skipping: bool,
+    refits: bool,
     found: Sequence[Searched],
 ) -> int:
     """How often `Bench` will be asked for something, if no method is left out."""
-    skipped = (1 + splits) * skipping
+    skipped, refitted = (1 + splits) * skipping, (1 + splits) * refits
     steps = splits * len({shape.k, *ks}) + sum(skipped for k in ks if k > 1)
     for k in ks:
-        more = skipped if k > 1 else 0
+        more = refitted + (skipped if k > 1 else 0)
         each = len(groups(names)) + len(names) * (splits + more)
         if draws:
             each += draws + min(draws, test_draws) * (splits - 1) + splits + more
         steps += each * len(set(keep))
     for one in found:
         skips = any(layer.skip for layer in one.plan.layers)
-        steps += splits + (skipped if max(layer.k for layer in one.plan.layers) > 1 and not skips else 0)
+        steps += splits + refitted + (skipped if max(layer.k for layer in one.plan.layers) > 1 and not skips else 0)
     return steps

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moeopt.comparing.comparison import SKIPPING, Comparison, Row
+from moeopt.comparing.comparison import Comparison, Row
 from moeopt.console import number, percent
 from moeopt.evaluation import Interval
 from moeopt.evaluation.teacher import LABEL_FREE
@@ -74,7 +74,7 @@ def _cells(c: Comparison, row: Row, several: bool, best: bool) -> list[str | Tex
     elif intervals and chosen is not None and chosen.plan == row.plan:
         intervals[1] = "same plan"
     return [
-        Text("  " + SKIPPING.strip() if row.name.endswith(SKIPPING) else row.name),
+        Text(row.name if row.variant is None else f" {row.variant}"),
         *([str(row.k)] if several else []),
         *(number(row.loss.get(split)) for split in c.splits),
         percent(row.accuracy.get(_last(c))),
@@ -89,7 +89,7 @@ def sentences(comparison: Comparison, keep: int) -> list[str]:
     c, found = comparison, []
     ks = dict.fromkeys(row.k for row in c.rows if row.keep == keep and row.kind != "full")
     for k in ks:
-        here = [row for row in c.rows if (row.keep, row.k) == (keep, k) and not row.name.endswith(SKIPPING)]
+        here = [row for row in c.rows if (row.keep, row.k) == (keep, k) and row.variant is None]
         search = next((row for row in here if row.kind == "search"), None)
         random = next((row for row in here if row.kind == "best random"), None)
         best = c.best_one_shot(keep, k)

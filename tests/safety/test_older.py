@@ -78,9 +78,9 @@ def test_what_is_newer_is_refused_naming_both_versions(tmp_path: Path) -> None:
             call(study)
     from safetensors.numpy import save_file
 
-    facts = {"format": "moeopt-plan", "version": "3", "moeopt": "7.8.9", "layers": "[]"}
+    facts = {"format": "moeopt-plan", "version": "4", "moeopt": "7.8.9", "layers": "[]"}
     save_file({}, tmp_path / "plan.safetensors", metadata=facts)
-    with pytest.raises(PlanError, match=rf"moeopt '7\.8\.9', .*version '3'.*moeopt {moeopt.__version__}"):
+    with pytest.raises(PlanError, match=rf"moeopt '7\.8\.9', .*version '4'.*moeopt {moeopt.__version__}"):
         moeopt.Plan.load(tmp_path / "plan.safetensors")
 
 

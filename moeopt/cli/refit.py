@@ -1,0 +1,147 @@
+"""`moeopt refit`: arguments are checked and handed to `moeopt.selection.refit_judged`."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeopt.cli import arguments
+from moeopt.cli.options import (
+    DEFAULT_STORAGE,
+    GOAL,
+    STUDY,
+    TRIAL,
+    BatchTokens,
+    Data,
+    DeviceMap,
+    Dtype,
+    Limit,
+    Model,
+    Score,
+    Storage,
+    StudyName,
+    Task,
+    TaskOption,
+    interrupted,
+)
+from moeopt.errors import PlanError
+
+if TYPE_CHECKING:
+    from moeopt.plan import Plan
+
+EXAMPLES = (
+    "[bold]Examples[/bold]\n\n"
+    "moeopt refit ./mixtral fitted.safetensors --task boolq --data boolq.jsonl --study boolq-8to4\n\n"
+    "moeopt refit ./mixtral fitted.safetensors --task text --data wiki/ --plan pruned.safetensors --rank 32\n\n"
+    "moeopt export ./mixtral small/ --plan fitted.safetensors\n\n"
+    "Every layer is kept beside the file as soon as it is fitted: the same command again goes on after "
+    "[bold]Ctrl-C[/bold]."
+)
+FITTED = partial(typer.Option, rich_help_panel="Fit")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("refit", epilog=EXAMPLES)(refit)
+
+
+def refit(
+    ctx: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The plan file to write.")],
+    task: Task,
+    plan: Annotated[Path | None, FITTED(help="Plan file of moeopt, or an EEP .pth.")] = None,
+    study: StudyName = None,
+    trial: Annotated[str, STUDY(help=f"{TRIAL}.")] = "best",
+    data: Data = None,
+    task_option: TaskOption = None,
+    limit: Limit = None,
+    dev_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Judge on N dev examples. Default: all.")] = None,
+    score: Score = "likelihood",
+    rank: Annotated[
+        int | None, FITTED(metavar="Q", min=1, help="Rank of each expert's change, for a small file. Default: any.")
+    ] = None,
+    calibration_task: Annotated[
+        str | None, FITTED(metavar="TASK", help="Another task to fit to. Default: the task itself.")
+    ] = None,
+    calibration_data: Annotated[
+        str | None, FITTED(metavar="DATA", help="Its data, as --data; alone, other data of the same task.")
+    ] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    device_map: DeviceMap = "auto",
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = 1024,
+) -> None:
+    """Fit what a smaller model's experts give to the full model, in closed form, and judge it on dev."""
+    options = arguments.pairs("--task-option", task_option)
+    shape = arguments.quick_shape(model)
+    check_file(out)
+    layers = shape.layers if shape else None
+    chosen, title, _ = arguments.chosen_plan("--plan", plan, layers, storage, study, trial)
+    if layers is not None and len(chosen.layers) != layers:
+        raise PlanError(f"the plan is for {len(chosen.layers)} MoE layers, the model has {layers}")
+    from moeopt import tasks
+
+    goal = tasks.get(task, data=data, **options)
+    goal.examples("search")
+    other = None
+    if calibration_task is not None or calibration_data is not None:
+        same = options if calibration_task in (None, task) else {}
+        other = tasks.get(calibration_task or task, data=calibration_data, **same)
+        other.examples("search")
+    from moeopt.console import consoles
+    from moeopt.models import load
+
+    console, err = consoles()
+    try:
+        err.print(f"task {goal.name}: {goal.summary}", markup=False, soft_wrap=True)
+        err.print(f"loading {model}; refitting {title}", markup=False, soft_wrap=True)
+        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+        lines = written(
+            chosen, out, loaded, tokenizer, goal, err, calibration=other, limit=limit, dev_limit=dev_limit, score=score,
+            rank=rank, batch_tokens=batch_tokens,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    console.print(f"  {export_again(model, out)}", markup=False, soft_wrap=True)
+
+
+def check_file(out: Path) -> None:
+    """Raise PlanError for a plan file that could not be written, before any long work."""
+    if out.exists() or out.suffix != ".safetensors":
+        why = "is there already" if out.exists() else "does not end in .safetensors"
+        raise PlanError(f"{str(out)!r} {why}; name a new file to write the refitted plan to")
+    if not out.resolve().parent.is_dir():
+        raise PlanError(f"there is no folder {str(out.parent)!r} to write the refitted plan to")
+
+
+def written(plan: Plan, out: Path, *parts: Any, **options: Any) -> list[str]:
+    """Refit a plan, write it to `out`, and say what that gave.
+
+    Args:
+        plan: what is refitted.
+        out: the plan file.
+        parts: model, tokenizer and task, and the console for progress.
+        options: of `refit_judged`.
+    """
+    from moeopt.console import Steps
+    from moeopt.selection import refit_judged
+
+    *given, err = parts
+    folder = out.with_name(f".{out.name}.layers")
+    with Steps(err) as progress:
+        judged = refit_judged(plan, *given, parts=folder, progress=progress, **options)
+    judged.refit.save(out)
+    shutil.rmtree(folder, ignore_errors=True)
+    return [*judged.lines(), f"{out} holds the refitted plan"]
+
+
+def export_again(model: str, out: Path) -> str:
+    """The command that exports a refitted plan."""
+    return f"moeopt export {shlex.quote(model)} OUT_DIR --plan {shlex.quote(str(out))}"

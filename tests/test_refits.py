@@ -1,0 +1,159 @@
+"""Refits where users meet them: the command, at the end of searches and selections, and in comparisons."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moeopt
+from moeopt.cli import main
+from moeopt.comparing import compare
+from moeopt.demo import MODEL
+from moeopt.evaluation import Evaluator
+from moeopt.methods import Calibration, refitting
+from moeopt.plan import Plan
+from moeopt.selection import refit_judged
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows of the shipped model's task, a pruning, and studies.db with the study `s`."""
+    folder = tmp_path_factory.mktemp("refits")
+    rows = moeopt.demo.rows("caesar", "search", 120)
+    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Plan.one_hot([[0, 1]] * 6, experts=8, k=2).save(folder / "pruned.safetensors")
+    assert main(["search", str(MODEL), *goal(folder), "--keep", "2", "--space", "prune", *SEARCH, *study(folder)]) == 0
+    return folder
+
+
+SEARCH = ["--sampler", "random", "--trials", "2", "--warm-start", "none"]
+
+
+def goal(folder: Path) -> list[str]:
+    return ["--task", "multiple_choice", "--data", str(folder / "task.jsonl"), "--limit", "24"]
+
+
+def study(folder: Path, name: str = "s") -> list[str]:
+    return ["--study", name, "--storage", f"sqlite:///{folder / 'studies.db'}"]
+
+
+def test_the_command_writes_a_better_plan_that_exports(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fitted.safetensors"
+    given = ["refit", str(MODEL), str(out), *goal(place), "--plan", str(place / "pruned.safetensors")]
+    assert main(given) == 0
+    printed = capsys.readouterr().out
+    assert "refitted 6 of 6 layers" in printed
+    assert "better" in printed
+    assert f"moeopt export {MODEL} OUT_DIR --plan {out}" in printed
+    assert Plan.load(out).is_refitted
+    assert list(tmp_path.iterdir()) == [out]
+    assert main(["export", str(MODEL), str(tmp_path / "small"), "--plan", str(out)]) == 0
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "24 sequences of `multiple_choice`" in card
+    assert main(["verify", str(tmp_path / "small"), "--length", "8", "--new-tokens", "2"]) == 0
+    capsys.readouterr()
+    assert main(given) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_cut_off_command_goes_on(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--rank", "4", *goal(place), *study(place)]
+    run, ran = refitting._LayerFitting.run, list[int]()
+
+    def cut_off(self: Any, *arguments: Any) -> Any:
+        ran.append(self.layer.index)
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return run(self, *arguments)
+
+    monkeypatch.setattr(refitting._LayerFitting, "run", cut_off)
+    assert main(["refit", str(MODEL), str(tmp_path / "a.safetensors"), *given]) == 130
+    assert "every layer that was fitted is kept" in " ".join(capsys.readouterr().err.split())
+    assert main(["refit", str(MODEL), str(tmp_path / "a.safetensors"), *given]) == 0
+    assert ran == [0, 1, 2, 2, 3, 4, 5]
+    assert main(["refit", str(MODEL), str(tmp_path / "b.safetensors"), *given]) == 0
+    assert Plan.load(tmp_path / "a.safetensors") == Plan.load(tmp_path / "b.safetensors")
+
+
+def test_searches_and_selections_end_with_it(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    searched, selected = tmp_path / "searched.safetensors", tmp_path / "selected.safetensors"
+    more = ["--keep", "2", "--space", "prune", *SEARCH, *study(place, "other"), "--refit", str(searched)]
+    assert main(["search", str(MODEL), *goal(place), *more]) == 0
+    printed = capsys.readouterr().out
+    assert "refitted - plan:" in printed
+    assert f"--plan {searched}" in printed
+    best = moeopt.load_study("other", storage=f"sqlite:///{place / 'studies.db'}").best_trial
+    about = Plan.about(searched)["refit"]
+    assert about["sequences"] == 24
+    assert about["task"]["name"] == "multiple_choice"
+    assert Plan.load(searched).layers[0].kept is not None
+    assert best.value is not None
+    given = [word for word in goal(place) if word not in ("--limit", "24")]
+    limits = ["--dev-limit", "6", "--test-limit", "6", "--refit", str(selected)]
+    assert main(["select", str(MODEL), *given, *study(place), *limits]) == 0
+    assert f"--plan {selected}" in capsys.readouterr().out
+    assert Plan.about(selected)["refit"]["sequences"] == 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan.txt"], "does not end in .safetensors"),
+        (["nowhere/plan.safetensors"], "there is no folder"),
+        (["new.safetensors", "--plan", "missing"], "no plan file"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_loaded(
+    arguments: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(place)
+    more = [] if "--plan" in arguments else ["--plan", "pruned.safetensors"]
+    assert main(["refit", str(MODEL), *arguments, *more, *goal(place)]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["search", str(MODEL), *goal(place), "--keep", "2", *study(place), "--refit", "plan.txt"]) == 2
+
+
+def test_it_is_judged_on_examples_that_it_has_not_seen() -> None:
+    model, tokenizer = moeopt.load(MODEL)
+    task = moeopt.demo.skill_task("caesar")
+    plan = Plan.one_hot([[0, 1]] * 6, experts=8, k=2)
+    judged = refit_judged(plan, model, tokenizer, task, limit=16, dev_limit=24)
+    evaluator = Evaluator(model, tokenizer, task, split="dev", limit=24)
+    assert judged.fitted is not None
+    assert judged.change is not None
+    assert np.array_equal(judged.fitted.losses, evaluator.evaluate(judged.refit.plan).losses)
+    assert judged.change.high < 0
+    assert any("better" in line for line in judged.lines())
+
+
+def test_a_comparison_has_every_plan_refitted_too(tmp_path: Path) -> None:
+    task = moeopt.demo.skill_task("caesar")
+    model, tokenizer = moeopt.load(MODEL)
+    steps: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"keep": [2], "methods": ["naee", "reap"], "draws": 2, "limit": 16, "test_limit": 24}
+    made = compare(
+        model, tokenizer, task, refits=True, out=tmp_path / "out", **options,
+        progress=lambda done, total, what: steps.append((done, total)),
+    )  # fmt: skip
+    names = [row.name for row in made.rows]
+    for name in ("best of 2 random", "naee", "reap"):
+        plain, fitted = (made.rows[names.index(each)] for each in (name, f"{name} + refit"))
+        assert fitted.loss["test"] < plain.loss["test"]
+        assert fitted.layer_tokens > plain.layer_tokens
+        assert fitted.parameters == plain.parameters
+        expected = moeopt.refit(plain.plan, Calibration(model, tokenizer, task, limit=16)).plan
+        assert fitted.plan == expected
+    assert steps[-1][0] == steps[-1][1]
+    best = made.best_one_shot(2, 2)
+    assert best is not None
+    assert not best.refitted
+    again = compare(model, tokenizer, task, refits=True, out=tmp_path / "out", **options)
+    assert [row.loss for row in again.rows] == [row.loss for row in made.rows]
