@@ -198,7 +198,15 @@ class Stream:
             there = stack.enter_context(self._parts.loaded(index))
             for b, batch in enumerate(self._batches):
                 watch(batch)
-                self.states[b] = self._calls[b][index](self._parts.layers[index], self.states[b], there)
+                self.states[b] = self._through(index, b, self.states[b], there)
+
+    def first(self, index: int, entering: torch.Tensor) -> torch.Tensor:
+        """What leaves decoder layer `index` where hidden states like the first batch's enter it."""
+        with self._parts.loaded(index) as there:
+            return self._through(index, 0, entering, there)
+
+    def _through(self, index: int, b: int, entering: torch.Tensor, there: torch.device | None) -> torch.Tensor:
+        return self._calls[b][index](self._parts.layers[index], entering, there)
 
     def loaded(self, index: int) -> AbstractContextManager[torch.device | None]:
         """Decoder layer `index` with its weights in place, also under offload."""

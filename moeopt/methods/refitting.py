@@ -41,6 +41,7 @@ from moeopt.errors import MethodError, ModelError
 from moeopt.methods.calibration import Calibration, Stream
 from moeopt.methods.ridge import Gram, Products, Rows
 from moeopt.methods.seen import Seen
+from moeopt.methods.sequences import Batch
 from moeopt.models import MoELayer, check_makes, fingerprint, patched
 from moeopt.models.merging import DOWN, Scratch, is_transposed, merged_view
 from moeopt.plan import DownProjections, LayerPlan, Plan
@@ -52,6 +53,8 @@ HELD_OUT = 4
 COLUMNS = 8192
 """Of A that are fitted at once."""
 SWEEPS = 2
+LOUDER, NEARLY = 9, 0.1
+"""How many times what the experts give is what tells whether it is added to the hidden states, and how exactly."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -66,11 +69,15 @@ class LayerFit:
         before, after: squared distance of the hidden states behind it from the full model's, on sequences that the fit
             has not seen, as a share of the squares of what the full model's experts give there; the earlier layers are
             refitted in both.
+        factor: what the layer's output is multiplied with where it is added to the hidden states; None: it is not
+            merely added, such as where a norm follows it, so that the layer was fitted to what the full model's own
+            layer gives.
     """
 
     ridge: float | None
     before: float
     after: float
+    factor: float | None = 1.0
 
 
 @dataclass(frozen=True)
@@ -151,47 +158,18 @@ def refit(
     options = {"ridges": [float(ridge) for ridge in ridges], "rank": rank, "columns": columns}
     check_makes(calibration.model)
     done = _Parts(None if parts is None else Path(parts), _digest(plan, calibration, options))
-    layers, fits, runs = list(plan.layers), list[LayerFit](), 0
     with calibration.ready():
         try:
-            full, small = Stream(calibration), Stream(calibration)
+            run = _Run(plan, calibration, ridges, rank, columns)
         except ModelError as error:
             raise MethodError(f"refit goes layer by layer, which this model does not allow: {error}") from error
-        for index in range(full.depth):
-            if index not in full.moe:
-                full.advance(index, _nothing)
-                small.advance(index, _nothing)
-                continue
-            number = full.moe.index(index)
-            if progress is not None:
-                progress(number, len(layers), f"refit: layer {number}")
-            original = list[Seen]()
-            with calibration.watching(original.append) as watch:
-                full.advance(index, watch)
-            stored = done.get(number)
-            if stored is None:
-                entering, batches = list(small.states), list[Seen]()
-                with patched(calibration.model, Plan(tuple(layers))), calibration.watching(batches.append) as watch:
-                    small.advance(index, watch)  # the plan first, so that its routing is what is seen
-                gaps = [
-                    (there - here).float()[batch.mask.bool().to(here.device)]
-                    for there, here, batch in zip(full.states, small.states, calibration.batches)
-                ]
-                with small.loaded(index):
-                    fitting = _LayerFitting(calibration.layers[number], layers[number], batches, gaps, original)
-                    layers[number], fit = fitting.run(ridges, rank, columns)
-                runs += 1 + fitting.runs
-                if fit.ridge is not None:
-                    small.states = entering
-                    small.advance(index, _nothing, Plan(tuple(layers)))
-                done.put(number, layers[number], fit)
-            else:
-                layers[number], fit = stored
-                small.advance(index, _nothing, Plan(tuple(layers)))
-            fits.append(fit)
+        for index in range(run.full.depth):
+            if index in run.full.moe and progress is not None:
+                number = run.full.moe.index(index)
+                progress(number, len(plan.layers), f"refit: layer {number}")
+            run.advance(index, done)
     if progress is not None:
-        progress(len(layers), len(layers), "refit: done")
-    cost = calibration.tokens * (2 * full.depth + runs)
+        progress(len(plan.layers), len(plan.layers), "refit: done")
     calibrated = {
         "task": calibration.task.describe(),
         "split": calibration.split,
@@ -199,7 +177,97 @@ def refit(
         "tokens": calibration.tokens,
         **options,
     }
-    return Refit(Plan(tuple(layers)), tuple(fits), cost, time.perf_counter() - started, calibrated)
+    cost = calibration.tokens * (2 * run.full.depth + run.runs)
+    return Refit(run.plan, tuple(run.fits), cost, time.perf_counter() - started, calibrated)
+
+
+class _Run:
+    """The calibration on its way through the full model and the small one.
+
+    Attributes:
+        full, small: both.
+        layers: of the plan, fitted so far.
+        fits: what became of them.
+        runs: layers that ran beyond the two passes.
+    """
+
+    def __init__(
+        self, plan: Plan, calibration: Calibration, ridges: Sequence[float], rank: int | None, columns: int
+    ) -> None:
+        self.calibration, self.options = calibration, (ridges, rank, columns)
+        self.full, self.small = Stream(calibration), Stream(calibration)
+        self.layers, self.fits, self.runs = list(plan.layers), list[LayerFit](), 0
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(tuple(self.layers))
+
+    def advance(self, index: int, done: _Parts) -> None:
+        """Both through decoder layer `index`, fitted if it has experts."""
+        if index not in self.full.moe:
+            self.full.advance(index, _nothing)
+            self.small.advance(index, _nothing)
+            return
+        number = self.full.moe.index(index)
+        stored = done.get(number)
+        if stored is None:
+            self.fits.append(self._fitted(index, number))
+            done.put(number, self.layers[number], self.fits[-1])
+            return
+        self.layers[number], fit = stored
+        self.fits.append(fit)
+        self.full.advance(index, _nothing)
+        self.small.advance(index, _nothing, self.plan)
+
+    def _fitted(self, index: int, number: int) -> LayerFit:
+        layer, original, batches = self.calibration.layers[number], list[Seen](), list[Seen]()
+        with self.calibration.watching(original.append) as watch:
+            self.full.advance(index, watch)
+        entering = list(self.small.states)
+        with patched(self.calibration.model, self.plan):  # first, so that its routing is what is seen
+            with self.calibration.watching(batches.append) as watch:
+                self.small.advance(index, watch)
+            factor = self._factor(index, layer, entering[0], batches[0])
+        if factor is None:
+            gaps = [there.routed.float() - here.routed.float() for there, here in zip(original, batches)]
+        else:
+            gaps = [
+                _real(there - here, batch).float() / factor
+                for there, here, batch in zip(self.full.states, self.small.states, self.calibration.batches)
+            ]
+        with self.small.loaded(index):
+            fitting = _LayerFitting(layer, self.layers[number], batches, gaps, original)
+            self.layers[number], fit = fitting.run(*self.options)
+        self.runs += 1 + fitting.runs
+        if fit.ridge is not None:
+            self.small.states = entering
+            self.small.advance(index, _nothing, self.plan)
+        return replace(fit, factor=factor)
+
+    def _factor(self, index: int, layer: MoELayer, entering: Tensor, seen: Seen) -> float | None:
+        """c, if a change y of what the experts give changes what leaves the decoder layer by c y; else None.
+
+        It does not where a norm follows the experts. Told by making them `LOUDER` on the first batch.
+        """
+
+        def louder(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            return LOUDER * output
+
+        handle = layer.experts.register_forward_hook(louder)
+        try:
+            there = self.small.first(index, entering)
+        finally:
+            handle.remove()
+        change = _real(there - self.small.states[0], self.calibration.batches[0]).double().flatten()
+        added = (LOUDER - 1) * seen.routed.double().flatten()
+        c = float(change @ added) / max(float(added @ added), torch.finfo(torch.float64).tiny)
+        linear = float((change - c * added).norm()) <= NEARLY * float(change.norm())
+        return c if linear and c > 0 else None
+
+
+def _real(states: Tensor, batch: Batch) -> Tensor:
+    """The hidden states of tokens that are not padding, (tokens, hidden)."""
+    return states[batch.mask.bool().to(states.device)]
 
 
 def _nothing(_batch: Any) -> None:

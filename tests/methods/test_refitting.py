@@ -130,6 +130,34 @@ def test_experts_a_few_at_a_time_come_near_to_all_at_once(make_mixtral, tiny_tok
     assert few.layer_tokens > whole.layer_tokens
 
 
+@pytest.mark.parametrize("family", ["granitemoe", "minimax"])
+def test_what_scales_the_layer_s_output_is_found_out(family, build_family, tiny_tokenizer, text):
+    """Twice the residual multiplier: half the gap is left to explain, and the same weights are fitted."""
+    factors = {"granitemoe": ("residual_multiplier", 0.25), "minimax": ("mlp_beta_factor", 0.25)}
+    model = build_family(family, vocabulary=300)
+    name, value = factors[family]
+    for layer in model.model.layers:
+        assert hasattr(layer, name)
+        setattr(layer, name, value)
+    calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
+    made = refit(plan, calibration, ridges=[1.0])
+    assert [fit.factor for fit in made.layers] == pytest.approx([value] * 2, rel=1e-3)
+    assert made.layers[0].after < made.layers[0].before
+    before, after = (float(gaps(model, calibration, p).square().sum()) for p in (plan, made.plan))
+    assert after / before == pytest.approx(made.layers[0].after / made.layers[0].before, abs=0.15)
+
+
+def test_where_a_norm_follows_the_experts_the_layer_alone_is_fitted(make_mixtral, tiny_tokenizer, text):
+    model = make_mixtral()
+    for layer in moe_layers(model):
+        layer.block.register_forward_hook(lambda _module, _args, y: torch.nn.functional.rms_norm(y, y.shape[-1:]))
+    calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
+    made = refit(plan, calibration)
+    assert [fit.factor for fit in made.layers] == [None] * 3
+    assert all(fit.after < fit.before for fit in made.layers if fit.ridge is not None)
+    assert made.plan.is_refitted
+
+
 def test_a_full_rank_is_the_whole_change_and_a_low_one_is_nearly_as_good(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral()
     calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
