@@ -106,8 +106,8 @@ def one_layer(args: argparse.Namespace) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
         f"hidden {hidden}, inner {inner}, {kept} experts, {calibration.tokens:,} tokens, rank {args.rank}: "
-        f"{made.seconds:.0f} s, {made.seconds / forward:.0f} forwards; peak memory {(peak - before) / GIB:.2f} GiB above "
-        f"the model's {before / GIB:.2f}; the plan takes {made.plan.nbytes / GIB:.3f} GiB"
+        f"{made.seconds:.0f} s, {made.seconds / forward:.0f} forwards; peak memory {(peak - before) / GIB:.2f} GiB "
+        f"above the model's {before / GIB:.2f}; the plan takes {made.plan.nbytes / GIB:.3f} GiB"
     )
 
 

@@ -472,6 +472,19 @@ def test_eep_follows_the_number_of_trials_and_a_resumed_study_keeps_its_own(
     assert "UserWarning" not in said
 
 
+def test_nevergrad_s_optimisers_are_told_the_number_of_trials(place: Place, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'x.db'}"
+
+    def budget(trials: int, *more: str, study: str = "s") -> int:
+        given = ["--sampler", "nevergrad:DE", "--warm-start", "none", "--trials", str(trials), *more]
+        assert main(place.search(*given, storage=storage, study=study)) == 0
+        return int(load_study(study, storage).user_attrs["moeopt"]["sampler"]["budget"])
+
+    assert budget(3) == 3
+    assert budget(4) == 3  # it goes on with its own
+    assert budget(3, "--sampler-option", "budget=7", study="given") == 7
+
+
 def test_kill_9_in_a_trial_loses_that_trial_only(place: Place, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     killed = dies("SIGKILL", place.search(*EEP, storage=storage))

@@ -357,15 +357,17 @@ def stored_description(study: optuna.Study | None) -> dict[str, Any]:
 
 
 def for_trials(sampler: str, given: dict[str, Any], trials: int, stored: dict[str, Any]) -> dict[str, Any]:
-    """Options of a sampler; where it is EEP, those that follow the number of trials are added.
+    """Options of a sampler; where it is EEP or Nevergrad's, those that follow the number of trials are added.
 
     A study that is resumed keeps its own, however many trials it shall hold now.
     """
     from moeopt.samplers.eep import PUBLISHED, scaled
 
+    its_own = stored.get("sampler") or {}
+    if sampler.partition(":")[0] == "nevergrad":
+        return {"budget": its_own.get("budget", trials), **given}
     if sampler != "eep":
         return given
-    its_own = stored.get("sampler") or {}
     if its_own.get("name") == "eep" and PUBLISHED.keys() <= its_own.keys():
         return {**{name: its_own[name] for name in PUBLISHED}, **given}
     return {**scaled(trials, given), **given}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moeopt.errors import MethodError
-from moeopt.plan import LayerPlan
+from moeopt.plan import LayerPlan, Plan
 
 if TYPE_CHECKING:
+    from moeopt.methods.calibration import Calibration
     from moeopt.methods.statistics import Statistic
+
+Groups = Sequence[tuple[int, int]]
+"""Inclusive ranges of MoE layers that share a choice."""
 
 
 @dataclass(frozen=True)
@@ -74,4 +78,36 @@ class Method(ABC):
             statistics: those of `needs`.
             wanted: what is asked.
             rng: the layer's own.
+        """
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan, the layer-tokens that it cost, wall seconds, and in words how it was chosen."""
+
+    plan: Plan
+    layer_tokens: int
+    seconds: float
+    how: str = ""
+
+
+class Planner(Method):
+    """A method that makes the plan of all layers at once, with passes of its own or none."""
+
+    alone = True
+
+    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
+        raise MethodError(f"{type(self).__name__} makes the plan of all layers at once: use moeopt.methods.plans")
+
+    @abstractmethod
+    def planned(self, calibration: Calibration, wanted: Wanted, ranges: Groups) -> Outcome:
+        """The plan, and how it came about.
+
+        Args:
+            calibration: model, examples and loss.
+            wanted: what is asked.
+            ranges: inclusive ranges of MoE layers that share a choice.
+
+        Raises:
+            MethodError: if it cannot be done on this model.
         """

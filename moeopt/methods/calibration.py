@@ -13,6 +13,7 @@ from moeopt.errors import MethodError, ModelError
 from moeopt.methods.seen import Hook, Seen
 from moeopt.methods.sequences import Batch, packed
 from moeopt.models import (
+    MoELayer,
     evaluation_mode,
     experts_run_by,
     layerwise,
@@ -163,9 +164,14 @@ class Calibration:
             for hook in hooks:
                 layer = hook.layer
                 notes = ((layer.router, hook.router), (layer.experts, hook.experts), (layer.block, hook.block))
-                for module, note in notes:
+                for module, note in (*notes, *((beside, hook.sibling) for beside in self._beside(layer))):
                     stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+                stack.callback(layer.block.register_forward_pre_hook(hook.entering, with_kwargs=True).remove)
             yield watch
+
+    def _beside(self, layer: MoELayer) -> list[torch.nn.Module]:
+        parent = self.model.get_submodule(layer.name.rpartition(".")[0])
+        return [module for module in parent.children() if module is not layer.block]
 
 
 class Stream:

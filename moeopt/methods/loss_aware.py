@@ -32,34 +32,29 @@ loss gets lower. Of all methods here, these two alone look at derivatives: of ac
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moeopt.errors import MethodError, ModelError
 from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
-from moeopt.methods.base import Method, Wanted
+from moeopt.methods.base import Groups, Outcome, Planner, Wanted
 from moeopt.methods.gradients import LossGradients
 from moeopt.methods.naee import Kept
 from moeopt.methods.seen import Seen
 from moeopt.methods.set_changes import CURVATURE, DEFAULT, RULES, SKETCHES, Changes, products_of
-from moeopt.plan import LayerPlan, Plan
+from moeopt.plan import Plan
 
 if TYPE_CHECKING:
     from moeopt.methods.calibration import Calibration
-    from moeopt.methods.statistics import Statistic
 
 JUDGED = 0.25
 """The share of the calibration examples that ways of adding up are judged on."""
 ROUNDS = 3
 HELD = 1 << 29
 """Bytes of products that are held where kept sets are too many to add up; beyond, of every so many tokens."""
-
-Groups = Sequence[tuple[int, int]]
 
 
 def cost_of(gradients: LossGradients) -> int:
@@ -69,8 +64,8 @@ def cost_of(gradients: LossGradients) -> int:
     return round(gradients.tokens * (3 * len(gradients.parts.layers) + experts))
 
 
-class LossAware(Method):
-    """See the top of this file; made by `planned`, not layer by layer.
+class LossAware(Planner):
+    """See the top of this file.
 
     Args:
         summary: what it does.
@@ -80,36 +75,11 @@ class LossAware(Method):
     def __init__(self, summary: str, rounds: int) -> None:
         self.summary, self.rounds = summary, rounds
 
-    alone = True
-
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
-        raise MethodError("loss-aware pruning judges all layers from one pass: use moeopt.methods.plans")
-
     def planned(self, calibration: Calibration, wanted: Wanted, ranges: Groups) -> Outcome:
-        """The plan, and how it came about.
-
-        Args:
-            calibration: model, examples and loss.
-            wanted: what is asked.
-            ranges: inclusive ranges of MoE layers that share a choice.
-
-        Raises:
-            MethodError: if the model cannot be run layer by layer.
-        """
         try:
             return _Search(calibration, wanted, ranges).run(self.rounds)
         except ModelError as error:
             raise MethodError(f"derivatives need a model that runs layer by layer: {error}") from error
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A plan, the layer-tokens that it cost, wall seconds, and in words how it was chosen."""
-
-    plan: Plan
-    layer_tokens: int
-    seconds: float
-    how: str
 
 
 class _Search:

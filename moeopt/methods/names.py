@@ -13,6 +13,10 @@ ROUTERS: dict[str, Router] = {
     "ean": "rows",
     "ean_mean": "rows",
     "reap": "rows",
+    "reap_progressive": "rows",
+    "msan": "rows",
+    "easy_ep": "rows",
+    "aimer": "rows",
     "naee": "rows",
     "naee_progressive": "rows",
     "hc_smoe": "alias",
@@ -26,7 +30,7 @@ ROUTERS: dict[str, Router] = {
 """For every method, where the W_RM of its plans acts; "rows" for prunings."""
 
 
-PROGRESSIVE = ("naee_progressive",)
+PROGRESSIVE = ("reap_progressive", "naee_progressive")
 """Methods that go layer by layer, so that layers cannot share a choice."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 
 from moeopt.errors import MethodError, ModelError
 from moeopt.methods import clustering, ranking
-from moeopt.methods.base import Method, Wanted
+from moeopt.methods.aimer import Aimer
+from moeopt.methods.base import Groups, Method, Planner, Wanted
 from moeopt.methods.calibration import Calibration, Stream
 from moeopt.methods.loss_aware import ROUNDS, LossAware
 from moeopt.methods.naee import Naee, NaeeProgressive
@@ -19,10 +20,8 @@ from moeopt.methods.names import ROUTERS, check
 from moeopt.methods.output_fit import OutputFit
 from moeopt.methods.ranking import Ranking
 from moeopt.methods.seen import Seen
-from moeopt.methods.statistics import MeanOutputs, Norms, Routing, Statistic
+from moeopt.methods.statistics import MeanOutputs, Moves, Norms, Routing, Statistic
 from moeopt.plan import LayerPlan, Plan
-
-Groups = Sequence[tuple[int, int]]
 
 METHODS: dict[str, Method] = {
     "random": ranking.Random(),
@@ -34,6 +33,14 @@ METHODS: dict[str, Method] = {
     "ean": Ranking("largest sum of output norms over the tokens routed to them", Norms, ranking.ean),
     "ean_mean": Ranking("largest mean output norm over the tokens routed to them", Norms, ranking.ean_mean),
     "reap": Ranking("largest mean gated output norm over the tokens routed to them", Norms, ranking.reap),
+    "reap_progressive": Ranking(
+        "reap, each layer after the earlier ones are pruned", Norms, ranking.reap, progressive=True
+    ),
+    "msan": Ranking("largest mean squared output norm over the tokens routed to them", Norms, ranking.msan),
+    "easy_ep": Ranking(
+        "largest sum of gated output norms, tokens weighed by how much the layer turns them", Moves, ranking.easy_ep
+    ),
+    "aimer": Aimer(),
     "naee": Naee(),
     "naee_progressive": NaeeProgressive(),
     "hc_smoe": clustering.Clustering(
@@ -138,7 +145,7 @@ def plans(
     at_once = {name: method for name, method in chosen.items() if not method.alone}
     found = _at_once(at_once, calibration, wanted, ranges) if at_once else {}
     for name, method in chosen.items():
-        if isinstance(method, LossAware):
+        if isinstance(method, Planner):
             outcome = method.planned(calibration, wanted, ranges)
             found[name] = Found(outcome.plan, outcome.layer_tokens, outcome.seconds, outcome.how)
         elif method.progressive:
@@ -230,7 +237,8 @@ def _progressively(name: str, method: Method, calibration: Calibration, wanted: 
                 reference.advance(index, watch)
             if index in reference.moe:
                 statistics, looking = method.needs(wanted), True
-                with calibration.watching(see, all_outputs=True) as watch:
+                every = any(statistic.outputs == "all" for statistic in statistics.values())
+                with calibration.watching(see, all_outputs=every) as watch:
                     pruned.look(index, watch)
                 looking = False
                 rng = np.random.default_rng([wanted.seed, len(planned)])

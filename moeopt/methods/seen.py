@@ -30,6 +30,7 @@ class Seen:
         sequence: which sequence each token belongs to, int64 (tokens,).
         every: `outputs`, where they are known already.
         target: what the routed experts should have given, (tokens, hidden), where that is not `routed`.
+        entered: `residual`, where it is known.
     """
 
     layer: MoELayer
@@ -42,6 +43,23 @@ class Seen:
     sequence: Tensor
     every: Tensor | None = None
     target: Tensor | None = None
+    entered: Tensor | None = None
+
+    @property
+    def residual(self) -> Tensor:
+        """The hidden states that the norm before the block took, to which the block's output is added.
+
+        (tokens, hidden).
+
+        Raises:
+            MethodError: when what enters the block is not what a norm beside it gave.
+        """
+        if self.entered is None:
+            raise MethodError(
+                f"{self.layer.name}: what enters {type(self.layer.block).__name__} is not what a norm beside it gave, "
+                "so that the hidden states before it are not known; use another method"
+            )
+        return self.entered
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -125,7 +143,7 @@ class Seen:
         thinned = {name: getattr(self, name)[::every] for name in ("logits", "gates", "index", "sequence")}
         if every > 1:
             thinned = {name: tensor.clone() for name, tensor in thinned.items()}
-        return replace(self, hidden=nothing, routed=nothing, every=None, target=None, **thinned)
+        return replace(self, hidden=nothing, routed=nothing, every=None, target=None, entered=None, **thinned)
 
     def output(self, expert: int, tokens: Tensor | slice) -> Tensor:
         """One expert's output without its gate, (tokens, hidden)."""
@@ -146,6 +164,21 @@ class Hook:
         self.layer, self.rule, self.see, self.current = layer, rule, see, current
         self.found: dict[str, Tensor] = {}
         self.busy = False
+        self._norms: list[tuple[Tensor, Tensor]] = []
+
+    def sibling(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Of modules beside the block: what one took and gave, of which the norm before the block is told."""
+        taken = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(taken, Tensor) and isinstance(output, Tensor) and not self.busy:
+            self._norms.append((taken, output))
+
+    def entering(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the block runs."""
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        taken = [taken for taken, given in self._norms if given is hidden and taken.shape == given.shape]
+        self._norms.clear()
+        if taken:
+            self.found["entered"] = taken[-1].reshape(-1, taken[-1].shape[-1])
 
     def router(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         hidden: Tensor = args[0] if args else next(iter(kwargs.values()))

@@ -68,12 +68,13 @@ class Norms(Statistic):
         visits: v_j, (n,).
         norms: sum over X_j of ||f_j||, (n,).
         gated: sum over X_j of g_j ||f_j||, (n,).
+        squares: sum over X_j of ||f_j||^2, (n,).
     """
 
     outputs = "routed"
 
     def __init__(self, n: int, k: int) -> None:
-        self.visits, self.norms, self.gated = np.zeros(n), np.zeros(n), np.zeros(n)
+        self.visits, self.norms, self.gated, self.squares = (np.zeros(n) for _ in range(4))
 
     def add(self, seen: Seen) -> None:
         for j, tokens, gates in routed(seen):
@@ -81,6 +82,29 @@ class Norms(Statistic):
             self.visits[j] += len(norms)
             self.norms[j] += float(norms.sum())
             self.gated[j] += float((norms * gates.double()).sum())
+            self.squares[j] += float(norms.square().sum())
+
+
+class Moves(Statistic):
+    """Norms of outputs, tokens weighed by how much the layer turns their hidden states.
+
+    Attributes:
+        moved: sum over X_j of g_j ||f_j|| max(0, 1 - cos(x, x + y)), x being the hidden states before the layer and y
+            what its routed experts give, (n,).
+    """
+
+    outputs = "routed"
+
+    def __init__(self, n: int, k: int) -> None:
+        self.moved = np.zeros(n)
+
+    def add(self, seen: Seen) -> None:
+        before = seen.residual.float()
+        after = before + seen.routed.float()
+        turned = (1 - torch.cosine_similarity(before, after, dim=-1)).clamp_min(0.0).double()
+        for j, tokens, gates in routed(seen):
+            norms = seen.output(j, tokens).float().norm(dim=-1).double()
+            self.moved[j] += float((norms * gates.double() * turned[tokens]).sum())
 
 
 class MeanOutputs(Statistic):

@@ -19,6 +19,11 @@ The defaults are the configuration of the released code, but for two things: dup
 again (``redraw=0`` is as published), and entries are clipped to the space's bounds, [-1, 2]. The paper's Algorithm 1
 also crosses over in the prune phase (`prune_crossover=True`) and spends 40 + 160 evaluations (`prune_until=40`). The
 bands are in points of accuracy in the paper; for a loss they are standard deviations of the initial losses.
+
+The released code differs in small things. It makes 31 initial solutions and merges once the population holds more than
+100, which `initial=31, prune_until=101` is exactly. It draws a parent so that the first solution outside the band may
+be one (2.5 to 5 % of draws), shuffles solutions of equal fitness, and draws duplicate initial solutions again. With it
+as here, half of the children of the prune phase equal their parent, where `redraw` is 0.
 """
 
 from __future__ import annotations

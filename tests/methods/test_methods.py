@@ -16,6 +16,7 @@ from moeopt.errors import MethodError, ModelError
 from moeopt.evaluation import Evaluator
 from moeopt.methods import clustering, naee, output_fit
 from moeopt.methods.base import Wanted
+from moeopt.methods.names import PROGRESSIVE
 from moeopt.methods.statistics import MeanOutputs, Norms, Routing
 from moeopt.models import moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
@@ -122,6 +123,7 @@ RULES = {
     "ean": lambda seen, j: sum(np.linalg.norm(f[j]) for _, g, _, f in seen if j in g),
     "ean_mean": lambda seen, j: mean([np.linalg.norm(f[j]) for _, g, _, f in seen if j in g]),
     "reap": lambda seen, j: mean([g[j] * np.linalg.norm(f[j]) for _, g, _, f in seen if j in g]),
+    "msan": lambda seen, j: mean([np.linalg.norm(f[j]) ** 2 for _, g, _, f in seen if j in g]),
 }
 
 
@@ -135,6 +137,64 @@ def test_rankings(calibration, tokens, name):
     for part, seen in zip(plan.layers, tokens):
         scores = [RULES[name](seen, j) for j in range(8)]
         assert set(part.kept) == set(sorted(range(8), key=lambda j: -scores[j])[:3])
+
+
+def test_easy_ep_weighs_tokens_by_how_much_the_layer_turns_them(family, build_family, tiny_tokenizer, text):
+    """In every family, against what goes into the norm before the block, noted as the model runs."""
+    model = build_family(family, corrected=True, vocabulary=len(tiny_tokenizer))
+    layers = moe_layers(model)
+    calibration = methods.Calibration(model, tiny_tokenizer, text, limit=3, batch_tokens=1)
+    before: list[torch.Tensor] = []
+    decoders = [model.get_submodule(layer.name.rpartition(".")[0]) for layer in layers]
+    handles = [
+        decoder.post_attention_layernorm.register_forward_pre_hook(lambda _m, args: before.append(args[0]))
+        for decoder in decoders
+    ]
+    scores = [np.zeros(layer.n) for layer in layers]
+
+    def see(seen):
+        x = before[-1].reshape(-1, before[-1].shape[-1])
+        for token, (gates, index) in enumerate(zip(seen.gates, seen.index)):
+            outputs = {j: expert(seen.layer, j, seen.hidden[token]) for j in index.tolist()}
+            y = sum(float(g) * outputs[j] for g, j in zip(gates, index.tolist()))
+            turned = max(0.0, 1 - float(torch.cosine_similarity(x[token], x[token] + y, dim=0)))
+            for g, j in zip(gates.tolist(), index.tolist()):
+                scores[seen.layer.index][j] += g * float(outputs[j].norm()) * turned
+
+    calibration.run(see)
+    for handle in handles:
+        handle.remove()
+    plan = methods.plan("easy_ep", calibration, keep=3, k=2)
+    for part, own in zip(plan.layers, scores):
+        assert set(part.kept) == set(np.argsort(-own, kind="stable")[:3].tolist())
+
+
+def test_aimer_is_the_mean_absolute_weight_over_the_root_mean_square(family, build_family, tiny_tokenizer, text):
+    model = build_family(family, vocabulary=len(tiny_tokenizer))
+    calibration = methods.Calibration(model, tiny_tokenizer, text, limit=1)
+    found = methods.plans(["aimer"], calibration, keep=3)["aimer"]
+    assert found.layer_tokens == 0
+    for layer, part in zip(moe_layers(model), found.plan.layers):
+        scores = []
+        for j in range(layer.n):
+            own = [p[j].detach().numpy().ravel() for p in layer.experts.parameters() if p.ndim == 3]
+            w = np.concatenate(own).astype(np.float64)
+            scores.append(np.abs(w).mean() / np.sqrt((w**2).mean()))
+        assert set(part.kept) == set(np.argsort(scores, kind="stable")[:3].tolist())
+
+
+def test_reap_progressive_is_reap_after_the_earlier_layers_are_pruned(calibration):
+    plan = methods.plan("reap_progressive", calibration, keep=3)
+    full = Plan.identity(len(plan.layers), 8, 2)
+    differs = False
+    for index, part in enumerate(plan.layers):
+        so_far = Plan((*plan.layers[:index], *full.layers[index:]))
+        norms = Norms(8, 2)
+        calibration.run(lambda seen, i=index, n=norms: n.add(seen) if seen.layer.index == i else None, plan=so_far)
+        scores = norms.gated / np.maximum(norms.visits, 1)
+        assert set(part.kept) == set(np.argsort(-scores, kind="stable")[:3].tolist())
+        differs |= part != methods.plan("reap", calibration, keep=3).layers[index]
+    assert differs
 
 
 def test_gates_are_the_weights_that_the_router_gives(build_family, family, tiny_tokenizer, text):
@@ -512,7 +572,7 @@ def test_methods_share_a_pass(calibration):
 
 def test_groups_share_a_choice(calibration, tokens):
     groups = [(0, 1), (2, 2)]
-    names = [name for name in methods.METHODS if name != "naee_progressive"]
+    names = [name for name in methods.METHODS if name not in PROGRESSIVE]
     for name, found in methods.plans(names, calibration, keep=3, groups=groups).items():
         assert found.plan.layers[0] == found.plan.layers[1], name
         alone = methods.plan(name, calibration, keep=3)
