@@ -24,9 +24,9 @@ def demo(
 ) -> None:
     """Search, compare, export and reload on the small Mixtral that comes with moeopt, in under a minute.
 
-    A guided search keeps 2 of its 8 experts for one skill; a table on held-out examples sets the result against the
-    full model, 20 random prunings and the one-shot methods that it starts from. A second run goes on where the first
-    one stopped.
+    A guided search keeps 2 of its 8 experts for one skill, and refits them; a table on held-out examples sets the
+    result against the full model, 20 random prunings, and the one-shot methods that it starts from, refitted and not. A
+    second run goes on where the first one stopped.
     """
     from moeopt.console import consoles
     from moeopt.demo import DEFAULT_SKILL, SKILLS

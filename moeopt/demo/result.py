@@ -15,7 +15,7 @@ from moeopt.console import number, percent
 from moeopt.evaluation import Evaluation, Interval
 from moeopt.plan import Plan
 
-FULL, RANDOM, SEARCH = "full model", "mean random pruning", "guided search"
+FULL, RANDOM, SEARCH, REFIT = "full model", "mean random pruning", "guided search", " + refit"
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class DemoResult:
         random: random prunings.
         one_shot: what one-shot methods make of the same examples, which the search starts from.
         search: its best trial, by search loss.
+        refits: the plans of `one_shot` and `search`, refitted to the same examples; the last one is exported.
         sizes: examples scored of ``"search"`` and ``"test"``.
-        differences: test loss of the search's best less that of each other line, each with a 95% interval of a paired
+        differences: test loss of the last refit less that of each other line, each with a 95% interval of a paired
             bootstrap over examples.
         exported: folder of its checkpoint.
         reloaded_loss: test loss of that under plain transformers.
@@ -62,6 +63,7 @@ class DemoResult:
     random: tuple[Entry, ...]
     one_shot: tuple[Entry, ...]
     search: Entry
+    refits: tuple[Entry, ...]
     sizes: dict[str, int]
     differences: dict[str, Interval]
     exported: Path
@@ -84,7 +86,8 @@ def table(result: DemoResult) -> Table:
 
     def line(entry: Entry, style: str = "") -> None:
         cells = (number(entry.search_loss), number(entry.test.loss), percent(entry.test.accuracy))
-        shown.add_row(entry.name, *cells, *_size(entry), style=style)
+        name = f" {REFIT}" if entry.name.endswith(REFIT) else entry.name
+        shown.add_row(name, *cells, *_size(entry), style=style)
 
     line(result.full)
     columns = np.array([[entry.search_loss, entry.test.loss, entry.test.accuracy] for entry in result.random])
@@ -97,9 +100,9 @@ def table(result: DemoResult) -> Table:
     )
     losses = (f"{a:.4f} – {b:.4f}" for a, b in zip(low[:2], high[:2]))
     shown.add_row("  lowest – highest", *losses, f"{100 * low[2]:.1f} – {100 * high[2]:.1f}%", "", "")
-    for entry in result.one_shot:
+    for entry, refitted in zip((*result.one_shot, result.search), result.refits):
         line(entry)
-    line(result.search, style="bold")
+        line(refitted, style="bold" if refitted is result.refits[-1] else "")
     return shown
 
 
@@ -108,13 +111,15 @@ def _size(entry: Entry) -> tuple[str, str]:
 
 
 def _sentences(result: DemoResult) -> Iterator[Text]:
-    yield Text("Its test loss less theirs, with a 95% interval (paired bootstrap over examples); below 0 is better:")
+    best = result.refits[-1].test.loss
+    yield Text("The last line's test loss less theirs, with a 95% interval (paired over examples); below 0 is better:")
+    width = max(map(len, result.differences)) + 10
     for other, interval in result.differences.items():
         verdict = "better" if interval.high < 0 else "worse" if interval.low > 0 else "no clear difference"
         numbers = f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-        yield Text(f"  {'against ' + other:<30}{numbers}  {verdict}")
-    difference = result.reloaded_loss - result.search.test.loss
+        yield Text(f"  {'against ' + other:<{width}}{numbers}  {verdict}")
+    difference = result.reloaded_loss - best
     yield Text(
         f"Exported, and reloaded with plain transformers: test loss {result.reloaded_loss:.6f}, "
-        f"{result.search.test.loss:.6f} under the plan, difference {difference:.1e}."
+        f"{best:.6f} under the plan, difference {difference:.1e}."
     )

@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moeopt.console import SearchProgress
-from moeopt.demo.result import FULL, RANDOM, SEARCH, DemoResult, Entry, view
+from moeopt.demo.result import FULL, RANDOM, REFIT, SEARCH, DemoResult, Entry, view
 from moeopt.demo.skills import DEFAULT_SKILL, MODEL
 from moeopt.demo.task import skill_task
 from moeopt.errors import StudyError
 from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
 from moeopt.exporting import check_folder, export
 from moeopt.genome import METHOD
+from moeopt.methods import Calibration, refit
 from moeopt.models import Sizes, load
 from moeopt.objective import Objective
 from moeopt.plan import Plan
@@ -120,21 +121,31 @@ def run(
             best = best_trial(study)
             assert best is not None
             search = _of_trial(f"{SEARCH} (trial {best.number})", best, space, model, test)
+            calibration = Calibration(model, tokenizer, task, limit=sizes["search"])
+            plans = {entry.name: entry.plan for entry in (*one_shot, search)}
+            refits = {of: refit(plan, calibration) for of, plan in plans.items() if plan is not None}
+            seen = objective.evaluator
+            fitted = tuple(
+                _entry(f"{of}{REFIT}", model, made.plan, seen.evaluate(made.plan).loss, test)
+                for of, made in refits.items()
+            )
             if _is_ours(folder, name):
                 shutil.rmtree(folder)
-            export(best, folder, study=study, model=model)
+            made = refits[search.name]
+            export(made.plan, folder, model=model, about={**made.about, "study": name, "trial": best.number})
             reloaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
             again = Evaluator(reloaded, tokenizer, task, split="test", limit=sizes["test"]).evaluate()
     others = {FULL: full.test, RANDOM: _mean([entry.test for entry in random])}
-    others |= {entry.name: entry.test for entry in one_shot}
+    others |= {entry.name: entry.test for entry in (*one_shot, search, *fitted[:-1])}
     result = DemoResult(
         title=f"moeopt demo, skill {skill}: {space.shape.experts} experts to {KEEP}, {finished(study)} trials",
         full=full,
         random=random,
         one_shot=one_shot,
         search=search,
+        refits=fitted,
         sizes=sizes,
-        differences={name: paired_bootstrap(search.test, other) for name, other in others.items()},
+        differences={name: paired_bootstrap(fitted[-1].test, other) for name, other in others.items()},
         exported=folder,
         reloaded_loss=again.loss,
         seconds=time.perf_counter() - started,
@@ -152,7 +163,7 @@ def _is_ours(folder: Path, study_name: str) -> bool:
     """Whether an earlier run of the same demo wrote the folder, which a new one may then replace."""
     try:
         record = json.loads((folder / "moeopt.json").read_text(encoding="utf-8"))
-        return bool(record["study"]["name"] == study_name)
+        return bool(record["about"]["study"] == study_name)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -46,7 +46,7 @@ from moeopt.models import MoELayer, check_makes, fingerprint, patched
 from moeopt.models.merging import DOWN, Scratch, is_transposed, merged_view
 from moeopt.plan import DownProjections, LayerPlan, Plan
 
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RIDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """What lam may be, in means of A'A's diagonal."""
 HELD_OUT = 4
 """Of so many sequences one is what lam is chosen on."""
@@ -98,9 +98,14 @@ class Refit:
     seconds: float
     calibrated: Mapping[str, Any]
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What was fitted to what, as JSON; an export's model card tells it."""
+        return {"refit": {**self.calibrated, "layers": [asdict(fit) for fit in self.layers]}}
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as `Plan.save`, with what was fitted to what, which an export's model card tells."""
-        self.plan.save(path, about={"refit": {**self.calibrated, "layers": [asdict(fit) for fit in self.layers]}})
+        """Write the plan as `Plan.save`, with `about`."""
+        self.plan.save(path, about=self.about)
 
     def lines(self) -> list[str]:
         """The same for people."""
@@ -315,13 +320,11 @@ class _LayerFitting:
         for _ in range(1 if single else SWEEPS):
             for g, group in enumerate(groups):
                 fitted, held = self._products(group, fits[g])
-                trials = {ridge: self._solved(fitted, ridge, rank, group) for ridge in ridges}
-                left = {ridge: held.left(trial) for ridge, trial in trials.items()}
-                chosen[g] = min(left, key=lambda ridge: left[ridge])
+                chosen[g], best, left = self._chosen(fitted, held, ridges, rank, group)
                 if not single:
-                    self._take(group, trials[chosen[g]] - fits[g])
-                fits[g] = trials[chosen[g]]
-        after = left[chosen[0]] if single else self._held_out()
+                    self._take(group, best - fits[g])
+                fits[g] = best
+        after = left if single else self._held_out()
         if not after < before:
             share = before / self.given if self.given else 0.0
             return self.part, LayerFit(None, share, share)
@@ -335,6 +338,31 @@ class _LayerFitting:
         change = torch.cat(fits).view(r, self.inner, self.hidden).transpose(1, 2)
         fit = LayerFit(chosen[-1], before / self.given, after / self.given)
         return replace(self.part, down=self._projections(change, rank)), fit
+
+    def _chosen(
+        self, fitted: Products, held: Products, ridges: Sequence[float], rank: int | None, group: range
+    ) -> tuple[float, Tensor, float]:
+        """The ridge that leaves least on what is held out, its solution, and what it leaves.
+
+        What is left falls and then rises with the ridge, so that the way down from the middle one ends at the least.
+        """
+        ridges = sorted(ridges)
+
+        def solved(i: int) -> tuple[float, int, Tensor]:
+            d = self._solved(fitted, ridges[i], rank, group)
+            return held.left(d), i, d
+
+        best = solved(len(ridges) // 2)
+        for step in (-1, 1):
+            start = best[1]
+            while 0 <= best[1] + step < len(ridges):
+                other = solved(best[1] + step)
+                if other[0] >= best[0]:
+                    break
+                best = other
+            if best[1] != start:
+                break
+        return ridges[best[1]], best[2], best[0]
 
     def _held_out(self) -> float:
         return sum(float(gap[held].double().square().sum()) for gap, held in zip(self.gaps, self.held))
