@@ -1,4 +1,8 @@
-"""Plan files: safetensors with JSON metadata."""
+"""Plan files: safetensors with JSON metadata.
+
+Down projections are written in two bytes a number where that loses nothing: as float16, or as uint16 that are the upper
+halves of float32, which is bfloat16, a dtype that numpy lacks.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +52,7 @@ def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapp
                 tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(matrix)
         for name, array in ({} if layer.down is None else layer.down.arrays).items():
             if array is not None:
-                tensors[f"layers.{i}.down.{name}"] = np.ascontiguousarray(array)
+                tensors[f"layers.{i}.down.{name}"] = _narrow(array)
     version = 2 if any(x.skip or x.router == "alias" for x in layers) else 1
     version = FORMAT_VERSION if any(x.down is not None for x in layers) else version
     metadata = {"format": FORMAT, "version": str(version), "moeopt": __version__, "layers": json.dumps(records)}
@@ -122,6 +126,22 @@ def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
     return layers
 
 
-def _down(tensors: dict[str, NDArray[np.float32]], prefix: str) -> DownProjections | None:
-    arrays = {name: tensors.pop(prefix + name, None) for name in ("whole", "left", "right")}
-    return DownProjections(**arrays) if any(array is not None for array in arrays.values()) else None
+def _down(tensors: dict[str, NDArray[Any]], prefix: str) -> DownProjections | None:
+    names = ("whole", "left", "right")
+    arrays = {name: _wide(tensors.pop(prefix + name)) for name in names if prefix + name in tensors}
+    return DownProjections(**arrays) if arrays else None
+
+
+def _narrow(array: NDArray[np.float32]) -> NDArray[Any]:
+    bits = np.ascontiguousarray(array, dtype="<f4").view("<u4")
+    if not (bits & 0xFFFF).any():
+        return (bits >> 16).astype("<u2")
+    with np.errstate(over="ignore"):
+        half = array.astype("<f2")
+    return half if (half.astype(np.float32) == array).all() else np.ascontiguousarray(array)
+
+
+def _wide(array: NDArray[Any]) -> NDArray[np.float32]:
+    if array.dtype == np.uint16:
+        return (array.astype("<u4") << 16).view("<f4")
+    return array.astype(np.float32)

@@ -264,6 +264,24 @@ def test_a_file_keeps_the_weights_and_what_they_were_fitted_to(make_mixtral, tin
         assert len(about["layers"]) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_file_takes_no_more_bytes_than_the_weights(make_mixtral, tiny_tokenizer, text, tmp_path, dtype):
+    """And keeps every bit, of small numbers, of -0.0 and of large ones, too."""
+    model = make_mixtral(dtype=dtype)
+    made = refit(halved(model), calibrated(model, tiny_tokenizer, text))
+    whole = torch.tensor([[[-0.0, 1e-7, 3.0, 1e-40]], [[65504.0, 1 / 3, -2.5, 0.0]]]).to(dtype).float().numpy()
+    odd = Plan((LayerPlan(4, 2, kept=(0, 1), down=DownProjections(whole=whole)),))
+    for plan in (made.plan, odd):
+        plan.save(tmp_path / "plan.safetensors")
+        loaded = Plan.load(tmp_path / "plan.safetensors")
+        assert loaded == plan
+        for one, other in zip(loaded.layers, plan.layers):
+            assert one.down is None or one.down.whole.tobytes() == other.down.whole.tobytes()
+    made.plan.save(tmp_path / "plan.safetensors")
+    numbers = sum(part.down.whole.size for part in made.plan.layers if part.down is not None)
+    assert (tmp_path / "plan.safetensors").stat().st_size < dtype.itemsize * numbers + 4000
+
+
 def test_evaluations_reuse_prefixes_of_refitted_plans_only_where_they_are_equal(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral()
     calibration = calibrated(model, tiny_tokenizer, text)
