@@ -36,7 +36,7 @@ def activation_shares(calibration: Calibration, plan: Plan | None = None) -> NDA
     def see(seen: Seen) -> None:
         layer = seen.layer.index
         index, runs = seen.index.cpu().numpy(), (seen.gates != 0).cpu().numpy()
-        if plan is not None and plan.layers[layer].w_em is not None:
+        if plan is not None and plan.layers[layer].makes_experts:
             index = numbers(plan.layers[layer])[index]
         np.add.at(counts[layer], index[runs], 1.0)
         tokens[layer] += len(index)

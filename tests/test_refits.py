@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import moeopt
@@ -16,7 +15,7 @@ from moeopt.demo import MODEL
 from moeopt.evaluation import Evaluator
 from moeopt.methods import Calibration, refitting
 from moeopt.plan import Plan
-from moeopt.selection import refit_judged
+from moeopt.selection import judged_refit
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +106,7 @@ def test_searches_and_selections_end_with_it(place: Path, tmp_path: Path, capsys
     ("arguments", "message"),
     [
         (["plan.txt"], "does not end in .safetensors"),
-        (["nowhere/plan.safetensors"], "there is no folder"),
+        (["nowhere/plan.safetensors"], "cannot write the refitted plan into"),
         (["new.safetensors", "--plan", "missing"], "no plan file"),
     ],
 )
@@ -121,17 +120,28 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(
     assert main(["search", str(MODEL), *goal(place), "--keep", "2", *study(place), "--refit", "plan.txt"]) == 2
 
 
-def test_it_is_judged_on_examples_that_it_has_not_seen() -> None:
+def test_it_is_judged_on_dev() -> None:
     model, tokenizer = moeopt.load(MODEL)
     task = moeopt.demo.skill_task("caesar")
     plan = Plan.one_hot([[0, 1]] * 6, experts=8, k=2)
-    judged = refit_judged(plan, model, tokenizer, task, limit=16, dev_limit=24)
+    fitted = moeopt.refit(plan, Calibration(model, tokenizer, task, limit=16)).plan
+    said = judged_refit(plan, fitted, model, tokenizer, task, dev_limit=24)
     evaluator = Evaluator(model, tokenizer, task, split="dev", limit=24)
-    assert judged.fitted is not None
-    assert judged.change is not None
-    assert np.array_equal(judged.fitted.losses, evaluator.evaluate(judged.refit.plan).losses)
-    assert judged.change.high < 0
-    assert any("better" in line for line in judged.lines())
+    assert f"refitted plan {evaluator.evaluate(fitted).loss:.4f}" in said[0]
+    assert said[1].endswith("better")
+    assert judged_refit(fitted, plan, model, tokenizer, task, dev_limit=24)[1].endswith("keep the plan as it was")
+    without = moeopt.tasks.TextTask("text", search=["some text"] * 4, window=16)
+    assert judged_refit(plan, fitted, model, tokenizer, without) == ["the task has no dev split to judge it on"]
+
+
+def test_what_a_refit_cannot_do_is_said_before_the_search(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [*goal(place)[:-1], "3", "--keep", "2", *study(place, "few"), "--refit", str(tmp_path / "a.safetensors")]
+    assert main(["search", str(MODEL), *few]) == 2
+    assert "at least 4 sequences" in capsys.readouterr().err
+    assert main(["show", *study(place, "few")[2:], "--json"]) == 0
+    assert "few" not in [entry["name"] for entry in json.loads(capsys.readouterr().out)]
 
 
 def test_a_comparison_has_every_plan_refitted_too(tmp_path: Path) -> None:
@@ -157,3 +167,14 @@ def test_a_comparison_has_every_plan_refitted_too(tmp_path: Path) -> None:
     assert not best.refitted
     again = compare(model, tokenizer, task, refits=True, out=tmp_path / "out", **options)
     assert [row.loss for row in again.rows] == [row.loss for row in made.rows]
+    about = Plan.about(tmp_path / "out" / "plans" / "naee-refit-keep2-k2.safetensors")
+    assert about["refit"]["sequences"] == 16
+
+
+def test_a_refit_that_cannot_be_is_left_out_of_a_comparison() -> None:
+    task = moeopt.demo.skill_task("caesar")
+    options: dict[str, Any] = {"keep": [2], "methods": ["naee"], "draws": 2, "limit": 3, "test_limit": 6}
+    made = compare(*moeopt.load(MODEL), task, refits=True, **options)
+    assert [row.name for row in made.rows] == ["full model", "mean of 2 random", "best of 2 random", "naee"]
+    assert len(made.left_out) == 2
+    assert all("at least 4 sequences" in reason for reason in made.left_out)

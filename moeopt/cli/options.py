@@ -50,6 +50,9 @@ RefitFile = Annotated[
         help="Then fit the experts of the best plan to the full model, judge that on dev, and write the plan to FILE.",
     ),
 ]
+RefitRank = Annotated[
+    int | None, STUDY(metavar="Q", min=1, help="With --refit: rank of each expert's change. Default: any.")
+]
 Limit = Annotated[int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")]
 DeviceMap = Annotated[
     str, MACHINE(metavar="MAP", callback=arguments.device_map, help="Where weights go: auto, cpu, cuda:0, ...")

@@ -1,9 +1,10 @@
-"""`moeopt refit`: arguments are checked and handed to `moeopt.selection.refit_judged`."""
+"""`moeopt refit`: arguments are checked and handed to `moeopt.refit`, and the result is judged on dev."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +33,11 @@ from moeopt.cli.options import (
 from moeopt.errors import PlanError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel
+
     from moeopt.plan import Plan
+    from moeopt.tasks import Task as AnyTask
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -103,8 +108,8 @@ def refit(
         err.print(f"loading {model}; refitting {title}", markup=False, soft_wrap=True)
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         lines = written(
-            chosen, out, loaded, tokenizer, goal, err, calibration=other, limit=limit, dev_limit=dev_limit, score=score,
-            rank=rank, batch_tokens=batch_tokens,
+            chosen, out, loaded, tokenizer, goal, err=err, rank=rank, calibration=other, limit=limit,
+            dev_limit=dev_limit, score=score, batch_tokens=batch_tokens,
         )  # fmt: skip
     except KeyboardInterrupt:
         raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
@@ -117,29 +122,49 @@ def check_file(out: Path) -> None:
     if out.exists() or out.suffix != ".safetensors":
         why = "is there already" if out.exists() else "does not end in .safetensors"
         raise PlanError(f"{str(out)!r} {why}; name a new file to write the refitted plan to")
-    if not out.resolve().parent.is_dir():
-        raise PlanError(f"there is no folder {str(out.parent)!r} to write the refitted plan to")
+    try:
+        with tempfile.TemporaryFile(dir=out.resolve().parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise PlanError(f"cannot write the refitted plan into the folder {str(out.parent)!r}: {reason}") from None
 
 
-def written(plan: Plan, out: Path, *parts: Any, **options: Any) -> list[str]:
+def check_can(model: PreTrainedModel, tokenizer: Any, task: AnyTask, limit: int | None) -> None:
+    """Raise what a refit at the end of a search would, before the search."""
+    from moeopt.methods import Calibration
+    from moeopt.methods.refitting import check_refit
+
+    check_refit(Calibration(model, tokenizer, task, limit=limit))
+
+
+def written(plan: Plan, out: Path, *given: Any, err: Console, rank: int | None, **options: Any) -> list[str]:
     """Refit a plan, write it to `out`, and say what that gave.
 
     Args:
         plan: what is refitted.
         out: the plan file.
-        parts: model, tokenizer and task, and the console for progress.
-        options: of `refit_judged`.
+        given: model, tokenizer and task.
+        err: for progress.
+        rank: as for `refit`.
+        options: of `judged_refit`.
     """
     from moeopt.console import Steps
-    from moeopt.selection import refit_judged
+    from moeopt.methods import Calibration
+    from moeopt.methods import refit as fit
+    from moeopt.selection import judged_refit
 
-    *given, err = parts
+    model, tokenizer, task = given
     folder = out.with_name(f".{out.name}.layers")
+    source, limit = options.pop("calibration", None) or task, options.pop("limit")
+    sequences = Calibration(model, tokenizer, source, limit=limit, batch_tokens=options["batch_tokens"])
     with Steps(err) as progress:
-        judged = refit_judged(plan, *given, parts=folder, progress=progress, **options)
-    judged.refit.save(out)
+        made = fit(plan, sequences, rank=rank, parts=folder, progress=progress)
+    made.save(out)
     shutil.rmtree(folder, ignore_errors=True)
-    return [*judged.lines(), f"{out} holds the refitted plan"]
+    lines = [*made.lines(), f"{out} holds the refitted plan"]
+    with err.status("judging it on dev"):
+        return [*lines, *judged_refit(plan, made.plan, model, tokenizer, task, **options)]
 
 
 def export_again(model: str, out: Path) -> str:

@@ -25,13 +25,14 @@ from moeopt.cli.options import (
     Limit,
     Model,
     RefitFile,
+    RefitRank,
     Score,
     Storage,
     Task,
     TaskOption,
     interrupted,
 )
-from moeopt.cli.refit import check_file, export_again, written
+from moeopt.cli.refit import check_can, check_file, export_again, written
 
 if TYPE_CHECKING:
     import optuna
@@ -155,6 +156,7 @@ def search(
         bool, STUDY(help="Whether to score the best trial and the best start on dev at the end, for two evaluations.")
     ] = True,
     refit: RefitFile = None,
+    refit_rank: RefitRank = None,
     storage: Storage = DEFAULT_STORAGE,
     resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
     device_map: DeviceMap = "auto",
@@ -250,6 +252,8 @@ def search(
         shares = fleet.shared(workers, device_map) if workers > 1 else [{}]
         fleet.take(shares[0])
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+        if refit is not None:
+            check_can(loaded, tokenizer, chosen_task, limit)
         objective = Objective(
             loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
             active_weight=active_weight, prefix_memory=None if prefix_memory is None else prefix_memory << 20,
@@ -326,24 +330,23 @@ def search(
         compared += "\n"
     if held and "dev" in chosen_task.splits:
         compared += _held(record, objective)
-    refitted = ""
-    if refit is not None:
-        try:
-            lines = written(
-                chosen_space.plan(best), refit, loaded, tokenizer, chosen_task, err, limit=limit, dev_limit=limit,
-                score=score, batch_tokens=batch_tokens,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
-        refitted = "\n".join([*lines, f"  {export_again(model, refit)}", ""])
     place = shlex.join(arguments.storage_again(storage))
     out.print(
-        f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n{compared}{refitted}"
+        f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n{compared}"
         f"  {arguments.show_again(study, storage)}\n"
         f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --study {shlex.quote(study)}",
         markup=False,
         soft_wrap=True,
     )
+    if refit is not None:
+        try:
+            lines = written(
+                chosen_space.plan(best), refit, loaded, tokenizer, chosen_task, err=err, rank=refit_rank, limit=limit,
+                dev_limit=limit, score=score, batch_tokens=batch_tokens,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
+        out.print("\n".join([*lines, f"  {export_again(model, refit)}"]), markup=False, soft_wrap=True)
 
 
 def _held(study: optuna.Study, objective: Objective) -> str:

@@ -19,13 +19,14 @@ from moeopt.cli.options import (
     Dtype,
     Model,
     RefitFile,
+    RefitRank,
     ScoreName,
     Storage,
     Task,
     TaskOption,
     interrupted,
 )
-from moeopt.cli.refit import check_file, export_again, written
+from moeopt.cli.refit import check_can, check_file, export_again, written
 from moeopt.selection.checks import MOST, TOP
 
 EXAMPLES = (
@@ -60,6 +61,7 @@ def select(
         GOAL(help="What the plan is chosen by on dev. Default: what the study minimised."),
     ] = None,
     refit: RefitFile = None,
+    refit_rank: RefitRank = None,
     stock: Annotated[bool, GOAL("--stock", help="Only plans that an ordinary checkpoint can hold.")] = False,
     storage: Storage = DEFAULT_STORAGE,
     device_map: DeviceMap = "auto",
@@ -89,6 +91,9 @@ def select(
         err.print(f"task {chosen.name}: {chosen.summary}", markup=False, soft_wrap=True)
         err.print(f"loading {model}", markup=False)
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+        limit = stored(opened)["task"].get("limit")
+        if refit is not None:
+            check_can(loaded, tokenizer, chosen, limit)
         with Steps(err) as progress, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The test split has now")  # the record says so too
             found = selection.select(
@@ -104,23 +109,21 @@ def select(
                 batch_tokens=batch_tokens,
                 progress=progress,
             )
-        lines = []
-        if refit is not None:
-            limit = stored(opened)["task"].get("limit")
-            lines = written(
-                found.winner.plan, refit, loaded, tokenizer, chosen, err, limit=limit, dev_limit=dev_limit,
-                score=found.settings["score"], batch_tokens=batch_tokens,
-            )  # fmt: skip
     except KeyboardInterrupt:
         raise interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None
     if not found.evaluated:
         console.print("All of it was on record; nothing was evaluated.")
     console.print(selection.view(found))
-    for text in lines:
-        console.print(text, markup=False, soft_wrap=True)
     place = shlex.join([*arguments.storage_again(storage), "--study", study])
     console.print(
         f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --trial selected", markup=False, soft_wrap=True
     )
     if refit is not None:
-        console.print(f"  {export_again(model, refit)}", markup=False, soft_wrap=True)
+        try:
+            lines = written(
+                found.winner.plan, refit, loaded, tokenizer, chosen, err=err, rank=refit_rank, limit=limit,
+                dev_limit=dev_limit, score=found.settings["score"], batch_tokens=batch_tokens,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
+        console.print("\n".join([*lines, f"  {export_again(model, refit)}"]), markup=False, soft_wrap=True)

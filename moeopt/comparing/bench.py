@@ -13,6 +13,7 @@ from moeopt.errors import MethodError
 from moeopt.evaluation import Evaluation, Evaluator
 from moeopt.evaluation.evaluator import Score
 from moeopt.methods import METHODS, Calibration, plans, refit, skipping
+from moeopt.methods.refitting import RIDGES
 from moeopt.models import describe
 from moeopt.plan import Plan
 
@@ -138,12 +139,12 @@ class Bench:
     def refitted(self, plan: Plan, cost: int, name: str, keep: int, k: int) -> Known:
         """A plan refitted to what methods look at, `cost` being what the plan itself cost."""
         self.step(f"refitting {name}, keep {keep}, k {k}")
-        of = _digest(self._looked_at, "refit", plan.fingerprint, cost)
+        of = _digest(self._looked_at, "refit", plan.fingerprint, cost, RIDGES)
         if self._ledger.plan(of) is None:
             calibration = self.calibration
             made = refit(plan, calibration)
             known = Known(made.plan, cost + made.layer_tokens, calibration.sequences, calibration.tokens)
-            self._ledger.keep_plan(known, of, plan_file(f"{name}{REFIT}", keep, k))
+            self._ledger.keep_plan(known, of, plan_file(f"{name}{REFIT}", keep, k), made.about)
         return self._noted(of)
 
     def step(self, what: str) -> None:

@@ -98,10 +98,10 @@ class Ledger:
         """The plan that was found for this question."""
         return self._plans.get(of)
 
-    def keep_plan(self, known: Known, of: str, file: str) -> None:
+    def keep_plan(self, known: Known, of: str, file: str, about: Mapping[str, Any] | None = None) -> None:
         self._plans[of] = known
         if self.folder is not None:
-            known.plan.save(self.folder / PLANS / file)
+            known.plan.save(self.folder / PLANS / file, about=about)
         cost = {"layer_tokens": known.layer_tokens, "sequences": known.sequences, "tokens": known.tokens}
         self._append({"kind": "plan", "of": of, "fingerprint": known.plan.fingerprint, "file": file, **cost})
 

@@ -138,8 +138,11 @@ class Maker:
 
     def _variants(self, kind: Kind, name: str, plan: Plan, keep: int, k: int, cost: int) -> None:
         if self.refits:
-            known = self.bench.refitted(plan, cost, name, keep, k)
-            self._row(kind, f"{name}{REFIT}", known.plan, keep, k, known.layer_tokens)
+            try:
+                known = self.bench.refitted(plan, cost, name, keep, k)
+                self._row(kind, f"{name}{REFIT}", known.plan, keep, k, known.layer_tokens)
+            except (MethodError, ModelError, NonFiniteLossError) as error:
+                self.left_out.append(f"{name}{REFIT}, keep {keep}, k {k}: {error}")
         self._skipping(kind, name, plan, keep, k, cost)
 
     def _skipping(self, kind: Kind, name: str, plan: Plan, keep: int, k: int, cost: int) -> None:

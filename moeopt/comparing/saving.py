@@ -23,7 +23,9 @@ def save(comparison: Comparison, folder: Path) -> None:
     try:
         (folder / PLANS).mkdir(parents=True, exist_ok=True)
         for row in comparison.rows:
-            if row.plan is not None and row.file is not None:
+            if row.plan is None or row.file is None:
+                continue
+            if not (row.refitted and (folder / PLANS / row.file).is_file()):  # the ledger's says what was fitted
                 row.plan.save(folder / PLANS / row.file)
         write_atomically(folder / "table.csv", _csv(comparison).encode())
         write_atomically(folder / "table.json", (json.dumps(record(comparison), indent=2) + "\n").encode())

@@ -419,7 +419,7 @@ class Evaluator:
         return tuple(float(layer.k) for layer in self._moe)
 
     def _where_merged(self, plan: Plan) -> Storage:
-        if self._merged_in != "auto" or all(layer.w_em is None for layer in plan.layers):
+        if self._merged_in != "auto" or not any(layer.makes_experts for layer in plan.layers):
             return self._merged_in
         needed = merged_bytes(self._moe, plan) - self._cache.nbytes
         free = free_bytes(next(self.model.parameters()).device)

@@ -32,7 +32,7 @@ def merged_bytes(layers: Sequence[MoELayer], plan: Plan) -> int:
     """Bytes of the merged experts that a plan needs, all layers together."""
     total = 0
     for layer, part in zip(layers, plan.layers):
-        if part.w_em is not None:
+        if part.makes_experts:
             whole = sum(p.nbytes for p in layer.experts.parameters(recurse=False))
             total += whole * part.kept_experts // layer.n
     return total

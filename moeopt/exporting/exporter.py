@@ -121,8 +121,9 @@ def export(
             prepared = prepare(source, plan, form)
             record |= prepared.notes
             files = sum(real(folder, name).stat().st_size for name in prepared.files)
-            if prepared.layout.nbytes + files > shutil.disk_usage(out.parent).free:
-                raise ExportError(f"cannot write {str(out)!r}: {needs(prepared.layout.nbytes + files, out.parent)}")
+            size = prepared.layout.nbytes + files + plan.nbytes
+            if size > shutil.disk_usage(out.parent).free:
+                raise ExportError(f"cannot write {str(out)!r}: {needs(size, out.parent)}")
             with appearing(out) as temporary:
                 _write(temporary, source, prepared, plan, record, shard_bytes, about)
     except OSError as error:

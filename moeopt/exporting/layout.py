@@ -259,11 +259,15 @@ def _lay_down(layout: Layout, name: str, source: Source, part: LayerPlan, transp
         for place, i in enumerate(experts):
 
             def merged(i: int = i) -> torch.Tensor:
-                if numbered is None:
-                    every = source.tensor(name).view(stored.shape)
-                else:
-                    every = torch.stack([source.tensor(other).view(stored.shape) for other in numbered[1]])
-                return merge(matrix[i : i + 1], every)[0]
+                def expert(j: int) -> torch.Tensor:
+                    size = math.prod(form)
+                    if numbered is not None:
+                        return source.tensor(numbered[1][j]).view(stored.shape)
+                    return source.tensor(name, j * size, (j + 1) * size).view(stored.shape[-2:])
+
+                if part.kept is not None:
+                    return expert(part.kept[i])
+                return merge(matrix[i : i + 1], torch.stack([expert(j) for j in range(part.experts)]))[0]
 
             write_down(down, i, merged, out[place], transposed)
         return out if numbered is None else out[0]

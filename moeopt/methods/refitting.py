@@ -11,13 +11,15 @@ Layer by layer, the earlier layers being refitted already: so each one also make
 which gives back more than fitting it to what the full model's own layer adds (`benchmarks/refit.py`). No derivative, no
 training loop; the result is an ordinary checkpoint. Related: MergeMoE (arXiv 2510.14436), which fits merged experts.
 
-lam is chosen for each layer among `RIDGES` times the mean of A'A's diagonal, on a quarter of the sequences that the fit
-has not seen; a layer that no lam makes better there keeps its weights. The weights are then those of all sequences.
+lam is chosen for each layer among `RIDGES` times the mean of A'A's diagonal, on a quarter of the sequences that the
+layer's fit has not seen; a layer that no lam makes better there keeps its weights. The weights are then those of all
+sequences, so that what is measured on the quarter flatters later layers, as the earlier ones have seen it.
 
 Statistics are added up over batches: A'A, or A itself where tokens are fewer than columns, which gives the same D by
 D = A' (A A' + lam I)^-1 (h - h'). Experts of more than `COLUMNS` columns together are fitted a few at a time, each to
-what the others leave, `SWEEPS` times in turn (block Gauss-Seidel). So memory is that of `COLUMNS` squared and of the
-hidden states of the calibration, whatever the model.
+what the others leave, `SWEEPS` times in turn (block Gauss-Seidel). So beside the model, memory is that of `COLUMNS`
+squared (of one expert's columns, where it has more), some ten times the hidden states of the calibration, and the
+fitted weights, in float32.
 
 A solution of low rank q takes q (hidden + inner) numbers an expert: D_i V V', V being the first q right singular
 vectors of A_i D_i, is the nearest to D_i of that rank in what the expert gives.
@@ -30,6 +32,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ from moeopt.methods.calibration import Calibration, Stream
 from moeopt.methods.ridge import Gram, Products, Rows
 from moeopt.methods.seen import Seen
 from moeopt.methods.sequences import Batch
-from moeopt.models import MoELayer, check_makes, fingerprint, patched
+from moeopt.models import MoELayer, check_makes, fingerprint, layerwise, patched
 from moeopt.models.merging import DOWN, Scratch, is_transposed, merged_view
 from moeopt.plan import DownProjections, LayerPlan, Plan
 
@@ -66,9 +69,9 @@ class LayerFit:
     Args:
         ridge: lam in means of A'A's diagonal, of the last experts where they were fitted a few at a time; None: the
             layer keeps its weights.
-        before, after: squared distance of the hidden states behind it from the full model's, on sequences that the fit
-            has not seen, as a share of the squares of what the full model's experts give there; the earlier layers are
-            refitted in both.
+        before, after: squared distance of the hidden states behind it from the full model's, on the sequences that the
+            ridge was chosen on, as a share of the squares of what the full model's experts give there; the earlier
+            layers are refitted in both, and have seen these sequences.
         factor: what the layer's output is multiplied with where it is added to the hidden states; None: it is not
             merely added, such as where a norm follows it, so that the layer was fitted to what the full model's own
             layer gives.
@@ -113,11 +116,15 @@ class Refit:
         whole = [i for i, fit in enumerate(self.layers) if fit.ridge is None]
         before, after = (np.mean([getattr(fit, name) for fit in self.layers]) for name in ("before", "after"))
         lines = [
-            f"refitted {len(fitted)} of {len(self.layers)} layers; on sequences that the fit has not seen, the squared "
-            f"distance from the full model's hidden states is {after:.3f} of what its experts give, was {before:.3f}"
+            f"refitted {len(fitted)} of {len(self.layers)} layers; on the quarter of the sequences held out of each "
+            f"layer's fit, the squared distance from the full model's hidden states is {after:.3f} of what its experts "
+            f"give, was {before:.3f}"
         ]
         if whole:
             lines.append(f"not better there, so that they keep their weights: layers {', '.join(map(str, whole))}")
+        alone = [i for i, fit in enumerate(self.layers) if fit.factor is None]
+        if alone:
+            lines.append(f"fitted to what the full model's own layer gives: layers {', '.join(map(str, alone))}")
         return lines
 
 
@@ -145,29 +152,23 @@ def refit(
 
     Raises:
         MethodError: for fewer than four sequences, ridges that are not above 0, a rank below 1, a model that does not
-            run layer by layer, or a folder of parts of something else.
+            run layer by layer, or a folder of parts that cannot be written.
         PlanError: when the plan does not fit the model.
         ModelError: when the model's experts are quantised, or take no down projections of a plan.
     """
     started = time.perf_counter()
-    if not ridges or not all(np.isfinite(ridge) and ridge > 0 for ridge in ridges):
-        raise MethodError(f"ridges must be numbers above 0, got {list(ridges)}")
+    if not isinstance(plan, Plan):
+        raise MethodError(f"refit takes a Plan, got {type(plan).__name__}")
+    if not isinstance(ridges, Sequence) or not ridges or not all(map(_above_0, ridges)):
+        raise MethodError(f"ridges must be numbers above 0, got {ridges!r}")
     for name, value in (("rank", rank), ("columns", columns)):
-        if value is not None and value < 1:
-            raise MethodError(f"{name} must be at least 1, got {value}")
-    if calibration.sequences < HELD_OUT:
-        raise MethodError(
-            f"a refit needs at least {HELD_OUT} sequences, to choose its ridge on one of {HELD_OUT}; there are "
-            f"{calibration.sequences}"
-        )
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise MethodError(f"{name} must be an integer of at least 1, got {value!r}")
+    check_refit(calibration, plan)
     options = {"ridges": [float(ridge) for ridge in ridges], "rank": rank, "columns": columns}
-    check_makes(calibration.model)
     done = _Parts(None if parts is None else Path(parts), _digest(plan, calibration, options))
     with calibration.ready():
-        try:
-            run = _Run(plan, calibration, ridges, rank, columns)
-        except ModelError as error:
-            raise MethodError(f"refit goes layer by layer, which this model does not allow: {error}") from error
+        run = _Run(plan, calibration, ridges, rank, columns)
         for index in range(run.full.depth):
             if index in run.full.moe and progress is not None:
                 number = run.full.moe.index(index)
@@ -182,8 +183,30 @@ def refit(
         "tokens": calibration.tokens,
         **options,
     }
-    cost = calibration.tokens * (2 * run.full.depth + run.runs)
+    cost = round(calibration.tokens * (2 * run.full.depth + run.runs))
     return Refit(run.plan, tuple(run.fits), cost, time.perf_counter() - started, calibrated)
+
+
+def check_refit(calibration: Calibration, plan: Plan | None = None) -> None:
+    """Raise what `refit` would for this model, these sequences, and a plan; to be asked before any long work."""
+    if calibration.sequences < HELD_OUT:
+        raise MethodError(
+            f"a refit needs at least {HELD_OUT} sequences, to choose its ridge on one of {HELD_OUT}; there are "
+            f"{calibration.sequences}"
+        )
+    with calibration.ready():
+        check_makes(calibration.model)
+        if plan is not None:
+            with patched(calibration.model, plan):
+                pass
+        try:
+            layerwise(calibration.model)
+        except ModelError as error:
+            raise MethodError(f"refit goes layer by layer, which this model does not allow: {error}") from error
+
+
+def _above_0(ridge: Any) -> bool:
+    return isinstance(ridge, Real) and not isinstance(ridge, bool) and 0 < float(ridge) < np.inf
 
 
 class _Run:
@@ -201,7 +224,11 @@ class _Run:
     ) -> None:
         self.calibration, self.options = calibration, (ridges, rank, columns)
         self.full, self.small = Stream(calibration), Stream(calibration)
-        self.layers, self.fits, self.runs = list(plan.layers), list[LayerFit](), 0
+        self.layers, self.fits, self.runs = list(plan.layers), list[LayerFit](), 0.0
+        # drawn, as rows of a mixture come by turns; the same ones for every layer
+        self.held = torch.zeros(calibration.sequences, dtype=torch.bool)
+        drawn = np.random.default_rng(0).permutation(calibration.sequences)
+        self.held[torch.from_numpy(drawn[: calibration.sequences // HELD_OUT])] = True
 
     @property
     def plan(self) -> Plan:
@@ -225,8 +252,8 @@ class _Run:
         self.small.advance(index, _nothing, self.plan)
 
     def _fitted(self, index: int, number: int) -> LayerFit:
-        layer, original, batches = self.calibration.layers[number], list[Seen](), list[Seen]()
-        with self.calibration.watching(original.append) as watch:
+        layer, original, batches = self.calibration.layers[number], list[Tensor](), list[Seen]()
+        with self.calibration.watching(lambda seen: original.append(seen.routed)) as watch:
             self.full.advance(index, watch)
         entering = list(self.small.states)
         with patched(self.calibration.model, self.plan):  # first, so that its routing is what is seen
@@ -234,14 +261,16 @@ class _Run:
                 self.small.advance(index, watch)
             factor = self._factor(index, layer, entering[0], batches[0])
         if factor is None:
-            gaps = [there.routed.float() - here.routed.float() for there, here in zip(original, batches)]
+            gaps = [there.float() - here.routed.float() for there, here in zip(original, batches)]
         else:
             gaps = [
                 _real(there - here, batch).float() / factor
                 for there, here, batch in zip(self.full.states, self.small.states, self.calibration.batches)
             ]
         with self.small.loaded(index):
-            fitting = _LayerFitting(layer, self.layers[number], batches, gaps, original)
+            held = [self.held[seen.sequence].to(gap.device) for seen, gap in zip(batches, gaps)]
+            given = sum(float(y[out].double().square().sum()) for y, out in zip(original, held))
+            fitting = _LayerFitting(layer, self.layers[number], batches, gaps, held, given)
             self.layers[number], fit = fitting.run(*self.options)
         self.runs += 1 + fitting.runs
         if fit.ridge is not None:
@@ -284,21 +313,32 @@ class _LayerFitting:
 
     Attributes:
         runs: how often the experts ran for A.
+
+    Args:
+        layer, part: the layer, and what the plan makes of it.
+        batches: what it saw under the plan.
+        gaps: for each batch, what its experts should give beyond what they do, float32 (tokens, hidden).
+        held: for each batch, which tokens are held out, bool (tokens,).
+        given: the squares of what the full model's experts give for these.
     """
 
     def __init__(
-        self, layer: MoELayer, part: LayerPlan, batches: list[Seen], gaps: list[Tensor], original: list[Seen]
+        self,
+        layer: MoELayer,
+        part: LayerPlan,
+        batches: list[Seen],
+        gaps: list[Tensor],
+        held: list[Tensor],
+        given: float,
     ) -> None:
-        self.layer, self.part, self.batches, self.gaps = layer, part, batches, gaps
+        self.layer, self.part, self.batches, self.gaps, self.held, self.given = layer, part, batches, gaps, held, given
         self.weights = [self._weights(seen) for seen in batches]
-        self.held = [seen.sequence.to(gap.device) % HELD_OUT == HELD_OUT - 1 for seen, gap in zip(batches, gaps)]
-        routed = (seen.routed[held] for seen, held in zip(original, self.held))
-        self.given = sum(float(y.double().square().sum()) for y in routed)
+        self.pairs = max(1, sum(int((weights != 0).sum()) for weights in self.weights))
         self.tensors = Scratch().tensors(layer.experts, part)
         self.transposed = is_transposed(layer.experts)
         sizes = self.tensors[DOWN].shape
         self.hidden, self.inner = (sizes[2], sizes[1]) if self.transposed else (sizes[1], sizes[2])
-        self.runs = 0
+        self.runs = 0.0
 
     def _weights(self, seen: Seen) -> Tensor:
         """What each of the r experts weighs for each token, float32 (tokens, r)."""
@@ -344,7 +384,7 @@ class _LayerFitting:
     ) -> tuple[float, Tensor, float]:
         """The ridge that leaves least on what is held out, its solution, and what it leaves.
 
-        What is left falls and then rises with the ridge, so that the way down from the middle one ends at the least.
+        What is left is taken to fall and then rise with the ridge: the way down from the middle one ends at the least.
         """
         ridges = sorted(ridges)
 
@@ -380,16 +420,20 @@ class _LayerFitting:
             fitted.add(a[~out], target[~out])
             held.add(a[out], target[out])
             # what no expert of the group is weighed in cannot be explained by it
-            held.squares += float(self.gaps[b][~here & self.held[b]].double().square().sum())
-        self.runs += -(-self.inner // self.hidden)
+            held.outside += float(self.gaps[b][~here & self.held[b]].double().square().sum())
+        self._count(group)
         return fitted, held
+
+    def _count(self, group: range) -> None:
+        pairs = sum(int((weights[:, group.start : group.stop] != 0).sum()) for weights in self.weights)
+        self.runs += -(-self.inner // self.hidden) * pairs / self.pairs
 
     def _take(self, group: range, change: Tensor) -> None:
         """Subtract from the gaps what a change of these experts gives."""
         for b, weights in enumerate(self.weights):
             here = (weights[:, group.start : group.stop] != 0).any(1)
             self.gaps[b][here] -= self._columns(group, b, here) @ change
-        self.runs += -(-self.inner // self.hidden)
+        self._count(group)
 
     def _columns(self, group: range, b: int, tokens: Tensor) -> Tensor:
         """A of some experts and tokens (bool) of a batch, float32 (tokens, experts x inner)."""
@@ -447,28 +491,26 @@ class _LayerFitting:
 
 
 class _Parts:
-    """Layers that are done, a plan file each, in a folder."""
+    """Layers that are done, a plan file each, in a folder of a folder that is named after what they are of."""
 
     def __init__(self, folder: Path | None, of: str) -> None:
-        self.folder, self.of = folder, of
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        self.folder = None if folder is None else folder / of
+        try:
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MethodError(f"cannot keep layers in {str(folder)!r}: {error.strerror or error}") from None
 
     def get(self, number: int) -> tuple[LayerPlan, LayerFit] | None:
         """A layer that is done, and what became of it."""
         if self.folder is None or not self._file(number).is_file():
             return None
-        about = Plan.about(self._file(number))
-        if about.get("of") != self.of:
-            raise MethodError(
-                f"{str(self._file(number))!r} is of another refit: of another plan, model, calibration or other "
-                "options; give an empty folder"
-            )
-        return Plan.load(self._file(number)).layers[0], LayerFit(**about["fit"])
+        file = self._file(number)
+        return Plan.load(file).layers[0], LayerFit(**Plan.about(file)["fit"])
 
     def put(self, number: int, layer: LayerPlan, fit: LayerFit) -> None:
         if self.folder is not None:
-            Plan((layer,)).save(self._file(number), about={"of": self.of, "fit": asdict(fit)})
+            Plan((layer,)).save(self._file(number), about={"fit": asdict(fit)})
 
     def _file(self, number: int) -> Path:
         assert self.folder is not None

@@ -16,12 +16,13 @@ class Products(ABC):
 
     Attributes:
         columns, outputs: of A and R.
-        squares: R'R's trace, the sum of squares to be explained.
+        squares: the sum of squares to be explained, R'R's trace.
+        outside: squares that are left in any case, of tokens whose rows of A are 0 and were not added.
     """
 
     def __init__(self, columns: int, outputs: int) -> None:
         self.columns, self.outputs = columns, outputs
-        self.squares = 0.0
+        self.squares = self.outside = 0.0
 
     def add(self, a: Tensor, r: Tensor) -> None:
         """Add tokens: a (tokens, columns), r (tokens, outputs), float32."""
@@ -40,9 +41,12 @@ class Products(ABC):
     def solution(self, ridge: float) -> Tensor:
         """D, (columns, outputs), that makes ||R - A D||^2 + ridge ||D||^2 least; ridge > 0."""
 
-    @abstractmethod
     def left(self, d: Tensor) -> float:
         """||R - A D||^2."""
+        return self.outside + self._left(d)
+
+    @abstractmethod
+    def _left(self, d: Tensor) -> float: ...
 
     @abstractmethod
     def given(self, d: Tensor, columns: slice) -> Tensor:
@@ -50,7 +54,7 @@ class Products(ABC):
 
     @abstractmethod
     def joined(self, other: Products) -> Products:
-        """Those of the tokens of both, of one kind. Neither is good for anything afterwards."""
+        """Those of the tokens of both, of one kind, good for solutions alone; the other is used up."""
 
 
 class Gram(Products):
@@ -72,7 +76,7 @@ class Gram(Products):
     def solution(self, ridge: float) -> Tensor:
         return solved(self.aa, self.ar, ridge)
 
-    def left(self, d: Tensor) -> float:
+    def _left(self, d: Tensor) -> float:
         # D'A'A D - 2 D'A'R, summed in float64: the three terms nearly cancel where the fit is good
         cross = (d.double() * (self.aa @ d - 2 * self.ar).double()).sum()
         return self.squares + float(cross)
@@ -84,7 +88,6 @@ class Gram(Products):
         assert isinstance(other, Gram)
         self.aa += other.aa.to(self.aa.device)
         self.ar += other.ar.to(self.aa.device)
-        self.squares += other.squares
         return self
 
 
@@ -113,7 +116,7 @@ class Rows(Products):
         a, r = self.rows
         return a.T @ solved(a @ a.T, r, ridge)
 
-    def left(self, d: Tensor) -> float:
+    def _left(self, d: Tensor) -> float:
         a, r = self.rows
         return float((r - a @ d.to(a.device)).double().square().sum())
 
@@ -124,7 +127,6 @@ class Rows(Products):
     def joined(self, other: Products) -> Products:
         assert isinstance(other, Rows)
         self._batches += other._batches
-        self.squares += other.squares
         return self
 
 

@@ -108,7 +108,7 @@ def merge_into(
 ) -> None:
     """Write what the plan makes of every (n, ...) tensor of `source` into `buffers`, reusing those whose form fits."""
     with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside of it
-        matrix = torch.from_numpy(np.array(part.expert_matrix))
+        matrix, kept = torch.from_numpy(np.array(part.expert_matrix)), None if part.kept is None else list(part.kept)
         for name in set(buffers) - set(source):
             del buffers[name]
         for name, tensor in source.items():
@@ -116,10 +116,14 @@ def merge_into(
             fits = old is not None and old.shape == shape and (old.dtype, old.device) == (tensor.dtype, tensor.device)
             buffers[name] = out = old if old is not None and fits else tensor.new_empty(shape)
             if name != DOWN or part.down is None:
-                merge(matrix, tensor, out)
+                # experts that are kept are copied: a product with 0 would let the nan of another one in
+                out.copy_(tensor[kept]) if kept is not None else merge(matrix, tensor, out)
                 continue
             for i in range(len(matrix)):
-                write_down(part.down, i, partial(_merged, matrix[i : i + 1], tensor), out[i], transposed)
+                own = (
+                    partial(_merged, matrix[i : i + 1], tensor) if kept is None else partial(tensor.select, 0, kept[i])
+                )
+                write_down(part.down, i, own, out[i], transposed)
 
 
 def _merged(row: Tensor, tensor: Tensor) -> Tensor:

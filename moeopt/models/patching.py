@@ -155,6 +155,10 @@ def check_makes(model: nn.Module) -> None:
     with _suspended(model):
         attachment = _attach(model)
         for layer in attachment.layers:
+            if is_quantised(model, layer):
+                raise ModelError(
+                    f"{layer.name}: the experts are quantised and cannot be refitted; load them unquantised"
+                )
             _check_merging(model, attachment, layer)
             _down_of(layer)
 

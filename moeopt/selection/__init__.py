@@ -9,13 +9,12 @@ from moeopt.lazily import lazily
 _HOMES = {
     "Candidate": "record",
     "Held": "gains",
-    "JudgedRefit": "refits",
     "SELECTION": "record",
     "Selection": "record",
     "check": "checks",
     "held": "gains",
     "recorded": "record",
-    "refit_judged": "refits",
+    "judged_refit": "refits",
     "select": "run",
     "selected_trial": "record",
     "on_test": "kept",
@@ -27,13 +26,12 @@ __all__ = [
     "SELECTION",
     "Candidate",
     "Held",
-    "JudgedRefit",
     "Selection",
     "check",
     "held",
+    "judged_refit",
     "on_test",
     "recorded",
-    "refit_judged",
     "select",
     "selected_trial",
     "verdict",
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
     from moeopt.selection.gains import Held, held
     from moeopt.selection.kept import on_test
     from moeopt.selection.record import SELECTION, Candidate, Selection, recorded, selected_trial, verdict
-    from moeopt.selection.refits import JudgedRefit, refit_judged
+    from moeopt.selection.refits import judged_refit
     from moeopt.selection.run import select
     from moeopt.selection.table import view
 

@@ -187,6 +187,11 @@ class _OnePlan(Space):
         for i, layer in enumerate(plan.layers):
             if layer.experts != shape.experts:
                 raise SpaceError(f"layer {i} of the plan is for {layer.experts} experts, the model has {shape.experts}")
+            if layer.down is not None:
+                raise SpaceError(
+                    f"layer {i} of the plan has down projections of its own, which no study keeps; search k and "
+                    "skipping first, then refit"
+                )
         keep = min(layer.kept_experts for layer in plan.layers)
         super().__init__(shape, keep=keep, groups=groups, k=min(keep, *(layer.k for layer in plan.layers)))
         self._plan = plan

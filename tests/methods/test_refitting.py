@@ -11,8 +11,10 @@ import torch
 from exporting.conftest import build_plans
 
 import moeopt
+from moeopt import analysis
 from moeopt.errors import MethodError, PlanError
 from moeopt.evaluation import Evaluator
+from moeopt.evaluation.memory import merged_bytes
 from moeopt.methods import Calibration, refitting
 from moeopt.methods.refitting import HELD_OUT, refit
 from moeopt.methods.ridge import Gram, Rows, solved
@@ -246,8 +248,9 @@ def test_what_was_cut_off_goes_on_layer_by_layer(make_mixtral, tiny_tokenizer, t
     assert ran == [0, 1, 1, 2]
     assert again.plan == expected.plan
     assert again.layers == expected.layers
-    with pytest.raises(MethodError, match="another refit"):
-        refit(plan, calibration, parts=tmp_path, rank=2)
+    refit(plan, calibration, parts=tmp_path, rank=2)  # its own layers lie beside them
+    assert len(list(tmp_path.iterdir())) == 2
+    assert refit(plan, calibration, parts=tmp_path).plan == expected.plan
 
 
 def test_a_file_keeps_the_weights_and_what_they_were_fitted_to(make_mixtral, tiny_tokenizer, text, tmp_path):
@@ -313,13 +316,76 @@ def test_experts_in_another_order_share_a_fingerprint_with_their_weights():
     [
         ({"ridges": [0.1, 0.0]}, "above 0"),
         ({"ridges": []}, "above 0"),
-        ({"rank": 0}, "rank must be at least 1"),
+        ({"ridges": 0.1}, "above 0, got 0.1"),
+        ({"ridges": ["a"]}, "above 0"),
+        ({"rank": 0}, "rank must be an integer of at least 1"),
+        ({"rank": 1.5}, "rank must be an integer of at least 1"),
+        ({"columns": True}, "columns must be an integer of at least 1"),
     ],
 )
 def test_bad_arguments_are_named(make_mixtral, tiny_tokenizer, text, arguments, message):
     model = make_mixtral()
     with pytest.raises(MethodError, match=message):
         refit(halved(model), calibrated(model, tiny_tokenizer, text), **arguments)
+
+
+def test_what_is_held_out_is_drawn_and_the_same_in_every_layer(make_mixtral, tiny_tokenizer, text, monkeypatch):
+    """Rows of a mixture come by turns, which a step of four would make one member's alone."""
+    model, held = make_mixtral(), []
+    init = refitting._LayerFitting.__init__
+
+    def noted(self, layer, part, batches, gaps, out, given):
+        held.append({int(n) for seen, each in zip(batches, out) for n in seen.sequence[each].unique()})
+        init(self, layer, part, batches, gaps, out, given)
+
+    monkeypatch.setattr(refitting._LayerFitting, "__init__", noted)
+    calibration = calibrated(model, tiny_tokenizer, text)
+    refit(halved(model), calibration)
+    assert held[0] == held[1] == held[2]
+    assert len(held[0]) == calibration.sequences // 4
+    assert len({number % 4 for number in held[0]}) > 1
+
+
+def test_tokens_that_no_expert_takes_count_before_and_after(make_mixtral, tiny_tokenizer, text):
+    """A negative mapping of all probabilities: nothing can be explained, so that the layer keeps its weights."""
+    model = make_mixtral()
+    w_rm = np.zeros((4, 8), np.float32)
+    w_rm[:, :1] = 1.0  # tokens with little of expert 0's probability still take something: all but those below
+    none = LayerPlan(8, 2, kept=(0, 1, 2, 3), w_rm=-w_rm, router="prob")
+    made = refit(Plan((none,) * 3), calibrated(model, tiny_tokenizer, text))
+    assert [fit.ridge for fit in made.layers] == [None] * 3
+    assert all(fit.after == fit.before for fit in made.layers)
+
+
+def test_a_plan_of_another_model_is_refused_before_any_pass(make_mixtral, tiny_tokenizer, text, monkeypatch):
+    model = make_mixtral()
+    calibration = calibrated(model, tiny_tokenizer, text)
+    monkeypatch.setattr(refitting, "Stream", None)
+    with pytest.raises(PlanError, match="for 2 MoE layers"):
+        refit(Plan.one_hot([[0, 1]] * 2, experts=8, k=2), calibration)
+    with pytest.raises(MethodError, match="takes a Plan"):
+        refit("plan", calibration)
+
+
+def test_nan_of_an_expert_that_is_not_kept_does_no_harm(make_mixtral, tiny_tokenizer, text):
+    model = make_mixtral()
+    made = refit(halved(model), calibrated(model, tiny_tokenizer, text), rank=4).plan
+    ids = torch.arange(40)[None]
+    with torch.no_grad(), patched(model, made):
+        expected = model(ids).logits
+    with torch.no_grad():
+        moe_layers(model)[0].experts.gate_up_proj[7].fill_(torch.nan)
+        moe_layers(model)[0].experts.down_proj[7].fill_(torch.inf)
+    with torch.no_grad(), patched(model, made):
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_model_in_training_mode_can_be_refitted(make_mixtral, tiny_tokenizer, text):
+    model = make_mixtral(router_jitter_noise=0.1)
+    plan = halved(model)
+    expected = refit(plan, calibrated(model, tiny_tokenizer, text)).plan
+    assert refit(plan, calibrated(model.train(), tiny_tokenizer, text)).plan == expected
+    assert model.training
 
 
 def test_too_few_sequences_are_refused(make_mixtral, tiny_tokenizer, text):
@@ -353,3 +419,15 @@ def test_no_space_takes_it_for_its_pruning(make_mixtral, tiny_tokenizer, text):
     made = refit(halved(model), calibrated(model, tiny_tokenizer, text)).plan
     with pytest.raises(moeopt.errors.SpaceError, match="down projections of its own"):
         moeopt.PruneSpace.of(model, keep=4).encode(made)
+    with pytest.raises(moeopt.errors.SpaceError, match="first, then refit"):
+        moeopt.ActiveSpace.of(model, around=made, k=(1, 2))
+
+
+def test_memory_and_shares_are_those_of_the_pruning(make_mixtral, tiny_tokenizer, text):
+    model = make_mixtral()
+    calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
+    made = refit(plan, calibration, ridges=[1e6]).plan  # weights that barely change
+    whole = sum(p.nbytes for layer in moe_layers(model) for p in layer.experts.parameters())
+    assert merged_bytes(moe_layers(model), made) == whole // 2
+    shares = [analysis.activation_shares(calibration, each) for each in (plan, made)]
+    np.testing.assert_allclose(shares[0], shares[1], atol=0.02)
