@@ -21,8 +21,9 @@ expert, and with each of the others, speaks for. Over tokens the d_t are added u
   estimated without bias by `SKETCHES` products a token with random directions (Achlioptas 2003).
 
 Which one is told by the true loss on the last quarter of the calibration examples, under the plan that each makes of
-the others: output, unless another's loss is lower with its paired 95 % interval below 0; then the lowest of those. The
-plan returned is that way's, of all examples. Distances from the full model (kl, acceptance), which are
+the others: output, unless another's loss is lower with its paired 80 % interval below 0; then the lowest of those. (The
+least loss alone would be luck; at 95 % the quarter of a small calibration seldom tells near copies apart, where signed
+sums gain most.) The plan returned is that way's, of all examples. Distances from the full model (kl, acceptance), which are
 least there, are seen from the curvature alone, with tokens drawn from the model itself as the answers.
 
 `loss_aware_rounds` goes on from there: derivatives are taken again under the plan so far, as long as the last quarter's
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 
 JUDGED = 0.25
 """The share of the calibration examples that ways of adding up are judged on."""
+LEVEL = 0.8
+"""Of the interval that a way of adding up must be better than the default with."""
 ROUNDS = 3
 HELD = 1 << 29
 """Bytes of products that are held where kept sets are too many to add up; beyond, of every so many tokens."""
@@ -175,7 +178,7 @@ class _Search:
         """The way of adding up of least loss among those that are better than the default for more than luck."""
 
         def better(name: str) -> bool:
-            return paired_bootstrap(judged[name], judged[DEFAULT]).high < 0
+            return paired_bootstrap(judged[name], judged[DEFAULT], level=LEVEL).high < 0
 
         return min((name for name in judged if name == DEFAULT or better(name)), key=lambda name: judged[name].loss)
 
