@@ -100,6 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "console",
         "errors",
         "genome",
+        "methods",
         "plan",
         "spaces",
         "samplers",

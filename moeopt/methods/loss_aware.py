@@ -23,8 +23,8 @@ expert, and with each of the others, speaks for. Over tokens the d_t are added u
 Which one is told by the true loss on the last quarter of the calibration examples, under the plan that each makes of
 the others: output, unless another's loss is lower with its paired 80 % interval below 0; then the lowest of those. (The
 least loss alone would be luck; at 95 % the quarter of a small calibration seldom tells near copies apart, where signed
-sums gain most.) The plan returned is that way's, of all examples. Distances from the full model (kl, acceptance), which are
-least there, are seen from the curvature alone, with tokens drawn from the model itself as the answers.
+sums gain most.) The plan returned is that way's, of all examples. Distances from the full model (kl, acceptance), which
+are least there, are seen from the curvature alone, with tokens drawn from the model itself as the answers.
 
 `loss_aware_rounds` goes on from there: derivatives are taken again under the plan so far, as long as the last quarter's
 loss gets lower. Of all methods here, these two alone look at derivatives: of activations, of no weight.

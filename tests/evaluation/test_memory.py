@@ -188,8 +188,8 @@ def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, dict[st
     alive: dict[int, weakref.ref[Tensor]] = {}
     merge_into = merging.merge_into
 
-    def watch(target: dict[str, Tensor], source: Any, w_em: Any) -> None:
-        merge_into(target, source, w_em)
+    def watch(target: dict[str, Tensor], *given: Any) -> None:
+        merge_into(target, *given)
         alive.update({id(tensor): weakref.ref(tensor) for tensor in target.values()})
         tensors = {id(t): t for ref in alive.values() if (t := ref()) is not None}
         made.append((sum(t.nbytes for t in tensors.values()), target))
