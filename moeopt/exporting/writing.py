@@ -70,8 +70,9 @@ def appearing(out: Path) -> Iterator[Path]:
 
 
 def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int) -> None:
-    """Write the tensors of a layout as safetensors files of at most `shard_bytes`, with an index if there are several.
+    """Write the tensors of a layout as safetensors files of at most `shard_bytes`, with an index.
 
+    Loaders that read every safetensors file of a folder, where no index says which, would take the plan's for weights.
     Header first; the tensors are then filled in piece by piece, so that never more than a few MiB are in memory.
     """
     from moeopt.models.weight_files import INDEX
@@ -109,9 +110,8 @@ def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int
         for path, stream in {(path, stream) for path, stream, _ in places.values()}:
             with room_for(path, sizes[path]):
                 os.fsync(stream.fileno())
-    if not one:
-        weight_map = {name: file for file, tensors in zip(files, shards) for name in tensors}
-        write_json(folder / INDEX, {"metadata": {"total_size": layout.nbytes}, "weight_map": weight_map})
+    weight_map = {name: file for file, tensors in zip(files, shards) for name in tensors}
+    write_json(folder / INDEX, {"metadata": {"total_size": layout.nbytes}, "weight_map": weight_map})
 
 
 def copy_companions(source: Path, names: Sequence[str], folder: Path) -> None:

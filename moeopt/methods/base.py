@@ -56,12 +56,13 @@ class Method(ABC):
 
     Attributes:
         summary: what it does, in a few words.
-        progressive: whether a layer's statistics are taken with the earlier layers as planned, `Seen.target` being what
-            the full model gives.
+        progressive: whether a layer's statistics are taken with the earlier layers as planned.
+        targets: whether `Seen.target` is then wanted, what the full model gives.
     """
 
     summary: str
     progressive: bool = False
+    targets: bool = False
 
     alone: bool = False
     """Whether it takes passes of its own, which it shares with no other method, as progressive ones do."""

@@ -197,7 +197,7 @@ class NaeeProgressive(Naee):
     """The same, each layer being given what the pruned earlier ones leave it; targets are the full model's."""
 
     summary = "naee, each layer after the earlier ones are pruned; targets of the full model"
-    progressive = alone = True
+    progressive = alone = targets = True
 
 
 def masks(sets: Sequence[Kept], n: int) -> Tensor:

@@ -338,7 +338,15 @@ class _LayerFitting:
         self.transposed = is_transposed(layer.experts)
         sizes = self.tensors[DOWN].shape
         self.hidden, self.inner = (sizes[2], sizes[1]) if self.transposed else (sizes[1], sizes[2])
+        self.identity = self._identity(self.tensors[DOWN])
         self.runs = 0.0
+
+    def _identity(self, like: Tensor) -> list[Tensor]:
+        """(inner, inner) in pieces of the form of one expert's W2, the last one ending with rows of 0."""
+        whole = torch.zeros(-(-self.inner // self.hidden) * self.hidden, self.inner, dtype=like.dtype)
+        whole.fill_diagonal_(1)
+        pieces = whole.to(like.device).view(-1, self.hidden, self.inner).split(1)
+        return [piece.mT.contiguous() if self.transposed else piece for piece in pieces]
 
     def _weights(self, seen: Seen) -> Tensor:
         """What each of the r experts weighs for each token, float32 (tokens, r)."""
@@ -453,17 +461,12 @@ class _LayerFitting:
         """
         first = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
         own = {name: tensor[i : i + 1] for name, tensor in self.tensors.items()}
+        own |= {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.startswith(f"{DOWN}_")}
         found = []
-        for start in range(0, self.inner, self.hidden):
-            down = torch.zeros(self.hidden, self.inner, dtype=own[DOWN].dtype, device=hidden.device)
-            rows = range(min(self.hidden, self.inner - start))
-            down[rows, range(start, start + len(rows))] = 1
-            given = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.startswith(f"{DOWN}_")}
-            given[DOWN] = (down.T if self.transposed else down)[None]
-            view = merged_view(self.layer.experts, own | given, self.part.experts)
-            output = type(self.layer.experts).forward(view, hidden, first, weights[:, None].to(hidden.dtype))
-            found.append(output[:, : len(rows)])
-        return torch.cat(found, 1).float()
+        for down in self.identity:
+            view = merged_view(self.layer.experts, own | {DOWN: down}, self.part.experts)
+            found.append(type(self.layer.experts).forward(view, hidden, first, weights[:, None].to(hidden.dtype)))
+        return torch.cat(found, 1)[:, : self.inner].float()
 
     def _solved(self, products: Products, ridge: float, rank: int | None, group: range) -> Tensor:
         """D, (experts x inner, hidden), of the rank that is asked for."""

@@ -210,7 +210,7 @@ def _at_once(
 
 
 def _progressively(name: str, method: Method, calibration: Calibration, wanted: Wanted) -> Found:
-    """Two streams: what the full model gives, and the same tokens through the layers planned so far."""
+    """Two streams: what the full model gives, if that is wanted, and the tokens through the layers planned so far."""
     started = time.perf_counter()
     shape = calibration.shape
     full = Plan.identity(shape.layers, shape.experts, shape.k)
@@ -223,19 +223,20 @@ def _progressively(name: str, method: Method, calibration: Calibration, wanted: 
         if not looking:
             targets.append(seen.routed)
             return
-        aimed = replace(seen, target=targets.pop(0))
+        aimed = replace(seen, target=targets.pop(0)) if method.targets else seen
         for statistic in statistics.values():
             statistic.add(aimed)
 
     with calibration.ready():
         try:
-            reference, pruned = Stream(calibration), Stream(calibration)
+            reference, pruned = Stream(calibration) if method.targets else None, Stream(calibration)
         except ModelError as error:
             raise MethodError(f"{name} goes layer by layer, which this model does not allow: {error}") from error
-        for index in range(reference.depth):
-            with calibration.watching(see) as watch:
-                reference.advance(index, watch)
-            if index in reference.moe:
+        for index in range(pruned.depth):
+            if reference is not None:
+                with calibration.watching(see) as watch:
+                    reference.advance(index, watch)
+            if index in pruned.moe:
                 statistics, looking = method.needs(wanted), True
                 every = any(statistic.outputs == "all" for statistic in statistics.values())
                 with calibration.watching(see, all_outputs=every) as watch:
@@ -244,8 +245,8 @@ def _progressively(name: str, method: Method, calibration: Calibration, wanted: 
                 rng = np.random.default_rng([wanted.seed, len(planned)])
                 planned.append(method.layer(statistics, wanted, rng))
             pruned.advance(index, lambda batch: None, Plan((*planned, *full.layers[len(planned) :])))
-    passes = calibration.tokens * reference.depth
-    cost = 2 * passes + _cost(statistics, calibration)
+    passes = calibration.tokens * pruned.depth
+    cost = (1 + method.targets) * passes + _cost(statistics, calibration)
     return Found(Plan(tuple(planned)), cost, time.perf_counter() - started)
 
 
