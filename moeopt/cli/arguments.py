@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from moeopt.plan import ModelShape, Plan
     from moeopt.spaces import Space
+    from moeopt.tasks import Task
 
 
 def quick_shape(model: str) -> ModelShape | None:
@@ -260,6 +261,28 @@ def show_again(study: str, storage: str) -> str:
     return shlex.join(["moeopt", "show", *storage_again(storage), *name])
 
 
+def calibration_task(
+    task: str, options: dict[str, Any], name: str | None, data: str | None, own: dict[str, Any]
+) -> Task | None:
+    """What is looked at in place of `task`: another task, or, where no name is given, other data of the same one.
+
+    Args:
+        task, options: the task itself.
+        name, data: of the other; None, None: there is no other.
+        own: options of the other, beside those of `task` where it is the same.
+    """
+    from moeopt import tasks
+
+    if name is None and data is None:
+        if own:
+            raise MoeoptError("--calibration-option needs --calibration-task or --calibration-data")
+        return None
+    same = options if name in (None, task) else {}
+    other = tasks.get(name or task, data=data, **(same | own))
+    other.examples("search")
+    return other
+
+
 def chosen_plan(
     name: str, file: Path | None, layers: int | None, storage: str, study: str | None, trial: str
 ) -> tuple[Plan, str, tuple[optuna.Study, FrozenTrial] | None]:
@@ -277,6 +300,12 @@ def chosen_plan(
     chosen, plan = plan_of(opened, trial)
     loss = "no loss" if chosen.value is None else f"loss {chosen.value:.4f}"
     return plan, f"trial {chosen.number} of {study} ({loss})", (opened, chosen)
+
+
+def check_layers(plan: Plan, shape: ModelShape | None) -> None:
+    """Raise PlanError for a plan of another number of layers than the model, where its shape is told."""
+    if shape is not None and len(plan.layers) != shape.layers:
+        raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the model has {shape.layers}")
 
 
 def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:

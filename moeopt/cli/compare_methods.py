@@ -25,7 +25,6 @@ from moeopt.cli.options import (
     TaskOption,
     interrupted,
 )
-from moeopt.errors import MoeoptError
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -112,13 +111,7 @@ def compare_methods(
         comparing.check(shape, keeps, actives)
     chosen = tasks.get(task, data=data, **options)
     chosen.examples("search")
-    other = None
-    if calibration_task is not None or calibration_data is not None:
-        same = options if calibration_task in (None, task) else {}
-        other = tasks.get(calibration_task or task, data=calibration_data, **(same | other_options))
-        other.examples("search")
-    elif other_options:
-        raise MoeoptError("--calibration-option needs --calibration-task or --calibration-data")
+    other = arguments.calibration_task(task, options, calibration_task, calibration_data, other_options)
     comparing.check_folder(out, {"task": chosen.describe(), "calibration": (other or chosen).describe()})
     opened = None
     if study is not None:

@@ -10,7 +10,7 @@ import typer
 
 from moeopt.cli import arguments
 from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE, TRIAL, Data, Limit, Model, Storage, StudyName, TaskOption
-from moeopt.errors import ExportError, PlanError
+from moeopt.errors import ExportError
 from moeopt.showing import line
 
 if TYPE_CHECKING:
@@ -77,8 +77,7 @@ def export(
     chosen, title, opened = arguments.chosen_plan(
         "--plan", plan, shape.layers if shape else None, storage, study, trial
     )
-    if shape is not None and len(chosen.layers) != shape.layers:
-        raise PlanError(f"the plan is for {len(chosen.layers)} MoE layers, the model has {shape.layers}")
+    arguments.check_layers(chosen, shape)
     from rich.text import Text
 
     from moeopt.console import consoles

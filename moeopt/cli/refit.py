@@ -88,17 +88,12 @@ def refit(
     check_file(out)
     layers = shape.layers if shape else None
     chosen, title, _ = arguments.chosen_plan("--plan", plan, layers, storage, study, trial)
-    if layers is not None and len(chosen.layers) != layers:
-        raise PlanError(f"the plan is for {len(chosen.layers)} MoE layers, the model has {layers}")
+    arguments.check_layers(chosen, shape)
     from moeopt import tasks
 
     goal = tasks.get(task, data=data, **options)
     goal.examples("search")
-    other = None
-    if calibration_task is not None or calibration_data is not None:
-        same = options if calibration_task in (None, task) else {}
-        other = tasks.get(calibration_task or task, data=calibration_data, **same)
-        other.examples("search")
+    other = arguments.calibration_task(task, options, calibration_task, calibration_data, {})
     from moeopt.console import consoles
     from moeopt.models import load
 

@@ -418,7 +418,7 @@ class _LayerFitting:
     def _products(self, group: range, fit: Tensor) -> tuple[Products, Products]:
         """Of the tokens that the fit sees and of those held out; these experts' own fit counts as to be found."""
         columns = len(group) * self.inner
-        active = [(weights[:, group.start : group.stop] != 0).any(1) for weights in self.weights]
+        active = self._active(group)
         kind = Gram if sum(int(a.sum()) for a in active) >= columns else Rows
         fitted, held = kind(columns, self.hidden), kind(columns, self.hidden)
         for b, here in enumerate(active):
@@ -432,14 +432,17 @@ class _LayerFitting:
         self._count(group)
         return fitted, held
 
+    def _active(self, group: range) -> list[Tensor]:
+        """For each batch, the tokens that some expert of the group is weighed for, bool (tokens,)."""
+        return [(weights[:, group.start : group.stop] != 0).any(1) for weights in self.weights]
+
     def _count(self, group: range) -> None:
         pairs = sum(int((weights[:, group.start : group.stop] != 0).sum()) for weights in self.weights)
         self.runs += -(-self.inner // self.hidden) * pairs / self.pairs
 
     def _take(self, group: range, change: Tensor) -> None:
         """Subtract from the gaps what a change of these experts gives."""
-        for b, weights in enumerate(self.weights):
-            here = (weights[:, group.start : group.stop] != 0).any(1)
+        for b, here in enumerate(self._active(group)):
             self.gaps[b][here] -= self._columns(group, b, here) @ change
         self._count(group)
 

@@ -131,10 +131,8 @@ def _merged(row: Tensor, tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write_down(
-    down: DownProjections, expert: int, merged: Callable[[], Tensor], out: Tensor, transposed: bool
-) -> Tensor:
-    """Write the down projection of new expert `expert` into `out`, (hidden, inner) or transposed, and return it.
+def write_down(down: DownProjections, expert: int, merged: Callable[[], Tensor], out: Tensor, transposed: bool) -> None:
+    """Write the down projection of new expert `expert` into `out`, (hidden, inner) or transposed.
 
     Args:
         down: of a plan.
@@ -145,11 +143,12 @@ def write_down(
     """
     if down.whole is not None:
         given = torch.from_numpy(down.whole[expert].copy())
-        return out.copy_(given.T if transposed else given)
+        out.copy_(given.T if transposed else given)
+        return
     assert down.left is not None
     assert down.right is not None
     update = torch.from_numpy(down.left[expert].copy()) @ torch.from_numpy(down.right[expert].copy())
-    return out.copy_(merged().float() + (update.T if transposed else update).to(out.device))
+    out.copy_(merged().float() + (update.T if transposed else update).to(out.device))
 
 
 def is_transposed(experts: nn.Module) -> bool:
