@@ -170,12 +170,12 @@ def key(trial: Any) -> int:
     return int(trial._trial_id)
 
 
-def taken(plan: str, trials: Iterable[FrozenTrial]) -> Taken:
-    """That another trial got a plan since these were read."""
+def taken(study: optuna.Study, plan: str, trials: Iterable[FrozenTrial]) -> Taken:
+    """That another trial of a study got a plan since these were read."""
     from moeopt.transaction import Taken
 
     known = [(trial._trial_id, "plan" in origin(trial)) for trial in trials]
-    return Taken(plan, max((i for i, _ in known), default=-1), [i for i, has in known if not has])
+    return Taken(study._study_id, plan, max((i for i, _ in known), default=-1), [i for i, has in known if not has])
 
 
 def whole_study(study: optuna.Study) -> optuna.Study:

@@ -33,11 +33,13 @@ class Taken:
     """Nothing is written where another trial has this plan that was not known when the plan was made.
 
     Args:
+        study_id: Optuna's key of the study.
         plan: its fingerprint.
         newest: the largest key of the trials that were known.
         open: keys of those of them whose plan was not.
     """
 
+    study_id: int
     plan: str
     newest: int
     open: Collection[int]
@@ -165,20 +167,20 @@ def _replacing(rows: Any, dialect: str, unique: list[str], column: str) -> Any:
 
 
 def _is_taken(connection: Any, trial_id: int, taken: Taken) -> bool:
-    """Whether another trial got the plan since; holds the study's lock, so that no other can until the commit."""
+    """Whether another trial got the plan since; holds the study's lock, so that no other can until the commit.
+
+    Nothing is read before the lock is held: a transaction of MySQL sees what was committed at its first read.
+    """
     from optuna.storages._rdb import models
     from sqlalchemy import or_, select
 
     trials, attrs = models.TrialModel.__table__.c, models.TrialSystemAttributeModel.__table__.c
     studies = models.StudyModel.__table__.c
-    study_id = connection.execute(select(trials.study_id).where(trials.trial_id == trial_id)).scalar()
-    if study_id is None:
-        raise KeyError(f"trial key {trial_id}")
-    connection.execute(select(studies.study_id).where(studies.study_id == study_id).with_for_update())
+    connection.execute(select(studies.study_id).where(studies.study_id == taken.study_id).with_for_update())
     since = or_(trials.trial_id > taken.newest, trials.trial_id.in_(taken.open))
     origins = select(attrs.value_json).join_from(
         models.TrialSystemAttributeModel.__table__, models.TrialModel.__table__, attrs.trial_id == trials.trial_id
     )
-    found = origins.where(trials.study_id == study_id, since, trials.trial_id != trial_id, attrs.key == ORIGIN)
+    found = origins.where(trials.study_id == taken.study_id, since, trials.trial_id != trial_id, attrs.key == ORIGIN)
     others = (json.loads(text) for (text,) in connection.execute(found))
     return any(isinstance(origin, dict) and origin.get("plan") == taken.plan for origin in others)

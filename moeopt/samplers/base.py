@@ -229,7 +229,7 @@ class GenomeSampler(BaseSampler):
             packed = genome.pack(genome.GENOME, x) if proposal is not None else {}
             params = {name: number for name, number in self.parameters(x).items() if name not in trial.params}
             drawn = proposal is not None and proposal.operator != ENQUEUED
-            unless = genome.taken(origin["plan"], trials) if drawn and left else None
+            unless = genome.taken(whole, origin["plan"], trials) if drawn and left else None
             if genome.write(whole, trial, {genome.ORIGIN: origin, **packed}, params=params, unless=unless):
                 return
             trials = whole.get_trials(deepcopy=False)  # another worker was faster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -315,6 +316,26 @@ def test_no_two_workers_try_the_same_plan(url: str, name: str) -> None:
         process.join()
         assert process.exitcode == 0
     assert max(Counter(genome.origin(t)["plan"] for t in opened(url, name).trials).values()) == 1
+
+
+def test_a_plan_is_taken_that_another_worker_wrote_while_this_one_waited(url: str, name: str) -> None:
+    study = opened(url, name)
+    mine, other = study.ask(), study.ask()
+    storage, _ = backend(study)
+    plan = {genome.ORIGIN: {**genome.origin(other), "plan": "p"}}
+    unless = genome.taken(study, "p", [t for t in study.trials if t.number != other.number])
+    with ThreadPoolExecutor() as pool, storage.engine.connect() as connection:
+        if storage.engine.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        studies = models.StudyModel.__table__
+        connection.execute(studies.select().where(studies.c.study_id == study._study_id).with_for_update())
+        writing = pool.submit(genome.write, study, mine, plan, unless=unless)
+        time.sleep(0.3)  # it waits for the lock
+        attrs = models.TrialSystemAttributeModel.__table__
+        row = attrs.c.trial_id == other._trial_id, attrs.c.key == genome.ORIGIN
+        connection.execute(attrs.update().where(*row).values(value_json=json.dumps(plan[genome.ORIGIN])))
+        connection.commit()
+        assert writing.result() is False
 
 
 def test_a_plan_that_another_worker_took_meanwhile_is_drawn_again(url: str, name: str) -> None:
