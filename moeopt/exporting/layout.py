@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moeopt.models import MoELayer, Placed
+    from moeopt.models.mixing import Form
 
 COPIED = 1 << 22
 """Bytes copied at a time."""
@@ -52,13 +53,13 @@ class Layout:
         tensors: name, dtype and shape of every tensor, in the order of the full checkpoint.
         made: how those are made that come from the full checkpoint.
         given: the others, each made when its turn comes.
-        fitted: names of those among them that are experts' weights.
+        new: names of those among them that are experts' weights.
     """
 
     tensors: dict[str, Stored] = field(default_factory=dict)
     made: list[Made] = field(default_factory=list)
     given: dict[str, Callable[[Source], Tensor]] = field(default_factory=dict)
-    fitted: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +69,7 @@ class Layout:
     @property
     def merged_dtypes(self) -> set[dtype]:
         """Dtypes of tensors that are mixtures or sums, which rounds them."""
-        names = [made.outputs[0].name for made in self.made if made.matrix is not None] + self.fitted
+        names = [made.outputs[0].name for made in self.made if made.matrix is not None] + self.new
         return {torch_dtype(self.tensors[name].dtype) for name in names}
 
     def parts(self, source: Source) -> Iterator[tuple[str, int, bytes]]:
@@ -132,7 +133,8 @@ def lay_out(
         PlanError: when the plan is not for this checkpoint.
     """
     from moeopt.models import lacking, placed
-    from moeopt.models.merging import DOWN, is_transposed
+    from moeopt.models.merging import DOWN
+    from moeopt.models.mixing import Form
 
     if len(plan.layers) != len(layers):
         raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the checkpoint has {len(layers)}")
@@ -154,8 +156,9 @@ def lay_out(
             continue
         kind, layer = role
         part = plan.layers[layer.index]
-        if kind == "experts" and part.down is not None and places[name].name.endswith(f".{DOWN}"):
-            _lay_down(layout, name, source, part, is_transposed(layer.experts))
+        leaf = places[name].name.rpartition(".")[2]
+        if kind == "experts" and (not part.sums_experts or (part.down is not None and leaf == DOWN)):
+            _lay_new(layout, name, source, part, leaf, Form.of(layer.experts))
         elif kind == "experts":
             _lay_experts(layout, name, source, part)
         elif form == "custom" and part.router in ("prob", "alias"):
@@ -232,48 +235,50 @@ def _numbered(name: str, source: Source, part: LayerPlan) -> tuple[int, list[str
     return i, names
 
 
-def _lay_down(layout: Layout, name: str, source: Source, part: LayerPlan, transposed: bool) -> None:
-    """Fitted down projections: of one expert, (hidden, inner) as of any linear layer, or of all as in the model."""
+def _lay_new(layout: Layout, name: str, source: Source, part: LayerPlan, leaf: str, form: Form) -> None:
+    """A tensor of experts that is made whole, of one expert or of all: fitted, or of experts mixed in an order.
+
+    Args:
+        leaf: its name in the experts module.
+        form: of the experts there; a tensor of one expert is (out, in), as of any linear layer.
+    """
     import torch
 
-    from moeopt.models.merging import merge, write_down
+    from moeopt.models.merging import DOWN, new_expert, write_down
 
-    down, stored, numbered = part.down, source.tensors[name], _numbered(name, source, part)
-    assert down is not None
-    r, form = down.shape[0], down.shape[1:]
-    transposed = transposed and numbered is None
-    if stored.shape[-2:] != (form[::-1] if transposed else form):
+    stored, numbered, r = source.tensors[name], _numbered(name, source, part), part.kept_experts
+    form = form if numbered is None else replace(form, transposed=False)
+    shape = stored.shape if numbered is not None else stored.shape[1:]
+    down = part.down if leaf == DOWN else None
+    if down is not None and shape != (down.shape[:0:-1] if form.transposed else down.shape[1:]):
         raise ExportError(
-            f"{name!r} has shape {stored.shape}, the plan has down projections of (hidden, inner) = {form}"
+            f"{name!r} has shape {stored.shape}, the plan has down projections of (hidden, inner) = {down.shape[1:]}"
         )
     if numbered is not None and numbered[0] >= r:
         return
-    kind, matrix = torch_dtype(stored.dtype), torch.from_numpy(part.expert_matrix.copy())
+    kind = torch_dtype(stored.dtype)
     if not kind.is_floating_point or BYTES[stored.dtype] < 2:
-        raise ExportError(f"{name!r} is stored as {stored.dtype}, which weights cannot be fitted in")
-    layout.tensors[name] = stored if numbered is not None else replace(stored, shape=(r, *stored.shape[1:]))
+        raise ExportError(f"{name!r} is stored as {stored.dtype}, which new weights cannot be written in")
+    layout.tensors[name] = stored if numbered is not None else replace(stored, shape=(r, *shape))
 
-    def made(source: Source) -> torch.Tensor:
-        experts = range(r) if numbered is None else [numbered[0]]
-        out = torch.empty(len(experts), *stored.shape[-2:], dtype=kind)
-        for place, i in enumerate(experts):
+    def expert(source: Source, j: int) -> Tensor:
+        if numbered is not None:
+            return source.tensor(numbered[1][j]).view(shape)
+        size = math.prod(shape)
+        return source.tensor(name, j * size, (j + 1) * size).view(shape)
 
-            def merged(i: int = i) -> torch.Tensor:
-                def expert(j: int) -> torch.Tensor:
-                    size = math.prod(form)
-                    if numbered is not None:
-                        return source.tensor(numbered[1][j]).view(stored.shape)
-                    return source.tensor(name, j * size, (j + 1) * size).view(stored.shape[-2:])
-
-                if part.kept is not None:
-                    return expert(part.kept[i])
-                return merge(matrix[i : i + 1], torch.stack([expert(j) for j in range(part.experts)]))[0]
-
-            write_down(down, i, merged, out[place], transposed)
+    def made(source: Source) -> Tensor:
+        out = torch.empty(r if numbered is None else 1, *shape, dtype=kind)
+        for place, i in enumerate(range(r) if numbered is None else [numbered[0]]):
+            given = partial(new_expert, part, i, leaf, partial(expert, source), form)
+            if down is None:
+                out[place] = given()
+            else:
+                write_down(down, i, given, out[place], form.transposed)
         return out if numbered is None else out[0]
 
     layout.given[name] = made
-    layout.fitted.append(name)
+    layout.new.append(name)
 
 
 def _lay_stacked(

@@ -197,7 +197,7 @@ def _candidates(
 ) -> list[tuple[str, LayerPlan]]:
     kept, w_em, back = padded
     experts: dict[str, Any] = {"kept": kept} if kept is not None else {"w_em": w_em}
-    experts["down"] = part.down
+    experts |= {"down": part.down, "neurons": part.neurons, "merge": part.merge}
     scores = rule.scores(logits).double().cpu().numpy()
     rows = [*(part.router_rows or _likeliest(part, scores)), *back]
     selected = LayerPlan(part.experts, 1, **experts, w_rm=one_hot(rows, part.experts), router="rows")

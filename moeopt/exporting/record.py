@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeopt.plan import Plan
+from moeopt.plan import LayerPlan, Plan
 from moeopt.showing import line
 
 
@@ -40,6 +40,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
             entry["negative"] = p.negative
         if p.down is not None:
             entry["down"] = {"shape": list(p.down.shape), "rank": p.down.rank}
+        if not p.sums_experts:
+            entry |= {"merge": p.merge, "aligned": p.neurons is not None}
     return {**shared, "layers": layers}
 
 
@@ -82,6 +84,9 @@ def card(
         ]
     for remark in remarks:
         lines += ["", f"{_code(remark[0].upper() + remark[1:])}."]
+    mixed = [p for p in layers if not p.sums_experts]
+    if mixed:
+        lines += ["", _mixed(mixed)]
     if plan.is_refitted:
         lines += ["", _refitted(plan, record.get("about", {}).get("refit"))]
     if "projection" in record:
@@ -115,6 +120,14 @@ def _refitted(plan: Plan, refit: Any) -> str:
         return f"{text}: {refit['tokens']:,} tokens of {refit['sequences']:,} sequences of {data}."
     except (TypeError, KeyError, ValueError):
         return f"{text}."
+
+
+def _mixed(layers: Sequence[LayerPlan]) -> str:
+    """What the model card says of experts that are no weighted sums of those of the full model as they are."""
+    merges = sorted({p.merge for p in layers})
+    aligned = sum(p.neurons is not None for p in layers)
+    order = f", with their neurons put in one order first in {aligned}" if aligned else ""
+    return f"In {len(layers)} layers experts are merged by {' and '.join(merges)} means{order}."
 
 
 def _code(text: Any) -> str:

@@ -46,7 +46,8 @@ from moeopt.methods.ridge import Gram, Products, Rows
 from moeopt.methods.seen import Seen
 from moeopt.methods.sequences import Batch
 from moeopt.models import MoELayer, check_makes, fingerprint, layerwise, patched
-from moeopt.models.merging import DOWN, Scratch, is_transposed, merged_view
+from moeopt.models.layers import is_transposed
+from moeopt.models.merging import DOWN, Scratch, merged_view
 from moeopt.plan import DownProjections, LayerPlan, Plan
 
 RIDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)

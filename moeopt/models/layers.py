@@ -127,6 +127,11 @@ def stacked(experts: nn.Module, n: int) -> dict[str, Tensor]:
     return {name: t for name, t in own.items() if t is not None and t.ndim > 0 and t.shape[0] == n}
 
 
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether an experts module stores its projections (n, in, out), not (n, out, in)."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps some of the module's own parameters elsewhere between forwards."""
     return any(p.is_meta for p in module.parameters(recurse=False))

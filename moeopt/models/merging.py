@@ -1,4 +1,4 @@
-"""Merged experts: every tensor of new expert i is sum_j w_em[i, j] * that tensor of expert j.
+"""Merged experts: every tensor of new expert i is sum_j w_em[i, j] * that tensor of expert j, or what `mixing` makes.
 
 EEP, arXiv 2407.00945, section 3.2.
 """
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moeopt.models.layers import _weights_map, stacked
+from moeopt.models.layers import _weights_map, is_transposed, stacked
+from moeopt.models.mixing import Form, Reader, mixed_expert
 from moeopt.plan import DownProjections, LayerPlan
 
 CHUNK_BYTES = 4 << 20
@@ -66,7 +67,7 @@ class MergedCache:
         known, buffers = self._entries.get(experts, (None, {}))
         if known != key:
             self._entries.pop(experts, None)  # so that an interrupted merge is not taken for a finished one
-            merge_into(buffers, source, part, is_transposed(experts))
+            merge_into(buffers, source, part, experts)
             self._entries[experts] = (key, buffers)
             self.merges += 1
         return buffers
@@ -98,15 +99,16 @@ class Scratch:
         key = _key(experts, source, part)
         if self._held is None or self._held[0]() is not experts or self._held[1] != key:
             self._held = None
-            merge_into(self._buffers, source, part, is_transposed(experts))
+            merge_into(self._buffers, source, part, experts)
             self._held = weakref.ref(experts), key
         return self._buffers
 
 
-def merge_into(
-    buffers: dict[str, Tensor], source: Mapping[str, Tensor], part: LayerPlan, transposed: bool = False
-) -> None:
-    """Write what the plan makes of every (n, ...) tensor of `source` into `buffers`, reusing those whose form fits."""
+def merge_into(buffers: dict[str, Tensor], source: Mapping[str, Tensor], part: LayerPlan, experts: nn.Module) -> None:
+    """Write what the plan makes of every (n, ...) tensor of `source` into `buffers`, reusing those whose form fits.
+
+    `experts` is the module that the tensors are of.
+    """
     with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside of it
         matrix, kept = torch.from_numpy(np.array(part.expert_matrix)), None if part.kept is None else list(part.kept)
         for name in set(buffers) - set(source):
@@ -115,19 +117,42 @@ def merge_into(
             old, shape = buffers.get(name), (len(matrix), *tensor.shape[1:])
             fits = old is not None and old.shape == shape and (old.dtype, old.device) == (tensor.dtype, tensor.device)
             buffers[name] = out = old if old is not None and fits else tensor.new_empty(shape)
-            if name != DOWN or part.down is None:
-                # experts that are kept are copied: a product with 0 would let the nan of another one in
-                out.copy_(tensor[kept]) if kept is not None else merge(matrix, tensor, out)
-                continue
-            for i in range(len(matrix)):
-                own = (
-                    partial(_merged, matrix[i : i + 1], tensor) if kept is None else partial(tensor.select, 0, kept[i])
-                )
-                write_down(part.down, i, own, out[i], transposed)
+            if name == DOWN and part.down is not None:
+                for i in range(len(matrix)):
+                    merged = partial(_merged, part, i, name, tensor, experts)
+                    write_down(part.down, i, merged, out[i], is_transposed(experts))
+            elif kept is not None:
+                out.copy_(tensor[kept])  # not multiplied: a product with 0 would let the nan of another one in
+            elif part.sums_experts:
+                merge(matrix, tensor, out)
+            else:
+                for i in range(len(matrix)):
+                    mixed_expert(part, i, name, partial(tensor.select, 0), Form.of(experts), out[i])
 
 
-def _merged(row: Tensor, tensor: Tensor) -> Tensor:
-    return merge(row, tensor)[0]
+def _merged(part: LayerPlan, i: int, name: str, tensor: Tensor, experts: nn.Module) -> Tensor:
+    if part.kept is None and part.sums_experts:
+        return merge(torch.from_numpy(part.expert_matrix[i : i + 1].copy()), tensor)[0]
+    return new_expert(part, i, name, partial(tensor.select, 0), Form.of(experts))
+
+
+def new_expert(part: LayerPlan, i: int, name: str, expert: Reader, form: Form) -> Tensor:
+    """A tensor of new expert i as `kept` or `w_em` make it.
+
+    Args:
+        part, i: the layer's plan, and which of its r experts.
+        name: of the tensor in the experts module.
+        expert: gives the like tensor of each of the n experts.
+        form: of these tensors.
+    """
+    if part.kept is not None:
+        return expert(part.kept[i])
+    if part.sums_experts:
+        row = torch.from_numpy(part.expert_matrix[i : i + 1].copy())
+        return merge(row, torch.stack([expert(j) for j in range(part.experts)]))[0]
+    out = torch.empty_like(expert(0))
+    mixed_expert(part, i, name, expert, form, out)
+    return out
 
 
 @torch.no_grad()
@@ -151,11 +176,6 @@ def write_down(down: DownProjections, expert: int, merged: Callable[[], Tensor],
     out.copy_(merged().float() + (update.T if transposed else update).to(out.device))
 
 
-def is_transposed(experts: nn.Module) -> bool:
-    """Whether an experts module stores its projections (n, in, out), not (n, out, in)."""
-    return bool(getattr(experts, "is_transposed", False))
-
-
 def merged_view(experts: nn.Module, tensors: Mapping[str, Tensor], n: int) -> Any:
     """A shallow copy of an experts module that holds `tensors`, (r, ...), in place of its own (n, ...).
 
@@ -177,7 +197,8 @@ def _key(experts: nn.Module, source: Mapping[str, Tensor], part: LayerPlan) -> o
     away = hasattr(experts, "_hf_hook") and bool(_weights_map(experts))  # then every load makes new tensors
     own = [(name, t.dtype, t.device, None if away else identity(t)) for name, t in source.items()]
     w_em, down = part.expert_matrix, None if part.down is None else part.down.digests
-    return w_em.shape, w_em.tobytes(), down, own
+    mixing = part.merge, None if part.neurons is None else part.neurons.tobytes()
+    return w_em.shape, w_em.tobytes(), down, mixing, own
 
 
 def identity(tensor: Tensor) -> object:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -16,8 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeopt.errors import ModelError, PlanError
 from moeopt.models.balancing import BalancedLoss
-from moeopt.models.layers import MoELayer, is_offloaded, is_quantised, moe_layers
-from moeopt.models.merging import DOWN, MergedCache, Scratch, is_transposed, merged_view
+from moeopt.models.layers import MoELayer, is_offloaded, is_quantised, is_transposed, moe_layers
+from moeopt.models.merging import DOWN, MergedCache, Scratch, merged_view
 from moeopt.models.routing import MappedRouter, RoutingRule, learn_rule, probe_tokens
 from moeopt.plan import LayerPlan, Plan
 
@@ -267,6 +268,8 @@ def _patch_for(model: nn.Module, plan: Plan, attachment: _Attachment, storage: S
         if part.makes_experts:
             _check_merging(model, attachment, layer)
             _check_down(layer, part)
+            if not part.sums_experts:
+                _check_mixing(attachment, layer, part)
             keep = storage == "resident" or (storage == "auto" and not is_offloaded(layer.experts))
             experts[layer.index] = _merging(cache if keep else scratch, part)
         if part.skip:
@@ -382,6 +385,35 @@ def _check_down(layer: MoELayer, part: LayerPlan) -> None:
             f"layer {layer.index} of the plan has down projections of shape (hidden, inner) = {part.down.shape[1:]}, "
             f"those of {layer.name} are {sizes}"
         )
+
+
+def _check_mixing(attachment: _Attachment, layer: MoELayer, part: LayerPlan) -> None:
+    """Orders of neurons must be of the layer's form, and an expert in another order must give the same but rounding."""
+    sizes = _down_of(layer).shape
+    inner = sizes[1 if is_transposed(layer.experts) else 2]
+    if part.neurons is not None and part.neurons.shape[1] != inner:
+        raise PlanError(
+            f"layer {layer.index} of the plan orders {part.neurons.shape[1]} neurons, experts of {layer.name} "
+            f"have {inner}"
+        )
+    if ("orders", _kind(layer)) in attachment.merging_checked:
+        return
+    twice = np.zeros((1, layer.n), dtype=np.float32)
+    twice[0, -1] = 2  # not one-hot, as one that is kept has no order; of the sum's weight it is the whole
+    reverse = np.tile(np.arange(inner, dtype=np.int32)[::-1], (layer.n, 1))
+    rule, w_rm = attachment.rules[layer.index], (twice > 0).astype(np.float32)
+    results = []
+    for orders in (None, reverse):
+        plan = LayerPlan(layer.n, 1, w_em=twice, w_rm=w_rm, merge="slerp", neurons=orders)
+        routers = {layer.index: MappedRouter(layer, rule, plan, renumber=False)}
+        results.append(_run(layer, _Patch(attachment.layers, routers, {layer.index: _merging(Scratch(), plan)})))
+    for straight, reversed_ in zip(*results):
+        near = 5e-2 if straight.dtype.itemsize == 2 else 1e-3
+        if float((straight - reversed_).float().norm()) > near * float(straight.float().norm()):
+            raise ModelError(
+                f"{layer.name}: {type(layer.experts).__name__} gives other results with its neurons in another order"
+            )
+    attachment.merging_checked.add(("orders", _kind(layer)))
 
 
 def _down_of(layer: MoELayer) -> Tensor:

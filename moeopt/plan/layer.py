@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, cast, get_args
@@ -11,10 +12,11 @@ import numpy as np
 from moeopt.errors import PlanError
 from moeopt.plan.checks import MOST_EXPERTS, integer
 from moeopt.plan.down import DownProjections
-from moeopt.plan.matrices import Matrix, checked_matrix, frozen, one_hot, one_hot_rows
+from moeopt.plan.matrices import Matrix, Orders, checked_matrix, checked_orders, frozen, one_hot, one_hot_rows
 
 Router = Literal["rows", "prob", "logit", "alias"]
 Negative = Literal["clamp", "eep"]
+Merge = Literal["linear", "ties", "slerp", "karcher"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,10 @@ class LayerPlan:
             less than beta times the largest are left out, and the weights of the others renormalised.
         down: down projections of the r experts in place of those that `kept` or `w_em` gives, as `moeopt.refit` fits
             them.
+        neurons: (n, inner) int32, an order of each expert's neurons, in which `w_em` mixes them: place a of new expert
+            i mixes neuron ``neurons[j, a]`` of every expert j. None: as they are.
+        merge: how the experts of a row of `w_em` are mixed: ``"linear"``, their weighted sum, or the like of it by one
+            of `moeopt.models.MERGES`, for which weights are 0 or above and count by their share of the row's sum.
 
     Raises:
         PlanError: naming the value that does not fit and the shape or range that would.
@@ -54,6 +60,8 @@ class LayerPlan:
     negative: Negative = "clamp"
     skip: float = 0.0
     down: DownProjections | None = None
+    neurons: Orders | None = None
+    merge: Merge = "linear"
 
     def __post_init__(self) -> None:
         n = integer("experts", self.experts, low=1, high=MOST_EXPERTS)
@@ -63,6 +71,8 @@ class LayerPlan:
             raise PlanError(f"router must be one of {', '.join(get_args(Router))}, got {self.router!r}")
         if self.negative not in get_args(Negative):
             raise PlanError(f"negative must be one of {', '.join(get_args(Negative))}, got {self.negative!r}")
+        if self.merge not in get_args(Merge):
+            raise PlanError(f"merge must be one of {', '.join(get_args(Merge))}, got {self.merge!r}")
         if isinstance(self.skip, bool) or not isinstance(self.skip, Real) or not 0 <= self.skip <= 1:
             raise PlanError(f"skip must be a number between 0 and 1, got {self.skip!r}")
         if self.w_em is not None:
@@ -78,6 +88,7 @@ class LayerPlan:
             if not kept or len(set(kept)) != len(kept):
                 raise PlanError(f"kept must name at least one expert, and each only once, got {list(kept)}")
             object.__setattr__(self, "kept", kept)
+        self._check_mixing(n)
         r = self.kept_experts
         if self.w_rm is not None:
             w_rm = checked_matrix("w_rm", self.w_rm, n, rows=r)
@@ -104,6 +115,20 @@ class LayerPlan:
         object.__setattr__(self, "skip", float(np.float32(self.skip)) if self.k > 1 else 0.0)
         if self.down is not None and self.down.shape[0] != r:
             raise PlanError(f"down must hold the projections of the {r} experts kept, got {self.down.shape[0]}")
+
+    def _check_mixing(self, n: int) -> None:
+        """Orders of experts that nothing is made of are of no account, nor is how experts are mixed that are not."""
+        if self.neurons is not None:
+            orders = checked_orders("neurons", self.neurons, n)
+            as_they_are = np.arange(orders.shape[1], dtype=np.int32)
+            if self.w_em is not None:
+                orders = np.where((self.w_em != 0).any(0)[:, None], orders, as_they_are)
+            plain = self.w_em is None or bool((orders == as_they_are).all())
+            object.__setattr__(self, "neurons", None if plain else frozen(orders))
+        if self.w_em is None:
+            object.__setattr__(self, "merge", "linear")
+        elif self.merge != "linear" and ((self.w_em < 0).any() or not self.w_em.any(1).all()):
+            raise PlanError(f"merge={self.merge!r} needs rows of w_em without a negative weight and not all 0")
 
     @property
     def kept_experts(self) -> int:
@@ -141,6 +166,11 @@ class LayerPlan:
         return self.kept is None or self.down is not None
 
     @property
+    def sums_experts(self) -> bool:
+        """Whether every new expert is a weighted sum of the full model's as they are, tensor by tensor."""
+        return self.neurons is None and self.merge == "linear"
+
+    @property
     def is_identity(self) -> bool:
         """Whether the layer keeps all n experts as they are, in order, router too, none skipped (k may differ)."""
         everything = tuple(range(self.experts))
@@ -154,7 +184,10 @@ class LayerPlan:
         head = f"{self.experts},{self.k},{self.router},{self.negative if self.router == 'prob' else ''}"
         head += f",{self.skip!r};" if self.skip else ";"
         weights = b"" if self.down is None else b"".join(self.down.digests[i] for i in order)
-        return head.encode() + np.ascontiguousarray(matrix, dtype="<f4").tobytes() + weights
+        mixing = b"" if self.merge == "linear" else f"merge={self.merge};".encode()
+        if self.neurons is not None:
+            mixing += hashlib.sha256(self.neurons.astype("<i4").tobytes()).digest()
+        return head.encode() + np.ascontiguousarray(matrix, dtype="<f4").tobytes() + weights + mixing
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LayerPlan) and self._key(ordered=True) == other._key(ordered=True)

@@ -1,8 +1,9 @@
-"""Matrices of a plan: float32, (r, n), read-only."""
+"""Matrices of a plan, read-only: float32 (r, n), and orders of neurons."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from moeopt.errors import PlanError
 
 Matrix = NDArray[np.float32]
+Orders = NDArray[np.int32]
+A = TypeVar("A", bound=NDArray[Any])
 
 
 def one_hot(indices: Iterable[int], n: int) -> Matrix:
@@ -20,8 +23,8 @@ def one_hot(indices: Iterable[int], n: int) -> Matrix:
     return matrix
 
 
-def frozen(matrix: Matrix) -> Matrix:
-    """The matrix itself, read-only from now on."""
+def frozen(matrix: A) -> A:
+    """The array itself, read-only from now on."""
     matrix.flags.writeable = False
     return matrix
 
@@ -44,3 +47,13 @@ def one_hot_rows(matrix: Matrix) -> tuple[int, ...] | None:
     if ((matrix == 0) | (matrix == 1)).all() and (matrix.sum(axis=1) == 1).all():
         return tuple(int(i) for i in matrix.argmax(axis=1))
     return None
+
+
+def checked_orders(name: str, value: ArrayLike, n: int) -> Orders:
+    """A copy, (n, inner) int32, whose rows are orders of 0 to inner - 1; PlanError for anything else."""
+    orders = np.array(value)
+    if orders.ndim != 2 or len(orders) != n or not orders.size or orders.dtype.kind not in "iu":
+        raise PlanError(f"{name} must be integers of shape ({n}, inner), got {orders.dtype} {orders.shape}")
+    if (np.sort(orders, axis=1) != np.arange(orders.shape[1])).any():
+        raise PlanError(f"every row of {name} must hold each of 0 to {orders.shape[1] - 1} once")
+    return orders.astype(np.int32)

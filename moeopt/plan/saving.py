@@ -25,8 +25,10 @@ from moeopt.showing import line, shown
 
 FORMAT = "moeopt-plan"
 FORMAT_VERSION = 3
-"""Of files that hold down projections; of those that hold an alias or skip it is 2, of others 1."""
-TENSOR = re.compile(r"layers\.\d+\.(w_em|w_rm|down\.(whole|left|right))")
+"""Of files that hold down projections, orders of neurons or a merge that is not linear; of those that hold an alias or
+skip it is 2, of others 1."""
+MATRICES = ("w_em", "w_rm", "neurons")
+TENSOR = re.compile(rf"layers\.\d+\.({'|'.join(MATRICES)}|down\.(whole|left|right))")
 
 
 def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
@@ -44,9 +46,10 @@ def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapp
                 "router": layer.router,
                 "negative": layer.negative,
                 **({"skip": layer.skip} if layer.skip else {}),
+                **({"merge": layer.merge} if layer.merge != "linear" else {}),
             }
         )
-        for name in ("w_em", "w_rm"):
+        for name in MATRICES:
             matrix = getattr(layer, name)
             if matrix is not None:
                 tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(matrix)
@@ -54,7 +57,7 @@ def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapp
             if array is not None:
                 tensors[f"layers.{i}.down.{name}"] = _narrow(array)
     version = 2 if any(x.skip or x.router == "alias" for x in layers) else 1
-    version = FORMAT_VERSION if any(x.down is not None for x in layers) else version
+    version = FORMAT_VERSION if any(x.down is not None or not x.sums_experts for x in layers) else version
     metadata = {"format": FORMAT, "version": str(version), "moeopt": __version__, "layers": json.dumps(records)}
     if about:
         metadata["about"] = json.dumps(about)
@@ -105,17 +108,17 @@ def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
                 experts=record["experts"],
                 k=record["k"],
                 kept=None if record["kept"] is None else tuple(record["kept"]),
-                w_em=tensors.pop(f"layers.{i}.w_em", None),
-                w_rm=tensors.pop(f"layers.{i}.w_rm", None),
+                **{name: tensors.pop(f"layers.{i}.{name}", None) for name in MATRICES},
                 router=record["router"],
                 negative=record["negative"],
                 skip=record.get("skip", 0.0),
                 down=_down(tensors, f"layers.{i}.down."),
+                merge=record.get("merge", "linear"),
             )
             for i, record in enumerate(records)
         )
         downs = [array for p in layers if p.down is not None for array in p.down.arrays.values()]
-        placed = sum(array is not None for array in (*downs, *(m for p in layers for m in (p.w_em, p.w_rm))))
+        placed = sum(array is not None for array in (*downs, *(getattr(p, name) for p in layers for name in MATRICES)))
     except PlanError as error:
         raise PlanError(f"{str(path)!r}: {line(str(error), 500)}") from None
     except MALFORMED as error:

@@ -192,6 +192,10 @@ class _OnePlan(Space):
                     f"layer {i} of the plan has down projections of its own, which no study keeps; search k and "
                     "skipping first, then refit"
                 )
+            if not layer.sums_experts:
+                raise SpaceError(
+                    f"layer {i} of the plan orders neurons or merges by {layer.merge!r}, which no study keeps"
+                )
         keep = min(layer.kept_experts for layer in plan.layers)
         super().__init__(shape, keep=keep, groups=groups, k=min(keep, *(layer.k for layer in plan.layers)))
         self._plan = plan
