@@ -78,8 +78,7 @@ def ensemble_losses(
     wrong = [layer for layer in layers if not 0 <= layer < shape.layers]
     if wrong:
         raise MethodError(f"layers must be between 0 and {shape.layers - 1}, got {wrong[0]}")
-    methods.check(method)
-    if methods.ROUTERS[method] != "rows":
+    if not methods.parsed(method).prunes:
         raise MethodError(f"{method} does more than prune; give a method that only prunes, such as soft_activation")
     full = Plan.identity(shape.layers, shape.experts, shape.k)
     best = [methods.plan(method, calibration, keep=m, k=min(m, shape.k)) for m in range(1, shape.experts)]

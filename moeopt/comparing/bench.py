@@ -12,7 +12,7 @@ from moeopt.comparing.ledger import Known, Ledger
 from moeopt.errors import MethodError
 from moeopt.evaluation import Evaluation, Evaluator
 from moeopt.evaluation.evaluator import Score
-from moeopt.methods import METHODS, Calibration, plans, refit, skipping
+from moeopt.methods import Calibration, get, plans, refit, skipping
 from moeopt.methods.refitting import RIDGES
 from moeopt.models import describe
 from moeopt.plan import Plan
@@ -166,8 +166,8 @@ class Bench:
 
 def groups(names: Sequence[str]) -> list[list[str]]:
     """Methods that share passes, and each that needs passes of its own: what is lost when a run is cut off."""
-    shared = [name for name in names if not METHODS[name].alone]
-    alone = [[name] for name in names if METHODS[name].alone]
+    shared = [name for name in names if not get(name).alone]
+    alone = [[name] for name in names if get(name).alone]
     return [shared, *alone] if shared else alone
 
 

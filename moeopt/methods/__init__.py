@@ -17,6 +17,7 @@ _HOMES = {
     "Wanted": "base",
     "check": "names",
     "get": "registry",
+    "parsed": "names",
     "plan": "registry",
     "plans": "registry",
     "refit": "refitting",
@@ -34,6 +35,7 @@ __all__ = [
     "Wanted",
     "check",
     "get",
+    "parsed",
     "plan",
     "plans",
     "refit",
@@ -43,7 +45,7 @@ __all__ = [
 if TYPE_CHECKING:
     from moeopt.methods.base import Method, Wanted
     from moeopt.methods.calibration import Calibration
-    from moeopt.methods.names import ROUTERS, check
+    from moeopt.methods.names import ROUTERS, check, parsed
     from moeopt.methods.refitting import Refit, refit
     from moeopt.methods.registry import METHODS, Found, get, plan, plans
     from moeopt.methods.seen import Seen

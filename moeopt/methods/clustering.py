@@ -6,7 +6,8 @@ As published, the router still picks k of all n experts and its picks are aliase
 (``router="alias"``). The ``_summed`` variants add up a cluster's probabilities before top-k (W_RM), which EEP's space
 can express.
 
-Left out: M-SMoE also permutes neurons before it merges and gives layers different numbers of experts.
+M-SMoE also permutes neurons before it merges, which ``m_smoe:aligned`` does (`matching.by_weights`). Left out: it gives
+layers different numbers of experts.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import get_args
+
 from moeopt.errors import MethodError, nearest
-from moeopt.plan import Router
+from moeopt.plan import Merge, Router
 
 ROUTERS: dict[str, Router] = {
     "random": "rows",
@@ -23,18 +26,70 @@ ROUTERS: dict[str, Router] = {
     "hc_smoe_summed": "prob",
     "m_smoe": "alias",
     "m_smoe_summed": "prob",
+    "ream": "rows",
     "output_fit": "prob",
     "loss_aware": "rows",
     "loss_aware_rounds": "rows",
 }
-"""For every method, where the W_RM of its plans acts; "rows" for prunings."""
-
-
-PROGRESSIVE = ("reap_progressive", "naee_progressive")
+"""For every method, where the W_RM of its plans acts."""
+PROGRESSIVE = ("reap_progressive", "naee_progressive", "ream")
 """Methods that go layer by layer, so that layers cannot share a choice."""
+MERGING = ("hc_smoe", "hc_smoe_summed", "m_smoe", "m_smoe_summed", "ream")
+"""Methods whose plans merge experts."""
+ALIGNING = ("ream",)
+"""Those of them that put neurons in order in any case."""
+ALIGNED = "aligned"
+
+
+@dataclass(frozen=True)
+class Name:
+    """A method and how it merges, written ``method``, ``method:aligned``, ``method:ties`` or ``method:aligned+ties``.
+
+    Args:
+        method: of `ROUTERS`.
+        aligned: whether neurons are put in order first, by their weights.
+        merge: the mean that is taken, as `LayerPlan.merge`.
+    """
+
+    method: str
+    aligned: bool = False
+    merge: Merge = "linear"
+
+    @property
+    def sums_experts(self) -> bool:
+        """Whether its plans are, as those of a search, of experts kept or summed as they are."""
+        return not self.aligned and self.merge == "linear" and self.method not in ALIGNING
+
+    @property
+    def prunes(self) -> bool:
+        """Whether its plans keep experts and their router's rows, and do nothing else."""
+        return ROUTERS[self.method] == "rows" and self.method not in MERGING
+
+
+def parsed(name: str) -> Name:
+    """A method's name with its options.
+
+    Raises:
+        MethodError: when there is no such method, the nearest name being suggested, or no such option of it.
+    """
+    method, colon, text = name.partition(":")
+    if method not in ROUTERS:
+        raise MethodError(f"unknown method {name!r}{nearest(method, list(ROUTERS))} (there are {', '.join(ROUTERS)})")
+    if not colon:
+        return Name(method)
+    if method not in MERGING:
+        raise MethodError(f"{name!r}: only methods that merge take options, which are {', '.join(MERGING)}")
+    options, merges = text.split("+"), [merge for merge in get_args(Merge) if merge != "linear"]
+    means = [option for option in options if option in merges]
+    if set(options) - {ALIGNED, *merges} or len(means) > 1 or len(set(options)) < len(options):
+        raise MethodError(
+            f"{name!r}: options are {ALIGNED!r}, one of {', '.join(merges)}, or both with '+' between them"
+        )
+    if ALIGNED in options and method in ALIGNING:
+        raise MethodError(f"{name!r}: {method} aligns neurons in any case; leave out {ALIGNED!r}")
+    return Name(method, ALIGNED in options, means[0] if means else "linear")  # type: ignore[arg-type]
 
 
 def check(name: str) -> None:
-    """Raise MethodError, suggesting the nearest name, when there is no such method."""
-    if name not in ROUTERS:
-        raise MethodError(f"unknown method {name!r}{nearest(name, list(ROUTERS))} (there are {', '.join(ROUTERS)})")
+    """Raise MethodError, as `parsed`, when there is no such method."""
+    parsed(name)

@@ -41,13 +41,13 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import MethodError, ModelError
+from moeopt.methods.activations import Activations
 from moeopt.methods.calibration import Calibration, Stream
 from moeopt.methods.ridge import Gram, Products, Rows
 from moeopt.methods.seen import Seen
 from moeopt.methods.sequences import Batch
 from moeopt.models import MoELayer, check_makes, fingerprint, layerwise, patched
-from moeopt.models.layers import is_transposed
-from moeopt.models.merging import DOWN, Scratch, merged_view
+from moeopt.models.merging import DOWN, Scratch
 from moeopt.plan import DownProjections, LayerPlan, Plan
 
 RIDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -336,18 +336,9 @@ class _LayerFitting:
         self.weights = [self._weights(seen) for seen in batches]
         self.pairs = max(1, sum(int((weights != 0).sum()) for weights in self.weights))
         self.tensors = Scratch().tensors(layer.experts, part)
-        self.transposed = is_transposed(layer.experts)
-        sizes = self.tensors[DOWN].shape
-        self.hidden, self.inner = (sizes[2], sizes[1]) if self.transposed else (sizes[1], sizes[2])
-        self.identity = self._identity(self.tensors[DOWN])
+        self.activations = Activations(layer, self.tensors)
+        self.hidden, self.inner = self.activations.hidden, self.activations.inner
         self.runs = 0.0
-
-    def _identity(self, like: Tensor) -> list[Tensor]:
-        """(inner, inner) in pieces of the form of one expert's W2, the last one ending with rows of 0."""
-        whole = torch.zeros(-(-self.inner // self.hidden) * self.hidden, self.inner, dtype=like.dtype)
-        whole.fill_diagonal_(1)
-        pieces = whole.to(like.device).view(-1, self.hidden, self.inner).split(1)
-        return [piece.mT.contiguous() if self.transposed else piece for piece in pieces]
 
     def _weights(self, seen: Seen) -> Tensor:
         """What each of the r experts weighs for each token, float32 (tokens, r)."""
@@ -439,7 +430,7 @@ class _LayerFitting:
 
     def _count(self, group: range) -> None:
         pairs = sum(int((weights[:, group.start : group.stop] != 0).sum()) for weights in self.weights)
-        self.runs += -(-self.inner // self.hidden) * pairs / self.pairs
+        self.runs += self.activations.runs * pairs / self.pairs
 
     def _take(self, group: range, change: Tensor) -> None:
         """Subtract from the gaps what a change of these experts gives."""
@@ -454,23 +445,8 @@ class _LayerFitting:
         for place, i in enumerate(group):
             there = weights[:, i].nonzero()[:, 0]
             if len(there):
-                a[there, place] = self._activations(i, hidden[there], weights[there, i])
+                a[there, place] = self.activations.of(i, hidden[there], weights[there, i])
         return a.flatten(1)
-
-    def _activations(self, i: int, hidden: Tensor, weights: Tensor) -> Tensor:
-        """g_i a_i, float32 (tokens, inner).
-
-        What comes before the down projection is the family's own: its experts run with rows of the identity in place of
-        W2, as many at a time as W2 has. A product with them is exact in any dtype.
-        """
-        first = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
-        own = {name: tensor[i : i + 1] for name, tensor in self.tensors.items()}
-        own |= {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.startswith(f"{DOWN}_")}
-        found = []
-        for down in self.identity:
-            view = merged_view(self.layer.experts, own | {DOWN: down}, self.part.experts)
-            found.append(type(self.layer.experts).forward(view, hidden, first, weights[:, None].to(hidden.dtype)))
-        return torch.cat(found, 1)[:, : self.inner].float()
 
     def _solved(self, products: Products, ridge: float, rank: int | None, group: range) -> Tensor:
         """D, (experts x inner, hidden), of the rank that is asked for."""
@@ -493,7 +469,7 @@ class _LayerFitting:
             left = torch.linalg.qr(change @ probe.to(change.device)).Q  # spans the columns of a matrix of that rank
             return DownProjections(left=left.cpu().numpy(), right=(left.mT @ change).cpu().numpy())
         now = self.tensors[DOWN]
-        whole = (now.mT if self.transposed else now).float() + change
+        whole = (now.mT if self.activations.transposed else now).float() + change
         return DownProjections(whole=whole.to(now.dtype).float().cpu().numpy())
 
 

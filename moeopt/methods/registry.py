@@ -10,17 +10,19 @@ import numpy as np
 import torch
 
 from moeopt.errors import MethodError, ModelError
-from moeopt.methods import clustering, ranking
+from moeopt.methods import clustering, matching, ranking
 from moeopt.methods.aimer import Aimer
 from moeopt.methods.base import Groups, Method, Planner, Wanted
 from moeopt.methods.calibration import Calibration, Stream
 from moeopt.methods.loss_aware import ROUNDS, LossAware
 from moeopt.methods.naee import Naee, NaeeProgressive
-from moeopt.methods.names import ROUTERS, check
+from moeopt.methods.names import ROUTERS, Name, parsed
 from moeopt.methods.output_fit import OutputFit
 from moeopt.methods.ranking import Ranking
+from moeopt.methods.ream import Ream
 from moeopt.methods.seen import Seen
 from moeopt.methods.statistics import MeanOutputs, Moves, Norms, Routing, Statistic
+from moeopt.models import MoELayer
 from moeopt.plan import LayerPlan, Plan
 
 METHODS: dict[str, Method] = {
@@ -55,6 +57,7 @@ METHODS: dict[str, Method] = {
     "m_smoe_summed": clustering.Clustering(
         "frequent experts merged with those routed alike, probabilities summed", clustering.by_logits, (), "prob"
     ),
+    "ream": Ream(),
     "output_fit": OutputFit(),
     "loss_aware": LossAware("the kept set that changes the loss least, by its derivative", 1),
     "loss_aware_rounds": LossAware("loss_aware, with derivatives taken again on the way", ROUNDS),
@@ -80,13 +83,18 @@ class Found:
 
 
 def get(name: str) -> Method:
-    """The method of that name.
+    """The method of that name, whose options, if it has any, say how its plans merge.
 
     Raises:
         MethodError: when there is none; the nearest name is suggested.
     """
-    check(name)
-    return METHODS[name]
+    return METHODS[parsed(name).method]
+
+
+def _mixed(part: LayerPlan, name: Name, layer: MoELayer) -> LayerPlan:
+    """A layer's plan with the options of a name."""
+    neurons = matching.by_weights(part, layer) if name.aligned and part.w_em is not None else part.neurons
+    return replace(part, neurons=neurons, merge=name.merge)
 
 
 def plan(
@@ -114,7 +122,8 @@ def plans(
     """The plans of several methods, by name; those that need the same statistics share a pass.
 
     Args:
-        names: of `METHODS`.
+        names: of `METHODS`; those that merge take options, as in ``"hc_smoe:aligned+ties"``: neurons put in order by
+            their weights first (`matching.by_weights`), and a mean that is no weighted sum (`moeopt.models.mixing`).
         calibration: model and token sequences.
         keep: r, experts kept per layer.
         k: experts that run per token in the plans; the model's by default.
@@ -130,7 +139,7 @@ def plans(
         raise MethodError(f"names must be a list of methods, such as [{names!r}], got {names!r}")
     chosen = {name: get(name) for name in names}
     for name in chosen:
-        if ROUTERS[name] == "prob" and any(rule.correction is not None for rule in calibration.rules):
+        if ROUTERS[parsed(name).method] == "prob" and any(rule.correction is not None for rule in calibration.rules):
             raise MethodError(
                 f"{name} maps probabilities (W_RM), which a router that corrects its choice of experts by a bias does "
                 "not allow; use naee"
@@ -182,7 +191,7 @@ def _at_once(
             begun = time.perf_counter()
             own = {key: shared[key] for key in needs[name]}
             part = method.layer(own, wanted, np.random.default_rng([wanted.seed, group]))
-            parts[name] += [part] * (last - first + 1)
+            parts[name] += [_mixed(part, parsed(name), calibration.layers[i]) for i in range(first, last + 1)]
             spent[name] += time.perf_counter() - begun
 
     def see(seen: Seen) -> None:
@@ -243,7 +252,8 @@ def _progressively(name: str, method: Method, calibration: Calibration, wanted: 
                     pruned.look(index, watch)
                 looking = False
                 rng = np.random.default_rng([wanted.seed, len(planned)])
-                planned.append(method.layer(statistics, wanted, rng))
+                part = method.layer(statistics, wanted, rng)
+                planned.append(_mixed(part, parsed(name), calibration.layers[len(planned)]))
             pruned.advance(index, lambda batch: None, Plan((*planned, *full.layers[len(planned) :])))
     passes = calibration.tokens * pruned.depth
     cost = (1 + method.targets) * passes + _cost(statistics, calibration)

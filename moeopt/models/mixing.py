@@ -167,7 +167,7 @@ def _directions(weights: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _unit(vector: Tensor) -> Tensor:
-    norm = vector.norm()
+    norm: Tensor = vector.norm()
     return vector / norm.masked_fill(norm == 0, 1.0)
 
 

@@ -16,8 +16,19 @@ Arrays here are numpy float32; nothing in this room needs torch, except reading 
 
 from moeopt.plan.down import DownProjections
 from moeopt.plan.layer import LayerPlan, Merge, Negative, Router
-from moeopt.plan.matrices import Matrix, one_hot
+from moeopt.plan.matrices import Matrix, Orders, one_hot
 from moeopt.plan.plan import Plan
 from moeopt.plan.shape import ModelShape
 
-__all__ = ["DownProjections", "LayerPlan", "Matrix", "Merge", "ModelShape", "Negative", "Plan", "Router", "one_hot"]
+__all__ = [
+    "DownProjections",
+    "LayerPlan",
+    "Matrix",
+    "Merge",
+    "ModelShape",
+    "Negative",
+    "Orders",
+    "Plan",
+    "Router",
+    "one_hot",
+]

@@ -60,17 +60,21 @@ def checked(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Fo
 
 def check_expressible(method: str, space: Space) -> None:
     """Raise MethodError for an unknown method, SpaceError for one whose plans the space does not hold."""
-    from moeopt.methods.names import PROGRESSIVE, ROUTERS, check
+    from moeopt.methods.names import PROGRESSIVE, ROUTERS, parsed
 
-    check(method)
-    router = ROUTERS[method]
+    name = parsed(method)
+    router = ROUTERS[name.method]
+    if not name.sums_experts:
+        raise SpaceError(
+            f"{method} orders neurons, or merges by other means than sums, which no search space expresses"
+        )
     if router == "alias":
         raise SpaceError(
             f"{method} aliases what the router picks, which no search space expresses; start from {method}_summed"
         )
     if router == "prob" and (space.router != "prob" or "merge" not in space.phases):
         raise SpaceError(f"{method} maps probabilities, which this space does not; search an EEPSpace(router='prob')")
-    if method in PROGRESSIVE and len(space.groups) < space.shape.layers:
+    if name.method in PROGRESSIVE and len(space.groups) < space.shape.layers:
         raise SpaceError(f"{method} goes layer by layer, but layers share a choice in this space's groups")
 
 
