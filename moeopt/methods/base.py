@@ -82,6 +82,13 @@ class Method(ABC):
         """
 
 
+    def layers(
+        self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator, group: Sequence[int]
+    ) -> list[LayerPlan]:
+        """The plans of a group of layers, whose numbers are `group`: one for all, unless a method says otherwise."""
+        return [self.layer(statistics, wanted, rng)] * len(group)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A plan, the layer-tokens that it cost, wall seconds, and in words how it was chosen."""

@@ -77,13 +77,16 @@ class Sizes:
             if part is not None and _maps_probabilities(part):
                 parameters += r * layer.n
                 size += r * layer.n * MAP_BYTES
+            if part is not None and part.novices is not None:
+                parameters += part.novices.size
+                size += part.novices.nbytes
             idle += (r - min(r, k if active is None else active[i])) * layer.expert[0]
         return Size(parameters, parameters - round(idle), size)
 
 
 def _router_rows(layer: LayerPlan) -> int:
-    """Rows of the planned router's weight: a map of probabilities, and aliases, need those of all n experts."""
-    return layer.experts if layer.router == "alias" or _maps_probabilities(layer) else layer.kept_experts
+    """Rows of the planned router's weight: a map of probabilities, aliases and novices need those of all n experts."""
+    return layer.experts if layer.picks_among_all or _maps_probabilities(layer) else layer.kept_experts
 
 
 def _maps_probabilities(layer: LayerPlan) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Literal, cast, get_args
 
@@ -11,9 +13,9 @@ import numpy as np
 from moeopt.errors import PlanError
 from moeopt.plan.checks import MOST_EXPERTS, integer
 from moeopt.plan.down import DownProjections
-from moeopt.plan.matrices import Matrix, checked_matrix, frozen, one_hot, one_hot_rows
+from moeopt.plan.matrices import Matrix, checked_matrix, checked_novices, frozen, one_hot, one_hot_rows
 
-Router = Literal["rows", "prob", "logit", "alias"]
+Router = Literal["rows", "prob", "logit", "alias", "whole"]
 Negative = Literal["clamp", "eep"]
 
 
@@ -25,7 +27,8 @@ class LayerPlan:
 
     Args:
         experts: n, the layer's number of experts in the full model.
-        k: experts activated per token in the planned layer, 1 <= k <= r (with ``router="alias"``, 1 <= k <= n).
+        k: experts activated per token in the planned layer, 1 <= k <= r (1 <= k <= n where the router picks among all
+            n: ``router="alias"`` and ``"whole"``).
         kept: indices of the r experts kept, distinct, in the order of the new experts (a pruning).
         w_em: (r, n) float32, the expert merging matrix.
         w_rm: (r, n) float32, the router mapping. None means the one-hot rows of `kept`.
@@ -34,12 +37,17 @@ class LayerPlan:
             after softmax and before top-k, as in the EEP paper. ``"logit"``: on the router's weight, before softmax.
             ``"alias"``: after top-k; the router picks k of the n experts as ever, and new expert i, where w_rm[i, j] is
             1, answers for expert j (HC-SMoE, arXiv 2410.08589). Every column then has one 1.
+            ``"whole"``: nowhere; the router picks k of the n experts as ever, and what it picks of those that are not
+            kept gives its row of `novices`.
         negative: what happens to negative entries of ``w_rm @ p`` under ``router="prob"``. ``"clamp"`` sets them to 0
             (a token whose whole top-k is 0 gets a zero MoE output); ``"eep"`` keeps them, as EEP's code does.
         skip: beta of dynamic skipping, between 0 (no skipping) and 1: of the k experts of a token those whose weight is
             less than beta times the largest are left out, and the weights of the others renormalised.
         down: down projections of the r experts in place of those that `kept` or `w_em` gives, as `moeopt.refit` fits
             them.
+        novices: (n - r, hidden) float32, the outputs of the experts that are not kept, in order of their number, the
+            same for all tokens (MoNE, Mixture of Novices and Experts). Only of a pruning (`kept`) with
+            ``router="whole"``. Where all experts are kept they have no rows, and the layer is stored as without.
 
     Raises:
         PlanError: naming the value that does not fit and the shape or range that would.
@@ -54,6 +62,7 @@ class LayerPlan:
     negative: Negative = "clamp"
     skip: float = 0.0
     down: DownProjections | None = None
+    novices: Matrix | None = None
 
     def __post_init__(self) -> None:
         n = integer("experts", self.experts, low=1, high=MOST_EXPERTS)
@@ -79,6 +88,7 @@ class LayerPlan:
                 raise PlanError(f"kept must name at least one expert, and each only once, got {list(kept)}")
             object.__setattr__(self, "kept", kept)
         r = self.kept_experts
+        self._check_novices()
         if self.w_rm is not None:
             w_rm = checked_matrix("w_rm", self.w_rm, n, rows=r)
             if self.router == "rows" and one_hot_rows(w_rm) is None:
@@ -95,15 +105,32 @@ class LayerPlan:
             )
         elif self.router == "alias":
             raise PlanError('router="alias" needs w_rm: which of the experts kept answers for each of the others')
-        elif self.router != "rows":
+        elif self.router not in ("rows", "whole"):
             object.__setattr__(self, "w_rm", frozen(one_hot(self.kept, n)))
-        if self.router == "alias":
+        if self.picks_among_all:
             integer("k", self.k, low=1, high=n, what=f"k must be between 1 and the {n} experts that the router ranks")
         else:
             integer("k", self.k, low=1, high=r, what=f"k must be between 1 and the {r} experts kept")
         object.__setattr__(self, "skip", float(np.float32(self.skip)) if self.k > 1 else 0.0)
         if self.down is not None and self.down.shape[0] != r:
             raise PlanError(f"down must hold the projections of the {r} experts kept, got {self.down.shape[0]}")
+
+    def _check_novices(self) -> None:
+        """Novices come with a router that stays whole, and it with them; those of no expert are none."""
+        if self.novices is None and self.router != "whole":
+            return
+        if self.novices is None:
+            raise PlanError('router="whole" needs novices: what its picks of experts that are not kept give')
+        if self.router != "whole":
+            raise PlanError(f'novices need router="whole", which picks among all {self.experts} experts')
+        if self.kept is None:
+            raise PlanError('router="whole" needs kept: novices stand in for experts of a pruning, not of a merging')
+        if self.w_rm is not None:
+            raise PlanError('router="whole" takes no w_rm: all n rows of the router stay as they are')
+        novices = checked_novices(self.novices, self.experts - self.kept_experts)
+        object.__setattr__(self, "novices", novices if len(novices) else None)
+        if not len(novices):
+            object.__setattr__(self, "router", "rows")
 
     @property
     def kept_experts(self) -> int:
@@ -123,7 +150,7 @@ class LayerPlan:
     @property
     def router_rows(self) -> tuple[int, ...] | None:
         """The router rows that `w_rm` selects before top-k when it is one-hot, else None."""
-        if self.router == "alias":
+        if self.picks_among_all:
             return None
         return self.kept if self.w_rm is None else one_hot_rows(self.w_rm)
 
@@ -131,6 +158,19 @@ class LayerPlan:
     def aliases(self) -> tuple[int, ...] | None:
         """For ``router="alias"``, the new expert that answers for each of the n experts; else None."""
         return one_hot_rows(cast(Matrix, self.w_rm).T) if self.router == "alias" else None
+
+    @property
+    def picks_among_all(self) -> bool:
+        """Whether the router stays as it is, and picks among all n experts."""
+        return self.router in ("alias", "whole")
+
+    @property
+    def places(self) -> tuple[int, ...] | None:
+        """For ``router="whole"``, where each of the n experts is: i for ``kept[i]``, r + i for row i of `novices`."""
+        if self.kept is None or self.novices is None:
+            return None
+        order = (*self.kept, *sorted(set(range(self.experts)) - set(self.kept)))
+        return tuple(int(place) for place in np.argsort(order))
 
     @property
     def makes_experts(self) -> bool:
@@ -154,7 +194,15 @@ class LayerPlan:
         head = f"{self.experts},{self.k},{self.router},{self.negative if self.router == 'prob' else ''}"
         head += f",{self.skip!r};" if self.skip else ";"
         weights = b"" if self.down is None else b"".join(self.down.digests[i] for i in order)
-        return head.encode() + np.ascontiguousarray(matrix, dtype="<f4").tobytes() + weights
+        return head.encode() + np.ascontiguousarray(matrix, dtype="<f4").tobytes() + weights + self._novices_digest
+
+    @cached_property
+    def _novices_digest(self) -> bytes:
+        """32 bytes that tell its novices from others; none where there are none."""
+        if self.novices is None:
+            return b""
+        numbers = (self.novices + np.float32(0.0)).astype("<f4")  # -0.0 becomes 0.0
+        return hashlib.sha256(f"{self.novices.shape};".encode() + numbers.tobytes()).digest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LayerPlan) and self._key(ordered=True) == other._key(ordered=True)

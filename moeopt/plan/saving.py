@@ -1,6 +1,6 @@
 """Plan files: safetensors with JSON metadata.
 
-Down projections are written in two bytes a number where that loses nothing: as float16, or as uint16 that are the upper
+Down projections and novices are written in two bytes a number where that loses nothing: as float16, or as uint16 that are the upper
 halves of float32, which is bfloat16, a dtype that numpy lacks.
 """
 
@@ -25,8 +25,8 @@ from moeopt.showing import line, shown
 
 FORMAT = "moeopt-plan"
 FORMAT_VERSION = 3
-"""Of files that hold down projections; of those that hold an alias or skip it is 2, of others 1."""
-TENSOR = re.compile(r"layers\.\d+\.(w_em|w_rm|down\.(whole|left|right))")
+"""Of files that hold down projections or novices; of those that hold an alias or skip it is 2, of others 1."""
+TENSOR = re.compile(r"layers\.\d+\.(w_em|w_rm|novices|down\.(whole|left|right))")
 
 
 def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
@@ -50,11 +50,10 @@ def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapp
             matrix = getattr(layer, name)
             if matrix is not None:
                 tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(matrix)
-        for name, array in ({} if layer.down is None else layer.down.arrays).items():
-            if array is not None:
-                tensors[f"layers.{i}.down.{name}"] = _narrow(array)
+        for name, array in _numbers(layer).items():
+            tensors[f"layers.{i}.{name}"] = _narrow(array)
     version = 2 if any(x.skip or x.router == "alias" for x in layers) else 1
-    version = FORMAT_VERSION if any(x.down is not None for x in layers) else version
+    version = FORMAT_VERSION if any(map(_numbers, layers)) else version
     metadata = {"format": FORMAT, "version": str(version), "moeopt": __version__, "layers": json.dumps(records)}
     if about:
         metadata["about"] = json.dumps(about)
@@ -111,11 +110,12 @@ def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
                 negative=record["negative"],
                 skip=record.get("skip", 0.0),
                 down=_down(tensors, f"layers.{i}.down."),
+                novices=_taken(tensors, f"layers.{i}.novices"),
             )
             for i, record in enumerate(records)
         )
-        downs = [array for p in layers if p.down is not None for array in p.down.arrays.values()]
-        placed = sum(array is not None for array in (*downs, *(m for p in layers for m in (p.w_em, p.w_rm))))
+        matrices = sum(matrix is not None for p in layers for matrix in (p.w_em, p.w_rm))
+        placed = matrices + sum(len(_numbers(p)) for p in layers)
     except PlanError as error:
         raise PlanError(f"{str(path)!r}: {line(str(error), 500)}") from None
     except MALFORMED as error:
@@ -126,10 +126,21 @@ def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
     return layers
 
 
+def _numbers(layer: LayerPlan) -> dict[str, NDArray[np.float32]]:
+    """Down projections and novices, by the name that they have in a file."""
+    down = {} if layer.down is None else layer.down.arrays
+    arrays = {**{f"down.{name}": array for name, array in down.items()}, "novices": layer.novices}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
 def _down(tensors: dict[str, NDArray[Any]], prefix: str) -> DownProjections | None:
-    names = ("whole", "left", "right")
-    arrays = {name: _wide(tensors.pop(prefix + name)) for name in names if prefix + name in tensors}
-    return DownProjections(**arrays) if arrays else None
+    arrays = {name: _taken(tensors, prefix + name) for name in ("whole", "left", "right")}
+    return DownProjections(**arrays) if any(array is not None for array in arrays.values()) else None
+
+
+def _taken(tensors: dict[str, NDArray[Any]], name: str) -> NDArray[np.float32] | None:
+    """What `_narrow` made of an array, wide again, and out of `tensors`; None where there is none."""
+    return _wide(tensors.pop(name)) if name in tensors else None
 
 
 def _narrow(array: NDArray[np.float32]) -> NDArray[Any]:
