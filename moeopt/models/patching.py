@@ -331,7 +331,8 @@ def _with_novices(inner: Run | None, part: LayerPlan) -> Run:
         place = tensors["places"][top_k_index]
         kept = top_k_weights.masked_fill(place >= part.kept_experts, 0.0)
         given = kept_alone(forward, experts, hidden_states, top_k_index, kept)
-        weights = torch.zeros(len(place), part.experts, device=device).scatter_(1, place, top_k_weights.float())
+        weights = torch.zeros(len(place), part.experts, dtype=torch.float32, device=device)
+        weights = weights.scatter_(1, place, top_k_weights.float())
         return (given.float() + weights[:, part.kept_experts :] @ tensors["novices"]).to(given.dtype)
 
     return run

@@ -53,7 +53,7 @@ class Sizes:
             _Layer(
                 layer.n,
                 layer.k,
-                _share(_weights(layer.experts), layer.n),
+                _share(_weights_of_experts(layer.experts), layer.n),
                 _share((p for p in _weights(layer.router) if p.shape[:1] == (layer.n,)), layer.n),
             )
             for layer in (moe_layers(model) if layers is None else layers)
@@ -98,6 +98,12 @@ def _weights(module: nn.Module) -> list[Tensor]:
     held = set(module.state_dict())
     buffers = [b for name, b in module.named_buffers() if name in held and b.is_floating_point()]
     return [*module.parameters(), *buffers]
+
+
+def _weights_of_experts(experts: nn.Module) -> list[Tensor]:
+    """Those that are experts', not the novices that an exported checkpoint keeps beside them."""
+    novices = experts._buffers.get("novices")
+    return [tensor for tensor in _weights(experts) if tensor is not novices]
 
 
 def _measure(tensors: Iterable[Tensor]) -> tuple[int, int]:

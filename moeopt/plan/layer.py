@@ -181,6 +181,12 @@ class LayerPlan:
         return self.kept is None or self.down is not None
 
     @property
+    def beyond_matrices(self) -> str | None:
+        """In words, the numbers of its own that W_EM and W_RM do not hold; None where there are none."""
+        own = {"down projections of its own": self.down, "novices": self.novices}
+        return " and ".join(name for name, numbers in own.items() if numbers is not None) or None
+
+    @property
     def is_identity(self) -> bool:
         """Whether the layer keeps all n experts as they are, in order, router too, none skipped (k may differ)."""
         everything = tuple(range(self.experts))
