@@ -18,7 +18,9 @@ from moeopt.plan import LayerPlan, Plan
 
 
 def activation_shares(calibration: Calibration, plan: Plan | None = None) -> NDArray[np.float64]:
-    """The share of tokens for which each expert runs, (layers, n) (EEP, figure 4); a row sums to k, less with skipping or novices.
+    """The share of tokens for which each expert runs, (layers, n) (EEP, figure 4).
+
+    A row sums to k, less with skipping or novices.
 
     Args:
         calibration: model and token sequences.

@@ -82,11 +82,12 @@ def project(
 
     All layers get the largest k of the plan and its largest r; a layer of fewer experts gets back those of the full
     model's that its router scores highest, with router rows fitted to keep them from being picked. Dynamic skipping is
-    left out, and so are novices, constants in place of experts. A W_RM on probabilities becomes one on logits, W': softmax(W' l) is fitted to the normalised mapped
-    probabilities by least squares on their logarithms and from there by KL divergence (convex, L-BFGS), on router
-    logits l collected under the plan on the search split, without gradients through the model. Aliased routing becomes
-    the same fit to the summed probabilities of those that an expert answers for, or the router rows of one of them.
-    Of these and plain row selection each layer gets the one whose expert weights are nearest. Experts are untouched.
+    left out, and so are novices, constants in place of experts. A W_RM on probabilities becomes one on logits, W':
+    softmax(W' l) is fitted to the normalised mapped probabilities by least squares on their logarithms and from there
+    by KL divergence (convex, L-BFGS), on router logits l collected under the plan on the search split, without
+    gradients through the model. Aliased routing becomes the same fit to the summed probabilities of those that an
+    expert answers for, or the router rows of one of them. Of these and plain row selection each layer gets the one
+    whose expert weights are nearest. Experts are untouched.
 
     Args:
         plan: any plan for the model.

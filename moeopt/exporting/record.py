@@ -88,8 +88,8 @@ def card(
     if novices:
         lines += [
             "",
-            f"In {len(novices)} layers constants (novices) stand in for the {_range(novices)} other experts: the router "
-            "still picks among all, and what it picks of these costs nothing.",
+            f"In {len(novices)} layers constants (novices) stand in for the {_range(novices)} other experts: the "
+            "router still picks among all, and what it picks of these costs nothing.",
         ]
     if plan.is_refitted:
         lines += ["", _refitted(plan, record.get("about", {}).get("refit"))]

@@ -81,7 +81,6 @@ class Method(ABC):
             rng: the layer's own.
         """
 
-
     def layers(
         self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator, group: Sequence[int]
     ) -> list[LayerPlan]:

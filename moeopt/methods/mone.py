@@ -48,9 +48,10 @@ class Mone(Method):
     ) -> list[LayerPlan]:
         spread = statistics[Spread.__name__]
         assert isinstance(spread, Spread)
-        pruned = wanted.pruned(np.argsort(-mone(spread), kind="stable")[: wanted.keep].tolist())
-        dropped = np.setdiff1d(np.arange(wanted.experts), pruned.kept)
-        return [replace(pruned, router="whole", novices=spread.means[layer][dropped]) for layer in group]
+        ranked = np.argsort(-mone(spread), kind="stable")
+        pruned, dropped = wanted.pruned(ranked[: wanted.keep].tolist()), np.sort(ranked[wanted.keep :])
+        constants = [spread.means[layer][dropped].astype(np.float32) for layer in group]
+        return [replace(pruned, router="whole", novices=novices) for novices in constants]
 
 
 def mone(spread: Spread) -> Array:

@@ -47,7 +47,6 @@ if int(transformers.__version__.split(".")[0]) < 5:
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-
 OWN = (".w_rm", ".aliases", ".places", ".novices")
 
 

@@ -174,7 +174,7 @@ class MappedRouter:
     """A forward hook that makes a layer's router choose among the plan's experts.
 
     The router's logits, (tokens, n), are returned as they are. Weights and expert numbers are those of `plan`: numbers
-    of the *original* experts where the plan keeps experts, 0..r-1 where it makes them, and from r on those of its novices.
+    of the *original* experts where the plan keeps experts, 0..r-1 where it makes them, and its novices' then r..n-1.
 
     Attributes:
         calls: how often the hook ran.

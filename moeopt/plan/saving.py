@@ -1,7 +1,7 @@
 """Plan files: safetensors with JSON metadata.
 
-Down projections and novices are written in two bytes a number where that loses nothing: as float16, or as uint16 that are the upper
-halves of float32, which is bfloat16, a dtype that numpy lacks.
+Down projections and novices are written in two bytes a number where that loses nothing: as float16, or as uint16 that
+are the upper halves of float32, which is bfloat16, a dtype that numpy lacks.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ def peak_memory(model: nn.Module, before: int) -> Iterator[Peak]:
 def expert_loads(model: Any, layers: Sequence[MoELayer], batches: Iterable[Tensor]) -> list[tuple[list[int], int]]:
     """For each layer, how many tokens each of its n experts ran for, and the tokens that its router saw.
 
-    Experts of weight 0, which a token skips, and novices do not count. Experts have the numbers that the router gives: under a plan
-    that keeps experts, those of the full model.
+    Experts of weight 0, which a token skips, and a checkpoint's novices do not count. Experts have the numbers that the
+    router gives: under a plan that keeps experts, those of the full model.
 
     Args:
         batches: token ids, (batch, length) each, run one after another.
