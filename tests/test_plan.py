@@ -147,7 +147,10 @@ W = np.full((2, 4), 0.25)
         ({"k": 1, "kept": (-1,)}, "an entry of kept must be an integer between 0 and 3, got -1"),
         ({"k": 1, "kept": ()}, "at least one expert, and each only once"),
         ({"k": 1, "kept": (1, 1)}, r"each only once, got \[1, 1\]"),
-        ({"k": 1, "kept": (0,), "router": "logits"}, "router must be one of rows, prob, logit, alias, whole, got 'logits'"),
+        (
+            {"k": 1, "kept": (0,), "router": "logits"},
+            "router must be one of rows, prob, logit, alias, whole, got 'logits'",
+        ),
         ({"k": 1, "kept": (0,), "negative": "drop"}, "negative must be one of clamp, eep, got 'drop'"),
         ({"k": 1, "w_em": np.ones((2, 3)), "w_rm": W}, r"w_em must have shape \(r, 4\), got \(2, 3\)"),
         ({"k": 1, "w_em": np.ones(4), "w_rm": W}, r"w_em must have shape \(r, 4\), got \(4,\)"),
@@ -169,7 +172,10 @@ W = np.full((2, 4), 0.25)
         ),
         ({"k": 1, "kept": (0, 1), "router": "whole", "novices": np.ones((2, 0))}, r"\(2, hidden\).*got \(2, 0\)"),
         ({"k": 1, "kept": (0, 1), "router": "whole", "novices": np.full((2, 3), np.nan)}, "novices must be finite"),
-        ({"k": 5, "kept": (0, 1), "router": "whole", "novices": np.ones((2, 3))}, "1 and the 4 experts that the router"),
+        (
+            {"k": 5, "kept": (0, 1), "router": "whole", "novices": np.ones((2, 3))},
+            "1 and the 4 experts that the router",
+        ),
         ({"k": 1, "w_em": W, "w_rm": W, "router": "whole", "novices": np.ones((2, 3))}, "not of a merging"),
         ({"k": 1, "kept": (0, 1), "w_rm": W, "router": "whole", "novices": np.ones((2, 3))}, "takes no w_rm"),
         ({"k": 1, "kept": (0,), "experts": 0}, "experts must be an integer between 1 and 4096, got 0"),
@@ -345,7 +351,7 @@ def test_novices_and_the_whole_router() -> None:
     assert (layer.kept_experts, layer.router_rows, layer.aliases, layer.w_rm) == (2, None, None, None)
     assert layer.places == (1, 2, 0, 3, 4)
     assert np.array_equal(layer.router_matrix, one_hot((2, 0), 5))
-    assert not (layer.is_identity or layer.makes_experts or Plan((layer,)).is_one_hot)
+    assert (layer.is_identity, layer.makes_experts, Plan((layer,)).is_one_hot) == (False, False, False)
     assert layer.novices is not None
     with pytest.raises(ValueError, match="read-only"):
         layer.novices[0, 0] = 1.0

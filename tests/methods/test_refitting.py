@@ -434,7 +434,7 @@ def test_no_space_takes_it_for_its_pruning(make_mixtral, tiny_tokenizer, text):
     both = with_novices(made, 32)
     with pytest.raises(moeopt.errors.SpaceError, match="has down projections of its own and novices, which no space"):
         moeopt.PruneSpace.of(model, keep=4).encode(both)
-    with pytest.raises(moeopt.errors.SpaceError, match="has novices, which no study keeps$"):
+    with pytest.raises(moeopt.errors.SpaceError, match=r"has novices, which no study keeps$"):
         moeopt.ActiveSpace.of(model, around=with_novices(halved(model), 32), k=(1, 2))
     with pytest.raises(moeopt.errors.SpaceError, match="has novices, which no space searches"):
         moeopt.MergeSpace.of(model, around=with_novices(halved(model), 32))

@@ -212,9 +212,9 @@ def test_the_balancing_loss_is_that_of_all_that_the_router_picks_among(make_mixt
 
 def test_novices_of_another_width_are_refused(make_mixtral):
     plan = Plan((layer_plan(), layer_plan(hidden=31), layer_plan()))
-    with pytest.raises(PlanError, match=r"layer 1 of the plan has novices of 31 numbers.*have 32"):
-        with patched(make_mixtral(), plan):
-            pass
+    model, message = make_mixtral(), r"layer 1 of the plan has novices of 31 numbers.*have 32"
+    with pytest.raises(PlanError, match=message), patched(model, plan):
+        pass
 
 
 def test_shares_of_activation_are_those_of_experts(make_mixtral, tiny_tokenizer):
