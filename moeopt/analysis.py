@@ -18,7 +18,9 @@ from moeopt.plan import LayerPlan, Plan
 
 
 def activation_shares(calibration: Calibration, plan: Plan | None = None) -> NDArray[np.float64]:
-    """The share of tokens for which each expert runs, (layers, n) (EEP, figure 4); a row sums to k, less with skipping.
+    """The share of tokens for which each expert runs, (layers, n) (EEP, figure 4).
+
+    A row sums to k, less with skipping or novices.
 
     Args:
         calibration: model and token sequences.
@@ -35,11 +37,12 @@ def activation_shares(calibration: Calibration, plan: Plan | None = None) -> NDA
 
     def see(seen: Seen) -> None:
         layer = seen.layer.index
-        index, runs = seen.index.cpu().numpy(), (seen.gates != 0).cpu().numpy()
-        if plan is not None and plan.layers[layer].makes_experts:
-            index = numbers(plan.layers[layer])[index]
-        np.add.at(counts[layer], index[runs], 1.0)
-        tokens[layer] += len(index)
+        picks = seen.index[seen.gates != 0].cpu().numpy()
+        part = None if plan is None else plan.layers[layer]
+        if part is not None and part.makes_experts:
+            picks = numbers(part)[picks[picks < part.kept_experts]]  # beyond are novices
+        np.add.at(counts[layer], picks, 1.0)
+        tokens[layer] += len(seen.index)
 
     calibration.run(see, plan=plan)
     return counts / tokens[:, None]

@@ -125,6 +125,7 @@ BAD_SEARCH = {
     "missing plan to start from": (["--warm-start", "missing.safetensors"], "missing.safetensors", "no plan file"),
     "unknown method to start from": (["--warm-start", "naee,repa"], "'repa'", "did you mean 'reap'"),
     "method that aliases": (["--warm-start", "m_smoe"], "m_smoe", "start from m_smoe_summed"),
+    "method of novices": (["--warm-start", "mone"], "mone has novices", "no search space"),
     "misspelt option": (["--patients", "3"], "--patients", "--patience"),
     "storage that is no URL": (["--storage", "studies.db"], "'studies.db'", "sqlite:///"),
     "storage in no folder": (["--storage", "sqlite:////no/such/x.db"], "/no/such", "does not exist"),

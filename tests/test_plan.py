@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from moeopt.errors import PlanError
 from moeopt.files import write_atomically
-from moeopt.plan import LayerPlan, ModelShape, Plan, one_hot
+from moeopt.plan import DownProjections, LayerPlan, ModelShape, Plan, one_hot
 
 entries = st.floats(-2, 2, width=32)
 
@@ -146,7 +147,10 @@ W = np.full((2, 4), 0.25)
         ({"k": 1, "kept": (-1,)}, "an entry of kept must be an integer between 0 and 3, got -1"),
         ({"k": 1, "kept": ()}, "at least one expert, and each only once"),
         ({"k": 1, "kept": (1, 1)}, r"each only once, got \[1, 1\]"),
-        ({"k": 1, "kept": (0,), "router": "logits"}, "router must be one of rows, prob, logit, alias, got 'logits'"),
+        (
+            {"k": 1, "kept": (0,), "router": "logits"},
+            "router must be one of rows, prob, logit, alias, whole, got 'logits'",
+        ),
         ({"k": 1, "kept": (0,), "negative": "drop"}, "negative must be one of clamp, eep, got 'drop'"),
         ({"k": 1, "w_em": np.ones((2, 3)), "w_rm": W}, r"w_em must have shape \(r, 4\), got \(2, 3\)"),
         ({"k": 1, "w_em": np.ones(4), "w_rm": W}, r"w_em must have shape \(r, 4\), got \(4,\)"),
@@ -160,6 +164,20 @@ W = np.full((2, 4), 0.25)
         ),
         ({"k": 1, "w_em": W}, r"a merged layer needs w_rm, the \(r, n\) router mapping"),
         ({"k": 1, "w_em": W, "w_rm": W}, 'router="rows" needs a one-hot w_rm'),
+        ({"k": 1, "kept": (0, 1), "router": "whole"}, 'router="whole" needs novices'),
+        ({"k": 1, "kept": (0, 1), "novices": np.ones((2, 3))}, 'novices need router="whole"'),
+        (
+            {"k": 1, "kept": (0, 1), "router": "whole", "novices": np.ones((3, 3))},
+            r"novices must have shape \(2, hidden\), a row for each expert that is not kept, got \(3, 3\)",
+        ),
+        ({"k": 1, "kept": (0, 1), "router": "whole", "novices": np.ones((2, 0))}, r"\(2, hidden\).*got \(2, 0\)"),
+        ({"k": 1, "kept": (0, 1), "router": "whole", "novices": np.full((2, 3), np.nan)}, "novices must be finite"),
+        (
+            {"k": 5, "kept": (0, 1), "router": "whole", "novices": np.ones((2, 3))},
+            "1 and the 4 experts that the router",
+        ),
+        ({"k": 1, "w_em": W, "w_rm": W, "router": "whole", "novices": np.ones((2, 3))}, "not of a merging"),
+        ({"k": 1, "kept": (0, 1), "w_rm": W, "router": "whole", "novices": np.ones((2, 3))}, "takes no w_rm"),
         ({"k": 1, "kept": (0,), "experts": 0}, "experts must be an integer between 1 and 4096, got 0"),
     ],
 )
@@ -321,3 +339,66 @@ def test_pickles_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Plan.from_eep(eep_file(tmp_path / "list.pth", [matrix(0)]), n_layers=2)
     with pytest.raises(PlanError, match="no EEP solution file at"):
         Plan.from_eep(tmp_path / "missing.pth", n_layers=2)
+
+
+def with_novices(kept: tuple[int, ...] = (2, 0), k: int = 3, **options: Any) -> LayerPlan:
+    novices = np.random.default_rng(0).standard_normal((5 - len(kept), 6)).astype(np.float32)
+    return LayerPlan(5, k, kept=kept, **{"router": "whole", "novices": novices, **options})
+
+
+def test_novices_and_the_whole_router() -> None:
+    layer = with_novices()
+    assert (layer.kept_experts, layer.router_rows, layer.aliases, layer.w_rm) == (2, None, None, None)
+    assert layer.places == (1, 2, 0, 3, 4)
+    assert np.array_equal(layer.router_matrix, one_hot((2, 0), 5))
+    assert (layer.is_identity, layer.makes_experts, Plan((layer,)).is_one_hot) == (False, False, False)
+    assert layer.novices is not None
+    with pytest.raises(ValueError, match="read-only"):
+        layer.novices[0, 0] = 1.0
+    assert Plan((layer,)).nbytes == Plan((LayerPlan(5, 2, kept=(2, 0)),)).nbytes + layer.novices.nbytes
+    assert Plan((layer,)).with_k(5).with_skip(0.5).layers[0] == with_novices(k=5, skip=0.5)
+
+
+def test_novices_of_no_expert_are_none() -> None:
+    everything = LayerPlan(4, 2, kept=(0, 1, 2, 3), router="whole", novices=np.zeros((0, 6), np.float32))
+    assert everything == LayerPlan(4, 2, kept=(0, 1, 2, 3))
+    assert (everything.router, everything.novices, everything.is_identity) == ("rows", None, True)
+
+
+def test_novices_tell_plans_apart_whatever_the_order_of_experts() -> None:
+    layer, zeros = with_novices(), np.zeros((3, 6), np.float32)
+    assert Plan((with_novices((0, 2)),)).fingerprint == Plan((layer,)).fingerprint
+    assert with_novices((0, 2)) != layer
+    different = [layer, LayerPlan(5, 2, kept=(2, 0)), with_novices(novices=zeros), with_novices(k=2)]
+    assert len({Plan((one,)).fingerprint for one in different}) == len(different)
+    assert len({hash(one) for one in different}) == len(different)
+    assert with_novices(novices=-zeros) == with_novices(novices=zeros)
+
+
+def test_novices_in_files(tmp_path: Path) -> None:
+    path = tmp_path / "plan"
+    half = np.array(with_novices().novices, dtype=np.float16).astype(np.float32)
+    for novices, size in ((with_novices().novices, 4), (half, 2)):
+        plan = Plan((with_novices(novices=novices), LayerPlan(5, 2, kept=(1, 2))))
+        plan.save(path)
+        assert Plan.load(path) == plan
+        with safe_open(path, framework="np") as file:
+            assert (file.metadata()["version"], file.get_tensor("layers.0.novices").dtype.itemsize) == ("3", size)
+    for plan, version in ((Plan((LayerPlan(5, 2, kept=(1, 2)),)), "1"), (Plan.identity(1, 5, 2).with_skip(0.5), "2")):
+        plan.save(path)
+        with safe_open(path, framework="np") as file:
+            assert file.metadata()["version"] == version
+
+
+def test_fingerprints_of_studies_that_are_stored_stay_the_same() -> None:
+    w = np.arange(8, dtype=np.float32).reshape(2, 4) / 8
+    aliases = np.array([[1, 0, 1, 0], [0, 1, 0, 1]], np.float32)
+    down = DownProjections(whole=np.arange(12, dtype=np.float32).reshape(2, 3, 2))
+    layers = {
+        "a5fe59308ead30f8b076aac82a5c3d52": LayerPlan(4, 2, kept=(2, 0)),
+        "f0e99a9246d51985fb80d07c13285ab0": LayerPlan(4, 2, kept=(2, 0), skip=0.5),
+        "de38ed024805175f867c1bcd8c9dded6": LayerPlan(4, 1, w_em=w, w_rm=w, router="prob", negative="eep"),
+        "d8d4c36cc36b7209db4b7b5e5dcbaf64": LayerPlan(4, 2, kept=(1, 3), w_rm=aliases, router="alias"),
+        "002855f00089ef2a7b9ed47d81283a7d": LayerPlan(4, 1, kept=(1, 3), down=down),
+    }
+    assert [Plan((layer,)).fingerprint for layer in layers.values()] == list(layers)

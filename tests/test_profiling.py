@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -349,10 +350,12 @@ def test_a_dense_model_is_profiled_without_loads(dense: Path, tiny_llama: Any) -
 
 W = [[0.5, 0.5, 0, 0, 0, 0, 0, 0], [0, 0, 0.25, 0.25, 0.25, 0.25, 0, 0], [0, 0, 0, 0, 0, 0, 1, 0.5]]
 HALVES: Any = [[1.0] * 4 + [0.0] * 4, [0.0] * 4 + [1.0] * 4]
+NOVICES = LayerPlan(N, K, kept=(1, 3, 5, 6), router="whole", novices=np.full((4, 96), 0.01, np.float32))
 CUSTOM = {
     "skipping": FULL.with_skip(SKIP),
     "probabilities mapped": Plan((LayerPlan(N, K, w_em=W, w_rm=W, router="prob"),) * LAYERS),  # type: ignore[arg-type]
     "aliased": Plan((LayerPlan(N, K, kept=(1, 5), w_rm=HALVES, router="alias"),) * LAYERS),
+    "novices, as many as experts": Plan((NOVICES,) * LAYERS).with_skip([0.0, 0.5] * (LAYERS // 2)),
     "r and k differ": Plan.one_hot([range(r) for r in (1, 2, 3, 8, 5, 4)], experts=N, k=1),
 }
 

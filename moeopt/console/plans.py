@@ -44,9 +44,11 @@ def _mixed(matrix: Matrix) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def _routing(layer: LayerPlan) -> str:
-    where = {"rows": "router rows", "prob": "probabilities", "logit": "logits", "alias": "picks"}[layer.router]
+    if layer.novices is not None:
+        return f"whole, {len(layer.novices)} novices"
     if layer.router == "alias":
-        return f"{where}, aliased"
+        return "picks, aliased"
+    where = {"rows": "router rows", "prob": "probabilities", "logit": "logits"}[layer.router]
     if layer.router_rows is not None:
         followed = layer.kept is not None and layer.router_rows == layer.kept
         return f"{where}, {'as kept' if followed else 'one-hot'}"

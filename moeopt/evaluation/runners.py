@@ -96,8 +96,9 @@ class LayerMajor:
         self.prefixes = PrefixCache(memory, device)
         self._begun: dict[int, list[tuple[Tensor, list[Call]]]] = {}
         self._salt: object = None
-        everything = (LayerPlan(layer.n, layer.k, kept=tuple(range(layer.n))) for layer in moe_layers(parts.model))
-        self._unpatched = Plan(tuple(everything))
+        # an exported checkpoint's router may pick more experts than the layer has
+        picks = [(layer.n, min(layer.n, layer.k)) for layer in moe_layers(parts.model)]
+        self._unpatched = Plan(tuple(LayerPlan(n, k, kept=tuple(range(n))) for n, k in picks))
 
     def run(self, rung: int, batches: Sequence[Batch], active: Active = tuple) -> Run:
         """The batches of a rung under the plan in force."""

@@ -50,7 +50,7 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]
     lists = {
         "experts": [p.kept_experts for p in layers],
         "active": [p.k for p in layers],
-        "router": [p.router if p.router in ("prob", "alias") else "rows" for p in layers],
+        "router": ["rows" if p.router == "logit" else p.router for p in layers],
         "negative": [p.negative for p in layers],
         "skip": [p.skip for p in layers],
     }

@@ -161,7 +161,7 @@ def lay_out(
             _lay_new(layout, name, source, part, leaf, Form.of(layer.experts))
         elif kind == "experts":
             _lay_experts(layout, name, source, part)
-        elif form == "custom" and part.router in ("prob", "alias"):
+        elif form == "custom" and (part.router == "prob" or part.picks_among_all):
             layout.tensors[name] = stored
             layout.made.append(_copied(name, stored.size))
         else:
@@ -315,19 +315,27 @@ def _same(tensor: Tensor, source: Source) -> Tensor:
 
 
 def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Roles, places: dict[str, Placed]) -> None:
-    """W_RM, float32 (r, n), and aliases, int64 (n,), beside the weights of the routers that they belong to."""
-    import torch
+    """What the routers and experts of a custom checkpoint hold beside the family's tensors.
 
+    W_RM, float32 (r, n), aliases, or places, int64 (n,), beside the weights of the routers that they belong to, and
+    novices, float32 (n - r, hidden), with the experts.
+    """
     for module, layer in roles.routers.items():
-        part = plan.layers[layer.index]
-        if part.aliases is not None:
-            leaf, tensor = "aliases", torch.tensor(part.aliases)
-        elif part.router == "prob":
-            leaf, tensor = "w_rm", torch.from_numpy(part.router_matrix.copy())
-        else:
-            continue
         end = f".{module.rpartition('.')[2]}.weight"
         beside = (name for name, place in places.items() if place.name == f"{module}.weight" and name.endswith(end))
-        name = f"{next(beside, f'{module}.weight').removesuffix('weight')}{leaf}"
-        layout.tensors[name] = Stored(dtype_name(tensor.dtype), tuple(tensor.shape))
-        layout.given[name] = partial(_same, tensor)
+        router = next(beside, f"{module}.weight").removesuffix(".weight")
+        experts = f"{router.rpartition('.')[0]}.experts"
+        for leaf, tensor in _mappings(plan.layers[layer.index]).items():
+            name = f"{experts if leaf == 'novices' else router}.{leaf}"
+            layout.tensors[name] = Stored(dtype_name(tensor.dtype), tuple(tensor.shape))
+            layout.given[name] = partial(_same, tensor)
+
+
+def _mappings(part: LayerPlan) -> dict[str, Tensor]:
+    import torch
+
+    if part.aliases is not None:
+        return {"aliases": torch.tensor(part.aliases)}
+    if part.novices is not None:
+        return {"places": torch.tensor(part.places), "novices": torch.from_numpy(part.novices.copy())}
+    return {"w_rm": torch.from_numpy(part.router_matrix.copy())} if part.router == "prob" else {}

@@ -82,11 +82,12 @@ def project(
 
     All layers get the largest k of the plan and its largest r; a layer of fewer experts gets back those of the full
     model's that its router scores highest, with router rows fitted to keep them from being picked. Dynamic skipping is
-    left out. A W_RM on probabilities becomes one on logits, W': softmax(W' l) is fitted to the normalised mapped
-    probabilities by least squares on their logarithms and from there by KL divergence (convex, L-BFGS), on router
-    logits l collected under the plan on the search split, without gradients through the model. Aliased routing becomes
-    the same fit to the summed probabilities of those that an expert answers for, or the router rows of one of them.
-    Of these and plain row selection each layer gets the one whose expert weights are nearest. Experts are untouched.
+    left out, and so are novices, constants in place of experts. A W_RM on probabilities becomes one on logits, W':
+    softmax(W' l) is fitted to the normalised mapped probabilities by least squares on their logarithms and from there
+    by KL divergence (convex, L-BFGS), on router logits l collected under the plan on the search split, without
+    gradients through the model. Aliased routing becomes the same fit to the summed probabilities of those that an
+    expert answers for, or the router rows of one of them. Of these and plain row selection each layer gets the one
+    whose expert weights are nearest. Experts are untouched.
 
     Args:
         plan: any plan for the model.
@@ -136,6 +137,9 @@ def expert_weights(part: LayerPlan, rule: RoutingRule, logits: Tensor, correctio
     elif part.aliases is not None:
         whole, index = rule.select(logits, part.k, correction)
         index = torch.tensor(part.aliases, device=logits.device)[index]
+    elif part.places is not None:
+        whole, index = rule.select(logits, part.k, correction)
+        index = torch.tensor(part.places, device=logits.device)[index]
     else:
         moved = None if correction is None else w_rm @ correction.float()
         whole, index = rule.select((logits.float() @ w_rm.T).to(logits.dtype), part.k, moved)
@@ -149,7 +153,8 @@ def expert_weights(part: LayerPlan, rule: RoutingRule, logits: Tensor, correctio
         top = (top / total if rule.normalised else top) * rule.scale
     elif part.skip and rule.normalised:
         top = top * (whole.sum(-1, keepdim=True) / total)
-    return torch.zeros(len(logits), part.kept_experts, device=logits.device).scatter_add_(1, index, top)
+    weights = torch.zeros(len(logits), part.experts, device=logits.device).scatter_add_(1, index, top)
+    return weights[:, : part.kept_experts]  # but for those of novices
 
 
 def _every(seen: Seen, share: int) -> Seen:
@@ -163,19 +168,28 @@ def _fit_layer(part: LayerPlan, seen: Sequence[Seen], r: int, k: int) -> tuple[L
 
     rule, correction = seen[0].rule, seen[0].correction
     logits = torch.cat([found.logits for found in seen])
-    plain = part.router in ("rows", "logit")
+    pruned = _without_novices(part)
+    plain = pruned.router in ("rows", "logit")
     if plain and part.kept_experts == r:
-        candidates = [("as it is" if part.k == k and not part.skip else "without skipping or with more active", part)]
+        same = part.k == k and not part.skip
+        candidates = [("as it is" if same else "without skipping or with more active", pruned)]
     else:
-        padded = _padded(part, r, rule.scores(logits).float().mean(0).cpu().numpy())
-        candidates = _candidates(part, padded, rule, logits)
+        padded = _padded(pruned, r, rule.scores(logits).float().mean(0).cpu().numpy())
+        candidates = _candidates(pruned, padded, rule, logits)
     before = torch.nn.functional.pad(expert_weights(part, rule, logits, correction), (0, r - part.kept_experts))
     found = []
     for how, candidate in candidates:
         stock = replace(candidate, k=k, skip=0.0)
         gap = (expert_weights(stock, rule, logits, correction) - before).abs().sum(-1).mean().item() / 2
-        found.append((stock, how, gap))
+        found.append((stock, how if part.novices is None else f"{how}, without novices", gap))
     return min(found, key=lambda candidate: candidate[2])
+
+
+def _without_novices(part: LayerPlan) -> LayerPlan:
+    """The layer as a pruning, of at most as many active experts as it keeps."""
+    if part.novices is None:
+        return part
+    return replace(part, k=min(part.k, part.kept_experts), router="rows", novices=None)
 
 
 def _padded(part: LayerPlan, r: int, score: NDArray[np.float32]) -> tuple[tuple[int, ...] | None, Matrix, list[int]]:

@@ -34,6 +34,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     for p, entry in zip(plan.layers, layers):
         if p.aliases is not None:
             entry["aliases"] = list(p.aliases)
+        elif p.novices is not None:
+            entry["novices"] = {"shape": list(p.novices.shape)}
         elif p.router_rows != p.kept:
             entry["w_rm"] = p.router_matrix.tolist()
         if p.router == "prob":
@@ -87,6 +89,13 @@ def card(
     mixed = [p for p in layers if not p.sums_experts]
     if mixed:
         lines += ["", _mixed(mixed)]
+    novices = [len(p.novices) for p in layers if p.novices is not None]
+    if novices:
+        lines += [
+            "",
+            f"In {len(novices)} layers constants (novices) stand in for the {_range(novices)} other experts: the "
+            "router still picks among all, and what it picks of these costs nothing.",
+        ]
     if plan.is_refitted:
         lines += ["", _refitted(plan, record.get("about", {}).get("refit"))]
     if "projection" in record:

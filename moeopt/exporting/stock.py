@@ -34,6 +34,11 @@ def why_not_stock(plan: Plan) -> str | None:
                 f"layer {i} lets its router choose among all {layer.experts} experts and aliases its picks, which a "
                 'stock checkpoint has no place for; a pruning exports, and so does a merging with router="logit"'
             )
+        if layer.novices is not None:
+            return (
+                f"layer {i} has constants (novices) in place of {len(layer.novices)} experts, which a stock checkpoint "
+                "has no place for; the pruning without them exports"
+            )
         if layer.router == "prob" and layer.router_rows is None:
             return (
                 f"layer {i} maps router probabilities by a dense W_RM, which a stock checkpoint has no place for; "

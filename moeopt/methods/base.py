@@ -81,6 +81,12 @@ class Method(ABC):
             rng: the layer's own.
         """
 
+    def layers(
+        self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator, group: Sequence[int]
+    ) -> list[LayerPlan]:
+        """The plans of a group of layers, whose numbers are `group`: one for all, unless a method says otherwise."""
+        return [self.layer(statistics, wanted, rng)] * len(group)
+
 
 @dataclass(frozen=True)
 class Outcome:

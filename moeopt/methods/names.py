@@ -20,6 +20,7 @@ ROUTERS: dict[str, Router] = {
     "msan": "rows",
     "easy_ep": "rows",
     "aimer": "rows",
+    "mone": "whole",
     "naee": "rows",
     "naee_progressive": "rows",
     "hc_smoe": "alias",

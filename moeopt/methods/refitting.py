@@ -342,12 +342,14 @@ class _LayerFitting:
 
     def _weights(self, seen: Seen) -> Tensor:
         """What each of the r experts weighs for each token, float32 (tokens, r)."""
-        r, index = self.part.kept_experts, seen.index
+        r, n, index = self.part.kept_experts, self.part.experts, seen.index
         if not self.part.makes_experts:
-            place = torch.zeros(self.part.experts, dtype=torch.int64, device=index.device)
-            place[list(self.part.kept or ())] = torch.arange(r, device=index.device)
-            index = place[index]
-        return torch.zeros(len(index), r, device=index.device).scatter_add_(1, index, seen.gates.float())
+            places = torch.zeros(n, dtype=torch.int64)
+            places[list(self.part.kept or ())] = torch.arange(r)
+            places = places if self.part.places is None else torch.tensor(self.part.places)
+            index = places.to(index.device)[index]
+        weights = torch.zeros(len(index), n, device=index.device).scatter_add_(1, index, seen.gates.float())
+        return weights[:, :r].clone()  # what novices give is no expert's
 
     def run(self, ridges: Sequence[float], rank: int | None, columns: int) -> tuple[LayerPlan, LayerFit]:
         """The layer with fitted weights, or as it is."""

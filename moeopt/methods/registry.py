@@ -15,6 +15,7 @@ from moeopt.methods.aimer import Aimer
 from moeopt.methods.base import Groups, Method, Planner, Wanted
 from moeopt.methods.calibration import Calibration, Stream
 from moeopt.methods.loss_aware import ROUNDS, LossAware
+from moeopt.methods.mone import Mone
 from moeopt.methods.naee import Naee, NaeeProgressive
 from moeopt.methods.names import ROUTERS, Name, parsed
 from moeopt.methods.output_fit import OutputFit
@@ -43,6 +44,7 @@ METHODS: dict[str, Method] = {
         "largest sum of gated output norms, tokens weighed by how much the layer turns them", Moves, ranking.easy_ep
     ),
     "aimer": Aimer(),
+    "mone": Mone(),
     "naee": Naee(),
     "naee_progressive": NaeeProgressive(),
     "hc_smoe": clustering.Clustering(
@@ -190,8 +192,9 @@ def _at_once(
         for name, method in chosen.items():
             begun = time.perf_counter()
             own = {key: shared[key] for key in needs[name]}
-            part = method.layer(own, wanted, np.random.default_rng([wanted.seed, group]))
-            parts[name] += [_mixed(part, parsed(name), calibration.layers[i]) for i in range(first, last + 1)]
+            rng = np.random.default_rng([wanted.seed, group])
+            made = method.layers(own, wanted, rng, range(first, last + 1))
+            parts[name] += [_mixed(part, parsed(name), calibration.layers[i]) for i, part in enumerate(made, first)]
             spent[name] += time.perf_counter() - begun
 
     def see(seen: Seen) -> None:

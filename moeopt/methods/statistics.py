@@ -107,6 +107,38 @@ class Moves(Statistic):
             self.moved[j] += float((norms * gates.double() * turned[tokens]).sum())
 
 
+class Spread(Statistic):
+    """Means and variances of the outputs that each expert gave to the tokens routed to it, of each layer apart.
+
+    Batches are joined by Chan's update, in float64, so that a mean that is large takes nothing from a small variance.
+
+    Attributes:
+        visits: for each layer, v_j, (n,).
+        means: for each layer, the mean over X_j of f_j, 0 where X_j is empty, (n, hidden).
+        squares: for each layer, the sum over X_j of ||f_j - mean||^2, (n,).
+        gates: of all layers, the sum over X_j of g_j, (n,).
+    """
+
+    outputs = "routed"
+
+    def __init__(self, n: int, k: int) -> None:
+        self.gates = np.zeros(n)
+        self.visits, self.means, self.squares = dict[int, Array](), dict[int, Array](), dict[int, Array]()
+
+    def add(self, seen: Seen) -> None:
+        layer, n = seen.layer.index, len(self.gates)
+        visits, squares = (found.setdefault(layer, np.zeros(n)) for found in (self.visits, self.squares))
+        means = self.means.setdefault(layer, np.zeros((n, seen.hidden.shape[1])))
+        for j, tokens, gates in routed(seen):
+            outputs = seen.output(j, tokens).double()
+            mean = outputs.mean(0)
+            step, share = _numpy(mean) - means[j], len(outputs) / (visits[j] + len(outputs))
+            squares[j] += float((outputs - mean).square().sum()) + float(step @ step) * visits[j] * share
+            means[j] += step * share
+            visits[j] += len(outputs)
+            self.gates[j] += float(gates.double().sum())
+
+
 class MeanOutputs(Statistic):
     """Every expert's mean output over all tokens, whether routed to it or not.
 

@@ -61,9 +61,9 @@ class BalancedLoss:
 def mapped(logits: Tensor, layer: LayerPlan, rule: RoutingRule) -> Tensor:
     """(tokens, n) logits of the full router -> (tokens, r) logits, whose softmax is what the plan's router shares out.
 
-    Of an aliasing plan, whose router goes on to choose among all n experts, the (tokens, n) logits as they are.
+    Where the planned router goes on to choose among all n experts, the (tokens, n) logits as they are.
     """
-    if layer.router == "alias" or layer.is_identity:
+    if layer.picks_among_all or layer.is_identity:
         return logits
     if layer.router_rows is not None and layer.router != "prob":
         return logits[:, list(layer.router_rows)]

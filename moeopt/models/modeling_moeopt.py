@@ -22,7 +22,9 @@ It needs torch and transformers 5, nothing of moeopt. The field ``moeopt`` of co
 * ``active``: k, how many of them a token runs;
 * ``router``: ``"rows"``, the family's own routing over r logits; ``"prob"``, the n scores of the full router are mapped
   by ``w_rm`` (r, n) before top-k (EEP, arXiv 2407.00945); ``"alias"``, the full router picks k of n, and expert
-  ``aliases[j]`` answers for j (HC-SMoE, arXiv 2410.08589);
+  ``aliases[j]`` answers for j (HC-SMoE, arXiv 2410.08589); ``"whole"``, the full router picks k of n, and j is the
+  layer's expert ``places[j]``, or, if that is r or more, gives row ``places[j] - r`` of ``novices`` (n - r, hidden),
+  outputs that are the same for all tokens (MoNE, github.com/zxgx/mode-pd);
 * ``negative``: what ``"prob"`` makes of negative mapped scores, ``"clamp"`` or, as they are, ``"eep"``;
 * ``skip``: beta of dynamic skipping, 0 for none: experts of a token whose weight is below beta times its largest are
   not run (NAEE, arXiv 2402.14800);
@@ -44,6 +46,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
 
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+OWN = (".w_rm", ".aliases", ".places", ".novices")
 
 
 class MoeoptMixtralConfig(MixtralConfig):
@@ -82,6 +86,8 @@ class MoeoptRouter:
             top = weights
         if plan["router"] == "alias":
             index = self.aliases[index]
+        if plan["router"] == "whole":
+            index = self.places[index]
         return logits, top.to(weights.dtype), index
 
     def _scores(self, logits):
@@ -140,6 +146,18 @@ class MoeoptExperts:
         return outputs.sum(1)
 
 
+class MoeoptNovices(MoeoptExperts):
+    """Mixed into the family's experts: numbers behind theirs are those of constants."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        r = self.moeopt["experts"]
+        kept = top_k_weights.masked_fill(top_k_index >= r, 0.0)
+        given = super().forward(hidden_states, top_k_index, kept)
+        weights = torch.zeros(len(top_k_index), r + len(self.novices), dtype=torch.float32, device=given.device)
+        weights = weights.scatter_(1, top_k_index, top_k_weights.float())[:, r:]
+        return (given.float() + weights @ self.novices.float()).to(given.dtype)
+
+
 class MoeoptMixtralForCausalLM(MixtralForCausalLM):
     config_class = MoeoptMixtralConfig
 
@@ -172,7 +190,7 @@ class MoeoptMixtralForCausalLM(MixtralForCausalLM):
         return MixtralForCausalLM._can_set_attn_implementation()
 
     def tie_weights(self, missing_keys=None, **options):
-        lost = sorted(name for name in missing_keys or () if name.endswith((".w_rm", ".aliases")))
+        lost = sorted(name for name in missing_keys or () if name.endswith(OWN))
         if lost:
             raise ValueError(f"the checkpoint lacks {', '.join(lost)}, without which the model is another one")
         return super().tie_weights(missing_keys=missing_keys, **options)
@@ -195,8 +213,14 @@ def _fit(block, n, plan):
         router.register_buffer("w_rm", torch.eye(r, n, dtype=torch.float32))
     if plan["router"] == "alias":
         router.register_buffer("aliases", torch.arange(n) % r)
-    if plan["skip"]:
-        experts.__class__ = type(f"Moeopt{type(experts).__name__}", (MoeoptExperts, type(experts)), {})
+    if plan["router"] == "whole":
+        router.register_buffer("places", torch.arange(n))
+        hidden = next(p for p in router.parameters() if p.ndim == 2).shape[1]
+        experts.register_buffer("novices", torch.zeros(n - r, hidden, dtype=torch.float32))
+        experts.moeopt = plan
+    if plan["router"] == "whole" or plan["skip"]:
+        mixed = MoeoptNovices if plan["router"] == "whole" else MoeoptExperts
+        experts.__class__ = type(f"Moeopt{type(experts).__name__}", (mixed, type(experts)), {})
 
 
 def _resize(module, n, r):

@@ -1,5 +1,5 @@
-"""Apply a plan to a model reversibly: hooks on the routers, and an experts implementation that sees merged experts and
-runs none that a token skips."""
+"""Apply a plan to a model reversibly: hooks on the routers, and an experts implementation that sees merged experts,
+runs none that a token skips, and has novices in place of others."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Patched:
 
     @property
     def active(self) -> tuple[float, ...]:
-        """For each layer, the mean number of experts that a token has run so far: k, or less with dynamic skipping.
+        """For each layer, the mean number of experts that a token has run so far: k, or less with skipping or novices.
 
         Padding counts like any token.
         """
@@ -272,7 +272,11 @@ def _patch_for(model: nn.Module, plan: Plan, attachment: _Attachment, storage: S
                 _check_mixing(attachment, layer, part)
             keep = storage == "resident" or (storage == "auto" and not is_offloaded(layer.experts))
             experts[layer.index] = _merging(cache if keep else scratch, part)
-        if part.skip:
+        if part.novices is not None:
+            _check_dispatch(layer, "replaced by novices")
+            _check_novices(layer, part)
+            experts[layer.index] = _with_novices(experts.get(layer.index), part)
+        elif part.skip:
             _check_dispatch(layer, "skipped")
             experts[layer.index] = _skipping(experts.get(layer.index))
     balancing = (model, BalancedLoss(model, plan, attachment.rules)) if routers else None
@@ -308,6 +312,30 @@ def _skipping(inner: Run | None) -> Run:
             pairs = top_k_index[token, place][:, None], top_k_weights[token, place][:, None]
             outputs[token, place] = stock(hidden_states[token], *pairs)
         return outputs.sum(1)
+
+    return run
+
+
+def _with_novices(inner: Run | None, part: LayerPlan) -> Run:
+    """Run only the experts that the plan keeps and whose weight is not 0; novices are added, weighted, in float32."""
+    assert part.places is not None
+    # experts that are made have the numbers of their places already
+    places = torch.arange(part.experts) if part.makes_experts else torch.tensor(part.places)
+    novices = torch.from_numpy(np.array(part.novices))
+    tensors = {"places": places, "novices": novices}
+    kept_alone = _skipping(inner)
+
+    def run(
+        forward: Forward, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        device = hidden_states.device
+        tensors.update({name: tensor.to(device) for name, tensor in tensors.items()})
+        place = tensors["places"][top_k_index]
+        kept = top_k_weights.masked_fill(place >= part.kept_experts, 0.0)
+        given = kept_alone(forward, experts, hidden_states, top_k_index, kept)
+        weights = torch.zeros(len(place), part.experts, dtype=torch.float32, device=device)
+        weights = weights.scatter_(1, place, top_k_weights.float())
+        return (given.float() + weights[:, part.kept_experts :] @ tensors["novices"]).to(given.dtype)
 
     return run
 
@@ -414,6 +442,16 @@ def _check_mixing(attachment: _Attachment, layer: MoELayer, part: LayerPlan) -> 
                 f"{layer.name}: {type(layer.experts).__name__} gives other results with its neurons in another order"
             )
     attachment.merging_checked.add(("orders", _kind(layer)))
+
+
+def _check_novices(layer: MoELayer, part: LayerPlan) -> None:
+    """Novices of a plan must be as wide as what the layer's experts give."""
+    assert part.novices is not None
+    if part.novices.shape[1] != layer.hidden:
+        raise PlanError(
+            f"layer {layer.index} of the plan has novices of {part.novices.shape[1]} numbers, the hidden states of "
+            f"{layer.name} have {layer.hidden}"
+        )
 
 
 def _down_of(layer: MoELayer) -> Tensor:

@@ -174,7 +174,7 @@ class MappedRouter:
     """A forward hook that makes a layer's router choose among the plan's experts.
 
     The router's logits, (tokens, n), are returned as they are. Weights and expert numbers are those of `plan`: numbers
-    of the *original* experts where the plan keeps experts, 0..r-1 where it makes them.
+    of the *original* experts where the plan keeps experts, 0..r-1 where it makes them, and its novices' then r..n-1.
 
     Attributes:
         calls: how often the hook ran.
@@ -187,18 +187,13 @@ class MappedRouter:
         self._active: Tensor | None = None
         self._seen = 0
         self._tensors: dict[str, Tensor] = {}
-        rows = plan.router_rows
-        if rule.correction is not None and plan.router != "alias" and (plan.router == "prob" or rows is None):
+        rows, whole = plan.router_rows, plan.picks_among_all
+        if rule.correction is not None and not whole and (plan.router == "prob" or rows is None):
             raise ModelError(
                 f"{layer.name}: {type(layer.router).__name__} corrects its choice of experts by a bias; a mapping of "
                 f'probabilities or logits (router="{plan.router}") does not say how: keep experts with router="rows"'
             )
-        numbers = torch.tensor(plan.kept) if (not plan.makes_experts if renumber is None else renumber) else None
-        if plan.aliases is not None:
-            aliases = torch.tensor(plan.aliases)
-            numbers = aliases if numbers is None else numbers[aliases]
-        if numbers is not None:
-            self._tensors["numbers"] = numbers
+        self._tensors |= _numbers(plan, not plan.makes_experts if renumber is None else renumber)
         if plan.router == "prob":
             self._tensors["w_rm"] = torch.from_numpy(plan.router_matrix.copy())
             return
@@ -207,7 +202,7 @@ class MappedRouter:
                 continue
             source = materialised(layer.router, name)
             source = source.reshape(-1) if role != "weight" else source
-            if plan.router == "alias":
+            if whole:
                 self._tensors[role] = source
             elif rows is not None:
                 self._tensors[role] = source[list(rows)]
@@ -229,20 +224,24 @@ class MappedRouter:
             assert weight is not None
             mapped = self.rule.logits(hidden, weight, bias).to(logits.dtype)
             whole, index = self.rule.select(mapped, self.plan.k, correction)
-            top = self._kept(whole)
+            top = self._kept(whole, index)
             if self.plan.skip and self.rule.normalised:
                 rest = top.sum(-1, keepdim=True)
                 top = top * (whole.sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1.0))
         numbers = self._on(logits.device, "numbers")
         return logits, top.to(weights.dtype), index if numbers is None else numbers[index]
 
-    def _kept(self, top: Tensor) -> Tensor:
-        """Scores or weights (tokens, k) with those below beta times the largest made 0, and counted."""
-        if not self.plan.skip:
+    def _kept(self, top: Tensor, index: Tensor) -> Tensor:
+        """Scores or weights (tokens, k) of those picked, with those below beta times the largest made 0.
+
+        Counts the experts that run, where these are not k for every token: neither skipped nor replaced by novices.
+        """
+        runs = self._on(index.device, "runs")
+        if not self.plan.skip and runs is None:
             return top
         largest = top.amax(-1, keepdim=True)
         kept = top.masked_fill((top < self.plan.skip * largest) & (top < largest), 0.0)
-        active = (kept != 0).sum()
+        active = ((kept != 0) if runs is None else (kept != 0) & runs[index]).sum()
         self._active = active if self._active is None else self._active + active
         self._seen += len(top)
         return kept
@@ -253,7 +252,7 @@ class MappedRouter:
         mapped = self.rule.scores(logits).float() @ w_rm.T
         clamp = self.plan.negative == "clamp"
         top, index = (mapped.clamp(min=0) if clamp else mapped).topk(self.plan.k, dim=-1, sorted=self.rule.ordered)
-        top = self._kept(top)
+        top = self._kept(top, index)
         total = top.sum(-1, keepdim=True)
         if clamp:
             empty = total == 0
@@ -269,10 +268,32 @@ class MappedRouter:
 
     @property
     def active(self) -> float:
-        """Mean number of experts run per token so far, k without skipping."""
+        """Mean number of experts run per token so far, k without skipping and novices."""
         return self.plan.k if self._active is None else int(self._active) / self._seen
 
     @property
     def zero_tokens(self) -> int:
         """Tokens so far whose k largest mapped probabilities were all 0, so that the layer added nothing."""
         return 0 if self._zero is None else int(self._zero)
+
+
+def _numbers(plan: LayerPlan, original: bool) -> dict[str, Tensor]:
+    """What tells the experts that the planned router picks from one another.
+
+    Args:
+        plan: of the layer.
+        original: whether they have the numbers of the full model's experts.
+
+    Returns:
+        "numbers", (r,) or (n,), of what is picked, unless they are those of the picks; "runs", bool (n,), which of what
+        is picked are experts, where not all are.
+    """
+    if plan.places is not None:
+        places = torch.tensor(plan.places)
+        runs = {"runs": places < plan.kept_experts}
+        return runs if original else {**runs, "numbers": places}
+    kept = torch.tensor(plan.kept) if original else None
+    if plan.aliases is None:
+        return {} if kept is None else {"numbers": kept}
+    aliases = torch.tensor(plan.aliases)
+    return {"numbers": aliases if kept is None else kept[aliases]}

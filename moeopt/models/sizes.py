@@ -53,7 +53,7 @@ class Sizes:
             _Layer(
                 layer.n,
                 layer.k,
-                _share(_weights(layer.experts), layer.n),
+                _share(_weights_of_experts(layer.experts), layer.n),
                 _share((p for p in _weights(layer.router) if p.shape[:1] == (layer.n,)), layer.n),
             )
             for layer in (moe_layers(model) if layers is None else layers)
@@ -77,13 +77,16 @@ class Sizes:
             if part is not None and _maps_probabilities(part):
                 parameters += r * layer.n
                 size += r * layer.n * MAP_BYTES
+            if part is not None and part.novices is not None:
+                parameters += part.novices.size
+                size += part.novices.nbytes
             idle += (r - min(r, k if active is None else active[i])) * layer.expert[0]
         return Size(parameters, parameters - round(idle), size)
 
 
 def _router_rows(layer: LayerPlan) -> int:
-    """Rows of the planned router's weight: a map of probabilities, and aliases, need those of all n experts."""
-    return layer.experts if layer.router == "alias" or _maps_probabilities(layer) else layer.kept_experts
+    """Rows of the planned router's weight: a map of probabilities, aliases and novices need those of all n experts."""
+    return layer.experts if layer.picks_among_all or _maps_probabilities(layer) else layer.kept_experts
 
 
 def _maps_probabilities(layer: LayerPlan) -> bool:
@@ -95,6 +98,12 @@ def _weights(module: nn.Module) -> list[Tensor]:
     held = set(module.state_dict())
     buffers = [b for name, b in module.named_buffers() if name in held and b.is_floating_point()]
     return [*module.parameters(), *buffers]
+
+
+def _weights_of_experts(experts: nn.Module) -> list[Tensor]:
+    """Those that are experts', not the novices that an exported checkpoint keeps beside them."""
+    novices = experts._buffers.get("novices")
+    return [tensor for tensor in _weights(experts) if tensor is not novices]
 
 
 def _measure(tensors: Iterable[Tensor]) -> tuple[int, int]:

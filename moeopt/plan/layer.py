@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Literal, cast, get_args
 
@@ -12,9 +13,18 @@ import numpy as np
 from moeopt.errors import PlanError
 from moeopt.plan.checks import MOST_EXPERTS, integer
 from moeopt.plan.down import DownProjections
-from moeopt.plan.matrices import Matrix, Orders, checked_matrix, checked_orders, frozen, one_hot, one_hot_rows
+from moeopt.plan.matrices import (
+    Matrix,
+    Orders,
+    checked_matrix,
+    checked_novices,
+    checked_orders,
+    frozen,
+    one_hot,
+    one_hot_rows,
+)
 
-Router = Literal["rows", "prob", "logit", "alias"]
+Router = Literal["rows", "prob", "logit", "alias", "whole"]
 Negative = Literal["clamp", "eep"]
 Merge = Literal["linear", "ties", "slerp", "karcher"]
 
@@ -27,7 +37,8 @@ class LayerPlan:
 
     Args:
         experts: n, the layer's number of experts in the full model.
-        k: experts activated per token in the planned layer, 1 <= k <= r (with ``router="alias"``, 1 <= k <= n).
+        k: experts activated per token in the planned layer, 1 <= k <= r (1 <= k <= n where the router picks among all
+            n: ``router="alias"`` and ``"whole"``).
         kept: indices of the r experts kept, distinct, in the order of the new experts (a pruning).
         w_em: (r, n) float32, the expert merging matrix.
         w_rm: (r, n) float32, the router mapping. None means the one-hot rows of `kept`.
@@ -36,6 +47,8 @@ class LayerPlan:
             after softmax and before top-k, as in the EEP paper. ``"logit"``: on the router's weight, before softmax.
             ``"alias"``: after top-k; the router picks k of the n experts as ever, and new expert i, where w_rm[i, j] is
             1, answers for expert j (HC-SMoE, arXiv 2410.08589). Every column then has one 1.
+            ``"whole"``: nowhere; the router picks k of the n experts as ever, and what it picks of those that are not
+            kept gives its row of `novices`.
         negative: what happens to negative entries of ``w_rm @ p`` under ``router="prob"``. ``"clamp"`` sets them to 0
             (a token whose whole top-k is 0 gets a zero MoE output); ``"eep"`` keeps them, as EEP's code does.
         skip: beta of dynamic skipping, between 0 (no skipping) and 1: of the k experts of a token those whose weight is
@@ -46,6 +59,9 @@ class LayerPlan:
             i mixes neuron ``neurons[j, a]`` of every expert j. None: as they are.
         merge: how the experts of a row of `w_em` are mixed: ``"linear"``, their weighted sum, or the like of it by one
             of `moeopt.models.MERGES`, for which weights are 0 or above and count by their share of the row's sum.
+        novices: (n - r, hidden) float32, the outputs of the experts that are not kept, in order of their number, the
+            same for all tokens (MoNE, Mixture of Novices and Experts). Only of a pruning (`kept`) with
+            ``router="whole"``. Where all experts are kept they have no rows, and the layer is stored as without.
 
     Raises:
         PlanError: naming the value that does not fit and the shape or range that would.
@@ -62,6 +78,7 @@ class LayerPlan:
     down: DownProjections | None = None
     neurons: Orders | None = None
     merge: Merge = "linear"
+    novices: Matrix | None = None
 
     def __post_init__(self) -> None:
         n = integer("experts", self.experts, low=1, high=MOST_EXPERTS)
@@ -90,6 +107,7 @@ class LayerPlan:
             object.__setattr__(self, "kept", kept)
         self._check_mixing(n)
         r = self.kept_experts
+        self._check_novices()
         if self.w_rm is not None:
             w_rm = checked_matrix("w_rm", self.w_rm, n, rows=r)
             if self.router == "rows" and one_hot_rows(w_rm) is None:
@@ -106,9 +124,9 @@ class LayerPlan:
             )
         elif self.router == "alias":
             raise PlanError('router="alias" needs w_rm: which of the experts kept answers for each of the others')
-        elif self.router != "rows":
+        elif self.router not in ("rows", "whole"):
             object.__setattr__(self, "w_rm", frozen(one_hot(self.kept, n)))
-        if self.router == "alias":
+        if self.picks_among_all:
             integer("k", self.k, low=1, high=n, what=f"k must be between 1 and the {n} experts that the router ranks")
         else:
             integer("k", self.k, low=1, high=r, what=f"k must be between 1 and the {r} experts kept")
@@ -130,6 +148,23 @@ class LayerPlan:
         elif self.merge != "linear" and ((self.w_em < 0).any() or not self.w_em.any(1).all()):
             raise PlanError(f"merge={self.merge!r} needs rows of w_em without a negative weight and not all 0")
 
+    def _check_novices(self) -> None:
+        """Novices come with a router that stays whole, and it with them; those of no expert are none."""
+        if self.novices is None and self.router != "whole":
+            return
+        if self.novices is None:
+            raise PlanError('router="whole" needs novices: what its picks of experts that are not kept give')
+        if self.router != "whole":
+            raise PlanError(f'novices need router="whole", which picks among all {self.experts} experts')
+        if self.kept is None:
+            raise PlanError('router="whole" needs kept: novices stand in for experts of a pruning, not of a merging')
+        if self.w_rm is not None:
+            raise PlanError('router="whole" takes no w_rm: all n rows of the router stay as they are')
+        novices = checked_novices(self.novices, self.experts - self.kept_experts)
+        object.__setattr__(self, "novices", novices if len(novices) else None)
+        if not len(novices):
+            object.__setattr__(self, "router", "rows")
+
     @property
     def kept_experts(self) -> int:
         """r, the number of experts the planned layer has."""
@@ -148,7 +183,7 @@ class LayerPlan:
     @property
     def router_rows(self) -> tuple[int, ...] | None:
         """The router rows that `w_rm` selects before top-k when it is one-hot, else None."""
-        if self.router == "alias":
+        if self.picks_among_all:
             return None
         return self.kept if self.w_rm is None else one_hot_rows(self.w_rm)
 
@@ -156,6 +191,19 @@ class LayerPlan:
     def aliases(self) -> tuple[int, ...] | None:
         """For ``router="alias"``, the new expert that answers for each of the n experts; else None."""
         return one_hot_rows(cast(Matrix, self.w_rm).T) if self.router == "alias" else None
+
+    @property
+    def picks_among_all(self) -> bool:
+        """Whether the router stays as it is, and picks among all n experts."""
+        return self.router in ("alias", "whole")
+
+    @property
+    def places(self) -> tuple[int, ...] | None:
+        """For ``router="whole"``, where each of the n experts is: i for ``kept[i]``, r + i for row i of `novices`."""
+        if self.kept is None or self.novices is None:
+            return None
+        order = (*self.kept, *sorted(set(range(self.experts)) - set(self.kept)))
+        return tuple(int(place) for place in np.argsort(order))
 
     @property
     def makes_experts(self) -> bool:
@@ -169,6 +217,17 @@ class LayerPlan:
     def sums_experts(self) -> bool:
         """Whether every new expert is a weighted sum of the full model's as they are, tensor by tensor."""
         return self.neurons is None and self.merge == "linear"
+
+    @property
+    def beyond_matrices(self) -> str | None:
+        """In words, the numbers of its own that W_EM and W_RM do not hold; None where there are none."""
+        own = {
+            "down projections of its own": self.down is not None,
+            "novices": self.novices is not None,
+            "an order of neurons": self.neurons is not None,
+            f"experts merged by {self.merge}": self.merge != "linear",
+        }
+        return " and ".join(name for name, there in own.items() if there) or None
 
     @property
     def is_identity(self) -> bool:
@@ -187,7 +246,16 @@ class LayerPlan:
         mixing = b"" if self.merge == "linear" else f"merge={self.merge};".encode()
         if self.neurons is not None:
             mixing += hashlib.sha256(self.neurons.astype("<i4").tobytes()).digest()
-        return head.encode() + np.ascontiguousarray(matrix, dtype="<f4").tobytes() + weights + mixing
+        matrices = np.ascontiguousarray(matrix, dtype="<f4").tobytes()
+        return head.encode() + matrices + weights + mixing + self._novices_digest
+
+    @cached_property
+    def _novices_digest(self) -> bytes:
+        """32 bytes that tell its novices from others; none where there are none."""
+        if self.novices is None:
+            return b""
+        numbers = (self.novices + np.float32(0.0)).astype("<f4")  # -0.0 becomes 0.0
+        return hashlib.sha256(f"{self.novices.shape};".encode() + numbers.tobytes()).digest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LayerPlan) and self._key(ordered=True) == other._key(ordered=True)

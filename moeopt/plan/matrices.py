@@ -37,9 +37,24 @@ def checked_matrix(name: str, value: ArrayLike, n: int, *, rows: int | None = No
         raise PlanError(f"{name} must have shape {expected}, got {matrix.shape}")
     if not 1 <= matrix.shape[0] <= n:
         raise PlanError(f"{name} must have between 1 and {n} rows (r <= n), got {matrix.shape[0]}")
+    return frozen(finite(name, matrix))
+
+
+def checked_novices(value: ArrayLike, dropped: int) -> Matrix:
+    """A read-only copy, (dropped, hidden) float32; PlanError unless it has that form and is finite."""
+    matrix = np.array(value, dtype=np.float32)
+    if matrix.ndim != 2 or matrix.shape[0] != dropped or not matrix.shape[1]:
+        raise PlanError(
+            f"novices must have shape ({dropped}, hidden), a row for each expert that is not kept, got {matrix.shape}"
+        )
+    return frozen(finite("novices", matrix))
+
+
+def finite(name: str, matrix: Matrix) -> Matrix:
+    """The matrix itself; PlanError unless all its numbers are finite."""
     if not np.isfinite(matrix).all():
         raise PlanError(f"{name} must be finite, got {matrix[~np.isfinite(matrix)][0]}")
-    return frozen(matrix)
+    return matrix
 
 
 def one_hot_rows(matrix: Matrix) -> tuple[int, ...] | None:

@@ -142,9 +142,10 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its matrices and of down projections of its own."""
+        """Bytes of its matrices, novices and down projections of its own."""
         downs = [array for layer in self.layers if layer.down is not None for array in layer.down.arrays.values()]
-        matrices = [matrix for layer in self.layers for matrix in (layer.expert_matrix, layer.w_rm, layer.neurons)]
+        names = ("expert_matrix", "w_rm", "neurons", "novices")
+        matrices = [getattr(layer, name) for layer in self.layers for name in names]
         return sum(array.nbytes for array in (*downs, *matrices) if array is not None)
 
     @property

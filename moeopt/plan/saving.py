@@ -1,7 +1,7 @@
 """Plan files: safetensors with JSON metadata.
 
-Down projections are written in two bytes a number where that loses nothing: as float16, or as uint16 that are the upper
-halves of float32, which is bfloat16, a dtype that numpy lacks.
+Down projections and novices are written in two bytes a number where that loses nothing: as float16, or as uint16 that
+are the upper halves of float32, which is bfloat16, a dtype that numpy lacks.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from moeopt.showing import line, shown
 
 FORMAT = "moeopt-plan"
 FORMAT_VERSION = 3
-"""Of files that hold down projections, orders of neurons or a merge that is not linear; of those that hold an alias or
-skip it is 2, of others 1."""
+"""Of files that hold down projections, novices, orders of neurons or a merge that is not linear; of those that hold an
+alias or skip it is 2, of others 1."""
 MATRICES = ("w_em", "w_rm", "neurons")
-TENSOR = re.compile(rf"layers\.\d+\.({'|'.join(MATRICES)}|down\.(whole|left|right))")
+TENSOR = re.compile(rf"layers\.\d+\.({'|'.join(MATRICES)}|novices|down\.(whole|left|right))")
 
 
 def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
@@ -53,11 +53,10 @@ def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapp
             matrix = getattr(layer, name)
             if matrix is not None:
                 tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(matrix)
-        for name, array in ({} if layer.down is None else layer.down.arrays).items():
-            if array is not None:
-                tensors[f"layers.{i}.down.{name}"] = _narrow(array)
+        for name, array in _numbers(layer).items():
+            tensors[f"layers.{i}.{name}"] = _narrow(array)
     version = 2 if any(x.skip or x.router == "alias" for x in layers) else 1
-    version = FORMAT_VERSION if any(x.down is not None or not x.sums_experts for x in layers) else version
+    version = FORMAT_VERSION if any(x.beyond_matrices for x in layers) else version
     metadata = {"format": FORMAT, "version": str(version), "moeopt": __version__, "layers": json.dumps(records)}
     if about:
         metadata["about"] = json.dumps(about)
@@ -114,11 +113,12 @@ def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
                 skip=record.get("skip", 0.0),
                 down=_down(tensors, f"layers.{i}.down."),
                 merge=record.get("merge", "linear"),
+                novices=_taken(tensors, f"layers.{i}.novices"),
             )
             for i, record in enumerate(records)
         )
-        downs = [array for p in layers if p.down is not None for array in p.down.arrays.values()]
-        placed = sum(array is not None for array in (*downs, *(getattr(p, name) for p in layers for name in MATRICES)))
+        matrices = sum(getattr(p, name) is not None for p in layers for name in MATRICES)
+        placed = matrices + sum(len(_numbers(p)) for p in layers)
     except PlanError as error:
         raise PlanError(f"{str(path)!r}: {line(str(error), 500)}") from None
     except MALFORMED as error:
@@ -129,10 +129,21 @@ def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
     return layers
 
 
+def _numbers(layer: LayerPlan) -> dict[str, NDArray[np.float32]]:
+    """Down projections and novices, by the name that they have in a file."""
+    down = {} if layer.down is None else layer.down.arrays
+    arrays = {**{f"down.{name}": array for name, array in down.items()}, "novices": layer.novices}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
 def _down(tensors: dict[str, NDArray[Any]], prefix: str) -> DownProjections | None:
-    names = ("whole", "left", "right")
-    arrays = {name: _wide(tensors.pop(prefix + name)) for name in names if prefix + name in tensors}
-    return DownProjections(**arrays) if arrays else None
+    arrays = {name: _taken(tensors, prefix + name) for name in ("whole", "left", "right")}
+    return DownProjections(**arrays) if any(array is not None for array in arrays.values()) else None
+
+
+def _taken(tensors: dict[str, NDArray[Any]], name: str) -> NDArray[np.float32] | None:
+    """What `_narrow` made of an array, wide again, and out of `tensors`; None where there is none."""
+    return _wide(tensors.pop(name)) if name in tensors else None
 
 
 def _narrow(array: NDArray[np.float32]) -> NDArray[Any]:

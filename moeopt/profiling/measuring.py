@@ -126,8 +126,8 @@ def peak_memory(model: nn.Module, before: int) -> Iterator[Peak]:
 def expert_loads(model: Any, layers: Sequence[MoELayer], batches: Iterable[Tensor]) -> list[tuple[list[int], int]]:
     """For each layer, how many tokens each of its n experts ran for, and the tokens that its router saw.
 
-    Experts of weight 0, which a token skips, do not count. Experts have the numbers that the router gives: under a plan
-    that keeps experts, those of the full model.
+    Experts of weight 0, which a token skips, and a checkpoint's novices do not count. Experts have the numbers that the
+    router gives: under a plan that keeps experts, those of the full model.
 
     Args:
         batches: token ids, (batch, length) each, run one after another.
@@ -139,6 +139,7 @@ def expert_loads(model: Any, layers: Sequence[MoELayer], batches: Iterable[Tenso
         def hook(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
             _, weights, index = output
             ran = index[weights != 0].flatten().cpu()
+            ran = ran[ran < len(counts[position])]  # a checkpoint's novices have the numbers behind its experts'
             counts[position] += torch.bincount(ran, minlength=len(counts[position]))
             seen[position] += len(index)
 

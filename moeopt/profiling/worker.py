@@ -168,7 +168,7 @@ def usable_layers(model: Any) -> tuple[tuple[MoELayer, ...], str | None]:
 
 
 def experts_of(layer: LayerPlan) -> range | tuple[int, ...]:
-    """The numbers that a planned layer's router gives its experts."""
+    """The numbers that a planned layer's router gives its experts, novices apart."""
     return range(layer.kept_experts) if layer.makes_experts else tuple(sorted(layer.kept or ()))
 
 

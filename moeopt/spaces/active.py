@@ -187,15 +187,9 @@ class _OnePlan(Space):
         for i, layer in enumerate(plan.layers):
             if layer.experts != shape.experts:
                 raise SpaceError(f"layer {i} of the plan is for {layer.experts} experts, the model has {shape.experts}")
-            if layer.down is not None:
-                raise SpaceError(
-                    f"layer {i} of the plan has down projections of its own, which no study keeps; search k and "
-                    "skipping first, then refit"
-                )
-            if not layer.sums_experts:
-                raise SpaceError(
-                    f"layer {i} of the plan orders neurons or merges by {layer.merge!r}, which no study keeps"
-                )
+            if (own := layer.beyond_matrices) is not None:
+                then = "; search k and skipping first, then refit" if own.startswith("down") else ""
+                raise SpaceError(f"layer {i} of the plan has {own}, which no study keeps{then}")
         keep = min(layer.kept_experts for layer in plan.layers)
         super().__init__(shape, keep=keep, groups=groups, k=min(keep, *(layer.k for layer in plan.layers)))
         self._plan = plan
@@ -265,7 +259,7 @@ def _described(plan: Plan) -> dict[str, Any]:
 
 
 def _most_active(layer: LayerPlan) -> int:
-    return layer.experts if layer.router == "alias" else layer.kept_experts
+    return layer.experts if layer.picks_among_all else layer.kept_experts
 
 
 def _k_range(k: Any) -> tuple[int, int] | None:

@@ -166,12 +166,8 @@ class Space(ABC):
                 raise SpaceError(f"layer {first} of the plan has (n, r, k) = {found}, the space {wanted}")
             if layer.skip:
                 raise SpaceError(f"layer {first} of the plan skips experts (skip={layer.skip:g}), this space does not")
-            if layer.down is not None:
-                raise SpaceError(f"layer {first} of the plan has down projections of its own, which no space searches")
-            if not layer.sums_experts:
-                raise SpaceError(
-                    f"layer {first} of the plan orders neurons or merges by {layer.merge!r}, which no space searches"
-                )
+            if layer.beyond_matrices is not None:
+                raise SpaceError(f"layer {first} of the plan has {layer.beyond_matrices}, which no space searches")
             if layer.router_rows is None and layer.router != self.router:
                 raise SpaceError(f"the plan maps {layer.router!r}, the space {self.router!r}")
             if layer.router_rows is None and layer.router == "prob" and layer.negative != self.negative:

@@ -72,6 +72,8 @@ def check_expressible(method: str, space: Space) -> None:
         raise SpaceError(
             f"{method} aliases what the router picks, which no search space expresses; start from {method}_summed"
         )
+    if router == "whole":
+        raise SpaceError(f"{method} has novices, constants in place of experts, which no search space expresses")
     if router == "prob" and (space.router != "prob" or "merge" not in space.phases):
         raise SpaceError(f"{method} maps probabilities, which this space does not; search an EEPSpace(router='prob')")
     if name.method in PROGRESSIVE and len(space.groups) < space.shape.layers:

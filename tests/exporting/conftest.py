@@ -49,6 +49,10 @@ def build_plans(n: int = 6, layers: int = 3) -> dict[str, Plan]:
         pairs = [np.eye(n)[rng.permutation(n)[:r]] + 0.1 * rng.standard_normal((2, r, n)) for _ in range(layers)]
         return Plan(tuple(LayerPlan(n, k, w_em=w_em, w_rm=w_rm, **kind) for w_em, w_rm in pairs))
 
+    def novices(i: int, k: int = 2) -> LayerPlan:
+        constants = rng.standard_normal((n - 2 - i, 32))  # as wide as the hidden states of these models
+        return LayerPlan(n, k, kept=(4, 1, 3, 0)[: 2 + i], router="whole", novices=constants.astype(np.float32))
+
     alias = np.zeros((3, n))
     alias[np.arange(n) % 3, np.arange(n)] = 1
     pruned = Plan.one_hot([[0, 2, 5]] * layers, experts=n, k=2)
@@ -59,6 +63,8 @@ def build_plans(n: int = 6, layers: int = 3) -> dict[str, Plan]:
         "prob-eep": dense(3, 2, router="prob", negative="eep"),
         "alias": Plan((LayerPlan(n, 2, w_em=alias * 3 / n, w_rm=alias, router="alias"),) * layers),
         "alias-kept": Plan((LayerPlan(n, 2, kept=(0, 1, 2), w_rm=alias, router="alias"),) * layers),
+        "novices": Plan(tuple(novices(i) for i in range(layers))),
+        "novices-skip": Plan(tuple(novices(i, k=3) for i in range(layers))).with_skip(0.5),
         "skip": pruned.with_skip([0.9, 0.0, 0.8][:layers]),
         "prob-skip": dense(3, 3, router="prob").with_skip(0.5),
         "everything": Plan(

@@ -19,8 +19,10 @@ from moeopt.exporting.custom import custom_config
 from moeopt.plan import LayerPlan, Plan
 
 KINDS = (
-    "mixed-r", "mixed-k", "prob", "prob-eep", "alias", "alias-kept", "skip", "prob-skip", "everything",
+    "mixed-r", "mixed-k", "prob", "prob-eep", "alias", "alias-kept", "novices", "novices-skip", "skip", "prob-skip",
+    "everything",
 )  # fmt: skip
+FLOAT_KINDS = ("prob", "novices", "skip", "everything")
 IDS = torch.arange(3, 29).reshape(2, 13) * 5 % 96
 
 
@@ -46,7 +48,7 @@ def test_a_custom_model_that_moeopt_loaded_is_saved_with_its_code(
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [*((kind, torch.bfloat16) for kind in KINDS), *((kind, torch.float32) for kind in ("prob", "skip", "everything"))],
+    [*((kind, torch.bfloat16) for kind in KINDS), *((kind, torch.float32) for kind in FLOAT_KINDS)],
     ids=lambda value: str(value),
 )
 def test_the_reloaded_checkpoint_is_the_patched_model(
@@ -91,13 +93,14 @@ def test_every_family_has_a_custom_form(
     build_family(family, vocabulary=300).save_pretrained(tmp_path / "full")
     tiny_tokenizer.save_pretrained(tmp_path / "full")
     full = moeopt.load(tmp_path / "full")[0]
-    plan = make_plans(n=7, layers=2)["everything"]
-    moeopt.export(plan, tmp_path / "small", model=full)
-    with moeopt.patched(full, plan):
-        logits, tokens = computed(full)
-    small_logits, small_tokens = computed(reloaded(tmp_path / "small"))
-    assert torch.allclose(small_logits, logits, rtol=0, atol=1e-5)
-    assert torch.equal(small_tokens, tokens)
+    for kind in ("everything", "novices", "novices-skip"):
+        plan = make_plans(n=7, layers=2)[kind]
+        moeopt.export(plan, tmp_path / kind, model=full)
+        with moeopt.patched(full, plan):
+            logits, tokens = computed(full)
+        small_logits, small_tokens = computed(reloaded(tmp_path / kind))
+        assert torch.allclose(small_logits, logits, rtol=0, atol=1e-5)
+        assert torch.equal(small_tokens, tokens)
 
 
 def test_an_exported_model_saves_and_loads_again(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
@@ -173,12 +176,13 @@ def test_loading_without_trust_or_as_the_stock_class_fails(
 def test_a_lost_mapping_is_an_error_on_loading(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    moeopt.export(plans["prob"], tmp_path / "small", model=full)
-    state = load_file(tmp_path / "small" / "model.safetensors")
-    del state["model.layers.1.block_sparse_moe.gate.w_rm"]
-    save_file(state, tmp_path / "small" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks model\.layers\.1\.mlp\.gate\.w_rm"):
-        reloaded(tmp_path / "small")
+    for kind, lost in (("prob", "gate.w_rm"), ("novices", "gate.places"), ("novices", "experts.novices")):
+        moeopt.export(plans[kind], tmp_path / lost, model=full)
+        state = load_file(tmp_path / lost / "model.safetensors")
+        del state[f"model.layers.1.block_sparse_moe.{lost}"]
+        save_file(state, tmp_path / lost / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"lacks model\.layers\.1\.mlp\.{lost}"):
+            reloaded(tmp_path / lost)
 
 
 def test_it_loads_where_moeopt_is_not_installed(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ TASK = TextTask(
     dev=[f"other words {i * i} to measure on, not the same" for i in range(6)],
     window=32,
 )
+KINDS = ("mixed-r", "prob", "prob-eep", "alias", "novices", "novices-skip", "skip", "prob-skip", "everything")
 RULE = RoutingRule("weight", None, False, None, "softmax", True, True, 1e-20, 1.0, True)
 
 
@@ -35,7 +36,7 @@ def float_model(saved: Any, make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Pa
 def test_every_kind_becomes_stock_and_exports(
     float_model: Any, plans: dict[str, Plan], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    for kind in ("mixed-r", "alias", "everything"):
+    for kind in ("mixed-r", "alias", "novices", "everything"):
         projected, found = project(plans[kind], float_model, tiny_tokenizer, TASK)
         assert why_not_stock(projected) is None
         assert {(p.kept_experts, p.k) for p in projected.layers} == {(found.r, found.k)}
@@ -44,6 +45,7 @@ def test_every_kind_becomes_stock_and_exports(
         evaluator = moeopt.Evaluator(float_model, tiny_tokenizer, TASK, split="dev")
         assert found.loss_before == pytest.approx(evaluator.evaluate(plans[kind]).loss, abs=1e-5)
         assert found.loss_after == pytest.approx(evaluator.evaluate(projected).loss, abs=1e-5)
+        assert all(how.endswith(", without novices") == (kind == "novices") for how in found.how)
         assert found.kl > 0
         assert 0 < found.top_k <= 1
         moeopt.export(projected, tmp_path / kind, model=float_model, form="stock", projection=found)
@@ -79,7 +81,7 @@ def test_the_fit_finds_a_mapping_that_exists() -> None:
     assert (wanted * np.log(wanted / mapped)).sum(1).mean() < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["mixed-r", "prob", "prob-eep", "alias", "skip", "prob-skip", "everything"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_expert_weights_are_those_of_the_patched_model(float_model: Any, plans: dict[str, Plan], kind: str) -> None:
     plan, block = plans[kind], float_model.model.layers[0].mlp
     hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))

@@ -49,7 +49,7 @@ def test_every_family_s_own_class_loads_it(
     assert torch.equal(logits(small), expected)
 
 
-@pytest.mark.parametrize("kind", ["stock", "mixed-r", "everything"])
+@pytest.mark.parametrize("kind", ["stock", "mixed-r", "novices", "novices-skip", "everything"])
 @pytest.mark.parametrize("rank", [None, 3])
 def test_it_is_verified_and_its_card_says_what_was_fitted(
     kind: str, rank: int | None, full: Any, text: TextTask, plans: dict[str, Plan], tmp_path: Path, tiny_tokenizer: Any

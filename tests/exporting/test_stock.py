@@ -139,7 +139,7 @@ def test_bin_files_of_something_else_are_refused(full: Any, tmp_path: Path, cont
         moeopt.export(pruning(), tmp_path / "small", model=tmp_path / "full")
 
 
-def test_what_a_stock_checkpoint_cannot_express_is_refused(full: Any, tmp_path: Path) -> None:
+def test_what_a_stock_checkpoint_cannot_express_is_refused(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
     mixed_k = Plan((*pruning().layers[:2], pruning().with_k(1).layers[2]))
     w_rm = np.eye(3, 6, dtype=np.float32)
     w_rm[0, 3:] = 1
@@ -149,6 +149,7 @@ def test_what_a_stock_checkpoint_cannot_express_is_refused(full: Any, tmp_path: 
         "one r and one k": mixed_k,
         "plan.with_skip(0)": pruning().with_skip(0.5),
         "a pruning exports": aliased,
+        "the pruning without them exports": plans["novices"],
     }
     for reason, plan in cases.items():
         assert reason in str(why_not_stock(plan))

@@ -39,6 +39,13 @@ def halved(model):
     return Plan.one_hot([[(i + j) % n for j in range(4)] for i in range(len(layers))], experts=n, k=k)
 
 
+def with_novices(plan, hidden):
+    """The same prunings, with constants of their own in place of each layer's other experts."""
+    rng = np.random.default_rng(0)
+    constants = [rng.standard_normal((p.experts - p.kept_experts, hidden)).astype(np.float32) for p in plan.layers]
+    return Plan(tuple(replace(p, router="whole", novices=c) for p, c in zip(plan.layers, constants)))
+
+
 def gaps(model, calibration, plan, depth=1):
     """Of every batch, how far the hidden states behind decoder layer `depth` are from the full model's."""
     found = []
@@ -67,10 +74,12 @@ def replace_down(plan, layer, whole):
     return Plan(tuple(replace(part, down=down) if i == layer else part for i, part in enumerate(plan.layers)))
 
 
-def test_the_fit_is_the_ridge_regression_in_every_family(family, build_family, tiny_tokenizer, text):
+@pytest.mark.parametrize("novices", [False, True])
+def test_the_fit_is_the_ridge_regression_in_every_family(family, novices, build_family, tiny_tokenizer, text):
     """The objective is quadratic in W2: where it is least, a step in any direction costs as much as its opposite."""
     model = build_family(family, vocabulary=300, corrected=True)
     calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
+    plan = with_novices(plan, moe_layers(model)[0].hidden) if novices else plan
     rng = np.random.default_rng(0)
     first = refit(plan, calibration, ridges=[1.0])
     fit = first.layers[0]
@@ -187,6 +196,7 @@ def test_every_kind_of_plan_can_be_refitted(kind, make_mixtral, tiny_tokenizer, 
     routing = ("k", "skip", "router", "negative", "kept", "aliases")
     for part, old in zip(made.plan.layers, plan.layers):
         assert all(getattr(part, name) == getattr(old, name) for name in routing)
+        assert np.array_equal(part.novices, old.novices)
 
 
 def test_a_refitted_plan_can_be_refitted_again(make_mixtral, tiny_tokenizer, text):
@@ -421,6 +431,13 @@ def test_no_space_takes_it_for_its_pruning(make_mixtral, tiny_tokenizer, text):
         moeopt.PruneSpace.of(model, keep=4).encode(made)
     with pytest.raises(moeopt.errors.SpaceError, match="first, then refit"):
         moeopt.ActiveSpace.of(model, around=made, k=(1, 2))
+    both = with_novices(made, 32)
+    with pytest.raises(moeopt.errors.SpaceError, match="has down projections of its own and novices, which no space"):
+        moeopt.PruneSpace.of(model, keep=4).encode(both)
+    with pytest.raises(moeopt.errors.SpaceError, match=r"has novices, which no study keeps$"):
+        moeopt.ActiveSpace.of(model, around=with_novices(halved(model), 32), k=(1, 2))
+    with pytest.raises(moeopt.errors.SpaceError, match="has novices, which no space searches"):
+        moeopt.MergeSpace.of(model, around=with_novices(halved(model), 32))
 
 
 def test_memory_and_shares_are_those_of_the_pruning(make_mixtral, tiny_tokenizer, text):

@@ -172,7 +172,7 @@ def test_an_order_is_a_part_of_what_a_plan_is(make_mixtral: Any, tmp_path: Any) 
         assert f'"version":"{version}"'.encode() in (tmp_path / "plan.safetensors").read_bytes()
     around = Plan.one_hot([range(4)] * len(plain.layers), experts=8, k=2)
     space = moeopt.MergeSpace(moeopt.ModelShape(len(plain.layers), 8, k=2), around=around)
-    with pytest.raises(SpaceError, match="orders neurons or merges by 'linear', which no space searches"):
+    with pytest.raises(SpaceError, match="has an order of neurons, which no space searches"):
         space.encode(ordered)
 
 

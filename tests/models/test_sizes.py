@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,11 @@ def aliasing() -> Plan:
     return Plan((LayerPlan(N, 3, kept=(0, 4), w_rm=w_rm, router="alias"),) * LAYERS)  # type: ignore[arg-type]
 
 
+def with_novices() -> Plan:
+    novices = np.ones((N - 2, HIDDEN), dtype=np.float32)
+    return Plan((LayerPlan(N, 3, kept=(0, 4), router="whole", novices=novices),) * LAYERS)
+
+
 PLANS = {
     "r = 4": pruning(4),
     "r = 2, k = 1": pruning(2, 1),
@@ -57,6 +63,7 @@ PLANS = {
     "merged, logits mapped": merging("logit"),
     "merged, probabilities mapped": merging("prob"),
     "aliased": aliasing(),
+    "novices": with_novices(),
     "skipping": pruning(4).with_skip(0.5),
     "r differs": Plan.one_hot([range(r) for r in (3, 8, 5)], experts=N, k=2),
     "probabilities selected": Plan.one_hot([[5, 2, 1]] * LAYERS, experts=N, k=2, router="prob"),
@@ -96,6 +103,9 @@ def test_dense_maps_of_probabilities_and_aliases_keep_the_whole_router(make_mixt
     assert found.bytes == 4 * found.parameters
     size = sizes.of(aliasing())
     assert size.parameters == size.active == REST + LAYERS * (2 * EXPERT + N * ROW)
+    size = sizes.of(with_novices(), [1.0] * LAYERS)
+    assert size.parameters == REST + LAYERS * (2 * EXPERT + N * ROW + (N - 2) * HIDDEN)
+    assert size.active == size.parameters - LAYERS * EXPERT
 
 
 def test_shared_experts_are_always_active(build_family: Callable[..., Any]) -> None:
