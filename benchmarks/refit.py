@@ -27,6 +27,10 @@ Fitted to what the full model's own layer gives, in place of its hidden states b
 +.0421. Tokens weighed by one over the norm of their hidden states: alike. Of rank 64, 16 and 4 (inner 96; python, r =
 8, naee) +.1173, +.1280 and +.1559 for +.1174; experts three at a time (`columns=300`) +.1249.
 
+Router rows fitted to the full model's logits of the kept experts, by least squares on what enters the small model's
+router (three ridges, the best on test): naee, python, r = 8, +.2391 to +.2355 (-.0035 [-.0061, -.0011]), c, r = 16,
+-.0011 [-.0027, .0004]; behind a refit +.0006 [.0000, .0012] and -.0004 [-.0012, .0004]. So a refit leaves them alone.
+
 The model that moeopt ships, refitted to 96 questions, test loss and accuracy on 250 (ridges of .003 and more, which one
 of a single expert would have gone below):
 

@@ -65,7 +65,7 @@ def test_a_cut_off_command_goes_on(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ["--rank", "4", *goal(place), *study(place)]
-    run, ran = refitting._LayerFitting.run, list[int]()
+    run, ran = refitting.LayerFitting.run, list[int]()
 
     def cut_off(self: Any, *arguments: Any) -> Any:
         ran.append(self.layer.index)
@@ -73,7 +73,7 @@ def test_a_cut_off_command_goes_on(
             raise KeyboardInterrupt
         return run(self, *arguments)
 
-    monkeypatch.setattr(refitting._LayerFitting, "run", cut_off)
+    monkeypatch.setattr(refitting.LayerFitting, "run", cut_off)
     assert main(["refit", str(MODEL), str(tmp_path / "a.safetensors"), *given]) == 130
     assert "every layer that was fitted is kept" in " ".join(capsys.readouterr().err.split())
     assert main(["refit", str(MODEL), str(tmp_path / "a.safetensors"), *given]) == 0

@@ -59,7 +59,10 @@ def compare_methods(
         int | None, GOAL(metavar="N", min=1, help="Use N dev and N test examples. Default: all.")
     ] = None,
     methods: Annotated[
-        str | None, COMPARED(metavar="NAME,...", help="One-shot methods, such as naee,reap. Default: all there are.")
+        str | None,
+        COMPARED(
+            metavar="NAME,...", help="One-shot methods, such as naee,reap,m_smoe:aligned. Default: all there are."
+        ),
     ] = None,
     active: Annotated[
         str | None, COMPARED(metavar="K,K,...", help="Experts active per token, such as 2,1. Default: the model's.")

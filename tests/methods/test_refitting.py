@@ -242,7 +242,7 @@ def test_what_was_cut_off_goes_on_layer_by_layer(make_mixtral, tiny_tokenizer, t
     model = make_mixtral()
     calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
     expected = refit(plan, calibration)
-    run = refitting._LayerFitting.run
+    run = refitting.LayerFitting.run
     ran = []
 
     def cut_off(self, *args):
@@ -251,7 +251,7 @@ def test_what_was_cut_off_goes_on_layer_by_layer(make_mixtral, tiny_tokenizer, t
             raise KeyboardInterrupt
         return run(self, *args)
 
-    monkeypatch.setattr(refitting._LayerFitting, "run", cut_off)
+    monkeypatch.setattr(refitting.LayerFitting, "run", cut_off)
     with pytest.raises(KeyboardInterrupt):
         refit(plan, calibration, parts=tmp_path)
     again = refit(plan, calibration, parts=tmp_path)
@@ -342,13 +342,13 @@ def test_bad_arguments_are_named(make_mixtral, tiny_tokenizer, text, arguments, 
 def test_what_is_held_out_is_drawn_and_the_same_in_every_layer(make_mixtral, tiny_tokenizer, text, monkeypatch):
     """Rows of a mixture come by turns, which a step of four would make one member's alone."""
     model, held = make_mixtral(), []
-    init = refitting._LayerFitting.__init__
+    init = refitting.LayerFitting.__init__
 
     def noted(self, layer, part, batches, gaps, out, given):
         held.append({int(n) for seen, each in zip(batches, out) for n in seen.sequence[each].unique()})
         init(self, layer, part, batches, gaps, out, given)
 
-    monkeypatch.setattr(refitting._LayerFitting, "__init__", noted)
+    monkeypatch.setattr(refitting.LayerFitting, "__init__", noted)
     calibration = calibrated(model, tiny_tokenizer, text)
     refit(halved(model), calibration)
     assert held[0] == held[1] == held[2]
