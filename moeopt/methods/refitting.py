@@ -21,8 +21,8 @@ what the others leave, `layer_fitting.SWEEPS` times in turn (block Gauss-Seidel)
 `COLUMNS` squared (of one expert's columns, where it has more), some ten times the hidden states of the calibration, and
 the fitted weights, in float32.
 
-The router's rows stay as they are: fitting them to the full model's logits of the same experts (least squares, again
-with what enters the small model's router) gives little back before a refit and nothing after one (`benchmarks/refit.py`).
+The router's rows stay as they are: fitting them to the full model's logits of the same experts, by least squares on
+what enters the small model's router, gives little back before a refit and nothing after one (`benchmarks/refit.py`).
 
 A solution of low rank q takes q (hidden + inner) numbers an expert: D_i V V', V being the first q right singular
 vectors of A_i D_i, is the nearest to D_i of that rank in what the expert gives.

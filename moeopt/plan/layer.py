@@ -57,8 +57,8 @@ class LayerPlan:
             them.
         neurons: (n, inner) int32, an order of each expert's neurons, in which `w_em` mixes them: place a of new expert
             i mixes neuron ``neurons[j, a]`` of every expert j. None: as they are.
-        merge: how the experts of a row of `w_em` are mixed: ``"linear"``, their weighted sum, or the like of it by one
-            of `moeopt.models.mixing.MERGES`, for which weights are 0 or above and count by their share of the row's sum.
+        merge: how the experts of a row of `w_em` are mixed: ``"linear"``, their weighted sum, or another mean of
+            `moeopt.models.mixing`, for which weights are 0 or above and count by their share of the row's sum.
         novices: (n - r, hidden) float32, the outputs of the experts that are not kept, in order of their number, the
             same for all tokens (MoNE, Mixture of Novices and Experts). Only of a pruning (`kept`) with
             ``router="whole"``. Where all experts are kept they have no rows, and the layer is stored as without.
