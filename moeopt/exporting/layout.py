@@ -158,6 +158,7 @@ def lay_out(
         part = plan.layers[layer.index]
         leaf = places[name].name.rpartition(".")[2]
         if kind == "experts" and (not part.sums_experts or (part.down is not None and leaf == DOWN)):
+            _check_form(name, stored, state[places[name].name])
             _lay_new(layout, name, source, part, leaf, Form.of(layer.experts))
         elif kind == "experts":
             _lay_experts(layout, name, source, part)
@@ -233,6 +234,15 @@ def _numbered(name: str, source: Source, part: LayerPlan) -> tuple[int, list[str
         if there is None or (there.shape, there.dtype) != (stored.shape, stored.dtype):
             raise ExportError(f"{other!r} is not of the shape and dtype of {name!r}, {stored.shape} {stored.dtype}")
     return i, names
+
+
+def _check_form(name: str, stored: Stored, model: Tensor) -> None:
+    """What holds all experts must do so as the model does, as places in it are counted by its axes."""
+    if len(stored.shape) == model.ndim and stored.shape != tuple(model.shape):
+        raise ExportError(
+            f"{name!r} has shape {stored.shape} and is {tuple(model.shape)} in the model, so that its experts cannot be "
+            "made anew"
+        )
 
 
 def _lay_new(layout: Layout, name: str, source: Source, part: LayerPlan, leaf: str, form: Form) -> None:
