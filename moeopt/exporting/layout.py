@@ -240,8 +240,8 @@ def _check_form(name: str, stored: Stored, model: Tensor) -> None:
     """What holds all experts must do so as the model does, as places in it are counted by its axes."""
     if len(stored.shape) == model.ndim and stored.shape != tuple(model.shape):
         raise ExportError(
-            f"{name!r} has shape {stored.shape} and is {tuple(model.shape)} in the model, so that its experts cannot be "
-            "made anew"
+            f"{name!r} has shape {stored.shape} and is {tuple(model.shape)} in the model, so that its experts cannot "
+            "be made anew"
         )
 
 
