@@ -89,8 +89,18 @@ Text, r = 4, methods on 24 windows (5.8 k tokens), 24 of test, loss against full
 | hc_smoe | -.0052 | -.0044 [-.0076, -.0014] | +.0010 | +.0009 [-.0015, +.0032] |
 | loss_aware | -.0232 | **-.0135 [-.0222, -.0053]** | -.0147 | **-.0095 [-.0150, -.0049]** |
 
-loss_aware (gauss_newton 1 in both) is better than every other with its interval, but for frequency on docs (.0014
-[-.0037, .0058]); of its gain 58 and 65 % holds. Not run there: c, r = 2, three seeds of guided and local, EEP.
+| | c, search | c, test [95%] | c, r = 2, search | c, r = 2, test [95%] |
+|---|---|---|---|---|
+| frequency | -.0078 | -.0116 [-.0200, -.0047] | -.0275 | -.0275 [-.0523, -.0070] |
+| reap | -.0173 | -.0080 [-.0183, +.0006] | -.0192 | -.0183 [-.0422, +.0018] |
+| naee | -.0046 | -.0051 [-.0092, -.0019] | -.0212 | -.0224 [-.0433, -.0053] |
+| hc_smoe | +.0050 | -.0057 [-.0124, +.0002] | +.0041 | -.0159 [-.0303, -.0038] |
+| loss_aware | -.0403 | -.0177 [-.0404, +.0006] | -.0485 | -.0295 [-.0621, -.0026] |
+
+loss_aware (gauss_newton 1 in both) is better than every other with its interval on python, and on docs but for
+frequency (.0014 [-.0037, .0058]); on c it is best, and better than reap alone with its interval (r = 2, .0113 [.0031,
+.0207]), as those of 24 windows are wide. Of its gain 58, 65, 44 and 61 % holds. Not run there: three seeds of guided
+and local, EEP.
 
 By `likelihood` in place of `choice` loss_aware has the same accuracy at r = 2, +.043 [+.023, +.063]; guided gains .141
 [.124, .159] more of that loss on test, and no accuracy by it: +.044 [+.023, +.065], over loss_aware +.001 [-.012,
