@@ -28,6 +28,7 @@ def layer_rows(plan: Plan) -> Iterator[dict[str, Any]]:
             "routing": _routing(layer),
             "negative_w_em": int((w_em < 0).sum()),
             "negative_w_rm": int((w_rm < 0).sum()),
+            "beyond_matrices": layer.beyond_matrices,
         }
 
 
@@ -57,18 +58,20 @@ def _routing(layer: LayerPlan) -> str:
 
 def plan_table(plan: Plan, title: str | None = None) -> Table:
     """One row for every run of equal layers."""
-    first = plan.layers[0]
+    first, rows = plan.layers[0], list(layer_rows(plan))
+    more = ["beyond the matrices"] if any(row["beyond_matrices"] for row in rows) else []
     table = Table(
-        "layers", "experts", "r", "merged rows", "router map", "k", "negative entries",
+        "layers", "experts", "r", "merged rows", "router map", "k", "negative entries", *more,
         title=title, title_justify="left",
         caption=f"n = {first.experts} experts; a ~ marks an expert that others are mixed into", caption_justify="left",
     )  # fmt: skip
-    for row in layer_rows(plan):
+    for row in rows:
         negative = f"{row['negative_w_em']} W_EM, {row['negative_w_rm']} W_RM"
         merged = f"{row['merged_rows']} of {row['kept']}"
         active = f"{row['k']}, skip {row['skip']:.2f}" if row["skip"] else str(row["k"])
         table.add_row(
             row["layers"], row["experts"], str(row["kept"]), merged, row["routing"], active,
             negative if row["negative_w_em"] or row["negative_w_rm"] else "none",
+            *([row["beyond_matrices"] or "none"] if more else []),
         )  # fmt: skip
     return table

@@ -109,7 +109,7 @@ def project(
     share = max(1, -(-search.tokens // TOKENS))
     search.run(lambda found: seen[found.layer.index].append(_every(found, share)), plan=plan)
     r = max(part.kept_experts for part in plan.layers)
-    k = min(r, max(part.k for part in plan.layers))
+    k = min(r, max(_without_novices(part).k for part in plan.layers))
     fitted = [_fit_layer(part, found, r, k) for part, found in zip(plan.layers, seen)]
     projected = Plan(tuple(part for part, _, _ in fitted))
     how, distance = (tuple(values) for values in list(zip(*fitted))[1:])
@@ -171,7 +171,7 @@ def _fit_layer(part: LayerPlan, seen: Sequence[Seen], r: int, k: int) -> tuple[L
     pruned = _without_novices(part)
     plain = pruned.router in ("rows", "logit")
     if plain and part.kept_experts == r:
-        same = part.k == k and not part.skip
+        same = pruned.k == k and not part.skip
         candidates = [("as it is" if same else "without skipping or with more active", pruned)]
     else:
         padded = _padded(pruned, r, rule.scores(logits).float().mean(0).cpu().numpy())

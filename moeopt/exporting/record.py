@@ -56,6 +56,7 @@ def card(
     n, name = layers[0].experts, _code(source.name)
     r, k = (_range([getattr(p, field) for p in layers]) for field in ("kept_experts", "k"))
     pruned = all(p.kept is not None for p in layers)
+    active = "active" if all(p.novices is None for p in layers) else "picked, novices among them,"
     custom = record["form"] == "custom"
     lines = [
         "---",
@@ -65,7 +66,7 @@ def card(
         f"# `{name}`, {n} to {r} experts",
         "",
         f"Each of the {len(layers)} MoE layers of `{name}` {'keeps' if pruned else 'merges its experts into'} "
-        f"{r} of {n} experts, {k} active per token: {total / 2**20:.1f} MiB of weights, from {original / 2**20:.1f} "
+        f"{r} of {n} experts, {k} {active} per token: {total / 2**20:.1f} MiB of weights, from {original / 2**20:.1f} "
         "MiB. "
         + (
             "A custom checkpoint: it needs transformers 5 and the class that it brings with it, `modeling_moeopt.py`."

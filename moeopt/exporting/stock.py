@@ -24,6 +24,11 @@ def why_not_stock(plan: Plan) -> str | None:
                 f"layer {i} has (r, k) = {(layer.kept_experts, layer.k)}, layer 0 {(first.kept_experts, first.k)}: "
                 "a stock checkpoint has one r and one k for all layers; search with one keep= and one k="
             )
+        if layer.novices is not None:
+            return (
+                f"layer {i} has constants (novices) in place of {len(layer.novices)} experts, which a stock checkpoint "
+                "has no place for; moeopt export --project stock leaves them out"
+            )
         if layer.skip:
             return (
                 f"layer {i} skips experts token by token (skip={layer.skip:g}), which a stock checkpoint has no place "
@@ -32,12 +37,8 @@ def why_not_stock(plan: Plan) -> str | None:
         if layer.router == "alias":
             return (
                 f"layer {i} lets its router choose among all {layer.experts} experts and aliases its picks, which a "
-                'stock checkpoint has no place for; a pruning exports, and so does a merging with router="logit"'
-            )
-        if layer.novices is not None:
-            return (
-                f"layer {i} has constants (novices) in place of {len(layer.novices)} experts, which a stock checkpoint "
-                "has no place for; the pruning without them exports"
+                'stock checkpoint has no place for; a pruning exports, and a merging with router="logit", which moeopt '
+                "export --project stock fits"
             )
         if layer.router == "prob" and layer.router_rows is None:
             return (

@@ -37,13 +37,15 @@ class Wanted:
     active: int
     seed: int = 0
 
-    def check(self) -> None:
-        """Raise MethodError when `keep` or `active` is out of range."""
-        for name, value, most, why in (
-            ("keep", self.keep, self.experts, f"the {self.experts} experts each layer has"),
-            ("k", self.active, self.keep, f"the {self.keep} experts kept"),
+    def check(self, *, among_all: bool = False) -> None:
+        """Raise MethodError when `keep` or `active` is out of range; `among_all`: of routers that pick among all n."""
+        every = f"the {self.experts} experts each layer has"
+        picks = (self.experts, every) if among_all else (self.keep, f"the {self.keep} experts kept")
+        for name, value, high, why in (
+            ("keep", self.keep, self.experts, every),
+            ("k", self.active, *picks),
         ):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= high:
                 raise MethodError(f"{name} must be an integer between 1 and {why}, got {value!r}")
 
     def pruned(self, kept: tuple[int, ...] | list[int]) -> LayerPlan:

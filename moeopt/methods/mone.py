@@ -20,7 +20,6 @@ has constants of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -49,9 +48,10 @@ class Mone(Method):
         spread = statistics[Spread.__name__]
         assert isinstance(spread, Spread)
         ranked = np.argsort(-mone(spread), kind="stable")
-        pruned, dropped = wanted.pruned(ranked[: wanted.keep].tolist()), np.sort(ranked[wanted.keep :])
+        remaining, dropped = (np.sort(part) for part in (ranked[: wanted.keep], ranked[wanted.keep :]))
         constants = [spread.means[layer][dropped].astype(np.float32) for layer in group]
-        return [replace(pruned, router="whole", novices=novices) for novices in constants]
+        n, k, kept = wanted.experts, wanted.active, tuple(remaining.tolist())
+        return [LayerPlan(n, k, kept=kept, router="whole", novices=novices) for novices in constants]
 
 
 def mone(spread: Spread) -> Array:

@@ -73,6 +73,8 @@ def parsed(name: str) -> Name:
     Raises:
         MethodError: when there is no such method, the nearest name being suggested, or no such option of it.
     """
+    if not isinstance(name, str):
+        raise MethodError(f"a method is a name, such as 'naee', got {name!r}")
     method, colon, text = name.partition(":")
     if method not in ROUTERS:
         raise MethodError(f"unknown method {name!r}{nearest(method, list(ROUTERS))} (there are {', '.join(ROUTERS)})")
@@ -82,10 +84,10 @@ def parsed(name: str) -> Name:
         raise MethodError(f"{name!r}: only methods that merge take options, which are {', '.join(MERGING)}")
     options, merges = text.split("+"), [merge for merge in get_args(Merge) if merge != "linear"]
     means = [option for option in options if option in merges]
-    if set(options) - {ALIGNED, *merges} or len(means) > 1 or len(set(options)) < len(options):
-        raise MethodError(
-            f"{name!r}: options are {ALIGNED!r}, one of {', '.join(merges)}, or both with '+' between them"
-        )
+    # in one order, so that a method has one name
+    if options != [ALIGNED] * (ALIGNED in options) + means or len(means) > 1:
+        hint = nearest(text, [ALIGNED, *merges, *(f"{ALIGNED}+{merge}" for merge in merges)])
+        raise MethodError(f"{name!r}: options are {ALIGNED}, one of {', '.join(merges)}, or as {ALIGNED}+ties{hint}")
     if ALIGNED in options and method in ALIGNING:
         raise MethodError(f"{name!r}: {method} aligns neurons in any case; leave out {ALIGNED!r}")
     return Name(method, ALIGNED in options, means[0] if means else "linear")  # type: ignore[arg-type]

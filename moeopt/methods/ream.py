@@ -1,16 +1,17 @@
 """REAM, arXiv 2604.04356: experts merged into the most salient ones, neurons aligned, layer by layer.
 
-With p_i the probability that the router gives expert i (softmax over all n), f_i its output without a gate, X_i the
-tokens routed to it:
+With p_i the score that the router gives expert i of all n (softmax, or sigmoid where that is the family's, before the
+scores of those picked are made to sum to 1), f_i its output without a gate, X_i the tokens routed to it:
 
-1. saliency s_i = mean over X_i of p_i ||f_i||, as REAP's; an expert that nothing was routed to gets the least of the
-   others', at most 0.5. The r of highest saliency lead.
+1. saliency s_i = mean over X_i of p_i ||f_i||: REAP's, but that `reap` takes the weights that the router gives to those
+   it picks; an expert that nothing was routed to gets the least of the others', at most 0.5. The r of highest saliency
+   lead.
 2. likeness of i and j = half of (cos(m_i, m_j) + 1) / 2, m_i being the mean of p_i f_i over all tokens, and half of 1 -
    D_ij / max D, D_ij being the distance of the router's logits of i and j over all tokens, each divided by their norm.
 3. the leading experts, most salient first, take those most like them that none has taken yet, until they are `GROUP`
    with them; so the first groups are large and the last ones single (`GROUP` grows where r groups of it are too few).
 4. neurons are put on the leading expert's by the assignment of least cost, the distance of their activations on the
-   same tokens plus that of their [row of W3 | row of W1 | column of W2], each divided by its norm.
+   same tokens plus that of their [row of W3 | row of W1 | column of W2] and biases, each divided by its norm.
 5. the new expert is the sum of a group weighed by saliency; the router keeps the leading experts' rows, as they are.
    Then the next layer, on what the layers so far give.
 
@@ -92,7 +93,7 @@ class Likeness(Statistic):
 class Ream(Method):
     """Experts merged into the most salient ones, neurons aligned, layer by layer; see the top of the file."""
 
-    summary = "groups led by the experts that reap ranks highest merged, neurons aligned, layer by layer"
+    summary = "groups led by experts of large gated outputs merged, neurons aligned, layer by layer"
     progressive = True
     alone = True
 

@@ -148,7 +148,8 @@ def plans(
             )
     shape = calibration.shape
     wanted = Wanted(shape.experts, shape.k, keep, shape.k if k is None else k, seed)
-    wanted.check()
+    for name in chosen:
+        wanted.check(among_all=ROUTERS[parsed(name).method] in ("alias", "whole"))
     layers = {layer.index: layer for layer in calibration.layers}
     if any((layer.n, layer.k) != (shape.experts, shape.k) for layer in layers.values()):
         raise MethodError("the MoE layers of the model differ in n or k; one-shot methods need equal layers")

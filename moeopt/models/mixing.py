@@ -3,15 +3,17 @@
 An expert gives W2 a(x), where row a of W1 (and of its gate W3) makes neuron a of a(x). Another order of its neurons, of
 W1's and W3's rows and of W2's columns, gives the same expert, and another weighted sum with others.
 
-`MERGES` mix one projection (W1, W3, W2 or a bias) at a time, of experts j with weights w_j >= 0 that are divided by
-their sum first:
+`MERGES` mix one projection (W1, W3, W2 or a bias) at a time. ``linear`` is the weighted sum. The others take experts j
+with weights w_j >= 0, which count by their shares of their sum:
 
 * ``ties`` (TIES-Merging, arXiv 2306.01708): the expert of largest weight is the base b; of every other's difference
   W_j - W_b the `DENSITY` of largest magnitude stays, each number takes the sign of sum_j w_j (W_j - W_b), and what is
-  added to W_b is the weighted mean of the differences of that sign. (REAP's code, with the same base, adds W_b - W_j,
+  added to W_b is the weighted mean of the differences of that sign. So of two experts weights say no more than which is
+  the base. (REAP's code, with the same base, adds W_b - W_j,
   which leads away from the others; it keeps a tenth, and divides by all weights, not by those that agree.)
 * ``slerp``: sum_j w_j |W_j| times the direction of sum_j w_j W_j / |W_j|. It is what mergekit and REAP call multislerp:
-  their step in the tangent space at that direction is 0 for any experts.
+  their step in the tangent space at that direction is 0 for any experts. (REAP's takes differences from the dominant
+  expert, and leaves it out.) Opposite experts of equal weight have no direction, and give 0.
 * ``karcher``: sum_j w_j |W_j| times the weighted Fréchet mean of the directions on the sphere, by gradient steps; of
   two experts that is slerp proper. (REAP's code leaves the dominant expert out of it.)
 """

@@ -177,7 +177,7 @@ class LayerPlan:
 
     @property
     def router_matrix(self) -> Matrix:
-        """W_RM as an (r, n) float32 matrix, whichever way it is stored."""
+        """W_RM as an (r, n) float32 matrix, whichever way it is stored; the rows of `kept` for ``router="whole"``."""
         return self.w_rm if self.w_rm is not None else self.expert_matrix
 
     @property

@@ -29,9 +29,17 @@ def frozen(matrix: A) -> A:
     return matrix
 
 
+def _array(name: str, value: ArrayLike, dtype: Any = None) -> NDArray[Any]:
+    """A copy; PlanError for what is no array of numbers."""
+    try:
+        return np.array(value, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{name} must be an array of numbers: {error}") from None
+
+
 def checked_matrix(name: str, value: ArrayLike, n: int, *, rows: int | None = None) -> Matrix:
     """A read-only copy, (r, n) float32, r being `rows` where it is given; PlanError unless it is finite and r <= n."""
-    matrix = np.array(value, dtype=np.float32)
+    matrix = _array(name, value, np.float32)
     expected = f"({rows if rows is not None else 'r'}, {n})"
     if matrix.ndim != 2 or matrix.shape[1] != n or (rows is not None and matrix.shape[0] != rows):
         raise PlanError(f"{name} must have shape {expected}, got {matrix.shape}")
@@ -42,7 +50,7 @@ def checked_matrix(name: str, value: ArrayLike, n: int, *, rows: int | None = No
 
 def checked_novices(value: ArrayLike, dropped: int) -> Matrix:
     """A read-only copy, (dropped, hidden) float32; PlanError unless it has that form and is finite."""
-    matrix = np.array(value, dtype=np.float32)
+    matrix = _array("novices", value, np.float32)
     if matrix.ndim != 2 or matrix.shape[0] != dropped or not matrix.shape[1]:
         raise PlanError(
             f"novices must have shape ({dropped}, hidden), a row for each expert that is not kept, got {matrix.shape}"
@@ -66,7 +74,7 @@ def one_hot_rows(matrix: Matrix) -> tuple[int, ...] | None:
 
 def checked_orders(name: str, value: ArrayLike, n: int) -> Orders:
     """A copy, (n, inner) int32, whose rows are orders of 0 to inner - 1; PlanError for anything else."""
-    orders = np.array(value)
+    orders = _array(name, value)
     if orders.ndim != 2 or len(orders) != n or not orders.size or orders.dtype.kind not in "iu":
         raise PlanError(f"{name} must be integers of shape ({n}, inner), got {orders.dtype} {orders.shape}")
     if (np.sort(orders, axis=1) != np.arange(orders.shape[1])).any():

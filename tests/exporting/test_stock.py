@@ -149,7 +149,7 @@ def test_what_a_stock_checkpoint_cannot_express_is_refused(full: Any, plans: dic
         "one r and one k": mixed_k,
         "plan.with_skip(0)": pruning().with_skip(0.5),
         "a pruning exports": aliased,
-        "the pruning without them exports": plans["novices"],
+        "--project stock leaves them out": plans["novices"],
     }
     for reason, plan in cases.items():
         assert reason in str(why_not_stock(plan))

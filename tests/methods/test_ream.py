@@ -176,7 +176,7 @@ def test_an_expert_that_is_another_one_in_disorder_is_put_in_order(make_mixtral:
 
 def test_names_have_options() -> None:
     assert parsed("hc_smoe") == Name("hc_smoe")
-    assert parsed("m_smoe:ties+aligned") == Name("m_smoe", True, "ties")
+    assert parsed("m_smoe:aligned+ties") == Name("m_smoe", True, "ties")
     assert parsed("ream:slerp") == Name("ream", False, "slerp")
     merges: Any = get_args(Merge)
     assert [parsed(f"ream:{merge}").merge for merge in merges[1:]] == list(merges[1:])
@@ -187,14 +187,17 @@ def test_names_have_options() -> None:
     [
         ("hc_smo:ties", "unknown method 'hc_smo:ties'; did you mean 'hc_smoe'"),
         ("reap:ties", "only methods that merge take options"),
-        ("hc_smoe:", "options are 'aligned', one of ties, slerp, karcher"),
-        ("hc_smoe:tie", "options are 'aligned', one of ties, slerp, karcher"),
-        ("hc_smoe:ties+slerp", "options are 'aligned', one of ties, slerp, karcher"),
-        ("hc_smoe:linear", "options are 'aligned', one of ties, slerp, karcher"),
+        ("hc_smoe:", "options are aligned, one of ties, slerp, karcher"),
+        ("hc_smoe:tie", "options are aligned, one of ties, slerp, karcher.*did you mean 'ties'"),
+        ("hc_smoe:ties+aligned", r"or as aligned\+ties"),
+        ("hc_smoe:aligned+aligned", "options are aligned, one of ties, slerp, karcher"),
+        (3, "a method is a name, such as 'naee', got 3"),
+        ("hc_smoe:ties+slerp", "options are aligned, one of ties, slerp, karcher"),
+        ("hc_smoe:linear", "options are aligned, one of ties, slerp, karcher"),
         ("ream:aligned", "ream aligns neurons in any case"),
     ],
 )
-def test_names_that_say_nothing_are_refused(name: str, match: str) -> None:
+def test_names_that_say_nothing_are_refused(name: Any, match: str) -> None:
     with pytest.raises(MethodError, match=match):
         parsed(name)
 
@@ -203,3 +206,18 @@ def test_names_that_say_nothing_are_refused(name: str, match: str) -> None:
 def test_no_search_starts_from_what_it_cannot_express(name: str) -> None:
     with pytest.raises(SpaceError, match="orders neurons, or merges"):
         check_expressible(name, MergeSpace(ModelShape(3, 8, k=2), around=Plan.one_hot([range(4)] * 3, experts=8, k=2)))
+
+
+@pytest.mark.parametrize("name", ["mone", "m_smoe:aligned"])
+def test_a_router_that_picks_among_all_may_pick_more_than_are_kept(
+    name: str, make_mixtral: Any, tiny_tokenizer: Any, text: TextTask
+) -> None:
+    model = make_mixtral(seed=3)
+    calibration = methods.Calibration(model, tiny_tokenizer, text, limit=3)
+    plan = methods.plan(name, calibration, keep=1, k=2)
+    assert plan.layers[0].k == 2
+    assert np.isfinite(Evaluator(model, tiny_tokenizer, text, split="search").evaluate(plan).loss)
+    with pytest.raises(MethodError, match="k must be an integer between 1 and the 8 experts each layer has, got 9"):
+        methods.plan(name, calibration, keep=1, k=9)
+    with pytest.raises(MethodError, match="k must be an integer between 1 and the 1 experts kept, got 2"):
+        methods.plans([name, "reap"], calibration, keep=1, k=2)

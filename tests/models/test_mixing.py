@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 from typing import Any, get_args
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import moeopt
+from moeopt.console.plans import layer_rows, plan_table
 from moeopt.errors import ModelError, PlanError, SpaceError
 from moeopt.evaluation.memory import merged_bytes
 from moeopt.models import mixing, moe_layers, patched
@@ -171,6 +174,11 @@ def test_an_order_is_a_part_of_what_a_plan_is(make_mixtral: Any, tmp_path: Any) 
         assert Plan.load(tmp_path / "plan.safetensors") == plan
         assert f'"version":"{version}"'.encode() in (tmp_path / "plan.safetensors").read_bytes()
     around = Plan.one_hot([range(4)] * len(plain.layers), experts=8, k=2)
+    told = [row["beyond_matrices"] for plan in (plain, other, ordered) for row in layer_rows(plan)]
+    assert told == [None, "experts merged by slerp", "an order of neurons"]
+    text = StringIO()
+    Console(file=text, width=200).print(plan_table(ordered))
+    assert "an order of neurons" in text.getvalue()
     space = moeopt.MergeSpace(moeopt.ModelShape(len(plain.layers), 8, k=2), around=around)
     with pytest.raises(SpaceError, match="has an order of neurons, which no space searches"):
         space.encode(ordered)
@@ -193,6 +201,8 @@ def test_an_order_of_experts_that_are_not_mixed_is_no_order() -> None:
         ({"neurons": np.zeros((3, 4), int)}, r"integers of shape \(4, inner\), got int64 \(3, 4\)"),
         ({"neurons": np.zeros((4, 3))}, r"integers of shape \(4, inner\), got float64 \(4, 3\)"),
         ({"neurons": np.zeros((4, 3), int)}, "every row of neurons must hold each of 0 to 2 once"),
+        ({"neurons": [[0, 1], [1]]}, "neurons must be an array of numbers"),
+        ({"w_em": "abc"}, "w_em must be an array of numbers"),
         ({"merge": "mean"}, "merge must be one of linear, ties, slerp, karcher, got 'mean'"),
         (
             {"merge": "ties", "w_em": [[1, -1, 0, 0], [0, 0, 1, 0]]},
