@@ -5,13 +5,18 @@ TORCH := torch==2.13.0
 # pip takes the CPU build of torch where the index offers one; set TORCH_INDEX to choose a CUDA build.
 TORCH_INDEX ?=
 
-.PHONY: demo test lint types readme studies clean
+.PHONY: demo test test-slow test-all lint types readme studies clean
 
 demo: $(VENV)/installed
 	$(BIN)/moeopt demo --out demo-out
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+
+test-all: test test-slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check moeopt studies benchmarks tests

@@ -238,6 +238,7 @@ def test_sources_of_plans_are_checked(place: Place, refused: Refused, tmp_path: 
     assert main(["plan", str(eep), "--layers", "3"]) == 0
 
 
+@pytest.mark.slow
 def test_help_versions_and_early_errors_import_nothing_slow(place: Place) -> None:
     plain = place.search()
     early = [
@@ -347,6 +348,7 @@ def test_ctrl_c_while_dev_is_scored_loses_nothing(
     assert "was interrupted" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "rungs"), [("guided", 4), ("local", 4), ("random", 1)])
 def test_what_races_by_default_goes_on_as_it_began(place: Place, tmp_path: Path, sampler: str, rungs: int) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
@@ -432,6 +434,7 @@ def refused_late(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> st
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_trial_and_says_how_to_go_on(place: Place, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     stopped = dies("SIGINT", place.search(*EEP, storage=storage))
@@ -444,6 +447,7 @@ def test_ctrl_c_finishes_the_trial_and_says_how_to_go_on(place: Place, tmp_path:
     assert by_slot(storage) == by_slot(place.storage)
 
 
+@pytest.mark.slow
 def test_eep_follows_the_number_of_trials_and_a_resumed_study_keeps_its_own(
     place: Place, refused: Refused, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -486,6 +490,7 @@ def test_nevergrad_s_optimisers_are_told_the_number_of_trials(place: Place, tmp_
     assert budget(3, "--sampler-option", "budget=7", study="given") == 7
 
 
+@pytest.mark.slow
 def test_kill_9_in_a_trial_loses_that_trial_only(place: Place, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     killed = dies("SIGKILL", place.search(*EEP, storage=storage))

@@ -136,6 +136,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 1])
 def test_methods_are_those_of_the_methods_room_and_scored_as_the_evaluator_does(
     demo: Demo, found: Comparison, evaluators: dict[str, Evaluator], k: int
@@ -584,6 +585,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return found
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_saves_and_does_nothing_twice(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], calls: Calls
 ) -> None:

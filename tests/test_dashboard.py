@@ -300,6 +300,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
     return Refreshed(path, names, Refresher(open_storage(url), url, report=said.append).refresh(), said)
 
 
+@pytest.mark.slow
 def test_hostile_studies_are_said_to_be_and_keep_no_other_from_its_figures(mixed: Refreshed) -> None:
     url = f"sqlite:///{mixed.path}"
     assert mixed.said == []
@@ -358,6 +359,7 @@ def test_a_refresher_follows_a_study_and_does_not_repeat_itself(tmp_path: Path) 
     assert refresher.refresh() == ["a"]
 
 
+@pytest.mark.slow
 def test_refreshers_of_one_storage_at_once_leave_whole_figures(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'studies.db'}"
     study = searched("a", storage=url, trials=2)
@@ -489,6 +491,7 @@ def test_its_own_pages_and_clients_that_are_no_browser_change_it(served: tuple[s
     assert read.headers["Content-Security-Policy"] == "frame-ancestors 'none'"  # no page of evil.example gets to see it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_page_draws_without_an_error(mixed: Refreshed, browser: Browser, dark: bool) -> None:  # noqa: F811
     with serving(mixed.path) as (address, storage):

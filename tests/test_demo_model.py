@@ -142,6 +142,7 @@ def test_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMod
     assert batch.attention_mask[0].count(0) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skill", GENERATED)
 def test_model_has_the_skill(skill: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     table = rows(skill, "dev", 200)

@@ -35,6 +35,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path]:
     return run(out, svg=out / "demo.svg", **SHORT), out
 
 
+@pytest.mark.slow
 def test_search_losses_are_those_of_the_study_and_test_losses_those_of_an_evaluator(
     done: tuple[DemoResult, Path],
 ) -> None:
@@ -91,6 +92,7 @@ def test_the_view_shows_every_entry(done: tuple[DemoResult, Path]) -> None:
     assert "<svg" in (out / "demo.svg").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_run_goes_on_where_the_first_stopped(done: tuple[DemoResult, Path], tmp_path: Path) -> None:
     whole, _ = done
     run(tmp_path, **{**SHORT, "trials": 7})
@@ -101,12 +103,14 @@ def test_a_second_run_goes_on_where_the_first_stopped(done: tuple[DemoResult, Pa
     assert again.refits[-1].plan == whole.refits[-1].plan
 
 
+@pytest.mark.slow
 def test_text_is_a_skill_too(tmp_path: Path) -> None:
     result = run(tmp_path, skill="text", trials=4, examples={"search": 4, "test": 2})
     assert 0 < result.full.test.loss < np.log(256)
     assert result.reloaded_loss == pytest.approx(result.refits[-1].test.loss, abs=1e-3)  # stored in bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skill", SKILLS)
 def test_skill_tasks_have_disjoint_splits_of_the_skill(skill: str) -> None:
     task = skill_task(skill)

@@ -497,6 +497,7 @@ def test_neither_import_nor_png_touches_pyplot(tmp_path: Path) -> None:
     assert run.stdout == "[] False\n"
 
 
+@pytest.mark.slow
 @ON_DISK
 @given(layers=st.integers(1, 70), n=st.integers(1, 130), data=st.data())
 def test_patterns_of_any_size_are_drawn(tmp_path: Path, layers: int, n: int, data: st.DataObject) -> None:

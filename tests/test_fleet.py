@@ -59,6 +59,7 @@ def study(folder: Path) -> Any:
     return moeopt.load_study("s", f"sqlite:///{folder}/study.db")
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_replaced_and_ctrl_c_ends_all_after_their_trials(folder: Path) -> None:
     process = search(folder)
     until(lambda: len(held(folder)) == 2)
@@ -80,6 +81,7 @@ def test_a_dead_worker_is_replaced_and_ctrl_c_ends_all_after_their_trials(folder
     assert "RUNNING" not in states
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_search_is_killed(folder: Path) -> None:
     process = search(folder)
     until(lambda: len(held(folder)) == 2)

@@ -74,6 +74,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_loaded_study_goes_on_as_if_it_had_not_been_left(name: str, make: Make, url: str) -> None:
     objective = make(rungs=2 if "pruner" in OPTIONS[name] else 1)
@@ -134,6 +135,7 @@ def uninterrupted(make: Make) -> Callable[[str | None], dict[int, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "jobs"), [*((way, 1) for way in WAYS), ("Optuna's default", 2), ("other options", 2), ("another pruner", 2)]
 )
@@ -190,6 +192,7 @@ def test_the_same_optimiser_goes_on_under_plain_optuna(objective: Objective, url
     assert by_slot(again) == by_slot(opened("whole", url))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["object", "code", "pruner"])
 def test_what_cannot_be_rebuilt_is_read_and_starts_nothing(kind: str, make: Make, url: str) -> None:
     class Never(optuna.pruners.BasePruner):

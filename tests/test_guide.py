@@ -106,6 +106,7 @@ def test_a_resumed_search_and_a_worker_s_go_on_with_the_guides(make: Any, tmp_pa
         study_of(make(guide=0.2), url, load_if_exists=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rungs", [1, 3])
 @pytest.mark.parametrize("sampler", ["guided", "local", "blockcmaes"])
 def test_what_a_process_could_reuse_changes_no_proposal(sampler: str, rungs: int, tmp_path: Path) -> None:

@@ -279,6 +279,7 @@ def honest(study: Any, trial: FrozenTrial) -> float:
     return mean + difference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "task", "jobs"),
     [*((name, TEXT, 1) for name in PRUNERS), ("racing", TASK, 2), ("racing", TEXT, 2), ("wilcoxon", TASK, 2)],
@@ -390,6 +391,7 @@ def raced(model: Any, tokenizer: Any, storage: str) -> tuple[moeopt.Objective, o
     return objective, plain_study(objective, pruner, storage, seed=1, initial=5, prune_until=10)
 
 
+@pytest.mark.slow
 def test_a_study_killed_in_the_middle_of_a_race_goes_on_as_if_it_had_not_been(
     model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:

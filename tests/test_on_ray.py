@@ -47,6 +47,7 @@ def made(make_mixtral: Any, tokenizer: Any, folder: Path, trials: int, task: Any
     return study
 
 
+@pytest.mark.slow
 def test_a_killed_actor_is_started_again_and_every_trial_is_run_once(
     cluster: None, make_mixtral: Any, tiny_tokenizer: Any, slow_task: str, tmp_path: Path
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_killed_actor_is_started_again_and_every_trial_is_run_once(
     assert again.system_attrs[genome.RETRIES] == [dead.number]
 
 
+@pytest.mark.slow
 def test_what_a_worker_raises_is_raised(cluster: None, make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     examples = [Example(str(i), f"{i} and 1 make", (f" {i + 1}", f" {i + 2}"), i % 2) for i in range(40)]
     made(make_mixtral, tiny_tokenizer, tmp_path, 2, MultipleChoiceTask("toy", examples))

@@ -61,6 +61,7 @@ def row(found: Profile, name: str) -> Row:
     return next(row for row in found.rows if row.name == name)
 
 
+@pytest.mark.slow
 def test_a_plan_has_the_size_and_the_loads_of_its_exported_checkpoint(found: Profile) -> None:
     planned, real = row(found, "pruned"), row(found, "exported")
     assert [each.name for each in found.rows] == ["full", "pruned", "k = 1", "skipping", "exported"]
@@ -254,6 +255,7 @@ def test_everything_is_saved(found: Profile, tmp_path: Path) -> None:
         found.save(tmp_path / "no" / "profile.json")
 
 
+@pytest.mark.slow
 def test_the_command_reloads_models_that_do_not_fit_together(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -375,6 +377,7 @@ def original() -> Host:
     return hosted(MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CUSTOM)
 def test_checkpoints_with_a_class_of_moeopt_are_profiled_as_their_plans(
     name: str, original: Host, tmp_path: Path

@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 NAMES = [*(n for n in samplers.SAMPLERS if n != "nevergrad"), "nevergrad:DE"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "started"),
     [*((name, False) for name in NAMES), *((name, True) for name in NAMES if name not in ("eep", "random"))],

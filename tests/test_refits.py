@@ -40,6 +40,7 @@ def study(folder: Path, name: str = "s") -> list[str]:
     return ["--study", name, "--storage", f"sqlite:///{folder / 'studies.db'}"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_better_plan_that_exports(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +145,7 @@ def test_what_a_refit_cannot_do_is_said_before_the_search(
     assert "few" not in [entry["name"] for entry in json.loads(capsys.readouterr().out)]
 
 
+@pytest.mark.slow
 def test_a_comparison_has_every_plan_refitted_too(tmp_path: Path) -> None:
     task = moeopt.demo.skill_task("caesar")
     model, tokenizer = moeopt.load(MODEL)

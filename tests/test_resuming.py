@@ -137,6 +137,7 @@ SEARCHES: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES)
 def test_what_is_printed_and_what_is_noted_resume(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Callable[..., str]
@@ -170,6 +171,7 @@ def test_what_is_printed_and_what_is_noted_resume(
         assert not list(folder.glob("*.db"))
 
 
+@pytest.mark.slow
 def test_a_relative_storage_and_what_a_search_prints_at_its_end(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +207,7 @@ def test_what_is_secret_is_put_in_by_hand(
     assert len(by_slot(url, "s")) == TRIALS
 
 
+@pytest.mark.slow
 def test_a_worker_says_how_to_go_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Callable[..., str]
 ) -> None:
@@ -284,6 +287,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_python_of_a_note_resumes(name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = moeopt.load(folder / "a model")

@@ -148,6 +148,7 @@ def place(database: str) -> Iterator[tuple[str, str]]:
     optuna.delete_study(study_name=name, storage=database)
 
 
+@pytest.mark.slow
 def test_a_study_keeps_its_selections_and_runs_nothing_twice(
     objective: moeopt.Objective, place: tuple[str, str], forwards: Forwards
 ) -> None:
@@ -246,6 +247,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_kill_9_loses_one_evaluation_at_most(objective: moeopt.Objective, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     study = searched_study(objective, study_name="s", storage=url)

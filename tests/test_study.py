@@ -61,6 +61,7 @@ def storage(database: str, study_name: str) -> Iterator[str]:
 SMALL: dict[str, Any] = {"initial": 4, "prune_until": 9}
 
 
+@pytest.mark.slow
 def test_a_study_keeps_what_every_trial_was(objective: moeopt.Objective, storage: str, study_name: str) -> None:
     study = moeopt.create_study(study_name, objective=objective, storage=storage, seed=3, **SMALL)
     study.optimize(objective, n_trials=14)

@@ -109,6 +109,7 @@ def slow_study(place: Place, url: str, name: str, trials: int, **options: Any) -
     return study
 
 
+@pytest.mark.slow
 def test_workers_give_the_trials_asked_for_exactly_though_one_is_killed_in_a_trial(
     place: Place, storage: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_worker_ends_by_the_patience_that_the_study_was_searched_with(place: P
     assert recipe.patience_of(study) is None
 
 
+@pytest.mark.slow
 def test_sigterm_hands_the_trial_on_at_once(place: Place, sqlite: str, name: str) -> None:
     study = slow_study(place, sqlite, name, 2)
     (place.folder / "hold").touch()
@@ -166,6 +168,7 @@ def test_sigterm_hands_the_trial_on_at_once(place: Place, sqlite: str, name: str
     assert finished(study) == 2
 
 
+@pytest.mark.slow
 def test_the_first_ctrl_c_lets_the_trial_finish(place: Place, sqlite: str, name: str) -> None:
     study = slow_study(place, sqlite, name, 9)
     (place.folder / "hold").touch()

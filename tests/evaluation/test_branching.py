@@ -109,6 +109,7 @@ def model(request: pytest.FixtureRequest, make_mixtral: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("questions", QUESTIONS.values(), ids=QUESTIONS)
 @pytest.mark.parametrize("memory", [None, 0])

@@ -72,6 +72,7 @@ class Small:
             raise self.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [None, ONE_HOT, merging_plan()], ids=["no plan", "one-hot", "dense"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_batches_are_halved_until_they_fit(
@@ -203,6 +204,7 @@ def one_layer(model: Any, plan: Plan) -> int:
     return merged_bytes(moe_layers(model)[:1], plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rungs", [None, (2, 5, 20)])
 @pytest.mark.parametrize("memory", [0, None])
 def test_scratch_makes_a_layer_once_a_rung_and_holds_one(

@@ -167,6 +167,7 @@ def test_kept_tokens_are_the_fewest_that_reach_top_p(model, tiny_tokenizer, make
     assert teacher_of(evaluator).rest == pytest.approx(np.mean(rests), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["rungs", "whole", "no prefixes", "offloaded", "blocks", "known"])
 def test_how_it_is_run_changes_nothing(
     model, make_mixtral, make, task, change: str, monkeypatch: pytest.MonkeyPatch
@@ -333,6 +334,7 @@ def test_more_experts_are_closer(demo: Any, score: Score) -> None:
     assert losses[1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", LABEL_FREE)
 def test_a_search_without_answers_gets_closer(demo: Any, score: Score) -> None:
     space = moeopt.PruneSpace.of(demo[0], keep=4, groups=2)

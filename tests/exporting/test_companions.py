@@ -159,6 +159,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "file", "size"),
     [(500_000, "model-00001-of-00004.safetensors", "984824 bytes"), (5_000, "tokenizer.json", "5774 bytes")],

@@ -46,6 +46,7 @@ def test_a_custom_model_that_moeopt_loaded_is_saved_with_its_code(
     assert all(map(torch.equal, computed(reloaded(tmp_path / "again")), computed(small)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [*((kind, torch.bfloat16) for kind in KINDS), *((kind, torch.float32) for kind in FLOAT_KINDS)],
@@ -87,6 +88,7 @@ def test_moeopt_loads_and_evaluates_what_it_exported(
         moeopt.load(tmp_path / "small")
 
 
+@pytest.mark.slow
 def test_every_family_has_a_custom_form(
     family: str, build_family: Any, make_plans: Any, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:

@@ -39,6 +39,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("merge", "rank"), [*((merge, None) for merge in get_args(Merge)), ("linear", 3)])
 def test_every_family_s_own_class_loads_it(
     family: str, merge: Merge, rank: int | None, build_family: Any, tmp_path: Path, tiny_tokenizer: Any
@@ -54,6 +55,7 @@ def test_every_family_s_own_class_loads_it(
     assert torch.equal(logits(small), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["rows", "prob"])
 def test_it_is_verified_and_its_card_says_how_experts_were_merged(router: Any, full: Any, tmp_path: Path) -> None:
     """Of bfloat16, stock and custom."""

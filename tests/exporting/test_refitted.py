@@ -31,6 +31,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, 3])
 def test_every_family_s_own_class_loads_it(
     family: str, rank: int | None, build_family: Any, text: TextTask, tmp_path: Path, tiny_tokenizer: Any
@@ -49,6 +50,7 @@ def test_every_family_s_own_class_loads_it(
     assert torch.equal(logits(small), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stock", "mixed-r", "novices", "novices-skip", "everything"])
 @pytest.mark.parametrize("rank", [None, 3])
 def test_it_is_verified_and_its_card_says_what_was_fitted(

@@ -86,6 +86,7 @@ def write_sharded(folder: Path, hidden: int, intermediate: int) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_memory_stays_far_below_a_shard(tmp_path: Path) -> None:
     """Of a merging, the dearest export, of shards of 74 MiB, which hold one fused tensor of 48 MiB and one of 24."""
     write_sharded(tmp_path / "warm-up", 32, 48)

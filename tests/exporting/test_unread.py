@@ -91,6 +91,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "form", "make"),
     [(block, ("stock", "custom")[i % 2], (glm, qwen)[i // 2 % 2]) for i, block in enumerate(BLOCKS)],
@@ -124,6 +125,7 @@ def test_a_block_for_multi_token_prediction_is_left_out_and_everyone_is_told(
         assert any("left out" in line for line in found.lines())
 
 
+@pytest.mark.slow
 def test_verify_finds_a_block_that_is_there_and_a_config_that_says_so(tiny_tokenizer: Any, tmp_path: Path) -> None:
     tensors = glm(tmp_path / "full", tiny_tokenizer)
     added = renamed(tensors, "model.layers.2.", "model.layers.3.")

@@ -26,6 +26,7 @@ def tampered(folder: Path, name: str, change: Any) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_a_custom_and_a_stock_checkpoint_are_the_original(
     full: Any, plans: dict[str, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +49,7 @@ def test_a_custom_and_a_stock_checkpoint_are_the_original(
     assert "largest difference 0 at" in printed
 
 
+@pytest.mark.slow
 def test_a_tampered_tensor_is_found(
     full: Any, plans: dict[str, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +63,7 @@ def test_a_tampered_tensor_is_found(
     assert "NO" in printed
 
 
+@pytest.mark.slow
 def test_code_that_is_not_moeopts_runs_only_when_it_is_trusted(
     full: Any, plans: dict[str, Plan], tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def changes_by_patching(model, layer, seen, gradient, sets, k, now):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("enumerated", [True, False])
 def test_sums_are_those_of_patched_layers(family, build_family, tiny_tokenizer, text, enumerated, monkeypatch):
     monkeypatch.setattr(set_changes, "MOST_SETS", naee.MOST_SETS if enumerated else 1)
@@ -120,6 +121,7 @@ def test_sums_are_those_of_patched_layers(family, build_family, tiny_tokenizer, 
         np.testing.assert_allclose(sums.squared, (d**2).sum(0), rtol=1e-3, atol=1e-4 * float((d**2).sum(0).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("active", [1, 2, 3])
 def test_toggles_are_the_sums_of_the_sets_they_make(family, build_family, tiny_tokenizer, text, active):
     """Of sets that hold more, as many, and fewer experts than run; exactly what ranking each set anew gives."""

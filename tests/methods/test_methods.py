@@ -132,6 +132,7 @@ def mean(values):
     return sum(values) / len(values) if values else 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_rankings(calibration, tokens, name):
     plan = methods.plan(name, calibration, keep=3)
@@ -486,6 +487,7 @@ def check_merged(part, seen):
     assert (part.w_rm.sum(0) == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [2, 4, 7])
 def test_hc_smoe(calibration, tokens, keep):
     aliased = methods.plan("hc_smoe", calibration, keep=keep)
@@ -587,6 +589,7 @@ def test_random_is_uniform_and_seeded(calibration):
 
 @pytest.mark.parametrize("name", methods.METHODS)
 class TestEveryMethod:
+    @pytest.mark.slow
     def test_its_plan_is_of_the_size_asked_for(self, model, tiny_tokenizer, text, calibration, name):
         for keep, k in ((6, None), (3, 1), (8, 2)):
             plan = methods.plan(name, calibration, keep=keep, k=k)
@@ -596,6 +599,7 @@ class TestEveryMethod:
             loss = Evaluator(model, tiny_tokenizer, text, limit=2).evaluate(plan).loss
             assert np.isfinite(loss)
 
+    @pytest.mark.slow
     def test_it_is_a_function_of_the_tokens(self, model, tiny_tokenizer, text, name):
         plans = [
             methods.plan(name, methods.Calibration(model, tiny_tokenizer, text, limit=12, batch_tokens=size), keep=4)
@@ -605,6 +609,7 @@ class TestEveryMethod:
             np.testing.assert_allclose(a.expert_matrix, b.expert_matrix, atol=1e-5)
             np.testing.assert_allclose(a.router_matrix, b.router_matrix, atol=1e-5)
 
+    @pytest.mark.slow
     def test_it_works_offloaded_and_leaves_no_trace(self, make_mixtral, tiny_tokenizer, text, name):
         expected = methods.plan(name, methods.Calibration(make_mixtral(), tiny_tokenizer, text, limit=6), keep=4)
         model = cpu_offload(make_mixtral(), execution_device="cpu")
@@ -614,6 +619,7 @@ class TestEveryMethod:
         assert before == {n: len(m._forward_hooks) for n, m in model.named_modules()}
         assert all(p.is_meta for p in moe_layers(model)[0].experts.parameters())
 
+    @pytest.mark.slow
     def test_families(self, family, build_family, tiny_tokenizer, text, name):
         small = TextTask("text", search=["".join(chr(40 + i * j % 50) for i in range(90)) for j in (3, 7)], window=30)
         model = build_family(family, vocabulary=300)
@@ -665,6 +671,7 @@ def test_methods_share_a_pass(calibration):
     assert costs["naee_progressive"] == 6
 
 
+@pytest.mark.slow
 def test_groups_share_a_choice(calibration, tokens):
     groups = [(0, 1), (2, 2)]
     names = [name for name in methods.METHODS if name not in PROGRESSIVE]

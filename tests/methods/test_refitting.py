@@ -74,6 +74,7 @@ def replace_down(plan, layer, whole):
     return Plan(tuple(replace(part, down=down) if i == layer else part for i, part in enumerate(plan.layers)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("novices", [False, True])
 def test_the_fit_is_the_ridge_regression_in_every_family(family, novices, build_family, tiny_tokenizer, text):
     """The objective is quadratic in W2: where it is least, a step in any direction costs as much as its opposite."""

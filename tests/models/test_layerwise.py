@@ -478,6 +478,7 @@ def plans(dense_plan: Any) -> list[Plan | None]:
     return [None, Plan.one_hot(KEPT, experts=8, k=2), dense, dense_plan(router="logit", seed=1), mixed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("offload", "storage", "rungs"),
     [
@@ -506,6 +507,7 @@ def test_offloaded_layers_give_the_same_bits_and_are_loaded_once_a_rung(
         assert not away_layers or set(fetched.values()) == {len(there.rungs)}, fetched
 
 
+@pytest.mark.slow
 def test_prefixes_of_an_offloaded_model_are_reused(
     make_mixtral: Any, tiny_tokenizer: Any, dense_plan: Any, offload: Any
 ) -> None:

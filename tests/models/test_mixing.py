@@ -138,6 +138,7 @@ def in_order(model: Any, orders: np.ndarray) -> None:
                 tensor.data[j] = tensor.data[j].index_select(axis, order)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", get_args(Merge))
 def test_an_order_is_that_of_the_full_model_s_own_experts(merge: str, family: str, build_family: Any) -> None:
     """Neurons put in order in the plan, or in the full model before: the same bits, in every family."""

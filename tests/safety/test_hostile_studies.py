@@ -91,6 +91,7 @@ def test_an_honest_study_reads(capsys: pytest.CaptureFixture[str]) -> None:
         assert errors.keys() <= {"on test", "resumed", "best stock"}, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", hostile.SPACES)
 def test_descriptions_of_any_form(space: str, capsys: pytest.CaptureFixture[str]) -> None:
     study = hostile.honest(space=space)
@@ -149,6 +150,7 @@ def trial_attributes() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             yield f"{key} {str(value)[:40]!r}", trial.system_attrs, {**trial.user_attrs, key: value}
 
 
+@pytest.mark.slow
 def test_trials_of_any_form(capsys: pytest.CaptureFixture[str]) -> None:
     study = hostile.honest()
     objective: Any = hostile.Distance(hostile.SPACES["eep"]())
@@ -250,6 +252,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     return code, out.out + out.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ROWS)
 def test_rows_that_optuna_never_wrote(
     what: str, database: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -297,6 +300,7 @@ def test_a_damaged_study_hides_no_other(
     assert "1 studies" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", hostile.NAMES)
 def test_names_are_only_text(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

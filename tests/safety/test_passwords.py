@@ -69,6 +69,7 @@ def log() -> Iterator[io.StringIO]:
         logging.getLogger(name).setLevel(before[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("password", PASSWORDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_url_is_shown_without_its_password(
@@ -133,6 +134,7 @@ def test_a_server_that_refuses(what: str, url: str, capsys: pytest.CaptureFixtur
         assert not leaks(out.out + out.err + log.getvalue(), password)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", [pytest.param(None, id="sqlite"), *servers()])
 def test_a_study_keeps_no_password(
     url: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], log: io.StringIO

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hostile
+import pytest
 
 import moeopt
 from moeopt import genome
@@ -49,6 +50,7 @@ def test_the_watch_sees_what_is_opened(tmp_path: Path) -> None:
     assert done.stdout.split() == ["CODE", "2"]
 
 
+@pytest.mark.slow
 def test_no_command_follows_a_path_of_a_study(tmp_path: Path) -> None:
     canary, work = tmp_path / "canary", tmp_path / "work"
     canary.mkdir()

@@ -76,6 +76,7 @@ def test_k_and_betas_have_blocks_of_their_own() -> None:
     assert played == {0, 12}
 
 
+@pytest.mark.slow
 def test_only_the_block_differs_from_the_centre() -> None:
     study = optuna.create_study(sampler=BlockCMAESSampler(SPACE, seed=0, block_size=24, population_size=4))
     target = SPACE.snap(SPACE.start() + 2 * SPACE.step)

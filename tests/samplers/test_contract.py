@@ -123,6 +123,7 @@ def uninterrupted(name: str, kind: str) -> list[bytes]:
     return proposals(run(name, SPACES[kind](), 16))
 
 
+@pytest.mark.slow
 @each_sampler
 @each_space
 def test_plain_optuna_study(name: str, kind: str) -> None:
@@ -140,6 +141,7 @@ def test_plain_optuna_study(name: str, kind: str) -> None:
         assert set(trial.params) == (set(space.names) if space.size <= 48 else {"drift"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [*product(MAKE, ("scores", "subset", "eep", "active")), *zip(MAKE, cycle(("rows", "merge", "active alone")))],
@@ -183,6 +185,7 @@ def on_storages() -> Iterator[Any]:
             yield pytest.param(*server.values, name, kind, id=f"{server.id}-{kind}-{name}", marks=server.marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "name", "kind"), list(on_storages()))
 def test_every_storage_gives_the_same(where: str, name: str, kind: str, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db" if where == "sqlite" else where
@@ -197,6 +200,7 @@ def test_every_storage_gives_the_same(where: str, name: str, kind: str, tmp_path
         storage.engine.dispose()
 
 
+@pytest.mark.slow
 @in_turn("scores", "subset", "merge", "active")
 def test_no_plan_is_evaluated_twice(name: str, kind: str) -> None:
     fingerprints = plans(run(name, SPACES[kind](), 25, redraw=100))
@@ -265,6 +269,7 @@ def test_failed_trials(name: str, kind: str) -> None:
     assert len(set(plans(everything_fails))) > 1
 
 
+@pytest.mark.slow
 @each_sampler
 @pytest.mark.parametrize(
     "pruner",
@@ -311,6 +316,7 @@ def by_chance(kind: str) -> np.ndarray:
     return np.array([loss_of(space.decode(space.sample(rng))) for _ in range(400)])
 
 
+@pytest.mark.slow
 @each_sampler
 @pytest.mark.parametrize("kind", ["scores", "merge", "active"])
 def test_finds_better_plans(name: str, kind: str) -> None:
@@ -379,6 +385,7 @@ def test_settings_describe_the_sampler(name: str) -> None:
     assert settings != MAKE[name](space, redraw=3).settings()
 
 
+@pytest.mark.slow
 @each_sampler
 @pytest.mark.parametrize("kind", ["active", "active alone"])
 def test_k_and_beta_move(name: str, kind: str) -> None:

@@ -66,6 +66,7 @@ def operators(study: optuna.Study) -> Counter[str]:
     return Counter(genome.origin(trial)["operator"] for trial in study.trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SPACES)
 def test_what_a_guide_tells_is_followed(kind: str) -> None:
     space = SPACES[kind]
@@ -109,6 +110,7 @@ def test_without_a_guide_it_proposes_what_local_does() -> None:
     assert all(np.array_equal(genome.read(a), genome.read(b)) for a, b in zip(*(s.trials for s in studies)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SPACES)
 def test_a_resumed_search_is_an_uninterrupted_one(kind: str, tmp_path: Any) -> None:
     space, whole = SPACES[kind], search(GuidedSampler(SPACES[kind], seed=5), 24)

@@ -48,6 +48,7 @@ def search(space: Space, n: int, **options: Any) -> optuna.Study:
     return study
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SPACES)
 def test_only_the_noted_window_changes(kind: str) -> None:
     space = SPACES[kind]

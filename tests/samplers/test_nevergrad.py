@@ -124,6 +124,7 @@ def test_no_thread_keeps_the_process_alive(tmp_path: Path) -> None:
     assert result.stdout.strip() == "done"
 
 
+@pytest.mark.slow
 def test_two_processes_agree() -> None:
     code = (
         "import hashlib, numpy as np, optuna\n"

@@ -71,6 +71,7 @@ def freezes(url: str, name: str, step: str) -> None:
     moeopt.optimize(study, loss, trials=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["_get_prepared_new_trial", "_set_trial_value_without_commit"])
 def test_a_worker_frozen_with_a_lock_stops_the_others_for_a_bounded_time(
     url: str, name: str, step: str, hasty: None, caplog: pytest.LogCaptureFixture
@@ -96,6 +97,7 @@ def test_a_worker_frozen_with_a_lock_stops_the_others_for_a_bounded_time(
         assert "is locked (" in said[0]
 
 
+@pytest.mark.slow
 def test_a_link_without_a_word_is_an_outage(wire: Wire, wired: str, name: str, hasty: None) -> None:
     study = opened(wired, name)
 

@@ -36,6 +36,7 @@ def kept(spool: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted(spool.rglob("*.json"))]
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_after_an_outage(
     wire: Wire, wired: str, name: str, spool: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -60,6 +61,7 @@ def test_a_search_goes_on_after_an_outage(
     assert "hush" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["study", "create", "propose", "add", "start", "attribute", "end", "take over"])
 def test_a_commit_whose_answer_was_lost_is_done_once(wire: Wire, wired: str, name: str, step: str) -> None:
     storage = open_storage(wired, patience=60)
@@ -192,6 +194,7 @@ def worker_at_outage(url: str, name: str, ready: str) -> None:
     moeopt.optimize(study, objective, trials=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["value", "attrs"])
 def test_what_a_worker_had_evaluated_outlives_it(
     wire: Wire, wired: str, direct: str, name: str, tmp_path: Path, spool: Path, at: str
@@ -221,6 +224,7 @@ def test_what_a_worker_had_evaluated_outlives_it(
     assert kept(spool) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeated", ["waiting", "running", "complete"])
 def test_a_trial_taken_over_while_its_worker_lives_ends_once(url: str, name: str, repeated: str) -> None:
     mine, other = opened(url, name), opened(url, name)

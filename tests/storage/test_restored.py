@@ -37,6 +37,7 @@ def facts(study: optuna.Study) -> list[tuple[Any, ...]]:
     return [(t.number, t.state, t.value, t.datetime_complete) for t in study.trials]
 
 
+@pytest.mark.slow
 def test_a_worker_goes_on_from_the_state_that_was_restored(
     own: Own, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -58,6 +59,7 @@ def test_a_worker_goes_on_from_the_state_that_was_restored(
         assert len([text for text in said(caplog) if "set back to an earlier state" in text]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("database", "others", "step"),
     diagonal(["none", "running", "complete"], ["attribute", "report", "value"]),
@@ -99,6 +101,7 @@ def test_a_trial_that_has_the_number_of_another_one_now_is_not_written_to(
     assert calls == [2, 3, 4, *([5] if others != "none" else [2, 3, 4, 5])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["proposed", "told"])
 def test_a_trial_that_is_gone_between_two_steps_of_optuna_s_is_run_again(
     own: Own, name: str, step: str, monkeypatch: pytest.MonkeyPatch
@@ -126,6 +129,7 @@ def test_a_trial_that_is_gone_between_two_steps_of_optuna_s_is_run_again(
     assert facts(mine) == facts(opened(own.url, name))
 
 
+@pytest.mark.slow
 def test_a_trial_that_ran_when_the_backup_was_made_is_done_once(own: Own, name: str) -> None:
     mine = opened(own.url, name, grace_period=2)
     backups: list[Callable[[], None]] = []
@@ -144,6 +148,7 @@ def test_a_trial_that_ran_when_the_backup_was_made_is_done_once(own: Own, name: 
     assert [trial.state for trial in trials if trial.number != 1] == [TrialState.COMPLETE] * (len(trials) - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["proposal", "attribute", "report"])
 def test_a_trial_that_lost_what_was_written_to_it_is_run_again(own: Own, name: str, lost: str) -> None:
     mine = opened(own.url, name)
@@ -179,6 +184,7 @@ def test_a_trial_that_lost_what_was_written_to_it_is_run_again(own: Own, name: s
     assert [trial.state for trial in mine.trials].count(TrialState.FAIL) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["tables", "database"])
 def test_a_database_that_was_dropped_is_waited_for_until_it_is_back(
     own: Own, name: str, what: str, caplog: pytest.LogCaptureFixture
@@ -214,6 +220,7 @@ def test_a_database_that_was_dropped_is_waited_for_until_it_is_back(
     assert any("it was dropped" in text for text in said(caplog))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["dropped", "made anew", "tables made anew"])
 def test_a_database_that_does_not_come_back_is_one_error(own: Own, name: str, what: str) -> None:
     study = opened(own.url, name, patience=1)

@@ -46,6 +46,7 @@ def content(url: str, name: str, sampler: Any) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["eep", "local", "cmaes"])
 def test_every_database_gives_the_same_study(tmp_path: Path, sampler: str) -> None:
     urls = [url for variable in SERVERS.values() if (url := os.environ.get(variable))]

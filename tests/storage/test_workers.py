@@ -68,6 +68,7 @@ def works(url: str, name: str, trials: int) -> None:
     moeopt.optimize(study, objective, trials=trials)
 
 
+@pytest.mark.slow
 def test_killed_workers_leave_every_slot_done_once(url: str, name: str) -> None:
     opened(url, name)
     team, rng = processes(3, works, url, name, 16), random.Random(0)
@@ -97,6 +98,7 @@ def takes_over(url: str, name: str, delay: float) -> None:
         optuna.storages.fail_stale_trials(study)
 
 
+@pytest.mark.slow
 def test_a_stale_trial_has_one_successor_whoever_looks_and_dies(
     url: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +162,7 @@ def dies(url: str, name: str) -> None:
     moeopt.optimize(opened(url, name), lambda trial: os.kill(os.getpid(), signal.SIGKILL) or 0.0, trials=1)
 
 
+@pytest.mark.slow
 def test_a_trial_is_retried_so_often_and_then_failed_with_the_reason(url: str, name: str) -> None:
     opened(url, name)
     for _ in range(3):
@@ -176,6 +179,7 @@ def test_a_trial_is_retried_so_often_and_then_failed_with_the_reason(url: str, n
     assert slots(study) == [1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_does_not_count_as_a_death(url: str, name: str) -> None:
     def interrupted(trial: optuna.Trial) -> float:
         trial.set_user_attr(genome.INTERRUPTED, True)
@@ -199,6 +203,7 @@ def last_one(url: str, name: str, ready: str) -> None:
     moeopt.optimize(opened(url, name), objective, trials=2)
 
 
+@pytest.mark.slow
 def test_a_worker_waits_for_the_last_trial_of_one_that_dies(url: str, name: str, tmp_path: Path) -> None:
     study = opened(url, name)
     moeopt.optimize(study, loss, trials=1)
@@ -215,6 +220,7 @@ def test_a_worker_waits_for_the_last_trial_of_one_that_dies(url: str, name: str,
     assert slots(study) == [0, 1]
 
 
+@pytest.mark.slow
 def test_waiting_for_others_ends_with_the_time_and_with_ctrl_c(url: str, name: str, tmp_path: Path) -> None:
     study = opened(url, name)
     (other,) = processes(1, last_one, url, name, str(tmp_path / "ready"))
@@ -250,6 +256,7 @@ def test_enqueued_trials_count_as_slots_and_none_is_one_too_many(url: str, name:
     assert slots(study) == list(range(5))
 
 
+@pytest.mark.slow
 def test_heartbeats_of_a_trial_go_on_until_it_is_told(url: str, name: str) -> None:
     study, other = opened(url, name), opened(url, name, grace_period=3)
     trial = study.ask()
@@ -310,6 +317,7 @@ def draws(url: str, name: str, trials: int) -> None:
     moeopt.optimize(study, lambda trial: float(TINY.vector(trial).sum()), trials=trials)
 
 
+@pytest.mark.slow
 def test_no_two_workers_try_the_same_plan(url: str, name: str) -> None:
     opened(url, name)
     for process in processes(3, draws, url, name, 17):
@@ -342,6 +350,7 @@ def test_a_plan_that_another_worker_took_meanwhile_is_drawn_again(url: str, name
     drawn_again(url, name, "random")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["local", "cmaes", "blockcmaes", "tpe", "nevergrad:DE", "eep"])
 def test_every_sampler_draws_a_plan_again_that_was_taken(tmp_path: Path, name: str, sampler: str) -> None:
     drawn_again(f"sqlite:///{tmp_path}/study.db", name, sampler)
@@ -378,6 +387,7 @@ def searches(url: str, name: str, trials: int) -> None:
     moeopt.optimize(opened(url, name, sampler), objective, trials=trials)
 
 
+@pytest.mark.slow
 def test_eep_goes_from_pruning_to_merging_once_by_population(url: str, name: str) -> None:
     opened(url, name)
     for process in processes(3, searches, url, name, 18):
@@ -395,6 +405,7 @@ def test_eep_goes_from_pruning_to_merging_once_by_population(url: str, name: str
     assert max(prunes) - min(merges) < 3  # but for those that were proposed at that moment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("database", "again", "at"),
     diagonal(["deleted", "made anew"], ["evaluating", "between"]),

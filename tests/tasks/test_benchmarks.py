@@ -83,6 +83,7 @@ def test_documented_options(tmp_path):
         assert only(tmp_path, name, json.loads(documented(name)[0]), template=template).options == options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", sorted(MAKE))
 def test_every_benchmark_runs_end_to_end(tmp_path, tiny_model, tiny_tokenizer, name, template):
