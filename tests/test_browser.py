@@ -30,6 +30,7 @@ def test_what_goes_wrong_fails(browser: Browser, tmp_path: Path, body: str, said
         tab.page.wait_for_timeout(200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_figures_draw_offline(browser: Browser, tmp_path: Path, dark: bool) -> None:  # noqa: F811
     figures.write_html(figures.ensemble_curve({"all": [3.0, 2.0, 1.0], "layer 1": [2, 2, 2]}), tmp_path / "lines.html")

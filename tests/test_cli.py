@@ -306,6 +306,7 @@ def by_slot(storage: str, study: str = "s") -> dict[int, tuple[Any, ...]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_raced_search_with_local(place: Place, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     arguments = place.search("--limit", "24", "--rungs", "2", "--sampler", "local", "--trials", "10", storage=storage)
@@ -331,6 +332,7 @@ def test_automatic_starts_are_those_that_the_space_holds_and_memory_allows() -> 
     assert automatic(merging) == ()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_dev_is_scored_loses_nothing(
     place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +389,7 @@ def test_prompts_without_answers_are_searched(place: Place, capsys: pytest.Captu
     assert "'kl', now 'acceptance'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_k_and_skipping_are_searched(place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     searched = ["--active", "1-3", "--skip", "0.5", "--active-groups", "2", "--active-weight", "0.25"]
@@ -551,6 +554,7 @@ def test_a_plan_goes_from_study_to_file_to_search_and_export(
         assert small.config.num_hidden_layers == LAYERS
 
 
+@pytest.mark.slow
 def test_a_search_starts_from_methods(place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     assert main(place.search("--sampler", "guided", "--trials", "6", storage=storage, study="auto")) == 0

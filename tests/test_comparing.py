@@ -236,6 +236,7 @@ def mixed_task(*, dev: bool = True, test: bool = True) -> MultipleChoiceTask:
     return MultipleChoiceTask("mixed", *parts)
 
 
+@pytest.mark.slow
 def test_the_best_one_shot_method_is_chosen_on_dev_never_on_test(demo: Demo) -> None:
     found = demo.compare(task=mixed_task(), methods=NAMES, draws=0)
     lines = [row(found, name) for name in NAMES]
@@ -296,6 +297,7 @@ def test_steps_are_counted_beforehand(demo: Demo, study: optuna.Study) -> None:
     assert seen[-1][2] == "done"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_where_it_stopped(demo: Demo, tmp_path: Path, calls: Calls) -> None:
     whole = demo.compare()
     evaluated, passes = calls.evaluated, calls.passes
@@ -500,6 +502,7 @@ def printed(found: Comparison, width: int) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["metric", "choice", "kl"])
 def test_another_score_is_that_of_the_evaluator(demo: Demo, score: Any, folder: Path, found: Comparison) -> None:
     other = demo.compare(score=score, methods=["reap"], draws=0, out=folder)
@@ -656,6 +659,7 @@ def test_bad_arguments_are_one_line_before_the_model_loads(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:

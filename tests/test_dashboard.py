@@ -336,6 +336,7 @@ def test_text_of_a_study_is_inert_in_its_note() -> None:
         assert "create_study" in note(digest(study), command, "sqlite:///x.db")
 
 
+@pytest.mark.slow
 def test_a_refresher_follows_a_study_and_does_not_repeat_itself(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'studies.db'}"
     searched("a", storage=url, trials=5)

@@ -379,6 +379,7 @@ CROWDED: dict[str, Callable[[], go.Figure]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CROWDED)
 def test_no_two_labels_of_an_axis_overlap(name: str) -> None:
     canvas = figures.png.redrawn(CROWDED[name](), figures.style.WIDTH, figures.style.HEIGHT, 1.0)

@@ -282,6 +282,7 @@ def test_a_plain_study_of_a_sampler_of_optuna_keeps_it(make: Make, url: str) -> 
 # Studies that became something else before this ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compare_leaves_out_what_another_sampler_made(
     make: Make, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

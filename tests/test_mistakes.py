@@ -267,6 +267,7 @@ def test_a_bad_command_is_one_line_and_leaves_no_database(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["select", "compare-methods", "lm-eval", "profile", "worker"])
 def test_every_command_says_that_a_device_is_not_here(
     command: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

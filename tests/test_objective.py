@@ -624,6 +624,7 @@ def test_bad_weights_are_refused(make: Any, weight: Any) -> None:
         make(active_weight=weight)
 
 
+@pytest.mark.slow
 def test_a_search_of_the_demo_model_ends_with_fewer_active_experts() -> None:
     """One expert a token in almost every layer is worth it, and one layer is better off with two."""
     model, tokenizer = moeopt.load(moeopt.demo.MODEL)

@@ -420,6 +420,7 @@ def test_names_are_their_own() -> None:
         run.named([])
 
 
+@pytest.mark.slow
 def test_a_worker_passes_errors_on_and_its_end_is_one(tmp_path: Path) -> None:
     worker = Worker(str(MODEL), **OPTIONS)
     try:

@@ -89,6 +89,7 @@ def test_the_sampler_of_a_recipe_proposes_the_same(
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pruner",
     [

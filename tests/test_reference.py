@@ -157,6 +157,7 @@ def test_who_goes_on_with_a_study_does_not_score_the_full_model_again(make: Any,
     assert resumed.trials[3].user_attrs["spent"] == before["layer_tokens"] + sum(costs(resumed))
 
 
+@pytest.mark.slow
 def test_interrupted_while_the_full_model_is_scored_no_trial_is_lost(make: Any, tmp_path: Path) -> None:
     studies = []
     for name, interrupted in (("whole", False), ("interrupted", True)):
@@ -487,6 +488,7 @@ def searched(place: Path, url: str, *more: str, trials: int = 2) -> list[str]:
     return ["search", str(place / "model"), *goal, *stop, *more]
 
 
+@pytest.mark.slow
 def test_search_show_and_note_have_the_full_model_beside_the_best(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

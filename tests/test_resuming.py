@@ -249,6 +249,7 @@ def test_select_and_compare_methods_say_how_to_go_on(
 # What the README says -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_resume(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its `moeopt search` and `moeopt worker`, on a model and a task that are here: again and again on one study."""
     text = (ROOT / "README.md").read_text()

@@ -453,6 +453,7 @@ def where(folder: Path) -> list[str]:
     return [str(folder / "model"), *task, "--study", "s", "--storage", f"sqlite:///{folder / 'studies.db'}"]
 
 
+@pytest.mark.slow
 def test_the_command_selects_shows_and_exports(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     given = ["select", *where(shop), "--top", "4", "--dev-limit", "5", "--test-limit", "6", "--stock"]

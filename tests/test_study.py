@@ -83,6 +83,7 @@ def test_a_study_keeps_what_every_trial_was(objective: moeopt.Objective, storage
     assert evaluation.loss == loaded.best_value
 
 
+@pytest.mark.slow
 def test_a_resumed_study_equals_an_uninterrupted_one(objective: moeopt.Objective, tmp_path: Path) -> None:
     whole = moeopt.create_study("s", objective=objective, storage=f"sqlite:///{tmp_path}/a.db", **SMALL)
     moeopt.optimize(whole, objective, trials=16)

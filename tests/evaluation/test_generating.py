@@ -250,6 +250,7 @@ def test_the_reported_metric_as_loss(demo):
     assert other.fingerprint != evaluator.fingerprint
 
 
+@pytest.mark.slow
 def test_the_reported_metric_is_searched_raced_and_resumed(demo, tmp_path):
     model, tokenizer = demo
     space, task = moeopt.EEPSpace.of(model, keep=6), skill("caesar", 12, max_new_tokens=12)

@@ -291,6 +291,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("plan", [None, BASE, MERGING], ids=["no plan", "one-hot", "dense"])
 @pytest.mark.parametrize("memory", [0, PLENTY])

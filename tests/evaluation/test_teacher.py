@@ -252,6 +252,7 @@ def test_a_changed_model_is_learnt_anew(make_mixtral, make, change: str) -> None
     assert np.allclose(after.losses, before.losses, atol=1e-5) == (change == "backend")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["teacher", "plan"])
 def test_halved_batches_keep_the_losses(make_mixtral, make, task, when: str) -> None:
     model = make_mixtral(layers=LAYERS, experts=EXPERTS)

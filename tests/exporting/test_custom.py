@@ -71,6 +71,7 @@ def test_the_reloaded_checkpoint_is_the_patched_model(
         assert all(map(torch.equal, computed(small), expected)), backend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_moeopt_loads_and_evaluates_what_it_exported(
     full: Any, tiny_tokenizer: Any, plans: dict[str, Plan], tmp_path: Path, kind: str
@@ -187,6 +188,7 @@ def test_a_lost_mapping_is_an_error_on_loading(full: Any, plans: dict[str, Plan]
             reloaded(tmp_path / lost)
 
 
+@pytest.mark.slow
 def test_it_loads_where_moeopt_is_not_installed(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
     moeopt.export(plans["everything"], tmp_path / "small", model=full)
     with moeopt.patched(full, plans["everything"]):

@@ -152,6 +152,7 @@ def test_damaged_files_are_named(full: Any, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"full"}
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_leaves_is_hidden_and_removed_by_the_next(full: Any, tmp_path: Path) -> None:
     PLAN.save(tmp_path / "plan")
     script = """

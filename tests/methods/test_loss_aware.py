@@ -211,6 +211,7 @@ def harmful(model, expert):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["likelihood", "choice", "metric", "kl"])
 @pytest.mark.parametrize("name", ["loss_aware", "loss_aware_rounds"])
 def test_it_says_how_it_chose_and_what_it_cost(make_mixtral, tiny_tokenizer, questions, score, name):

@@ -658,6 +658,7 @@ def alike(part, other):
     return replace(part, novices=other.novices) == other
 
 
+@pytest.mark.slow
 def test_methods_share_a_pass(calibration):
     together = methods.plans(methods.METHODS, calibration, keep=4)
     assert list(together) == list(methods.METHODS)

@@ -171,6 +171,7 @@ def test_moeopts_own_code_needs_no_trust_and_is_moeopts_own_copy(honest: Path, t
     assert load_model(honest, trust_remote_code=True).__class__.__module__.startswith("transformers_modules")
 
 
+@pytest.mark.slow
 def test_a_family_of_transformers_loads_without_the_code_beside_it(tmp_path: Path) -> None:
     """As DeepSeek's checkpoints do, which bring theirs; trusted, it runs."""
     folder, ran = tmp_path / "full", tmp_path / "ran"

@@ -67,6 +67,7 @@ def assert_same(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5 if logits.dtype == torch.float32 else 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_parts_equal_the_whole_bit_for_bit(build_family: Any, family: str, dtype: torch.dtype, inputs: Any) -> None:
     assert_same(build_family(family, dtype=dtype), inputs)
@@ -524,6 +525,7 @@ def test_prefixes_of_an_offloaded_model_are_reused(
     assert there.evaluate(last_differs).layer_tokens == there.tokens
 
 
+@pytest.mark.slow
 def test_an_offloaded_model_is_left_as_it_was_after_an_exception(
     make_mixtral: Any, tiny_tokenizer: Any, offload: Any
 ) -> None:

@@ -142,6 +142,7 @@ def test_ledgers_of_any_form(tmp_path_factory: pytest.TempPathFactory, data: st.
     found.close()
 
 
+@pytest.mark.slow
 def test_a_ledger_bomb_counts_as_not_written(tmp_path: Path) -> None:
     of = ledger(tmp_path)
     record = json.loads((tmp_path / "records.jsonl").read_text())

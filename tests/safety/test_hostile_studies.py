@@ -110,6 +110,7 @@ def test_descriptions_of_any_form(space: str, capsys: pytest.CaptureFixture[str]
             raise AssertionError(what) from error
 
 
+@pytest.mark.slow
 def test_selections_of_any_form(capsys: pytest.CaptureFixture[str]) -> None:
     study = hostile.honest()
     for what, mutated in hostile.mutations(hostile.RECORD):
@@ -174,6 +175,7 @@ def test_trials_of_any_form(capsys: pytest.CaptureFixture[str]) -> None:
             raise AssertionError(what) from error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["eep", "local", "cmaes", "blockcmaes", "tpe", "random", "nevergrad:OnePlusOne"])
 def test_samplers_survive_any_history(sampler: str) -> None:
     objective: Any = hostile.Distance(hostile.SPACES["eep"]())

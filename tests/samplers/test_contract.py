@@ -210,6 +210,7 @@ def test_no_plan_is_evaluated_twice(name: str, kind: str) -> None:
         assert len(set(fingerprints)) > 2
 
 
+@pytest.mark.slow
 @each_sampler
 @pytest.mark.parametrize("encoding", ["scores", "rows", "subset"])
 def test_an_exhausted_space_goes_on(name: str, encoding: Any) -> None:
@@ -258,6 +259,7 @@ def test_what_is_enqueued_and_no_number_is_said_and_drawn(value: Any) -> None:
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
 
 
+@pytest.mark.slow
 @in_turn("scores", "merge", "active")
 def test_failed_trials(name: str, kind: str) -> None:
     space = SPACES[kind]()
@@ -355,6 +357,7 @@ def test_multi_objective_is_refused(name: str) -> None:
         study.ask()
 
 
+@pytest.mark.slow
 @in_turn("scores", "merge", "active")
 def test_workers_do_not_try_the_same_plan(name: str, kind: str) -> None:
     space = SPACES[kind]()

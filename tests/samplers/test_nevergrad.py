@@ -53,6 +53,7 @@ def test_same_as_nevergrad_itself() -> None:
         asked = reference.ask()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["DE", "NelderMead", "NGOpt", "CMA"])
 def test_kept_optimiser_equals_a_rebuilt_one(optimizer: str) -> None:
     """Duplicates, too, are asked and told alike; the space is small, so that there are many."""

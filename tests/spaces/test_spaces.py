@@ -51,6 +51,7 @@ SPACES: dict[str, Space] = {
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys())
 
 
+@pytest.mark.slow
 @each_space
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))

@@ -186,6 +186,7 @@ def forks(url: str, name: str, said: str) -> None:
     assert os.waitpid(children[0], 0)[1] == 0
 
 
+@pytest.mark.slow
 def test_a_forked_process_gets_connections_of_its_own_and_ends_no_trial_of_its_parent(
     url: str, name: str, tmp_path: Path
 ) -> None:

@@ -103,6 +103,7 @@ def test_a_commit_whose_answer_was_lost_is_done_once(wire: Wire, wired: str, nam
     assert len(study.trials) == (2 if step == "add" else 1)
 
 
+@pytest.mark.slow
 def test_patience_ends_with_one_error_and_the_result_is_stored_later(
     wire: Wire, wired: str, name: str, spool: Path
 ) -> None:
@@ -261,6 +262,7 @@ def loss_of(trial: optuna.trial.FrozenTrial) -> float:
     return float(((genome.read(trial) - 0.25) ** 2).sum())  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_timeout_and_ctrl_c_end_the_wait(wire: Wire, wired: str, name: str, spool: Path) -> None:
     study = opened(wired, name)
 

@@ -128,6 +128,7 @@ def starts_warm(url: str, name: str) -> None:
     enqueue_new(opened(url, name), SPACE, [*plans, *named], [])
 
 
+@pytest.mark.slow
 def test_workers_that_begin_together_queue_warm_starts_once(url: str, name: str) -> None:
     study = opened(url, name)
     for process in processes(3, starts_warm, url, name):
@@ -246,6 +247,7 @@ def test_a_trial_that_was_asked_for_and_left_does_not_block_its_own_process(url:
     assert len(slots(study)) == 2
 
 
+@pytest.mark.slow
 def test_enqueued_trials_count_as_slots_and_none_is_one_too_many(url: str, name: str) -> None:
     study = opened(url, name)
     for _ in range(3):
@@ -268,6 +270,7 @@ def test_heartbeats_of_a_trial_go_on_until_it_is_told(url: str, name: str) -> No
     assert other.trials[0].value == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behind", [3600, -3600, 0])
 def test_staleness_is_told_by_the_observers_own_clock(
     url: str, name: str, behind: int, monkeypatch: pytest.MonkeyPatch
@@ -326,6 +329,7 @@ def test_no_two_workers_try_the_same_plan(url: str, name: str) -> None:
     assert max(Counter(genome.origin(t)["plan"] for t in opened(url, name).trials).values()) == 1
 
 
+@pytest.mark.slow
 def test_a_plan_is_taken_that_another_worker_wrote_while_this_one_waited(url: str, name: str) -> None:
     study = opened(url, name)
     mine, other = study.ask(), study.ask()
@@ -346,6 +350,7 @@ def test_a_plan_is_taken_that_another_worker_wrote_while_this_one_waited(url: st
         assert writing.result() is False
 
 
+@pytest.mark.slow
 def test_a_plan_that_another_worker_took_meanwhile_is_drawn_again(url: str, name: str) -> None:
     drawn_again(url, name, "random")
 

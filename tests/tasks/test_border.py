@@ -116,6 +116,7 @@ def check(tokenizer: Any, prompt: str, option: str) -> None:
         assert (list(request.ids), request.scored_from) == ([before, *plain], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", ENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_and_option_are_one_text_for_every_kind_of_tokenizer(kind, around):
@@ -131,6 +132,7 @@ def test_prompt_and_option_are_one_text_for_every_kind_of_tokenizer(kind, around
     any_texts()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_requests_are_the_harness_s_on_the_vocabularies_of_mixtral_deepseek_and_qwen(name):
     tokenizer = real(name)

@@ -90,6 +90,7 @@ def demo():
     return load(MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*cut at their beginning")
 @pytest.mark.parametrize(("name", "template"), CASES)
 def test_every_task_runs_end_to_end(tmp_path, tiny_tokenizer, make_mixtral, demo, name, template):

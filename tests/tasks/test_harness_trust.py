@@ -62,6 +62,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("through", ["itself", "include", "chain", "group", "member", "tag"])
 def test_no_function_of_a_folder_runs_unless_it_is_trusted(

@@ -98,6 +98,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: str(value).replace(" ", ""))
 @pytest.mark.parametrize(("split", "limit"), [("search", None), ("search", 5), ("dev", 3)])
 def test_every_task_is_restored_alike(name, options, split, limit, tmp_path, tokenizer):
@@ -207,6 +208,7 @@ def specimens(tmp_path_factory, tiny_tokenizer, harness_tasks) -> list[Any]:
     return [json.loads(json.dumps(keep(task, Use("search", tiny_tokenizer, 2)))) for task in found]
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_anything_else_is_refused_or_harmless(data, specimens, tiny_tokenizer):

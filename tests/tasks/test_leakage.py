@@ -70,6 +70,7 @@ def of_passages(name: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["harness", "eep"])
 @pytest.mark.parametrize("name", PASSAGES)
 def test_rows_of_one_passage_stay_in_one_split(tmp_path, name, template):

@@ -22,6 +22,7 @@ def get(name: str, folder: Path, **options: Any) -> tasks.Task:
     return tasks.get(f"lm_eval:{name}", include_path=folder, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shots"), [("sums", 0), ("sums", 3), ("sums_word", 2), ("sums_two_prompts", 1), ("sums_alone", 2)]
 )
@@ -168,6 +169,7 @@ def test_a_data_set_that_is_not_there_is_named(tmp_path):
         get("v", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_harness_is_imported_when_it_is_asked_for(tmp_path):
     rows = [{"prompt": f"{i}?", "options": ["a", "b"], "answer": 0} for i in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

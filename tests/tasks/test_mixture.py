@@ -137,6 +137,7 @@ def written(skill: str) -> GenerationTask:
     return GenerationTask(skill, *map(split, ("search", "dev", "test")), stop="\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 def test_the_metric_of_a_member_that_writes_is_that_of_its_text(use):
     model, tokenizer = moeopt.load(moeopt.demo.MODEL)
