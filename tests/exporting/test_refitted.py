@@ -51,8 +51,9 @@ def test_every_family_s_own_class_loads_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stock", "mixed-r", "novices", "novices-skip", "everything"])
-@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("stock", None), ("stock", 3), ("mixed-r", 3), ("novices-skip", None), ("everything", 3)]
+)
 def test_it_is_verified_and_its_card_says_what_was_fitted(
     kind: str, rank: int | None, full: Any, text: TextTask, plans: dict[str, Plan], tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
