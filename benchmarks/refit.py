@@ -27,6 +27,35 @@ Fitted to what the full model's own layer gives, in place of its hidden states b
 +.0421. Tokens weighed by one over the norm of their hidden states: alike. Of rank 64, 16 and 4 (inner 96; python, r =
 8, naee) +.1173, +.1280 and +.1559 for +.1174; experts three at a time (`columns=300`) +.1249.
 
+Text of another kind does not do: naee, python, r = 16, refitted to documentation, 5.6 k tokens, +.0339 for +.0321
+(+.0018 [-.0030, +.0065]), to python +.0241.
+
+Newer methods of the literature, r = 8, test loss over full on all of the split (`benchmarks/guided.py --samplers ""`):
+
+| | python | docs | c | evaluations |
+|---|---|---|---|---|
+| msan | +2.64 | +2.45 | +2.52 | 2 |
+| hc_smoe, :aligned | +1.807, +1.485 | +1.906, +1.560 | +1.696, +1.358 | 8 |
+| m_smoe, :aligned, :aligned+karcher | +1.288, +.615, +.645 | +1.253, +.679, +.581 | +1.523, +.770, +.666 | 1 |
+| reap, reap_progressive | +.953, +.699 | +.850, +.714 | +.995, +.884 | 2, 3 |
+| ream | +.741 | +.890 | +1.000 | 9 |
+| aimer | +.673 | +.820 | +.800 | 0 |
+| easy_ep | +.352 | +.331 | +.544 | 2 |
+| naee | +.2391 | +.3280 | +.4418 | 8 |
+| loss_aware | +.2391 | +.3171 | **+.3958** | 13 |
+| mone | **+.2338** | **+.2751** | +.3987 | 2 |
+
+At r = 16 (python, docs, c) mone has +.0348, +.0463 and **+.0452**, easy_ep +.0345, +.0442 and +.0511, for naee's
++.0321, **+.0437**, +.0506 and loss_aware's **+.0272**, +.0488, +.0477; the others are behind these in all three. At r =
+24 these four are within .002 of each other. Refitted, r = 8, python and docs: mone +.1645, +.1842; m_smoe:aligned
++.2113, +.2275; ream +.2772, +.2840; reap_progressive +.2776, +.2771; naee +.1273, +.1735.
+
+Aligned neurons take half of the damage of m_smoe's mergings. MoNE, whose router stays whole and whose constants no
+ordinary checkpoint holds, is the best without a refit (over loss_aware, docs, -.0416 [-.0542, -.0294]), for a sixth of
+its cost; it is the constants: with them loss_aware's kept set has +.2641 (docs, -.0528 [-.0632, -.0425]), naee's
++.2799, easy_ep's +.2727, frequency's +.3182. A refit does better without them: docs, naee +.1734, naee with constants
++.1926 (+.0192 [.0100, .0289]), mone +.1843 (+.0109 [.0016, .0206]).
+
 Router rows fitted to the full model's logits of the kept experts, by least squares on what enters the small model's
 router (three ridges, the best on test): naee, python, r = 8, +.2391 to +.2355 (-.0035 [-.0061, -.0011]), c, r = 16,
 -.0011 [-.0027, .0004]; behind a refit +.0006 [.0000, .0012] and -.0004 [-.0012, .0004]. So a refit leaves them alone.
@@ -54,6 +83,8 @@ are for.
 
 Cost, one layer of Qwen3-30B-A3B's form (hidden 2,048, inner 768), 16 experts kept of 32, top-8, 2,012 tokens, bfloat16,
 one core that other work shared: 97 s, 41 forwards, 1.0 GiB above the model's; the weights take .094 GiB in a plan.
+Of Mixtral 8x7B's (4,096, 14,336), 4 experts kept of 8, top-2, as many tokens: 427 s, 42 forwards, 7.0 GiB above the
+model's 3.1; .875 GiB. So all 32 layers take some four hours of one core.
 """
 
 from __future__ import annotations

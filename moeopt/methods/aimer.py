@@ -6,6 +6,8 @@ The mean absolute weight of an expert over its root mean square, all matrices of
 
 between 1 / sqrt(m) and 1, high where weights are alike in size. Experts of *low* score are kept, the lower number first
 at a tie; biases and the router do not count. Layers that share a choice add up their scores.
+
+A baseline: where experts differ it is behind `naee` wherever it was tried (`benchmarks/refit.py`).
 """
 
 from __future__ import annotations

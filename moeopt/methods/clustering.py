@@ -8,6 +8,8 @@ can express.
 
 M-SMoE also permutes neurons before it merges, which ``m_smoe:aligned`` does (`matching.by_weights`). Left out: it gives
 layers different numbers of experts.
+
+Baselines: where experts differ they are behind `naee` wherever they were tried, aligned or not (`benchmarks/refit.py`).
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ scores of those picked are made to sum to 1), f_i its output without a gate, X_i
 Where SamsungSAILMontreal/ream does otherwise than the paper, this follows the paper: its saliency has p_i twice, its
 activations are of other tokens for each expert (a permutation drawn for each), weights are reduced to 64 principal
 components first, means over batches count alike whatever their number of tokens.
+
+A baseline: where experts differ it is behind `naee` wherever it was tried, refitted or not (`benchmarks/refit.py`).
 """
 
 from __future__ import annotations
