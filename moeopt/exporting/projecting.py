@@ -134,12 +134,9 @@ def expert_weights(part: LayerPlan, rule: RoutingRule, logits: Tensor, correctio
     if part.router == "prob":
         mapped = rule.scores(logits).float() @ w_rm.T
         whole, index = (mapped.clamp(min=0) if clamp else mapped).topk(part.k, dim=-1)
-    elif part.aliases is not None:
+    elif part.picks_among_all:
         whole, index = rule.select(logits, part.k, correction)
-        index = torch.tensor(part.aliases, device=logits.device)[index]
-    elif part.places is not None:
-        whole, index = rule.select(logits, part.k, correction)
-        index = torch.tensor(part.places, device=logits.device)[index]
+        index = torch.tensor(part.aliases or part.places, device=logits.device)[index]
     else:
         moved = None if correction is None else w_rm @ correction.float()
         whole, index = rule.select((logits.float() @ w_rm.T).to(logits.dtype), part.k, moved)

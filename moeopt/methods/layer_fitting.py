@@ -76,10 +76,7 @@ class LayerFitting:
         """What each of the r experts weighs for each token, float32 (tokens, r)."""
         r, n, index = self.part.kept_experts, self.part.experts, seen.index
         if not self.part.makes_experts:
-            places = torch.zeros(n, dtype=torch.int64)
-            places[list(self.part.kept or ())] = torch.arange(r)
-            places = places if self.part.places is None else torch.tensor(self.part.places)
-            index = places.to(index.device)[index]
+            index = torch.tensor(self.part.places, device=index.device)[index]
         weights = torch.zeros(len(index), n, device=index.device).scatter_add_(1, index, seen.gates.float())
         return weights[:, :r].clone()  # what novices give is no expert's
 

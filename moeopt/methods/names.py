@@ -57,6 +57,11 @@ class Name:
     merge: Merge = "linear"
 
     @property
+    def router(self) -> Router:
+        """Where the W_RM of its plans acts."""
+        return ROUTERS[self.method]
+
+    @property
     def sums_experts(self) -> bool:
         """Whether its plans are, as those of a search, of experts kept or summed as they are."""
         return not self.aligned and self.merge == "linear" and self.method not in ALIGNING
@@ -64,7 +69,7 @@ class Name:
     @property
     def prunes(self) -> bool:
         """Whether its plans keep experts and their router's rows, and do nothing else."""
-        return ROUTERS[self.method] == "rows" and self.method not in MERGING
+        return self.router == "rows" and self.method not in MERGING
 
 
 def parsed(name: str) -> Name:

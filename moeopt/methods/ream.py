@@ -53,7 +53,6 @@ class Likeness(Statistic):
     Attributes:
         gated: sum over all tokens of p_i f_i, (n, hidden).
         salient: sum over X_i of p_i ||f_i||, (n,).
-        visits: |X_i|, (n,).
         layer: the layer.
         hidden: what entered it, batch by batch, (tokens, hidden).
     """
@@ -62,7 +61,7 @@ class Likeness(Statistic):
     by_layer = True
 
     def __init__(self, n: int, k: int) -> None:
-        self.salient, self.visits = np.zeros(n), np.zeros(n)
+        self.salient = np.zeros(n)
         self.gated: Array | None = None
         self.layer: MoELayer | None = None
         self.hidden: list[Tensor] = []
@@ -75,14 +74,12 @@ class Likeness(Statistic):
         for j, tokens, _ in routed(seen):
             norms = seen.output(j, tokens).float().norm(dim=-1)
             self.salient[j] += float((norms * p[tokens, j]).double().sum())
-            self.visits[j] += len(tokens)
         self.layer = seen.layer
         self.hidden.append(seen.hidden)
 
-    @property
-    def saliency(self) -> Array:
-        """s, (n,)."""
-        s = np.divide(self.salient, self.visits, out=np.zeros_like(self.salient), where=self.visits > 0)
+    def saliency(self, visits: Array) -> Array:
+        """s, (n,), visits being |X_i|."""
+        s = np.divide(self.salient, visits, out=np.zeros_like(self.salient), where=visits > 0)
         least = s[s > 0].min(initial=0.5)
         return np.where(s > 0, s, least)
 
@@ -107,7 +104,7 @@ class Ream(Method):
         assert isinstance(routing, Routing)
         assert isinstance(likeness, Likeness)
         assert likeness.gated is not None
-        saliency = likeness.saliency
+        saliency = likeness.saliency(routing.visits)
         leads, labels = grouped(saliency, alike(likeness.gated, routing.logits), wanted.keep)
         members = labels[None, :] == np.arange(wanted.keep)[:, None]
         weights = members * saliency

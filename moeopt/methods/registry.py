@@ -17,14 +17,14 @@ from moeopt.methods.calibration import Calibration, Stream
 from moeopt.methods.loss_aware import ROUNDS, LossAware
 from moeopt.methods.mone import Mone
 from moeopt.methods.naee import Naee, NaeeProgressive
-from moeopt.methods.names import ROUTERS, Name, parsed
+from moeopt.methods.names import parsed
 from moeopt.methods.output_fit import OutputFit
 from moeopt.methods.ranking import Ranking
 from moeopt.methods.ream import Ream
 from moeopt.methods.seen import Seen
 from moeopt.methods.statistics import MeanOutputs, Moves, Norms, Routing, Statistic
 from moeopt.models import MoELayer
-from moeopt.plan import LayerPlan, Plan
+from moeopt.plan import AMONG_ALL, LayerPlan, Plan
 
 METHODS: dict[str, Method] = {
     "random": ranking.Random(),
@@ -93,10 +93,12 @@ def get(name: str) -> Method:
     return METHODS[parsed(name).method]
 
 
-def _mixed(part: LayerPlan, name: Name, layer: MoELayer) -> LayerPlan:
+def _mixed(part: LayerPlan, name: str, layer: MoELayer) -> LayerPlan:
     """A layer's plan with the options of a name."""
-    neurons = matching.by_weights(part, layer) if name.aligned and part.w_em is not None else part.neurons
-    return replace(part, neurons=neurons, merge=name.merge)
+    options = parsed(name)
+    if options.aligned and part.w_em is not None:
+        part = replace(part, neurons=matching.by_weights(part, layer))
+    return part if options.merge == "linear" else replace(part, merge=options.merge)
 
 
 def plan(
@@ -141,7 +143,7 @@ def plans(
         raise MethodError(f"names must be a list of methods, such as [{names!r}], got {names!r}")
     chosen = {name: get(name) for name in names}
     for name in chosen:
-        if ROUTERS[parsed(name).method] == "prob" and any(rule.correction is not None for rule in calibration.rules):
+        if parsed(name).router == "prob" and any(rule.correction is not None for rule in calibration.rules):
             raise MethodError(
                 f"{name} maps probabilities (W_RM), which a router that corrects its choice of experts by a bias does "
                 "not allow; use naee"
@@ -149,7 +151,7 @@ def plans(
     shape = calibration.shape
     wanted = Wanted(shape.experts, shape.k, keep, shape.k if k is None else k, seed)
     for name in chosen:
-        wanted.check(among_all=ROUTERS[parsed(name).method] in ("alias", "whole"))
+        wanted.check(among_all=parsed(name).router in AMONG_ALL)
     layers = {layer.index: layer for layer in calibration.layers}
     if any((layer.n, layer.k) != (shape.experts, shape.k) for layer in layers.values()):
         raise MethodError("the MoE layers of the model differ in n or k; one-shot methods need equal layers")
@@ -195,7 +197,7 @@ def _at_once(
             own = {key: shared[key] for key in needs[name]}
             rng = np.random.default_rng([wanted.seed, group])
             made = method.layers(own, wanted, rng, range(first, last + 1))
-            parts[name] += [_mixed(part, parsed(name), calibration.layers[i]) for i, part in enumerate(made, first)]
+            parts[name] += [_mixed(part, name, calibration.layers[i]) for i, part in enumerate(made, first)]
             spent[name] += time.perf_counter() - begun
 
     def see(seen: Seen) -> None:
@@ -257,7 +259,7 @@ def _progressively(name: str, method: Method, calibration: Calibration, wanted: 
                 looking = False
                 rng = np.random.default_rng([wanted.seed, len(planned)])
                 part = method.layer(statistics, wanted, rng)
-                planned.append(_mixed(part, parsed(name), calibration.layers[len(planned)]))
+                planned.append(_mixed(part, name, calibration.layers[len(planned)]))
             pruned.advance(index, lambda batch: None, Plan((*planned, *full.layers[len(planned) :])))
     passes = calibration.tokens * pruned.depth
     cost = (1 + method.targets) * passes + _cost(statistics, calibration)

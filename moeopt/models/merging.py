@@ -197,8 +197,7 @@ def _key(experts: nn.Module, source: Mapping[str, Tensor], part: LayerPlan) -> o
     away = hasattr(experts, "_hf_hook") and bool(_weights_map(experts))  # then every load makes new tensors
     own = [(name, t.dtype, t.device, None if away else identity(t)) for name, t in source.items()]
     w_em, down = part.expert_matrix, None if part.down is None else part.down.digests
-    mixing = part.merge, None if part.neurons is None else part.neurons.tobytes()
-    return w_em.shape, w_em.tobytes(), down, mixing, own
+    return w_em.shape, w_em.tobytes(), down, part.merge, part.neurons_digest, own
 
 
 def identity(tensor: Tensor) -> object:

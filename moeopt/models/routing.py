@@ -288,7 +288,7 @@ def _numbers(plan: LayerPlan, original: bool) -> dict[str, Tensor]:
         "numbers", (r,) or (n,), of what is picked, unless they are those of the picks; "runs", bool (n,), which of what
         is picked are experts, where not all are.
     """
-    if plan.places is not None:
+    if plan.novices is not None:
         places = torch.tensor(plan.places)
         runs = {"runs": places < plan.kept_experts}
         return runs if original else {**runs, "numbers": places}

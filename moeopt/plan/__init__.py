@@ -15,12 +15,13 @@ Arrays here are numpy float32; nothing in this room needs torch, except reading 
 """
 
 from moeopt.plan.down import DownProjections
-from moeopt.plan.layer import LayerPlan, Merge, Negative, Router
+from moeopt.plan.layer import AMONG_ALL, LayerPlan, Merge, Negative, Router
 from moeopt.plan.matrices import Matrix, Orders, one_hot
 from moeopt.plan.plan import Plan
 from moeopt.plan.shape import ModelShape
 
 __all__ = [
+    "AMONG_ALL",
     "DownProjections",
     "LayerPlan",
     "Matrix",

@@ -25,6 +25,8 @@ from moeopt.plan.matrices import (
 )
 
 Router = Literal["rows", "prob", "logit", "alias", "whole"]
+AMONG_ALL: tuple[Router, ...] = ("alias", "whole")
+"""Where the router itself stays as it is, and picks among all n experts."""
 Negative = Literal["clamp", "eep"]
 Merge = Literal["linear", "ties", "slerp", "karcher"]
 
@@ -195,12 +197,12 @@ class LayerPlan:
     @property
     def picks_among_all(self) -> bool:
         """Whether the router stays as it is, and picks among all n experts."""
-        return self.router in ("alias", "whole")
+        return self.router in AMONG_ALL
 
     @property
     def places(self) -> tuple[int, ...] | None:
-        """For ``router="whole"``, where each of the n experts is: i for ``kept[i]``, r + i for row i of `novices`."""
-        if self.kept is None or self.novices is None:
+        """Of a pruning, where each of the n experts is: i for ``kept[i]``, r + i for the others, row i of `novices`."""
+        if self.kept is None:
             return None
         order = (*self.kept, *sorted(set(range(self.experts)) - set(self.kept)))
         return tuple(int(place) for place in np.argsort(order))
@@ -244,14 +246,16 @@ class LayerPlan:
         head += f",{self.skip!r};" if self.skip else ";"
         weights = b"" if self.down is None else b"".join(self.down.digests[i] for i in order)
         mixing = b"" if self.merge == "linear" else f"merge={self.merge};".encode()
-        if self.neurons is not None:
-            mixing += hashlib.sha256(self.neurons.astype("<i4").tobytes()).digest()
         matrices = np.ascontiguousarray(matrix, dtype="<f4").tobytes()
-        return head.encode() + matrices + weights + mixing + self._novices_digest
+        return head.encode() + matrices + weights + mixing + self.neurons_digest + self._novices_digest
+
+    @cached_property
+    def neurons_digest(self) -> bytes:
+        """32 bytes that tell its orders of neurons from others; none where there are none."""
+        return b"" if self.neurons is None else hashlib.sha256(self.neurons.astype("<i4").tobytes()).digest()
 
     @cached_property
     def _novices_digest(self) -> bytes:
-        """32 bytes that tell its novices from others; none where there are none."""
         if self.novices is None:
             return b""
         numbers = (self.novices + np.float32(0.0)).astype("<f4")  # -0.0 becomes 0.0

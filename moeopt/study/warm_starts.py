@@ -60,10 +60,10 @@ def checked(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Fo
 
 def check_expressible(method: str, space: Space) -> None:
     """Raise MethodError for an unknown method, SpaceError for one whose plans the space does not hold."""
-    from moeopt.methods.names import PROGRESSIVE, ROUTERS, parsed
+    from moeopt.methods.names import PROGRESSIVE, parsed
 
     name = parsed(method)
-    router = ROUTERS[name.method]
+    router = name.router
     if not name.sums_experts:
         raise SpaceError(
             f"{method} orders neurons, or merges by other means than sums, which no search space expresses"

@@ -21,6 +21,19 @@ def save(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Any:
     return moeopt.load(folder)[0]
 
 
+def exported(full: Any, plan: Plan, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the model under a plan, and those of what it exports to a folder, loaded by the family's own class."""
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.arange(3, 43)[None] * 5 % 250).logits
+
+    with moeopt.patched(full, plan):
+        patched = logits(full)
+    moeopt.export(plan, folder, model=full)
+    return patched, logits(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
+
+
 @pytest.fixture
 def saved() -> Callable[..., Any]:
     """A function: the model as `moeopt.load` gives it back from a folder that it is saved to."""

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from exporting.conftest import exported, save
 
 import moeopt
 from moeopt.exporting import project, verify
@@ -16,8 +16,6 @@ from moeopt.models import moe_layers
 from moeopt.models.mixing import Form
 from moeopt.plan import DownProjections, LayerPlan, Merge, Plan
 from moeopt.tasks import TextTask
-
-IDS = torch.arange(3, 43)[None] * 5 % 250
 
 
 def mixed(model: Any, rank: int | None = None, **options: Any) -> Plan:
@@ -34,25 +32,15 @@ def mixed(model: Any, rank: int | None = None, **options: Any) -> Plan:
     return Plan(tuple(LayerPlan(n, x.k, w_em=w_em, w_rm=w_rm, neurons=neurons, **options) for x in layers))
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("merge", "rank"), [*((merge, None) for merge in get_args(Merge)), ("linear", 3)])
 def test_every_family_s_own_class_loads_it(
     family: str, merge: Merge, rank: int | None, build_family: Any, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
-    build_family(family, vocabulary=300).save_pretrained(tmp_path / "full")
-    tiny_tokenizer.save_pretrained(tmp_path / "full")
-    full = moeopt.load(tmp_path / "full")[0]
+    full = save(build_family(family, vocabulary=300), tiny_tokenizer, tmp_path / "full")
     plan = mixed(full, rank, merge=merge)
-    with moeopt.patched(full, plan):
-        expected = logits(full)
-    moeopt.export(plan, tmp_path / "small", model=full)
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto").eval()
-    assert torch.equal(logits(small), expected)
+    patched, reloaded = exported(full, plan, tmp_path / "small")
+    assert torch.equal(reloaded, patched)
 
 
 @pytest.mark.slow

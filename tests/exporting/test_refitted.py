@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from exporting.conftest import exported, save
 
 import moeopt
 from moeopt.errors import ExportError, PlanError
@@ -17,8 +17,6 @@ from moeopt.models import moe_layers
 from moeopt.plan import LayerPlan, Plan
 from moeopt.tasks import TextTask
 
-IDS = torch.arange(3, 43)[None] * 5 % 250
-
 
 @pytest.fixture(scope="module")
 def text() -> TextTask:
@@ -26,28 +24,18 @@ def text() -> TextTask:
     return TextTask("text", search=rows[:16], dev=rows[16:], window=60)
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, 3])
 def test_every_family_s_own_class_loads_it(
     family: str, rank: int | None, build_family: Any, text: TextTask, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
-    build_family(family, vocabulary=300).save_pretrained(tmp_path / "full")
-    tiny_tokenizer.save_pretrained(tmp_path / "full")
-    full = moeopt.load(tmp_path / "full")[0]
+    full = save(build_family(family, vocabulary=300), tiny_tokenizer, tmp_path / "full")
     layers = moe_layers(full)
     plan = Plan.one_hot([[0, 3, 5], [6, 1, 2]], experts=layers[0].n, k=layers[0].k)
     plan = moeopt.refit(plan, Calibration(full, tiny_tokenizer, text), rank=rank).plan
     assert plan.is_refitted
-    with moeopt.patched(full, plan):
-        expected = logits(full)
-    moeopt.export(plan, tmp_path / "small", model=full)
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto").eval()
-    assert torch.equal(logits(small), expected)
+    patched, reloaded = exported(full, plan, tmp_path / "small")
+    assert torch.equal(reloaded, patched)
 
 
 @pytest.mark.slow

@@ -32,6 +32,14 @@ def shrink(model: nn.Module, small: nn.Module, plan: Plan) -> nn.Module:
     return small
 
 
+def greedy(model: Any, ids: Tensor, tokens: int) -> Tensor:
+    """`ids` and so many most likely tokens more, each by a forward pass of all before it."""
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
 @pytest.fixture
 def shrunk() -> Callable[[nn.Module, nn.Module, Plan], nn.Module]:
     return shrink

@@ -9,6 +9,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from models.conftest import greedy
 
 import moeopt
 from moeopt.errors import ModelError, PlanError
@@ -181,9 +182,7 @@ def test_it_generates_and_leaves_nothing_behind(make_mixtral, ids, snapshot):
     before = snapshot(model)
     with patched(model, plan):
         tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
-        again = ids
-        for _ in range(5):
-            again = torch.cat([again, logits(model, again)[:, -1:].argmax(-1)], 1)
+        again = greedy(model, ids, 5)
     assert torch.equal(tokens, again)
     assert torch.equal(logits(model, ids), expected)
     assert snapshot(model)[1] == before[1]

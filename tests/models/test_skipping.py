@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from models.conftest import greedy
 
 from moeopt.errors import PlanError
 from moeopt.models import moe_layers, patched
@@ -130,9 +131,7 @@ def test_generation_skips(make_mixtral, ids):
     plan = Plan.identity(3, 8, 2).with_skip(0.8)
     with patched(model, plan):
         tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
-        again = ids
-        for _ in range(6):
-            again = torch.cat([again, logits(model, again)[:, -1:].argmax(-1)], 1)
+        again = greedy(model, ids, 6)
     assert torch.equal(tokens, again)
 
 
