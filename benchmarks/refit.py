@@ -136,9 +136,10 @@ def quality(args: argparse.Namespace) -> None:
         "keep", "plan", "tokens", "evaluations", "seconds", "test - full", "- without refit", "accuracy - full"
     )
     for keep in args.keep:
-        for name, plan in plans(args, calibration, keep):
+        for name, plan in ((n, p.with_k(k) if k else p) for n, p in plans(args, calibration, keep) for k in args.k):
             before = test.evaluate(plan)
-            table.add_row(str(keep), name, "", "", "", *differences(before, full, before, task.chooses))
+            label = f"{keep}, k = {plan.layers[0].k}"
+            table.add_row(label, name, "", "", "", *differences(before, full, before, task.chooses))
             for source, looked in sources.items():
                 made = moeopt.refit(plan, looked, rank=args.rank)
                 after = test.evaluate(made.plan)
@@ -205,6 +206,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--task-options", default="{}", help="JSON")
     parser.add_argument("--score", default="likelihood")
     parser.add_argument("--keep", type=numbers, default=[4])
+    parser.add_argument("--k", type=numbers, default=[0], help="experts that run per token; 0: the model's")
     parser.add_argument(
         "--methods", type=lambda text: [w for w in text.split(",") if w], default=["naee", "loss_aware"]
     )
