@@ -61,8 +61,9 @@ import torch
 from rich.console import Console
 
 import moeopt
-from moeopt import methods, profiling
+from moeopt import methods
 from moeopt.plan import Plan
+from moeopt.results import profiling
 
 
 def main() -> None:

@@ -36,13 +36,13 @@ from optuna.storages._rdb import models
 from rich.console import Console
 from rich.table import Table
 
-from moeopt import genome
-from moeopt.dashboard import Refresher, server
-from moeopt.dashboard.refreshing import EVERY
 from moeopt.plan import ModelShape
+from moeopt.report.dashboard import Refresher, server
+from moeopt.report.dashboard.refreshing import EVERY
 from moeopt.spaces import EEPSpace
-from moeopt.storage import open_storage
 from moeopt.study import DESCRIPTION
+from moeopt.study.storage import open_storage
+from moeopt.trials import genome
 
 CACHED = 11.0
 """Seconds after which the dashboard reads the trials of a large study again."""

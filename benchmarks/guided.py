@@ -133,8 +133,8 @@ from rich.table import Table
 import moeopt
 from moeopt import methods
 from moeopt.evaluation import Evaluation, paired_bootstrap
-from moeopt.genome import CALIBRATION
 from moeopt.plan import Plan
+from moeopt.trials.genome import CALIBRATION
 
 ONE_SHOT = ("frequency", "ean", "reap", "hc_smoe", "naee", "loss_aware")
 

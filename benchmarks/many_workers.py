@@ -55,10 +55,11 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 import moeopt
-from moeopt import genome, samplers
-from moeopt.storage import open_storage
-from moeopt.storage.spool import VARIABLE
+from moeopt import samplers
 from moeopt.study import finished
+from moeopt.study.storage import open_storage
+from moeopt.study.storage.spool import VARIABLE
+from moeopt.trials import genome
 
 SPACE = moeopt.PruneSpace(moeopt.ModelShape(8, 8, k=2), keep=4)
 STUDY = "many"

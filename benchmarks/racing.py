@@ -43,13 +43,13 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 import moeopt
-from moeopt import genome
 from moeopt.demo import MODEL, skill_task
 from moeopt.demo import rows as skill_rows
 from moeopt.evaluation import Evaluation
 from moeopt.plan import Plan
-from moeopt.racing import RacingPruner, rung_sizes
+from moeopt.samplers.racing import RacingPruner, rung_sizes
 from moeopt.tasks import Task, TextTask
+from moeopt.trials import genome
 
 FIRST = 8
 """Examples of the first rung."""

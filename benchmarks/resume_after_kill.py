@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moeopt
-from moeopt import genome
+from moeopt.trials import genome
 
 SAMPLERS = (
     "eep", "cmaes", "tpe", "random", "nevergrad:DE", "nevergrad:OnePlusOne", "nevergrad:PSO", "nevergrad:NGOpt",

@@ -80,11 +80,12 @@ from rich.console import Console
 from rich.table import Table
 
 import moeopt
-from moeopt import console, genome
-from moeopt.genome import Vector
+from moeopt.report import terminal as console
 from moeopt.samplers import SAMPLERS
 from moeopt.spaces import EEPSpace, PruneSpace, Space
 from moeopt.study import DESCRIPTION
+from moeopt.trials import genome
+from moeopt.trials.genome import Vector
 
 EXAMPLES = 64
 BASE = EEPSpace(moeopt.ModelShape(layers=32, experts=8, k=2), keep=4)

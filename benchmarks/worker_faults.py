@@ -46,9 +46,9 @@ from sqlalchemy import create_engine, func, literal, text
 from sqlalchemy.engine import make_url
 
 import moeopt
-from moeopt import genome
-from moeopt.storage import ResilientStorage, rows
-from moeopt.storage.spool import VARIABLE
+from moeopt.study.storage import ResilientStorage, rows
+from moeopt.study.storage.spool import VARIABLE
+from moeopt.trials import genome
 
 SERVERS = {
     "sqlite": "sqlite://",

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from typing import Any
 
 
-def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's `__getattr__`: `homes` tells the module of the package that each public name is in."""
+def lazily(package: str, homes: Mapping[str, str], rooms: Collection[str] = ()) -> Callable[[str], Any]:
+    """A package's `__getattr__`: `homes` tells the module that each public name is in.
 
-    def found(name: str) -> Any:
+    Modules of the package itself stand there by their last name. `rooms` are those that are public themselves.
+    """
+
+    def attribute(name: str) -> Any:
         if name in homes:
-            return getattr(import_module(f"{package}.{homes[name]}"), name)
+            home = homes[name]
+            return getattr(import_module(home if "." in home else f"{package}.{home}"), name)
+        if name in rooms:
+            return import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    return found
+    return attribute

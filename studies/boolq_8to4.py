@@ -19,7 +19,7 @@ import argparse
 from rich.console import Console
 
 import moeopt
-from moeopt.selection import selected_trial, view
+from moeopt.results.selection import selected_trial, view
 
 
 def main() -> None:

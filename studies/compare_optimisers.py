@@ -41,7 +41,7 @@ import optuna
 from rich.console import Console
 
 import moeopt
-from moeopt import benchmarking
+from moeopt.results import optimiser_comparison as benchmarking
 
 OPTIMISERS = "eep,local,cmaes,tpe,nevergrad:NGOpt,nevergrad:TwoPointsDE,nevergrad:PSO,random"
 

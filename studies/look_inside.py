@@ -38,9 +38,11 @@ import _subject
 import numpy as np
 
 import moeopt
-from moeopt import analysis, figures, methods
+from moeopt import methods
 from moeopt.evaluation import Evaluation
 from moeopt.plan import Plan
+from moeopt.report import figures
+from moeopt.results import analysis
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ import optuna
 from rich.console import Console
 
 import moeopt
-from moeopt.comparing import compare, view
+from moeopt.results.method_comparison import compare, view
 
 
 def main() -> None:

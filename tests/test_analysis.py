@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import moeopt
-from moeopt import analysis, methods
+from moeopt import methods
 from moeopt.errors import MethodError
 from moeopt.models import moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
+from moeopt.results import analysis
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from browser import Browser, binary, browser  # noqa: F401
 
-from moeopt import figures
+from moeopt.report import figures
 
 
 def page(folder: Path, body: str) -> str:

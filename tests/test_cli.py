@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import moeopt
-from moeopt import genome
 from moeopt.cli import app, main
 from moeopt.cli.arguments import storage_again
 from moeopt.plan import Plan
 from moeopt.study import load_study, space_of
+from moeopt.trials import genome
 
 LAYERS, EXPERTS = 3, 6
 TRIALS = 12
@@ -341,7 +341,7 @@ def test_ctrl_c_while_dev_is_scored_loses_nothing(
 
     arguments = place.search("--sampler", "random", "--trials", "5", storage=f"sqlite:///{tmp_path / 'x.db'}")
     with monkeypatch.context() as patch:
-        patch.setattr("moeopt.selection.held", interrupted)
+        patch.setattr("moeopt.results.selection.held", interrupted)
         assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "5 trials done. Best: trial" in said

@@ -22,15 +22,16 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import moeopt
-from moeopt import comparing, methods
+from moeopt import methods
 from moeopt.cli import main
-from moeopt.comparing import Comparison, ComparisonError, Row, compare, view
 from moeopt.demo import MODEL
 from moeopt.demo import task as demo_task
 from moeopt.errors import MethodError, StudyError
 from moeopt.evaluation import Evaluator, paired_bootstrap
 from moeopt.exporting import export
 from moeopt.plan import LayerPlan, Plan
+from moeopt.results import method_comparison as comparing
+from moeopt.results.method_comparison import Comparison, ComparisonError, Row, compare, view
 from moeopt.tasks import MultipleChoiceTask
 
 KEEP, DRAWS, TEST_DRAWS, SEED = 4, 3, 2, 3
@@ -103,7 +104,7 @@ def evaluators(demo: Demo) -> dict[str, Evaluator]:
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of the time; `found` has them."""
-    monkeypatch.setattr("moeopt.comparing.saving.find_spec", lambda name: None)
+    monkeypatch.setattr("moeopt.results.method_comparison.saving.find_spec", lambda name: None)
 
 
 def row(found: Comparison, name: str, k: int = 2) -> Row:

@@ -21,18 +21,18 @@ from browser import Browser, browser  # noqa: F401
 from optuna_dashboard import get_note, save_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
-from moeopt import genome
 from moeopt.cli import main
-from moeopt.dashboard import Refresh, Refresher, attach, server
-from moeopt.dashboard.digest import digest
-from moeopt.dashboard.importance import importance
-from moeopt.dashboard.note import MARK, code, note
 from moeopt.errors import StudyError
 from moeopt.plan import ModelShape
+from moeopt.report.dashboard import Refresh, Refresher, attach, server
+from moeopt.report.dashboard.digest import digest
+from moeopt.report.dashboard.importance import importance
+from moeopt.report.dashboard.note import MARK, code, note
 from moeopt.samplers import get as get_sampler
 from moeopt.spaces import ActiveSpace, EEPSpace, PruneSpace, Space
-from moeopt.storage import open_storage
 from moeopt.study import DESCRIPTION
+from moeopt.study.storage import open_storage
+from moeopt.trials import genome
 
 SHAPE = ModelShape(layers=4, experts=6, k=2)
 FIGURES = {
@@ -408,7 +408,7 @@ def test_the_callback_writes_and_never_raises(monkeypatch: pytest.MonkeyPatch) -
     study.optimize(lambda trial: -2.0, n_trials=1, callbacks=[refresh])
     assert "-2.0000" in get_note(study)
     Refresh()(optuna.create_study(), None)
-    monkeypatch.setattr("moeopt.dashboard.refreshing.attach", lambda *_: 1 / 0)
+    monkeypatch.setattr("moeopt.report.dashboard.refreshing.attach", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="no current figures: division by zero"):
         study.optimize(lambda trial: 0.0, n_trials=1, callbacks=[refresh])
     with pytest.raises(StudyError, match="every must be at least 0 seconds, got -1"):

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from moeopt import figures
 from moeopt.errors import MoeoptError
-from moeopt.figures import (
+from moeopt.plan import LayerPlan, Plan
+from moeopt.report import figures
+from moeopt.report.figures import (
     FigureError,
     activation_pattern,
     ensemble_curve,
@@ -29,7 +30,6 @@ from moeopt.figures import (
     write_html,
     write_png,
 )
-from moeopt.plan import LayerPlan, Plan
 
 SETS = list(combinations(range(5), 2))
 ON_DISK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -490,7 +490,7 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(
 
 def test_neither_import_nor_png_touches_pyplot(tmp_path: Path) -> None:
     code = (
-        "import sys, moeopt.figures as f; early = [m for m in ('plotly', 'matplotlib') if m in sys.modules];"
+        "import sys, moeopt.report.figures as f; early = [m for m in ('plotly', 'matplotlib') if m in sys.modules];"
         f"f.write_png(f.activation_pattern([[0.5, 0.5]]), {str(tmp_path / 'figure.png')!r});"
         "print(early, 'matplotlib.pyplot' in sys.modules)"
     )

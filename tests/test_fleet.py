@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 import moeopt
-from moeopt import fleet
 from moeopt.study import finished
+from moeopt.study.workers import fleet
 
 
 @pytest.fixture

@@ -14,12 +14,14 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 import moeopt
-from moeopt import benchmarking, genome, samplers
+from moeopt import samplers
 from moeopt.cli import main
 from moeopt.errors import StudyError
+from moeopt.results import optimiser_comparison as benchmarking
 from moeopt.samplers import GenomeSampler, Proposal, get
 from moeopt.study import finished, foreign_trials, reclaim
 from moeopt.tasks import TextTask
+from moeopt.trials import genome
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 pytestmark = pytest.mark.filterwarnings(

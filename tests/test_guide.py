@@ -10,13 +10,14 @@ import optuna
 import pytest
 
 import moeopt
-from moeopt import genome, guide, recipe
 from moeopt.errors import StudyError
-from moeopt.guide import COST, GUIDE
 from moeopt.methods.guiding import Guiding
 from moeopt.plan import Plan
 from moeopt.samplers.guided import GUIDED
+from moeopt.study import recipe
 from moeopt.tasks import Example, MultipleChoiceTask
+from moeopt.trials import genome, guide
+from moeopt.trials.guide import COST, GUIDE
 
 LAYERS, EXPERTS, KEEP = 3, 6, 3
 ROWS = [Example(str(i), f"is {i * 7 % 40} so {'very ' * (i % 3)}odd?", ("n", "y"), i % 2) for i in range(24)]

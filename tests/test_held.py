@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import moeopt
-from moeopt.console.studies import study_record
 from moeopt.errors import StudyError
 from moeopt.plan import Plan
-from moeopt.selection import held
+from moeopt.report.terminal.studies import study_record
+from moeopt.results.selection import held
 from moeopt.tasks import Example, MultipleChoiceTask
 
 LAYERS, EXPERTS = 3, 6

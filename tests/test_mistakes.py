@@ -123,7 +123,7 @@ NO_CALL: dict[str, tuple[Call, str]] = {
     "objective and study": (lambda o, url: moeopt.optimize(o, created(o, None), trials=1), "optuna.Study.*Objective"),
     "a loss": (lambda o, url: moeopt.optimize(created(o, None), 0.5, trials=1), "objective .*0.5"),
     "one callback": (
-        lambda o, url: moeopt.optimize(created(o, None), o, trials=1, callbacks=moeopt.dashboard.Refresh()),
+        lambda o, url: moeopt.optimize(created(o, None), o, trials=1, callbacks=moeopt.report.dashboard.Refresh()),
         "callbacks is a list",
     ),
     "loading a Path": (lambda o, url: moeopt.load_study("s", Path(url[10:])), "sqlite:///"),
@@ -204,7 +204,7 @@ def test_a_number_out_of_range_fails_its_trial_alone(
 def test_a_genotype_out_of_range_fails_its_trial_alone(objective: moeopt.Objective) -> None:
     import numpy as np
 
-    from moeopt import genome
+    from moeopt.trials import genome
 
     study = moeopt.create_study(objective=objective, storage=None, sampler="local")
     size = objective.space.size
@@ -311,7 +311,7 @@ def test_devices_and_types() -> None:
 
 def test_refresh_prints_nothing(objective: moeopt.Objective, capfd: pytest.CaptureFixture[str]) -> None:
     study = moeopt.create_study(objective=objective, storage=None, sampler=get("local", objective.space, seed=0))
-    refresh = moeopt.dashboard.Refresh(every=0.0)
+    refresh = moeopt.report.dashboard.Refresh(every=0.0)
     optuna.logging.set_verbosity(optuna.logging.DEBUG)
     try:
         study.optimize(objective, n_trials=2)
@@ -322,4 +322,4 @@ def test_refresh_prints_nothing(objective: moeopt.Objective, capfd: pytest.Captu
         assert "A new study created" in capfd.readouterr().err
     finally:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-    assert "moeopt-1-progress" in str(moeopt.genome.study_attributes(study).keys())
+    assert "moeopt-1-progress" in str(moeopt.trials.genome.study_attributes(study).keys())

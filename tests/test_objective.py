@@ -19,13 +19,13 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 import moeopt
-from moeopt import genome
 from moeopt.errors import OutOfMemoryError, StudyError
 from moeopt.plan import Plan
-from moeopt.racing import RacingPruner, blocks, rung_sizes
 from moeopt.samplers import get
+from moeopt.samplers.racing import RacingPruner, blocks, rung_sizes
+from moeopt.study.recorded_tasks import Use, keep, restored
 from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, TextTask
-from moeopt.tasks.keeping import Use, keep, restored
+from moeopt.trials import genome
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 optuna.logging.set_verbosity(optuna.logging.ERROR)

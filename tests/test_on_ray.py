@@ -14,11 +14,11 @@ import optuna
 import pytest
 
 import moeopt
-from moeopt import genome, recipe
 from moeopt.errors import StudyError
-from moeopt.on_ray import run_on_ray
-from moeopt.study import finished
+from moeopt.study import finished, recipe
+from moeopt.study.workers.on_ray import run_on_ray
 from moeopt.tasks import Example, MultipleChoiceTask
+from moeopt.trials import genome
 
 ray = pytest.importorskip("ray")
 optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -23,16 +23,16 @@ from rich.console import Console
 from torch import Tensor
 
 import moeopt
-from moeopt import profiling
 from moeopt.cli import main
 from moeopt.demo import MODEL
 from moeopt.errors import ModelError
 from moeopt.models import moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
-from moeopt.profiling import LayerLoad, Profile, ProfileError, Ratio, Row, Setting, Speed, measuring, run
-from moeopt.profiling.checks import check_length, check_plan
-from moeopt.profiling.worker import Host
-from moeopt.profiling.workers import Worker
+from moeopt.results import profiling
+from moeopt.results.profiling import LayerLoad, Profile, ProfileError, Ratio, Row, Setting, Speed, measuring, run
+from moeopt.results.profiling.checks import check_length, check_plan
+from moeopt.results.profiling.worker import Host
+from moeopt.results.profiling.workers import Worker
 
 LAYERS, N, K, R = 6, 8, 2, 4
 PRUNED = Plan.one_hot([[1, 4, 6, 7]] * LAYERS, experts=N, k=K)

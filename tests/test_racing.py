@@ -12,9 +12,8 @@ from optuna.pruners import HyperbandPruner, NopPruner, WilcoxonPruner
 from optuna.trial import TrialState
 from scipy.stats import norm, t
 
-from moeopt import genome
 from moeopt.errors import StudyError
-from moeopt.racing import (
+from moeopt.samplers.racing import (
     NOISE_FLOOR,
     RacingPruner,
     blocks,
@@ -25,6 +24,7 @@ from moeopt.racing import (
     mean_difference,
     rung_sizes,
 )
+from moeopt.trials import genome
 
 N = 64
 EASY = np.random.default_rng(7).gamma(1.0, 1.0, N)

@@ -14,11 +14,13 @@ import optuna
 import pytest
 
 import moeopt
-from moeopt import genome, recipe, samplers
+from moeopt import samplers
 from moeopt.errors import StudyError
-from moeopt.recipe import RECIPE, Recipe
 from moeopt.samplers.shadow import describe
+from moeopt.study import recipe
+from moeopt.study.recipe import RECIPE, Recipe
 from moeopt.tasks import Example, MultipleChoiceTask
+from moeopt.trials import genome
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

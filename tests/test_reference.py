@@ -22,7 +22,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import moeopt
-from moeopt import genome, recipe, reference
 from moeopt.cli import main
 from moeopt.errors import StorageError, StudyError
 from moeopt.evaluation import Evaluation, paired_bootstrap
@@ -30,10 +29,11 @@ from moeopt.evaluation.prompts import decoded
 from moeopt.models import patched
 from moeopt.plan import Plan
 from moeopt.samplers import get
-from moeopt.study import load_study
+from moeopt.study import load_study, recipe, reference
 from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, Request, TextTask
 from moeopt.tasks.generation import GenerationTask
 from moeopt.tasks.record import Query, RecordTask
+from moeopt.trials import genome
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 pytestmark = pytest.mark.filterwarnings("ignore:the full model", "ignore:task 'mixture'")
@@ -562,7 +562,7 @@ def test_a_delimiter_that_the_model_does_not_know_is_hinted_at(
 
 
 def test_the_figure_has_a_line_for_it() -> None:
-    from moeopt import figures
+    from moeopt.report import figures
 
     figure = figures.search_progress([1, 2, 3], [3.0, 2.0, 1.0], full_model=1.5)
     (line,) = [trace for trace in figure.data if trace.name == "full model"]

@@ -10,12 +10,12 @@ import pytest
 
 import moeopt
 from moeopt.cli import main
-from moeopt.comparing import compare
 from moeopt.demo import MODEL
 from moeopt.evaluation import Evaluator
 from moeopt.methods import Calibration, refitting
 from moeopt.plan import Plan
-from moeopt.selection import judged_refit
+from moeopt.results.method_comparison import compare
+from moeopt.results.selection import judged_refit
 
 
 @pytest.fixture(scope="module")

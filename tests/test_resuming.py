@@ -23,12 +23,12 @@ import pytest
 from optuna_dashboard import get_note
 
 import moeopt
-from moeopt import genome
 from moeopt.cli import main
-from moeopt.dashboard import Refresh, Refresher
 from moeopt.evaluation import Evaluator
 from moeopt.plan import Plan
-from moeopt.storage import open_storage
+from moeopt.report.dashboard import Refresh, Refresher
+from moeopt.study.storage import open_storage
+from moeopt.trials import genome
 
 ROOT = Path(moeopt.__file__).parent.parent
 LAYERS, EXPERTS, TRIALS = 3, 6, 7
@@ -305,7 +305,7 @@ def test_the_python_of_a_note_resumes(name: str, folder: Path, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     study = moeopt.create_study("s", storage="sqlite:///x.db", **made)
     moeopt.optimize(study, objective, trials=4)
-    moeopt.recipe.want(study, 6)
+    moeopt.study.recipe.want(study, 6)
     Refresh(every=0.0)(study)
     text = get_note(study)
     code = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)

@@ -22,18 +22,18 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 import moeopt
-from moeopt import genome
 from moeopt.cli import main
-from moeopt.comparing.searched import searched
 from moeopt.errors import NonFiniteLossError, StudyError, TaskError
 from moeopt.evaluation import Compression, Evaluation, Evaluator, Interval, paired_bootstrap
 from moeopt.exporting import why_not_stock
 from moeopt.plan import LayerPlan, Plan
-from moeopt.selection import SELECTION, check, on_test, recorded, selected_trial, verdict, view
-from moeopt.selection.kept import Kept
-from moeopt.selection.record import sentence
+from moeopt.results.method_comparison.searched import searched
+from moeopt.results.selection import SELECTION, check, on_test, recorded, selected_trial, verdict, view
+from moeopt.results.selection.kept import Kept
+from moeopt.results.selection.record import sentence
 from moeopt.tasks import MultipleChoiceTask, TextTask
 from moeopt.tasks.base import Example
+from moeopt.trials import genome
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 pytestmark = pytest.mark.filterwarnings("ignore:The test split has now")

@@ -20,12 +20,13 @@ import torch
 from optuna.trial import TrialState
 
 import moeopt
-from moeopt import genome, methods, process, samplers
+from moeopt import methods, samplers
 from moeopt.errors import MethodError, SamplerError, SpaceError, StorageError, StudyError
 from moeopt.samplers import EEPSampler
-from moeopt.storage import hidden
 from moeopt.study import finished, reclaim, space_of, stalled
+from moeopt.study.storage import hidden
 from moeopt.tasks import MultipleChoiceTask, TextTask
+from moeopt.trials import genome, process
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

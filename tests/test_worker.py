@@ -20,11 +20,11 @@ import pytest
 import torch
 
 import moeopt
-from moeopt import genome, recipe
 from moeopt.cli import main
 from moeopt.errors import NonFiniteLossError, StudyError
-from moeopt.study import finished, stalled
+from moeopt.study import finished, recipe, stalled
 from moeopt.tasks import Example, MultipleChoiceTask
+from moeopt.trials import genome
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -284,8 +284,8 @@ def test_bad_arguments_are_one_line(
 
 
 def test_a_launcher_s_local_rank_chooses_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moeopt.fleet import cores
-    from moeopt.worker import local_device, threads
+    from moeopt.study.workers.fleet import cores
+    from moeopt.study.workers.worker import local_device, threads
 
     for variable in ("LOCAL_RANK", "SLURM_LOCALID", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(variable, raising=False)

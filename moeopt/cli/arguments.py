@@ -233,7 +233,7 @@ def command_again(given: Sequence[str] | None, storage: str) -> str:
 
 def noted_command(given: Sequence[str] | None, storage: str) -> str:
     """`command_again` to resume with from another folder, and where MOEOPT_STORAGE is not set."""
-    from moeopt.storage import hidden
+    from moeopt.study.storage import hidden
 
     words = _again(given, storage)
     if not any(word.partition("=")[0] == "--storage" for word in words):
@@ -242,7 +242,7 @@ def noted_command(given: Sequence[str] | None, storage: str) -> str:
 
 
 def _again(given: Sequence[str] | None, storage: str) -> list[str]:
-    from moeopt.storage import hidden
+    from moeopt.study.storage import hidden
 
     words = [word for word in (sys.argv[1:] if given is None else given) if word != "--no-resume"]
     return [word.replace(storage, hidden(storage)) for word in words]
@@ -250,7 +250,7 @@ def _again(given: Sequence[str] | None, storage: str) -> list[str]:
 
 def storage_again(storage: str) -> list[str]:
     """The option that names a storage again, without its password; none where MOEOPT_STORAGE names it."""
-    from moeopt.storage import hidden
+    from moeopt.study.storage import hidden
 
     return [] if os.environ.get(STORAGE_VARIABLE) == storage else ["--storage", hidden(storage)]
 
@@ -314,7 +314,7 @@ def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:
     from moeopt.study import best_trial
 
     if which == "selected":
-        from moeopt.selection import selected_trial
+        from moeopt.results.selection import selected_trial
 
         winner = selected_trial(study)
         return winner, plan_of(winner, study)
@@ -334,7 +334,7 @@ def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:
 def check_kept(storage: str, workers: int) -> None:
     """Raise StorageError for a database in memory, which ends with the command, and no other process sees."""
     from moeopt.errors import StorageError
-    from moeopt.storage import hidden, in_memory
+    from moeopt.study.storage import hidden, in_memory
 
     if in_memory(storage):
         why = "a database in memory ends with the search, and all that it found"
@@ -359,8 +359,8 @@ def existing(storage: str, name: str, *, resume: bool) -> optuna.Study | None:
         StudyError: when there is one, and it is not to be resumed.
         StorageError: when the storage cannot be used.
     """
-    from moeopt.storage import hidden, is_new, open_storage, readable_errors
     from moeopt.study import find
+    from moeopt.study.storage import hidden, is_new, open_storage, readable_errors
 
     if is_new(storage):
         return None
@@ -376,7 +376,7 @@ def existing(storage: str, name: str, *, resume: bool) -> optuna.Study | None:
 
 def stored_description(study: optuna.Study | None) -> dict[str, Any]:
     """What a study says it searches; of none, and of one that moeopt did not make, nothing."""
-    from moeopt.description import DESCRIPTION, described, reading
+    from moeopt.trials.description import DESCRIPTION, described, reading
 
     if study is None:
         return {}

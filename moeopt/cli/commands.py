@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             message += f", got {reasons()[0]['input']!r}"
     except MoeoptError as error:
         message = str(error)
-    from moeopt.console import consoles
+    from moeopt.report.terminal import consoles
     from moeopt.showing import line
 
     consoles()[1].print(f"Error: {line(message, 4000)}", style="red", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`moeopt compare`: arguments are checked and handed to `moeopt.benchmarking.compare`."""
+"""`moeopt compare`: arguments are checked and handed to `moeopt.results.optimiser_comparison.compare`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moeopt.cli.options import DEFAULT_STORAGE, STORAGE_VARIABLE
 from moeopt.errors import StudyError, nearest
 
 if TYPE_CHECKING:
-    from moeopt.benchmarking import Run
+    from moeopt.results.optimiser_comparison import Run
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -61,8 +61,8 @@ def compare(
     """
     if not studies and study_prefix is None:
         raise StudyError("name the studies to compare, or give --study-prefix")
-    from moeopt import benchmarking
-    from moeopt.console import consoles
+    from moeopt.report.terminal import consoles
+    from moeopt.results import optimiser_comparison as benchmarking
 
     found = benchmarking.compare(
         _runs(studies or [], study_prefix, storage or [os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE]),
@@ -79,9 +79,9 @@ def _runs(names: list[str], prefix: str | None, storages: list[str]) -> list[Run
     """The studies of these names, and of this prefix, in all storages."""
     import optuna
 
-    from moeopt.benchmarking import read
-    from moeopt.description import reading
-    from moeopt.storage import hidden, open_storage, readable_errors, study_names
+    from moeopt.results.optimiser_comparison import read
+    from moeopt.study.storage import hidden, open_storage, readable_errors, study_names
+    from moeopt.trials.description import reading
 
     there: list[str] = []
     runs = []

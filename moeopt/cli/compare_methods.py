@@ -1,4 +1,4 @@
-"""`moeopt compare-methods`: arguments are checked and handed to `moeopt.comparing.compare`."""
+"""`moeopt compare-methods`: arguments are checked and handed to `moeopt.results.method_comparison.compare`."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ def compare_methods(
     names = None if methods is None else arguments.words("--methods", methods)
     options = arguments.pairs("--task-option", task_option)
     other_options = arguments.pairs("--calibration-option", calibration_option)
-    from moeopt import comparing, tasks
+    from moeopt import tasks
+    from moeopt.results import method_comparison as comparing
 
     comparing.check_methods(names)
     shape = arguments.quick_shape(model)
@@ -122,8 +123,8 @@ def compare_methods(
 
         opened = read_study(study, storage)
         check_study(opened, chosen)
-    from moeopt.console import Steps, consoles
     from moeopt.models import check_checkpoint, load, load_tokenizer
+    from moeopt.report.terminal import Steps, consoles
 
     if shape is None:
         comparing.check(check_checkpoint(model), keeps, actives)

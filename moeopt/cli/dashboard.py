@@ -1,4 +1,4 @@
-"""`moeopt dashboard`: arguments are checked and handed to `moeopt.dashboard`."""
+"""`moeopt dashboard`: arguments are checked and handed to `moeopt.report.dashboard`."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def dashboard(
     ] = False,
 ) -> None:
     """Serve optuna-dashboard for a storage, with each study's note and figures kept current."""
-    from moeopt.console import consoles
-    from moeopt.storage import anywhere, hidden, open_storage, readable_errors
+    from moeopt.report.terminal import consoles
+    from moeopt.study.storage import anywhere, hidden, open_storage, readable_errors
 
     out, err = consoles()
     opened = open_storage(storage, create=False)
 
     import optuna
 
-    from moeopt.dashboard import Refresher, refresh_in_background, server
-    from moeopt.dashboard.serving import LOOPBACK
+    from moeopt.report.dashboard import Refresher, refresh_in_background, server
+    from moeopt.report.dashboard.serving import LOOPBACK
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     cached = optuna.storages.get_storage(opened)

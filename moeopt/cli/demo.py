@@ -28,9 +28,9 @@ def demo(
     result against the full model, 20 random prunings, and the one-shot methods that it starts from, refitted and not. A
     second run goes on where the first one stopped.
     """
-    from moeopt.console import consoles
     from moeopt.demo import DEFAULT_SKILL, SKILLS
     from moeopt.errors import TaskError, nearest
+    from moeopt.report.terminal import consoles
 
     skill = skill or DEFAULT_SKILL
     if skill not in SKILLS:

@@ -80,7 +80,7 @@ def export(
     arguments.check_layers(chosen, shape)
     from rich.text import Text
 
-    from moeopt.console import consoles
+    from moeopt.report.terminal import consoles
     from moeopt.study import best_trial
 
     console, err = consoles()

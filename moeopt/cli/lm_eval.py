@@ -90,7 +90,7 @@ def lm_eval(
     if plan is not None or study is not None:
         layers = shape.layers if shape else None
         chosen, title, _ = arguments.chosen_plan("--plan", plan, layers, storage, study, trial)
-    from moeopt.tasks.harness import load as load_tasks
+    from moeopt.tasks.lm_eval.loading import load as load_tasks
 
     harness = load_tasks(
         names,
@@ -100,10 +100,10 @@ def lm_eval(
         unsafe_code=unsafe_code,
         trust_remote_code=trust_remote_code,
     )
-    from moeopt.console import consoles
     from moeopt.evaluation import lm_eval_report
     from moeopt.files import write_atomically
     from moeopt.models import load
+    from moeopt.report.terminal import consoles
 
     console, err = consoles()
     err.print(f"loading {model}", markup=False)

@@ -74,7 +74,7 @@ TRIAL = "A trial's number, best: the one of least loss, or selected: what [bold]
 
 def interrupted(err: Console, kept: str, ctx: typer.Context, storage: str) -> typer.Exit:
     """How a command ends after Ctrl-C, once it has said what is kept, and how to go on: with the same command."""
-    from moeopt.storage.urls import HIDDEN
+    from moeopt.study.storage.urls import HIDDEN
 
     command = arguments.command_again(ctx.obj, storage)
     err.print(f"Interrupted; {kept}" + (f" ({HIDDEN}: what is secret)" if HIDDEN in command else ""), markup=False)

@@ -80,7 +80,7 @@ def profile(
     ] = None,
 ) -> None:
     """Measure parameters, memory, speed and expert load balance of models and plans, side by side."""
-    from moeopt import profiling
+    from moeopt.results import profiling
 
     batches, lengths = arguments.numbers("--batch", batch), arguments.numbers("--prompt-length", prompt_length)
     options = arguments.pairs("--task-option", task_option)
@@ -103,7 +103,7 @@ def profile(
         goal.examples(goal.splits[-1])
     elif options:
         raise MoeoptError("--task-option needs --task or --data")
-    from moeopt.console import Steps, consoles
+    from moeopt.report.terminal import Steps, consoles
 
     console, err = consoles()
     try:

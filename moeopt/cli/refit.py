@@ -94,8 +94,8 @@ def refit(
     goal = tasks.get(task, data=data, **options)
     goal.examples("search")
     other = arguments.calibration_task(task, options, calibration_task, calibration_data, {})
-    from moeopt.console import consoles
     from moeopt.models import load
+    from moeopt.report.terminal import consoles
 
     console, err = consoles()
     try:
@@ -144,10 +144,10 @@ def written(plan: Plan, out: Path, *given: Any, err: Console, rank: int | None, 
         rank: as for `refit`.
         options: of `judged_refit`.
     """
-    from moeopt.console import Steps
     from moeopt.methods import Calibration
     from moeopt.methods import refit as fit
-    from moeopt.selection import judged_refit
+    from moeopt.report.terminal import Steps
+    from moeopt.results.selection import judged_refit
 
     model, tokenizer, task = given
     folder = out.with_name(f".{out.name}.layers")

@@ -37,7 +37,7 @@ from moeopt.cli.refit import check_can, check_file, export_again, written
 if TYPE_CHECKING:
     import optuna
 
-    from moeopt.objective import Objective
+    from moeopt.study.objective import Objective
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -221,9 +221,19 @@ def search(
 
     import optuna
 
-    from moeopt import fleet, recipe
-    from moeopt.console import SearchProgress, consoles
-    from moeopt.study import COMMAND, automatic, best_trial, check_same, create_study, finished, optimize, stalled
+    from moeopt.report.terminal import SearchProgress, consoles
+    from moeopt.study import (
+        COMMAND,
+        automatic,
+        best_trial,
+        check_same,
+        create_study,
+        finished,
+        optimize,
+        recipe,
+        stalled,
+    )
+    from moeopt.study.workers import fleet
 
     if resumed is not None:
         check_same(resumed, {**stored, **described})
@@ -244,9 +254,9 @@ def search(
         err.print(f"task {chosen_task.name}: {chosen_task.summary}", markup=False, soft_wrap=True)
         err.print(f"loading {model}", markup=False)
         from moeopt.models import load, load_tokenizer
-        from moeopt.objective import Objective
-        from moeopt.reference import MOST_SHOWN, first_prompt, read
         from moeopt.showing import line
+        from moeopt.study.objective import Objective
+        from moeopt.study.reference import MOST_SHOWN, first_prompt, read
 
         chosen_task.check(load_tokenizer(model))
         shares = fleet.shared(workers, device_map) if workers > 1 else [{}]
@@ -352,7 +362,7 @@ def search(
 def _held(study: optuna.Study, objective: Objective) -> str:
     """A line on what became of a search's gain on dev; empty where there was none."""
     from moeopt.errors import MoeoptError
-    from moeopt.selection import held
+    from moeopt.results.selection import held
 
     try:
         made = held(study, objective)

@@ -27,7 +27,7 @@ from moeopt.cli.options import (
     interrupted,
 )
 from moeopt.cli.refit import check_can, check_file, export_again, written
-from moeopt.selection.checks import MOST, TOP
+from moeopt.results.selection.checks import MOST, TOP
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -76,15 +76,15 @@ def select(
     chosen = tasks.get(task, data=data, **options)
     if refit is not None:
         check_file(refit)
-    from moeopt.description import described as stored
     from moeopt.study import read_study
+    from moeopt.trials.description import described as stored
 
     opened = read_study(study, storage)
-    from moeopt import selection
+    from moeopt.results import selection
 
     selection.check(opened, chosen)
-    from moeopt.console import Steps, consoles
     from moeopt.models import load
+    from moeopt.report.terminal import Steps, consoles
 
     console, err = consoles()
     try:

@@ -31,9 +31,17 @@ def show(
 ) -> None:
     """List the studies of a storage, or show one: what it searches, its best trials and the best plan."""
     from moeopt import study as room
-    from moeopt.console import consoles, json_text, layer_rows, studies_table, study_record, study_summary, study_view
-    from moeopt.description import reading
-    from moeopt.storage import hidden, open_storage, readable_errors, study_names
+    from moeopt.report.terminal import (
+        consoles,
+        json_text,
+        layer_rows,
+        studies_table,
+        study_record,
+        study_summary,
+        study_view,
+    )
+    from moeopt.study.storage import hidden, open_storage, readable_errors, study_names
+    from moeopt.trials.description import reading
 
     out, _ = consoles()
     if study is None:
@@ -82,8 +90,8 @@ def plan(
             shown.save(out)
         except OSError as error:
             raise PlanError(f"cannot write {str(out)!r}: {error.strerror or error}") from None
-    from moeopt.console import consoles, plan_table
     from moeopt.exporting import why_not_stock
+    from moeopt.report.terminal import consoles, plan_table
 
     console, _ = consoles()
     console.print(plan_table(shown, title))

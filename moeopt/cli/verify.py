@@ -53,8 +53,8 @@ def verify(
         raise MoeoptError("--data and --task-option need --task")
     from rich.text import Text
 
-    from moeopt.console import consoles
     from moeopt.exporting import verify as check
+    from moeopt.report.terminal import consoles
 
     console, err = consoles()
     with err.status(Text(f"verifying {folder}")):

@@ -98,11 +98,11 @@ def worker(
         arguments.quick_shape(model)
     import optuna
 
-    from moeopt import recipe, tasks
-    from moeopt.console import SearchProgress, consoles
-    from moeopt.fleet import take
-    from moeopt.study import finished, read_study
-    from moeopt.worker import run_worker, threads
+    from moeopt import tasks
+    from moeopt.report.terminal import SearchProgress, consoles
+    from moeopt.study import finished, read_study, recipe
+    from moeopt.study.workers.fleet import take
+    from moeopt.study.workers.worker import run_worker, threads
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     err = consoles()[1]
@@ -157,10 +157,10 @@ def on_ray(
     options = _task_options(task, data, task_option)
     import optuna
 
-    from moeopt import recipe, tasks
-    from moeopt.console import consoles
-    from moeopt.on_ray import run_on_ray
-    from moeopt.study import finished
+    from moeopt import tasks
+    from moeopt.report.terminal import consoles
+    from moeopt.study import finished, recipe
+    from moeopt.study.workers.on_ray import run_on_ray
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     err = consoles()[1]

@@ -11,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moeopt.console import number, percent
 from moeopt.evaluation import Evaluation, Interval
 from moeopt.plan import Plan
+from moeopt.report.terminal import number, percent
 
 FULL, RANDOM, SEARCH, REFIT = "full model", "mean random pruning", "guided search", " + refit"
 

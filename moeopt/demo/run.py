@@ -19,23 +19,23 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from moeopt.console import SearchProgress
 from moeopt.demo.result import FULL, RANDOM, REFIT, SEARCH, DemoResult, Entry, view
 from moeopt.demo.skills import DEFAULT_SKILL, MODEL
 from moeopt.demo.task import skill_task
 from moeopt.errors import StudyError
 from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
 from moeopt.exporting import check_folder, export
-from moeopt.genome import METHOD
 from moeopt.methods import Calibration, refit
 from moeopt.models import Sizes, load
-from moeopt.objective import Objective
 from moeopt.plan import Plan
+from moeopt.report.terminal import SearchProgress
 from moeopt.samplers.guided import SHARE
 from moeopt.samplers.local import RUNGS
 from moeopt.spaces import PruneSpace
 from moeopt.study import best_trial, create_study, finished, optimize
+from moeopt.study.objective import Objective
 from moeopt.study.warm_starts import CHOICE
+from moeopt.trials.genome import METHOD
 
 KEEP = 2
 TRIALS = 150

@@ -3,7 +3,7 @@
 from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.evaluator import Evaluator
 from moeopt.evaluation.generating import Generation
-from moeopt.evaluation.harness import HarnessReport, HarnessResult, lm_eval_report
+from moeopt.evaluation.lm_eval_report import HarnessReport, HarnessResult, lm_eval_report
 from moeopt.evaluation.noise import NoiseFloor, noise_floor
 from moeopt.evaluation.statistics import Interval, paired_bootstrap
 from moeopt.evaluation.teacher import Compression, Teacher

@@ -47,8 +47,8 @@ def best_stock_trial(study: optuna.Study) -> FrozenTrial:
 
 def check_model(model: PreTrainedModel | str | Path, study: optuna.Study) -> None:
     """Raise ExportError unless the study searched this model; of a mere path only the shape is compared."""
-    from moeopt.description import described
     from moeopt.models import check_checkpoint, describe
+    from moeopt.trials.description import described
 
     about = described(study)
     if isinstance(model, (str, Path)):
@@ -65,7 +65,7 @@ def check_model(model: PreTrainedModel | str | Path, study: optuna.Study) -> Non
 
 def trial_record(trial: FrozenTrial, study: optuna.Study) -> dict[str, Any]:
     """What moeopt.json says of a trial and its study."""
-    from moeopt.description import described
+    from moeopt.trials.description import described
 
     attrs = {key: trial.user_attrs[key] for key in ("accuracy", "operator", "phase") if key in trial.user_attrs}
     return {

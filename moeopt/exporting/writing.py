@@ -45,7 +45,7 @@ def appearing(out: Path) -> Iterator[Path]:
 
     What earlier processes left of theirs, killed while they wrote to the same place, is removed first.
     """
-    from moeopt.process import this_worker
+    from moeopt.trials.process import this_worker
 
     for left in out.parent.glob(f".{out.name}.*"):
         if _abandoned(left):
@@ -186,7 +186,7 @@ def _write_all(stream: FileIO, piece: bytes) -> None:
 
 
 def _abandoned(folder: Path) -> bool:
-    from moeopt.process import is_dead
+    from moeopt.trials.process import is_dead
 
     try:
         return is_dead(json.loads((folder / WRITER).read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""Makes a `moeopt.guide.Guide`: what each expert taken out of a pruning, or back in, would change of its loss."""
+"""Makes a `moeopt.trials.guide.Guide`: what an expert taken out of a pruning, or back in, would change of its loss."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 from torch import Tensor
 
 from moeopt.evaluation import Evaluator
-from moeopt.guide import Guide
 from moeopt.methods.gradients import LossGradients
 from moeopt.methods.loss_aware import cost_of
 from moeopt.methods.seen import Seen
 from moeopt.methods.set_changes import Toggles, products_of
 from moeopt.plan import Plan
+from moeopt.trials.guide import Guide
 
 
 class Guiding:
@@ -19,7 +19,7 @@ class Guiding:
 
     Args:
         evaluator: model, task, examples and score.
-        of: names them (`moeopt.objective.scores_name`).
+        of: names them (`moeopt.study.objective.scores_name`).
 
     Attributes:
         layer_tokens: what one guide costs.

@@ -18,13 +18,13 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import description, genome, guide, process
-from moeopt.description import ENQUEUED
 from moeopt.errors import SamplerError, SpaceError, StudyError, got
-from moeopt.genome import Vector
-from moeopt.guide import Guide
 from moeopt.plan import Plan
 from moeopt.spaces.base import NAMED_AT_MOST, Space
+from moeopt.trials import description, genome, guide, process
+from moeopt.trials.description import ENQUEUED
+from moeopt.trials.genome import Vector
+from moeopt.trials.guide import Guide
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

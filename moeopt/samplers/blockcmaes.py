@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeopt.genome import Vector
 from moeopt.plan import Plan
 from moeopt.samplers.bandit import choose, gain, layers_run, most_tokens
 from moeopt.samplers.base import (
@@ -35,6 +34,7 @@ from moeopt.samplers.base import (
 )
 from moeopt.samplers.cmaes import complete, tell
 from moeopt.spaces.base import Space
+from moeopt.trials.genome import Vector
 
 OPERATOR = "blockcmaes"
 

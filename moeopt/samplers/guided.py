@@ -1,9 +1,9 @@
 """Local search that looks where the loss's derivative points, and learns from what came of it.
 
-The objective leaves guides (`moeopt.guide`, `Objective(guide=...)`): what every expert of every MoE layer, taken out of
-the best pruning or back in, would change of the loss. Summed over a group's layers, they give each of its experts a
-value v_e = a signed_e + b squared_e, what having it costs: of a kept one, minus what its loss costs. Near the pruning G
-of the guide, a pruning S that shares all else has the loss
+The objective leaves guides (`moeopt.trials.guide`, `Objective(guide=...)`): what every expert of every MoE layer, taken
+out of the best pruning or back in, would change of the loss. Summed over a group's layers, they give each of its
+experts a value v_e = a signed_e + b squared_e, what having it costs: of a kept one, minus what its loss costs. Near the
+pruning G of the guide, a pruning S that shares all else has the loss
 
     loss(S) = loss(G) + sum over e of ([e in S] - [e in G]) v_e + noise,
 

@@ -30,7 +30,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moeopt.errors import SamplerError
-from moeopt.genome import Vector
 from moeopt.plan import Matrix, Plan
 from moeopt.samplers.bandit import choose, gain, layers_run, most_tokens
 from moeopt.samplers.base import (
@@ -45,6 +44,7 @@ from moeopt.samplers.base import (
     starting_point,
 )
 from moeopt.spaces.base import Phase, Space
+from moeopt.trials.genome import Vector
 
 RUNGS = 4
 """At how many rungs trials race by default: at equal cost, that searches some four times the examples."""

@@ -28,10 +28,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moeopt.errors import SamplerError, nearest
-from moeopt.genome import Vector
 from moeopt.plan import Plan
 from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, noted, starting_point
 from moeopt.spaces.base import Space
+from moeopt.trials.genome import Vector
 
 T = TypeVar("T")
 UNKNOWN = 1e6

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.samplers import BaseSampler
 
-from moeopt.description import ENQUEUED
 from moeopt.errors import SamplerError, nearest
 from moeopt.samplers import blockcmaes, cmaes, eep, shadow
 from moeopt.samplers.base import START, GenomeSampler
@@ -22,6 +21,7 @@ from moeopt.samplers.nevergrad import NevergradSampler
 from moeopt.samplers.random import RandomSampler
 from moeopt.samplers.shadow import ShadowSampler, TPESampler
 from moeopt.spaces.base import Space
+from moeopt.trials.description import ENQUEUED
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -26,11 +26,11 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from moeopt.errors import SamplerError
-from moeopt.genome import Vector
 from moeopt.plan import Plan
 from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
 from moeopt.samplers.seeding import reseed
 from moeopt.spaces.base import Space
+from moeopt.trials.genome import Vector
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeopt import genome
 from moeopt.errors import SpaceError
-from moeopt.genome import Vector
 from moeopt.plan import LayerPlan, Matrix, ModelShape, Plan
 from moeopt.spaces.base import Groups, Phase, Space, layer_groups, range_names
+from moeopt.trials import genome
+from moeopt.trials.genome import Vector
 
 
 class ActiveSpace(Space):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeopt import genome
 from moeopt.errors import SpaceError
-from moeopt.genome import Vector
 from moeopt.plan import LayerPlan, Matrix, ModelShape, Negative, Plan, one_hot
 from moeopt.showing import shown
+from moeopt.trials import genome
+from moeopt.trials.genome import Vector
 
 if TYPE_CHECKING:
     import optuna

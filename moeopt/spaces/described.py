@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moeopt import genome
 from moeopt.errors import SpaceError, StorageError
 from moeopt.plan import ModelShape
 from moeopt.showing import shown
@@ -14,6 +13,7 @@ from moeopt.spaces.base import Space
 from moeopt.spaces.eep import EEPSpace
 from moeopt.spaces.merge import MergeSpace
 from moeopt.spaces.prune import PruneSpace
+from moeopt.trials import genome
 
 MOST_LAYERS = 4096
 """Of a described space; with more, the numbers of a hostile description would fill the memory."""

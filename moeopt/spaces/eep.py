@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from moeopt.genome import Vector
 from moeopt.plan import Matrix, ModelShape, Negative
 from moeopt.spaces.base import Groups, MapAt, Phase, Space, one_hot_pair, random_rows
 from moeopt.spaces.merge import entry_names
+from moeopt.trials.genome import Vector
 
 LOW, HIGH = -1.0, 2.0
 """Bounds of an entry: one unit beyond the 0 and 1 that a pruning has."""

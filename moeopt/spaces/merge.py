@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from moeopt import genome
 from moeopt.errors import SpaceError
-from moeopt.genome import Vector
 from moeopt.plan import Matrix, ModelShape, Plan
 from moeopt.spaces.base import Groups, MapAt, Phase, Space
+from moeopt.trials import genome
+from moeopt.trials.genome import Vector
 
 REACH = 3.0
 """Entries may move so many scales from the plan they start at."""

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeopt.errors import SpaceError
-from moeopt.genome import Vector
 from moeopt.plan import Matrix, ModelShape
 from moeopt.spaces.base import Groups, Phase, Space, kept_rows, one_hot_pair, random_rows
+from moeopt.trials.genome import Vector
 
 Encoding = Literal["rows", "scores", "subset"]
 

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.pruners import BasePruner, NopPruner
 
-from moeopt.description import (
+from moeopt.errors import StudyError, got
+from moeopt.samplers import GenomeSampler, UnknownSampler
+from moeopt.samplers.shadow import describe
+from moeopt.showing import shown
+from moeopt.spaces import Space
+from moeopt.trials.description import (
     DESCRIPTION,
     check_same,
     check_sampler,
@@ -17,17 +22,12 @@ from moeopt.description import (
     record_sampler,
     recorded_sampler,
 )
-from moeopt.errors import StudyError, got
-from moeopt.samplers import GenomeSampler, UnknownSampler
-from moeopt.samplers.shadow import describe
-from moeopt.showing import shown
-from moeopt.spaces import Space
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from torch import nn
 
-    from moeopt.objective import Objective
+    from moeopt.study.objective import Objective
     from moeopt.tasks import Task
 
 

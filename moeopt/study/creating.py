@@ -9,23 +9,24 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError
 from optuna.pruners import BasePruner
 
-from moeopt import recipe, samplers
+from moeopt import samplers
 from moeopt.defaults import DEFAULT_STORAGE
-from moeopt.description import DESCRIPTION, check_same
-from moeopt.description import write as write_description
 from moeopt.errors import StudyError
-from moeopt.racing import NOISE_FLOOR, RacingPruner
-from moeopt.storage import check_storage, is_new, open_storage, readable_errors
+from moeopt.samplers.racing import NOISE_FLOOR, RacingPruner
+from moeopt.study import recipe
 from moeopt.study.checks import check_objective, description_of
 from moeopt.study.opening import check_name, find
 from moeopt.study.reclaiming import reclaim
+from moeopt.study.storage import check_storage, is_new, open_storage, readable_errors
 from moeopt.study.warm_starts import AUTO, WarmStarts, calibrated, checked, enqueue_new
+from moeopt.trials.description import DESCRIPTION, check_same
+from moeopt.trials.description import write as write_description
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
 
-    from moeopt.objective import Objective
+    from moeopt.study.objective import Objective
 
 COMMAND = "command"
 """User attribute of a study that `moeopt search` made: the command, without its storage's password."""

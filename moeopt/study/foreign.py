@@ -5,9 +5,9 @@ from __future__ import annotations
 import optuna
 from optuna.trial import TrialState
 
-from moeopt import genome
-from moeopt.description import described
 from moeopt.samplers import operators
+from moeopt.trials import genome
+from moeopt.trials.description import described
 
 
 def foreign_trials(study: optuna.Study) -> list[int]:

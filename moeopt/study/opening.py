@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.pruners import BasePruner, NopPruner
 
-from moeopt.description import DESCRIPTION, check_sampler, check_whole, described, go_on, reading
 from moeopt.errors import MoeoptError, SpaceError, StudyError, got
 from moeopt.samplers import UnknownSampler, from_settings
 from moeopt.showing import line, shown
 from moeopt.spaces import Space, from_description
-from moeopt.storage import check_storage, hidden, open_storage, readable_errors, study_names
+from moeopt.study.storage import check_storage, hidden, open_storage, readable_errors, study_names
+from moeopt.trials.description import DESCRIPTION, check_sampler, check_whole, described, go_on, reading
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -84,14 +84,14 @@ def check_name(study_name: object) -> None:
 
 def _pruner(told: dict[str, Any] | None) -> BasePruner:
     """The pruner that a description tells of; the first versions had none."""
-    from moeopt import recipe
+    from moeopt.study import recipe
 
     return NopPruner() if told is None else recipe.pruner_from(told)
 
 
 def _own(study: optuna.Study) -> tuple[BaseSampler, BasePruner]:
     """The study's sampler and pruner, rebuilt; a sampler that starts nothing, with the reason, where one cannot be."""
-    from moeopt import recipe as recipes
+    from moeopt.study import recipe as recipes
 
     name = study.study_name
     try:

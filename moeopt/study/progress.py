@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 from optuna.trial import FrozenTrial
 
-from moeopt import genome
+from moeopt.trials import genome
 
 
 def finished(study: optuna.Study) -> int:

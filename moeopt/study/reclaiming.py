@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 from optuna.trial import TrialState
 
-from moeopt import genome, process
+from moeopt.trials import genome, process
 
 
 def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:

@@ -19,13 +19,14 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import genome, recipe
 from moeopt.errors import StorageError, StudyError, got
 from moeopt.samplers import GenomeSampler, UnknownSampler
-from moeopt.storage import presence
-from moeopt.storage.rows import NoSlotLeft, SetBack, StudyIsGone
+from moeopt.study import recipe
 from moeopt.study.progress import finished, stalled
 from moeopt.study.reclaiming import reclaim
+from moeopt.study.storage import presence
+from moeopt.study.storage.rows import NoSlotLeft, SetBack, StudyIsGone
+from moeopt.trials import genome
 
 SHORTEST_LOOK, LONGEST_LOOK = 0.05, 1.0
 """Seconds between two looks for a trial to start, while others run elsewhere."""
@@ -121,7 +122,7 @@ def _checked(study: Any, objective: Any, callbacks: Any) -> list[Callback]:
         raise StudyError(f"objective must be called with trials, such as a moeopt.Objective, got {got(objective)}")
     if callable(callbacks) or isinstance(callbacks, str):
         raise StudyError(f"callbacks is a list, got {got(callbacks)}")
-    ours = sys.modules.get("moeopt.objective")  # which imports torch; whoever has an objective has it
+    ours = sys.modules.get("moeopt.study.objective")  # which imports torch; whoever has an objective has it
     if ours is not None and isinstance(objective, ours.Objective):
         objective.check(study)
     elif isinstance(study.sampler, UnknownSampler):

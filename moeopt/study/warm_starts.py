@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 from optuna.trial import FrozenTrial
 
-from moeopt import genome
 from moeopt.errors import MoeoptError, SpaceError, got
-from moeopt.genome import CALIBRATION, METHOD, WARM_START
 from moeopt.plan import Plan
 from moeopt.spaces import Space
+from moeopt.trials import genome
+from moeopt.trials.genome import CALIBRATION, METHOD, WARM_START
 
 if TYPE_CHECKING:
     from moeopt.methods import Found
-    from moeopt.objective import Objective
+    from moeopt.study.objective import Objective
 
 WarmStarts = Literal["auto"] | Iterable["Plan | str"] | Mapping[str, "Plan | Found"]
 AUTO = "auto"

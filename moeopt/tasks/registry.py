@@ -17,7 +17,7 @@ from moeopt.tasks.drop import drop_task
 from moeopt.tasks.generation import generation_task
 from moeopt.tasks.gsm8k import gsm8k_task
 from moeopt.tasks.hellaswag import hellaswag_task
-from moeopt.tasks.lm_eval import lm_eval_task
+from moeopt.tasks.lm_eval.task import lm_eval_task
 from moeopt.tasks.math_problems import math_task
 from moeopt.tasks.mixture_file import mixture_task
 from moeopt.tasks.mmlu import mmlu_task

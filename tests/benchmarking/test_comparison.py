@@ -11,10 +11,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from moeopt.benchmarking import compare, read
-from moeopt.benchmarking.grouping import readable_names
-from moeopt.benchmarking.statistics import sign_flip
 from moeopt.errors import StudyError
+from moeopt.results.optimiser_comparison import compare, read
+from moeopt.results.optimiser_comparison.grouping import readable_names
+from moeopt.results.optimiser_comparison.statistics import sign_flip
 
 Make = Callable[..., Any]
 FAIL, PRUNED, COMPLETE = TrialState.FAIL, TrialState.PRUNED, TrialState.COMPLETE
@@ -106,7 +106,7 @@ def test_optimisers_are_grouped_by_all_but_the_seed_and_named_by_what_differs(ma
         make("b", [0.4], "eep", 1, options={"initial": 30}),
         make("c", [0.4], "eep", 0, options={"initial": 10}),
         make("d", [0.4], "tpe", 0),
-        make("e", [0.4], "tpe", 0, change={"pruner.class": "moeopt.racing.RacingPruner"}),
+        make("e", [0.4], "tpe", 0, change={"pruner.class": "moeopt.samplers.racing.RacingPruner"}),
         make("f", [0.4], "optuna", 5, options={"sampler": {"class": "optuna.samplers._qmc.QMCSampler", "seed": 1}}),
         make("g", [0.4], "optuna", 5, options={"sampler": {"class": "optuna.samplers._qmc.QMCSampler", "seed": 2}}),
     ]

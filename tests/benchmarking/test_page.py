@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from browser import Browser, browser  # noqa: F401
 
-from moeopt.benchmarking import compare
+from moeopt.results.optimiser_comparison import compare
 
 Make = Callable[..., Any]
 OPTIMISERS = {f"optimiser{i}": 0.05 * 2**i for i in range(8)} | {"<script>alert(1)</script>": 3.0}

@@ -17,10 +17,10 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from moeopt.benchmarking import Comparison, compare, view
-from moeopt.benchmarking.svg import Axis, spread
 from moeopt.cli import main
 from moeopt.errors import ExportError
+from moeopt.results.optimiser_comparison import Comparison, compare, view
+from moeopt.results.optimiser_comparison.svg import Axis, spread
 
 Make = Callable[..., Any]
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;\x1b[31m\u202e" + "x" * 300

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moeopt.benchmarking import statistics as s
+from moeopt.results.optimiser_comparison import statistics as s
 
 SEEDS = range(5)
 

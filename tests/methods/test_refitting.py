@@ -11,7 +11,6 @@ import torch
 from exporting.conftest import build_plans
 
 import moeopt
-from moeopt import analysis
 from moeopt.errors import MethodError, PlanError
 from moeopt.evaluation import Evaluator
 from moeopt.evaluation.memory import merged_bytes
@@ -20,6 +19,7 @@ from moeopt.methods.refitting import HELD_OUT, refit
 from moeopt.methods.ridge import Gram, Rows, solved
 from moeopt.models import moe_layers, patched
 from moeopt.plan import DownProjections, LayerPlan, Plan
+from moeopt.results import analysis
 from moeopt.tasks import TextTask
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import moeopt
-from moeopt.console.plans import layer_rows, plan_table
 from moeopt.errors import ModelError, PlanError, SpaceError
 from moeopt.evaluation.memory import merged_bytes
 from moeopt.models import mixing, moe_layers, patched
 from moeopt.plan import LayerPlan, Merge, Plan
+from moeopt.report.terminal.plans import layer_rows, plan_table
 
 IDS = torch.arange(3, 43)[None] * 5 % 90
 

@@ -224,6 +224,6 @@ def test_shares_of_activation_are_those_of_experts(make_mixtral, tiny_tokenizer)
         with patched(model, Plan((PARTS[name],) * 3)) as state, torch.no_grad():
             for batch in calibration.batches:
                 model(batch.ids, attention_mask=batch.mask)
-        shares = moeopt.analysis.activation_shares(calibration, Plan((PARTS[name],) * 3))
+        shares = moeopt.results.analysis.activation_shares(calibration, Plan((PARTS[name],) * 3))
         np.testing.assert_allclose(np.nansum(shares, axis=1), state.active, rtol=1e-6)
         assert np.isnan(shares[:, [0, 2, 3, 5, 7]]).all()

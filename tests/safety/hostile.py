@@ -15,11 +15,11 @@ import numpy as np
 import optuna
 
 import moeopt
-from moeopt import genome
-from moeopt.description import DESCRIPTION
 from moeopt.plan import ModelShape
-from moeopt.selection import SELECTION
-from moeopt.storage import open_storage
+from moeopt.results.selection import SELECTION
+from moeopt.study.storage import open_storage
+from moeopt.trials import genome
+from moeopt.trials.description import DESCRIPTION
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

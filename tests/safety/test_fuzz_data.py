@@ -18,11 +18,11 @@ from profiles import fuzzing
 import moeopt
 from moeopt import tasks
 from moeopt.cli import arguments
-from moeopt.comparing.checks import ComparisonError, check_folder
-from moeopt.comparing.ledger import Ledger
 from moeopt.errors import TaskError
 from moeopt.evaluation import Evaluation
 from moeopt.exporting import verify
+from moeopt.results.method_comparison.checks import ComparisonError, check_folder
+from moeopt.results.method_comparison.ledger import Ledger
 
 ROWS: dict[str, dict[str, Any]] = {
     "multiple_choice": {"prompt": "1+1=", "options": ["2", "3"], "answer": 0},

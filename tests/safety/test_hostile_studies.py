@@ -15,18 +15,18 @@ import pytest
 from optuna.storages import InMemoryStorage
 
 import moeopt
-from moeopt import genome
 from moeopt.cli import arguments, main
-from moeopt.comparing.searched import searched
-from moeopt.console import study_record, study_summary, study_view
-from moeopt.dashboard.digest import digest
-from moeopt.dashboard.note import note
-from moeopt.description import DESCRIPTION
 from moeopt.errors import MoeoptError, StudyError
 from moeopt.exporting.trials import trial_record
-from moeopt.selection import SELECTION, on_test, selected_trial
+from moeopt.report.dashboard.digest import digest
+from moeopt.report.dashboard.note import note
+from moeopt.report.terminal import study_record, study_summary, study_view
+from moeopt.results.method_comparison.searched import searched
+from moeopt.results.selection import SELECTION, on_test, selected_trial
 from moeopt.showing import HIDDEN
 from moeopt.study import finished, reclaim, space_of, stalled
+from moeopt.trials import genome
+from moeopt.trials.description import DESCRIPTION
 
 
 def visible_only(text: str) -> bool:
@@ -46,7 +46,7 @@ def tried(call: Any, *args: Any) -> Any:
 
 
 def shown(study: optuna.Study) -> None:
-    from moeopt.console import consoles
+    from moeopt.report.terminal import consoles
 
     plan = arguments.plan_of(study, "best")[1] if study.get_trials() else None
     record = study_record(study)
@@ -130,7 +130,7 @@ def test_full_models_of_any_form(capsys: pytest.CaptureFixture[str]) -> None:
         try:
             found = {name: tried(READERS[name], study) for name in ("show", "list")}
             assert what != "as written" or not isinstance(found["show"], MoeoptError)
-            tried(moeopt.reference.read, study)
+            tried(moeopt.study.reference.read, study)
             assert len(note(digest(study), None, "sqlite:///x.db")) < 10_000
             assert visible_only(capsys.readouterr().out)
         except BaseException as error:

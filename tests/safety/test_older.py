@@ -16,12 +16,13 @@ from optuna.distributions import json_to_distribution
 from optuna.storages import InMemoryStorage
 
 import moeopt
-from moeopt import genome, samplers
-from moeopt.console import study_record, study_view
-from moeopt.description import DESCRIPTION, FORMAT
+from moeopt import samplers
 from moeopt.errors import PlanError, StudyError
-from moeopt.selection import on_test, selected_trial
+from moeopt.report.terminal import study_record, study_view
+from moeopt.results.selection import on_test, selected_trial
 from moeopt.study import check_same, space_of
+from moeopt.trials import genome
+from moeopt.trials.description import DESCRIPTION, FORMAT
 
 STORED = json.loads((Path(__file__).parent / "data" / "moeopt-0.1.0.json").read_text())
 

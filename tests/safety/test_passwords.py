@@ -20,8 +20,8 @@ from sqlalchemy.engine import make_url
 import moeopt
 from moeopt.cli import arguments, main
 from moeopt.errors import MoeoptError
-from moeopt.storage import hidden
-from moeopt.storage.urls import scrub
+from moeopt.study.storage import hidden
+from moeopt.study.storage.urls import scrub
 
 PASSWORDS = ["Canary7secret", "Canary7:at@slash/per%cent", "Canary7 two&words=#?", "Canary7'\"`$\\"]
 FORMS = [

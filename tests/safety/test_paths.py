@@ -13,10 +13,10 @@ import hostile
 import pytest
 
 import moeopt
-from moeopt import genome
 from moeopt.cli import arguments
-from moeopt.description import DESCRIPTION
-from moeopt.selection import SELECTION
+from moeopt.results.selection import SELECTION
+from moeopt.trials import genome
+from moeopt.trials.description import DESCRIPTION
 
 WATCHED = """
 import json, os, sys

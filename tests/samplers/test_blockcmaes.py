@@ -12,12 +12,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from moeopt import genome
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import BlockCMAESSampler, Told
 from moeopt.samplers.blockcmaes import blocks
 from moeopt.samplers.cmaes import complete
 from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space
+from moeopt.trials import genome
 
 SHAPE = ModelShape(layers=4, experts=6, k=1)
 AROUND = Plan.one_hot([[0, 1], [2, 3], [4, 5], [0, 3]], experts=6, k=1)

@@ -7,10 +7,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from moeopt import genome
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import CMAESSampler
 from moeopt.spaces import MergeSpace, PruneSpace, Space
+from moeopt.trials import genome
 
 SHAPE = ModelShape(layers=2, experts=4, k=1)
 AROUND = Plan.one_hot([[0, 1], [2, 3]], experts=4, k=1)

@@ -17,11 +17,11 @@ import torch
 from databases import servers
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import genome
 from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import SAMPLERS, GenomeSampler, get
 from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space
+from moeopt.trials import genome
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 

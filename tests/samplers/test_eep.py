@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moeopt
-from moeopt import genome
 from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import EEPSampler, Told
 from moeopt.samplers.eep import scaled
 from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
+from moeopt.trials import genome
 
 SHAPE = ModelShape(layers=6, experts=8, k=2)
 SPACE = EEPSpace(SHAPE, keep=4, groups=3)

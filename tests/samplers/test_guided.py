@@ -9,14 +9,14 @@ import numpy as np
 import optuna
 import pytest
 
-from moeopt import genome
 from moeopt.errors import SamplerError, StorageError
-from moeopt.guide import GUIDE, Guide
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import GuidedSampler, Told, get
 from moeopt.samplers.guided import GUIDED, INTERACTION, SPREAD, SQUARED, _Model
 from moeopt.samplers.local import MOVES
 from moeopt.spaces import ActiveSpace, EEPSpace, PruneSpace, Space
+from moeopt.trials import genome
+from moeopt.trials.guide import GUIDE, Guide
 
 SHAPE = ModelShape(layers=6, experts=16, k=2)
 VALUES = np.random.default_rng(3).normal(size=(6, 16))

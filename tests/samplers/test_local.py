@@ -9,13 +9,13 @@ import numpy as np
 import optuna
 import pytest
 
-from moeopt import genome
 from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import LocalSampler, Told
 from moeopt.samplers.bandit import choose
 from moeopt.samplers.local import ACTIVE, MOVES
 from moeopt.spaces import NAMED_AT_MOST, ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space
+from moeopt.trials import genome
 
 SHAPE = ModelShape(layers=8, experts=6, k=2)
 AROUND = Plan.one_hot([[0, 1, 2]] * 8, experts=6, k=2)

@@ -9,11 +9,11 @@ import numpy as np
 import optuna
 import pytest
 
-from moeopt import genome
 from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import NevergradSampler
 from moeopt.spaces import MergeSpace, PruneSpace, Space
+from moeopt.trials import genome
 
 SHAPE = ModelShape(layers=4, experts=6, k=2)
 AROUND = Plan.one_hot([[0, 1, 2]] * 4, experts=6, k=2)

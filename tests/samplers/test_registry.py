@@ -7,7 +7,6 @@ import sys
 import optuna
 import pytest
 
-from moeopt import genome
 from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape
 from moeopt.samplers import (
@@ -21,6 +20,7 @@ from moeopt.samplers import (
     operators,
 )
 from moeopt.spaces import ActiveSpace, EEPSpace, PruneSpace
+from moeopt.trials import genome
 
 SPACE = PruneSpace(ModelShape(layers=4, experts=6, k=2), keep=3, groups=2)
 

@@ -9,11 +9,11 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from moeopt import genome
 from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape
 from moeopt.samplers import ShadowSampler, TPESampler
 from moeopt.spaces import EEPSpace, PruneSpace, Space
+from moeopt.trials import genome
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeopt import genome
 from moeopt.errors import SpaceError
 from moeopt.plan import LayerPlan, ModelShape, Plan
 from moeopt.samplers import RandomSampler
 from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space, from_description, layer_groups
+from moeopt.trials import genome
 
 SHAPE = ModelShape(layers=5, experts=6, k=2)
 PRUNING = Plan.one_hot([[0, 2, 4]] * 2 + [[1, 2, 5]] * 3, experts=6, k=2)

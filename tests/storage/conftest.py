@@ -18,8 +18,9 @@ from sqlalchemy.engine import make_url
 
 import moeopt
 from benchmarks.servers import Wire
-from moeopt import genome, samplers
-from moeopt.storage import open_storage
+from moeopt import samplers
+from moeopt.study.storage import open_storage
+from moeopt.trials import genome
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -84,7 +85,7 @@ def opened(url: str, name: str, sampler: Any = "random", **options: Any) -> optu
 def processes(count: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
     """Start workers, which must open storages of their own: forks of a process without threads, not of this one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moeopt.study", "moeopt.storage", "moeopt.samplers"])
+    context.set_forkserver_preload(["moeopt.study", "moeopt.study.storage", "moeopt.samplers"])
     given = dict(os.environ), work, arguments
     started = [context.Process(target=_run, args=given, daemon=True) for _ in range(count)]
     for process in started:

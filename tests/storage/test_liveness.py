@@ -19,10 +19,10 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 import moeopt
-from moeopt import genome
 from moeopt.errors import StorageError
 from moeopt.samplers import base
-from moeopt.storage import links, open_storage, rows
+from moeopt.study.storage import links, open_storage, rows
+from moeopt.trials import genome
 
 from .conftest import SPACE, Wire, loss, opened, processes, slots, until
 
@@ -89,7 +89,7 @@ def test_a_worker_frozen_with_a_lock_stops_the_others_for_a_bounded_time(
     frozen.join()
     assert frozen.exitcode == 0
     assert slots(study) == list(range(3))
-    said = [record.getMessage() for record in caplog.records if record.name == "moeopt.storage"]
+    said = [record.getMessage() for record in caplog.records if record.name == "moeopt.study.storage"]
     if url.startswith("sqlite"):
         assert f"is locked (database is locked, by process {frozen.pid}, which is stopped); waiting up to" in said[0]
         assert len([text for text in said if "is locked" in text]) == 1

@@ -18,10 +18,10 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 import moeopt
-from moeopt import genome
 from moeopt.errors import StorageError
-from moeopt.storage import open_storage
-from moeopt.storage.outages import is_outage
+from moeopt.study.storage import open_storage
+from moeopt.study.storage.outages import is_outage
+from moeopt.trials import genome
 
 from .conftest import Wire, loss, opened, processes, slots, until
 
@@ -56,7 +56,7 @@ def test_a_search_goes_on_after_an_outage(
     assert slots(study) == list(range(3))
     assert all(t.state == TrialState.COMPLETE and t.user_attrs["note"] == t.value for t in study.trials)
     assert kept(spool) == []
-    said = [record.getMessage() for record in caplog.records if record.name == "moeopt.storage"]
+    said = [record.getMessage() for record in caplog.records if record.name == "moeopt.study.storage"]
     assert ["answers again" in text for text in said] == [False, True]
     assert "hush" not in caplog.text
 

@@ -16,8 +16,8 @@ from optuna.trial import TrialState
 
 import moeopt
 from benchmarks.servers import TABLES, Own
-from moeopt import genome
 from moeopt.errors import StorageError
+from moeopt.trials import genome
 
 from .conftest import loss, opened, slots
 
@@ -30,7 +30,7 @@ def own(database: str, tmp_path: Path) -> Iterator[Own]:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "moeopt.storage"]
+    return [record.getMessage() for record in caplog.records if record.name == "moeopt.study.storage"]
 
 
 def facts(study: optuna.Study) -> list[tuple[Any, ...]]:

@@ -13,7 +13,8 @@ import pytest
 from databases import SERVERS
 
 import moeopt
-from moeopt import genome, samplers
+from moeopt import samplers
+from moeopt.trials import genome
 
 from .conftest import opened
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 import moeopt
-from moeopt import genome
-from moeopt.process import this_worker
-from moeopt.storage import spool
-from moeopt.storage.spool import Result
+from moeopt.study.storage import spool
+from moeopt.study.storage.spool import Result
+from moeopt.trials import genome
+from moeopt.trials.process import this_worker
 
 from .conftest import loss, opened, slots
 

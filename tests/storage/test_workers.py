@@ -25,13 +25,14 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 
 import moeopt
-from moeopt import genome, samplers
+from moeopt import samplers
 from moeopt.errors import StorageError
 from moeopt.samplers import EEPSampler
-from moeopt.storage import open_storage, staleness
-from moeopt.storage.spool import Result
-from moeopt.storage.staleness import Watch
+from moeopt.study.storage import open_storage, staleness
+from moeopt.study.storage.spool import Result
+from moeopt.study.storage.staleness import Watch
 from moeopt.study.warm_starts import enqueue_new
+from moeopt.trials import genome
 
 from .conftest import SPACE, loss, opened, processes, slots, until
 

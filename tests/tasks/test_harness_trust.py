@@ -71,7 +71,7 @@ def test_no_function_of_a_folder_runs_unless_it_is_trusted(
     from lm_eval.tasks import TaskManager
 
     quick = lambda path: TaskManager(include_path=path, include_defaults=False)  # noqa: E731  reading all takes a minute
-    monkeypatch.setattr(moeopt.tasks.harness, "_whole", quick)
+    monkeypatch.setattr(moeopt.tasks.lm_eval.loading, "_whole", quick)
     fields = dict(WAYS[way])
     if through == "include":
         write(evil, "base", fields)

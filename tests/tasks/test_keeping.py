@@ -17,8 +17,8 @@ from test_generation import ROWS
 
 from moeopt import tasks
 from moeopt.errors import TaskError
+from moeopt.study.recorded_tasks import JUDGES, Use, keep, restored
 from moeopt.tasks import Example, GenerationTask, MixtureTask, MultipleChoiceTask, Task, TextTask
-from moeopt.tasks.keeping import JUDGES, Use, keep, restored
 from moeopt.tasks.written import WrittenBenchmark
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of prompts that are cut, examples left out

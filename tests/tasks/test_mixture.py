@@ -18,7 +18,7 @@ from moeopt.errors import TaskError
 from moeopt.evaluation.evaluation import Evaluation
 from moeopt.methods import Calibration
 from moeopt.plan import Plan
-from moeopt.racing import honest_estimate
+from moeopt.samplers.racing import honest_estimate
 from moeopt.tasks import Example, GenerationTask, MixtureTask, MultipleChoiceTask, TextTask
 from moeopt.tasks.mixture import _order
 
@@ -171,7 +171,7 @@ def test_raced_search_compares_trials_on_the_same_weights(tiny_model, tiny_token
     objective = moeopt.Objective(tiny_model, tiny_tokenizer, MixtureTask(members), space, limit=24, rungs=3)
     study = moeopt.create_study(objective=objective, storage=None, sampler="random", pruner="racing", seed=0)
     study.optimize(objective, n_trials=6)
-    scores = [moeopt.genome.read_scores(trial) for trial in study.trials]
+    scores = [moeopt.trials.genome.read_scores(trial) for trial in study.trials]
     longest = max(scores, key=lambda s: s.shape[1])
     for one in scores:
         np.testing.assert_array_equal(one[1], longest[1, : one.shape[1]])

@@ -1,0 +1,285 @@
+"""What a study holds, as checked values: nothing that a stranger wrote into it is trusted, and nothing of it can fail.
+
+A trial that cannot be read is a row without what is missing. What is wrong with the study as a whole is said in
+`Digest.problems`, one line each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeopt.errors import MoeoptError, StudyError
+from moeopt.spaces import Space, from_description
+from moeopt.spaces.base import range_names
+from moeopt.study import CALIBRATION, DESCRIPTION, METHOD
+from moeopt.study.reference import Reference, of_facts
+from moeopt.trials import genome
+from moeopt.trials.description import full_model, held_facts
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from moeopt.plan import Plan
+
+Floats = NDArray[np.float64]
+
+SELECTION = "selection"
+"""User attribute of a study: what `moeopt select` left."""
+MOST_TRIALS = 20_000
+"""Studies of more trials get a note, but no figures."""
+MOST_LAYERS, MOST_EXPERTS, MOST_NUMBERS = 1024, 1024, 1 << 22
+"""Larger search spaces are taken for damage: the largest models have some 100 layers and 500 experts."""
+LONGEST = 80
+"""Characters of a name that are shown."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial that ended.
+
+    Args:
+        number: it.
+        loss: of a complete trial, or the estimate of a pruned one; NaN where there is none.
+        pruned: whether it is an estimate.
+        cost: layer-tokens, calibration included; at least 0.
+        operator: that made its genotype; empty when unknown.
+        parents: their numbers, at most 8.
+        mass: (groups, n), the absolute weights with which each expert goes into kept ones; 1 where it is kept as it is.
+        features: (size,), the sums over rows of W_EM and W_RM by group, then what is searched beyond them.
+    """
+
+    number: int
+    loss: float
+    pruned: bool
+    cost: float
+    operator: str
+    parents: tuple[int, ...]
+    mass: NDArray[np.float32] | None = None
+    features: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A study, read.
+
+    Args:
+        name: of the study.
+        about: the description that moeopt keeps in it; empty where it cannot be read.
+        space: what it searches; None where that cannot be read.
+        rows: its ended trials by number, those left out that were run again.
+        running, failed: how many trials run, and ended without a loss.
+        best: the complete trial of least loss, the first of equals.
+        accuracy: its accuracy, 0 to 1, NaN when unknown.
+        plan: its plan.
+        full: what the full model gives; None where that is unknown or cannot be read.
+        selection: the record that `moeopt select` left, unchecked.
+        blocks: name and place in `Row.features` of every choice that is searched.
+        problems: what is wrong, in lines for the user.
+        held: what became of its gain on dev, of the form `description.GAIN`; None where that is unknown.
+    """
+
+    name: str
+    about: Mapping[str, Any]
+    space: Space | None = None
+    rows: tuple[Row, ...] = ()
+    running: int = 0
+    failed: int = 0
+    best: Row | None = None
+    accuracy: float = math.nan
+    plan: Plan | None = None
+    full: Reference | None = None
+    selection: Mapping[str, Any] | None = None
+    blocks: tuple[tuple[str, slice], ...] = ()
+    problems: tuple[str, ...] = field(default=())
+    held: Mapping[str, Any] | None = None
+
+    def part(self, *path: str) -> Any:
+        """A field of the description, or None."""
+        found: Any = self.about
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
+
+def is_ours(user_attrs: Mapping[str, Any]) -> bool:
+    """Whether a study with these user attributes claims to be of moeopt."""
+    return DESCRIPTION in user_attrs
+
+
+def digest(study: optuna.Study, known: dict[int, Row] | None = None) -> Digest:
+    """Read a study of moeopt.
+
+    Args:
+        known: rows of earlier calls by trial number, which do not change any more; new ones are added.
+    """
+    known = {} if known is None else known
+    attrs = study.user_attrs
+    problems: list[str] = []
+    about = attrs.get(DESCRIPTION)
+    if not isinstance(about, dict):
+        problems.append(f"its description is {_kind(about)}, not what moeopt writes")
+        about = {}
+    space = None
+    try:
+        space = _space(about.get("space"))
+    except Exception as error:  # whatever a stranger's description does
+        problems.append(f"its search space cannot be read: {_line(error)}")
+    if len(study.directions) != 1 or study.directions[0].name != "MINIMIZE":
+        problems.append("it does not minimise one loss, as studies of moeopt do")
+        return Digest(_name(study), about, space, problems=tuple(problems))
+    trials = study.get_trials(deepcopy=False)
+    if len(trials) > MOST_TRIALS:
+        problems.append(f"it has {len(trials):,} trials; figures are drawn up to {MOST_TRIALS:,}")
+        return Digest(_name(study), about, space, problems=tuple(problems))
+    again = {number for trial in trials for number in _ints(trial.system_attrs.get(genome.RETRIES))}
+    blocks = () if space is None else feature_blocks(space)
+    unreadable = failed = running = 0
+    rows: list[Row] = []
+    best: FrozenTrial | None = None
+    for trial in trials:
+        running += trial.state.name == "RUNNING"
+        if not trial.state.is_finished() or trial.number in again:
+            continue
+        if trial.number not in known:
+            known[trial.number] = _row(trial, space)
+        row = known[trial.number]
+        rows.append(row)
+        failed += math.isnan(row.loss)
+        unreadable += space is not None and row.features is None and not math.isnan(row.loss)
+        if not row.pruned and not math.isnan(row.loss) and (best is None or row.loss < known[best.number].loss):
+            best = trial
+    if unreadable:
+        problems.append(f"the plans of {unreadable} of {len(rows)} trials cannot be read")
+    plan, accuracy = None, math.nan
+    if best is not None:
+        accuracy = number(best.user_attrs.get("accuracy"))
+        if space is not None and known[best.number].features is not None:
+            plan = space.plan(best)
+    full = None
+    try:
+        facts = full_model(attrs, study.study_name)
+        full = None if facts is None else of_facts(facts)
+    except StudyError as error:
+        problems.append(f"what its full model gives cannot be read: {_line(error)}")
+    held = None
+    try:
+        held = held_facts(attrs, study.study_name)
+    except StudyError as error:
+        problems.append(f"what of its gain held cannot be read: {_line(error)}")
+    selection = attrs.get(SELECTION)
+    if selection is not None and not isinstance(selection, dict):
+        problems.append(f"its selection is {_kind(selection)}, not what moeopt select writes")
+    top = None if best is None else known[best.number]
+    return Digest(
+        _name(study), about, space, tuple(rows), running, failed, top, accuracy, plan, full,
+        selection if isinstance(selection, dict) else None, blocks, tuple(problems), held,
+    )  # fmt: skip
+
+
+def feature_blocks(space: Space) -> tuple[tuple[str, slice], ...]:
+    """Names of the choices of a space, and where each stands in `Row.features`."""
+    n, blocks = space.shape.experts, []
+    searched = space.matrices(space.start()).shape[2] > 0
+    for g, name in enumerate(space.group_names()):
+        blocks.append((name, slice(2 * n * g, 2 * n * (g + 1) if searched else 2 * n * g)))
+    at, count = 2 * n * len(space.groups), len(space.extra_groups)
+    kinds = [name.split(".")[0] for name in space.names[space.extras]][:: count or 1]
+    for kind in kinds:
+        for name in range_names(space.extra_groups):
+            blocks.append((f"{kind} {name}", slice(at, at + 1)))
+            at += 1
+    return tuple(block for block in blocks if block[1].stop > block[1].start)
+
+
+def _row(trial: FrozenTrial, space: Space | None) -> Row:
+    attrs = trial.user_attrs
+    pruned = trial.state.name == "PRUNED"
+    values = trial.values or [math.nan]
+    loss = number(attrs.get(genome.ESTIMATE)) if pruned else number(values[0])
+    cost = sum(max(0.0, value) for key in ("layer_tokens", CALIBRATION) if (value := number(attrs.get(key))) == value)
+    operator = attrs.get(METHOD) or attrs.get("operator") or ""
+    parents = tuple(n for n in _ints(attrs.get("parents")) if n < trial.number)
+    row = Row(trial.number, loss, pruned, cost, shown(operator) if operator else "", parents)
+    if space is None or math.isnan(loss):
+        return row
+    try:
+        x = space.vector(trial)
+        matrices = space.matrices(space.snap(x))
+        mass = np.abs(matrices[:, 0]).sum(axis=1, dtype=np.float32)
+        features = np.concatenate([matrices.sum(axis=2, dtype=np.float32).reshape(-1), x[space.extras]])
+    except (MoeoptError, ValueError, TypeError, KeyError, OverflowError):
+        return row
+    return Row(row.number, loss, pruned, cost, row.operator, parents, mass, features)
+
+
+def _space(description: Any) -> Space:
+    """The space of a description, refused before it is built where it would be absurdly large."""
+    if not isinstance(description, dict):
+        raise StudyError(f"it is {_kind(description)}")
+    inner = description.get("inner")
+    for about in (description, *([inner] if isinstance(inner, dict) else [])):
+        shape, groups = about.get("shape", description.get("shape")), about.get("groups", [])
+        layers: Any = shape.get("layers") if isinstance(shape, dict) else None
+        experts: Any = shape.get("experts") if isinstance(shape, dict) else None
+        keep: Any = about.get("keep", 1)
+        for value, most, what in ((layers, MOST_LAYERS, "layers"), (experts, MOST_EXPERTS, "experts")):
+            if not _is_int(value) or not 1 <= value <= most:
+                raise StudyError(f"{shown(value)} {what}")
+        if not isinstance(groups, list) or len(groups) > layers:
+            raise StudyError("its groups are not layer ranges")
+        if not _is_int(keep) or not 0 <= keep <= experts or 2 * len(groups) * keep * experts > MOST_NUMBERS:
+            raise StudyError(f"keep={shown(keep)}")
+    return from_description(description)
+
+
+def number(value: Any) -> float:
+    """A finite float, or NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        found = float(value)
+    except OverflowError:
+        return math.nan
+    return found if math.isfinite(found) else math.nan
+
+
+def shown(value: Any, longest: int = LONGEST) -> str:
+    """A value on one line: no control characters, cut where it is long."""
+    text = (
+        value
+        if isinstance(value, str)
+        else repr(value)
+        if isinstance(value, (int, float, type(None)))
+        else _kind(value)
+    )
+    text = "".join(c if c.isprintable() else " " for c in text[: 4 * longest])
+    text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _name(study: optuna.Study) -> str:
+    return shown(study.study_name)
+
+
+def _line(error: BaseException) -> str:
+    return shown(str(error) or type(error).__name__, 200)
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"of type {type(value).__name__}"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ints(value: Any) -> tuple[int, ...]:
+    found = value[:64] if isinstance(value, (list, tuple)) else ()
+    return tuple(n for n in found if _is_int(n) and 0 <= n < 1 << 31)[:8]

@@ -1,0 +1,137 @@
+"""What every kept set costs: a layer's output error for all the sets of experts it could keep."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moeopt.errors import FigureError
+from moeopt.plan import Plan
+from moeopt.report.figures import style
+from moeopt.report.figures.style import Floats, numbers
+
+Kept = tuple[int, ...] | int
+"""A kept set by its experts, ascending, or by its column where the sets are not named."""
+
+DRAWN_SETS = 400
+"""Kept sets drawn for a layer; of more, evenly spaced ranks."""
+GOLDEN = 0.6180339887498949
+"""Its multiples, less their integers, spread evenly however many there are."""
+
+
+def kept_set_errors(
+    losses: Sequence[Mapping[tuple[int, ...], float]] | ArrayLike,
+    chosen: Plan | Sequence[Collection[int] | int | None] | None = None,
+    *,
+    sets: Sequence[Collection[int]] | None = None,
+    raw: bool = False,
+    title: str = "Output error of every kept set",
+) -> style.Figure:
+    """For every layer, the output error of all the sets of experts it could keep (NAEE, arXiv 2402.14800).
+
+    Of more than 400 sets in a layer, 400 evenly spaced ranks are drawn, the best and the worst among them.
+
+    Args:
+        losses: one dictionary a layer, {experts kept: error}; or an array (layers, sets).
+        chosen: the set to mark in each layer: a plan (layers it merges get no mark), or one set a layer, or None; for
+            an array without `sets`, column numbers.
+        sets: the experts kept in each column, where `losses` is an array.
+        raw: draw the errors themselves, on a log axis where all are above 0, instead of errors over the layer's median.
+
+    Raises:
+        FigureError: when an error is not finite, a layer's median is not above 0 (unless `raw`), or a chosen set is not
+            among its layer's sets.
+    """
+    rows = _rows(losses, sets)
+    points: dict[str, list[tuple[float, float, str]]] = {"": [], "best": [], "chosen": []}
+    for i, ((names, errors), choice) in enumerate(zip(rows, _chosen_sets(chosen, len(rows)))):
+        median = 1.0 if raw else float(np.median(errors))
+        if median <= 0:
+            raise FigureError(f"layer {i}: its median error, {median:g}, must be above 0 to divide by; or use raw=True")
+        order = np.argsort(errors, kind="stable")
+        rank = np.argsort(order) + 1
+        drawn = order[np.unique(np.linspace(0, len(order) - 1, min(len(order), DRAWN_SETS)).round().astype(int))]
+        marked = {"best": order[0]}
+        if choice is not None:
+            if choice not in names:
+                unnamed = isinstance(names[0], int) and isinstance(choice, tuple)
+                hint = "; name the columns by sets" if unnamed else ""
+                raise FigureError(f"layer {i}: the chosen {_named(choice)} is not among its {len(names)} sets{hint}")
+            marked["chosen"] = names.index(choice)
+        for what, s in [*marked.items(), *(("", s) for s in drawn)]:
+            height = errors[s] / median
+            aside = 0.0 if s in marked.values() else 0.56 * ((s * GOLDEN) % 1 - 0.5)
+            ratio = "" if raw else f", {height:.3f} of the median"
+            text = f"layer {i}, {_named(names[s])}: error {errors[s]:.4g}{ratio}, rank {rank[s]} of {len(names)}"
+            points[what].append((i + aside, height, f"{what}: {text}" if what else text))
+
+    most = max(len(names) for names, _ in rows)
+    every = f"{DRAWN_SETS} of {most:,} sets" if most > DRAWN_SETS else f"all {most:,} sets"
+    cloud = {"symbol": "circle", "size": 4 if len(rows) > 8 else 6, "color": style.CATEGORICAL[0], "opacity": 0.4}
+    ring = {"symbol": "circle-open", "size": 12, "color": style.INK, "line": {"color": style.INK, "width": 1.5}}
+    diamond = {"symbol": "diamond", "size": 7, "color": style.CATEGORICAL[1]}
+    figure = style.empty(title)
+    for what, name, marker in (("", every, cloud), ("best", "best set", ring), ("chosen", "chosen set", diamond)):
+        if points[what]:
+            x, y, hover = zip(*points[what])
+            style.scatter(figure, 0, np.array(x), np.array(y), list(hover), mode="markers", marker=marker, name=name)
+    if not raw:
+        line = {"color": style.FAINT, "width": 1, "dash": "dash"}
+        figure.add_shape(type="line", xref="x domain", x0=0, x1=1, yref="y", y0=1.0, y1=1.0, line=line, layer="below")
+    layer = {"title": {"text": "layer"}, "range": [-0.6, len(rows) - 0.4], "showgrid": False}
+    label = "layer output error" + ("" if raw else " / the layer's median (ratio)")
+    scale = "log" if raw and all((errors > 0).all() for _, errors in rows) else None
+    error = {"title": {"text": label}, "type": scale}
+    style.panel(figure, 0, 1, None, x=layer | style.numbered(len(rows), 40), y=error)
+    return figure
+
+
+def _rows(losses: Any, sets: Sequence[Collection[int]] | None) -> list[tuple[list[Kept], Floats]]:
+    """For each layer its sets and their errors (sets,)."""
+    rows: list[tuple[list[Kept], Floats]]
+    if isinstance(losses, Sequence) and losses and all(isinstance(row, Mapping) for row in losses):
+        if sets is not None:
+            raise FigureError("sets names the columns of an array; dictionaries name their sets themselves")
+        values = [list(row.values()) for row in losses]
+        arrays = [numbers(f"losses of layer {i}", row, what="(sets,)", ndim=1) for i, row in enumerate(values)]
+        rows = [([_experts(kept, f"layer {i}") for kept in losses[i]], row) for i, row in enumerate(arrays)]
+    else:
+        array = numbers("losses", losses, what="(layers, sets)", ndim=2)
+        n = array.shape[1]
+        columns = range(n) if sets is None else [_experts(kept, f"sets, entry {i}") for i, kept in enumerate(sets)]
+        if len(columns) != n:
+            raise FigureError(f"sets must name each of the {n} columns of losses, got {len(columns)} sets")
+        rows = [(list(columns), row) for row in array]
+    for i, (names, errors) in enumerate(rows):
+        if len(set(names)) < len(names):
+            raise FigureError(f"layer {i} has the same set of experts twice, in another order")
+        if np.isnan(errors).any():
+            raise FigureError(f"losses of layer {i} must be finite, got NaN")
+    return rows
+
+
+def _chosen_sets(chosen: Any, layers: int) -> list[Kept | None]:
+    if isinstance(chosen, Plan):
+        chosen = [layer.kept for layer in chosen.layers]
+    chosen = [None] * layers if chosen is None else list(chosen)
+    if len(chosen) != layers:
+        raise FigureError(f"chosen must have one set for each of the {layers} layers of losses, got {len(chosen)}")
+    found: list[Kept | None] = []
+    for i, kept in enumerate(chosen):
+        column = kept is None or isinstance(kept, (int, np.integer))
+        found.append(kept if column else _experts(kept, f"chosen, layer {i}"))
+    return found
+
+
+def _experts(kept: Any, where: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted(int(expert) for expert in kept))
+    except (TypeError, ValueError):
+        raise FigureError(f"{where}: a set must be experts kept, as (0, 2), got {kept!r}") from None
+
+
+def _named(kept: Kept) -> str:
+    return "kept " + " ".join(map(str, kept)) if isinstance(kept, tuple) else f"set {kept}"

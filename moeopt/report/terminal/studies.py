@@ -1,0 +1,220 @@
+"""Studies as JSON records, and those as tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moeopt.errors import MoeoptError
+from moeopt.plan import Plan
+from moeopt.report.terminal.formatting import number, percent
+from moeopt.report.terminal.plans import plan_table
+from moeopt.showing import line
+from moeopt.study.reference import MOST_SHOWN, of_facts
+from moeopt.trials.description import COUNT, check_whole, full_model, held_facts
+from moeopt.trials.description import number as numeric
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+
+def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
+    """A study in one JSON object: trials by state, best, phases, the `top` trials, full model, selected, description.
+
+    Raises:
+        StudyError, StorageError: when the study is not one that `moeopt.load_study` opens.
+    """
+    from moeopt.results.selection import recorded
+    from moeopt.study import foreign_trials
+
+    about = check_whole(study)
+    trials = study.get_trials(deepcopy=False)
+    ranked = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: (t.value, t.number))
+    phases: dict[str, list[FrozenTrial]] = {}
+    for trial in trials:
+        if trial.state.is_finished():
+            phase = line(trial.user_attrs.get("phase") or trial.user_attrs.get("operator") or "None", 40)
+            phases.setdefault(phase, []).append(trial)
+    return {
+        "name": study.study_name,
+        "trials": {
+            state: sum(t.state.name == name for t in trials)
+            for state, name in (("done", "COMPLETE"), ("failed", "FAIL"), ("pruned", "PRUNED"), ("running", "RUNNING"))
+        },
+        "best": trial_record(ranked[0]) if ranked else None,
+        "phases": [
+            {
+                "phase": phase,
+                "trials": len(members),
+                "best_loss": min(
+                    (t.value for t in members if t.state.name == "COMPLETE" and t.value is not None), default=None
+                ),
+                "seconds": round(sum(numeric(t.user_attrs, "seconds") or 0.0 for t in members), 2),
+                "layer_tokens": sum(numeric(t.user_attrs, "layer_tokens") or 0 for t in members),
+            }
+            for phase, members in phases.items()
+        ],
+        "top": [trial_record(trial) for trial in ranked[:top]],
+        "full_model": full_model(study.user_attrs, study.study_name),
+        "held": held_facts(study.user_attrs, study.study_name),
+        "foreign": foreign_trials(study),
+        "selection": recorded(study),
+        "description": about,
+    }
+
+
+def study_summary(study: optuna.Study) -> dict[str, Any]:
+    """`study_record` without trials; of a study that moeopt cannot read name and reason, as ``"unreadable"``."""
+    try:
+        return study_record(study, top=0)
+    except MoeoptError as error:
+        return {"name": study.study_name, "unreadable": str(error)}
+
+
+def json_text(record: Any) -> str:
+    """JSON of ASCII characters; numbers that are not finite, which JSON does not have, become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), indent=2, allow_nan=False)
+
+
+def trial_record(trial: FrozenTrial) -> dict[str, Any]:
+    """Number, loss and attributes of a completed trial."""
+    attrs, parents = trial.user_attrs, trial.user_attrs.get("parents")
+    return {
+        "number": trial.number,
+        "loss": trial.value,
+        "accuracy": numeric(attrs, "accuracy"),
+        **{key: line(attrs[key], 40) if attrs.get(key) else None for key in ("phase", "operator", "method")},
+        "parents": parents if isinstance(parents, list) and all(COUNT.holds(parent) for parent in parents) else None,
+        **{key: numeric(attrs, key) for key in ("drift", "active", "seconds", "tokens", "layer_tokens")},
+    }
+
+
+def studies_table(records: Sequence[dict[str, Any]], title: str) -> Table:
+    """One row a study."""
+    table = Table(
+        "study",
+        "done",
+        "pruned",
+        "failed",
+        "running",
+        "best loss",
+        "sampler",
+        "task",
+        "model",
+        title=title,
+        title_justify="left",
+    )
+    for record in records:
+        name, about = line(record["name"], 80), record.get("description")
+        if about is None:
+            table.add_row(name, *["–"] * 5, line(record["unreadable"]), "", "")
+            continue
+        table.add_row(
+            name,
+            *(str(record["trials"][state]) for state in ("done", "pruned", "failed", "running")),
+            number(record["best"] and record["best"]["loss"]),
+            *(
+                line(about[part].get(key) or "?", 80)
+                for part, key in (("sampler", "name"), ("task", "name"), ("model", "name_or_path"))
+            ),
+        )
+    return table
+
+
+def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
+    """A study's description, phases, best trials, its best plan, and what was selected."""
+    about = record["description"]
+    full = None if record["full_model"] is None else of_facts(record["full_model"])
+    facts = Table.grid(padding=(0, 2))
+    for label, text in (
+        (
+            "study",
+            f"{line(record['name'])}: " + ", ".join(f"{count} {state}" for state, count in record["trials"].items()),
+        ),
+        ("model", f"{line(about['model']['name_or_path'])} ({line(about['model']['architecture'])})"),
+        ("task", _task_line(about["task"])),
+        ("score", line(_evaluation(about).get("score") or "likelihood")),
+        ("space", _space_line(about["space"])),
+        ("sampler", _sampler_line(about["sampler"])),
+        ("full model", "not scored" if full is None else str(full)),
+        *(("", line(warning, 1000)) for warning in (() if full is None else full.warnings[:MOST_SHOWN])),
+    ):
+        facts.add_row(Text(label, style="bold"), Text(text, style="" if label else "yellow"))
+    if record["held"] is not None:
+        from moeopt.results.selection.gains import Held
+
+        facts.add_row(Text("held", style="bold"), Text(str(Held(**record["held"]))))
+    if record["foreign"]:
+        numbers = ", ".join(map(str, record["foreign"][:20])) + (", ..." if len(record["foreign"]) > 20 else "")
+        facts.add_row(Text("foreign", style="bold"), Text(f"another sampler than the study's made trials {numbers}"))
+    if record["best"] is None:
+        return Group(facts, Text("no trial is finished yet"))
+    phases = Table("phase", "trials", "best loss", "layer-tokens", "seconds", title="phases", title_justify="left")
+    for phase in record["phases"]:
+        phases.add_row(
+            phase["phase"], str(phase["trials"]), number(phase["best_loss"]), f"{phase['layer_tokens']:,}",
+            number(phase["seconds"], 1),
+        )  # fmt: skip
+    label_free = _evaluation(about).get("score") in ("kl", "acceptance")
+    top = Table(
+        "trial", "loss", "agreement" if label_free else "accuracy", "operator", "parents", "layer-tokens", "seconds",
+        title="best trials", title_justify="left",
+    )  # fmt: skip
+    if full is not None:
+        top.add_row(
+            "full model", number(full.loss + full.penalty), percent(full.accuracy), "", "", f"{full.layer_tokens:,}",
+            number(full.seconds, 2),
+        )  # fmt: skip
+    for trial in record["top"]:
+        top.add_row(
+            str(trial["number"]), number(trial["loss"]), percent(trial["accuracy"]),
+            str(trial["method"] or trial["operator"] or ""),
+            " ".join(map(str, trial["parents"] or ())), f"{trial['layer_tokens'] or 0:,}", number(trial["seconds"], 2),
+        )  # fmt: skip
+    shown: list[RenderableType] = [facts, phases, top]
+    if plan is not None:
+        shown.append(plan_table(plan, f"plan of the best trial, {record['best']['number']}"))
+    if record["selection"] is not None:
+        from moeopt.results.selection import view
+
+        shown.append(view(record["selection"]))
+    return Group(*shown)
+
+
+def _task_line(task: dict[str, Any]) -> str:
+    count = (task.get("examples") or {}).get(task["split"])
+    limit = f", first {task['limit']}" if task.get("limit") else ""
+    return f"{line(task['name'])}, split {line(task['split'])}" + (f" of {count} examples{limit}" if count else limit)
+
+
+def _space_line(space: dict[str, Any]) -> str:
+    shape, groups = space["shape"], len(space["groups"])
+    return (
+        f"{line(space['kind'])}: {shape['layers']} layers in {groups} groups, {space['keep']} of {shape['experts']} "
+        f"experts kept, {space['k']} active, router {line(space['router'])}"
+    )
+
+
+def _sampler_line(sampler: dict[str, Any]) -> str:
+    settings = (f"{line(key, 40)}={line(value, 80)}" for key, value in sampler.items() if key != "name")
+    return f"{line(sampler.get('name') or '?')}: {', '.join(settings)}"
+
+
+def _evaluation(description: dict[str, Any]) -> dict[str, Any]:
+    """How trials were scored; studies of the first versions do not say, as there was one way."""
+    return description.get("evaluation") or {}

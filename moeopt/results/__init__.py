@@ -1,0 +1,12 @@
+"""Results of studies and models, as arrays and dataclasses: selection, comparisons, profiles."""
+
+from typing import TYPE_CHECKING
+
+from moeopt.lazily import lazily
+
+if TYPE_CHECKING:
+    from moeopt.results import analysis, method_comparison, optimiser_comparison, profiling, selection
+
+__all__ = ["analysis", "method_comparison", "optimiser_comparison", "profiling", "selection"]
+
+__getattr__ = lazily(__name__, {}, __all__)

@@ -1,0 +1,306 @@
+"""What a selection gave: numbers, intervals, a verdict, and the small record of them that the study keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from moeopt import __version__
+from moeopt.errors import StudyError
+from moeopt.showing import line, shown
+from moeopt.trials.description import (
+    COUNT,
+    FLAG,
+    FORMAT,
+    NUMBER,
+    TEXT,
+    Maybe,
+    check,
+    check_depth,
+    check_format,
+    reading,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from moeopt.evaluation import Evaluation, Interval
+    from moeopt.plan import Plan
+
+SELECTION = "selection"
+"""User attribute of a study: `Selection.record` of its latest selection."""
+FULL, WINNER, SEARCH_BEST = "full", "winner", "search_best"
+
+Verdict = Literal["holds", "shrank", "vanished", "reversed", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A plan of the study's best, judged on dev.
+
+    Args:
+        trial: number of the first trial that had the plan.
+        plan: it.
+        search_loss: the trial's value.
+        dev: what it gives on dev; None where the loss is not finite there.
+    """
+
+    trial: int
+    plan: Plan
+    search_loss: float
+    dev: Evaluation | None
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What `moeopt.select` returns.
+
+    A loss is what the study minimised: with an `active_weight`, active experts are weighed in.
+
+    Args:
+        study: its name.
+        metric: what `Evaluation.accuracy` is called for the task; ``"agreement"`` for a label-free score.
+        settings: top, dev_limit, test_limit, score and stock_only, as asked for.
+        examples: for each split the number of examples (``"count"``) and the name of model and examples (``"of"``).
+        candidates: the least loss on dev first, then the least on search, then the lowest number.
+        evaluations: by split, then ``"full"``, ``"winner"`` and, where that is another plan and its loss is
+            finite, ``"search_best"``.
+        looks: how many selections of this study have run something on test so far.
+        evaluated: plans that this call ran, each on one split; 0: all was on record.
+        layer_tokens: what that cost.
+    """
+
+    study: str
+    metric: str
+    settings: Mapping[str, Any]
+    examples: Mapping[str, Mapping[str, Any]]
+    candidates: tuple[Candidate, ...]
+    evaluations: Mapping[str, Mapping[str, Evaluation]]
+    looks: int
+    evaluated: int
+    layer_tokens: int
+
+    @property
+    def winner(self) -> Candidate:
+        """The candidate of least loss on dev."""
+        return self.candidates[0]
+
+    @property
+    def search_best(self) -> Candidate:
+        """The candidate of least loss on search."""
+        return min(self.candidates, key=lambda one: (one.search_loss, one.trial))
+
+    def gain(self, split: str) -> float:
+        """Loss of the full model minus that of the winner: above 0, the winner is better."""
+        found = self.evaluations[split]
+        return found[FULL].loss - found[WINNER].loss
+
+    @cached_property
+    def intervals(self) -> dict[str, dict[str, Interval]]:
+        """On test, the winner minus ``"full"`` and ``"search_best"``: of ``"loss"``, and of the metric by its name."""
+        from moeopt.evaluation import paired_bootstrap
+
+        test = self.evaluations["test"]
+        return {
+            name: {
+                "loss": paired_bootstrap(test[WINNER], test[name]),
+                self.metric: paired_bootstrap(test[WINNER], test[name], of="accuracy"),
+            }
+            for name in (FULL, SEARCH_BEST)
+            if name in test
+        }
+
+    @property
+    def test_gain(self) -> Interval:
+        """`gain("test")` with its 95% interval."""
+        return _negated(self.intervals[FULL]["loss"])
+
+    @property
+    def verdict(self) -> Verdict:
+        """See `verdict`."""
+        return verdict(self.gain("search"), self.test_gain)
+
+    @property
+    def sentence(self) -> str:
+        """What became on test of the gain on search."""
+        return sentence(self.gain("search"), self.test_gain)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Why not to trust the result; empty when nothing speaks against it."""
+        found = [self.sentence] if self.verdict in ("vanished", "reversed") else []
+        return [*found, *([look_warning(self.looks)] if self.looks > 1 else [])]
+
+    @property
+    def sentences(self) -> list[str]:
+        """The verdict, and how the winner stands to the full model in the metric and to the best plan of the search."""
+        i = self.intervals[FULL][self.metric]
+        found = [self.sentence, f"Winner - full model on test, {self.metric}: {_signed(i)}."]
+        best = self.search_best
+        if best is self.winner:
+            found.append("The best plan of the search is also the best on dev.")
+        elif SEARCH_BEST in self.intervals:
+            i = self.intervals[SEARCH_BEST]["loss"]
+            found.append(f"Winner - best of the search (trial {best.trial}) on test, loss: {_signed(i)}.")
+        else:
+            found.append(f"The best of the search (trial {best.trial}) has no finite loss on test.")
+        return found
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """All but plans and examples' scores, as JSON of at most about 50 kB; candidates' losses in 6 digits."""
+        candidates = {
+            "trial": [one.trial for one in self.candidates],
+            "search_loss": [_short(one.search_loss) for one in self.candidates],
+            "dev_loss": [None if one.dev is None else _short(one.dev.loss) for one in self.candidates],
+            f"dev_{self.metric}": [None if one.dev is None else _short(one.dev.accuracy) for one in self.candidates],
+        }
+        return {
+            "moeopt": __version__,
+            "format": FORMAT,
+            "metric": self.metric,
+            "settings": dict(self.settings),
+            "examples": {split: dict(about) for split, about in self.examples.items()},
+            "candidates": candidates,
+            WINNER: self.winner.trial,
+            SEARCH_BEST: self.search_best.trial,
+            "plans": {name: plan.fingerprint for name, plan in self._tested.items()},
+            "scores": {
+                split: {name: self._scores(e) for name, e in found.items()} for split, found in self.evaluations.items()
+            },
+            "test_minus": {
+                name: {what: _json(i) for what, i in of.items()} for name, of in self.intervals.items()
+            },
+            "gain": {split: self.gain(split) for split in self.evaluations} | {"test_interval": _json(self.test_gain)},
+            "verdict": self.verdict,
+            "sentences": self.sentences,
+            "warnings": self.warnings,
+            "looks": self.looks,
+        }  # fmt: skip
+
+    @property
+    def _tested(self) -> dict[str, Plan]:
+        best = {SEARCH_BEST: self.search_best.plan} if SEARCH_BEST in self.evaluations["test"] else {}
+        return {WINNER: self.winner.plan, **best}
+
+    def _scores(self, e: Evaluation) -> dict[str, float]:
+        metrics = {name: float(value) for name, value in e.metrics.items()}
+        return {"loss": e.loss, self.metric: e.accuracy, **metrics, "active": e.active}
+
+
+def verdict(search: float, test: Interval) -> Verdict:
+    """What became on test of a gain on search (loss of the full model minus that of the winner).
+
+    - ``none``: there was none to lose, `search` <= 0;
+    - ``reversed``: the interval on test lies wholly below 0;
+    - ``vanished``: it includes 0;
+    - ``shrank``: it lies wholly above 0, and wholly below `search`;
+    - ``holds``: it lies wholly above 0, and reaches `search` or begins above it.
+    """
+    if search <= 0:
+        return "none"
+    if test.high < 0:
+        return "reversed"
+    if test.low <= 0:
+        return "vanished"
+    return "shrank" if test.high < search else "holds"
+
+
+def sentence(search: float, test: Interval) -> str:
+    """`verdict` in words, with the numbers that it rests on."""
+    there = f"{test.mean:.4f} [{test.low:.4f}, {test.high:.4f}]"
+    gained = f"The gain on search ({search:.4f})"
+    words = {
+        "none": f"No gain on search to lose: winner - full is {-search:+.4f} there, {_signed(_negated(test))} on test.",
+        "reversed": f"{gained} reversed on test ({there}): the winner is worse than the full model.",
+        "vanished": f"{gained} vanished on test ({there})",
+        "shrank": f"{gained} shrank to {there} on test.",
+        "holds": f"{gained} holds on test ({there}).",
+    }
+    found = verdict(search, test)
+    if found != "vanished":
+        return words[found]
+    unclear = ", which excludes neither 0 nor the gain on search: more test examples would tell"
+    return words[found] + (unclear if search <= test.high else "") + "."
+
+
+def look_warning(looks: int) -> str:
+    """What it means that test was looked at more than once."""
+    return (
+        f"The test split has now been looked at {looks} times for this study: who picks among the results makes the "
+        "best of them too good."
+    )
+
+
+INTERVAL = {"mean": NUMBER, "low": NUMBER, "high": NUMBER}
+SPLIT = {"count": COUNT, "of": TEXT}
+RECORD = {
+    "metric": TEXT, "settings": {"stock_only": FLAG}, "examples": {TEXT: SPLIT},
+    "candidates": {"trial": [COUNT], "search_loss": [NUMBER], "dev_loss": [Maybe(NUMBER)]},
+    WINNER: COUNT, SEARCH_BEST: COUNT, "plans": {TEXT: TEXT},
+    "scores": {split: {TEXT: {TEXT: NUMBER}} for split in ("search", "dev", "test")},
+    "test_minus": {TEXT: {TEXT: INTERVAL}}, "verdict": TEXT, "sentences": [TEXT], "warnings": [TEXT], "looks": COUNT,
+}  # fmt: skip
+"""Form of `Selection.record`, as far as it is read again."""
+
+
+def recorded(study: optuna.Study) -> dict[str, Any] | None:
+    """`Selection.record` of the study's latest selection; None where there was none.
+
+    Raises:
+        StudyError: when a newer moeopt wrote it, or it is of another form.
+    """
+    with reading(study.study_name):
+        found = study.user_attrs.get(SELECTION)
+    if found is None:
+        return None
+    where = f"study {shown(study.study_name)}: its attribute {SELECTION!r}"
+    check(found, {}, where)
+    check_format(found, where, found.get("moeopt"))
+    check_depth(found, where)
+    check(found, {WINNER: COUNT}, where)
+    return dict(found)
+
+
+def check_record(found: Mapping[str, Any], where: str = SELECTION) -> None:
+    """Raise StudyError, naming the place, unless a record is of the form that `Selection.record` has."""
+    check(found, RECORD, where)
+    check(found["examples"].get("test"), SPLIT, f"{where}.examples.test")
+    scores = f"dev_{found['metric']}"
+    check(found["candidates"].get(scores), [Maybe(NUMBER)], f"{where}.candidates.{line(scores, 40)}")
+
+
+def selected_trial(study: optuna.Study) -> FrozenTrial:
+    """The winner of the study's latest selection.
+
+    Raises:
+        StudyError: when there was none, or as `recorded`.
+    """
+    found = recorded(study)
+    if found is None:
+        raise StudyError(f"nothing was selected from study {study.study_name!r} yet; `moeopt select` does it")
+    with reading(study.study_name):
+        trials = study.get_trials(deepcopy=False)
+    winner = next((trial for trial in trials if trial.number == found[WINNER]), None)
+    if winner is None:
+        raise StudyError(f"study {shown(study.study_name)} has no trial {found[WINNER]}, which its selection names")
+    return winner
+
+
+def _negated(i: Interval) -> Interval:
+    return replace(i, mean=-i.mean, low=-i.high, high=-i.low)
+
+
+def _json(i: Interval) -> dict[str, float]:
+    return {"mean": i.mean, "low": i.low, "high": i.high}
+
+
+def _signed(i: Interval) -> str:
+    return f"{i.mean:+.4f} [{i.low:+.4f}, {i.high:+.4f}]"
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,534 @@
+"""The objective of a search: trial -> plan -> loss."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+
+from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError, got
+from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
+from moeopt.evaluation.checks import check_parts
+from moeopt.evaluation.memory import ran_out
+from moeopt.models import Storage, describe, fingerprint, lock_of, shape_of
+from moeopt.plan import Plan
+from moeopt.samplers import racing
+from moeopt.spaces import Space
+from moeopt.study import reference
+from moeopt.study.reference import Reference
+from moeopt.trials import genome, guide
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moeopt.evaluation import Compression
+    from moeopt.evaluation.evaluator import Score
+    from moeopt.methods import Found
+    from moeopt.methods.guiding import Guiding
+    from moeopt.tasks import Task
+
+Report = Literal["mean", "block"]
+
+COPIED_FROM = "copied_from"
+SPENT = "spent"
+ACTIVE = "active"
+"""Key, in the head of a trial's scores, of the experts active per token and layer over the same examples."""
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+class Objective:
+    """`objective(trial) -> float`: the task loss of the trial's plan; works with any `study.optimize`.
+
+    With `active_weight` it is the task loss plus so much for every expert that a token runs in an MoE layer, on
+    average: without it, an `ActiveSpace` would be searched for as many active experts as may be.
+
+    Every trial keeps, as user attributes, `accuracy` (0 to 1), `active` (the mean number of experts that a token ran in
+    an MoE layer, see `Evaluation`), `seconds`, `tokens` (non-padding tokens run), `layer_tokens` (decoder layers that
+    they went through, summed: what the trial cost), `operator`, `phase` and
+    `parents` where the sampler names them, `spent` (the layer-tokens of the study when it ended, its own included and
+    those of its reference: the axis on which studies of one task compare), and `drift` (mean absolute distance of the
+    genotype from the start); the scores of every example are packed in a system attribute.
+
+    With several `rungs` the trial is raced: after each rung but the last it reports its loss so far, with the number of
+    examples as step, and any pruner of Optuna may end it. A pruned trial keeps, as `estimate`, what its loss over all
+    examples would be: the incumbent's plus the mean paired difference so far, which moeopt's samplers read.
+
+    Before its first trial of a study it scores the full model, unless the study holds that already (`reference`).
+
+    No plan is evaluated twice: what a finished trial of the study, of whichever worker, knows of the plan on the same
+    examples is taken from it (`copied_from`), at no cost. A plan whose loss is NaN or infinite, or that runs out of
+    memory, makes the trial fail, with the reason in `failure`; the search goes on.
+
+    Args:
+        model, tokenizer: the full model, as `moeopt.load` returns them. Its parameters are never changed.
+        task: what to score.
+        space: what to search; for a model of the same shape.
+        split: ``"search"`` unless you know better; ``"dev"`` and ``"test"`` are for afterwards.
+        limit: use only so many examples (text: windows), the same ones every time.
+        batch_tokens: padded tokens a forward pass.
+        max_length: tokens a sequence may have; longer prompts lose their beginning.
+        rungs: how often a trial may be stopped, the end included; 1: never.
+        report: ``"mean"``: rungs grow by 2, and what is reported is the mean so far, for `moeopt.RacingPruner`,
+            Hyperband and the like; ``"block"``: rungs are equal blocks, and what is reported is the block's own mean,
+            as Optuna's `WilcoxonPruner` takes it (some 20 blocks suit it).
+        active_weight: what one more active expert per token and layer must gain in loss; at least 0.
+        prefix_memory, prefix_device, storage, score, compression: as for `Evaluator`.
+        reference: whether a study gets the full model's scores, for one evaluation.
+        guide: the largest share of the study's layer-tokens that guides may take, the first one aside, where trials
+            are counted as if they reused nothing; 0: there are none. After a trial the objective may leave, packed,
+            what each expert taken out of the best pruning so far, or back in, would change of the loss
+            (`moeopt.trials.guide`), which the sampler ``"guided"`` reads. The trial's `layer_tokens` count it, and its
+            `guide_layer_tokens` say how many of them it was.
+
+    Warns:
+        UserWarning: when the task has no dev or no test split, or fewer distinct examples than `limit`.
+
+    Raises:
+        SpaceError: when the space is none, or for a model of another shape.
+        TaskError, ModelError: as `Evaluator`.
+        StudyError: when `rungs`, `report`, `active_weight` or `guide` is out of range, or guides cannot be made.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        space: Space,
+        *,
+        split: str = "search",
+        limit: int | None = None,
+        batch_tokens: int = 1024,
+        max_length: int | None = None,
+        rungs: int = 1,
+        report: Report = "mean",
+        active_weight: float = 0.0,
+        prefix_memory: int | None = None,
+        prefix_device: str | None = None,
+        storage: Storage = "auto",
+        score: Score = "likelihood",
+        compression: Compression | None = None,
+        reference: bool = True,
+        guide: float = 0.0,
+    ) -> None:
+        check_parts(model, tokenizer, task)
+        if not isinstance(space, Space):
+            raise SpaceError(
+                f"space must be one of moeopt's, such as moeopt.EEPSpace.of(model, keep=4), got {got(space)}"
+            )
+        shape = shape_of(model)
+        if shape != space.shape:
+            raise SpaceError(f"the space is for {space.shape}, the model has {shape}")
+        if isinstance(rungs, bool) or not isinstance(rungs, int) or rungs < 1:
+            raise StudyError(f"rungs must be an integer of at least 1, got {rungs!r}")
+        if report not in get_args(Report):
+            raise StudyError(f"report must be 'mean' or 'block', got {report!r}")
+        weighs = isinstance(active_weight, (int, float)) and not isinstance(active_weight, bool)
+        if not weighs or not 0 <= active_weight < float("inf"):
+            raise StudyError(f"active_weight must be a number of at least 0, got {active_weight!r}")
+        if isinstance(guide, bool) or not isinstance(guide, (int, float)) or not 0 <= guide < 1:
+            raise StudyError(f"guide is the share of layer-tokens for guides, at least 0 and below 1, got {guide!r}")
+        self.active_weight, self.guide = float(active_weight), float(guide)
+        self.model, self.tokenizer, self.task, self.space, self.split = model, tokenizer, task, space, split
+        self.report: Report = report
+        sizes = racing.rung_sizes if report == "mean" else racing.blocks
+        self.evaluator = Evaluator(
+            model,
+            tokenizer,
+            task,
+            split=split,
+            limit=limit,
+            batch_tokens=batch_tokens,
+            max_length=max_length,
+            rungs=lambda examples: sizes(examples, rungs),
+            prefix_memory=prefix_memory,
+            prefix_device=prefix_device,
+            storage=storage,
+            score=score,
+            compression=compression,
+        )
+        if not task.kept:
+            _warn_of_too_little(task, split, limit, self.evaluator.examples)
+        self._searched: Callable[[], optuna.Study | None] = lambda: None
+        self._refers = reference
+        self._reference: Reference | None = None
+        self._checked: tuple[Callable[[], optuna.Study | None], object, object] = (lambda: None, None, None)
+        self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
+        self.settings: dict[str, Any] = {
+            **self._limits, "batch_tokens": batch_tokens, "rungs": rungs, "report": report,
+            "active_weight": self.active_weight, "prefix_memory": prefix_memory, "score": score,
+        }  # fmt: skip
+        if compression is not None:
+            self.settings |= {"top_p": compression.top_p, "memory": compression.memory}
+        if not reference:
+            self.settings["reference"] = False
+        self._guiding: Guiding | None = None
+        if guide:
+            self.settings["guide"] = self.guide
+            self._guiding = _guiding(self.evaluator, self._of)
+
+    def __call__(self, trial: optuna.trial.BaseTrial) -> float:
+        """The loss of the trial's plan, active experts weighed in, NaN where there is none.
+
+        Raises:
+            StudyError: when the study maximises, or does not go on as it was made (`check`); the trial has failed, and
+                is run again once the study does.
+            optuna.TrialPruned: when the study's pruner says so.
+        """
+        study = getattr(trial, "study", None)
+        if study is not None and study.direction.name == "MAXIMIZE":
+            raise StudyError("the objective is a loss: create the study with direction='minimize'")
+        if study is not None:
+            try:
+                self.check(study)
+            except StudyError as error:
+                trial.set_user_attr(genome.INTERRUPTED, True)
+                trial.set_user_attr(genome.FAILURE, str(error))
+                raise
+        try:
+            return self._evaluate(trial, study)
+        except KeyboardInterrupt:
+            trial.set_user_attr(genome.INTERRUPTED, True)
+            raise
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            trial.set_user_attr(genome.FAILURE, f"{type(error).__name__}: {error!s:.500}")
+            raise
+
+    def check(self, study: optuna.Study) -> None:
+        """Raise StudyError, naming what differs, unless a study goes on as it was made: this objective, its sampler
+        and its pruner. A study of plain `optuna.create_study` notes its sampler, and is held against that from then on.
+        """
+        checked, sampler, pruner = self._checked
+        if checked() is study and sampler is study.sampler and pruner is study.pruner:
+            return
+        from moeopt.study import check_goes_on
+
+        check_goes_on(study, self)
+        self._checked = weakref.ref(study), study.sampler, study.pruner
+
+    def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
+        if study is not None:
+            self._begin(study)
+        started = self.evaluator.clock()
+        x = self.space.vector(trial)
+        plan = self.space.decode(x)
+        facts = _facts(genome.origin(trial))
+        attrs: dict[str, Any] = {}
+        evaluation: Evaluation | None = None
+        pruned, examples = False, self.evaluator.examples
+        try:
+            known = self._known(study, trial, plan, facts)
+            for evaluation in self.evaluator.race(plan, known):
+                attrs = self._packed(evaluation)
+                n = len(evaluation.losses)
+                if len(self.evaluator.rungs) > 1:
+                    if study is not None and n < examples:
+                        genome.write(study, trial, attrs)  # for the pruner
+                    self._report(trial, evaluation)
+                    finished = n == examples or (known is not None and len(known.losses) == examples)
+                    if not finished and trial.should_prune():
+                        pruned = True
+                        break
+        except (NonFiniteLossError, RuntimeError, MemoryError) as error:
+            finite = not isinstance(error, NonFiniteLossError)
+            if finite and not ran_out(error):
+                raise
+            attrs = {} if finite else {genome.NOT_FINITE: self._of}
+            self._note(study, trial, attrs, facts | {genome.FAILURE: str(error).partition("\n")[0]})
+            return float("nan")
+        assert evaluation is not None
+        facts |= {
+            "accuracy": evaluation.accuracy,
+            "active": _active(evaluation),
+            "seconds": round(self.evaluator.clock() - started, 4),
+            "tokens": evaluation.tokens,
+            "layer_tokens": evaluation.layer_tokens,
+            "drift": round(self.space.drift(x), 6),
+        }
+        if pruned:
+            facts[genome.ESTIMATE] = self._estimate(study, evaluation)
+        elif study is not None:
+            attrs |= self._guide(study, plan, evaluation.loss + self._penalty(evaluation), facts)
+        self._note(study, trial, attrs, facts)
+        if pruned:
+            raise optuna.TrialPruned
+        return evaluation.loss + self._penalty(evaluation)
+
+    def _begin(self, study: optuna.Study) -> None:
+        """Once a study, before its first trial here: it gets its reference, and forgets what was run for it or others.
+
+        So no study saves layer-tokens by what another one ran, and a resumed one costs what one that went on does.
+        """
+        if self._searched() is study:
+            return
+        with lock_of(self.model):
+            if self._searched() is study:  # another thread did it meanwhile
+                return
+            self._reference = reference.read(study)
+            if self._refers and not self._refers_to(self._reference):
+                try:
+                    self._reference = self.reference(study)
+                    for warning in self._reference.warnings:
+                        warnings.warn(f"{warning} It is {reference.first_prompt(self.evaluator)}", stacklevel=4)
+                except (NonFiniteLossError, OutOfMemoryError) as error:
+                    warnings.warn(f"the full model gives no reference: {error}", stacklevel=4)
+            self.evaluator.clear(keep_teacher=True)
+            self._searched = weakref.ref(study)
+
+    def reference(self, study: optuna.Study) -> Reference:
+        """The full model's scores on the objective's examples: those that the study holds, or made here and kept there.
+
+        Raises:
+            NonFiniteLossError: when its loss is not finite.
+            OutOfMemoryError: when a single sequence does not fit.
+            StudyError, StorageError: when what the study holds is damaged.
+        """
+        with lock_of(self.model):
+            held = reference.read(study)
+            if held is None or not self._refers_to(held):
+                self.evaluator.clear(keep_teacher=True)
+                made = reference.measure(self.evaluator, self._of, self.active_weight)
+                self.evaluator.clear(keep_teacher=True)  # what trials cost does not depend on where this was run
+                held = reference.read(study)  # another process may have made it meanwhile
+                if held is None or not self._refers_to(held):
+                    made.keep(study)
+                    held = made
+            return held
+
+    def _refers_to(self, held: Reference | None) -> bool:
+        """Whether a reference is of what this objective scores."""
+        return held is not None and held.of == self._of and held.penalty == self.active_weight * held.active
+
+    def _penalty(self, evaluation: Evaluation) -> float:
+        """What the active experts of an evaluation add to the loss."""
+        return penalty(self.active_weight, evaluation)
+
+    def _note(
+        self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, attrs: dict[str, Any], facts: dict[str, Any]
+    ) -> None:
+        if study is not None:
+            ended = study.get_trials(deepcopy=False, states=FINISHED)
+            spent = self._spent(ended) + facts.get("layer_tokens", 0)
+            genome.write(study, trial, attrs, facts | {SPENT: spent})
+            return
+        for key, value in facts.items():
+            trial.set_user_attr(key, value)
+
+    def _guide(self, study: optuna.Study, plan: Plan, loss: float, facts: dict[str, Any]) -> dict[str, Any]:
+        """Attributes for a trial that hold a guide of the study's best pruning so far, which may be the trial's own.
+
+        There is none where that has a guide, where warm starts wait to be tried, and where guides would take more than
+        their share of the layer-tokens. The trial's `layer_tokens`, in `facts`, come to count it.
+        """
+        if self._guiding is None:
+            return {}
+        trials = study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.WAITING))
+        if any(trial.state == TrialState.WAITING for trial in trials):
+            return {}
+        done = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None and t.value <= loss]
+        if done:
+            plan = self.space.decode(self.space.vector(min(done, key=lambda trial: (trial.value, trial.number))))
+        cost, guides = self._guiding.layer_tokens, guide.cost(trials)
+        held = (plan.fingerprint, self._of) in {guide.plan_of(trial) for trial in trials}
+        if held or not all(layer.kept is not None for layer in plan.layers):
+            return {}
+        # As if nothing were reused: whether there is a guide must not depend on the process that a trial ran in.
+        tokens = facts["tokens"] + sum(int(trial.user_attrs.get("tokens", 0)) for trial in trials)
+        if guides and guides + cost > self.guide * (tokens * self.evaluator.layers + guides + cost):
+            return {}
+        try:
+            made = self._guiding.guide(plan)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            warnings.warn(f"there is no guide, as memory ran out: {str(error).partition(chr(10))[0]}", stacklevel=2)
+            return {}
+        facts["layer_tokens"] += cost
+        facts[guide.COST] = cost
+        return made.packed()
+
+    def _spent(self, trials: Iterable[FrozenTrial]) -> int:
+        """Layer-tokens of these trials, and of the reference."""
+        costs = (trial.user_attrs.get("layer_tokens") for trial in trials)
+        own = 0 if self._reference is None else self._reference.layer_tokens
+        return own + sum(cost for cost in costs if isinstance(cost, int))
+
+    def _known(
+        self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, plan: Plan, facts: dict[str, Any]
+    ) -> Evaluation | None:
+        """What the trial that knows most knows of the plan on the first examples; noted in `facts`."""
+        if study is None:
+            return None
+        found = remembered(trial, plan, self._of)
+        origin, name = genome.origin(trial), plan.fingerprint
+        if "plan" not in origin:
+            genome.write(study, trial, {genome.ORIGIN: {**origin, "plan": name}})
+        for other in study.get_trials(deepcopy=False, states=FINISHED):
+            if genome.origin(other).get("plan") == name:
+                if genome.attributes(other).get(genome.NOT_FINITE) == self._of:
+                    facts[COPIED_FROM] = other.number
+                    raise NonFiniteLossError(str(other.user_attrs.get(genome.FAILURE)), layer=None)
+                seen = remembered(other, plan, self._of)
+                if seen is not None and (found is None or len(seen.losses) > len(found.losses)):
+                    found = seen
+                    facts[COPIED_FROM] = other.number
+        return found
+
+    @cached_property
+    def _of(self) -> str:
+        return scores_name(self.evaluator)
+
+    def _packed(self, evaluation: Evaluation) -> dict[str, Any]:
+        attrs = genome.pack(genome.SCORES, evaluation.scores.reshape(-1))
+        attrs[genome.SCORES] |= {"of": self._of, ACTIVE: evaluation.active}
+        if self.active_weight:
+            attrs[genome.SCORES][racing.PENALTY] = self._penalty(evaluation)
+        return attrs
+
+    def _report(self, trial: optuna.trial.BaseTrial, evaluation: Evaluation) -> None:
+        n, rungs = len(evaluation.losses), self.evaluator.rungs
+        first = ([0, *rungs])[rungs.index(n)] if self.report == "block" else 0
+        losses, weights = evaluation.losses[first:].astype(np.float64), evaluation.weights[first:]
+        trial.report(float(np.average(losses, weights=weights)) + self._penalty(evaluation), n)
+
+    def _estimate(self, study: optuna.Study | None, evaluation: Evaluation) -> float:
+        best = None if study is None else racing.incumbent(study, evaluation.scores, self._of)
+        reference = None if best is None else genome.read_scores(best)
+        loss = evaluation.loss if reference is None else racing.honest_estimate(evaluation.scores, reference)
+        return loss + self._penalty(evaluation)
+
+    def calibrated(self, names: Iterable[str], *, seed: int = 0) -> dict[str, Found]:
+        """What one-shot methods make of the objective's examples, for its space, with k and skip as at its start.
+
+        Raises:
+            MethodError: as `moeopt.methods.plans`.
+        """
+        from moeopt import methods
+
+        limits = {name: self._limits[name] for name in ("split", "limit", "max_length")}
+        options = {"batch_tokens": self.evaluator.batch_tokens, "score": self.evaluator.score, **limits}
+        calibration = methods.Calibration(self.model, self.tokenizer, self.task, **options)
+        space, start = self.space, self.space.decode(self.space.start()).layers
+        most = max(layer.k for layer in start)
+        found = methods.plans(names, calibration, keep=space.keep, k=most, groups=space.groups, seed=seed)
+
+        def started(plan: Plan) -> Plan:
+            return Plan(tuple(replace(a, k=b.k, skip=b.skip) for a, b in zip(plan.layers, start)))
+
+        return {name: replace(one, plan=started(one.plan)) for name, one in found.items()}
+
+    def noise_floor(self) -> NoiseFloor:
+        """How much the full model's loss on the first rung moves with experts backend and batch size.
+
+        Where losses are distances from the full model, it is that of the space's start.
+        """
+        teacher = self.evaluator.teacher
+        return noise_floor(
+            self.model,
+            self.tokenizer,
+            self.task,
+            plan=None if teacher is None else self.space.decode(self.space.start()),
+            score=self.evaluator.score,
+            compression=None if teacher is None else teacher.compression,
+            split=self.split,
+            limit=self.evaluator.rungs[0],
+            batch_tokens=self.evaluator.batch_tokens,
+            max_length=self._limits["max_length"],
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Model, task, space and evaluation as JSON: what a study must agree on to be resumed."""
+        config = self.model.config
+        backends = {kind: getattr(config, f"_{key}_implementation", None) for kind, key in BACKENDS.items()}
+        score: dict[str, Any] = {"score": self.evaluator.score} if self.evaluator.score != "likelihood" else {}
+        if self.evaluator.teacher is not None:
+            score |= {"top_p": self.evaluator.teacher.compression.top_p, "kept_tokens": self.evaluator.teacher.most}
+        weight = {"active_weight": self.active_weight} if self.active_weight else {}
+        weight |= {"guide": self.guide} if self.guide else {}
+        return {
+            "model": describe(self.model),
+            "task": {**self.task.describe(), **self._limits},
+            "space": self.space.describe(),
+            "evaluation": {"rungs": list(self.evaluator.rungs), "report": self.report, **backends, **score, **weight},
+        }
+
+
+def _warn_of_too_little(task: Task, split: str, limit: int | None, examples: int) -> None:
+    """Say what a task lacks for a search of which `examples` (text: windows) are in use."""
+    lacks = " and ".join(f"no {name} split" for name in ("dev", "test") if name not in task.splits)
+    if lacks:
+        warnings.warn(
+            f"task {task.name!r} has {lacks} (it has {task.summary}): whether what is found holds on examples that the"
+            " search has not seen cannot be told. Give more rows, or a file for each split",
+            stacklevel=3,
+        )
+    distinct = examples
+    if task.unit == "examples":  # not windows
+        examples, distinct = len(task.examples(split)), len({one.likeness for one in task.examples(split)})
+    if limit is not None and distinct < limit:
+        repeats = f", {distinct:,} of them distinct" if distinct < examples else ""
+        warnings.warn(
+            f"the limit is {limit:,}, but the {split} split of task {task.name!r} gives {examples:,}"
+            f" {task.unit.replace('documents', 'windows')}{repeats} (it has {task.summary})",
+            stacklevel=3,
+        )
+
+
+def _guiding(evaluator: Evaluator, of: str) -> Guiding:
+    from moeopt.methods.guiding import Guiding
+
+    if evaluator.score == "metric":
+        raise StudyError("guides are derivatives of the loss, and score='metric' has none: search score='choice'")
+    try:
+        return Guiding(evaluator, of)
+    except ModelError as error:
+        raise StudyError(f"no guide: its derivatives need a model that runs layer by layer: {error}") from error
+
+
+def scores_name(evaluator: Evaluator) -> str:
+    """16 hex digits that name model, task, examples and score of what an evaluator gives."""
+    parts = evaluator.fingerprint, evaluator.task.fingerprint(evaluator.split), fingerprint(evaluator.model)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def remembered(trial: optuna.trial.BaseTrial, plan: Plan, of: str) -> Evaluation | None:
+    """What a trial's scores say of its plan; None where they are of something else than `scores_name` names."""
+    scores = genome.read_scores(trial) if genome.scores_of(trial) == of else None
+    if scores is None:
+        return None
+    active = genome.attributes(trial)[genome.SCORES].get(ACTIVE)
+    if active is None:  # scores of an older version, which searched no skipping
+        if any(layer.skip for layer in plan.layers):
+            return None
+        active = sum(layer.k for layer in plan.layers) / len(plan.layers)
+    return Evaluation(scores[0], scores[1], scores[2], 0, 0, 0.0, float(active))
+
+
+BACKENDS = {"attention": "attn", "experts": "experts"}
+
+
+def penalty(active_weight: float, evaluation: Evaluation) -> float:
+    """What the active experts of an evaluation add to its loss, at `active_weight` an expert."""
+    return active_weight * _active(evaluation) if active_weight else 0.0
+
+
+def _active(evaluation: Evaluation) -> float:
+    return round(evaluation.active, 4)
+
+
+def _facts(origin: dict[str, Any]) -> dict[str, Any]:
+    facts = {key: origin[key] for key in ("operator", "phase") if origin.get(key) is not None}
+    if origin.get("parents"):
+        facts["parents"] = origin["parents"]
+    return facts

@@ -1,0 +1,227 @@
+"""What the full model gives on a study's examples: the reference that what the study finds is held against.
+
+Its numbers are the study's user attribute `full_model`, which dashboards show; the scores of the examples are packed in
+a system attribute, written before it, so that who finds the one finds the other. A study has it once, however many
+workers and resumptions there are, and its layer-tokens count once in the `spent` of trials.
+
+A model that guesses tells no plan from another: of n examples on which a blind pick is right with probabilities p_i, it
+is taken to guess unless it has significantly more than sum p_i right, one-sided at 5%, by the normal approximation with
+continuity correction: right - 1/2 - sum p_i > z sqrt(sum p_i (1 - p_i)). Where nothing is picked, it is enough to have
+anything right. In a mixture every task is judged alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeopt.errors import NonFiniteLossError, StorageError
+from moeopt.showing import line, shown
+from moeopt.trials import genome
+from moeopt.trials.description import FULL_MODEL, full_model, reading
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from moeopt.evaluation import Evaluation, Evaluator, Interval
+
+SCORES = "moeopt:full_model"
+"""System attribute of a study: losses, weights and correctness of the examples, packed."""
+Z = 1.6449
+ADVICE = (
+    "look at the first prompt: is anything missing or double before the answer (delimiter), is it the template that "
+    "the model knows, does it want a chat template (chat=true)?"
+)
+MOST_SHOWN = 8
+"""Metrics in a line, and warnings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The full model on the examples that a study searches.
+
+    Args:
+        of: names model, task, examples and score (`moeopt.study.objective.scores_name`).
+        score: as of `Evaluator`; where it is a distance from the full model, the loss is 0 by definition.
+        loss: mean loss, as trials' without what active experts add.
+        penalty: what the objective adds to it for the active experts.
+        accuracy: 0 to 1, as trials note it.
+        metrics: the task's published numbers by name.
+        active: experts that a token runs in an MoE layer, on average.
+        examples: how many there are.
+        chance: the accuracy of blind picks; None where the model does not choose among options.
+        tokens, layer_tokens, seconds: what it cost.
+        warnings: why not to trust a search on these examples; empty when nothing speaks against it.
+        scores: losses, weights and correctness of the examples, float32 (3, examples).
+    """
+
+    of: str
+    score: str
+    loss: float
+    penalty: float
+    accuracy: float
+    metrics: Mapping[str, float]
+    active: float
+    examples: int
+    chance: float | None
+    tokens: int
+    layer_tokens: int
+    seconds: float
+    warnings: tuple[str, ...]
+    scores: NDArray[np.float32] | None = field(default=None, repr=False)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All but the scores, as JSON."""
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "scores"}
+        return {**values, "metrics": dict(self.metrics), "warnings": list(self.warnings)}
+
+    @property
+    def label_free(self) -> bool:
+        """Whether losses are distances from the full model."""
+        return self.score in ("kl", "acceptance")
+
+    def __str__(self) -> str:
+        text = f"loss {self.loss:.4f}, {'agreement' if self.label_free else 'accuracy'} {100 * self.accuracy:.1f}%"
+        if self.label_free:
+            return f"{text}, by definition"
+        text += f" of {self.examples:,} examples"
+        if self.chance is not None:
+            text += f" (chance {100 * self.chance:.1f}%)"
+        others = list(self.metrics.items())[1 : 1 + MOST_SHOWN]
+        return text + "".join(f", {line(name, 40)} {value:.4f}" for name, value in others)
+
+    def difference(self, trial: FrozenTrial) -> Interval | None:
+        """A trial's mean loss minus this one, active experts not weighed in, with its 95% interval over the examples.
+
+        None where the trial's scores are of other examples, or it has none.
+
+        Raises:
+            StorageError: when they are damaged.
+        """
+        from moeopt.evaluation.statistics import bootstrap
+
+        theirs = genome.read_scores(trial)
+        if self.scores is None or theirs is None or genome.scores_of(trial) != self.of:
+            return None
+        if not np.array_equal(theirs[1], self.scores[1]):
+            return None
+        return bootstrap(theirs[0].astype(np.float64) - self.scores[0], self.scores[1].astype(np.float64))
+
+    def keep(self, study: optuna.Study) -> None:
+        """Keep it in a study."""
+        if self.scores is not None:
+            attrs = genome.pack(SCORES, self.scores.reshape(-1))
+            attrs[SCORES]["of"] = self.of
+            genome.write_study(study, attrs)
+        study.set_user_attr(FULL_MODEL, self.facts)
+
+
+def measure(evaluator: Evaluator, of: str, active_weight: float = 0.0) -> Reference:
+    """Evaluate the full model.
+
+    Args:
+        evaluator: of the study's examples.
+        of: its `moeopt.study.objective.scores_name`.
+        active_weight: what the objective adds to a loss for an active expert.
+
+    Raises:
+        NonFiniteLossError: when its loss is not finite.
+        OutOfMemoryError: when a single sequence does not fit.
+    """
+    try:
+        evaluation = evaluator.full_model()
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"nothing can be held against the full model: {error}", layer=error.layer) from None
+    chances = evaluator.task.chance(evaluator.split, evaluator.requests)
+    chance = float(np.average(chances, weights=evaluation.weights))
+    active = round(evaluation.active, 4)
+    return Reference(
+        of=of,
+        score=evaluator.score,
+        loss=evaluation.loss,
+        penalty=active_weight * active,
+        accuracy=evaluation.accuracy,
+        metrics={name: float(value) for name, value in evaluation.metrics.items()},
+        active=active,
+        examples=len(evaluation.losses),
+        chance=None if evaluator.teacher is not None or np.isnan(chance) else chance,
+        tokens=evaluation.tokens,
+        layer_tokens=evaluation.layer_tokens,
+        seconds=round(evaluation.seconds, 4),
+        warnings=() if evaluator.teacher is not None else tuple(doubts(evaluator, evaluation, chances)),
+        scores=evaluation.scores,
+    )
+
+
+def read(study: optuna.Study) -> Reference | None:
+    """The reference that a study holds, without its scores where they are missing; None where it has none.
+
+    Raises:
+        StudyError: when the attribute is not of the form that moeopt writes.
+        StorageError: when the scores are damaged.
+    """
+    with reading(study.study_name):
+        facts = full_model(study.user_attrs, study.study_name)
+        if facts is None:
+            return None
+        attrs = genome.study_attributes(study)
+    packed = genome.unpack(SCORES, attrs)
+    scores = None
+    if packed is not None and attrs[SCORES].get("of") == facts["of"]:
+        if packed.size != 3 * facts["examples"]:
+            raise StorageError(
+                f"study {shown(study.study_name)}: its attribute {SCORES!r} is damaged: {packed.size} numbers for "
+                f"{facts['examples']} examples"
+            )
+        scores = packed.reshape(3, -1)
+    return of_facts(facts, scores)
+
+
+def of_facts(facts: Mapping[str, Any], scores: NDArray[np.float32] | None = None) -> Reference:
+    """A reference from facts that were checked."""
+    return Reference(**{**facts, "warnings": tuple(facts["warnings"])}, scores=scores)
+
+
+def first_prompt(evaluator: Evaluator) -> str:
+    """The first prompt as the model reads it, and behind a plus what is scored, on one visible line."""
+    prompt, scored = evaluator.first_prompt
+    return f'"{line(prompt, 400)}" + "{line(scored, 200)}"'
+
+
+def doubts(evaluator: Evaluator, evaluation: Evaluation, chances: NDArray[np.float64]) -> list[str]:
+    """What says that the full model guesses, a line for every task that is scored.
+
+    Args:
+        evaluator: what the full model was evaluated by.
+        evaluation: what it gave.
+        chances: how likely a blind pick is right on each example, NaN where none is made, float64 (examples,).
+    """
+    from moeopt.tasks.mixture import MixtureTask
+
+    task, found = evaluator.task, []
+    parts = {"": np.arange(len(chances))}
+    if isinstance(task, MixtureTask):
+        parts = {f" of {name}": at for name, (at, _) in task.places(evaluator.requests).items()}
+    for name, at in parts.items():
+        right, chance = float(evaluation.correct[at].sum(dtype=np.float64)), np.nan_to_num(chances[at])
+        by_guessing = chance.sum() + 0.5 + Z * np.sqrt((chance * (1 - chance)).sum()) if chance.any() else 0.0
+        if right > by_guessing:
+            continue
+        if chance.any():
+            above = right > chance.sum()
+            found.append(
+                f"the full model's accuracy{name}, {100 * right / len(at):.1f}% of {len(at)} examples, is "
+                f"{'not surely' if above else 'no'} better than guessing, {100 * chance.mean():.1f}%: "
+                f"{'take more examples, or ' if above else ''}{ADVICE}"
+            )
+        else:
+            found.append(
+                f"the full model gets none of {len(at)} examples{name} right: where answers are short, {ADVICE}"
+            )
+    return found

@@ -1,0 +1,1 @@
+"""Worker processes: one, a fleet on this host, Ray actors. Imports `study` and below."""
