@@ -26,7 +26,7 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 readme: $(VENV)/installed
-	$(BIN)/python tests/run_readme.py README.md
+	$(BIN)/python tests/run_readme.py README.md docs/extending.md
 
 studies: $(VENV)/installed
 	$(BIN)/python tests/run_studies.py

@@ -1,6 +1,6 @@
-"""Run the Python code blocks of a Markdown file, in order, each in a fresh process, all in one temporary folder.
+"""Run the Python code blocks of Markdown files, in order, each in a fresh process, all of a file in a temporary folder.
 
-python tests/run_readme.py README.md
+python tests/run_readme.py README.md docs/extending.md
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def main(path: Path) -> int:
                 [sys.executable, "-c", block], cwd=folder, env=environment, capture_output=True, text=True, check=False
             )
             print(
-                f"block {i} of {len(blocks)}: exit {done.returncode}, {time.perf_counter() - started:.0f} s", flush=True
+                f"{path.name}, block {i} of {len(blocks)}: exit {done.returncode}, {time.perf_counter() - started:.0f} s",
+                flush=True,
             )
             if done.returncode:
                 print(block, done.stdout, done.stderr, sep="\n")
@@ -37,4 +38,4 @@ def main(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(max(main(Path(name)) for name in sys.argv[1:]))
