@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from moeopt.methods.base import Method, Wanted
+from moeopt.methods.base import Budget, Method
 from moeopt.methods.statistics import Array, MeanOutputs, Routing, Statistic
 from moeopt.plan import LayerPlan, Router
 
 Labels = NDArray[np.int64]
-Grouping = Callable[[Mapping[str, Any], Wanted], Labels]
+Grouping = Callable[[Mapping[str, Any], Budget], Labels]
 
 
 class Clustering(Method):
@@ -45,18 +45,18 @@ class Clustering(Method):
         self.summary, self.group, self.kinds = summary, group, kinds
         self.router: Router = router
 
-    def needs(self, wanted: Wanted) -> dict[str, Statistic]:
+    def needs(self, budget: Budget) -> dict[str, Statistic]:
         kinds: tuple[type[Routing] | type[MeanOutputs], ...] = (Routing, *self.kinds)
-        return {kind.__name__: kind(wanted.experts, wanted.k) for kind in kinds}
+        return {kind.__name__: kind(budget.experts, budget.k) for kind in kinds}
 
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
-        labels = self.group(statistics, wanted)
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
+        labels = self.group(statistics, budget)
         routing = statistics["Routing"]
         assert isinstance(routing, Routing)
-        members = (labels == np.arange(wanted.keep)[:, None]).astype(np.float64)
+        members = (labels == np.arange(budget.keep)[:, None]).astype(np.float64)
         return LayerPlan(
-            wanted.experts,
-            wanted.active,
+            budget.experts,
+            budget.active,
             w_em=merged(members, routing.visits).astype(np.float32),
             w_rm=members.astype(np.float32),
             router=self.router,
@@ -78,20 +78,20 @@ def merged(members: Array, visits: Array) -> Array:
     return means
 
 
-def by_outputs(statistics: Mapping[str, Any], wanted: Wanted) -> Labels:
+def by_outputs(statistics: Mapping[str, Any], budget: Budget) -> Labels:
     """HC-SMoE: average linkage of mean expert outputs under the Euclidean distance, cut where r clusters are left."""
     tree = linkage(statistics["MeanOutputs"].means, method="average")
-    return numbered(fcluster(tree, wanted.keep, criterion="maxclust"), wanted.keep)
+    return numbered(fcluster(tree, budget.keep, criterion="maxclust"), budget.keep)
 
 
-def by_logits(statistics: Mapping[str, Any], wanted: Wanted) -> Labels:
+def by_logits(statistics: Mapping[str, Any], budget: Budget) -> Labels:
     """M-SMoE: the r most frequent experts, joined by those whose logits have the largest cosine with theirs."""
     routing: Routing = statistics["Routing"]
-    dominant = np.sort(np.argsort(-routing.visits, kind="stable")[: wanted.keep])
+    dominant = np.sort(np.argsort(-routing.visits, kind="stable")[: budget.keep])
     norms = np.sqrt(np.maximum(routing.logits.diagonal(), np.finfo(float).tiny))
     cosine = routing.logits / norms / norms[:, None]
     labels: Labels = cosine[:, dominant].argmax(axis=1).astype(np.int64)
-    labels[dominant] = np.arange(wanted.keep)
+    labels[dominant] = np.arange(budget.keep)
     return labels
 
 

@@ -21,7 +21,7 @@ from moeopt.evaluation import Evaluator
 from moeopt.evaluation.batches import Batch, pack
 from moeopt.evaluation.runners import hidden_dtype
 from moeopt.evaluation.scoring import score
-from moeopt.methods.seen import Hook, Seen
+from moeopt.methods.layer_activations import Hook, LayerActivations
 from moeopt.models import evaluation_mode, layerwise, lock_of, moe_layers, patched, routing_rules, without_plan
 from moeopt.models.layerwise import Call, Layerwise, input_device
 from moeopt.plan import Plan
@@ -36,7 +36,7 @@ ROWS = 64
 STEP = 0.05
 """By how much log-likelihoods are moved to find the loss's derivative by them, in nats."""
 
-See = Callable[[Seen, Tensor], None]
+Observe = Callable[[LayerActivations, Tensor], None]
 States = list[Tensor]
 
 
@@ -82,8 +82,8 @@ class LossGradients:
     def _batches(self, requests: Sequence[Request]) -> list[Batch]:
         return pack(requests, self.evaluator.batch_tokens, branching=self.evaluator.branching)
 
-    def run(self, see: See, plan: Plan | None = None) -> float:
-        """Calls `see` with what every MoE layer sees of every batch, and dL/dy, (tokens, hidden), y being what its
+    def run(self, observe: Observe, plan: Plan | None = None) -> float:
+        """Calls `observe` with what every MoE layer sees of every batch, and dL/dy, (tokens, hidden), y being what its
         experts give and L the weighted *sum* of the losses of all examples: last layer first for every few examples.
 
         Returns:
@@ -95,12 +95,12 @@ class LossGradients:
         with lock_of(self.model), torch.no_grad(), evaluation_mode(self.model), ExitStack() as stack:
             stack.enter_context(without_plan(self.model) if plan is None else patched(self.model, plan))
             for requests, batches in self._chunks:
-                loss, weight = self._chunk(requests, batches, see)
+                loss, weight = self._chunk(requests, batches, observe)
                 losses, total = losses + loss, total + weight
         self.weight = total
         return losses / total
 
-    def _chunk(self, requests: Sequence[Request], batches: list[Batch], see: See) -> tuple[float, float]:
+    def _chunk(self, requests: Sequence[Request], batches: list[Batch], observe: Observe) -> tuple[float, float]:
         device, dtype = input_device(self.model), hidden_dtype(self.model)
         begun = [self.parts.begin(batch.inputs(device, dtype)) for batch in batches]
         calls = [own for _, own in begun]
@@ -116,7 +116,7 @@ class LossGradients:
                 coefficients, loss, weight = None, float("nan"), float(sum(len(batch.cells) for batch in batches))
             back = [self._from_head(batch, hidden, coefficients) for batch, hidden in zip(batches, last)]
         for i in reversed(range(len(self.parts.layers))):
-            back = self._through(i, batches, calls, entering.pop(), back, see)
+            back = self._through(i, batches, calls, entering.pop(), back, observe)
         return loss, weight
 
     def _scored(
@@ -189,18 +189,24 @@ class LossGradients:
         return whole
 
     def _through(
-        self, i: int, batches: list[Batch], calls: list[list[Call]], entering: States, back: States, see: See
+        self,
+        i: int,
+        batches: list[Batch],
+        calls: list[list[Call]],
+        entering: States,
+        back: States,
+        observe: Observe,
     ) -> States:
         """dL/dh of the hidden states that enter decoder layer `i`, from those that leave it."""
         moe = [layer for layer, place in zip(self.layers, self.parts.moe) if place == i]
         current: list[Any] = []
         outputs: list[Tensor] = []
-        seen: list[Seen] = []
+        acts: list[LayerActivations] = []
         left: States = []
-        hooks = [Hook(layer, self.rules[layer.index], seen.append, current) for layer in moe]
+        hooks = [Hook(layer, self.rules[layer.index], acts.append, current) for layer in moe]
 
         def note(_module: Any, _args: Any, output: Tensor) -> None:
-            if torch.is_grad_enabled():  # not the experts that `see` asks for
+            if torch.is_grad_enabled():  # not the experts that `observe` asks for
                 outputs.append(output)
 
         with ExitStack() as stack:
@@ -219,10 +225,10 @@ class LossGradients:
                     grads = torch.autograd.grad(output, [start, *outputs], gradient.to(output.device))
                 left.append(grads[0])
                 real = batch.mask.bool().flatten()
-                for what, slope in zip(seen, grads[1:]):
-                    see(what.detached(), slope.reshape(-1, slope.shape[-1])[real.to(slope.device)])
+                for what, slope in zip(acts, grads[1:]):
+                    observe(what.detached(), slope.reshape(-1, slope.shape[-1])[real.to(slope.device)])
                 outputs.clear()
-                seen.clear()
+                acts.clear()
         return left
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from moeopt.evaluation import Evaluator
 from moeopt.methods.gradients import LossGradients
+from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.loss_aware import cost_of
-from moeopt.methods.seen import Seen
 from moeopt.methods.set_changes import Toggles, products_of
 from moeopt.plan import Plan
 from moeopt.trials.guide import Guide
@@ -37,10 +37,10 @@ class Guiding:
         """The guide of a plan whose layers all keep experts as they are (`LayerPlan.kept`)."""
         toggles = [_OfLayer(layer.kept or (), layer.k, layer.experts) for layer in plan.layers]
 
-        def see(seen: Seen, gradient: Tensor) -> None:
-            toggles[seen.layer.index].add(seen, products_of(seen, gradient))
+        def observe(acts: LayerActivations, gradient: Tensor) -> None:
+            toggles[acts.layer.index].add(acts, products_of(acts, gradient))
 
-        self._gradients.run(see, plan)
+        self._gradients.run(observe, plan)
         signed, squared = (np.stack([of.scores(name) for of in toggles]) for name in ("signed", "squared"))
         if self._gradients.evaluator.teacher is not None:
             signed[:] = 0.0  # of tokens that were drawn: its mean is 0, whatever the plan
@@ -57,9 +57,9 @@ class _OfLayer:
         self._parts = [(experts, Toggles(kept, experts, k, kept, k, n)) for experts in toggled]
         self._n = n
 
-    def add(self, seen: Seen, products: Tensor) -> None:
+    def add(self, acts: LayerActivations, products: Tensor) -> None:
         for _, sums in self._parts:
-            sums.add(seen, products)
+            sums.add(acts, products)
 
     def scores(self, name: str) -> np.ndarray:
         found = np.zeros(self._n)

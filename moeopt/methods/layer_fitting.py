@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import MethodError
-from moeopt.methods.activations import Activations
+from moeopt.methods.layer_activations import LayerActivations
+from moeopt.methods.neuron_activations import NeuronActivations
 from moeopt.methods.ridge import Gram, Products, Rows
-from moeopt.methods.seen import Seen
 from moeopt.models import MoELayer
 from moeopt.models.merging import DOWN, Scratch
 from moeopt.plan import DownProjections, LayerPlan
@@ -59,25 +59,25 @@ class LayerFitting:
         self,
         layer: MoELayer,
         part: LayerPlan,
-        batches: list[Seen],
+        batches: list[LayerActivations],
         gaps: list[Tensor],
         held: list[Tensor],
         given: float,
     ) -> None:
         self.layer, self.part, self.batches, self.gaps, self.held, self.given = layer, part, batches, gaps, held, given
-        self.weights = [self._weights(seen) for seen in batches]
+        self.weights = [self._weights(acts) for acts in batches]
         self.pairs = max(1, sum(int((weights != 0).sum()) for weights in self.weights))
         self.tensors = Scratch().tensors(layer.experts, part)
-        self.activations = Activations(layer, self.tensors)
+        self.activations = NeuronActivations(layer, self.tensors)
         self.hidden, self.inner = self.activations.hidden, self.activations.inner
         self.runs = 0.0
 
-    def _weights(self, seen: Seen) -> Tensor:
+    def _weights(self, acts: LayerActivations) -> Tensor:
         """What each of the r experts weighs for each token, float32 (tokens, r)."""
-        r, n, index = self.part.kept_experts, self.part.experts, seen.index
+        r, n, index = self.part.kept_experts, self.part.experts, acts.index
         if not self.part.makes_experts:
             index = torch.tensor(self.part.places, device=index.device)[index]
-        weights = torch.zeros(len(index), n, device=index.device).scatter_add_(1, index, seen.gates.float())
+        weights = torch.zeros(len(index), n, device=index.device).scatter_add_(1, index, acts.gates.float())
         return weights[:, :r].clone()  # what novices give is no expert's
 
     def run(self, ridges: Sequence[float], rank: int | None, columns: int) -> tuple[LayerPlan, LayerFit]:

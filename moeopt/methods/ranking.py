@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moeopt.methods.base import Method, Wanted
+from moeopt.methods.base import Budget, Method
 from moeopt.methods.statistics import Array, Moves, Norms, Routing, Statistic
 from moeopt.plan import LayerPlan
 
@@ -28,12 +28,12 @@ class Ranking(Method):
         self.summary, self.kind, self.score = summary, kind, score
         self.progressive = self.alone = progressive
 
-    def needs(self, wanted: Wanted) -> dict[str, Statistic]:
-        return {self.kind.__name__: self.kind(wanted.experts, wanted.k)}
+    def needs(self, budget: Budget) -> dict[str, Statistic]:
+        return {self.kind.__name__: self.kind(budget.experts, budget.k)}
 
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
         scores = self.score(statistics[self.kind.__name__])
-        return wanted.pruned(np.argsort(-scores, kind="stable")[: wanted.keep].tolist())
+        return budget.pruned(np.argsort(-scores, kind="stable")[: budget.keep].tolist())
 
 
 class Random(Method):
@@ -41,8 +41,8 @@ class Random(Method):
 
     summary = "r uniformly drawn experts per layer"
 
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
-        return wanted.pruned(rng.permutation(wanted.experts)[: wanted.keep].tolist())
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
+        return budget.pruned(rng.permutation(budget.experts)[: budget.keep].tolist())
 
 
 def frequency(routing: Routing) -> Array:

@@ -16,7 +16,7 @@ from moeopt import methods
 from moeopt.errors import MethodError, ModelError
 from moeopt.evaluation import Evaluator
 from moeopt.methods import clustering, naee, output_fit
-from moeopt.methods.base import Wanted
+from moeopt.methods.base import Budget
 from moeopt.methods.names import PROGRESSIVE
 from moeopt.methods.statistics import MeanOutputs, Norms, Routing, Spread
 from moeopt.models import moe_layers, patched
@@ -25,7 +25,7 @@ from moeopt.tasks import Example, MultipleChoiceTask, TextTask
 
 TEXT = "All happy families are alike; each unhappy family is unhappy in its own way. " * 4
 WINDOW, SEQUENCES = 20, 10
-WANTED = Wanted(experts=8, k=2, keep=4, active=2)
+WANTED = Budget(experts=8, k=2, keep=4, active=2)
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +98,10 @@ def tokens(model, text, tiny_tokenizer):
 
 def test_statistics(calibration, tokens):
     made = [{"r": Routing(8, 2), "n": Norms(8, 2), "m": MeanOutputs(8, 2)} for _ in tokens]
-    calibration.run(lambda seen: [s.add(seen) for s in made[seen.layer.index].values()])
-    for got, seen in zip(made, tokens):
+    calibration.run(lambda acts: [s.add(acts) for s in made[acts.layer.index].values()])
+    for got, acts in zip(made, tokens):
         expected = {name: np.zeros(8) for name in ("visits", "gates", "probabilities", "norms", "gated")}
-        for p, g, _, f in seen:
+        for p, g, _, f in acts:
             expected["probabilities"] += p
             for j, gate in g.items():
                 expected["visits"][j] += 1
@@ -112,19 +112,19 @@ def test_statistics(calibration, tokens):
             np.testing.assert_allclose(getattr(got["r"], name), expected[name], rtol=1e-4)
         np.testing.assert_allclose(got["n"].norms, expected["norms"], rtol=1e-4)
         np.testing.assert_allclose(got["n"].gated, expected["gated"], rtol=1e-4)
-        np.testing.assert_allclose(got["r"].logits, sum(np.outer(x[2], x[2]) for x in seen), rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(got["m"].means, np.mean([x[3] for x in seen], axis=0), rtol=1e-3, atol=1e-6)
-        assert got["r"].tokens == len(seen)
+        np.testing.assert_allclose(got["r"].logits, sum(np.outer(x[2], x[2]) for x in acts), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(got["m"].means, np.mean([x[3] for x in acts], axis=0), rtol=1e-3, atol=1e-6)
+        assert got["r"].tokens == len(acts)
 
 
 RULES = {
-    "frequency": lambda seen, j: sum(j in g for _, g, _, _ in seen),
-    "soft_activation": lambda seen, j: sum(g.get(j, 0.0) for _, g, _, _ in seen),
-    "soft_activation_all": lambda seen, j: sum(p[j] for p, _, _, _ in seen),
-    "ean": lambda seen, j: sum(np.linalg.norm(f[j]) for _, g, _, f in seen if j in g),
-    "ean_mean": lambda seen, j: mean([np.linalg.norm(f[j]) for _, g, _, f in seen if j in g]),
-    "reap": lambda seen, j: mean([g[j] * np.linalg.norm(f[j]) for _, g, _, f in seen if j in g]),
-    "msan": lambda seen, j: mean([np.linalg.norm(f[j]) ** 2 for _, g, _, f in seen if j in g]),
+    "frequency": lambda acts, j: sum(j in g for _, g, _, _ in acts),
+    "soft_activation": lambda acts, j: sum(g.get(j, 0.0) for _, g, _, _ in acts),
+    "soft_activation_all": lambda acts, j: sum(p[j] for p, _, _, _ in acts),
+    "ean": lambda acts, j: sum(np.linalg.norm(f[j]) for _, g, _, f in acts if j in g),
+    "ean_mean": lambda acts, j: mean([np.linalg.norm(f[j]) for _, g, _, f in acts if j in g]),
+    "reap": lambda acts, j: mean([g[j] * np.linalg.norm(f[j]) for _, g, _, f in acts if j in g]),
+    "msan": lambda acts, j: mean([np.linalg.norm(f[j]) ** 2 for _, g, _, f in acts if j in g]),
 }
 
 
@@ -136,8 +136,8 @@ def mean(values):
 @pytest.mark.parametrize("name", RULES)
 def test_rankings(calibration, tokens, name):
     plan = methods.plan(name, calibration, keep=3)
-    for part, seen in zip(plan.layers, tokens):
-        scores = [RULES[name](seen, j) for j in range(8)]
+    for part, acts in zip(plan.layers, tokens):
+        scores = [RULES[name](acts, j) for j in range(8)]
         assert set(part.kept) == set(sorted(range(8), key=lambda j: -scores[j])[:3])
 
 
@@ -154,16 +154,16 @@ def test_easy_ep_weighs_tokens_by_how_much_the_layer_turns_them(family, build_fa
     ]
     scores = [np.zeros(layer.n) for layer in layers]
 
-    def see(seen):
+    def observe(acts):
         x = before[-1].reshape(-1, before[-1].shape[-1])
-        for token, (gates, index) in enumerate(zip(seen.gates, seen.index)):
-            outputs = {j: expert(seen.layer, j, seen.hidden[token]) for j in index.tolist()}
+        for token, (gates, index) in enumerate(zip(acts.gates, acts.index)):
+            outputs = {j: expert(acts.layer, j, acts.hidden[token]) for j in index.tolist()}
             y = sum(float(g) * outputs[j] for g, j in zip(gates, index.tolist()))
             turned = max(0.0, 1 - float(torch.cosine_similarity(x[token], x[token] + y, dim=0)))
             for g, j in zip(gates.tolist(), index.tolist()):
-                scores[seen.layer.index][j] += g * float(outputs[j].norm()) * turned
+                scores[acts.layer.index][j] += g * float(outputs[j].norm()) * turned
 
-    calibration.run(see)
+    calibration.run(observe)
     for handle in handles:
         handle.remove()
     plan = methods.plan("easy_ep", calibration, keep=3, k=2)
@@ -176,14 +176,14 @@ def noted(model, text, tokenizer, **options):
     layers = moe_layers(model)
     found = [([[] for _ in range(layer.n)], np.zeros(layer.n)) for layer in layers]
 
-    def see(seen):
-        outputs, gates = found[seen.layer.index]
-        for h, own, index in zip(seen.hidden, seen.gates.tolist(), seen.index.tolist()):
+    def observe(acts):
+        outputs, gates = found[acts.layer.index]
+        for h, own, index in zip(acts.hidden, acts.gates.tolist(), acts.index.tolist()):
             for g, j in zip(own, index):
-                outputs[j].append(expert(seen.layer, j, h).numpy())
+                outputs[j].append(expert(acts.layer, j, h).numpy())
                 gates[j] += g
 
-    methods.Calibration(model, tokenizer, text, batch_tokens=1, **options).run(see)
+    methods.Calibration(model, tokenizer, text, batch_tokens=1, **options).run(observe)
     return found
 
 
@@ -274,7 +274,7 @@ def test_reap_progressive_is_reap_after_the_earlier_layers_are_pruned(calibratio
     for index, part in enumerate(plan.layers):
         so_far = Plan((*plan.layers[:index], *full.layers[index:]))
         norms = Norms(8, 2)
-        calibration.run(lambda seen, i=index, n=norms: n.add(seen) if seen.layer.index == i else None, plan=so_far)
+        calibration.run(lambda acts, i=index, n=norms: n.add(acts) if acts.layer.index == i else None, plan=so_far)
         scores = norms.gated / np.maximum(norms.visits, 1)
         assert set(part.kept) == set(np.argsort(-scores, kind="stable")[:3].tolist())
         differs |= part != methods.plan("reap", calibration, keep=3).layers[index]
@@ -292,12 +292,12 @@ def test_gates_are_the_weights_that_the_router_gives(build_family, family, tiny_
     made = [{"r": Routing(layer.n, layer.k), "n": Norms(layer.n, layer.k)} for layer in layers]
     inputs: list[list[torch.Tensor]] = [[] for _ in layers]
 
-    def see(seen):
-        inputs[seen.layer.index].append(seen.hidden)
-        for statistic in made[seen.layer.index].values():
-            statistic.add(seen)
+    def observe(acts):
+        inputs[acts.layer.index].append(acts.hidden)
+        for statistic in made[acts.layer.index].values():
+            statistic.add(acts)
 
-    calibration.run(see)
+    calibration.run(observe)
     for handle in handles:
         handle.remove()
     for layer, statistics in zip(layers, made):
@@ -331,7 +331,7 @@ def brute_force(model, inputs, layer, r, k, targets=None):
 @pytest.mark.parametrize(("r", "k"), [(4, 2), (6, 2), (3, 1)])
 def test_naee_equals_brute_force(model, calibration, text, tiny_tokenizer, r, k):
     made = [naee.SetErrors(8, 2, r=r, active=k) for _ in range(3)]
-    calibration.run(lambda seen: made[seen.layer.index].add(seen))
+    calibration.run(lambda acts: made[acts.layer.index].add(acts))
     inputs = list(zip(*[entering(model, ids) for ids in sequences(text, tiny_tokenizer)]))
     for layer, got in zip(moe_layers(model), made):
         expected = brute_force(model, inputs[layer.index], layer, r, k)
@@ -362,7 +362,7 @@ def test_gram_errors_equal_patched_forwards_in_every_family(family, build_family
     calibration = methods.Calibration(model, tiny_tokenizer, small)
     n, k = calibration.shape.experts, calibration.shape.k
     made = [naee.SetErrors(n, k, r=4, active=k) for _ in calibration.layers]
-    calibration.run(lambda seen: made[seen.layer.index].add(seen))
+    calibration.run(lambda acts: made[acts.layer.index].add(acts))
     whole = [LayerPlan(n, k, kept=tuple(range(n)))] * len(calibration.layers)
     for layer, got in zip(calibration.layers, made):
         for kept in got.sets[::7]:
@@ -398,7 +398,7 @@ def test_padding_does_not_count(make_mixtral, tiny_tokenizer, text, dtype):
         found = []
         for calibration in (together, alone):
             made = [kind(8, 2) for _ in range(3)]
-            calibration.run(lambda seen, made=made: made[seen.layer.index].add(seen))
+            calibration.run(lambda acts, made=made: made[acts.layer.index].add(acts))
             found.append(made)
         for a, b in zip(*found):
             exact = dtype == torch.float32  # in bfloat16 a token near a tie may pick another expert
@@ -410,9 +410,9 @@ def test_padding_does_not_count(make_mixtral, tiny_tokenizer, text, dtype):
 
 def test_what_is_kept_of_a_token_is_small(calibration):
     made = [naee.TokenGrams(8, 2) for _ in range(3)]
-    calibration.run(lambda seen: made[seen.layer.index].add(seen))
+    calibration.run(lambda acts: made[acts.layer.index].add(acts))
     for problem in made[0]._problems:
-        assert problem.seen.hidden.untyped_storage().nbytes() == problem.seen.routed.untyped_storage().nbytes() == 0
+        assert problem.acts.hidden.untyped_storage().nbytes() == problem.acts.routed.untyped_storage().nbytes() == 0
 
 
 def test_output_fit_measures_what_it_returns(build_family, tiny_tokenizer):
@@ -424,7 +424,7 @@ def test_output_fit_measures_what_it_returns(build_family, tiny_tokenizer):
             layer.router.weight[3:] *= 0.01
     ours, theirs = (methods.plan(name, calibration, keep=5) for name in ("output_fit", "naee"))
     inputs = [[] for _ in calibration.layers]
-    calibration.run(lambda seen: inputs[seen.layer.index].append(seen.hidden))
+    calibration.run(lambda acts: inputs[acts.layer.index].append(acts.hidden))
     for layer, a, b in zip(calibration.layers, ours.layers, theirs.layers):
 
         def error(part, layer=layer):
@@ -449,7 +449,7 @@ def test_outputs_that_are_not_finite_are_named(make_mixtral, tiny_tokenizer, tex
 
 def test_naee_beyond_enumeration(calibration, monkeypatch):
     exact = [naee.SetErrors(8, 2, r=4, active=2) for _ in range(3)]
-    calibration.run(lambda seen: exact[seen.layer.index].add(seen))
+    calibration.run(lambda acts: exact[acts.layer.index].add(acts))
     monkeypatch.setattr(naee, "MOST_SETS", 69)
     plan = methods.plan("naee", calibration, keep=4)
     for part, all_sets in zip(plan.layers, exact):
@@ -477,9 +477,9 @@ def clusters_of(part):
     return {frozenset(np.flatnonzero(row).tolist()) for row in part.w_rm}
 
 
-def check_merged(part, seen):
+def check_merged(part, acts):
     """W_EM is the frequency-weighted mean of every cluster, W_RM says who belongs to it."""
-    visits = np.array([sum(j in g for _, g, _, _ in seen) for j in range(8)])
+    visits = np.array([sum(j in g for _, g, _, _ in acts) for j in range(8)])
     for row, members in zip(part.expert_matrix, part.w_rm):
         share = visits * members
         expected = share / share.sum() if share.sum() else members / members.sum()
@@ -492,10 +492,10 @@ def check_merged(part, seen):
 def test_hc_smoe(calibration, tokens, keep):
     aliased = methods.plan("hc_smoe", calibration, keep=keep)
     summed = methods.plan("hc_smoe_summed", calibration, keep=keep)
-    for part, other, seen in zip(aliased.layers, summed.layers, tokens):
-        points = np.mean([x[3] for x in seen], axis=0)
+    for part, other, acts in zip(aliased.layers, summed.layers, tokens):
+        points = np.mean([x[3] for x in acts], axis=0)
         assert clusters_of(part) == slow_average_linkage(points, keep)
-        check_merged(part, seen)
+        check_merged(part, acts)
         assert (part.router, other.router) == ("alias", "prob")
         assert np.array_equal(part.w_rm, other.w_rm)
         assert np.array_equal(part.w_em, other.w_em)
@@ -503,10 +503,10 @@ def test_hc_smoe(calibration, tokens, keep):
 
 def test_m_smoe(calibration, tokens):
     plan = methods.plan("m_smoe", calibration, keep=3)
-    for part, seen in zip(plan.layers, tokens):
-        visits = [sum(j in g for _, g, _, _ in seen) for j in range(8)]
+    for part, acts in zip(plan.layers, tokens):
+        visits = [sum(j in g for _, g, _, _ in acts) for j in range(8)]
         dominant = sorted(range(8), key=lambda j: -visits[j])[:3]
-        columns = np.array([x[2] for x in seen]).T
+        columns = np.array([x[2] for x in acts]).T
 
         def cosine(i, j, columns=columns):
             return columns[i] @ columns[j] / np.linalg.norm(columns[i]) / np.linalg.norm(columns[j])
@@ -515,7 +515,7 @@ def test_m_smoe(calibration, tokens):
         for j in set(range(8)) - set(dominant):
             groups[max(dominant, key=lambda i: cosine(i, j))].add(j)
         assert clusters_of(part) == {frozenset(group) for group in groups.values()}
-        check_merged(part, seen)
+        check_merged(part, acts)
 
 
 def test_clusters_survive_ties():
@@ -531,8 +531,8 @@ def test_output_fit_column_is_the_least_squares_solution():
     a = sum(g**2 * f @ f.T for g, f in zip(gates, outputs))
     kept, j = (0, 2, 5), 3
     stacked = np.concatenate([g * f[list(kept)].T for g, f in zip(gates, outputs)])
-    wanted = np.concatenate([g * f[j] for g, f in zip(gates, outputs)])
-    expected, residual = nnls(stacked, wanted)
+    budget = np.concatenate([g * f[j] for g, f in zip(gates, outputs)])
+    expected, residual = nnls(stacked, budget)
     c, left = output_fit.column(a, kept, j)
     np.testing.assert_allclose(c, expected, atol=1e-8)
     assert left == pytest.approx(residual**2)
@@ -697,9 +697,9 @@ def test_calibration_takes_the_right_answers(model, tiny_tokenizer):
     task = MultipleChoiceTask("sums", search=rows)
     calibration = methods.Calibration(model, tiny_tokenizer, task, limit=4)
     chosen = task.examples("search")[:4]
-    wanted = {tuple(tiny_tokenizer(e.prompt + e.options[e.answer])["input_ids"]) for e in chosen}
+    budget = {tuple(tiny_tokenizer(e.prompt + e.options[e.answer])["input_ids"]) for e in chosen}
     got = {tuple(ids[mask.bool()].tolist()) for b in calibration.batches for ids, mask in zip(b.ids, b.mask)}
-    assert got == wanted
+    assert got == budget
     assert calibration.sequences == 4
 
 
@@ -715,7 +715,7 @@ def test_bad_input(calibration):
         methods.plans("naee", calibration, keep=4)
     plan = Plan.identity(3, 8, 2)
     with pytest.raises(MethodError, match="give no plan, or no all_outputs"):
-        calibration.run(lambda seen: None, plan=plan, all_outputs=True)
+        calibration.run(lambda acts: None, plan=plan, all_outputs=True)
     with pytest.raises(MethodError, match="quantile must be between 0 and 1, got 2"):
         methods.skipping(plan, calibration, quantile=2)
     with pytest.raises(MethodError, match="nothing to skip"):

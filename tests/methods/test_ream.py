@@ -62,7 +62,7 @@ def test_it_is_its_description(make_mixtral: Any, tiny_tokenizer: Any, text: Tex
         xs: list[np.ndarray] = []
         so_far = Plan((*plan.layers[:index], *full.layers[index:]))
         calibration.run(
-            lambda seen, i=index, xs=xs: xs.append(seen.hidden.numpy().copy()) if seen.layer.index == i else None,
+            lambda acts, i=index, xs=xs: xs.append(acts.hidden.numpy().copy()) if acts.layer.index == i else None,
             plan=so_far,
         )
         x = np.concatenate(xs).astype(np.float64)

@@ -346,7 +346,7 @@ def test_what_is_held_out_is_drawn_and_the_same_in_every_layer(make_mixtral, tin
     init = refitting.LayerFitting.__init__
 
     def noted(self, layer, part, batches, gaps, out, given):
-        held.append({int(n) for seen, each in zip(batches, out) for n in seen.sequence[each].unique()})
+        held.append({int(n) for acts, each in zip(batches, out) for n in acts.sequence[each].unique()})
         init(self, layer, part, batches, gaps, out, given)
 
     monkeypatch.setattr(refitting.LayerFitting, "__init__", noted)

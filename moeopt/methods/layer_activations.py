@@ -18,7 +18,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class LayerActivations:
     """What one MoE layer saw of one batch; padding is left out.
 
     Args:
@@ -132,12 +132,12 @@ class Seen:
             return self.every
         return torch.stack([self._output(j, slice(None)) for j in range(self.layer.n)])
 
-    def detached(self) -> Seen:
+    def detached(self) -> LayerActivations:
         """The same apart from the graph that gave it."""
         names = ("hidden", "logits", "gates", "routed")
         return replace(self, **{name: getattr(self, name).detach() for name in names})
 
-    def without_states(self, every: int = 1) -> Seen:
+    def without_states(self, every: int = 1) -> LayerActivations:
         """The same without hidden states: what routing needs; of the first of every so many tokens."""
         nothing = self.hidden.new_empty(0, self.hidden.shape[1])  # not a view, which would hold the whole
         thinned = {name: getattr(self, name)[::every] for name in ("logits", "gates", "index", "sequence")}
@@ -157,11 +157,15 @@ class Seen:
         return found
 
 
-class Hook:
-    """Forward hooks of one MoE layer's router, experts and block that put together a `Seen`."""
+Observe = Callable[[LayerActivations], None]
+"""Called with what a layer saw of a batch."""
 
-    def __init__(self, layer: MoELayer, rule: RoutingRule, see: Callable[[Seen], None], current: list[Batch]) -> None:
-        self.layer, self.rule, self.see, self.current = layer, rule, see, current
+
+class Hook:
+    """Forward hooks of one MoE layer's router, experts and block that put together a `LayerActivations`."""
+
+    def __init__(self, layer: MoELayer, rule: RoutingRule, observe: Observe, current: list[Batch]) -> None:
+        self.layer, self.rule, self.observe, self.current = layer, rule, observe, current
         self.found: dict[str, Tensor] = {}
         self.busy = False
         self._norms: list[tuple[Tensor, Tensor]] = []
@@ -227,6 +231,6 @@ class Hook:
             )
         self.busy = True
         try:
-            self.see(Seen(self.layer, self.rule, sequence=batch.sequence, every=every, **found))
+            self.observe(LayerActivations(self.layer, self.rule, sequence=batch.sequence, every=every, **found))
         finally:
             self.busy = False

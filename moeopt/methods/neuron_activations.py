@@ -12,7 +12,7 @@ from moeopt.models.layers import is_transposed
 from moeopt.models.merging import DOWN, merged_view
 
 
-class Activations:
+class NeuronActivations:
     """Activations of the neurons of a layer's experts.
 
     They are the family's own: its experts run with rows of the identity in place of W2, as many at a time as W2 has. A
