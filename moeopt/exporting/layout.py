@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moeopt.models import MoELayer, Placed
-    from moeopt.models.mixing import Form
+    from moeopt.models.mixing import ExpertForm
 
 COPIED = 1 << 22
 """Bytes copied at a time."""
@@ -134,7 +134,7 @@ def lay_out(
     """
     from moeopt.models import lacking, placed
     from moeopt.models.merging import DOWN
-    from moeopt.models.mixing import Form
+    from moeopt.models.mixing import ExpertForm
 
     if len(plan.layers) != len(layers):
         raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the checkpoint has {len(layers)}")
@@ -159,7 +159,7 @@ def lay_out(
         leaf = places[name].name.rpartition(".")[2]
         if kind == "experts" and (not part.sums_experts or (part.down is not None and leaf == DOWN)):
             _check_form(name, stored, state[places[name].name])
-            _lay_new(layout, name, source, part, leaf, Form.of(layer.experts))
+            _lay_new(layout, name, source, part, leaf, ExpertForm.from_module(layer.experts))
         elif kind == "experts":
             _lay_experts(layout, name, source, part)
         elif form == "custom" and (part.router == "prob" or part.picks_among_all):
@@ -245,7 +245,7 @@ def _check_form(name: str, stored: Stored, model: Tensor) -> None:
         )
 
 
-def _lay_new(layout: Layout, name: str, source: Source, part: LayerPlan, leaf: str, form: Form) -> None:
+def _lay_new(layout: Layout, name: str, source: Source, part: LayerPlan, leaf: str, form: ExpertForm) -> None:
     """A tensor of experts that is made whole, of one expert or of all: fitted, or of experts mixed in an order.
 
     Args:

@@ -13,7 +13,7 @@ from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.neuron_activations import NeuronActivations
 from moeopt.methods.ridge import Gram, Products, Rows
 from moeopt.models import MoELayer
-from moeopt.models.merging import DOWN, Scratch
+from moeopt.models.merging import DOWN, MergedCache
 from moeopt.plan import DownProjections, LayerPlan
 
 SWEEPS = 2
@@ -67,9 +67,9 @@ class LayerFitting:
         self.layer, self.part, self.batches, self.gaps, self.held, self.given = layer, part, batches, gaps, held, given
         self.weights = [self._weights(acts) for acts in batches]
         self.pairs = max(1, sum(int((weights != 0).sum()) for weights in self.weights))
-        self.tensors = Scratch().tensors(layer.experts, part)
+        self.tensors = MergedCache().tensors(layer.experts, part)
         self.activations = NeuronActivations(layer, self.tensors)
-        self.hidden, self.inner = self.activations.hidden, self.activations.inner
+        self.hidden, self.inner = self.activations.form.hidden, self.activations.form.inner
         self.runs = 0.0
 
     def _weights(self, acts: LayerActivations) -> Tensor:
@@ -176,7 +176,7 @@ class LayerFitting:
         for place, i in enumerate(group):
             there = weights[:, i].nonzero()[:, 0]
             if len(there):
-                a[there, place] = self.activations.of(i, hidden[there], weights[there, i])
+                a[there, place] = self.activations.weighted(i, hidden[there], weights[there, i])
         return a.flatten(1)
 
     def _solved(self, products: Products, ridge: float, rank: int | None, group: range) -> Tensor:
@@ -200,5 +200,5 @@ class LayerFitting:
             left = torch.linalg.qr(change @ probe.to(change.device)).Q  # spans the columns of a matrix of that rank
             return DownProjections(left=left.cpu().numpy(), right=(left.mT @ change).cpu().numpy())
         now = self.tensors[DOWN]
-        whole = (now.mT if self.activations.transposed else now).float() + change
+        whole = (now.mT if self.activations.form.transposed else now).float() + change
         return DownProjections(whole=whole.to(now.dtype).float().cpu().numpy())

@@ -38,7 +38,7 @@ from moeopt.methods.matching import neuron_weights, orders, tensors_of
 from moeopt.methods.neuron_activations import NeuronActivations
 from moeopt.methods.statistics import Array, Routing, Statistic, routed
 from moeopt.models import MoELayer
-from moeopt.models.mixing import Form
+from moeopt.models.mixing import ExpertForm
 from moeopt.plan import LayerPlan, Matrix, Orders, one_hot
 
 GROUP = 16
@@ -149,11 +149,11 @@ def aligned(likeness: Likeness, w_em: Matrix) -> Orders:
     """Orders of neurons, (n, inner), by their activations and weights."""
     layer = likeness.layer
     assert layer is not None
-    tensors, form, hidden = tensors_of(layer), Form.of(layer.experts), likeness.sample()
+    tensors, form, hidden = tensors_of(layer), ExpertForm.from_module(layer.experts), likeness.sample()
     activations, ones = NeuronActivations(layer, tensors), torch.ones(len(hidden), device=hidden.device)
 
     def features(expert: int) -> tuple[Tensor, Tensor]:
-        return _normed(activations.of(expert, hidden, ones).T), _normed(neuron_weights(tensors, form, expert))
+        return _normed(activations.weighted(expert, hidden, ones).T), _normed(neuron_weights(tensors, form, expert))
 
     def cost(lead: int, other: int) -> Tensor:
         (acts, weights), (other_acts, other_weights) = features(lead), features(other)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeopt.models.layers import _weights_map, is_transposed, stacked
-from moeopt.models.mixing import Form, Reader, mixed_expert
+from moeopt.models.mixing import ExpertForm, Reader, mixed_expert
 from moeopt.plan import DownProjections, LayerPlan
 
 CHUNK_BYTES = 4 << 20
@@ -52,20 +52,32 @@ class MergedCache:
     A layer is computed again only when its w_em or its down projections differ from those that its tensors were made
     from, and then into the same memory. Holds r / n of the experts' size for every layer that was ever merged, until
     `clear`.
+
+    Args:
+        shared: hold the tensors of one layer at a time, in one memory that all layers share. They are computed whenever
+            another layer's turn comes, so that passing all batches through a layer before the next computes them once.
+
+    Attributes:
+        merges: how often a layer was computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
+        self.shared, self.merges = shared, 0
         self._entries: weakref.WeakKeyDictionary[nn.Module, tuple[object, dict[str, Tensor]]] = (
             weakref.WeakKeyDictionary()
         )
-        self.merges = 0
 
     def tensors(self, experts: nn.Module, part: LayerPlan) -> Mapping[str, Tensor]:
-        """The (r, ...) merged tensors of an experts module whose weights are on their device now."""
+        """The (r, ...) merged tensors of an experts module whose weights are on their device now.
+
+        Of a shared memory they are valid until the next call.
+        """
         source = stacked(experts, part.experts)
         key = _key(experts, source, part)
-        known, buffers = self._entries.get(experts, (None, {}))
-        if known != key:
+        made_from, buffers = self._entries.get(experts, (None, {}))
+        if made_from != key:
+            if self.shared and self._entries:
+                _, (_, buffers) = self._entries.popitem()
             self._entries.pop(experts, None)  # so that an interrupted merge is not taken for a finished one
             merge_into(buffers, source, part, experts)
             self._entries[experts] = (key, buffers)
@@ -80,28 +92,6 @@ class MergedCache:
     def clear(self) -> None:
         """Free everything held."""
         self._entries.clear()
-
-
-class Scratch:
-    """Merged expert tensors of one layer at a time, in one memory that all layers share.
-
-    They are computed whenever another layer's turn comes, so that passing all batches through a layer before the next
-    computes them once.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-        self._held: tuple[weakref.ref[nn.Module], object] | None = None
-
-    def tensors(self, experts: nn.Module, part: LayerPlan) -> Mapping[str, Tensor]:
-        """The (r, ...) merged tensors of an experts module, valid until the next call."""
-        source = stacked(experts, part.experts)
-        key = _key(experts, source, part)
-        if self._held is None or self._held[0]() is not experts or self._held[1] != key:
-            self._held = None
-            merge_into(self._buffers, source, part, experts)
-            self._held = weakref.ref(experts), key
-        return self._buffers
 
 
 def merge_into(buffers: dict[str, Tensor], source: Mapping[str, Tensor], part: LayerPlan, experts: nn.Module) -> None:
@@ -127,16 +117,16 @@ def merge_into(buffers: dict[str, Tensor], source: Mapping[str, Tensor], part: L
                 merge(matrix, tensor, out)
             else:
                 for i in range(len(matrix)):
-                    mixed_expert(part, i, name, partial(tensor.select, 0), Form.of(experts), out[i])
+                    mixed_expert(part, i, name, partial(tensor.select, 0), ExpertForm.from_module(experts), out[i])
 
 
 def _merged(part: LayerPlan, i: int, name: str, tensor: Tensor, experts: nn.Module) -> Tensor:
     if part.kept is None and part.sums_experts:
         return merge(torch.from_numpy(part.expert_matrix[i : i + 1].copy()), tensor)[0]
-    return new_expert(part, i, name, partial(tensor.select, 0), Form.of(experts))
+    return new_expert(part, i, name, partial(tensor.select, 0), ExpertForm.from_module(experts))
 
 
-def new_expert(part: LayerPlan, i: int, name: str, expert: Reader, form: Form) -> Tensor:
+def new_expert(part: LayerPlan, i: int, name: str, expert: Reader, form: ExpertForm) -> Tensor:
     """A tensor of new expert i as `kept` or `w_em` make it.
 
     Args:

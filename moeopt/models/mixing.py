@@ -40,25 +40,32 @@ Reader = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
-class Form:
+class ExpertForm:
     """How the tensors of one expert are laid out.
 
     Args:
-        inner: its number of neurons.
+        hidden, inner: numbers of its hidden states, and of its neurons.
         transposed: whether projections are (in, out), not (out, in).
         concatenated: whether W3 and W1 lie behind each other in what holds both, rather than by turns.
     """
 
+    hidden: int
     inner: int
     transposed: bool
     concatenated: bool
 
     @classmethod
-    def of(cls, experts: nn.Module) -> Form:
+    def from_module(cls, experts: nn.Module) -> ExpertForm:
         """That of an experts module that dispatches through transformers' experts interface."""
         transposed, down = is_transposed(experts), experts.down_proj
         assert isinstance(down, Tensor)
-        return cls(down.shape[1 if transposed else 2], transposed, bool(getattr(experts, "is_concatenated", True)))
+        inner, hidden = down.shape[1:] if transposed else down.shape[:0:-1]
+        return cls(hidden, inner, transposed, bool(getattr(experts, "is_concatenated", True)))
+
+    @property
+    def down_shape(self) -> tuple[int, int]:
+        """Of one down projection: (hidden, inner), or transposed."""
+        return (self.inner, self.hidden) if self.transposed else (self.hidden, self.inner)
 
     def projections(self, name: str, tensor: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """Views of one expert's tensor, one a projection, neurons first, and whether they are of neurons at all.
@@ -86,7 +93,7 @@ class Form:
 
 
 @torch.no_grad()
-def mixed_expert(part: LayerPlan, i: int, name: str, expert: Reader, form: Form, out: Tensor) -> None:
+def mixed_expert(part: LayerPlan, i: int, name: str, expert: Reader, form: ExpertForm, out: Tensor) -> None:
     """Write a tensor of new expert i of a plan whose experts are permuted, or mixed otherwise than by a sum.
 
     Args:

@@ -13,7 +13,7 @@ from exporting.conftest import exported, save
 import moeopt
 from moeopt.exporting import project, verify
 from moeopt.models import moe_layers
-from moeopt.models.mixing import Form
+from moeopt.models.mixing import ExpertForm
 from moeopt.plan import DownProjections, LayerPlan, Merge, Plan
 from moeopt.tasks import TextTask
 
@@ -21,7 +21,7 @@ from moeopt.tasks import TextTask
 def mixed(model: Any, rank: int | None = None, **options: Any) -> Plan:
     """Two pairs of experts and one alone, in random orders."""
     rng, layers = np.random.default_rng(0), moe_layers(model)
-    n, inner = layers[0].n, Form.of(layers[0].experts).inner
+    n, inner = layers[0].n, ExpertForm.from_module(layers[0].experts).inner
     w_em = np.zeros((3, n), np.float32)
     w_em[0, [1, 4]], w_em[1, [0, 2]], w_em[2, 5] = (0.4, 0.6), (0.5, 0.5), 1
     w_rm = np.eye(n)[[4, 0, 5]] if options.get("router", "rows") == "rows" else w_em > 0

@@ -116,7 +116,7 @@ def clusters(model: Any, **options: Any) -> Plan:
 
 def shuffled(model: Any, seed: int = 0) -> np.ndarray:
     experts = moe_layers(model)[0].experts
-    inner = mixing.Form.of(experts).inner
+    inner = mixing.ExpertForm.from_module(experts).inner
     rng = np.random.default_rng(seed)
     return np.stack([rng.permutation(inner) for _ in range(moe_layers(model)[0].n)]).astype(np.int32)
 
@@ -229,7 +229,8 @@ def test_an_order_for_other_experts_is_refused(make_mixtral: Any) -> None:
 
 def test_experts_that_an_order_changes_are_refused(make_mixtral: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_mixtral()
-    monkeypatch.setattr(mixing.Form, "of", classmethod(lambda cls, experts: cls(48, False, concatenated=False)))
+    by_turns = classmethod(lambda cls, experts: cls(32, 48, False, concatenated=False))
+    monkeypatch.setattr(mixing.ExpertForm, "from_module", by_turns)
     plan = clusters(model, neurons=shuffled(model))
     with pytest.raises(ModelError, match="gives other results with its neurons in another order"), patched(model, plan):
         pass
