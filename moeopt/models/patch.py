@@ -91,7 +91,7 @@ def _implementation(backend: str | None) -> str:
 
 
 def dispatches(layer: MoELayer) -> bool:
-    """Whether the layer's experts run by transformers' experts interface, which what a plan makes of them hooks into."""
+    """Whether the experts run by transformers' experts interface, which what a plan makes of them hooks into."""
     config = getattr(layer.experts, "config", None)
     return hasattr(config, "_experts_implementation") and hasattr(type(layer.experts).forward, "__wrapped__")
 
