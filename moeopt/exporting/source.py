@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from moeopt.errors import ExportError, ModelError
+from moeopt.showing import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -30,14 +31,14 @@ def torch_dtype(name: str) -> dtype:
     """The torch dtype that safetensors calls `name`."""
     import torch
 
-    known: dict[str, dtype] = {
+    dtypes: dict[str, dtype] = {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
         "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     }  # fmt: skip
-    if name not in known:
+    if name not in dtypes:
         raise ExportError(f"moeopt does not read tensors of dtype {name}")
-    return known[name]
+    return dtypes[name]
 
 
 def dtype_name(kind: dtype) -> str:
@@ -91,11 +92,11 @@ class Source:
         self._loaded: dict[str, Tensor] = {}
         files, named = _files(folder)
         for file in files:
-            found = _header(file) if file.suffix == ".safetensors" else self._unpickled(file)
-            twice = next((name for name in found if name in self.tensors), None)
+            tensors = _header(file) if file.suffix == ".safetensors" else self._unpickled(file)
+            twice = next((name for name in tensors if name in self.tensors), None)
             if twice is not None:
                 raise ExportError(f"{str(folder)!r} holds {twice!r} twice, the second time in {file.name}")
-            self.tensors |= found
+            self.tensors |= tensors
         self.files = tuple(files)
         absent = [name for name in named if name not in self.tensors]
         if absent:
@@ -119,14 +120,14 @@ class Source:
         if file is None:
             file = self._open[stored.file] = stored.file.open("rb", buffering=0)
         file.seek(stored.offset + start * size)
-        wanted = (stop - start) * size
-        found = file.read(wanted)
-        while len(found) < wanted:  # one call gives at most 2 GiB
-            more = file.read(wanted - len(found))
-            if not more:
+        count = (stop - start) * size
+        data = b""
+        while len(data) < count:  # one call gives at most 2 GiB
+            piece = file.read(count - len(data))
+            if not piece:
                 raise ExportError(f"{str(stored.file)!r} ends in the middle of {name!r}")
-            found += more
-        return found
+            data += piece
+        return data
 
     def read_bytes(self, name: str, at: int, count: int) -> bytes:
         """That many bytes of a tensor, from the byte `at`, where both are whole numbers."""
@@ -147,8 +148,7 @@ class Source:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ExportError(f"{str(file)!r} cannot be read as a weights-only file: {reason}") from error
+            raise ExportError(f"{str(file)!r} cannot be read as a weights-only file: {first_line(error)}") from error
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise ExportError(f"{str(file)!r} must hold tensors by name and nothing else")
         self._loaded |= state
@@ -179,8 +179,7 @@ def locate(model: PreTrainedModel | str | Path) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ExportError(f"no folder {name!r} is here, and the hub does not give it: {reason}") from None
+        raise ExportError(f"no folder {name!r} is here, and the hub does not give it: {first_line(error)}") from None
 
 
 def few(names: Iterable[str], shown: int = 5) -> str:

@@ -159,8 +159,8 @@ def verify(
     expected = _expected(full, plan, texts, sequences, length, new_tokens, seed, device_map)
     options = {"device_map": device_map, "new_tokens": new_tokens, "unread": prepared.ignored}
     with tempfile.TemporaryDirectory() as scratch:
-        place, own = (folder, True) if trust_remote_code else _settings(folder, Path(scratch) / "checkpoint")
-        options["trust_remote_code"] = own
+        place, trusted = (folder, True) if trust_remote_code else _settings(folder, Path(scratch) / "checkpoint")
+        options["trust_remote_code"] = trusted
         got = _reloaded(place, expected.request, Path(scratch), options)
     if isinstance(got, str):
         return replace(compared, failure=got)
@@ -223,7 +223,7 @@ def _settings(folder: Path, place: Path) -> tuple[Path, bool]:
         (place / file.name).symlink_to(file.resolve())
     if named:
         write_json(place / INDEX, {"metadata": {}, "weight_map": named})
-    return place, _admitted(place).own
+    return place, _admitted(place).is_custom
 
 
 def _changed(config: dict[str, Any], original: dict[str, Any], written: dict[str, Any]) -> list[str]:

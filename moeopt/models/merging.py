@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moeopt.models.layers import _weights_map, is_transposed, stacked
+from moeopt.models.layers import is_transposed, stacked, weights_map
 from moeopt.models.mixing import ExpertForm, Reader, mixed_expert
 from moeopt.plan import DownProjections, LayerPlan
 
@@ -100,7 +100,7 @@ def merge_into(buffers: dict[str, Tensor], source: Mapping[str, Tensor], part: L
     `experts` is the module that the tensors are of.
     """
     with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside of it
-        matrix, kept = torch.from_numpy(np.array(part.expert_matrix)), None if part.kept is None else list(part.kept)
+        matrix = torch.from_numpy(np.array(part.expert_matrix))
         for name in set(buffers) - set(source):
             del buffers[name]
         for name, tensor in source.items():
@@ -111,8 +111,10 @@ def merge_into(buffers: dict[str, Tensor], source: Mapping[str, Tensor], part: L
                 for i in range(len(matrix)):
                     merged = partial(_merged, part, i, name, tensor, experts)
                     write_down(part.down, i, merged, out[i], is_transposed(experts))
-            elif kept is not None:
-                out.copy_(tensor[kept])  # not multiplied: a product with 0 would let the nan of another one in
+            elif part.kept is not None:
+                out.copy_(
+                    tensor[list(part.kept)]
+                )  # not multiplied: a product with 0 would let the nan of another one in
             elif part.sums_experts:
                 merge(matrix, tensor, out)
             else:
@@ -173,21 +175,22 @@ def merged_view(experts: nn.Module, tensors: Mapping[str, Tensor], n: int) -> An
     `type(experts).forward`-like functions on it.
     """
     view = object.__new__(type(experts))
-    own = dict(vars(experts))
-    own["_parameters"] = {name: tensors.get(name, p) for name, p in experts._parameters.items()}
-    own["_buffers"] = {name: tensors.get(name, b) for name, b in experts._buffers.items()}
+    attributes = dict(vars(experts))
+    attributes["_parameters"] = {name: tensors.get(name, p) for name, p in experts._parameters.items()}
+    attributes["_buffers"] = {name: tensors.get(name, b) for name, b in experts._buffers.items()}
     r = next(iter(tensors.values())).shape[0]
-    own.update({key: r for key, value in own.items() if type(value) is int and value == n and "expert" in key})
-    own.pop("forward", None)  # accelerate's, bound to the original
-    vars(view).update(own)
+    # num_experts and its like, by which the family's forward and the grouped kernels count
+    attributes.update({k: r for k, value in attributes.items() if type(value) is int and value == n and "expert" in k})
+    attributes.pop("forward", None)  # accelerate's, bound to the original
+    vars(view).update(attributes)
     return view
 
 
 def _key(experts: nn.Module, source: Mapping[str, Tensor], part: LayerPlan) -> object:
-    away = hasattr(experts, "_hf_hook") and bool(_weights_map(experts))  # then every load makes new tensors
-    own = [(name, t.dtype, t.device, None if away else identity(t)) for name, t in source.items()]
+    offloaded = hasattr(experts, "_hf_hook") and bool(weights_map(experts))  # then every load makes new tensors
+    tensors = [(name, t.dtype, t.device, None if offloaded else identity(t)) for name, t in source.items()]
     w_em, down = part.expert_matrix, None if part.down is None else part.down.digests
-    return w_em.shape, w_em.tobytes(), down, part.merge, part.neurons_digest, own
+    return w_em.shape, w_em.tobytes(), down, part.merge, part.neurons_digest, tensors
 
 
 def identity(tensor: Tensor) -> object:

@@ -134,8 +134,8 @@ class _Probe:
         return cls(name, tensors, hidden.to(device), output)
 
     def vectors(self, kind: Literal["bias", "correction"]) -> list[str | None]:
-        own = [name for name, t in self.tensors.items() if name != self.weight and bool(t.any())]
-        return [*(name for name in own if (name.rpartition(".")[2] == "bias") == (kind == "bias")), None]
+        nonzero = [name for name, t in self.tensors.items() if name != self.weight and bool(t.any())]
+        return [*(name for name in nonzero if (name.rpartition(".")[2] == "bias") == (kind == "bias")), None]
 
     def logits(self, rule: RoutingRule) -> Tensor:
         bias = None if rule.bias is None else self.tensors[rule.bias]
@@ -185,7 +185,7 @@ class MappedRouter:
         self.calls = 0
         self._zero: Tensor | None = None
         self._active: Tensor | None = None
-        self._seen = 0
+        self._tokens = 0
         self._tensors: dict[str, Tensor] = {}
         rows, whole = plan.router_rows, plan.picks_among_all
         if rule.correction is not None and not whole and (plan.router == "prob" or rows is None):
@@ -224,14 +224,14 @@ class MappedRouter:
             assert weight is not None
             mapped = self.rule.logits(hidden, weight, bias).to(logits.dtype)
             whole, index = self.rule.select(mapped, self.plan.k, correction)
-            top = self._kept(whole, index)
+            top = self._without_skipped(whole, index)
             if self.plan.skip and self.rule.normalised:
                 rest = top.sum(-1, keepdim=True)
                 top = top * (whole.sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1.0))
         numbers = self._on(logits.device, "numbers")
         return logits, top.to(weights.dtype), index if numbers is None else numbers[index]
 
-    def _kept(self, top: Tensor, index: Tensor) -> Tensor:
+    def _without_skipped(self, top: Tensor, index: Tensor) -> Tensor:
         """Scores or weights (tokens, k) of those picked, with those below beta times the largest made 0.
 
         Counts the experts that run, where these are not k for every token: neither skipped nor replaced by novices.
@@ -240,11 +240,11 @@ class MappedRouter:
         if not self.plan.skip and runs is None:
             return top
         largest = top.amax(-1, keepdim=True)
-        kept = top.masked_fill((top < self.plan.skip * largest) & (top < largest), 0.0)
-        active = ((kept != 0) if runs is None else (kept != 0) & runs[index]).sum()
+        remaining = top.masked_fill((top < self.plan.skip * largest) & (top < largest), 0.0)
+        active = ((remaining != 0) if runs is None else (remaining != 0) & runs[index]).sum()
         self._active = active if self._active is None else self._active + active
-        self._seen += len(top)
-        return kept
+        self._tokens += len(top)
+        return remaining
 
     def _by_probability(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         w_rm = self._on(logits.device, "w_rm")
@@ -252,7 +252,7 @@ class MappedRouter:
         mapped = self.rule.scores(logits).float() @ w_rm.T
         clamp = self.plan.negative == "clamp"
         top, index = (mapped.clamp(min=0) if clamp else mapped).topk(self.plan.k, dim=-1, sorted=self.rule.ordered)
-        top = self._kept(top, index)
+        top = self._without_skipped(top, index)
         total = top.sum(-1, keepdim=True)
         if clamp:
             empty = total == 0
@@ -269,7 +269,7 @@ class MappedRouter:
     @property
     def active(self) -> float:
         """Mean number of experts run per token so far, k without skipping and novices."""
-        return self.plan.k if self._active is None else int(self._active) / self._seen
+        return self.plan.k if self._active is None else int(self._active) / self._tokens
 
     @property
     def zero_tokens(self) -> int:
@@ -292,8 +292,8 @@ def _numbers(plan: LayerPlan, original: bool) -> dict[str, Tensor]:
         places = torch.tensor(plan.places)
         runs = {"runs": places < plan.kept_experts}
         return runs if original else {**runs, "numbers": places}
-    kept = torch.tensor(plan.kept) if original else None
+    originals = torch.tensor(plan.kept) if original else None
     if plan.aliases is None:
-        return {} if kept is None else {"numbers": kept}
+        return {} if originals is None else {"numbers": originals}
     aliases = torch.tensor(plan.aliases)
-    return {"numbers": aliases if kept is None else kept[aliases]}
+    return {"numbers": aliases if originals is None else originals[aliases]}

@@ -223,13 +223,13 @@ class LayerPlan:
     @property
     def beyond_matrices(self) -> str | None:
         """In words, the numbers of its own that W_EM and W_RM do not hold; None where there are none."""
-        own = {
+        beyond = {
             "down projections of its own": self.down is not None,
             "novices": self.novices is not None,
             "an order of neurons": self.neurons is not None,
             f"experts merged by {self.merge}": self.merge != "linear",
         }
-        return " and ".join(name for name, there in own.items() if there) or None
+        return " and ".join(name for name, there in beyond.items() if there) or None
 
     @property
     def is_identity(self) -> bool:

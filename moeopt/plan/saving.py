@@ -37,12 +37,11 @@ def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapp
 
     records, tensors = [], {}
     for i, layer in enumerate(layers):
-        kept = list(layer.kept) if layer.kept is not None else None
         records.append(
             {
                 "experts": layer.experts,
                 "k": layer.k,
-                "kept": kept,
+                "kept": list(layer.kept) if layer.kept is not None else None,
                 "router": layer.router,
                 "negative": layer.negative,
                 **({"skip": layer.skip} if layer.skip else {}),

@@ -61,7 +61,7 @@ class Maker:
                 found[split] = [evaluation for _, evaluation in self._finite(plans[:test_draws], split, label)]
         losses = {split: np.array([e.loss for e in of]) for split, of in found.items() if of}
         accuracies = {split: np.array([e.accuracy for e in of]) for split, of in found.items() if of}
-        size = self.sizes.of(plans[0])
+        size = self.sizes.under(plans[0])
         self.rows.append(
             Row(
                 keep=keep,
@@ -118,7 +118,7 @@ class Maker:
     def _row(self, kind: Kind, name: str, plan: Plan | None, keep: int, k: int, cost: int) -> None:
         label = f"{name}, keep {keep}, k {k}"
         found = {split: self.bench.evaluate(plan, split, label) for split in self.bench.sizes}
-        size = self.sizes.of(plan)
+        size = self.sizes.under(plan)
         self.rows.append(
             Row(
                 keep=keep,
