@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Groups = Sequence[tuple[int, int]]
 """Inclusive ranges of MoE layers that share a choice."""
+
+
+S = TypeVar("S", bound="Statistic")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,13 @@ class Budget:
         return LayerPlan(self.experts, self.active, kept=tuple(sorted(int(e) for e in kept)))
 
 
+def statistic(statistics: Mapping[str, Statistic], kind: type[S]) -> S:
+    """The statistic of a class among those of `Method.needs`."""
+    value = statistics[kind.__name__]
+    assert isinstance(value, kind)
+    return value
+
+
 class Method(ABC):
     """A rule that makes the plan of a layer from statistics of it; one object a name, used for every layer.
 
@@ -60,18 +70,19 @@ class Method(ABC):
         summary: what it does, in a few words.
         progressive: whether a layer's statistics are taken with the earlier layers as planned.
         targets: whether `LayerActivations.target` is then wanted, what the full model gives.
+        alone: whether it takes passes of its own, which it shares with no other method, as progressive ones do.
+        kinds: classes of the statistics that it needs.
     """
 
     summary: str
     progressive: bool = False
     targets: bool = False
-
     alone: bool = False
-    """Whether it takes passes of its own, which it shares with no other method, as progressive ones do."""
+    kinds: tuple[Callable[[int], Statistic], ...] = ()
 
     def needs(self, budget: Budget) -> dict[str, Statistic]:
         """New statistics to fill for one layer, by name; methods that name one alike share it."""
-        return {}
+        return {kind.__name__: kind(budget.experts) for kind in self.kinds}
 
     @abstractmethod
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:

@@ -13,7 +13,6 @@ from moeopt.errors import MethodError, ModelError
 from moeopt.methods.layer_activations import Hook, Observe
 from moeopt.methods.sequences import Batch, packed
 from moeopt.models import (
-    MoELayer,
     evaluation_mode,
     experts_run_by,
     layerwise,
@@ -162,16 +161,9 @@ class Calibration:
             if all_outputs:
                 stack.enter_context(experts_run_by(self.model, lambda layer: hooks[layer.index].run))
             for hook in hooks:
-                layer = hook.layer
-                notes = ((layer.router, hook.router), (layer.experts, hook.experts), (layer.block, hook.block))
-                for module, note in (*notes, *((beside, hook.sibling) for beside in self._beside(layer))):
-                    stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
-                stack.callback(layer.block.register_forward_pre_hook(hook.entering, with_kwargs=True).remove)
+                parent = self.model.get_submodule(hook.layer.name.rpartition(".")[0])
+                hook.attach(stack, (module for module in parent.children() if module is not hook.layer.block))
             yield watch
-
-    def _beside(self, layer: MoELayer) -> list[torch.nn.Module]:
-        parent = self.model.get_submodule(layer.name.rpartition(".")[0])
-        return [module for module in parent.children() if module is not layer.block]
 
 
 class Stream:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from moeopt.methods.base import Budget, Method
+from moeopt.methods.base import Budget, Method, statistic
 from moeopt.methods.statistics import Array, MeanOutputs, Routing, Statistic
 from moeopt.plan import LayerPlan, Router
 
@@ -42,22 +42,16 @@ class Clustering(Method):
     def __init__(
         self, summary: str, group: Grouping, kinds: tuple[type[MeanOutputs], ...], router: Literal["alias", "prob"]
     ) -> None:
-        self.summary, self.group, self.kinds = summary, group, kinds
+        self.summary, self.group, self.kinds = summary, group, (Routing, *kinds)
         self.router: Router = router
-
-    def needs(self, budget: Budget) -> dict[str, Statistic]:
-        kinds: tuple[type[Routing] | type[MeanOutputs], ...] = (Routing, *self.kinds)
-        return {kind.__name__: kind(budget.experts, budget.k) for kind in kinds}
 
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
         labels = self.group(statistics, budget)
-        routing = statistics["Routing"]
-        assert isinstance(routing, Routing)
         members = (labels == np.arange(budget.keep)[:, None]).astype(np.float64)
         return LayerPlan(
             budget.experts,
             budget.active,
-            w_em=merged(members, routing.visits).astype(np.float32),
+            w_em=merged(members, statistic(statistics, Routing).visits).astype(np.float32),
             w_rm=members.astype(np.float32),
             router=self.router,
         )
@@ -97,10 +91,9 @@ def by_logits(statistics: Mapping[str, Any], budget: Budget) -> Labels:
 
 def numbered(labels: NDArray[Any], r: int) -> Labels:
     """Clusters numbered by their first expert; where ties left fewer than r, last ones of the largest stand alone."""
-    firsts = {label: i for i, label in reversed(list(enumerate(labels.tolist())))}
-    order = {label: number for number, label in enumerate(sorted(firsts, key=lambda label: firsts[label]))}
-    found = np.array([order[label] for label in labels.tolist()], dtype=np.int64)
-    while (clusters := int(found.max()) + 1) < r:
-        largest = int(np.bincount(found).argmax())
-        found[np.flatnonzero(found == largest)[-1]] = clusters
-    return found
+    _, firsts, clusters = np.unique(labels, return_index=True, return_inverse=True)
+    numbers: Labels = np.argsort(np.argsort(firsts))[clusters]
+    for number in range(len(firsts), r):
+        largest = int(np.bincount(numbers).argmax())
+        numbers[np.flatnonzero(numbers == largest)[-1]] = number
+    return numbers

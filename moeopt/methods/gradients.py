@@ -103,11 +103,11 @@ class LossGradients:
     def _chunk(self, requests: Sequence[Request], batches: list[Batch], observe: Observe) -> tuple[float, float]:
         device, dtype = input_device(self.model), hidden_dtype(self.model)
         begun = [self.parts.begin(batch.inputs(device, dtype)) for batch in batches]
-        calls = [own for _, own in begun]
+        calls = [layer_calls for _, layer_calls in begun]
         entering: list[States] = [[hidden for hidden, _ in begun]]
         for i, layer in enumerate(self.parts.layers):
             with self.parts.loaded(i) as there:
-                entering.append([own[i](layer, h, there) for own, h in zip(calls, entering[-1])])
+                entering.append([batch_calls[i](layer, h, there) for batch_calls, h in zip(calls, entering[-1])])
         last = entering.pop()
         with self.parts.head_loaded():
             if self.evaluator.teacher is None:
@@ -182,8 +182,8 @@ class LossGradients:
                     row, target = batch.cell[mine] - first, batch.target[mine]
                     weights = torch.from_numpy(coefficients)[batch.request[mine]].float()
                 row, target, weights = (t.to(likelihood.device) for t in (row, target, weights))
-                (own,) = torch.autograd.grad((weights * likelihood[row, target]).sum(), piece)
-            gradient[first : first + ROWS] = own
+                (slope,) = torch.autograd.grad((weights * likelihood[row, target]).sum(), piece)
+            gradient[first : first + ROWS] = slope
         whole = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         whole.flatten(0, 1)[cells] = gradient.to(hidden.dtype)
         return whole
@@ -212,16 +212,13 @@ class LossGradients:
         with ExitStack() as stack:
             there = stack.enter_context(self.parts.loaded(i))
             for hook in hooks:
-                layer = hook.layer
-                stack.callback(layer.experts.register_forward_hook(note).remove)
-                places = ((layer.router, hook.router), (layer.experts, hook.experts), (layer.block, hook.block))
-                for module, look in places:
-                    stack.callback(module.register_forward_hook(look, with_kwargs=True).remove)
-            for batch, own, hidden, gradient in zip(batches, calls, entering, back):
+                stack.callback(hook.layer.experts.register_forward_hook(note).remove)
+                hook.attach(stack)
+            for batch, batch_calls, hidden, gradient in zip(batches, calls, entering, back):
                 current[:] = [_Real(batch)]
                 with torch.enable_grad():
                     start = hidden.detach().requires_grad_()
-                    output = own[i](self.parts.layers[i], start, there)
+                    output = batch_calls[i](self.parts.layers[i], start, there)
                     grads = torch.autograd.grad(output, [start, *outputs], gradient.to(output.device))
                 left.append(grads[0])
                 real = batch.mask.bool().flatten()

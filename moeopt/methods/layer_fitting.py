@@ -103,7 +103,7 @@ class LayerFitting:
             if not single:
                 fitted, held = self._products(group, fits[g])
             new = self._solved(fitted.joined(held), chosen[g], rank, group)
-            if not single:
+            if g + 1 < len(groups):  # what the next ones are fitted to
                 self._take(group, new - fits[g])
             fits[g] = new
         change = torch.cat(fits).view(r, self.inner, self.hidden).transpose(1, 2)
@@ -188,9 +188,11 @@ class LayerFitting:
         if rank is None:
             return d
         for place in range(len(group)):
-            own = slice(place * self.inner, (place + 1) * self.inner)
-            vectors = torch.linalg.eigh(products.given(d[own], own).double()).eigenvectors[:, -rank:].float()
-            d[own] = d[own] @ vectors @ vectors.T
+            # of the nearest D of that rank in what the expert gives, A D: the leading right singular vectors of A D are
+            # eigenvectors of (A D)'(A D), in float64 as squaring doubles the range of the singular values
+            rows = slice(place * self.inner, (place + 1) * self.inner)
+            vectors = torch.linalg.eigh(products.given(d[rows], rows).double()).eigenvectors[:, -rank:].float()
+            d[rows] = d[rows] @ vectors @ vectors.T
         return d
 
     def _projections(self, change: Tensor, rank: int | None) -> DownProjections:

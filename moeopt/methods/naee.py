@@ -47,7 +47,7 @@ class SetErrors(Statistic):
     """The error of every kept set, C(n, r) of them.
 
     Args:
-        n, k: of the layer.
+        n: experts of the layer.
         r: experts kept.
         active: experts that run per token in the pruned layer.
         batch: sequences a calibration batch.
@@ -58,14 +58,14 @@ class SetErrors(Statistic):
 
     outputs = "all"
 
-    def __init__(self, n: int, k: int, *, r: int, active: int, batch: int = BATCH) -> None:
+    def __init__(self, n: int, *, r: int, active: int, batch: int = BATCH) -> None:
         self.sets, self.active = kept_sets(n, r), active
         self._masks = masks(self.sets, n)
         self._by_rank = by_rank(n, active) if n <= MOST_RANKED else None
         self._sums = Sums(batch)
 
     def add(self, acts: LayerActivations) -> None:
-        problem, kept = Problem.of(acts), self._masks.to(acts.logits.device)
+        problem, kept = Problem.to_match(acts), self._masks.to(acts.logits.device)
         if self._by_rank is not None and not acts.depends_on_set:
             self._sums.add(acts, self._by_rank.of_sets(acts, kept, problem.squared_errors))
             return
@@ -88,20 +88,20 @@ class TokenGrams(Statistic):
     """Every token's Gram matrix and routing, for choices too many to add up. Grows with tokens: 4 n (n + 1) bytes each.
 
     Args:
-        n, k: of the layer.
+        n: experts of the layer.
         batch: sequences a calibration batch.
     """
 
     outputs = "all"
     by_layer = True
 
-    def __init__(self, n: int, k: int, *, batch: int = BATCH) -> None:
+    def __init__(self, n: int, *, batch: int = BATCH) -> None:
         self.n, self.batch = n, batch
         self.norms = np.zeros(n)
         self._problems: list[Problem] = []
 
     def add(self, acts: LayerActivations) -> None:
-        problem = Problem.of(acts)
+        problem = Problem.to_match(acts)
         norms = problem.grams.diagonal(dim1=1, dim2=2)[:, : self.n].clamp_min(0).sqrt()
         self.norms += (acts.full_weights * norms).sum(0).double().cpu().numpy()
         self._problems.append(problem)
@@ -125,12 +125,12 @@ class TokenGrams(Statistic):
 
     def fits(self) -> Array:
         """A_j = sum over X_j of g_j^2 G, (n, n, n), g being the layer's own weights."""
-        found = np.zeros((self.n,) * 3)
+        fits = np.zeros((self.n,) * 3)
         for problem in self._problems:
             squares = problem.acts.full_weights.double() ** 2
             grams = problem.grams[:, : self.n, : self.n].double()
-            found += torch.einsum("tj,tab->jab", squares, grams).cpu().numpy()
-        return found
+            fits += torch.einsum("tj,tab->jab", squares, grams).cpu().numpy()
+        return fits
 
 
 def best_set(tokens: TokenGrams, r: int, active: int) -> Kept:
@@ -163,9 +163,9 @@ class Sums:
 
     def add(self, acts: LayerActivations, squares: Tensor) -> None:
         """`squares` is (tokens, choices)."""
-        of = torch.div(acts.sequence, self.batch, rounding_mode="floor").to(squares.device)
-        for number in of.unique().tolist():
-            added = squares[of == number].sum(0, dtype=torch.float64).cpu().numpy()
+        batches = torch.div(acts.sequence, self.batch, rounding_mode="floor").to(squares.device)
+        for number in batches.unique().tolist():
+            added = squares[batches == number].sum(0, dtype=torch.float64).cpu().numpy()
             self._squares[number] = self._squares.get(number, 0.0) + added
 
     @property
@@ -182,15 +182,15 @@ class Naee(Method):
     def needs(self, budget: Budget) -> dict[str, Statistic]:
         n, r = budget.experts, budget.keep
         if comb(n, r) > MOST_SETS:
-            return {"TokenGrams": TokenGrams(n, budget.k)}
-        return {f"SetErrors {r} {budget.active}": SetErrors(n, budget.k, r=r, active=budget.active)}
+            return {"TokenGrams": TokenGrams(n)}
+        return {f"SetErrors {r} {budget.active}": SetErrors(n, r=r, active=budget.active)}
 
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
-        found = next(iter(statistics.values()))
-        if isinstance(found, SetErrors):
-            return budget.pruned(found.best)
-        assert isinstance(found, TokenGrams)
-        return budget.pruned(best_set(found, budget.keep, budget.active))
+        (errors,) = statistics.values()
+        if isinstance(errors, SetErrors):
+            return budget.pruned(errors.best)
+        assert isinstance(errors, TokenGrams)
+        return budget.pruned(best_set(errors, budget.keep, budget.active))
 
 
 class NaeeProgressive(Naee):
@@ -202,10 +202,10 @@ class NaeeProgressive(Naee):
 
 def masks(sets: Sequence[Kept], n: int) -> Tensor:
     """bool (sets, n)."""
-    found: NDArray[np.bool_] = np.zeros((len(sets), n), dtype=bool)
-    for row, kept in zip(found, sets):
+    rows: NDArray[np.bool_] = np.zeros((len(sets), n), dtype=bool)
+    for row, kept in zip(rows, sets):
         row[list(kept)] = True
-    return torch.from_numpy(found)
+    return torch.from_numpy(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,16 +217,16 @@ class Problem:
         grams: inner products of the experts' outputs, and of the target's where it is not the layer's own output,
             float32 (tokens, m, m), m being n, or n + 1.
         cross: inner products of each expert's output with what is to be matched, float64 (tokens, n).
-        own: squared norm of what is to be matched, float64 (tokens,).
+        norms: squared norm of what is to be matched, float64 (tokens,).
     """
 
     acts: LayerActivations
     grams: Tensor
     cross: Tensor
-    own: Tensor
+    norms: Tensor
 
     @classmethod
-    def of(cls, acts: LayerActivations) -> Problem:
+    def to_match(cls, acts: LayerActivations) -> Problem:
         """The layer's own output, or `LayerActivations.target`, is to be matched."""
         if acts.target is None:
             grams, weights = gram(acts.outputs), acts.full_weights.double()
@@ -245,11 +245,13 @@ class Problem:
         """
         tokens, choices, k = index.shape
         weights, flat = weights.double(), index.reshape(tokens, -1)
+        # |sum_e w_e f_e - y|^2 = |y|^2 - 2 sum_e w_e <f_e, y> + sum_ef w_e w_f <f_e, f_f>, in float64: the three terms
+        # nearly cancel where the error is small
         linear = (weights * self.cross.gather(1, flat).view_as(weights)).sum(-1)
         pairs = index[..., :, None] * self.grams.shape[1] + index[..., None, :]
         inner = self.grams.flatten(1).gather(1, pairs.reshape(tokens, -1)).view(tokens, choices, k, k).double()
         quadratic = (weights[..., :, None] * inner * weights[..., None, :]).sum((-1, -2))
-        return (self.own[:, None] - 2 * linear + quadratic).clamp_min(0)
+        return (self.norms[:, None] - 2 * linear + quadratic).clamp_min(0)
 
 
 @cache

@@ -25,7 +25,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from moeopt.methods.base import Budget, Method
+from moeopt.methods.base import Budget, Method, statistic
 from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.naee import Kept, TokenGrams, best_set, kept_sets
 from moeopt.methods.statistics import Array, Statistic
@@ -46,12 +46,10 @@ class OutputFit(Method):
 
     summary = "kept experts that stand in for the others, W_RM fitted to the layer's output"
 
-    def needs(self, budget: Budget) -> dict[str, Statistic]:
-        return {"TokenGrams": TokenGrams(budget.experts, budget.k)}
+    kinds = (TokenGrams,)
 
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
-        tokens = statistics["TokenGrams"]
-        assert isinstance(tokens, TokenGrams)
+        tokens = statistic(statistics, TokenGrams)
         n, r, fits = budget.experts, budget.keep, tokens.fits()
         sets: list[Kept] = [best_set(tokens, r, budget.active)]
         if comb(n, r) <= MOST_SETS:
@@ -60,8 +58,8 @@ class OutputFit(Method):
             sets.append(
                 min(every, key=lambda kept: sum(column(fits[j], kept, j)[1] for j in range(n) if j not in kept))
             )
-        found = [fitted(tokens, fits, kept, budget.active) for kept in dict.fromkeys(sets)]
-        error, kept, w_rm = min(found, key=lambda one: one[0])
+        mappings = [fitted(tokens, fits, kept, budget.active) for kept in dict.fromkeys(sets)]
+        error, kept, w_rm = min(mappings, key=lambda mapping: mapping[0])
         prunings = tokens.of_sets(sets, budget.active)  # by selected rows, which may differ from a one-hot W_RM
         if prunings.min() <= error:
             return budget.pruned(sets[int(prunings.argmin())])

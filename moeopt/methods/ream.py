@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeopt.methods.base import Budget, Method
+from moeopt.methods.base import Budget, Method, statistic
 from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.matching import neuron_weights, orders, tensors_of
 from moeopt.methods.neuron_activations import NeuronActivations
@@ -60,7 +60,7 @@ class Likeness(Statistic):
     outputs = "all"
     by_layer = True
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.salient = np.zeros(n)
         self.gated: Array | None = None
         self.layer: MoELayer | None = None
@@ -93,16 +93,11 @@ class Ream(Method):
     """Experts merged into the most salient ones, neurons aligned, layer by layer; see the top of the file."""
 
     summary = "groups led by experts of large gated outputs merged, neurons aligned, layer by layer"
-    progressive = True
-    alone = True
-
-    def needs(self, budget: Budget) -> dict[str, Statistic]:
-        return {kind.__name__: kind(budget.experts, budget.k) for kind in (Routing, Likeness)}
+    progressive = alone = True
+    kinds = (Routing, Likeness)
 
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
-        routing, likeness = statistics["Routing"], statistics["Likeness"]
-        assert isinstance(routing, Routing)
-        assert isinstance(likeness, Likeness)
+        routing, likeness = statistic(statistics, Routing), statistic(statistics, Likeness)
         assert likeness.gated is not None
         saliency = likeness.saliency(routing.visits)
         leads, labels = grouped(saliency, alike(likeness.gated, routing.logits), budget.keep)

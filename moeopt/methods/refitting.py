@@ -289,10 +289,10 @@ def _nothing(_batch: Any) -> None:
 
 
 class _Parts:
-    """Layers that are done, a plan file each, in a folder of a folder that is named after what they are of."""
+    """Layers that are done, a plan file each, in a folder of `folder` that is named after what is refitted to what."""
 
-    def __init__(self, folder: Path | None, of: str) -> None:
-        self.folder = None if folder is None else folder / of
+    def __init__(self, folder: Path | None, digest: str) -> None:
+        self.folder = None if folder is None else folder / digest
         try:
             if self.folder is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -20,29 +20,14 @@ from moeopt.methods.mone import Mone
 from moeopt.methods.naee import Naee, NaeeProgressive
 from moeopt.methods.names import parsed
 from moeopt.methods.output_fit import OutputFit
-from moeopt.methods.ranking import Ranking
 from moeopt.methods.ream import Ream
-from moeopt.methods.statistics import MeanOutputs, Moves, Norms, Routing, Statistic
+from moeopt.methods.statistics import MeanOutputs, Statistic
 from moeopt.models import MoELayer
 from moeopt.plan import AMONG_ALL, LayerPlan, Plan
 
 METHODS: dict[str, Method] = {
     "random": ranking.Random(),
-    "frequency": Ranking("the experts picked most often", Routing, ranking.frequency),
-    "soft_activation": Ranking("largest sum of gates over the tokens routed to them", Routing, ranking.soft_activation),
-    "soft_activation_all": Ranking(
-        "largest sum of probabilities over all tokens", Routing, ranking.soft_activation_all
-    ),
-    "ean": Ranking("largest sum of output norms over the tokens routed to them", Norms, ranking.ean),
-    "ean_mean": Ranking("largest mean output norm over the tokens routed to them", Norms, ranking.ean_mean),
-    "reap": Ranking("largest mean gated output norm over the tokens routed to them", Norms, ranking.reap),
-    "reap_progressive": Ranking(
-        "reap, each layer after the earlier ones are pruned", Norms, ranking.reap, progressive=True
-    ),
-    "msan": Ranking("largest mean squared output norm over the tokens routed to them", Norms, ranking.msan),
-    "easy_ep": Ranking(
-        "largest sum of gated output norms, tokens weighed by how much the layer turns them", Moves, ranking.easy_ep
-    ),
+    **ranking.RANKINGS,
     "aimer": Aimer(),
     "mone": Mone(),
     "naee": Naee(),
@@ -184,9 +169,10 @@ def _at_once(
     def observe(acts: LayerActivations) -> None:
         group = group_of[acts.layer.index]
         if group not in open_groups:
-            if by_layer and group:
+            if by_layer and group:  # layers come in order, so that the last group has all that it will
                 close(group - 1)
             fresh = {key: value for method in chosen.values() for key, value in method.needs(budget).items()}
+            # those that take all outputs first: they are computed once, and the others then take theirs from them
             open_groups[group] = dict(sorted(fresh.items(), key=lambda item: item[1].outputs != "all"))
         for statistic in open_groups[group].values():
             statistic.add(acts)

@@ -101,20 +101,20 @@ class Toggles(Sums):
         # Scores and products of the picks but each one: sums, as differences would cancel where one outweighs all.
         others = 1 - torch.eye(picks.shape[1], device=products.device)
         totals, sums = picked @ others, torch.einsum("tim,ij->tjm", parts, others)
-        own, own_sums = scores[:, experts], scores[:, experts, None] * products[:, experts]
+        toggled, toggled_sums = scores[:, experts], scores[:, experts, None] * products[:, experts]
         if self.taken_out:  # one of the picks, or else the last of them, which is one too many
             places = torch.arange(picks.shape[1], device=products.device).expand_as(picks)
             place = torch.full(scores.shape, picks.shape[1] - 1, device=products.device).scatter(1, picks, places)
             place = place[:, experts]
             total, summed = totals.gather(1, place), sums.gather(1, place[..., None].expand(-1, -1, sums.shape[2]))
         elif self.active > self.size:
-            total, summed = picked.sum(1, keepdim=True) + own, parts.sum(1, keepdim=True) + own_sums
+            total, summed = picked.sum(1, keepdim=True) + toggled, parts.sum(1, keepdim=True) + toggled_sums
         else:
             enters = choice[:, experts] > ranked.gather(1, picks[:, -1:])
-            total = torch.where(enters, totals[:, -1:] + own, picked.sum(1, keepdim=True))
-            summed = torch.where(enters[..., None], sums[:, -1:] + own_sums, parts.sum(1, keepdim=True))
+            total = torch.where(enters, totals[:, -1:] + toggled, picked.sum(1, keepdim=True))
+            summed = torch.where(enters[..., None], sums[:, -1:] + toggled_sums, parts.sum(1, keepdim=True))
         if softmax:  # over what is left
-            share = 1 / (1 - own if self.taken_out else 1 + own).clamp_min(TINY)
+            share = 1 / (1 - toggled if self.taken_out else 1 + toggled).clamp_min(TINY)
             total, summed = total * share, summed * share[..., None]
         return summed * acts.factor(total)[..., None]
 

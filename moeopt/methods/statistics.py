@@ -46,7 +46,7 @@ class Routing(Statistic):
         logits: sum over all tokens of l_i * l_j, the router's logits, (n, n).
     """
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.tokens = 0
         self.visits, self.gates, self.probabilities = np.zeros(n), np.zeros(n), np.zeros(n)
         self.logits = np.zeros((n, n))
@@ -73,7 +73,7 @@ class Norms(Statistic):
 
     outputs = "routed"
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.visits, self.norms, self.gated, self.squares = (np.zeros(n) for _ in range(4))
 
     def add(self, acts: LayerActivations) -> None:
@@ -95,7 +95,7 @@ class Moves(Statistic):
 
     outputs = "routed"
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.moved = np.zeros(n)
 
     def add(self, acts: LayerActivations) -> None:
@@ -121,13 +121,13 @@ class Spread(Statistic):
 
     outputs = "routed"
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.gates = np.zeros(n)
         self.visits, self.means, self.squares = dict[int, Array](), dict[int, Array](), dict[int, Array]()
 
     def add(self, acts: LayerActivations) -> None:
         layer, n = acts.layer.index, len(self.gates)
-        visits, squares = (found.setdefault(layer, np.zeros(n)) for found in (self.visits, self.squares))
+        visits, squares = (sums.setdefault(layer, np.zeros(n)) for sums in (self.visits, self.squares))
         means = self.means.setdefault(layer, np.zeros((n, acts.hidden.shape[1])))
         for j, tokens, gates in routed(acts):
             outputs = acts.output(j, tokens).double()
@@ -148,7 +148,7 @@ class MeanOutputs(Statistic):
 
     outputs = "all"
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.tokens = 0
         self.sums: Array | None = None
 
@@ -176,11 +176,11 @@ def gram(vectors: Tensor) -> Tensor:
     """Inner products of m vectors for every token: (m, tokens, hidden) -> float32 (tokens, m, m)."""
     m, tokens, _ = vectors.shape
     vectors = vectors.float()
-    found = vectors.new_empty(tokens, m, m)
+    grams = vectors.new_empty(tokens, m, m)
     for i in range(m):  # three times faster on a CPU than a product of many small matrices
-        found[:, i, i:] = torch.einsum("th,mth->tm", vectors[i], vectors[i:])
-        found[:, i:, i] = found[:, i, i:]
-    return found
+        grams[:, i, i:] = torch.einsum("th,mth->tm", vectors[i], vectors[i:])
+        grams[:, i:, i] = grams[:, i, i:]
+    return grams
 
 
 def _numpy(tensor: Tensor) -> Array:

@@ -41,4 +41,4 @@ def skipping(plan: Plan, calibration: Calibration, *, quantile: float = 0.5) -> 
         ratios[acts.layer.index].append(ratio.clamp(0, 1).cpu().numpy())
 
     calibration.run(observe, plan=plan.with_skip(0))
-    return plan.with_skip([float(np.quantile(np.concatenate(of), quantile)) for of in ratios])
+    return plan.with_skip([float(np.quantile(np.concatenate(batches), quantile)) for batches in ratios])

@@ -108,6 +108,6 @@ def kept_set_errors(calibration: Calibration, *, keep: int, k: int | None = None
     sets = comb(shape.experts, keep)
     if sets > MOST_SETS:
         raise MethodError(f"C({shape.experts}, {keep}) = {sets} kept sets are too many to show; at most {MOST_SETS}")
-    of = [SetErrors(shape.experts, shape.k, r=keep, active=active) for _ in range(shape.layers)]
+    of = [SetErrors(shape.experts, r=keep, active=active) for _ in range(shape.layers)]
     calibration.run(lambda acts: of[acts.layer.index].add(acts), all_outputs=True)
     return [dict(zip(one.sets, one.errors.tolist())) for one in of]

@@ -182,7 +182,7 @@ def test_sketches_estimate_the_change_of_the_output(make_mixtral, tiny_tokenizer
         draws = torch.Generator().manual_seed(layer.index)
         for acts, gradient in batches:
             with torch.no_grad():
-                errors = naee.Problem.of(acts).squared_errors(*acts.chosen(naee.masks(sets, 8), 2))
+                errors = naee.Problem.to_match(acts).squared_errors(*acts.chosen(naee.masks(sets, 8), 2))
                 exact = exact + (gradient.double().norm(dim=1)[:, None] * errors).sum(0).numpy()
                 for _ in range(20):
                     sums = Sums(sets, 2, tuple(range(8)), 2, 8)

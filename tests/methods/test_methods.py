@@ -97,7 +97,7 @@ def tokens(model, text, tiny_tokenizer):
 
 
 def test_statistics(calibration, tokens):
-    made = [{"r": Routing(8, 2), "n": Norms(8, 2), "m": MeanOutputs(8, 2)} for _ in tokens]
+    made = [{"r": Routing(8), "n": Norms(8), "m": MeanOutputs(8)} for _ in tokens]
     calibration.run(lambda acts: [s.add(acts) for s in made[acts.layer.index].values()])
     for got, acts in zip(made, tokens):
         expected = {name: np.zeros(8) for name in ("visits", "gates", "probabilities", "norms", "gated")}
@@ -244,7 +244,7 @@ def test_a_large_mean_takes_nothing_from_a_small_variance(calibration):
         def output(self, j, tokens):
             return self.rows[tokens]
 
-    spread = Spread(8, 1)
+    spread = Spread(8)
     for rows in np.split(outputs, [1, 2, 9, 40]):
         spread.add(Given(rows))
     exact = outputs.astype(np.float64)
@@ -273,7 +273,7 @@ def test_reap_progressive_is_reap_after_the_earlier_layers_are_pruned(calibratio
     differs = False
     for index, part in enumerate(plan.layers):
         so_far = Plan((*plan.layers[:index], *full.layers[index:]))
-        norms = Norms(8, 2)
+        norms = Norms(8)
         calibration.run(lambda acts, i=index, n=norms: n.add(acts) if acts.layer.index == i else None, plan=so_far)
         scores = norms.gated / np.maximum(norms.visits, 1)
         assert set(part.kept) == set(np.argsort(-scores, kind="stable")[:3].tolist())
@@ -289,7 +289,7 @@ def test_gates_are_the_weights_that_the_router_gives(build_family, family, tiny_
     handles = [
         layer.router.register_forward_hook(lambda _m, _i, output: weights.append(output[1:])) for layer in layers
     ]
-    made = [{"r": Routing(layer.n, layer.k), "n": Norms(layer.n, layer.k)} for layer in layers]
+    made = [{"r": Routing(layer.n), "n": Norms(layer.n)} for layer in layers]
     inputs: list[list[torch.Tensor]] = [[] for _ in layers]
 
     def observe(acts):
@@ -330,7 +330,7 @@ def brute_force(model, inputs, layer, r, k, targets=None):
 
 @pytest.mark.parametrize(("r", "k"), [(4, 2), (6, 2), (3, 1)])
 def test_naee_equals_brute_force(model, calibration, text, tiny_tokenizer, r, k):
-    made = [naee.SetErrors(8, 2, r=r, active=k) for _ in range(3)]
+    made = [naee.SetErrors(8, r=r, active=k) for _ in range(3)]
     calibration.run(lambda acts: made[acts.layer.index].add(acts))
     inputs = list(zip(*[entering(model, ids) for ids in sequences(text, tiny_tokenizer)]))
     for layer, got in zip(moe_layers(model), made):
@@ -361,7 +361,7 @@ def test_gram_errors_equal_patched_forwards_in_every_family(family, build_family
     small = TextTask("text", search=["".join(chr(40 + i * j % 50) for i in range(90)) for j in (3, 7)], window=30)
     calibration = methods.Calibration(model, tiny_tokenizer, small)
     n, k = calibration.shape.experts, calibration.shape.k
-    made = [naee.SetErrors(n, k, r=4, active=k) for _ in calibration.layers]
+    made = [naee.SetErrors(n, r=4, active=k) for _ in calibration.layers]
     calibration.run(lambda acts: made[acts.layer.index].add(acts))
     whole = [LayerPlan(n, k, kept=tuple(range(n)))] * len(calibration.layers)
     for layer, got in zip(calibration.layers, made):
@@ -397,7 +397,7 @@ def test_padding_does_not_count(make_mixtral, tiny_tokenizer, text, dtype):
     for kind in kinds:
         found = []
         for calibration in (together, alone):
-            made = [kind(8, 2) for _ in range(3)]
+            made = [kind(8) for _ in range(3)]
             calibration.run(lambda acts, made=made: made[acts.layer.index].add(acts))
             found.append(made)
         for a, b in zip(*found):
@@ -409,7 +409,7 @@ def test_padding_does_not_count(make_mixtral, tiny_tokenizer, text, dtype):
 
 
 def test_what_is_kept_of_a_token_is_small(calibration):
-    made = [naee.TokenGrams(8, 2) for _ in range(3)]
+    made = [naee.TokenGrams(8) for _ in range(3)]
     calibration.run(lambda acts: made[acts.layer.index].add(acts))
     for problem in made[0]._problems:
         assert problem.acts.hidden.untyped_storage().nbytes() == problem.acts.routed.untyped_storage().nbytes() == 0
@@ -448,7 +448,7 @@ def test_outputs_that_are_not_finite_are_named(make_mixtral, tiny_tokenizer, tex
 
 
 def test_naee_beyond_enumeration(calibration, monkeypatch):
-    exact = [naee.SetErrors(8, 2, r=4, active=2) for _ in range(3)]
+    exact = [naee.SetErrors(8, r=4, active=2) for _ in range(3)]
     calibration.run(lambda acts: exact[acts.layer.index].add(acts))
     monkeypatch.setattr(naee, "MOST_SETS", 69)
     plan = methods.plan("naee", calibration, keep=4)
