@@ -200,12 +200,12 @@ class Prepared:
     @property
     def notes(self) -> dict[str, Any]:
         """What moeopt.json says of tensors and files that are left out, or copied though nothing reads them."""
-        found = {
+        lists = {
             "left_out": self.unread.left_out,
             "copied_unread": self.unread.copied,
             "files_left_out": self.files_left,
         }
-        return {key: list(names) for key, names in found.items() if names}
+        return {key: list(names) for key, names in lists.items() if names}
 
     def said(self) -> list[str]:
         """The same for people."""

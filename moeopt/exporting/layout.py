@@ -149,7 +149,7 @@ def lay_out(
     for name, stored in source.tensors.items():
         if name in left_out:
             continue
-        role = roles.of(places.get(name))
+        role = roles.find(places.get(name))
         if role is None:
             layout.tensors[name] = stored
             layout.made.append(_copied(name, stored.size))
@@ -190,7 +190,7 @@ class Roles:
         self.routers = {names[layer.router]: layer for layer in layers}
         self.experts = {names[layer.experts]: layer for layer in layers}
 
-    def of(self, place: Placed | None) -> tuple[str, MoELayer] | None:
+    def find(self, place: Placed | None) -> tuple[str, MoELayer] | None:
         """Whether a tensor is a router's or experts', and of which layer."""
         for kind, modules in (("routers", self.routers), ("experts", self.experts)):
             for module, layer in modules.items():

@@ -126,12 +126,12 @@ def keys_of(config: dict[str, Any], experts: int, source: Path) -> tuple[list[st
     Raises:
         ExportError: when none holds n.
     """
-    found = [key for key in EXPERT_KEYS if config.get(key) == experts]
-    if not found:
+    expert_keys = [key for key in EXPERT_KEYS if config.get(key) == experts]
+    if not expert_keys:
         raise ExportError(
             f"{str(source / 'config.json')!r} does not say that the model has {experts} experts; is the plan for it?"
         )
-    return found, [key for key in ACTIVE_KEYS if key in config]
+    return expert_keys, [key for key in ACTIVE_KEYS if key in config]
 
 
 def stock_config(source: Path, plan: Plan) -> dict[str, Any]:

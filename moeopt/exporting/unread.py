@@ -97,15 +97,15 @@ def disagreeing(config: dict[str, Any], tensors: Mapping[str, Stored]) -> list[s
     said = {n for value in values for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)}
     routed = said | set(((config.get("moeopt") or {}).get("full") or {}).get("experts", {}).values())
     hidden = text.get("hidden_size")
-    experts = {name: found for name in tensors if (found := EXPERTS.search(name))}
-    blocks = {found[1] for found in experts.values()}
+    experts = {name: match for name in tensors if (match := EXPERTS.search(name))}
+    blocks = {match[1] for match in experts.values()}
     numbers: dict[str, set[int]] = {}
     complaints = []
     for name, tensor in tensors.items():
-        found, gate, shape = experts.get(name), GATE.search(name), tensor.shape
-        if found and found[3]:
-            numbers.setdefault(found[1] + found[2], set()).add(int(found[3]))
-        elif found and len(shape) > 2 and not said & set(shape[:2]):
+        expert, gate, shape = experts.get(name), GATE.search(name), tensor.shape
+        if expert and expert[3]:
+            numbers.setdefault(expert[1] + expert[2], set()).add(int(expert[3]))
+        elif expert and len(shape) > 2 and not said & set(shape[:2]):
             complaints.append(f"{name} holds {shape[0]} experts")
         elif gate and gate[1] in blocks and len(shape) == 2 and hidden in shape:
             rows = shape[1 - shape.index(hidden)]

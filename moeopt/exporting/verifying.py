@@ -136,18 +136,18 @@ def verify(
     if model is None and not Path(record["source"]).is_dir():
         raise ExportError(f"the original is no longer at {record['source']!r}; say where it is: model=, or --model")
     full = locate(str(model or record["source"]))
-    with Source(full) as source, Source(folder) as found:
+    with Source(full) as source, Source(folder) as written:
         prepared = prepare(source, plan, chosen_form(plan, full, record["form"])[0])
         layout = prepared.layout
-        differing = set(layout.tensors.keys() ^ found.tensors.keys())
-        for name in layout.tensors.keys() & found.tensors.keys():
-            right, there = layout.tensors[name], found.tensors[name]
+        differing = set(layout.tensors.keys() ^ written.tensors.keys())
+        for name in layout.tensors.keys() & written.tensors.keys():
+            right, there = layout.tensors[name], written.tensors[name]
             if (right.dtype, right.shape) != (there.dtype, there.shape):
                 differing.add(name)
         for name, at, piece in layout.parts(source):
-            if name not in differing and found.read_bytes(name, at, len(piece)) != bytes(piece):
+            if name not in differing and written.read_bytes(name, at, len(piece)) != bytes(piece):
                 differing.add(name)
-        wrong = [*_changed(prepared.config, read_config(full), config), *disagreeing(config, found.tensors)]
+        wrong = [*_changed(prepared.config, read_config(full), config), *disagreeing(config, written.tensors)]
     compared = Verification(
         record["form"],
         len(layout.tensors),
@@ -295,13 +295,13 @@ def _reloaded(
     return result
 
 
-def _compared(found: Verification, expected: _Expected, got: dict[str, Tensor], epsilon: float) -> Verification:
+def _compared(verification: Verification, expected: _Expected, got: dict[str, Tensor], epsilon: float) -> Verification:
     difference, largest, same, tokens = 0.0, 0.0, 0, 0
     for name in expected.request:
         a, b = expected.results[name], got[name]
         if a.shape != b.shape:
             shapes = f"logits of shape {tuple(b.shape)}, the original's have {tuple(a.shape)}"
-            return replace(found, failure=shapes)
+            return replace(verification, failure=shapes)
         gap = (a - b).abs().max().item()
         difference = max(difference, gap if math.isfinite(gap) else math.inf)
         largest = max(largest, a.abs().max().item())
@@ -309,7 +309,7 @@ def _compared(found: Verification, expected: _Expected, got: dict[str, Tensor], 
         tokens += a.shape[1]
     tolerance = epsilon * math.sqrt(expected.layers) * largest
     return replace(
-        found,
+        verification,
         tokens=tokens,
         difference=difference,
         tolerance=tolerance,

@@ -85,9 +85,9 @@ def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    one = len(shards) == 1
+    single = len(shards) == 1
     files = [
-        "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        "model.safetensors" if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         for i in range(len(shards))
     ]
     places: dict[str, tuple[Path, FileIO, int]] = {}

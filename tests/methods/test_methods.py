@@ -531,8 +531,8 @@ def test_output_fit_column_is_the_least_squares_solution():
     a = sum(g**2 * f @ f.T for g, f in zip(gates, outputs))
     kept, j = (0, 2, 5), 3
     stacked = np.concatenate([g * f[list(kept)].T for g, f in zip(gates, outputs)])
-    budget = np.concatenate([g * f[j] for g, f in zip(gates, outputs)])
-    expected, residual = nnls(stacked, budget)
+    target = np.concatenate([g * f[j] for g, f in zip(gates, outputs)])
+    expected, residual = nnls(stacked, target)
     c, left = output_fit.column(a, kept, j)
     np.testing.assert_allclose(c, expected, atol=1e-8)
     assert left == pytest.approx(residual**2)
@@ -697,9 +697,9 @@ def test_calibration_takes_the_right_answers(model, tiny_tokenizer):
     task = MultipleChoiceTask("sums", search=rows)
     calibration = methods.Calibration(model, tiny_tokenizer, task, limit=4)
     chosen = task.examples("search")[:4]
-    budget = {tuple(tiny_tokenizer(e.prompt + e.options[e.answer])["input_ids"]) for e in chosen}
+    expected = {tuple(tiny_tokenizer(e.prompt + e.options[e.answer])["input_ids"]) for e in chosen}
     got = {tuple(ids[mask.bool()].tolist()) for b in calibration.batches for ids, mask in zip(b.ids, b.mask)}
-    assert got == budget
+    assert got == expected
     assert calibration.sequences == 4
 
 
