@@ -257,6 +257,7 @@ def _lay_new(layout: Layout, name: str, source: Source, part: LayerPlan, leaf: s
     from moeopt.models.merging import DOWN, new_expert, write_down
 
     stored, numbered, r = source.tensors[name], _numbered(name, source, part), part.kept_experts
+    # a checkpoint that names its experts one by one stores linear layers, which transformers transposes on loading
     form = form if numbered is None else replace(form, transposed=False)
     shape = stored.shape if numbered is not None else stored.shape[1:]
     down = part.down if leaf == DOWN else None
@@ -320,10 +321,6 @@ def _made(
     return Made(outputs, inputs, matrix=matrix)
 
 
-def _same(tensor: Tensor, source: Source) -> Tensor:
-    return tensor
-
-
 def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Roles, places: dict[str, Placed]) -> None:
     """What the routers and experts of a custom checkpoint hold beside the family's tensors.
 
@@ -338,7 +335,7 @@ def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Rol
         for leaf, tensor in _mappings(plan.layers[layer.index]).items():
             name = f"{experts if leaf == 'novices' else router}.{leaf}"
             layout.tensors[name] = Stored(dtype_name(tensor.dtype), tuple(tensor.shape))
-            layout.given[name] = partial(_same, tensor)
+            layout.given[name] = lambda source, tensor=tensor: tensor  # type: ignore[misc]
 
 
 def _mappings(part: LayerPlan) -> dict[str, Tensor]:

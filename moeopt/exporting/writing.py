@@ -62,6 +62,7 @@ def appearing(out: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
+        # Every file is on disk before the name is: a crash leaves the hidden folder, or the whole one.
         temporary.rename(out)  # also over an empty folder
         _sync(out.parent)
     except BaseException:
@@ -100,7 +101,7 @@ def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int
             sizes[path] = len(header) + end
             with room_for(path, sizes[path]):
                 _write_all(stream, header)
-                stream.truncate(sizes[path])
+                stream.truncate(sizes[path])  # a hole, into which tensors are written in whatever order they are made
             places |= {name: (path, stream, len(header) + offset) for name, offset in offsets.items()}
         for name, at, piece in layout.parts(source):
             path, stream, offset = places[name]

@@ -169,7 +169,7 @@ class LossGradients:
         cells = batch.cells.to(hidden.device)
         scored = hidden.flatten(0, 1)[cells]
         gradient = torch.zeros_like(scored, dtype=torch.float32)
-        for first in range(0, len(cells), ROWS):
+        for first in range(0, len(cells), ROWS):  # logits of all cells at once would be cells x vocabulary
             with torch.enable_grad():
                 piece = scored[first : first + ROWS].detach().requires_grad_()
                 likelihood = self.parts.head(piece).log_softmax(1, dtype=torch.float32)
@@ -203,6 +203,7 @@ class LossGradients:
         outputs: list[Tensor] = []
         acts: list[LayerActivations] = []
         left: States = []
+        # `outputs` are of the graph: autograd gives dL/dy beside dL/dh, and is asked for no weight's gradient
         hooks = [Hook(layer, self.rules[layer.index], acts.append, current) for layer in moe]
 
         def note(_module: Any, _args: Any, output: Tensor) -> None:

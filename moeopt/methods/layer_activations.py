@@ -215,7 +215,10 @@ class Hook:
     def run(
         self, forward: Any, experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """What the experts give, made of every expert's output, which is kept."""
+        """What the experts give, made of every expert's output, which is kept.
+
+        Each expert runs once for all tokens, as their only pick, at weight 1.
+        """
         if self.busy:
             given: Tensor = forward(experts, hidden_states, top_k_index, top_k_weights)
             return given

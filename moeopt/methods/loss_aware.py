@@ -44,7 +44,7 @@ from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
 from moeopt.methods.base import Budget, Groups, MethodPlan, Planner
 from moeopt.methods.gradients import LossGradients
 from moeopt.methods.layer_activations import LayerActivations
-from moeopt.methods.naee import Kept
+from moeopt.methods.naee import KeptSet
 from moeopt.methods.set_changes import CURVATURE, DEFAULT, RULES, SKETCHES, Changes, products_of
 from moeopt.plan import Plan
 
@@ -126,8 +126,8 @@ class _Search:
         return MethodPlan(self.plan(kept), self.layer_tokens, seconds, how)
 
     def _again(
-        self, name: str, kept: list[Kept], rounds: int, against: tuple[list[Kept], int] | None
-    ) -> tuple[list[Kept], int]:
+        self, name: str, kept: list[KeptSet], rounds: int, against: tuple[list[KeptSet], int] | None
+    ) -> tuple[list[KeptSet], int]:
         """The same from derivatives under the plan so far, and how many such rounds bettered it.
 
         What is seen from the curvature alone goes on being a distance from the full layers (`against`), which a plan's
@@ -142,7 +142,7 @@ class _Search:
             kept = changed
         return kept, rounds - 1
 
-    def changes(self, plan: Plan | None, now: list[Kept], k: int) -> tuple[list[Changes], list[Changes]]:
+    def changes(self, plan: Plan | None, now: list[KeptSet], k: int) -> tuple[list[Changes], list[Changes]]:
         """By group, of the examples that ways are made from, and of all: one pass forth and back.
 
         Args:
@@ -162,7 +162,7 @@ class _Search:
             self.layer_tokens += cost_of(gradients)
         return both[0], [a + b for a, b in zip(*both)]
 
-    def plan(self, kept: list[Kept]) -> Plan:
+    def plan(self, kept: list[KeptSet]) -> Plan:
         """Of every group's experts."""
         return Plan(tuple(self.budget.pruned(kept[group]) for group in self.group_of))
 

@@ -35,10 +35,10 @@ MOST_RANKED = 20
 AT_ONCE = 1 << 24
 """Numbers in memory at a time."""
 
-Kept = tuple[int, ...]
+KeptSet = tuple[int, ...]
 
 
-def kept_sets(n: int, r: int) -> list[Kept]:
+def kept_sets(n: int, r: int) -> list[KeptSet]:
     """All sets of r out of n experts, in lexicographic order."""
     return list(itertools.combinations(range(n), r))
 
@@ -79,7 +79,7 @@ class SetErrors(Statistic):
         return self._sums.norms
 
     @property
-    def best(self) -> Kept:
+    def best(self) -> KeptSet:
         """The set of least error."""
         return self.sets[int(self.errors.argmin())]
 
@@ -113,7 +113,7 @@ class TokenGrams(Statistic):
             sums.add(problem.acts, problem.squared_errors(*choose(problem.acts)))
         return sums.norms
 
-    def of_sets(self, sets: list[Kept], active: int) -> Array:
+    def of_sets(self, sets: list[KeptSet], active: int) -> Array:
         """Errors of some kept sets, (sets,)."""
         step = max(1, AT_ONCE // (self.n * max(len(problem.grams) for problem in self._problems)))
         parts = [masks(sets[first : first + step], self.n) for first in range(0, len(sets), step)]
@@ -133,7 +133,7 @@ class TokenGrams(Statistic):
         return fits
 
 
-def best_set(tokens: TokenGrams, r: int, active: int) -> Kept:
+def best_set(tokens: TokenGrams, r: int, active: int) -> KeptSet:
     """The better of two descents by swaps: from the largest gated output norms, and from a greedy elimination."""
     by_norm = tuple(sorted(np.argsort(-tokens.norms, kind="stable")[:r].tolist()))
     kept = tuple(range(tokens.n))
@@ -143,7 +143,7 @@ def best_set(tokens: TokenGrams, r: int, active: int) -> Kept:
     return min((_descended(tokens, start, active) for start in (by_norm, kept)), key=lambda end: end[0])[1]
 
 
-def _descended(tokens: TokenGrams, kept: Kept, active: int) -> tuple[float, Kept]:
+def _descended(tokens: TokenGrams, kept: KeptSet, active: int) -> tuple[float, KeptSet]:
     best = float(tokens.of_sets([kept], active)[0])
     while True:
         others = [e for e in range(tokens.n) if e not in kept]
@@ -200,7 +200,7 @@ class NaeeProgressive(Naee):
     progressive = alone = targets = True
 
 
-def masks(sets: Sequence[Kept], n: int) -> Tensor:
+def masks(sets: Sequence[KeptSet], n: int) -> Tensor:
     """bool (sets, n)."""
     rows: NDArray[np.bool_] = np.zeros((len(sets), n), dtype=bool)
     for row, kept in zip(rows, sets):
@@ -294,6 +294,7 @@ class ByRank:
         index = order[:, self.picks.to(device)]
         scores = acts.probabilities.gather(1, index.flatten(1)).view(index.shape)
         values = of_picks(index, acts.gated(scores))
+        # float64 is exact below 2^53, and a matrix product of integers would not run on a GPU
         bits = torch.zeros_like(acts.probabilities, dtype=torch.float64)
         bits.scatter_(1, order, (2.0 ** torch.arange(order.shape[1], device=device)).double().expand_as(order))
         numbers = self.table.to(device)[(bits @ kept.T.double()).long()]

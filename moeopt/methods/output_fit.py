@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moeopt.methods.base import Budget, Method, statistic
 from moeopt.methods.layer_activations import LayerActivations
-from moeopt.methods.naee import Kept, TokenGrams, best_set, kept_sets
+from moeopt.methods.naee import KeptSet, TokenGrams, best_set, kept_sets
 from moeopt.methods.statistics import Array, Statistic
 from moeopt.plan import LayerPlan, one_hot
 
@@ -51,7 +51,7 @@ class OutputFit(Method):
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
         tokens = statistic(statistics, TokenGrams)
         n, r, fits = budget.experts, budget.keep, tokens.fits()
-        sets: list[Kept] = [best_set(tokens, r, budget.active)]
+        sets: list[KeptSet] = [best_set(tokens, r, budget.active)]
         if comb(n, r) <= MOST_SETS:
             every = kept_sets(n, r)
             sets = [every[int(tokens.of_sets(every, budget.active).argmin())]]
@@ -66,7 +66,7 @@ class OutputFit(Method):
         return LayerPlan(n, budget.active, kept=kept, w_rm=w_rm.astype(np.float32), router="prob")
 
 
-def column(a: Array, kept: Kept, j: int) -> tuple[Array, float]:
+def column(a: Array, kept: KeptSet, j: int) -> tuple[Array, float]:
     """The weights c >= 0, (r,), on the kept experts that stand in for j best, and the squared error left.
 
     Args:
@@ -84,7 +84,7 @@ def column(a: Array, kept: Kept, j: int) -> tuple[Array, float]:
     return c, float(a[j, j] - 2 * c @ cross + c @ inner @ c)
 
 
-def fitted(tokens: TokenGrams, fits: Array, kept: Kept, active: int) -> tuple[float, Kept, Array]:
+def fitted(tokens: TokenGrams, fits: Array, kept: KeptSet, active: int) -> tuple[float, KeptSet, Array]:
     """Error, kept set and fitted W_RM, (r, n)."""
     n = len(fits)
     pruning = one_hot(kept, n).astype(np.float64)
@@ -107,13 +107,13 @@ def fitted(tokens: TokenGrams, fits: Array, kept: Kept, active: int) -> tuple[fl
     return best, kept, w_rm
 
 
-def errors_of(tokens: TokenGrams, w_rm: Array, kept: Kept, active: int) -> Array:
+def errors_of(tokens: TokenGrams, w_rm: Array, kept: KeptSet, active: int) -> Array:
     """The layer's error under router mappings (choices, r, n) of kept experts: (choices,)."""
     matrices = torch.from_numpy(w_rm).float()
     return tokens.errors(lambda acts: mapped(acts, matrices.to(acts.logits.device), kept, active))
 
 
-def mapped(acts: LayerActivations, w_rm: Tensor, kept: Kept, active: int) -> tuple[Tensor, Tensor]:
+def mapped(acts: LayerActivations, w_rm: Tensor, kept: KeptSet, active: int) -> tuple[Tensor, Tensor]:
     """Experts that run and their weights, (tokens, choices, k), under router mappings (choices, r, n)."""
     top, index = torch.einsum("tn,crn->tcr", acts.probabilities, w_rm).topk(active, dim=-1)
     return torch.tensor(kept, device=index.device)[index], acts.gated(top)

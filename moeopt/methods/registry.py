@@ -228,6 +228,7 @@ def _progressively(name: str, method: Method, calibration: Calibration, budget: 
                 rng = np.random.default_rng([budget.seed, len(planned)])
                 part = method.layer(statistics, budget, rng)
                 planned.append(_mixed(part, name, calibration.layers[len(planned)]))
+            # the layers to come as they are: only layer `index` runs, but a plan is of the whole model
             pruned.advance(index, lambda batch: None, Plan((*planned, *full.layers[len(planned) :])))
     passes = calibration.tokens * pruned.depth
     cost = (1 + method.targets) * passes + _cost(statistics, calibration)

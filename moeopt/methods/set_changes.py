@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moeopt.methods.base import Budget
 from moeopt.methods.layer_activations import TINY, LayerActivations
-from moeopt.methods.naee import AT_ONCE, MOST_RANKED, MOST_SETS, Kept, by_rank, kept_sets, masks
+from moeopt.methods.naee import AT_ONCE, MOST_RANKED, MOST_SETS, KeptSet, by_rank, kept_sets, masks
 from moeopt.methods.statistics import Array
 
 SKETCHES = 8
@@ -38,7 +38,7 @@ class Sums:
         output: the sum over tokens of |g_t| times the squared change of the output, estimated by sketches, (sets,).
     """
 
-    def __init__(self, sets: Sequence[Kept], active: int, now: Kept, k: int, n: int) -> None:
+    def __init__(self, sets: Sequence[KeptSet], active: int, now: KeptSet, k: int, n: int) -> None:
         self.sets, self.active, self.now, self.k, self.n = sets, active, now, k, n
         self.signed, self.absolute, self.squared, self.output = (np.zeros(len(sets)) for _ in range(4))
         self._masks, self._now = masks(sets, n), masks([now], n)
@@ -78,7 +78,7 @@ class Toggles(Sums):
         active, now, k, n: as for `Sums`.
     """
 
-    def __init__(self, base: Kept, experts: Kept, active: int, now: Kept, k: int, n: int) -> None:
+    def __init__(self, base: KeptSet, experts: KeptSet, active: int, now: KeptSet, k: int, n: int) -> None:
         sets = [tuple(sorted({*base} ^ {e})) for e in experts]
         # What a set of which fewer remain than run would do is that of all that remain.
         super().__init__(sets, min(active, len(sets[0])), now, k, n)
@@ -131,7 +131,7 @@ class Changes:
         every: of the tokens that are held, each first of so many.
     """
 
-    def __init__(self, now: Kept, k: int, budget: Budget, every: int = 1) -> None:
+    def __init__(self, now: KeptSet, k: int, budget: Budget, every: int = 1) -> None:
         self.now, self.k, self.budget, self.every = now, k, budget, every
         self._held: list[tuple[LayerActivations, Tensor]] = []
         n, keep = budget.experts, budget.keep
@@ -152,11 +152,11 @@ class Changes:
             total.all_sets = self.all_sets + other.all_sets
         return total
 
-    def of_sets(self, sets: Sequence[Kept]) -> Sums:
+    def of_sets(self, sets: Sequence[KeptSet]) -> Sums:
         """Sums of any sets of `budget.keep` experts, where products are held."""
         return self._summed(Sums(sets, self.budget.active, self.now, self.k, self.budget.experts))
 
-    def toggled(self, base: Kept, experts: Kept) -> Sums:
+    def toggled(self, base: KeptSet, experts: KeptSet) -> Sums:
         """Sums of a set without each of its experts, or with each of others, where products are held."""
         return self._summed(Toggles(base, experts, self.budget.active, self.now, self.k, self.budget.experts))
 
@@ -165,7 +165,7 @@ class Changes:
             sums.add(acts, products)
         return sums
 
-    def best(self, rule: Rule) -> Kept:
+    def best(self, rule: Rule) -> KeptSet:
         """The kept set of least change; of sets too many to add up, one that no swap tried betters."""
         if self.all_sets is not None:
             return self.all_sets.sets[int(rule(self.all_sets).argmin())]
@@ -182,7 +182,7 @@ class Changes:
             kept, least = sets[int(scores.argmin())], scores.min()
         return kept
 
-    def _swapped(self, kept: Kept, rule: Rule) -> list[Kept]:
+    def _swapped(self, kept: KeptSet, rule: Rule) -> list[KeptSet]:
         """The sets after each of the swaps that promise most, by what dropping one and adding the other would do."""
         others = tuple(e for e in range(self.budget.experts) if e not in kept)
         pairs = [(i, j) for i in range(len(kept)) for j in range(len(others))]

@@ -185,6 +185,7 @@ def _interface(router: nn.Module, experts: nn.Module) -> tuple[int, int]:
         raise ModelError(f"{type(experts).__name__} holds no stacked 3-D parameters with one common first dimension")
     n = int(sizes.pop())
     weight = gate_weight(router, n)[1]
+    # under offload the router's hook moves weights and input to where it runs
     device = "cpu" if weight.is_meta and __offloads_any(router) else weight.device
     dtype = _float_dtype(experts, weight.dtype)
     try:

@@ -89,6 +89,7 @@ class Layerwise:
             given = hidden[None] if index == last else given
             return (given,) if self._tuples[index] else given
 
+        # as one sequence of hidden states in place of embedded tokens, which no layer looks at
         output = self._forward(answer, {"inputs_embeds": hidden[None]})
         logits: Tensor = output.logits[0]
         return logits
@@ -246,6 +247,8 @@ def _loaded(modules: Iterable[nn.Module]) -> Iterator[torch.device | None]:
     with ExitStack() as stack:
         for module in modules:
             if _offloads(module):
+                # The hook's own fetch and drop, once around all calls; in between the module runs as it did before
+                # accelerate wrapped it, which would fetch and drop at each.
                 hook: Any = module._hf_hook
                 stack.callback(hook.post_forward, module, None)
                 hook.pre_forward(module)

@@ -40,6 +40,8 @@ def merge(matrix: Tensor, tensor: Tensor, out: Tensor | None = None) -> Tensor:
     out = tensor.new_empty((r, *tensor.shape[1:])) if out is None else out
     source, target = tensor.reshape(n, -1), out.view(r, -1)
     matrix = matrix.to(tensor.device, torch.float32)
+    # Column by column of (n, numbers), so that float32 copies are of a chunk; in these steps rounding is the same in
+    # memory and in `exporting`, whatever the size of a tensor.
     step = max(1, CHUNK_BYTES // (4 * n))
     for start in range(0, source.shape[1], step):
         target[:, start : start + step] = matrix @ source[:, start : start + step].float()
@@ -164,6 +166,7 @@ def write_down(down: DownProjections, expert: int, merged: Callable[[], Tensor],
         return
     assert down.left is not None
     assert down.right is not None
+    # in float32 to the end, rounded once: the sum in the model's dtype would round the product before
     update = torch.from_numpy(down.left[expert].copy()) @ torch.from_numpy(down.right[expert].copy())
     out.copy_(merged().float() + (update.T if transposed else update).to(out.device))
 
@@ -195,5 +198,7 @@ def _key(experts: nn.Module, source: Mapping[str, Tensor], part: LayerPlan) -> o
 
 def identity(tensor: Tensor) -> object:
     """Compares unequal once the tensor was written, or has other memory; a storage's name is not used twice."""
+    # A data pointer is used again once its memory is freed; a storage that is referred to weakly is not. Tensors of
+    # inference mode count no versions, nor can they be written outside of it.
     version = 0 if tensor.is_inference() else tensor._version
     return version, None if tensor.is_meta else StorageWeakRef(tensor.untyped_storage())

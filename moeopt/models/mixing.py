@@ -159,9 +159,10 @@ def karcher(weights: Tensor, parts: Tensor) -> Tensor:
     for _ in range(STEPS):
         cosines = (units @ mean).clamp(-1.0, 1.0)
         angles = torch.arccos(cosines)
+        # angle / sine times a tangent as long as the sine: the logarithm map, whose weighted mean is the step
         ways = units - cosines[:, None] * mean  # from the mean to the unit vectors, as long as the sines
         step = (shares * angles / angles.sin().clamp_min(ENOUGH)) @ ways
-        length = step.norm()
+        length = step.norm()  # and the exponential map back to the sphere
         mean = _unit(length.cos() * mean + length.sin() * _unit(step))
         if float(length) < ENOUGH:
             break
@@ -170,7 +171,7 @@ def karcher(weights: Tensor, parts: Tensor) -> Tensor:
 
 def _directions(weights: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shares (m,), norms (m,) and unit vectors (m, numbers) in float64; those of 0 have no direction."""
-    flat = parts.flatten(1).double()
+    flat = parts.flatten(1).double()  # as angles between near directions are lost in float32
     norms = flat.norm(dim=1)
     return weights.double() / weights.double().sum(), norms, flat / norms.masked_fill(norms == 0, 1.0)[:, None]
 

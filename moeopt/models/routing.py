@@ -91,9 +91,11 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
     Raises:
         ModelError: when no rule known to moeopt reproduces the router.
     """
-    probe = _Probe.of(layer)
+    probe = _Probe.run(layer)
     if likely is not None and probe.reproduced_by(likely):
         return likely
+    # Which tensor is the bias, and in what dtype logits are, shows in the logits alone; what is made of them is tried
+    # only for what reproduces these.
     for wide, bias in itertools.product((False, True), probe.vectors("bias")):
         logits_only = RoutingRule(probe.weight, bias, wide, None, "softmax", True, False, 0.0, 1.0, True)
         if not probe.same_logits(logits_only):
@@ -103,7 +105,7 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
             get_args(Score), both, both, EPSILONS, both, corrections
         ):
             rule = RoutingRule(probe.weight, bias, wide, correction, score, float32, renormalise, epsilon, 1.0, ordered)
-            rule = replace(rule, scale=probe.scale(rule))
+            rule = replace(rule, scale=probe.scale(rule))  # the one number that is no choice: read off the weights
             if probe.reproduced_by(rule):
                 return rule
     raise ModelError(
@@ -122,12 +124,12 @@ class _Probe:
     output: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
-    def of(cls, layer: MoELayer) -> _Probe:
+    def run(cls, layer: MoELayer) -> _Probe:
         name = gate_weight(layer.router, layer.n)[0]
         candidates = [*layer.router.named_parameters(), *layer.router.named_buffers()]
         names = [name, *(other for other, t in candidates if t.numel() == layer.n and other != name)]
         hidden = probe_tokens(layer, PROBE_TOKENS)
-        with torch.no_grad():
+        with torch.no_grad():  # `forward`, so that no hook takes part; a copy, as a router may work in place
             output = layer.router.forward(hidden.clone())
         device = output[0].device
         tensors = {other: materialised(layer.router, other).to(device) for other in names}
@@ -165,6 +167,7 @@ class _Probe:
 def probe_tokens(layer: MoELayer, tokens: int) -> Tensor:
     """(tokens, hidden) seeded random hidden states in the layer's dtype, of scales from 1/32 to 2."""
     hidden = torch.randn(tokens, layer.hidden, generator=torch.Generator().manual_seed(layer.index))
+    # of small ones all scores are alike, of large ones one outweighs all: epsilons, dtypes and ties show in either
     hidden *= torch.logspace(-5, 1, tokens, base=2.0)[:, None]
     parameter = gate_weight(layer.router, layer.n)[1]
     return hidden.to("cpu" if parameter.is_meta else parameter.device, layer.dtype)
@@ -226,6 +229,7 @@ class MappedRouter:
             whole, index = self.rule.select(mapped, self.plan.k, correction)
             top = self._without_skipped(whole, index)
             if self.plan.skip and self.rule.normalised:
+                # to the sum that they had, not to 1: `scale` and `epsilon` are in it
                 rest = top.sum(-1, keepdim=True)
                 top = top * (whole.sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1.0))
         numbers = self._on(logits.device, "numbers")
@@ -255,6 +259,7 @@ class MappedRouter:
         top = self._without_skipped(top, index)
         total = top.sum(-1, keepdim=True)
         if clamp:
+            # counted on the device: a Python number here would make a GPU wait in every layer
             empty = total == 0
             self._zero = empty.sum() if self._zero is None else self._zero + empty.sum()
             total = total.masked_fill(empty, 1.0)

@@ -132,6 +132,7 @@ class LayerPlan:
             integer("k", self.k, low=1, high=n, what=f"k must be between 1 and the {n} experts that the router ranks")
         else:
             integer("k", self.k, low=1, high=r, what=f"k must be between 1 and the {r} experts kept")
+        # of a single expert nothing can be skipped
         object.__setattr__(self, "skip", float(np.float32(self.skip)) if self.k > 1 else 0.0)
         if self.down is not None and self.down.shape[0] != r:
             raise PlanError(f"down must hold the projections of the {r} experts kept, got {self.down.shape[0]}")
@@ -240,7 +241,7 @@ class LayerPlan:
 
     def _key(self, *, ordered: bool) -> bytes:
         matrix = np.concatenate([self.expert_matrix, self.router_matrix], axis=1) + np.float32(0.0)  # -0.0 becomes 0.0
-        order = range(len(matrix)) if ordered else np.lexsort(matrix.T[::-1])
+        order = range(len(matrix)) if ordered else np.lexsort(matrix.T[::-1])  # rows by their first columns first
         matrix = matrix[order]
         head = f"{self.experts},{self.k},{self.router},{self.negative if self.router == 'prob' else ''}"
         head += f",{self.skip!r};" if self.skip else ";"

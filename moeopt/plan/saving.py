@@ -146,6 +146,7 @@ def _taken(tensors: dict[str, NDArray[Any]], name: str) -> NDArray[np.float32] |
 
 
 def _narrow(array: NDArray[np.float32]) -> NDArray[Any]:
+    # bits rather than values, so that -0.0 survives; bfloat16 first, as most models are
     bits = np.ascontiguousarray(array, dtype="<f4").view("<u4")
     if not (bits & 0xFFFF).any():
         return (bits >> 16).astype("<u2")

@@ -13,7 +13,7 @@ from moeopt import methods
 from moeopt.errors import MethodError
 from moeopt.evaluation import Evaluation, Evaluator
 from moeopt.methods import Calibration, LayerActivations
-from moeopt.methods.naee import MOST_SETS, Kept, SetErrors
+from moeopt.methods.naee import MOST_SETS, KeptSet, SetErrors
 from moeopt.plan import LayerPlan, Plan
 
 
@@ -96,7 +96,7 @@ def _with(plan: Plan, layer: int, part: LayerPlan) -> tuple[LayerPlan, ...]:
     return (*plan.layers[:layer], part, *plan.layers[layer + 1 :])
 
 
-def kept_set_errors(calibration: Calibration, *, keep: int, k: int | None = None) -> list[dict[Kept, float]]:
+def kept_set_errors(calibration: Calibration, *, keep: int, k: int | None = None) -> list[dict[KeptSet, float]]:
     """NAEE's layer output error of every kept set, for every layer (arXiv 2402.14800, section 3.2).
 
     Raises:
