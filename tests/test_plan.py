@@ -178,6 +178,11 @@ W = np.full((2, 4), 0.25)
         ),
         ({"k": 1, "w_em": W, "w_rm": W, "router": "whole", "novices": np.ones((2, 3))}, "not of a merging"),
         ({"k": 1, "kept": (0, 1), "w_rm": W, "router": "whole", "novices": np.ones((2, 3))}, "takes no w_rm"),
+        ({"k": 2, "kept": (0, 1), "skip": 1.5}, "skip must be a number between 0 and 1, got 1.5"),
+        ({"k": 2, "kept": (0, 1), "skip": float("nan")}, "skip must be a number between 0 and 1, got nan"),
+        ({"k": 2, "kept": (0, 1), "router": "alias"}, "which of the experts kept answers"),
+        ({"k": 2, "kept": (0, 1), "router": "alias", "w_rm": np.eye(2, 4)}, "columns have one 1 each"),
+        ({"k": 5, "kept": (0, 1), "router": "alias", "w_rm": np.tile(np.eye(2), 2)}, "k must be between 1 and"),
         ({"k": 1, "kept": (0,), "experts": 0}, "experts must be an integer between 1 and 4096, got 0"),
     ],
 )
@@ -187,7 +192,25 @@ def test_bad_layers(arguments: dict[str, Any], message: str) -> None:
     assert isinstance(caught.value, ValueError)
 
 
+def test_skipping_and_aliases(tmp_path: Path) -> None:
+    plain = Plan.one_hot([[0, 1, 2]] * 2, experts=4, k=2)
+    skipping = plain.with_skip([0.25, 0.5])
+    w_rm = np.eye(3, 4, dtype=np.float32)
+    w_rm[1, 3] = 1
+    aliased = Plan((LayerPlan(4, 2, kept=(0, 1, 2), w_rm=w_rm, router="alias"),) * 2)
+    for plan in (plain, skipping, aliased):
+        plan.save(tmp_path / "plan")
+        assert Plan.load(tmp_path / "plan") == plan
+    assert len({plan.fingerprint for plan in (plain, skipping, aliased, plain.with_skip(0.5))}) == 4
+    assert skipping.with_skip(0) == plain
+    assert not skipping.is_one_hot
+    assert plain.with_k(1).with_skip(0.5) == plain.with_k(1)
+    assert (aliased.layers[0].aliases, aliased.layers[0].router_rows) == ((0, 1, 2, 1), None)
+
+
 def test_bad_plans_and_shapes() -> None:
+    with pytest.raises(PlanError, match="one for each of the 2 layers, got 3"):
+        Plan.identity(2, 4, 2).with_skip([0.1, 0.2, 0.3])
     with pytest.raises(PlanError, match="at least one layer"):
         Plan(())
     with pytest.raises(PlanError, match="layer 1 of a plan must be a LayerPlan, got str"):

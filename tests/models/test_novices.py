@@ -9,7 +9,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from models.conftest import greedy
+from models.conftest import greedy, logits
 
 import moeopt
 from moeopt.errors import ModelError, PlanError
@@ -37,11 +37,6 @@ PARTS = {
     "refitted": layer_plan(k=3, down=down_of(3)),
     "refitted, skipping": layer_plan(k=4, down=down_of(3), skip=0.4),
 }
-
-
-def logits(model, ids, **options):
-    with torch.no_grad():
-        return model(ids, **options).logits
 
 
 def block_of(model, part, layer, hidden):

@@ -7,6 +7,7 @@ import copy
 import accelerate
 import pytest
 import torch
+from models.conftest import logits
 
 from moeopt.models import fingerprint, moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
@@ -29,11 +30,6 @@ def offloaded(request, model, tmp_path):
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
     return accelerate.dispatch_model(twin, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def test_the_weights_are_really_away(offloaded):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from models.conftest import greedy
+from models.conftest import greedy, logits
 
-from moeopt.errors import PlanError
 from moeopt.models import moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
 
@@ -15,16 +14,12 @@ MEMBERS = (0, 1, 1, 0, 2, 3, 2, 3)
 """Who answers for each of eight experts."""
 
 
-def logits(model, ids, **kwargs):
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
-
-
-def outputs_of_block(layer, hidden):
-    """(n, tokens, hidden): every expert's output, without its gate."""
+def outputs_of_block(layer, hidden, experts=None):
+    """(n, tokens, hidden): every expert's output, without its gate; or of so many, where a plan makes them."""
     ones = torch.ones(len(hidden), 1)
     with torch.no_grad():
-        return torch.stack([layer.experts(hidden, torch.full((len(hidden), 1), j), ones) for j in range(layer.n)])
+        numbers = range(layer.n if experts is None else experts)
+        return torch.stack([layer.experts(hidden, torch.full((len(hidden), 1), j), ones) for j in numbers])
 
 
 def slow_block(layer, hidden, plan, outputs):
@@ -73,7 +68,7 @@ def test_a_block_computes_what_the_papers_say(make_mixtral, name, backend):
     if part.w_em is not None:  # merged experts are not mixtures of outputs: merge the weights
         whole = Plan((LayerPlan(8, 1, w_em=part.w_em, w_rm=part.w_em, router="prob"),) * 3)
         with patched(model, whole):
-            outputs = outputs_of_block_merged(layer, hidden, part.kept_experts)
+            outputs = outputs_of_block(layer, hidden, part.kept_experts)
     elif part.kept is not None:
         outputs = outputs[list(part.kept)]
     expected = slow_block(layer, hidden, part, outputs)
@@ -81,12 +76,6 @@ def test_a_block_computes_what_the_papers_say(make_mixtral, name, backend):
         got = layer.block(hidden[None])
     got = got[0] if isinstance(got, tuple) else got
     torch.testing.assert_close(got.reshape(40, -1), expected, rtol=1e-4, atol=1e-6)
-
-
-def outputs_of_block_merged(layer, hidden, r):
-    ones = torch.ones(len(hidden), 1)
-    with torch.no_grad():
-        return torch.stack([layer.experts(hidden, torch.full((len(hidden), 1), i), ones) for i in range(r)])
 
 
 def test_skipped_experts_are_not_run(make_mixtral, ids, monkeypatch):
@@ -162,40 +151,3 @@ def test_negative_weights_are_skipped_by_their_mapped_probability(make_mixtral):
         got = layer.block(hidden[None])
     got = got[0] if isinstance(got, tuple) else got
     torch.testing.assert_close(got.reshape(10, -1), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_files_and_fingerprints(tmp_path):
-    plain = Plan.one_hot([[0, 1, 2]] * 2, experts=4, k=2)
-    skipping = plain.with_skip([0.25, 0.5])
-    w_rm = np.eye(3, 4, dtype=np.float32)
-    w_rm[1, 3] = 1
-    aliased = Plan((LayerPlan(4, 2, kept=(0, 1, 2), w_rm=w_rm, router="alias"),) * 2)
-    for plan in (plain, skipping, aliased):
-        plan.save(tmp_path / "plan")
-        assert Plan.load(tmp_path / "plan") == plan
-    assert len({plan.fingerprint for plan in (plain, skipping, aliased, plain.with_skip(0.5))}) == 4
-    assert skipping.with_skip(0) == plain
-    assert not skipping.is_one_hot
-    assert plain.with_k(1).with_skip(0.5) == plain.with_k(1)
-    assert aliased.layers[0].aliases == (0, 1, 2, 1)
-    assert aliased.layers[0].router_rows is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"kept": (0, 1), "skip": 1.5}, "skip must be a number between 0 and 1, got 1.5"),
-        ({"kept": (0, 1), "skip": float("nan")}, "skip must be a number between 0 and 1, got nan"),
-        ({"kept": (0, 1), "router": "alias"}, "which of the experts kept answers"),
-        ({"kept": (0, 1), "router": "alias", "w_rm": np.eye(2, 4)}, "columns have one 1 each"),
-        ({"kept": (0, 1), "k": 5, "router": "alias", "w_rm": [[1, 1, 0, 0], [0, 0, 1, 1]]}, "k must be between 1 and"),
-    ],
-)
-def test_bad_layers(arguments, message):
-    with pytest.raises(PlanError, match=message):
-        LayerPlan(**{"experts": 4, "k": 2, **arguments})
-
-
-def test_bad_betas():
-    with pytest.raises(PlanError, match="one for each of the 2 layers, got 3"):
-        Plan.identity(2, 4, 2).with_skip([0.1, 0.2, 0.3])
