@@ -8,6 +8,7 @@ import accelerate
 import pytest
 import torch
 from models.conftest import logits
+from models.test_blocks import PARTS
 
 from moeopt.models import fingerprint, moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
@@ -44,6 +45,7 @@ def test_plans_give_the_same_bits(model, offloaded, ids, dense_plan):
         Plan.one_hot(KEPT, experts=8, k=2),
         dense_plan(router="prob"),
         dense_plan(router="logit"),
+        *(Plan((PARTS[name],) * 3) for name in ("novices", "novices, refitted, skip")),
     ]
     for plan in plans:
         with patched(model, plan):
