@@ -313,8 +313,8 @@ def test_eep_prunings_keep_their_routing(tmp_path: Path) -> None:
     assert plan.is_one_hot
     assert plan.layers[0].kept == (5, 2)
     assert (plan.layers[0].router, plan.layers[0].negative) == ("prob", "eep")
-    one = Plan.from_eep(eep_file(tmp_path / "b.pth", {"others": rows[:1], "others_transfer": rows[:1]}), n_layers=1)
-    assert one.layers[0].k == 1
+    single = Plan.from_eep(eep_file(tmp_path / "b.pth", {"others": rows[:1], "others_transfer": rows[:1]}), n_layers=1)
+    assert single.layers[0].k == 1
 
 
 @pytest.mark.parametrize(
@@ -393,8 +393,8 @@ def test_novices_tell_plans_apart_whatever_the_order_of_experts() -> None:
     assert Plan((with_novices((0, 2)),)).fingerprint == Plan((layer,)).fingerprint
     assert with_novices((0, 2)) != layer
     different = [layer, LayerPlan(5, 2, kept=(2, 0)), with_novices(novices=zeros), with_novices(k=2)]
-    assert len({Plan((one,)).fingerprint for one in different}) == len(different)
-    assert len({hash(one) for one in different}) == len(different)
+    assert len({Plan((layer,)).fingerprint for layer in different}) == len(different)
+    assert len({hash(layer) for layer in different}) == len(different)
     assert with_novices(novices=-zeros) == with_novices(novices=zeros)
 
 

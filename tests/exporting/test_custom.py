@@ -67,8 +67,8 @@ def test_moeopt_loads_and_evaluates_what_it_exported(
     moeopt.export(plans[kind], tmp_path / "small", model=full)
     for trusted in (False, True):  # its code is moeopt's own, which needs no trust
         small, tokenizer = moeopt.load(tmp_path / "small", trust_remote_code=trusted)
-        found = moeopt.Evaluator(small, tokenizer, task).evaluate()
-        assert found.losses.tolist() == expected.losses.tolist()
+        evaluation = moeopt.Evaluator(small, tokenizer, task).evaluate()
+        assert evaluation.losses.tolist() == expected.losses.tolist()
 
 
 @pytest.mark.slow

@@ -31,8 +31,8 @@ def test_a_guide_is_what_patched_layers_change(family, build_family, tiny_tokeni
     guide = guiding.guide(plan)
     assert (guide.plan, guide.of) == (plan.fingerprint, "these")
     weights = float(evaluator.evaluate().weights.sum())
-    found, _ = gradients_of(evaluator, plan)
-    for layer, acts in zip(layers, found):
+    by_layer, _ = gradients_of(evaluator, plan)
+    for layer, acts in zip(layers, by_layer):
         kept = plan.layers[layer.index].kept
         for expert in range(n):
             toggled = tuple(sorted({*kept} ^ {expert}))

@@ -35,9 +35,9 @@ def text():
 
 def gradients_of(evaluator, plan=None, memory=1 << 30):
     """Per layer [(seen, dL/dy)] in the order of batches, and the loss."""
-    found = [[] for _ in moe_layers(evaluator.model)]
-    loss = LossGradients(evaluator, memory=memory).run(lambda s, g: found[s.layer.index].append((s, g)), plan)
-    return found, loss
+    by_layer = [[] for _ in moe_layers(evaluator.model)]
+    loss = LossGradients(evaluator, memory=memory).run(lambda s, g: by_layer[s.layer.index].append((s, g)), plan)
+    return by_layer, loss
 
 
 @pytest.mark.parametrize("score", ["likelihood", "choice"])
@@ -47,10 +47,10 @@ def test_derivatives_are_those_of_differences(make_mixtral, tiny_tokenizer, ques
     mixture = MixtureTask({"q": (questions, 2.0), "t": (text, 1.0)}, use="all")
     plan = Plan.one_hot([[0, 2, 3, 5, 6]] * 3, experts=8, k=5) if planned else None
     evaluator = Evaluator(model, tiny_tokenizer, mixture, score=score, limit=9, prefix_memory=0)
-    found, loss = gradients_of(evaluator, plan)
+    by_layer, loss = gradients_of(evaluator, plan)
     weights = float(evaluator.evaluate().weights.sum())
     assert loss == pytest.approx(evaluator.evaluate(plan).loss, rel=1e-5)
-    for layer, acts in zip(moe_layers(model), found):
+    for layer, acts in zip(moe_layers(model), by_layer):
         direction = torch.randn(layer.hidden, generator=torch.Generator().manual_seed(layer.index))
         expected = []
         for sign in (1, -1):
@@ -66,8 +66,8 @@ def test_a_small_memory_changes_nothing(make_mixtral, tiny_tokenizer, questions)
     evaluator = Evaluator(model, tiny_tokenizer, questions, score="choice")
     sums = []
     for memory in (1 << 30, 1):
-        found, loss = gradients_of(evaluator, memory=memory)
-        sums.append((loss, [sum(float((s.routed * g).sum()) for s, g in acts) for acts in found]))
+        by_layer, loss = gradients_of(evaluator, memory=memory)
+        sums.append((loss, [sum(float((s.routed * g).sum()) for s, g in acts) for acts in by_layer]))
     assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-5)
     np.testing.assert_allclose(sums[0][1], sums[1][1], rtol=1e-3, atol=1e-5)
     assert not any(module._forward_hooks for module in model.modules())
@@ -217,10 +217,10 @@ def harmful(model, expert):
 def test_it_says_how_it_chose_and_what_it_cost(make_mixtral, tiny_tokenizer, questions, score, name):
     calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions, score=score)
     assert calibration.loss == ("choice" if score == "metric" else score)
-    found = methods.plans([name], calibration, keep=4)[name]
-    assert found.how.partition(",")[0] in (set_changes.CURVATURE if score == "kl" else RULES)
+    made = methods.plans([name], calibration, keep=4)[name]
+    assert made.how.partition(",")[0] in (set_changes.CURVATURE if score == "kl" else RULES)
     # Forth twice, back once, all experts once, and at least one candidate judged.
-    assert found.layer_tokens > 3 * 3 * calibration.tokens
+    assert made.layer_tokens > 3 * 3 * calibration.tokens
 
 
 def test_it_beats_what_the_literature_keeps_where_an_expert_harms(make_mixtral, tiny_tokenizer, questions):
@@ -228,8 +228,8 @@ def test_it_beats_what_the_literature_keeps_where_an_expert_harms(make_mixtral, 
     calibration = methods.Calibration(model, tiny_tokenizer, questions)
     evaluator = Evaluator(model, tiny_tokenizer, questions)
     losses = {
-        name: evaluator.evaluate(found.plan).loss
-        for name, found in methods.plans(["loss_aware", "naee", "reap"], calibration, keep=7).items()
+        name: evaluator.evaluate(made.plan).loss
+        for name, made in methods.plans(["loss_aware", "naee", "reap"], calibration, keep=7).items()
     }
     assert losses["loss_aware"] < min(losses["naee"], losses["reap"])
 
@@ -238,11 +238,11 @@ def test_it_beats_what_the_literature_keeps_where_an_expert_harms(make_mixtral, 
 def test_beyond_enumeration_as_many_are_kept(make_mixtral, tiny_tokenizer, questions, keep, monkeypatch):
     monkeypatch.setattr(set_changes, "MOST_SETS", 1)
     calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions)
-    for name, found in methods.plans(["loss_aware", "loss_aware_rounds"], calibration, keep=keep, k=1).items():
-        assert all((len(part.kept), part.k) == (keep, 1) for part in found.plan.layers), name
+    for name, made in methods.plans(["loss_aware", "loss_aware_rounds"], calibration, keep=keep, k=1).items():
+        assert all((len(part.kept), part.k) == (keep, 1) for part in made.plan.layers), name
 
 
 def test_bad_input(make_mixtral, tiny_tokenizer, questions):
-    one = methods.Calibration(make_mixtral(), tiny_tokenizer, questions, limit=1)
+    calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions, limit=1)
     with pytest.raises(MethodError, match="at least 2 calibration examples, got 1"):
-        methods.plan("loss_aware", one, keep=4)
+        methods.plan("loss_aware", calibration, keep=4)

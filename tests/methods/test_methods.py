@@ -49,8 +49,8 @@ def sequences(text, tokenizer, limit=SEQUENCES):
 
 def entering(model, ids, plan=None):
     """What enters every MoE block for one sequence, [(tokens, hidden)], from an ordinary forward."""
-    layers, found = moe_layers(model), []
-    handles = [x.block.register_forward_pre_hook(lambda _m, args: found.append(args[0][0].clone())) for x in layers]
+    layers, states = moe_layers(model), []
+    handles = [x.block.register_forward_pre_hook(lambda _m, args: states.append(args[0][0].clone())) for x in layers]
     with torch.no_grad():
         if plan is None:
             model(torch.tensor([ids]))
@@ -59,7 +59,7 @@ def entering(model, ids, plan=None):
                 model(torch.tensor([ids]))
     for handle in handles:
         handle.remove()
-    return found
+    return states
 
 
 def block_output(model, layer, hidden, part=None):
@@ -84,7 +84,7 @@ def expert(layer, j, h):
 @pytest.fixture
 def tokens(model, text, tiny_tokenizer):
     """For every layer and token: p (n,), the picked experts with their g, the logits, and f of every expert."""
-    found = [[] for _ in moe_layers(model)]
+    by_layer = [[] for _ in moe_layers(model)]
     for ids in sequences(text, tiny_tokenizer):
         for layer, hidden in zip(moe_layers(model), entering(model, ids)):
             for h in hidden:
@@ -92,8 +92,8 @@ def tokens(model, text, tiny_tokenizer):
                 p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
                 picked = sorted(range(8), key=lambda j: -p[j])[:2]
                 g = {j: p[j] / sum(p[i] for i in picked) for j in picked}
-                found[layer.index].append((p, g, logits, [expert(layer, j, h).numpy() for j in range(8)]))
-    return found
+                by_layer[layer.index].append((p, g, logits, [expert(layer, j, h).numpy() for j in range(8)]))
+    return by_layer
 
 
 def test_statistics(calibration, tokens):
@@ -167,24 +167,24 @@ def test_easy_ep_weighs_tokens_by_how_much_the_layer_turns_them(family, build_fa
     for handle in handles:
         handle.remove()
     plan = methods.plan("easy_ep", calibration, keep=3, k=2)
-    for part, own in zip(plan.layers, scores):
-        assert set(part.kept) == set(np.argsort(-own, kind="stable")[:3].tolist())
+    for part, score in zip(plan.layers, scores):
+        assert set(part.kept) == set(np.argsort(-score, kind="stable")[:3].tolist())
 
 
 def noted(model, text, tokenizer, **options):
     """For every layer: f of the tokens routed to each expert, [(visits, hidden)], and the sum of their g, (n,)."""
     layers = moe_layers(model)
-    found = [([[] for _ in range(layer.n)], np.zeros(layer.n)) for layer in layers]
+    by_layer = [([[] for _ in range(layer.n)], np.zeros(layer.n)) for layer in layers]
 
     def observe(acts):
-        outputs, gates = found[acts.layer.index]
-        for h, own, index in zip(acts.hidden, acts.gates.tolist(), acts.index.tolist()):
-            for g, j in zip(own, index):
+        outputs, gates = by_layer[acts.layer.index]
+        for h, weights, index in zip(acts.hidden, acts.gates.tolist(), acts.index.tolist()):
+            for g, j in zip(weights, index):
                 outputs[j].append(expert(acts.layer, j, h).numpy())
                 gates[j] += g
 
     methods.Calibration(model, tokenizer, text, batch_tokens=1, **options).run(observe)
-    return found
+    return by_layer
 
 
 def check_mone(part, outputs, scores):
@@ -205,8 +205,8 @@ def test_mone_keeps_what_varies_and_makes_means_of_the_others(family, build_fami
 
 def test_layers_that_share_mones_choice_have_constants_of_their_own(model, calibration, tiny_tokenizer, text):
     plan = methods.plan("mone", calibration, keep=3, groups=[(0, 1), (2, 2)])
-    found = noted(model, text, tiny_tokenizer, limit=SEQUENCES)
-    shared = found[:2]
+    by_layer = noted(model, text, tiny_tokenizer, limit=SEQUENCES)
+    shared = by_layer[:2]
     scores = np.zeros(8)
     for j in range(8):
         squares = sum(((np.array(f[j]) - np.mean(f[j], axis=0)) ** 2).sum() for f, _ in shared if f[j])
@@ -256,13 +256,13 @@ def test_a_large_mean_takes_nothing_from_a_small_variance(calibration):
 def test_aimer_is_the_mean_absolute_weight_over_the_root_mean_square(family, build_family, tiny_tokenizer, text):
     model = build_family(family, vocabulary=len(tiny_tokenizer))
     calibration = methods.Calibration(model, tiny_tokenizer, text, limit=1)
-    found = methods.plans(["aimer"], calibration, keep=3)["aimer"]
-    assert found.layer_tokens == 0
-    for layer, part in zip(moe_layers(model), found.plan.layers):
+    made = methods.plans(["aimer"], calibration, keep=3)["aimer"]
+    assert made.layer_tokens == 0
+    for layer, part in zip(moe_layers(model), made.plan.layers):
         scores = []
         for j in range(layer.n):
-            own = [p[j].detach().numpy().ravel() for p in layer.experts.parameters() if p.ndim == 3]
-            w = np.concatenate(own).astype(np.float64)
+            numbers = [p[j].detach().numpy().ravel() for p in layer.experts.parameters() if p.ndim == 3]
+            w = np.concatenate(numbers).astype(np.float64)
             scores.append(np.abs(w).mean() / np.sqrt((w**2).mean()))
         assert set(part.kept) == set(np.argsort(scores, kind="stable")[:3].tolist())
 
@@ -318,13 +318,13 @@ def brute_force(model, inputs, layer, r, k, targets=None):
         errors[kept] = 0.0
         for first in range(0, len(inputs), naee.BATCH):
             hidden = torch.cat(list(inputs[first : first + naee.BATCH]))
-            own = (
+            target = (
                 block_output(model, layer, hidden)
                 if targets is None
                 else torch.cat(targets[first : first + naee.BATCH])
             )
             output = block_output(model, layer, hidden, LayerPlan(layer.n, k, kept=kept))
-            errors[kept] += float(torch.linalg.norm(own.double() - output.double()))
+            errors[kept] += float(torch.linalg.norm(target.double() - output.double()))
     return errors
 
 
@@ -343,11 +343,11 @@ def test_naee_equals_brute_force(model, calibration, text, tiny_tokenizer, r, k)
 def test_naee_progressive_equals_brute_force(model, calibration, text, tiny_tokenizer):
     plan = methods.plan("naee_progressive", calibration, keep=4)
     ids = sequences(text, tiny_tokenizer)
-    full = list(zip(*[entering(model, one) for one in ids]))
+    full = list(zip(*[entering(model, sequence) for sequence in ids]))
     parts = [LayerPlan(8, 2, kept=tuple(range(8)))] * 3
     for layer in moe_layers(model):
         targets = [block_output(model, layer, hidden) for hidden in full[layer.index]]
-        pruned = [entering(model, one, Plan(tuple(parts)))[layer.index] for one in ids]
+        pruned = [entering(model, sequence, Plan(tuple(parts)))[layer.index] for sequence in ids]
         expected = brute_force(model, pruned, layer, 4, 2, targets)
         best = min(expected, key=expected.get)
         assert plan.layers[layer.index].kept == best
@@ -369,18 +369,18 @@ def test_gram_errors_equal_patched_forwards_in_every_family(family, build_family
             outputs = {}
             for name, part in (("full", whole[layer.index]), ("kept", LayerPlan(n, k, kept=kept))):
                 parts = [*whole[: layer.index], part, *whole[layer.index + 1 :]]
-                found = outputs[name] = []
-                handle = layer.experts.register_forward_hook(lambda _m, _i, o, found=found: found.append(o.clone()))
+                caught = outputs[name] = []
+                handle = layer.experts.register_forward_hook(lambda _m, _i, o, caught=caught: caught.append(o.clone()))
                 with patched(model, Plan(tuple(parts))), torch.no_grad():
                     for batch in calibration.batches:
                         model(batch.ids, attention_mask=batch.mask)
                 handle.remove()
             squares = {}
             for batch, a, b in zip(calibration.batches, outputs["full"], outputs["kept"]):
-                of = (batch.numbers // naee.BATCH)[:, None].expand_as(batch.mask)[batch.mask.bool()]
+                batches = (batch.numbers // naee.BATCH)[:, None].expand_as(batch.mask)[batch.mask.bool()]
                 d = (a - b).reshape(*batch.mask.shape, -1)[batch.mask.bool()].double()
-                for number in of.unique().tolist():
-                    squares[number] = squares.get(number, 0.0) + float((d[of == number] ** 2).sum())
+                for number in batches.unique().tolist():
+                    squares[number] = squares.get(number, 0.0) + float((d[batches == number] ** 2).sum())
             expected = sum(square**0.5 for square in squares.values())
             assert got.errors[got.sets.index(kept)] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -395,12 +395,12 @@ def test_padding_does_not_count(make_mixtral, tiny_tokenizer, text, dtype):
     assert all((batch.mask == 1).all() for batch in alone.batches)
     kinds = (Routing, Norms, MeanOutputs, partial(naee.SetErrors, r=4, active=2))
     for kind in kinds:
-        found = []
+        sums = []
         for calibration in (together, alone):
             made = [kind(8) for _ in range(3)]
             calibration.run(lambda acts, made=made: made[acts.layer.index].add(acts))
-            found.append(made)
-        for a, b in zip(*found):
+            sums.append(made)
+        for a, b in zip(*sums):
             exact = dtype == torch.float32  # in bfloat16 a token near a tie may pick another expert
             for name in ("visits", "gated", "probabilities", "means", "errors")[0 if exact else 2 :]:
                 if hasattr(a, name):
@@ -500,8 +500,8 @@ def test_m_smoe(calibration, tokens):
 def test_clusters_survive_ties():
     for labels in ([1, 1, 1, 1], [2, 2, 1, 1]):
         for r in (2, 3, 4):
-            found = clustering.numbered(np.array(labels), r)
-            assert sorted(set(found.tolist())) == list(range(r))
+            numbers = clustering.numbered(np.array(labels), r)
+            assert sorted(set(numbers.tolist())) == list(range(r))
 
 
 def test_output_fit_column_is_the_least_squares_solution():
@@ -552,8 +552,8 @@ def test_skipping(model, calibration, text, tiny_tokenizer):
                 rows = layer.router.weight.detach().double()[list(plan.layers[layer.index].kept)]
                 p = np.sort(torch.softmax(rows @ h.double(), 0).numpy())[::-1]
                 ratios[layer.index].append(p[1] / p[0])
-    for part, of in zip(skipping.layers, ratios):
-        assert part.skip == pytest.approx(float(np.median(of)), rel=1e-4)
+    for part, shares in zip(skipping.layers, ratios):
+        assert part.skip == pytest.approx(float(np.median(shares)), rel=1e-4)
     assert skipping.with_skip(0) == plan
     quarter = methods.skipping(plan, calibration, quantile=0.25)
     assert all(a.skip < b.skip for a, b in zip(quarter.layers, skipping.layers))
@@ -648,12 +648,12 @@ def alike(part, other):
 def test_methods_share_a_pass(calibration):
     together = methods.plans(methods.METHODS, calibration, keep=4)
     assert list(together) == list(methods.METHODS)
-    for name, found in together.items():
+    for name, made in together.items():
         alone = methods.plans([name], calibration, keep=4)[name]
-        assert all(map(alike, alone.plan.layers, found.plan.layers)), name
-        assert alone.layer_tokens == found.layer_tokens
+        assert all(map(alike, alone.plan.layers, made.plan.layers)), name
+        assert alone.layer_tokens == made.layer_tokens
     forward = calibration.tokens * 3
-    costs = {name: found.layer_tokens / forward for name, found in together.items()}
+    costs = {name: made.layer_tokens / forward for name, made in together.items()}
     assert (costs["random"], costs["frequency"], costs["reap"], costs["naee"]) == (0, 1, 2, 4)
     assert costs["naee_progressive"] == 6
 
@@ -662,12 +662,12 @@ def test_methods_share_a_pass(calibration):
 def test_groups_share_a_choice(calibration, tokens):
     groups = [(0, 1), (2, 2)]
     names = [name for name in methods.METHODS if name not in PROGRESSIVE]
-    for name, found in methods.plans(names, calibration, keep=3, groups=groups).items():
-        first, second = map(without_novices, found.plan.layers[:2])
+    for name, made in methods.plans(names, calibration, keep=3, groups=groups).items():
+        first, second = map(without_novices, made.plan.layers[:2])
         assert first == second, name
         alone = methods.plan(name, calibration, keep=3)
         # What judges all layers together (loss_aware) may add up in another way.
-        assert name == "random" or methods.METHODS[name].alone or alike(found.plan.layers[2], alone.layers[2])
+        assert name == "random" or methods.METHODS[name].alone or alike(made.plan.layers[2], alone.layers[2])
     both = tokens[0] + tokens[1]
     scores = [RULES["reap"](both, j) for j in range(8)]
     kept = methods.plan("reap", calibration, keep=3, groups=groups).layers[0].kept

@@ -44,15 +44,15 @@ def with_novices(plan, hidden):
 
 def gaps(model, calibration, plan, depth=1):
     """Of every batch, how far the hidden states behind decoder layer `depth` are from the full model's."""
-    found = []
+    distances = []
     with torch.no_grad():
         for batch in calibration.batches:
             run = {"output_hidden_states": True, **batch.inputs(torch.device("cpu"))}
             states = model(**run).hidden_states
             with patched(model, plan):
                 small = model(**run).hidden_states
-            found.append((states[depth] - small[depth])[batch.mask.bool()].double())
-    return torch.cat(found)
+            distances.append((states[depth] - small[depth])[batch.mask.bool()].double())
+    return torch.cat(distances)
 
 
 def down_of(model, plan, layer):
@@ -132,9 +132,9 @@ def test_experts_a_few_at_a_time_come_near_to_all_at_once(make_mixtral, tiny_tok
     model = make_mixtral()
     calibration, plan = Calibration(model, tiny_tokenizer, text), halved(model)
     whole, few = (refit(plan, calibration, columns=columns) for columns in (8192, 100))
-    for one, other in zip(whole.layers, few.layers):
+    for first, other in zip(whole.layers, few.layers):
         assert other.after < other.before
-        assert other.after < one.after + 0.25 * (one.before - one.after)
+        assert other.after < first.after + 0.25 * (first.before - first.after)
     assert few.layer_tokens > whole.layer_tokens
 
 
@@ -221,9 +221,9 @@ def test_the_model_is_left_as_it_was_and_padding_does_not_count(make_mixtral, ti
     plan = halved(model)
     ids = torch.arange(40)[None]
     before = model(ids).logits
-    one, other = (refit(plan, Calibration(model, tiny_tokenizer, text, batch_tokens=b)) for b in (30, 4000))
+    first, other = (refit(plan, Calibration(model, tiny_tokenizer, text, batch_tokens=b)) for b in (30, 4000))
     assert torch.equal(model(ids).logits, before)
-    for a, b in zip(one.plan.layers, other.plan.layers):
+    for a, b in zip(first.plan.layers, other.plan.layers):
         np.testing.assert_allclose(a.down.whole, b.down.whole, rtol=0.01, atol=2e-3)
 
 
@@ -231,8 +231,8 @@ def test_under_offload_it_is_the_same(make_mixtral, tiny_tokenizer, text):
     model, twin = make_mixtral(), make_mixtral()
     plan = halved(model)
     away = accelerate.cpu_offload(twin, execution_device=torch.device("cpu"))
-    one, other = (refit(plan, Calibration(m, tiny_tokenizer, text)) for m in (model, away))
-    assert one.plan == other.plan
+    first, other = (refit(plan, Calibration(m, tiny_tokenizer, text)) for m in (model, away))
+    assert first.plan == other.plan
 
 
 def test_what_was_cut_off_goes_on_layer_by_layer(make_mixtral, tiny_tokenizer, text, tmp_path, monkeypatch):
@@ -285,8 +285,8 @@ def test_a_file_takes_no_more_bytes_than_the_weights(make_mixtral, tiny_tokenize
         plan.save(tmp_path / "plan.safetensors")
         loaded = Plan.load(tmp_path / "plan.safetensors")
         assert loaded == plan
-        for one, other in zip(loaded.layers, plan.layers):
-            assert one.down is None or one.down.whole.tobytes() == other.down.whole.tobytes()
+        for first, other in zip(loaded.layers, plan.layers):
+            assert first.down is None or first.down.whole.tobytes() == other.down.whole.tobytes()
     made.plan.save(tmp_path / "plan.safetensors")
     numbers = sum(part.down.whole.size for part in made.plan.layers if part.down is not None)
     assert (tmp_path / "plan.safetensors").stat().st_size < dtype.itemsize * numbers + 4000
@@ -302,8 +302,8 @@ def test_evaluations_reuse_prefixes_of_refitted_plans_only_where_they_are_equal(
     fresh = [
         Evaluator(model, tiny_tokenizer, text).evaluate(plan).losses for plan in (halved(model), made, other, made)
     ]
-    for one, two in zip(losses, fresh):
-        assert np.array_equal(one, two)
+    for first, two in zip(losses, fresh):
+        assert np.array_equal(first, two)
     assert not np.array_equal(losses[1], losses[2])
     assert made.fingerprint != other.fingerprint
     assert made.first_difference(other) == 2
@@ -311,11 +311,11 @@ def test_evaluations_reuse_prefixes_of_refitted_plans_only_where_they_are_equal(
 
 def test_experts_in_another_order_share_a_fingerprint_with_their_weights():
     whole = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
-    one = LayerPlan(6, 2, kept=(0, 2, 5), down=DownProjections(whole=whole))
+    layer = LayerPlan(6, 2, kept=(0, 2, 5), down=DownProjections(whole=whole))
     other = LayerPlan(6, 2, kept=(5, 0, 2), down=DownProjections(whole=whole[[2, 0, 1]]))
     wrong = LayerPlan(6, 2, kept=(5, 0, 2), down=DownProjections(whole=whole))
-    assert Plan((one,)).fingerprint == Plan((other,)).fingerprint != Plan((wrong,)).fingerprint
-    assert one != other
+    assert Plan((layer,)).fingerprint == Plan((other,)).fingerprint != Plan((wrong,)).fingerprint
+    assert layer != other
 
 
 @pytest.mark.parametrize(

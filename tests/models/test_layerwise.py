@@ -301,9 +301,9 @@ def test_state_across_layers_is_still_evaluated_right(kind: str, make_mixtral: A
                 scores = stateful(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
             losses.append(-scores.gather(1, ids[0, 1:, None]).mean().item())
         for batch_tokens in (1, 60):
-            found = Evaluator(stateful, tiny_tokenizer, task, batch_tokens=batch_tokens).evaluate(plan)
-            np.testing.assert_allclose(found.losses, losses, atol=1e-5)
-            assert found.layer_tokens == 3 * found.tokens
+            evaluation = Evaluator(stateful, tiny_tokenizer, task, batch_tokens=batch_tokens).evaluate(plan)
+            np.testing.assert_allclose(evaluation.losses, losses, atol=1e-5)
+            assert evaluation.layer_tokens == 3 * evaluation.tokens
 
 
 def test_a_layer_that_works_in_place_is_refused_or_right(make_mixtral: Any, tiny_tokenizer: Any) -> None:

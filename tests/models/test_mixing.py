@@ -150,12 +150,12 @@ def test_an_order_is_that_of_the_full_model_s_own_experts(merge: str, family: st
     # the same order for all is none of a sum's business, so that what is compared with runs the same code
     anyhow = np.tile(np.arange(orders.shape[1], dtype=np.int32)[::-1], (len(orders), 1))
     with patched(model, Plan(tuple(replace(p, neurons=orders) for p in plain.layers))):
-        found = logits(model)
+        planned = logits(model)
     with patched(ordered, plain):
         expected = logits(ordered)
     with patched(ordered, Plan(tuple(replace(p, neurons=anyhow) for p in plain.layers))):
         again = logits(ordered)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(planned, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(again, expected, rtol=1e-3, atol=1e-3)
     with patched(model, plain):
         assert not torch.allclose(logits(model), expected, rtol=1e-2, atol=1e-2)

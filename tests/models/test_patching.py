@@ -188,10 +188,10 @@ def test_storages_and_cache_agree_and_unchanged_layers_are_not_merged_again(make
     plan = dense_plan(router="prob")
     changed = Plan((plan.layers[0], dense_plan(router="prob", seed=1).layers[1], plan.layers[2]))
     wider = dense_plan(router="prob", r=6, seed=2)
-    for one, merges in ((plan, 3), (plan, 3), (changed, 4), (plan, 5), (wider, 8), (plan, 11)):
+    for each, merges in ((plan, 3), (plan, 3), (changed, 4), (plan, 5), (wider, 8), (plan, 11)):
         outputs = []
         for options in ({"cache": cache}, {"storage": "scratch"}, {"storage": "resident"}):
-            with patched(model, one, **options):
+            with patched(model, each, **options):
                 outputs.append(logits(model, ids))
         assert torch.equal(outputs[0], outputs[1])
         assert torch.equal(outputs[0], outputs[2])

@@ -81,9 +81,9 @@ def test_a_plan_has_the_size_of_its_exported_checkpoint(
     sizes = Sizes(model)
     whole = sizes.under()
     assert (whole.parameters, whole.bytes) == headers(tmp_path / "full")
-    found = sizes.under(PLANS[name])
+    size = sizes.under(PLANS[name])
     exported = moeopt.export(PLANS[name], tmp_path / "small", model=tmp_path / "full")
-    assert (found.parameters, found.bytes) == headers(exported)
+    assert (size.parameters, size.bytes) == headers(exported)
 
 
 def test_active_parameters_of_a_mixtral_by_hand(make_mixtral: Any) -> None:
@@ -98,9 +98,9 @@ def test_active_parameters_of_a_mixtral_by_hand(make_mixtral: Any) -> None:
 
 def test_dense_maps_of_probabilities_and_aliases_keep_the_whole_router(make_mixtral: Any) -> None:
     sizes = Sizes(make_mixtral())
-    found = sizes.under(merging("prob"))
-    assert found.parameters == REST + LAYERS * (2 * EXPERT + N * ROW + 2 * N)
-    assert found.bytes == 4 * found.parameters
+    size = sizes.under(merging("prob"))
+    assert size.parameters == REST + LAYERS * (2 * EXPERT + N * ROW + 2 * N)
+    assert size.bytes == 4 * size.parameters
     size = sizes.under(aliasing())
     assert size.parameters == size.active == REST + LAYERS * (2 * EXPERT + N * ROW)
     size = sizes.under(with_novices(), [1.0] * LAYERS)
