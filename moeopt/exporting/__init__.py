@@ -1,4 +1,7 @@
-"""Export: a plan and the full checkpoint in, a smaller checkpoint out, that needs nothing of moeopt to load."""
+"""Export: a plan and the full checkpoint in, a smaller checkpoint out, that needs nothing of moeopt to load.
+
+It imports `plan`, `models`, `evaluation` and `methods` (to measure what a projection costs), and `trials`.
+"""
 
 from moeopt.exporting.exporter import SHARD_BYTES, Form, chosen_form, export
 from moeopt.exporting.projecting import Projection, project

@@ -1,4 +1,7 @@
-"""One-shot methods of the literature: calibration data in, one `Plan` out. Imports plan, models, tasks, evaluation."""
+"""One-shot methods of the literature, and refits: calibration data in, one `Plan` out.
+
+It imports `plan`, `models`, `tasks`, `evaluation` and `trials` (for guides).
+"""
 
 from __future__ import annotations
 
