@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, PreTrainedModel
 
 from moeopt.errors import ExportError, ModelError
 from moeopt.exporting.stock import ACTIVE_KEYS, keys_of, read_config
+from moeopt.models import MoELayer, RoutingRule, empty_model, lacking, moe_layers, placed
+from moeopt.models.gate import CUSTOM, auto_map, custom_classes
+from moeopt.models.routing import learn_rule
 from moeopt.plan import Plan
 from moeopt.showing import first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from moeopt.models import MoELayer, RoutingRule
 
 
 def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]:
@@ -30,10 +32,6 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]
         raise ExportError(
             f"moeopt has no custom form for {model_type!r}, a model of more than text; only a stock plan exports"
         )
-    from transformers import AutoConfig
-
-    from moeopt.models.gate import CUSTOM, auto_map
-
     try:
         classes = auto_map(model_type)
     except ModelError as error:
@@ -78,11 +76,6 @@ def rule_of(source: Path) -> RoutingRule:
     Raises:
         ModelError: when the rule is none that moeopt knows.
     """
-    import torch
-
-    from moeopt.models import empty_model, moe_layers
-    from moeopt.models.routing import learn_rule
-
     model = empty_model(source)
     layer = moe_layers(model)[0]
     layer.router.to_empty(device="cpu")
@@ -105,12 +98,6 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
     Raises:
         ExportError: when it would lack tensors, or its routers would not do what the plan says.
     """
-    import torch
-    from accelerate import init_empty_weights
-
-    from moeopt.models import lacking, placed
-    from moeopt.models.gate import CUSTOM, custom_classes
-
     config_class, model_class = custom_classes(config["model_type"].removeprefix(CUSTOM))
     try:
         with init_empty_weights(include_buffers=True):
@@ -132,8 +119,6 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
 
 
 def _is_block(module: Any) -> bool:
-    import torch
-
     return isinstance(getattr(module, "experts", None), torch.nn.Module)
 
 

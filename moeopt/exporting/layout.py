@@ -6,18 +6,19 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, dtype
+from transformers import PreTrainedModel
 
 from moeopt.errors import ExportError, PlanError
-from moeopt.exporting.source import BYTES, Source, Stored, dtype_name, few, torch_dtype
+from moeopt.exporting.source import BYTES, Source, Stored, dtype_name, torch_dtype
+from moeopt.models import MoELayer, Placed, lacking, merge, placed
+from moeopt.models.merging import CHUNK_BYTES, DOWN, new_expert, write_down
+from moeopt.models.mixing import ExpertForm
+from moeopt.models.names import NUMBERED
 from moeopt.plan import LayerPlan, Matrix, Plan
-
-if TYPE_CHECKING:
-    from torch import Tensor, dtype
-    from transformers import PreTrainedModel
-
-    from moeopt.models import MoELayer, Placed
-    from moeopt.models.mixing import ExpertForm
+from moeopt.showing import listed
 
 COPIED = 1 << 22
 """Bytes copied at a time."""
@@ -87,17 +88,10 @@ class Layout:
             else:
                 yield from self._mixed(made, source, size)
         for name, make in self.given.items():
-            import torch
-
             yield name, 0, make(source).contiguous().view(torch.uint8).numpy().tobytes()
 
     def _mixed(self, made: Made, source: Source, size: int) -> Iterator[tuple[str, int, bytes]]:
         """In the steps of `merge`, so that rounding is the same."""
-        import torch
-
-        from moeopt.models import merge
-        from moeopt.models.merging import CHUNK_BYTES
-
         assert made.matrix is not None
         matrix = torch.from_numpy(made.matrix.copy())
         kind = torch_dtype(self.tensors[made.outputs[0].name].dtype)
@@ -132,10 +126,6 @@ def lay_out(
         ExportError: when a tensor is missing or not stored as moeopt knows it.
         PlanError: when the plan is not for this checkpoint.
     """
-    from moeopt.models import lacking, placed
-    from moeopt.models.merging import DOWN
-    from moeopt.models.mixing import ExpertForm
-
     if len(plan.layers) != len(layers):
         raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the checkpoint has {len(layers)}")
     places = placed(model, source.tensors)
@@ -143,7 +133,8 @@ def lay_out(
     absent = lacking(model, places, {name: layer.n for name, layer in roles.experts.items()})
     if absent:
         raise ExportError(
-            f"{str(source.folder)!r} is incomplete: it lacks {few(absent)}, which would be filled with random numbers"
+            f"{str(source.folder)!r} is incomplete: it lacks {listed(absent)}, which would be filled with random "
+            "numbers"
         )
     layout, state = Layout(), model.state_dict()
     for name, stored in source.tensors.items():
@@ -223,8 +214,6 @@ def _lay_experts(layout: Layout, name: str, source: Source, part: LayerPlan) -> 
 
 def _numbered(name: str, source: Source, part: LayerPlan) -> tuple[int, list[str]] | None:
     """The number of the expert that a tensor belongs to, and the like tensors of all n; None: it holds all experts'."""
-    from moeopt.models.names import NUMBERED
-
     stored, number = source.tensors[name], NUMBERED.search(name)
     if number is None:
         return None
@@ -252,10 +241,6 @@ def _lay_new(layout: Layout, name: str, source: Source, part: LayerPlan, leaf: s
         leaf: its name in the experts module.
         form: of the experts there; a tensor of one expert is (out, in), as of any linear layer.
     """
-    import torch
-
-    from moeopt.models.merging import DOWN, new_expert, write_down
-
     stored, numbered, r = source.tensors[name], _numbered(name, source, part), part.kept_experts
     # a checkpoint that names its experts one by one stores linear layers, which transformers transposes on loading
     form = form if numbered is None else replace(form, transposed=False)
@@ -339,8 +324,6 @@ def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Rol
 
 
 def _mappings(part: LayerPlan) -> dict[str, Tensor]:
-    import torch
-
     if part.aliases is not None:
         return {"aliases": torch.tensor(part.aliases)}
     if part.novices is not None:

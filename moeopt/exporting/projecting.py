@@ -7,17 +7,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
+from torch import Tensor
 
 from moeopt.errors import PlanError
+from moeopt.evaluation import Evaluator
+from moeopt.methods import Calibration, LayerActivations
+from moeopt.models import MergedCache, RoutingRule, patched
+from moeopt.models.layerwise import input_device
 from moeopt.plan import LayerPlan, Matrix, Plan, one_hot
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from moeopt.methods.layer_activations import LayerActivations
-    from moeopt.models import RoutingRule
     from moeopt.tasks import Task
 
 TOKENS = 8192
@@ -100,8 +104,6 @@ def project(
         PlanError: when the plan does not fit the model, or is refitted and of different r by layer.
         TaskError: when the task has no examples in one of the splits.
     """
-    from moeopt.methods.calibration import Calibration
-
     options: dict[str, Any] = {"limit": limit, "batch_tokens": batch_tokens}
     dev = Calibration(model, tokenizer, task, split="dev", **options)
     search = Calibration(model, tokenizer, task, **options)
@@ -127,8 +129,6 @@ def expert_weights(part: LayerPlan, rule: RoutingRule, logits: Tensor, correctio
         logits: of the full router, (tokens, n).
         correction: what it adds to its scores for the choice only, (n,).
     """
-    import torch
-
     w_rm = torch.from_numpy(part.router_matrix.copy()).to(logits.device)
     clamp = part.router == "prob" and part.negative == "clamp"
     if part.router == "prob":
@@ -161,8 +161,6 @@ def _every(acts: LayerActivations, share: int) -> LayerActivations:
 
 def _fit_layer(part: LayerPlan, batches: Sequence[LayerActivations], r: int, k: int) -> tuple[LayerPlan, str, float]:
     """The stock layer nearest to `part`, what was done, and how far it is."""
-    import torch
-
     rule, correction = batches[0].rule, batches[0].correction
     logits = torch.cat([acts.logits for acts in batches])
     pruned = _without_novices(part)
@@ -251,8 +249,6 @@ def _least_squares(logits: Array, wanted: Array) -> Matrix:
 
 def _kl_fit(logits: Array, wanted: Array, start: Matrix) -> Matrix:
     """W, (r, n), that minimises the mean KL(wanted ‖ softmax(W l)) plus a small ridge around `start`."""
-    from scipy.optimize import minimize
-
     origin = start.astype(np.float64)
 
     def loss(flat: Array) -> tuple[float, Array]:
@@ -284,12 +280,6 @@ def _measured(
     options: dict[str, Any],
 ) -> tuple[float, float, float, float, float]:
     """Losses before and after, KL, top-1 and top-k agreement, as `Projection` has them."""
-    import torch
-
-    from moeopt.evaluation import Evaluator
-    from moeopt.models import MergedCache, patched
-    from moeopt.models.layerwise import input_device
-
     evaluator = Evaluator(model, tokenizer, task, split="dev", **options)
     losses = [evaluator.evaluate(p).loss for p in (plan, projected)]
     evaluator.clear()

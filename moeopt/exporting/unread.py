@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeopt.exporting.source import Stored, few
+from moeopt.exporting.source import Stored
 from moeopt.exporting.stock import EXPERT_KEYS
+from moeopt.showing import listed
 
 EXPERTS = re.compile(r"^(.*?)(?:^|(?<=\.))((?!\w*shared)\w*experts?\w*?)(?:[._](\d+))?(?:\.|$)")
 """The module of experts in the name of a tensor: what is before it, its own name, and the number of one expert."""
@@ -45,10 +46,12 @@ class Unread:
         lines = []
         if self.left_out:
             says = "; config.json says that there is no multi-token prediction" if self.prediction else ""
-            what = f"{few(self.left_out)} ({len(self.tensors)} tensors of experts that the model's class does not read)"
+            what = (
+                f"{listed(self.left_out)} ({len(self.tensors)} tensors of experts that the model's class does not read)"
+            )
             lines.append(f"left out: {what}{says}")
         if self.copied:
-            lines.append(f"copied as they are: {few(self.copied)}, which the model's class does not read")
+            lines.append(f"copied as they are: {listed(self.copied)}, which the model's class does not read")
         return lines
 
 
@@ -115,7 +118,9 @@ def disagreeing(config: dict[str, Any], tensors: Mapping[str, Stored]) -> list[s
         for name, members in numbers.items()
         if members != set(range(len(members))) or len(members) not in said
     ]
-    return [f"{complaint}, config.json says {few(map(str, sorted(said)))}" for complaint in complaints] if said else []
+    return (
+        [f"{complaint}, config.json says {listed(map(str, sorted(said)))}" for complaint in complaints] if said else []
+    )
 
 
 def _of_experts(name: str, shape: tuple[int, ...], n: int, hidden: int) -> bool:

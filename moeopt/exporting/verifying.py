@@ -12,22 +12,26 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from moeopt.errors import ExportError, ModelError
-from moeopt.exporting.exporter import chosen_form, prepare
-from moeopt.exporting.source import Source, few, locate
-from moeopt.exporting.stock import ACTIVE_KEYS, EXPERT_KEYS, read_config
+from moeopt.exporting.exporter import prepare
+from moeopt.exporting.folders import locate
+from moeopt.exporting.reloading import compute
+from moeopt.exporting.source import Source
+from moeopt.exporting.stock import ACTIVE_KEYS, EXPERT_KEYS, chosen_form, read_config
 from moeopt.exporting.unread import PREDICTION_KEY, disagreeing
 from moeopt.exporting.writing import write_json
 from moeopt.files import MALFORMED
+from moeopt.models import Admitted, admit, load_model, load_tokenizer, patched
+from moeopt.models.gate import CODE, CUSTOM, code_for
+from moeopt.models.weight_files import INDEX, weight_files
 from moeopt.plan import Plan
-from moeopt.showing import shown
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moeopt.models import Admitted
+from moeopt.showing import listed, shown
 
 SMALLEST_EPSILON = 2.0**-20
 """Of float32, whose sums depend on how a library splits them, more bits than the last are not asked for."""
@@ -76,8 +80,8 @@ class Verification:
         lines = [
             f"form            {self.form}",
             f"tensors         {self.tensors - len(self.differing)} of {self.tensors} bit for bit as the plan makes them"
-            + (f"; not {few(self.differing)}" if self.differing else ""),
-            f"config          {few(self.config) or 'agrees with every number of experts in the file'}",
+            + (f"; not {listed(self.differing)}" if self.differing else ""),
+            f"config          {listed(self.config) or 'agrees with every number of experts in the file'}",
             *(f"not read        {remark}" for remark in self.remarks),
         ]
         if self.failure is not None:
@@ -126,8 +130,6 @@ def verify(
             code that is not moeopt's.
         ModelError: when the original cannot be loaded.
     """
-    import torch
-
     folder = Path(folder)
     record, plan = _read(folder)
     config = read_config(folder)
@@ -194,8 +196,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], Plan]:
 
 
 def _admitted(folder: Path) -> Admitted:
-    from moeopt.models import admit
-
     try:
         return admit(folder)
     except ModelError as error:
@@ -207,9 +207,6 @@ def _settings(folder: Path, place: Path) -> tuple[Path, bool]:
 
     It is the copy that is checked and loaded, so that nothing can be exchanged in between.
     """
-    from moeopt.models.gate import CODE, CUSTOM, code_for
-    from moeopt.models.weight_files import INDEX, weight_files
-
     _admitted(folder)
     place.mkdir()
     for name in ("config.json", "generation_config.json"):
@@ -248,11 +245,6 @@ def _expected(
     seed: int,
     device_map: str | None,
 ) -> _Expected:
-    import torch
-
-    from moeopt.exporting.reloading import compute
-    from moeopt.models import load_model, load_tokenizer, patched
-
     tokenizer: Any = load_tokenizer(full) if texts else None
     model = load_model(full, device_map=device_map)
     config = model.config.get_text_config()
@@ -278,9 +270,6 @@ def _reloaded(
     folder: Path, request: dict[str, Tensor], scratch: Path, options: dict[str, Any]
 ) -> dict[str, Tensor] | str:
     """What a fresh process computes, or why it failed."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
     save_file(request, scratch / "request")
     script = Path(__file__).with_name("reloading.py")
     arguments = [str(folder.resolve()), str(scratch / "request"), str(scratch / "result")]

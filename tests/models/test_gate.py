@@ -179,7 +179,7 @@ def test_a_family_of_transformers_loads_without_the_code_beside_it(tmp_path: Pat
     change_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
     model, _ = moeopt.load(folder)
     assert type(model).__name__ == "MixtralForCausalLM"
-    with pytest.warns(UserWarning, match=r"left behind: custom_generate/, own\.py"):
+    with pytest.warns(UserWarning, match=r"left behind: custom_generate/ and own\.py"):
         out = moeopt.export(Plan.one_hot([[0, 1]] * 6, experts=8, k=2), tmp_path / "out", model=folder)
     assert "auto_map" not in json.loads((out / "config.json").read_text())
     assert verify(out, sequences=1, length=8, new_tokens=2).ok
