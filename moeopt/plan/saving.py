@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from moeopt import __version__
 from moeopt.errors import PlanError
@@ -33,8 +35,6 @@ TENSOR = re.compile(rf"layers\.\d+\.({'|'.join(MATRICES)}|novices|down\.(whole|l
 
 def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
     """Write the layers of a plan, and JSON about it; a file of that name is replaced whole."""
-    from safetensors.numpy import save
-
     records, tensors = [], {}
     for i, layer in enumerate(layers):
         records.append(
@@ -64,8 +64,6 @@ def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapp
 
 def about(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write` was told about a plan; empty where that was nothing."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(path), framework="np") as file:
             text = (file.metadata() or {}).get("about", "{}")
@@ -79,8 +77,6 @@ def about(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
     """The layers that `write` wrote, if any; raises PlanError as `Plan.load`."""
-    from safetensors import SafetensorError, safe_open
-
     if not Path(path).is_file():
         raise PlanError(f"no plan file at {str(path)!r}")
     try:
