@@ -246,7 +246,7 @@ def _lay_new(layout: Layout, name: str, source: Source, part: LayerPlan, leaf: s
     form = form if numbered is None else replace(form, transposed=False)
     shape = stored.shape if numbered is not None else stored.shape[1:]
     down = part.down if leaf == DOWN else None
-    if down is not None and shape != (down.shape[:0:-1] if form.transposed else down.shape[1:]):
+    if down is not None and (shape[::-1] if form.transposed else shape) != down.shape[1:]:
         raise ExportError(
             f"{name!r} has shape {stored.shape}, the plan has down projections of (hidden, inner) = {down.shape[1:]}"
         )

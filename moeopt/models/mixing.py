@@ -62,11 +62,6 @@ class ExpertForm:
         inner, hidden = down.shape[1:] if transposed else down.shape[:0:-1]
         return cls(hidden, inner, transposed, bool(getattr(experts, "is_concatenated", True)))
 
-    @property
-    def down_shape(self) -> tuple[int, int]:
-        """Of one down projection: (hidden, inner), or transposed."""
-        return (self.inner, self.hidden) if self.transposed else (self.hidden, self.inner)
-
     def projections(self, name: str, tensor: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """Views of one expert's tensor, one a projection, neurons first, and whether they are of neurons at all.
 

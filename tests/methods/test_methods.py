@@ -16,7 +16,6 @@ from moeopt import methods
 from moeopt.errors import MethodError, ModelError
 from moeopt.evaluation import Evaluator
 from moeopt.methods import clustering, naee, output_fit
-from moeopt.methods.base import Budget
 from moeopt.methods.names import PROGRESSIVE
 from moeopt.methods.statistics import MeanOutputs, Norms, Routing, Spread
 from moeopt.models import moe_layers, patched
@@ -25,7 +24,6 @@ from moeopt.tasks import Example, MultipleChoiceTask, TextTask
 
 TEXT = "All happy families are alike; each unhappy family is unhappy in its own way. " * 4
 WINDOW, SEQUENCES = 20, 10
-WANTED = Budget(experts=8, k=2, keep=4, active=2)
 
 
 @pytest.fixture(scope="module")
