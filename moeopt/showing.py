@@ -64,6 +64,18 @@ def listed(parts: Iterable[str], most: int = 5) -> str:
     return " and ".join([*([", ".join(parts[:-1])] if parts[1:] else []), *parts[-1:]])
 
 
+def first_line(error: BaseException) -> str:
+    r"""What an error says, in a line: its first one, and the second where the first ends with a colon.
+
+    >>> first_line(ValueError("no such thing:\n  at all"))
+    'no such thing: at all'
+    """
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 def _cut(text: str, most: int) -> str:
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

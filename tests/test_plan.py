@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +177,11 @@ W = np.full((2, 4), 0.25)
         ),
         ({"k": 1, "w_em": W, "w_rm": W, "router": "whole", "novices": np.ones((2, 3))}, "not of a merging"),
         ({"k": 1, "kept": (0, 1), "w_rm": W, "router": "whole", "novices": np.ones((2, 3))}, "takes no w_rm"),
+        ({"k": 2, "kept": (0, 1), "skip": 1.5}, "skip must be a number between 0 and 1, got 1.5"),
+        ({"k": 2, "kept": (0, 1), "skip": float("nan")}, "skip must be a number between 0 and 1, got nan"),
+        ({"k": 2, "kept": (0, 1), "router": "alias"}, "which of the experts kept answers"),
+        ({"k": 2, "kept": (0, 1), "router": "alias", "w_rm": np.eye(2, 4)}, "columns have one 1 each"),
+        ({"k": 5, "kept": (0, 1), "router": "alias", "w_rm": np.tile(np.eye(2), 2)}, "k must be between 1 and"),
         ({"k": 1, "kept": (0,), "experts": 0}, "experts must be an integer between 1 and 4096, got 0"),
     ],
 )
@@ -187,7 +191,25 @@ def test_bad_layers(arguments: dict[str, Any], message: str) -> None:
     assert isinstance(caught.value, ValueError)
 
 
+def test_skipping_and_aliases(tmp_path: Path) -> None:
+    plain = Plan.one_hot([[0, 1, 2]] * 2, experts=4, k=2)
+    skipping = plain.with_skip([0.25, 0.5])
+    w_rm = np.eye(3, 4, dtype=np.float32)
+    w_rm[1, 3] = 1
+    aliased = Plan((LayerPlan(4, 2, kept=(0, 1, 2), w_rm=w_rm, router="alias"),) * 2)
+    for plan in (plain, skipping, aliased):
+        plan.save(tmp_path / "plan")
+        assert Plan.load(tmp_path / "plan") == plan
+    assert len({plan.fingerprint for plan in (plain, skipping, aliased, plain.with_skip(0.5))}) == 4
+    assert skipping.with_skip(0) == plain
+    assert not skipping.is_one_hot
+    assert plain.with_k(1).with_skip(0.5) == plain.with_k(1)
+    assert (aliased.layers[0].aliases, aliased.layers[0].router_rows) == ((0, 1, 2, 1), None)
+
+
 def test_bad_plans_and_shapes() -> None:
+    with pytest.raises(PlanError, match="one for each of the 2 layers, got 3"):
+        Plan.identity(2, 4, 2).with_skip([0.1, 0.2, 0.3])
     with pytest.raises(PlanError, match="at least one layer"):
         Plan(())
     with pytest.raises(PlanError, match="layer 1 of a plan must be a LayerPlan, got str"):
@@ -257,31 +279,29 @@ def matrix(seed: int, r: int = 4) -> torch.Tensor:
     return torch.randn(r, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_layer(plan: Plan, i: int, w_em: torch.Tensor, w_rm: torch.Tensor) -> None:
-    layer = plan.layers[i]
-    assert np.array_equal(layer.expert_matrix, w_em.float().numpy())
-    assert np.array_equal(layer.router_matrix, w_rm.float().numpy())
-    assert (layer.router, layer.negative, layer.experts) == ("prob", "eep", 8)
+SINGLE = {f"{kind}.{i}": matrix(10 * j + i) for j, kind in enumerate(("layers", "transfer")) for i in range(3)}
+RANGES = {
+    "layers.[0-1]": matrix(0), "transfer.[0-1]": matrix(1), "layers.3": matrix(2), "transfer.[2-3]": matrix(3),
+    "others": matrix(4), "others_transfer": matrix(5).to(torch.bfloat16),
+}  # fmt: skip
 
 
-def test_eep_single_layers(tmp_path: Path) -> None:
-    content = {f"layers.{i}": matrix(i) for i in range(3)} | {f"transfer.{i}": matrix(10 + i) for i in range(3)}
-    plan = Plan.from_eep(eep_file(tmp_path / "a.pth", content), n_layers=3)
-    for i in range(3):
-        assert_layer(plan, i, matrix(i), matrix(10 + i))
-        assert plan.layers[i].k == 2
-
-
-def test_eep_ranges_and_others(tmp_path: Path) -> None:
-    content = {
-        "layers.[0-1]": matrix(0), "transfer.[0-1]": matrix(1), "layers.3": matrix(2), "transfer.[2-3]": matrix(3),
-        "others": matrix(4), "others_transfer": matrix(5).to(torch.bfloat16),
-    }  # fmt: skip
-    plan = Plan.from_eep(eep_file(tmp_path / "a.pth", content), n_layers=6, k=1)
-    expected = [(0, 1), (0, 1), (4, 3), (2, 3), (4, 5), (4, 5)]
-    for i, (w_em, w_rm) in enumerate(expected):
-        assert_layer(plan, i, matrix(w_em), matrix(w_rm).to(torch.bfloat16) if w_rm == 5 else matrix(w_rm))
-        assert plan.layers[i].k == 1
+@pytest.mark.parametrize(
+    ("content", "k", "seeds"),
+    [
+        (SINGLE, None, [(0, 10), (1, 11), (2, 12)]),
+        (RANGES, 1, [(0, 1), (0, 1), (4, 3), (2, 3), (4, 5), (4, 5)]),
+    ],
+)
+def test_eep_files_place_their_matrices(
+    tmp_path: Path, content: dict[str, Any], k: int | None, seeds: list[tuple[int, int]]
+) -> None:
+    plan = Plan.from_eep(eep_file(tmp_path / "a.pth", content), n_layers=len(seeds), k=k)
+    for layer, (w_em, w_rm) in zip(plan.layers, seeds):
+        assert np.array_equal(layer.expert_matrix, matrix(w_em).numpy())
+        expected = matrix(w_rm).to(torch.bfloat16) if w_rm == 5 else matrix(w_rm)
+        assert np.array_equal(layer.router_matrix, expected.float().numpy())
+        assert (layer.router, layer.negative, layer.experts, layer.k) == ("prob", "eep", 8, k or 2)
 
 
 def test_eep_prunings_keep_their_routing(tmp_path: Path) -> None:
@@ -290,8 +310,8 @@ def test_eep_prunings_keep_their_routing(tmp_path: Path) -> None:
     assert plan.is_one_hot
     assert plan.layers[0].kept == (5, 2)
     assert (plan.layers[0].router, plan.layers[0].negative) == ("prob", "eep")
-    one = Plan.from_eep(eep_file(tmp_path / "b.pth", {"others": rows[:1], "others_transfer": rows[:1]}), n_layers=1)
-    assert one.layers[0].k == 1
+    single = Plan.from_eep(eep_file(tmp_path / "b.pth", {"others": rows[:1], "others_transfer": rows[:1]}), n_layers=1)
+    assert single.layers[0].k == 1
 
 
 @pytest.mark.parametrize(
@@ -321,20 +341,7 @@ def test_bad_eep_files(tmp_path: Path, change: dict[str, Any], message: str) -> 
         Plan.from_eep(path, n_layers=32)
 
 
-class Malicious:
-    def __reduce__(self) -> Any:
-        return os.mkdir, (os.environ["MOEOPT_TEST_TARGET"],)
-
-
-def test_pickles_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "executed"
-    monkeypatch.setenv("MOEOPT_TEST_TARGET", str(target))
-    (tmp_path / "raw.pth").write_bytes(pickle.dumps({"others": Malicious()}))
-    eep_file(tmp_path / "zip.pth", {"others": Malicious()})
-    for name in ("raw.pth", "zip.pth"):
-        with pytest.raises(PlanError, match=r"cannot be read as a weights-only \.pth file"):
-            Plan.from_eep(tmp_path / name, n_layers=2)
-    assert not target.exists()
+def test_what_is_no_eep_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="must hold a dictionary of tensors, got list"):
         Plan.from_eep(eep_file(tmp_path / "list.pth", [matrix(0)]), n_layers=2)
     with pytest.raises(PlanError, match="no EEP solution file at"):
@@ -370,8 +377,8 @@ def test_novices_tell_plans_apart_whatever_the_order_of_experts() -> None:
     assert Plan((with_novices((0, 2)),)).fingerprint == Plan((layer,)).fingerprint
     assert with_novices((0, 2)) != layer
     different = [layer, LayerPlan(5, 2, kept=(2, 0)), with_novices(novices=zeros), with_novices(k=2)]
-    assert len({Plan((one,)).fingerprint for one in different}) == len(different)
-    assert len({hash(one) for one in different}) == len(different)
+    assert len({Plan((layer,)).fingerprint for layer in different}) == len(different)
+    assert len({hash(layer) for layer in different}) == len(different)
     assert with_novices(novices=-zeros) == with_novices(novices=zeros)
 
 

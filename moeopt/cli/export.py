@@ -64,7 +64,6 @@ def export(
     trust_remote_code.
     """
     from moeopt.exporting import check_folder, chosen_form, locate
-    from moeopt.exporting import export as write
 
     if project not in (None, "stock"):
         raise ExportError(f"--project must be stock, got {project!r}")
@@ -95,6 +94,8 @@ def export(
     except ExportError as error:
         hint = "; --trial best-stock takes the best trial that one can hold" if form == "stock" and study else ""
         raise ExportError(f"{error}{hint}") from None
+    from moeopt.exporting import export as write  # it loads torch, which nothing that was checked so far needs
+
     with err.status(Text(f"writing {out_dir}")), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if opened is None or projection is not None:

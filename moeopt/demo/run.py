@@ -175,9 +175,9 @@ def _of_trial(name: str, trial: FrozenTrial, space: PruneSpace, model: PreTraine
 
 def _entry(name: str, model: PreTrainedModel, plan: Plan | None, search_loss: float, test: Evaluator) -> Entry:
     sizes = Sizes(model)
-    parameters = sizes.of(plan).parameters
+    parameters = sizes.under(plan).parameters
     stored = sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
-    share = parameters / sizes.of().parameters
+    share = parameters / sizes.under().parameters
     return Entry(name, plan, search_loss, test.evaluate(plan), parameters, stored * share)
 
 

@@ -15,7 +15,7 @@ from moeopt.evaluation.prefixes import PrefixCache
 from moeopt.models import Layerwise, moe_layers, plan_in_force
 from moeopt.models.layerwise import Call, input_device
 from moeopt.models.merging import identity
-from moeopt.models.patching import PREFIX
+from moeopt.models.patch import PREFIX
 from moeopt.plan import LayerPlan, Plan
 
 LogitsOf = Callable[[slice], Tensor]

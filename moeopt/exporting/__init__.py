@@ -1,12 +1,30 @@
-"""Export: a plan and the full checkpoint in, a smaller checkpoint out, that needs nothing of moeopt to load."""
+"""Export: a plan and the full checkpoint in, a smaller checkpoint out, that needs nothing of moeopt to load.
 
-from moeopt.exporting.exporter import SHARD_BYTES, Form, chosen_form, export
-from moeopt.exporting.projecting import Projection, project
-from moeopt.exporting.source import locate
-from moeopt.exporting.stock import stock_form, why_not_stock
-from moeopt.exporting.trials import best_stock_trial, plan_of
-from moeopt.exporting.verifying import Verification, verify
-from moeopt.exporting.writing import check_folder
+It imports `plan`, `models`, `evaluation` and `methods` (to measure what a projection costs), and `trials`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moeopt.lazily import lazily
+
+_HOMES = {
+    "SHARD_BYTES": "exporter",
+    "Form": "stock",
+    "Projection": "projecting",
+    "Verification": "verifying",
+    "best_stock_trial": "trials",
+    "check_folder": "folders",
+    "chosen_form": "stock",
+    "export": "exporter",
+    "locate": "folders",
+    "plan_of": "trials",
+    "project": "projecting",
+    "stock_form": "stock",
+    "verify": "verifying",
+    "why_not_stock": "stock",
+}
 
 __all__ = [
     "SHARD_BYTES",
@@ -24,3 +42,14 @@ __all__ = [
     "verify",
     "why_not_stock",
 ]
+
+if TYPE_CHECKING:
+    from moeopt.exporting.exporter import SHARD_BYTES, export
+    from moeopt.exporting.folders import check_folder, locate
+    from moeopt.exporting.projecting import Projection, project
+    from moeopt.exporting.stock import Form, chosen_form, stock_form, why_not_stock
+    from moeopt.exporting.trials import best_stock_trial, plan_of
+    from moeopt.exporting.verifying import Verification, verify
+
+__getattr__ = lazily(__name__, _HOMES)
+"""Folders and plans can be checked without torch."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moeopt.exporting.source import inside
+from moeopt.exporting.folders import inside
 
 TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps a tokenizer's chat templates other than the default one."""
@@ -53,11 +52,6 @@ def companions(folder: Path, weights: Sequence[Path]) -> tuple[list[str], list[s
             left.append(f"{path.name}/" if path.is_dir() else path.name)
     code = [name for name in _code(folder, taken) if name in left]
     return sorted([*taken, *code]), [name for name in left if name not in code]
-
-
-def real(folder: Path, name: str) -> Path:
-    """A file of the checkpoint without links, so that none is followed that was put there after the check."""
-    return Path(os.path.realpath(folder / name))
 
 
 def _belongs(file: Path, folder: Path) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, PreTrainedModel
 
 from moeopt.errors import ExportError, ModelError
 from moeopt.exporting.stock import ACTIVE_KEYS, keys_of, read_config
+from moeopt.models import MoELayer, RoutingRule, empty_model, lacking, moe_layers, placed
+from moeopt.models.gate import CUSTOM, auto_map, custom_classes
+from moeopt.models.routing import learn_rule
 from moeopt.plan import Plan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from moeopt.models import MoELayer, RoutingRule
+from moeopt.showing import first_line
 
 
 def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]:
@@ -29,22 +32,18 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]
         raise ExportError(
             f"moeopt has no custom form for {model_type!r}, a model of more than text; only a stock plan exports"
         )
-    from transformers import AutoConfig
-
-    from moeopt.models.gate import CUSTOM, auto_map
-
     try:
         classes = auto_map(model_type)
     except ModelError as error:
         raise ExportError(str(error)) from None
-    known = AutoConfig.for_model(model_type)
-    alias = getattr(known, "attribute_map", {})
+    defaults = AutoConfig.for_model(model_type)
+    alias = getattr(defaults, "attribute_map", {})
     experts, active = keys_of(config, plan.layers[0].experts, source)
     maps = any(part.router == "prob" or part.skip for part in plan.layers)
     full: dict[str, dict[str, int]] = {"experts": {}, "active": {}}
     for kind, keys in (("experts", experts), ("active", active or [ACTIVE_KEYS[0]])):
         for key in keys:
-            value = config.pop(key, getattr(known, key, None))
+            value = config.pop(key, getattr(defaults, key, None))
             full[kind][alias.get(key, key)] = value
     layers = plan.layers
     lists = {
@@ -77,11 +76,6 @@ def rule_of(source: Path) -> RoutingRule:
     Raises:
         ModelError: when the rule is none that moeopt knows.
     """
-    import torch
-
-    from moeopt.models import empty_model, moe_layers
-    from moeopt.models.routing import learn_rule
-
     model = empty_model(source)
     layer = moe_layers(model)[0]
     layer.router.to_empty(device="cpu")
@@ -104,24 +98,18 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
     Raises:
         ExportError: when it would lack tensors, or its routers would not do what the plan says.
     """
-    import torch
-    from accelerate import init_empty_weights
-
-    from moeopt.models import lacking, placed
-    from moeopt.models.gate import CUSTOM, own_classes
-
-    config_class, model_class = own_classes(config["model_type"].removeprefix(CUSTOM))
+    config_class, model_class = custom_classes(config["model_type"].removeprefix(CUSTOM))
     try:
         with init_empty_weights(include_buffers=True):
             model = model_class(config_class.from_pretrained(folder))
         for block, part in zip((b for b in model.modules() if _is_block(b)), plan.layers):
             router = block.gate if isinstance(getattr(block, "gate", None), torch.nn.Module) else block.router
             weight = next(p for p in router.parameters() if p.ndim == 2)
-            found = tuple(router(torch.zeros(2, weight.shape[1], device="meta", dtype=model.dtype))[2].shape)
-            if found != (2, part.k):
-                raise ValueError(f"a router picks {found[1]} experts in place of {part.k}")
+            index = router(torch.zeros(2, weight.shape[1], device="meta", dtype=model.dtype))[2]
+            if tuple(index.shape) != (2, part.k):
+                raise ValueError(f"a router picks {index.shape[1]} experts in place of {part.k}")
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ExportError(f"moeopt has no custom form for {config['architectures'][0]}: {reason}") from error
     experts = {name: module.experts for name, module in model.named_modules() if _is_block(module)}
     counts = {f"{name}.experts": part.kept_experts for name, part in zip(experts, plan.layers)}
@@ -131,8 +119,6 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
 
 
 def _is_block(module: Any) -> bool:
-    import torch
-
     return isinstance(getattr(module, "experts", None), torch.nn.Module)
 
 

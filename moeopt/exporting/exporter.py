@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,24 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moeopt import __version__
 from moeopt.errors import ExportError, ModelError
-from moeopt.exporting.companions import companions, real
+from moeopt.exporting.companions import companions
 from moeopt.exporting.custom import check_corrections, check_loads, custom_config, rule_of
+from moeopt.exporting.folders import check_folder, locate, real
 from moeopt.exporting.layout import Layout, lay_out
 from moeopt.exporting.record import card, plan_record
-from moeopt.exporting.source import Source, few, locate
-from moeopt.exporting.stock import (
-    check_takes,
-    read_config,
-    stock_config,
-    stock_form,
-    why_not_renormalised,
-    why_not_stock,
-)
+from moeopt.exporting.source import Source
+from moeopt.exporting.stock import Form, chosen_form, read_config, stock_config, stock_form
 from moeopt.exporting.trials import check_model, plan_of, trial_record
 from moeopt.exporting.unread import Unread, disagreeing, unread, without_prediction
 from moeopt.exporting.writing import (
     appearing,
-    check_folder,
     copy_companions,
     needs,
     room_for,
@@ -36,7 +30,10 @@ from moeopt.exporting.writing import (
     write_text,
     write_weights,
 )
+from moeopt.models import empty_model, moe_layers, placed
+from moeopt.models.gate import CODE, code_for
 from moeopt.plan import Plan
+from moeopt.showing import listed
 
 if TYPE_CHECKING:
     import optuna
@@ -46,7 +43,6 @@ if TYPE_CHECKING:
     from moeopt.exporting.projecting import Projection
 
 SHARD_BYTES = 5 << 30
-Form = Literal["auto", "stock", "custom"]
 
 
 def export(
@@ -136,20 +132,6 @@ def export(
     return out
 
 
-def chosen_form(plan: Plan, source: Path, form: Form = "auto") -> tuple[Literal["stock", "custom"], str | None]:
-    """Which form the plan of a checkpoint takes, and why it is not stock, if it is not.
-
-    Raises:
-        ExportError: when it is to be stock and cannot.
-    """
-    reason = why_not_stock(plan) or why_not_renormalised(plan, source)
-    if form == "stock" and reason is not None:
-        raise ExportError(f"a stock checkpoint cannot express this plan: {reason}")
-    if form == "custom" and reason is None:
-        return "custom", "it was asked for"
-    return ("stock", None) if reason is None else ("custom", reason)
-
-
 class Prepared:
     """All that is decided before the first byte is written.
 
@@ -165,9 +147,6 @@ class Prepared:
     """
 
     def __init__(self, source: Source, plan: Plan, form: Literal["stock", "custom"]) -> None:
-        from moeopt.models import empty_model, moe_layers, placed
-        from moeopt.models.gate import code_for
-
         folder, self.code = source.folder, None
         written = stock_form(plan) if form == "stock" else plan
         if form == "stock":
@@ -193,30 +172,43 @@ class Prepared:
         self.layout: Layout = lay_out(source, written, model, layers, form=form, left_out=self.unread.tensors)
         wrong = disagreeing(self.config, self.layout.tensors)
         if wrong:
-            raise ExportError(f"{str(folder)!r} holds experts that the plan is not for: {few(wrong, 2)}")
+            raise ExportError(f"{str(folder)!r} holds experts that the plan is not for: {listed(wrong, 2)}")
         self.written = written
         self.files, self.files_left = companions(folder, source.files)
 
     @property
     def notes(self) -> dict[str, Any]:
         """What moeopt.json says of tensors and files that are left out, or copied though nothing reads them."""
-        found = {
+        lists = {
             "left_out": self.unread.left_out,
             "copied_unread": self.unread.copied,
             "files_left_out": self.files_left,
         }
-        return {key: list(names) for key, names in found.items() if names}
+        return {key: list(names) for key, names in lists.items() if names}
 
     def said(self) -> list[str]:
         """The same for people."""
-        files = few(self.files_left)
+        files = listed(self.files_left)
         return [*self.unread.lines(), *([f"files that are not the model's were left behind: {files}"] if files else [])]
+
+
+def check_takes(folder: Path, plan: Plan) -> None:
+    """Raise ExportError unless the class that the config.json in `folder` names routes to k of r experts.
+
+    It does not where routers rank groups of experts by their best two, as in DeepSeek-V3, and r leaves these too small.
+    """
+    r, k = plan.layers[0].kept_experts, plan.layers[0].k
+    try:
+        takes = {(layer.n, layer.k) for layer in moe_layers(empty_model(folder))} == {(r, k)}
+    except ModelError:
+        takes = False
+    if not takes:
+        model_type = read_config(folder).get("model_type")
+        raise ExportError(f"models of type {model_type!r} cannot route to {k} of {r} experts; keep another number")
 
 
 def prepare(source: Source, plan: Plan, form: Literal["stock", "custom"]) -> Prepared:
     """The checkpoint of a plan before anything is written, held against the class that will load it."""
-    import tempfile
-
     prepared = Prepared(source, plan, form)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -237,8 +229,6 @@ def _write(
     shard_bytes: int,
     about: Mapping[str, Any] | None,
 ) -> None:
-    from moeopt.models.gate import CODE
-
     write_weights(prepared.layout, source, folder, shard_bytes)
     copy_companions(source.folder, prepared.files, folder)
     write_json(folder / "config.json", prepared.config)

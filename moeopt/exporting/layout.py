@@ -6,18 +6,19 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, dtype
+from transformers import PreTrainedModel
 
 from moeopt.errors import ExportError, PlanError
-from moeopt.exporting.source import BYTES, Source, Stored, dtype_name, few, torch_dtype
+from moeopt.exporting.source import BYTES, Source, Stored, dtype_name, torch_dtype
+from moeopt.models import MoELayer, Placed, lacking, merge, placed
+from moeopt.models.merging import CHUNK_BYTES, DOWN, new_expert, write_down
+from moeopt.models.mixing import ExpertForm
+from moeopt.models.names import NUMBERED
 from moeopt.plan import LayerPlan, Matrix, Plan
-
-if TYPE_CHECKING:
-    from torch import Tensor, dtype
-    from transformers import PreTrainedModel
-
-    from moeopt.models import MoELayer, Placed
-    from moeopt.models.mixing import Form
+from moeopt.showing import listed
 
 COPIED = 1 << 22
 """Bytes copied at a time."""
@@ -87,17 +88,10 @@ class Layout:
             else:
                 yield from self._mixed(made, source, size)
         for name, make in self.given.items():
-            import torch
-
             yield name, 0, make(source).contiguous().view(torch.uint8).numpy().tobytes()
 
     def _mixed(self, made: Made, source: Source, size: int) -> Iterator[tuple[str, int, bytes]]:
         """In the steps of `merge`, so that rounding is the same."""
-        import torch
-
-        from moeopt.models import merge
-        from moeopt.models.merging import CHUNK_BYTES
-
         assert made.matrix is not None
         matrix = torch.from_numpy(made.matrix.copy())
         kind = torch_dtype(self.tensors[made.outputs[0].name].dtype)
@@ -132,10 +126,6 @@ def lay_out(
         ExportError: when a tensor is missing or not stored as moeopt knows it.
         PlanError: when the plan is not for this checkpoint.
     """
-    from moeopt.models import lacking, placed
-    from moeopt.models.merging import DOWN
-    from moeopt.models.mixing import Form
-
     if len(plan.layers) != len(layers):
         raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the checkpoint has {len(layers)}")
     places = placed(model, source.tensors)
@@ -143,13 +133,14 @@ def lay_out(
     absent = lacking(model, places, {name: layer.n for name, layer in roles.experts.items()})
     if absent:
         raise ExportError(
-            f"{str(source.folder)!r} is incomplete: it lacks {few(absent)}, which would be filled with random numbers"
+            f"{str(source.folder)!r} is incomplete: it lacks {listed(absent)}, which would be filled with random "
+            "numbers"
         )
     layout, state = Layout(), model.state_dict()
     for name, stored in source.tensors.items():
         if name in left_out:
             continue
-        role = roles.of(places.get(name))
+        role = roles.find(places.get(name))
         if role is None:
             layout.tensors[name] = stored
             layout.made.append(_copied(name, stored.size))
@@ -159,7 +150,7 @@ def lay_out(
         leaf = places[name].name.rpartition(".")[2]
         if kind == "experts" and (not part.sums_experts or (part.down is not None and leaf == DOWN)):
             _check_form(name, stored, state[places[name].name])
-            _lay_new(layout, name, source, part, leaf, Form.of(layer.experts))
+            _lay_new(layout, name, source, part, leaf, ExpertForm.from_module(layer.experts))
         elif kind == "experts":
             _lay_experts(layout, name, source, part)
         elif form == "custom" and (part.router == "prob" or part.picks_among_all):
@@ -190,7 +181,7 @@ class Roles:
         self.routers = {names[layer.router]: layer for layer in layers}
         self.experts = {names[layer.experts]: layer for layer in layers}
 
-    def of(self, place: Placed | None) -> tuple[str, MoELayer] | None:
+    def find(self, place: Placed | None) -> tuple[str, MoELayer] | None:
         """Whether a tensor is a router's or experts', and of which layer."""
         for kind, modules in (("routers", self.routers), ("experts", self.experts)):
             for module, layer in modules.items():
@@ -223,8 +214,6 @@ def _lay_experts(layout: Layout, name: str, source: Source, part: LayerPlan) -> 
 
 def _numbered(name: str, source: Source, part: LayerPlan) -> tuple[int, list[str]] | None:
     """The number of the expert that a tensor belongs to, and the like tensors of all n; None: it holds all experts'."""
-    from moeopt.models.names import NUMBERED
-
     stored, number = source.tensors[name], NUMBERED.search(name)
     if number is None:
         return None
@@ -245,22 +234,19 @@ def _check_form(name: str, stored: Stored, model: Tensor) -> None:
         )
 
 
-def _lay_new(layout: Layout, name: str, source: Source, part: LayerPlan, leaf: str, form: Form) -> None:
+def _lay_new(layout: Layout, name: str, source: Source, part: LayerPlan, leaf: str, form: ExpertForm) -> None:
     """A tensor of experts that is made whole, of one expert or of all: fitted, or of experts mixed in an order.
 
     Args:
         leaf: its name in the experts module.
         form: of the experts there; a tensor of one expert is (out, in), as of any linear layer.
     """
-    import torch
-
-    from moeopt.models.merging import DOWN, new_expert, write_down
-
     stored, numbered, r = source.tensors[name], _numbered(name, source, part), part.kept_experts
+    # a checkpoint that names its experts one by one stores linear layers, which transformers transposes on loading
     form = form if numbered is None else replace(form, transposed=False)
     shape = stored.shape if numbered is not None else stored.shape[1:]
     down = part.down if leaf == DOWN else None
-    if down is not None and shape != (down.shape[:0:-1] if form.transposed else down.shape[1:]):
+    if down is not None and (shape[::-1] if form.transposed else shape) != down.shape[1:]:
         raise ExportError(
             f"{name!r} has shape {stored.shape}, the plan has down projections of (hidden, inner) = {down.shape[1:]}"
         )
@@ -320,10 +306,6 @@ def _made(
     return Made(outputs, inputs, matrix=matrix)
 
 
-def _same(tensor: Tensor, source: Source) -> Tensor:
-    return tensor
-
-
 def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Roles, places: dict[str, Placed]) -> None:
     """What the routers and experts of a custom checkpoint hold beside the family's tensors.
 
@@ -338,12 +320,10 @@ def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Rol
         for leaf, tensor in _mappings(plan.layers[layer.index]).items():
             name = f"{experts if leaf == 'novices' else router}.{leaf}"
             layout.tensors[name] = Stored(dtype_name(tensor.dtype), tuple(tensor.shape))
-            layout.given[name] = partial(_same, tensor)
+            layout.given[name] = lambda source, tensor=tensor: tensor  # type: ignore[misc]
 
 
 def _mappings(part: LayerPlan) -> dict[str, Tensor]:
-    import torch
-
     if part.aliases is not None:
         return {"aliases": torch.tensor(part.aliases)}
     if part.novices is not None:

@@ -7,17 +7,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
+from torch import Tensor
 
 from moeopt.errors import PlanError
+from moeopt.evaluation import Evaluator
+from moeopt.methods import Calibration, LayerActivations
+from moeopt.models import MergedCache, RoutingRule, patched
+from moeopt.models.layerwise import input_device
 from moeopt.plan import LayerPlan, Matrix, Plan, one_hot
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from moeopt.methods.seen import Seen
-    from moeopt.models import RoutingRule
     from moeopt.tasks import Task
 
 TOKENS = 8192
@@ -100,22 +104,20 @@ def project(
         PlanError: when the plan does not fit the model, or is refitted and of different r by layer.
         TaskError: when the task has no examples in one of the splits.
     """
-    from moeopt.methods.calibration import Calibration
-
     options: dict[str, Any] = {"limit": limit, "batch_tokens": batch_tokens}
     dev = Calibration(model, tokenizer, task, split="dev", **options)
     search = Calibration(model, tokenizer, task, **options)
-    seen: list[list[Seen]] = [[] for _ in plan.layers]
+    observed: list[list[LayerActivations]] = [[] for _ in plan.layers]
     share = max(1, -(-search.tokens // TOKENS))
-    search.run(lambda found: seen[found.layer.index].append(_every(found, share)), plan=plan)
+    search.run(lambda acts: observed[acts.layer.index].append(_every(acts, share)), plan=plan)
     r = max(part.kept_experts for part in plan.layers)
     k = min(r, max(_without_novices(part).k for part in plan.layers))
-    fitted = [_fit_layer(part, found, r, k) for part, found in zip(plan.layers, seen)]
+    fitted = [_fit_layer(part, batches, r, k) for part, batches in zip(plan.layers, observed)]
     projected = Plan(tuple(part for part, _, _ in fitted))
     how, distance = (tuple(values) for values in list(zip(*fitted))[1:])
     measured = _measured(plan, projected, model, tokenizer, task, dev, options)
-    found = Projection(task.name, f"{dev.sequences} dev sequences", dev.tokens, r, k, how, distance, *measured)
-    return projected, found
+    name, measured_on = task.name, f"{dev.sequences} dev sequences"
+    return projected, Projection(name, measured_on, dev.tokens, r, k, how, distance, *measured)
 
 
 def expert_weights(part: LayerPlan, rule: RoutingRule, logits: Tensor, correction: Tensor | None = None) -> Tensor:
@@ -127,8 +129,6 @@ def expert_weights(part: LayerPlan, rule: RoutingRule, logits: Tensor, correctio
         logits: of the full router, (tokens, n).
         correction: what it adds to its scores for the choice only, (n,).
     """
-    import torch
-
     w_rm = torch.from_numpy(part.router_matrix.copy()).to(logits.device)
     clamp = part.router == "prob" and part.negative == "clamp"
     if part.router == "prob":
@@ -154,17 +154,15 @@ def expert_weights(part: LayerPlan, rule: RoutingRule, logits: Tensor, correctio
     return weights[:, : part.kept_experts]  # but for those of novices
 
 
-def _every(seen: Seen, share: int) -> Seen:
-    """Each `share`-th token of what was seen, its router logits only."""
-    return replace(seen.without_states(), logits=seen.logits[::share].clone())
+def _every(acts: LayerActivations, share: int) -> LayerActivations:
+    """Each `share`-th token of a batch, its router logits only."""
+    return replace(acts.without_states(), logits=acts.logits[::share].clone())
 
 
-def _fit_layer(part: LayerPlan, seen: Sequence[Seen], r: int, k: int) -> tuple[LayerPlan, str, float]:
+def _fit_layer(part: LayerPlan, batches: Sequence[LayerActivations], r: int, k: int) -> tuple[LayerPlan, str, float]:
     """The stock layer nearest to `part`, what was done, and how far it is."""
-    import torch
-
-    rule, correction = seen[0].rule, seen[0].correction
-    logits = torch.cat([found.logits for found in seen])
+    rule, correction = batches[0].rule, batches[0].correction
+    logits = torch.cat([acts.logits for acts in batches])
     pruned = _without_novices(part)
     plain = pruned.router in ("rows", "logit")
     if plain and part.kept_experts == r:
@@ -174,12 +172,12 @@ def _fit_layer(part: LayerPlan, seen: Sequence[Seen], r: int, k: int) -> tuple[L
         padded = _padded(pruned, r, rule.scores(logits).float().mean(0).cpu().numpy())
         candidates = _candidates(pruned, padded, rule, logits)
     before = torch.nn.functional.pad(expert_weights(part, rule, logits, correction), (0, r - part.kept_experts))
-    found = []
+    fits = []
     for how, candidate in candidates:
         stock = replace(candidate, k=k, skip=0.0)
         gap = (expert_weights(stock, rule, logits, correction) - before).abs().sum(-1).mean().item() / 2
-        found.append((stock, how if part.novices is None else f"{how}, without novices", gap))
-    return min(found, key=lambda candidate: candidate[2])
+        fits.append((stock, how if part.novices is None else f"{how}, without novices", gap))
+    return min(fits, key=lambda fit: fit[2])
 
 
 def _without_novices(part: LayerPlan) -> LayerPlan:
@@ -212,11 +210,11 @@ def _candidates(
     scores = rule.scores(logits).double().cpu().numpy()
     rows = [*(part.router_rows or _likeliest(part, scores)), *back]
     selected = LayerPlan(part.experts, 1, **experts, w_rm=one_hot(rows, part.experts), router="rows")
-    found = [("by selected router rows", selected)]
+    candidates = [("by selected router rows", selected)]
     ell = logits.double().cpu().numpy()
     for how, w_rm in _fits(part, scores, ell, len(back), sigmoid=rule.score == "sigmoid").items():
-        found.append((how, LayerPlan(part.experts, 1, **experts, w_rm=w_rm, router="logit")))
-    return found
+        candidates.append((how, LayerPlan(part.experts, 1, **experts, w_rm=w_rm, router="logit")))
+    return candidates
 
 
 def _likeliest(part: LayerPlan, scores: Array) -> list[int]:
@@ -251,8 +249,6 @@ def _least_squares(logits: Array, wanted: Array) -> Matrix:
 
 def _kl_fit(logits: Array, wanted: Array, start: Matrix) -> Matrix:
     """W, (r, n), that minimises the mean KL(wanted ‖ softmax(W l)) plus a small ridge around `start`."""
-    from scipy.optimize import minimize
-
     origin = start.astype(np.float64)
 
     def loss(flat: Array) -> tuple[float, Array]:
@@ -265,8 +261,8 @@ def _kl_fit(logits: Array, wanted: Array, start: Matrix) -> Matrix:
         slope = (np.exp(mapped - log_z) - wanted).T @ logits / len(logits) + RIDGE * moved
         return float(value), slope.ravel()
 
-    found = minimize(loss, origin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200})
-    return np.asarray(found.x, dtype=np.float32).reshape(origin.shape)
+    fit = minimize(loss, origin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    return np.asarray(fit.x, dtype=np.float32).reshape(origin.shape)
 
 
 def _softmax(mapped: Array) -> Array:
@@ -284,12 +280,6 @@ def _measured(
     options: dict[str, Any],
 ) -> tuple[float, float, float, float, float]:
     """Losses before and after, KL, top-1 and top-k agreement, as `Projection` has them."""
-    import torch
-
-    from moeopt.evaluation import Evaluator
-    from moeopt.models import MergedCache, patched
-    from moeopt.models.layerwise import input_device
-
     evaluator = Evaluator(model, tokenizer, task, split="dev", **options)
     losses = [evaluator.evaluate(p).loss for p in (plan, projected)]
     evaluator.clear()
@@ -304,12 +294,12 @@ def _measured(
             sums += [(a.exp() * (a - b)).sum().item(), (a.argmax(-1) == b.argmax(-1)).sum().item()]
     picks = torch.zeros(2, dtype=torch.int64)
 
-    def see(seen: Seen) -> None:
-        i = seen.layer.index
-        run = [expert_weights(p.layers[i], seen.rule, seen.logits, seen.correction) != 0 for p in (plan, projected)]
+    def observe(acts: LayerActivations) -> None:
+        i = acts.layer.index
+        run = [expert_weights(p.layers[i], acts.rule, acts.logits, acts.correction) != 0 for p in (plan, projected)]
         run[0] = torch.nn.functional.pad(run[0], (0, run[1].shape[1] - run[0].shape[1]))
         picks.add_(torch.stack([(run[0] & run[1]).sum(), run[0].sum()]).cpu())
 
-    dev.run(see, plan=plan)
+    dev.run(observe, plan=plan)
     kl, top_1 = (float(value) / dev.tokens for value in sums)
     return losses[0], losses[1], kl, top_1, int(picks[0]) / max(1, int(picks[1]))

@@ -25,11 +25,11 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     layers: list[dict[str, Any]] = [
         {"kept": list(p.kept)} if p.kept is not None else {"w_em": p.expert_matrix.tolist()} for p in plan.layers
     ]
-    for name, found in values.items():
-        if len(set(found)) == 1:
-            shared |= {name: found[0]} if found[0] else {}
+    for name, of_layers in values.items():
+        if len(set(of_layers)) == 1:
+            shared |= {name: of_layers[0]} if of_layers[0] else {}
         else:
-            for entry, value in zip(layers, found):
+            for entry, value in zip(layers, of_layers):
                 entry[name] = value
     for p, entry in zip(plan.layers, layers):
         if p.aliases is not None:

@@ -27,11 +27,11 @@ def compute(model: Any, request: dict[str, Any], new_tokens: int) -> dict[str, A
     import torch
 
     device = model.get_input_embeddings().weight.device
-    found = {}
+    results = {}
     with torch.inference_mode():
         for name, ids in request.items():
             logits = model(input_ids=ids.to(device), use_cache=False).logits
-            found[name] = logits.float().cpu().contiguous()
+            results[name] = logits.float().cpu().contiguous()
         ids = request["prompt"].to(device)
         output = model.generate(
             ids,
@@ -41,9 +41,9 @@ def compute(model: Any, request: dict[str, Any], new_tokens: int) -> dict[str, A
             output_logits=True,
             return_dict_in_generate=True,
         )
-    found["generated"] = output.sequences[:, ids.shape[1] :].cpu().contiguous()
-    found["steps"] = torch.stack(output.logits, 1).float().cpu().contiguous()
-    return found
+    results["generated"] = output.sequences[:, ids.shape[1] :].cpu().contiguous()
+    results["steps"] = torch.stack(output.logits, 1).float().cpu().contiguous()
+    return results
 
 
 def main() -> None:

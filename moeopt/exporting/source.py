@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, dtype
 
 from moeopt.errors import ExportError, ModelError
-
-if TYPE_CHECKING:
-    from torch import Tensor, dtype
-    from transformers import PreTrainedModel
+from moeopt.exporting.folders import check_inside
+from moeopt.models.weight_files import weight_files
+from moeopt.showing import first_line, listed
 
 BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -28,16 +29,14 @@ BYTES = {
 
 def torch_dtype(name: str) -> dtype:
     """The torch dtype that safetensors calls `name`."""
-    import torch
-
-    known: dict[str, dtype] = {
+    dtypes: dict[str, dtype] = {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
         "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     }  # fmt: skip
-    if name not in known:
+    if name not in dtypes:
         raise ExportError(f"moeopt does not read tensors of dtype {name}")
-    return known[name]
+    return dtypes[name]
 
 
 def dtype_name(kind: dtype) -> str:
@@ -91,15 +90,15 @@ class Source:
         self._loaded: dict[str, Tensor] = {}
         files, named = _files(folder)
         for file in files:
-            found = _header(file) if file.suffix == ".safetensors" else self._unpickled(file)
-            twice = next((name for name in found if name in self.tensors), None)
+            tensors = _header(file) if file.suffix == ".safetensors" else self._unpickled(file)
+            twice = next((name for name in tensors if name in self.tensors), None)
             if twice is not None:
                 raise ExportError(f"{str(folder)!r} holds {twice!r} twice, the second time in {file.name}")
-            self.tensors |= found
+            self.tensors |= tensors
         self.files = tuple(files)
         absent = [name for name in named if name not in self.tensors]
         if absent:
-            raise ExportError(f"{str(folder)!r} lacks tensors that its index names: {few(absent)}")
+            raise ExportError(f"{str(folder)!r} lacks tensors that its index names: {listed(absent)}")
 
     @property
     def nbytes(self) -> int:
@@ -111,22 +110,20 @@ class Source:
         stored = self.tensors[name]
         size = BYTES[stored.dtype]
         if name in self._loaded:
-            import torch
-
             part = self._loaded[name].reshape(-1)[start:stop].contiguous()
             return part.view(torch.uint8).numpy().tobytes()
         file = self._open.get(stored.file)
         if file is None:
             file = self._open[stored.file] = stored.file.open("rb", buffering=0)
         file.seek(stored.offset + start * size)
-        wanted = (stop - start) * size
-        found = file.read(wanted)
-        while len(found) < wanted:  # one call gives at most 2 GiB
-            more = file.read(wanted - len(found))
-            if not more:
+        count = (stop - start) * size
+        data = b""
+        while len(data) < count:  # one call gives at most 2 GiB
+            piece = file.read(count - len(data))
+            if not piece:
                 raise ExportError(f"{str(stored.file)!r} ends in the middle of {name!r}")
-            found += more
-        return found
+            data += piece
+        return data
 
     def read_bytes(self, name: str, at: int, count: int) -> bytes:
         """That many bytes of a tensor, from the byte `at`, where both are whole numbers."""
@@ -135,20 +132,15 @@ class Source:
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Those numbers of a tensor, (stop - start,)."""
-        import torch
-
         stored = self.tensors[name]
         stop = stored.size if stop is None else stop
         return torch.frombuffer(bytearray(self.read(name, start, stop)), dtype=torch_dtype(stored.dtype))
 
     def _unpickled(self, file: Path) -> dict[str, Stored]:
-        import torch
-
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ExportError(f"{str(file)!r} cannot be read as a weights-only file: {reason}") from error
+            raise ExportError(f"{str(file)!r} cannot be read as a weights-only file: {first_line(error)}") from error
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise ExportError(f"{str(file)!r} must hold tensors by name and nothing else")
         self._loaded |= state
@@ -163,59 +155,8 @@ class Source:
         self._loaded.clear()
 
 
-def locate(model: PreTrainedModel | str | Path) -> Path:
-    """The checkpoint folder of a model, from the hub's cache or the hub where it is no folder here.
-
-    Raises:
-        ExportError: when there is none.
-    """
-    name = str(model if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "") or "")
-    if not name:
-        raise ExportError("the model was not loaded from a checkpoint, and export reads one: save it and load it first")
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, ignore_patterns=["*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ExportError(f"no folder {name!r} is here, and the hub does not give it: {reason}") from None
-
-
-def few(names: Iterable[str], shown: int = 5) -> str:
-    """
-    >>> few("abcdefg", shown=2)
-    'a, b and 5 more'
-    """
-    names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
-
-
-def inside(file: Path, folder: Path) -> bool:
-    """Whether a file of a checkpoint folder is no link, or one that stays in it or, in the hub's cache, in its
-    repository."""
-    real, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
-    if real.is_relative_to(root):
-        return True
-    repository = root.parents[1] if len(root.parents) > 1 else root
-    cached = root.parent.name == "snapshots" and repository.name.startswith("models--")
-    return cached and real.parent == Path(os.path.realpath(repository / "blobs"))
-
-
-def check_inside(file: Path) -> None:
-    """Raise ExportError where a file that export needs is a link out of its checkpoint."""
-    if not inside(file, file.parent):
-        raise ExportError(
-            f"{str(file)!r} is a link out of the checkpoint, to {os.path.realpath(file)!r}, which export does not "
-            "follow; put the file itself there"
-        )
-
-
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files, and the file of each tensor by their index."""
-    from moeopt.models.weight_files import weight_files
-
     try:
         files, named = weight_files(folder)
     except ModelError as error:
@@ -233,8 +174,6 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _header(file: Path) -> dict[str, Stored]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(file), framework="pt"):  # checks that the header and the length of the file agree
             pass

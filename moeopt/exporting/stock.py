@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from moeopt.errors import ExportError, ModelError
-from moeopt.exporting.source import check_inside
+from moeopt.errors import ExportError
+from moeopt.exporting.folders import check_inside
 from moeopt.plan import LayerPlan, Plan
 
+Form = Literal["auto", "stock", "custom"]
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 ACTIVE_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 
@@ -61,6 +62,20 @@ def why_not_renormalised(plan: Plan, source: Path) -> str | None:
     return None
 
 
+def chosen_form(plan: Plan, source: Path, form: Form = "auto") -> tuple[Literal["stock", "custom"], str | None]:
+    """Which form the plan of a checkpoint takes, and why it is not stock, if it is not.
+
+    Raises:
+        ExportError: when it is to be stock and cannot.
+    """
+    reason = why_not_stock(plan) or why_not_renormalised(plan, source)
+    if form == "stock" and reason is not None:
+        raise ExportError(f"a stock checkpoint cannot express this plan: {reason}")
+    if form == "custom" and reason is None:
+        return "custom", "it was asked for"
+    return ("stock", None) if reason is None else ("custom", reason)
+
+
 def stock_form(plan: Plan) -> Plan:
     """The plan with every one-hot mapping of probabilities written as selected router rows; else as it is.
 
@@ -103,35 +118,18 @@ def read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def check_takes(folder: Path, plan: Plan) -> None:
-    """Raise ExportError unless the class that the config.json in `folder` names routes to k of r experts.
-
-    It does not where routers rank groups of experts by their best two, as in DeepSeek-V3, and r leaves these too small.
-    """
-    from moeopt.models import empty_model, moe_layers
-
-    r, k = plan.layers[0].kept_experts, plan.layers[0].k
-    try:
-        takes = {(layer.n, layer.k) for layer in moe_layers(empty_model(folder))} == {(r, k)}
-    except ModelError:
-        takes = False
-    if not takes:
-        model_type = read_config(folder).get("model_type")
-        raise ExportError(f"models of type {model_type!r} cannot route to {k} of {r} experts; keep another number")
-
-
 def keys_of(config: dict[str, Any], experts: int, source: Path) -> tuple[list[str], list[str]]:
     """The fields of a config that hold n and k.
 
     Raises:
         ExportError: when none holds n.
     """
-    found = [key for key in EXPERT_KEYS if config.get(key) == experts]
-    if not found:
+    expert_keys = [key for key in EXPERT_KEYS if config.get(key) == experts]
+    if not expert_keys:
         raise ExportError(
             f"{str(source / 'config.json')!r} does not say that the model has {experts} experts; is the plan for it?"
         )
-    return found, [key for key in ACTIVE_KEYS if key in config]
+    return expert_keys, [key for key in ACTIVE_KEYS if key in config]
 
 
 def stock_config(source: Path, plan: Plan) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeopt.exporting.source import Stored, few
+from moeopt.exporting.source import Stored
 from moeopt.exporting.stock import EXPERT_KEYS
+from moeopt.showing import listed
 
 EXPERTS = re.compile(r"^(.*?)(?:^|(?<=\.))((?!\w*shared)\w*experts?\w*?)(?:[._](\d+))?(?:\.|$)")
 """The module of experts in the name of a tensor: what is before it, its own name, and the number of one expert."""
@@ -45,10 +46,12 @@ class Unread:
         lines = []
         if self.left_out:
             says = "; config.json says that there is no multi-token prediction" if self.prediction else ""
-            what = f"{few(self.left_out)} ({len(self.tensors)} tensors of experts that the model's class does not read)"
+            what = (
+                f"{listed(self.left_out)} ({len(self.tensors)} tensors of experts that the model's class does not read)"
+            )
             lines.append(f"left out: {what}{says}")
         if self.copied:
-            lines.append(f"copied as they are: {few(self.copied)}, which the model's class does not read")
+            lines.append(f"copied as they are: {listed(self.copied)}, which the model's class does not read")
         return lines
 
 
@@ -97,15 +100,15 @@ def disagreeing(config: dict[str, Any], tensors: Mapping[str, Stored]) -> list[s
     said = {n for value in values for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)}
     routed = said | set(((config.get("moeopt") or {}).get("full") or {}).get("experts", {}).values())
     hidden = text.get("hidden_size")
-    experts = {name: found for name in tensors if (found := EXPERTS.search(name))}
-    blocks = {found[1] for found in experts.values()}
+    experts = {name: match for name in tensors if (match := EXPERTS.search(name))}
+    blocks = {match[1] for match in experts.values()}
     numbers: dict[str, set[int]] = {}
     complaints = []
     for name, tensor in tensors.items():
-        found, gate, shape = experts.get(name), GATE.search(name), tensor.shape
-        if found and found[3]:
-            numbers.setdefault(found[1] + found[2], set()).add(int(found[3]))
-        elif found and len(shape) > 2 and not said & set(shape[:2]):
+        expert, gate, shape = experts.get(name), GATE.search(name), tensor.shape
+        if expert and expert[3]:
+            numbers.setdefault(expert[1] + expert[2], set()).add(int(expert[3]))
+        elif expert and len(shape) > 2 and not said & set(shape[:2]):
             complaints.append(f"{name} holds {shape[0]} experts")
         elif gate and gate[1] in blocks and len(shape) == 2 and hidden in shape:
             rows = shape[1 - shape.index(hidden)]
@@ -115,7 +118,9 @@ def disagreeing(config: dict[str, Any], tensors: Mapping[str, Stored]) -> list[s
         for name, members in numbers.items()
         if members != set(range(len(members))) or len(members) not in said
     ]
-    return [f"{complaint}, config.json says {few(map(str, sorted(said)))}" for complaint in complaints] if said else []
+    return (
+        [f"{complaint}, config.json says {listed(map(str, sorted(said)))}" for complaint in complaints] if said else []
+    )
 
 
 def _of_experts(name: str, shape: tuple[int, ...], n: int, hidden: int) -> bool:

@@ -12,22 +12,26 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from moeopt.errors import ExportError, ModelError
-from moeopt.exporting.exporter import chosen_form, prepare
-from moeopt.exporting.source import Source, few, locate
-from moeopt.exporting.stock import ACTIVE_KEYS, EXPERT_KEYS, read_config
+from moeopt.exporting.exporter import prepare
+from moeopt.exporting.folders import locate
+from moeopt.exporting.reloading import compute
+from moeopt.exporting.source import Source
+from moeopt.exporting.stock import ACTIVE_KEYS, EXPERT_KEYS, chosen_form, read_config
 from moeopt.exporting.unread import PREDICTION_KEY, disagreeing
 from moeopt.exporting.writing import write_json
 from moeopt.files import MALFORMED
+from moeopt.models import Admitted, admit, load_model, load_tokenizer, patched
+from moeopt.models.gate import CODE, CUSTOM, code_for
+from moeopt.models.weight_files import INDEX, weight_files
 from moeopt.plan import Plan
-from moeopt.showing import shown
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moeopt.models import Admitted
+from moeopt.showing import listed, shown
 
 SMALLEST_EPSILON = 2.0**-20
 """Of float32, whose sums depend on how a library splits them, more bits than the last are not asked for."""
@@ -76,8 +80,8 @@ class Verification:
         lines = [
             f"form            {self.form}",
             f"tensors         {self.tensors - len(self.differing)} of {self.tensors} bit for bit as the plan makes them"
-            + (f"; not {few(self.differing)}" if self.differing else ""),
-            f"config          {few(self.config) or 'agrees with every number of experts in the file'}",
+            + (f"; not {listed(self.differing)}" if self.differing else ""),
+            f"config          {listed(self.config) or 'agrees with every number of experts in the file'}",
             *(f"not read        {remark}" for remark in self.remarks),
         ]
         if self.failure is not None:
@@ -126,8 +130,6 @@ def verify(
             code that is not moeopt's.
         ModelError: when the original cannot be loaded.
     """
-    import torch
-
     folder = Path(folder)
     record, plan = _read(folder)
     config = read_config(folder)
@@ -136,18 +138,18 @@ def verify(
     if model is None and not Path(record["source"]).is_dir():
         raise ExportError(f"the original is no longer at {record['source']!r}; say where it is: model=, or --model")
     full = locate(str(model or record["source"]))
-    with Source(full) as source, Source(folder) as found:
+    with Source(full) as source, Source(folder) as written:
         prepared = prepare(source, plan, chosen_form(plan, full, record["form"])[0])
         layout = prepared.layout
-        differing = set(layout.tensors.keys() ^ found.tensors.keys())
-        for name in layout.tensors.keys() & found.tensors.keys():
-            right, there = layout.tensors[name], found.tensors[name]
+        differing = set(layout.tensors.keys() ^ written.tensors.keys())
+        for name in layout.tensors.keys() & written.tensors.keys():
+            right, there = layout.tensors[name], written.tensors[name]
             if (right.dtype, right.shape) != (there.dtype, there.shape):
                 differing.add(name)
         for name, at, piece in layout.parts(source):
-            if name not in differing and found.read_bytes(name, at, len(piece)) != bytes(piece):
+            if name not in differing and written.read_bytes(name, at, len(piece)) != bytes(piece):
                 differing.add(name)
-        wrong = [*_changed(prepared.config, read_config(full), config), *disagreeing(config, found.tensors)]
+        wrong = [*_changed(prepared.config, read_config(full), config), *disagreeing(config, written.tensors)]
     compared = Verification(
         record["form"],
         len(layout.tensors),
@@ -159,8 +161,8 @@ def verify(
     expected = _expected(full, plan, texts, sequences, length, new_tokens, seed, device_map)
     options = {"device_map": device_map, "new_tokens": new_tokens, "unread": prepared.ignored}
     with tempfile.TemporaryDirectory() as scratch:
-        place, own = (folder, True) if trust_remote_code else _settings(folder, Path(scratch) / "checkpoint")
-        options["trust_remote_code"] = own
+        place, trusted = (folder, True) if trust_remote_code else _settings(folder, Path(scratch) / "checkpoint")
+        options["trust_remote_code"] = trusted
         got = _reloaded(place, expected.request, Path(scratch), options)
     if isinstance(got, str):
         return replace(compared, failure=got)
@@ -194,8 +196,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], Plan]:
 
 
 def _admitted(folder: Path) -> Admitted:
-    from moeopt.models import admit
-
     try:
         return admit(folder)
     except ModelError as error:
@@ -207,9 +207,6 @@ def _settings(folder: Path, place: Path) -> tuple[Path, bool]:
 
     It is the copy that is checked and loaded, so that nothing can be exchanged in between.
     """
-    from moeopt.models.gate import CODE, CUSTOM, code_for
-    from moeopt.models.weight_files import INDEX, weight_files
-
     _admitted(folder)
     place.mkdir()
     for name in ("config.json", "generation_config.json"):
@@ -223,7 +220,7 @@ def _settings(folder: Path, place: Path) -> tuple[Path, bool]:
         (place / file.name).symlink_to(file.resolve())
     if named:
         write_json(place / INDEX, {"metadata": {}, "weight_map": named})
-    return place, _admitted(place).own
+    return place, _admitted(place).is_custom
 
 
 def _changed(config: dict[str, Any], original: dict[str, Any], written: dict[str, Any]) -> list[str]:
@@ -248,11 +245,6 @@ def _expected(
     seed: int,
     device_map: str | None,
 ) -> _Expected:
-    import torch
-
-    from moeopt.exporting.reloading import compute
-    from moeopt.models import load_model, load_tokenizer, patched
-
     tokenizer: Any = load_tokenizer(full) if texts else None
     model = load_model(full, device_map=device_map)
     config = model.config.get_text_config()
@@ -278,9 +270,6 @@ def _reloaded(
     folder: Path, request: dict[str, Tensor], scratch: Path, options: dict[str, Any]
 ) -> dict[str, Tensor] | str:
     """What a fresh process computes, or why it failed."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
     save_file(request, scratch / "request")
     script = Path(__file__).with_name("reloading.py")
     arguments = [str(folder.resolve()), str(scratch / "request"), str(scratch / "result")]
@@ -295,13 +284,13 @@ def _reloaded(
     return result
 
 
-def _compared(found: Verification, expected: _Expected, got: dict[str, Tensor], epsilon: float) -> Verification:
+def _compared(verification: Verification, expected: _Expected, got: dict[str, Tensor], epsilon: float) -> Verification:
     difference, largest, same, tokens = 0.0, 0.0, 0, 0
     for name in expected.request:
         a, b = expected.results[name], got[name]
         if a.shape != b.shape:
             shapes = f"logits of shape {tuple(b.shape)}, the original's have {tuple(a.shape)}"
-            return replace(found, failure=shapes)
+            return replace(verification, failure=shapes)
         gap = (a - b).abs().max().item()
         difference = max(difference, gap if math.isfinite(gap) else math.inf)
         largest = max(largest, a.abs().max().item())
@@ -309,7 +298,7 @@ def _compared(found: Verification, expected: _Expected, got: dict[str, Tensor], 
         tokens += a.shape[1]
     tolerance = epsilon * math.sqrt(expected.layers) * largest
     return replace(
-        found,
+        verification,
         tokens=tokens,
         difference=difference,
         tolerance=tolerance,

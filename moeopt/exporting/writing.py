@@ -16,27 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import ExportError
-from moeopt.exporting.companions import real
+from moeopt.exporting.folders import real
 from moeopt.exporting.layout import Layout
 from moeopt.exporting.source import BYTES, Source, Stored
+from moeopt.models.weight_files import INDEX
+from moeopt.trials.process import is_dead, this_worker
 
 WRITER = ".writer.json"
 """Names the process that writes a folder, in it."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What writing fails with where a disk is full, or a quota or the largest size of a file is reached."""
-
-
-def check_folder(out: Path) -> None:
-    """Raise ExportError unless a checkpoint can be written to `out`: new or empty, in a writable folder."""
-    if out.exists() and not out.is_dir():
-        raise ExportError(f"{str(out)!r} is a file; give a folder to write the checkpoint to")
-    if out.is_dir() and any(out.iterdir()):
-        raise ExportError(f"{str(out)!r} is not empty; give a new or empty folder")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise ExportError(f"cannot write to {str(out.parent)!r}: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -45,8 +34,6 @@ def appearing(out: Path) -> Iterator[Path]:
 
     What earlier processes left of theirs, killed while they wrote to the same place, is removed first.
     """
-    from moeopt.trials.process import this_worker
-
     for left in out.parent.glob(f".{out.name}.*"):
         if _abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
@@ -62,6 +49,7 @@ def appearing(out: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
+        # Every file is on disk before the name is: a crash leaves the hidden folder, or the whole one.
         temporary.rename(out)  # also over an empty folder
         _sync(out.parent)
     except BaseException:
@@ -75,8 +63,6 @@ def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int
     Loaders that read every safetensors file of a folder, where no index says which, would take the plan's for weights.
     Header first; the tensors are then filled in piece by piece, so that never more than a few MiB are in memory.
     """
-    from moeopt.models.weight_files import INDEX
-
     shards: list[dict[str, Stored]] = [{}]
     size = 0
     for name, tensor in layout.tensors.items():
@@ -85,9 +71,9 @@ def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    one = len(shards) == 1
+    single = len(shards) == 1
     files = [
-        "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        "model.safetensors" if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         for i in range(len(shards))
     ]
     places: dict[str, tuple[Path, FileIO, int]] = {}
@@ -100,7 +86,7 @@ def write_weights(layout: Layout, source: Source, folder: Path, shard_bytes: int
             sizes[path] = len(header) + end
             with room_for(path, sizes[path]):
                 _write_all(stream, header)
-                stream.truncate(sizes[path])
+                stream.truncate(sizes[path])  # a hole, into which tensors are written in whatever order they are made
             places |= {name: (path, stream, len(header) + offset) for name, offset in offsets.items()}
         for name, at, piece in layout.parts(source):
             path, stream, offset = places[name]
@@ -186,8 +172,6 @@ def _write_all(stream: FileIO, piece: bytes) -> None:
 
 
 def _abandoned(folder: Path) -> bool:
-    from moeopt.trials.process import is_dead
-
     try:
         return is_dead(json.loads((folder / WRITER).read_text(encoding="utf-8")))
     except (OSError, ValueError):

@@ -1,4 +1,7 @@
-"""One-shot methods of the literature: calibration data in, one `Plan` out."""
+"""One-shot methods of the literature, and refits: calibration data in, one `Plan` out.
+
+It imports `plan`, `models`, `tasks`, `evaluation` and `trials` (for guides).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from moeopt.lazily import lazily
 _HOMES = {
     "METHODS": "registry",
     "ROUTERS": "names",
+    "Budget": "base",
     "Calibration": "calibration",
-    "Found": "registry",
+    "LayerActivations": "layer_activations",
     "Method": "base",
+    "MethodPlan": "base",
     "Refit": "refitting",
-    "Seen": "seen",
-    "Wanted": "base",
     "check": "names",
     "get": "registry",
     "parsed": "names",
@@ -27,12 +30,12 @@ _HOMES = {
 __all__ = [
     "METHODS",
     "ROUTERS",
+    "Budget",
     "Calibration",
-    "Found",
+    "LayerActivations",
     "Method",
+    "MethodPlan",
     "Refit",
-    "Seen",
-    "Wanted",
     "check",
     "get",
     "parsed",
@@ -43,14 +46,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from moeopt.methods.base import Method, Wanted
+    from moeopt.methods.base import Budget, Method, MethodPlan
     from moeopt.methods.calibration import Calibration
+    from moeopt.methods.layer_activations import LayerActivations
     from moeopt.methods.names import ROUTERS, check, parsed
     from moeopt.methods.refitting import Refit, refit
-    from moeopt.methods.registry import METHODS, Found, get, plan, plans
-    from moeopt.methods.seen import Seen
+    from moeopt.methods.registry import METHODS, get, plan, plans
     from moeopt.methods.thresholds import skipping
-
 
 __getattr__ = lazily(__name__, _HOMES)
 """Names can be checked without torch."""

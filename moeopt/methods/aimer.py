@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from moeopt.errors import MethodError
-from moeopt.methods.base import Groups, Outcome, Planner, Wanted
+from moeopt.methods.base import Budget, Groups, MethodPlan, Planner
 from moeopt.methods.calibration import Calibration
 from moeopt.methods.statistics import Array
 from moeopt.models import MoELayer, materialised
@@ -30,13 +30,13 @@ class Aimer(Planner):
 
     summary = "lowest mean absolute weight over root mean square; no calibration"
 
-    def planned(self, calibration: Calibration, wanted: Wanted, ranges: Groups) -> Outcome:
+    def planned(self, calibration: Calibration, budget: Budget, ranges: Groups) -> MethodPlan:
         started, layers = time.perf_counter(), []
         for first, last in ranges:
             scores = np.sum([aimer(layer) for layer in calibration.layers[first : last + 1]], axis=0)
-            part = wanted.pruned(np.argsort(scores, kind="stable")[: wanted.keep].tolist())
+            part = budget.pruned(np.argsort(scores, kind="stable")[: budget.keep].tolist())
             layers += [part] * (last - first + 1)
-        return Outcome(Plan(tuple(layers)), 0, time.perf_counter() - started)
+        return MethodPlan(Plan(tuple(layers)), 0, time.perf_counter() - started)
 
 
 def aimer(layer: MoELayer) -> Array:

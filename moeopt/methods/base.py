@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -20,8 +20,11 @@ Groups = Sequence[tuple[int, int]]
 """Inclusive ranges of MoE layers that share a choice."""
 
 
+S = TypeVar("S", bound="Statistic")
+
+
 @dataclass(frozen=True)
-class Wanted:
+class Budget:
     """What is asked of a method.
 
     Args:
@@ -53,28 +56,36 @@ class Wanted:
         return LayerPlan(self.experts, self.active, kept=tuple(sorted(int(e) for e in kept)))
 
 
+def statistic(statistics: Mapping[str, Statistic], kind: type[S]) -> S:
+    """The statistic of a class among those of `Method.needs`."""
+    value = statistics[kind.__name__]
+    assert isinstance(value, kind)
+    return value
+
+
 class Method(ABC):
     """A rule that makes the plan of a layer from statistics of it; one object a name, used for every layer.
 
     Attributes:
         summary: what it does, in a few words.
         progressive: whether a layer's statistics are taken with the earlier layers as planned.
-        targets: whether `Seen.target` is then wanted, what the full model gives.
+        targets: whether `LayerActivations.target` is then wanted, what the full model gives.
+        alone: whether it takes passes of its own, which it shares with no other method, as progressive ones do.
+        kinds: classes of the statistics that it needs.
     """
 
     summary: str
     progressive: bool = False
     targets: bool = False
-
     alone: bool = False
-    """Whether it takes passes of its own, which it shares with no other method, as progressive ones do."""
+    kinds: tuple[Callable[[int], Statistic], ...] = ()
 
-    def needs(self, wanted: Wanted) -> dict[str, Statistic]:
+    def needs(self, budget: Budget) -> dict[str, Statistic]:
         """New statistics to fill for one layer, by name; methods that name one alike share it."""
-        return {}
+        return {kind.__name__: kind(budget.experts) for kind in self.kinds}
 
     @abstractmethod
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
         """The plan of a layer; called when its statistics are complete.
 
         Args:
@@ -84,15 +95,23 @@ class Method(ABC):
         """
 
     def layers(
-        self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator, group: Sequence[int]
+        self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator, group: Sequence[int]
     ) -> list[LayerPlan]:
         """The plans of a group of layers, whose numbers are `group`: one for all, unless a method says otherwise."""
-        return [self.layer(statistics, wanted, rng)] * len(group)
+        return [self.layer(statistics, budget, rng)] * len(group)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A plan, the layer-tokens that it cost, wall seconds, and in words how it was chosen."""
+class MethodPlan:
+    """What a method gives.
+
+    Args:
+        plan: the plan.
+        layer_tokens: what it would cost alone: tokens times decoder layers, a layer whose n experts all run counting as
+            n / k layers, one whose experts run again for the tokens routed to them as 2.
+        seconds: wall time of the passes it shared with others, and of its own.
+        how: what it chose on the way, in words.
+    """
 
     plan: Plan
     layer_tokens: int
@@ -105,11 +124,11 @@ class Planner(Method):
 
     alone = True
 
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
         raise MethodError(f"{type(self).__name__} makes the plan of all layers at once: use moeopt.methods.plans")
 
     @abstractmethod
-    def planned(self, calibration: Calibration, wanted: Wanted, ranges: Groups) -> Outcome:
+    def planned(self, calibration: Calibration, budget: Budget, ranges: Groups) -> MethodPlan:
         """The plan, and how it came about.
 
         Args:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moeopt.errors import MethodError, ModelError
-from moeopt.methods.seen import Hook, Seen
+from moeopt.methods.layer_activations import Hook, Observe
 from moeopt.methods.sequences import Batch, packed
 from moeopt.models import (
-    MoELayer,
     evaluation_mode,
     experts_run_by,
     layerwise,
@@ -94,20 +93,20 @@ class Calibration:
 
     def run(
         self,
-        see: Callable[[Seen], None],
+        observe: Observe,
         *,
         plan: Plan | None = None,
         layer_by_layer: bool = False,
         all_outputs: bool = False,
     ) -> None:
-        """One pass: `see` is called with what every MoE layer sees of every batch, under a plan if there is one.
+        """One pass: `observe` is called with what every MoE layer sees of every batch, under a plan if there is one.
 
         Args:
-            see: called under inference mode, the layer's weights being at hand.
+            observe: called under inference mode, the layer's weights being at hand.
             plan: what is in force; None: the model as it is.
-            layer_by_layer: all batches through a layer before the next one, so that `see` is done with a layer before
-                it meets the next. Holds the hidden states of all tokens. It is done in any case, where it can be, when
-                experts are offloaded, so that they are moved once.
+            layer_by_layer: all batches through a layer before the next one, so that `observe` is done with a layer
+                before it meets the next. Holds the hidden states of all tokens. It is done in any case, where it can
+                be, when experts are offloaded, so that they are moved once.
             all_outputs: whether every expert's output will be asked for. Then experts run once, and what the layer
                 gives is made of their outputs, which differs from what it gives by rounding; without a plan only.
 
@@ -123,7 +122,7 @@ class Calibration:
             stream = self._stream(needed=layer_by_layer) if layer_by_layer or offloaded else None
             if plan is not None:
                 stack.enter_context(patched(self.model, plan))
-            watch = stack.enter_context(self.watching(see, all_outputs=all_outputs))
+            watch = stack.enter_context(self.watching(observe, all_outputs=all_outputs))
             if stream is not None:
                 for layer in range(stream.depth):
                     stream.advance(layer, watch)
@@ -150,28 +149,21 @@ class Calibration:
             yield
 
     @contextmanager
-    def watching(self, see: Callable[[Seen], None], *, all_outputs: bool = False) -> Iterator[Callable[[Batch], None]]:
-        """While it is open, `see` is told of every MoE layer that runs; the callable yielded says which batch does."""
+    def watching(self, observe: Observe, *, all_outputs: bool = False) -> Iterator[Callable[[Batch], None]]:
+        """While open, `observe` is told of every MoE layer that runs; the callable yielded says which batch does."""
         current: list[Batch] = []
 
         def watch(batch: Batch) -> None:
             current[:] = [batch]
 
-        hooks = [Hook(layer, rule, see, current) for layer, rule in zip(self.layers, self.rules)]
+        hooks = [Hook(layer, rule, observe, current) for layer, rule in zip(self.layers, self.rules)]
         with ExitStack() as stack:
             if all_outputs:
                 stack.enter_context(experts_run_by(self.model, lambda layer: hooks[layer.index].run))
             for hook in hooks:
-                layer = hook.layer
-                notes = ((layer.router, hook.router), (layer.experts, hook.experts), (layer.block, hook.block))
-                for module, note in (*notes, *((beside, hook.sibling) for beside in self._beside(layer))):
-                    stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
-                stack.callback(layer.block.register_forward_pre_hook(hook.entering, with_kwargs=True).remove)
+                parent = self.model.get_submodule(hook.layer.name.rpartition(".")[0])
+                hook.attach(stack, (module for module in parent.children() if module is not hook.layer.block))
             yield watch
-
-    def _beside(self, layer: MoELayer) -> list[torch.nn.Module]:
-        parent = self.model.get_submodule(layer.name.rpartition(".")[0])
-        return [module for module in parent.children() if module is not layer.block]
 
 
 class Stream:

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from moeopt.methods.base import Method, Wanted
+from moeopt.methods.base import Budget, Method, statistic
 from moeopt.methods.statistics import Array, MeanOutputs, Routing, Statistic
 from moeopt.plan import LayerPlan, Router
 
 Labels = NDArray[np.int64]
-Grouping = Callable[[Mapping[str, Any], Wanted], Labels]
+Grouping = Callable[[Mapping[str, Any], Budget], Labels]
 
 
 class Clustering(Method):
@@ -42,22 +42,16 @@ class Clustering(Method):
     def __init__(
         self, summary: str, group: Grouping, kinds: tuple[type[MeanOutputs], ...], router: Literal["alias", "prob"]
     ) -> None:
-        self.summary, self.group, self.kinds = summary, group, kinds
+        self.summary, self.group, self.kinds = summary, group, (Routing, *kinds)
         self.router: Router = router
 
-    def needs(self, wanted: Wanted) -> dict[str, Statistic]:
-        kinds: tuple[type[Routing] | type[MeanOutputs], ...] = (Routing, *self.kinds)
-        return {kind.__name__: kind(wanted.experts, wanted.k) for kind in kinds}
-
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
-        labels = self.group(statistics, wanted)
-        routing = statistics["Routing"]
-        assert isinstance(routing, Routing)
-        members = (labels == np.arange(wanted.keep)[:, None]).astype(np.float64)
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
+        labels = self.group(statistics, budget)
+        members = (labels == np.arange(budget.keep)[:, None]).astype(np.float64)
         return LayerPlan(
-            wanted.experts,
-            wanted.active,
-            w_em=merged(members, routing.visits).astype(np.float32),
+            budget.experts,
+            budget.active,
+            w_em=merged(members, statistic(statistics, Routing).visits).astype(np.float32),
             w_rm=members.astype(np.float32),
             router=self.router,
         )
@@ -78,29 +72,28 @@ def merged(members: Array, visits: Array) -> Array:
     return means
 
 
-def by_outputs(statistics: Mapping[str, Any], wanted: Wanted) -> Labels:
+def by_outputs(statistics: Mapping[str, Any], budget: Budget) -> Labels:
     """HC-SMoE: average linkage of mean expert outputs under the Euclidean distance, cut where r clusters are left."""
     tree = linkage(statistics["MeanOutputs"].means, method="average")
-    return numbered(fcluster(tree, wanted.keep, criterion="maxclust"), wanted.keep)
+    return numbered(fcluster(tree, budget.keep, criterion="maxclust"), budget.keep)
 
 
-def by_logits(statistics: Mapping[str, Any], wanted: Wanted) -> Labels:
+def by_logits(statistics: Mapping[str, Any], budget: Budget) -> Labels:
     """M-SMoE: the r most frequent experts, joined by those whose logits have the largest cosine with theirs."""
     routing: Routing = statistics["Routing"]
-    dominant = np.sort(np.argsort(-routing.visits, kind="stable")[: wanted.keep])
+    dominant = np.sort(np.argsort(-routing.visits, kind="stable")[: budget.keep])
     norms = np.sqrt(np.maximum(routing.logits.diagonal(), np.finfo(float).tiny))
     cosine = routing.logits / norms / norms[:, None]
     labels: Labels = cosine[:, dominant].argmax(axis=1).astype(np.int64)
-    labels[dominant] = np.arange(wanted.keep)
+    labels[dominant] = np.arange(budget.keep)
     return labels
 
 
 def numbered(labels: NDArray[Any], r: int) -> Labels:
     """Clusters numbered by their first expert; where ties left fewer than r, last ones of the largest stand alone."""
-    firsts = {label: i for i, label in reversed(list(enumerate(labels.tolist())))}
-    order = {label: number for number, label in enumerate(sorted(firsts, key=lambda label: firsts[label]))}
-    found = np.array([order[label] for label in labels.tolist()], dtype=np.int64)
-    while (clusters := int(found.max()) + 1) < r:
-        largest = int(np.bincount(found).argmax())
-        found[np.flatnonzero(found == largest)[-1]] = clusters
-    return found
+    _, firsts, clusters = np.unique(labels, return_index=True, return_inverse=True)
+    numbers: Labels = np.argsort(np.argsort(firsts))[clusters]
+    for number in range(len(firsts), r):
+        largest = int(np.bincount(numbers).argmax())
+        numbers[np.flatnonzero(numbers == largest)[-1]] = number
+    return numbers

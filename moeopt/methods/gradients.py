@@ -21,7 +21,7 @@ from moeopt.evaluation import Evaluator
 from moeopt.evaluation.batches import Batch, pack
 from moeopt.evaluation.runners import hidden_dtype
 from moeopt.evaluation.scoring import score
-from moeopt.methods.seen import Hook, Seen
+from moeopt.methods.layer_activations import Hook, LayerActivations
 from moeopt.models import evaluation_mode, layerwise, lock_of, moe_layers, patched, routing_rules, without_plan
 from moeopt.models.layerwise import Call, Layerwise, input_device
 from moeopt.plan import Plan
@@ -36,7 +36,7 @@ ROWS = 64
 STEP = 0.05
 """By how much log-likelihoods are moved to find the loss's derivative by them, in nats."""
 
-See = Callable[[Seen, Tensor], None]
+Observe = Callable[[LayerActivations, Tensor], None]
 States = list[Tensor]
 
 
@@ -82,8 +82,8 @@ class LossGradients:
     def _batches(self, requests: Sequence[Request]) -> list[Batch]:
         return pack(requests, self.evaluator.batch_tokens, branching=self.evaluator.branching)
 
-    def run(self, see: See, plan: Plan | None = None) -> float:
-        """Calls `see` with what every MoE layer sees of every batch, and dL/dy, (tokens, hidden), y being what its
+    def run(self, observe: Observe, plan: Plan | None = None) -> float:
+        """Calls `observe` with what every MoE layer sees of every batch, and dL/dy, (tokens, hidden), y being what its
         experts give and L the weighted *sum* of the losses of all examples: last layer first for every few examples.
 
         Returns:
@@ -95,19 +95,19 @@ class LossGradients:
         with lock_of(self.model), torch.no_grad(), evaluation_mode(self.model), ExitStack() as stack:
             stack.enter_context(without_plan(self.model) if plan is None else patched(self.model, plan))
             for requests, batches in self._chunks:
-                loss, weight = self._chunk(requests, batches, see)
+                loss, weight = self._chunk(requests, batches, observe)
                 losses, total = losses + loss, total + weight
         self.weight = total
         return losses / total
 
-    def _chunk(self, requests: Sequence[Request], batches: list[Batch], see: See) -> tuple[float, float]:
+    def _chunk(self, requests: Sequence[Request], batches: list[Batch], observe: Observe) -> tuple[float, float]:
         device, dtype = input_device(self.model), hidden_dtype(self.model)
         begun = [self.parts.begin(batch.inputs(device, dtype)) for batch in batches]
-        calls = [own for _, own in begun]
+        calls = [layer_calls for _, layer_calls in begun]
         entering: list[States] = [[hidden for hidden, _ in begun]]
         for i, layer in enumerate(self.parts.layers):
             with self.parts.loaded(i) as there:
-                entering.append([own[i](layer, h, there) for own, h in zip(calls, entering[-1])])
+                entering.append([batch_calls[i](layer, h, there) for batch_calls, h in zip(calls, entering[-1])])
         last = entering.pop()
         with self.parts.head_loaded():
             if self.evaluator.teacher is None:
@@ -116,7 +116,7 @@ class LossGradients:
                 coefficients, loss, weight = None, float("nan"), float(sum(len(batch.cells) for batch in batches))
             back = [self._from_head(batch, hidden, coefficients) for batch, hidden in zip(batches, last)]
         for i in reversed(range(len(self.parts.layers))):
-            back = self._through(i, batches, calls, entering.pop(), back, see)
+            back = self._through(i, batches, calls, entering.pop(), back, observe)
         return loss, weight
 
     def _scored(
@@ -169,7 +169,7 @@ class LossGradients:
         cells = batch.cells.to(hidden.device)
         scored = hidden.flatten(0, 1)[cells]
         gradient = torch.zeros_like(scored, dtype=torch.float32)
-        for first in range(0, len(cells), ROWS):
+        for first in range(0, len(cells), ROWS):  # logits of all cells at once would be cells x vocabulary
             with torch.enable_grad():
                 piece = scored[first : first + ROWS].detach().requires_grad_()
                 likelihood = self.parts.head(piece).log_softmax(1, dtype=torch.float32)
@@ -182,47 +182,51 @@ class LossGradients:
                     row, target = batch.cell[mine] - first, batch.target[mine]
                     weights = torch.from_numpy(coefficients)[batch.request[mine]].float()
                 row, target, weights = (t.to(likelihood.device) for t in (row, target, weights))
-                (own,) = torch.autograd.grad((weights * likelihood[row, target]).sum(), piece)
-            gradient[first : first + ROWS] = own
+                (slope,) = torch.autograd.grad((weights * likelihood[row, target]).sum(), piece)
+            gradient[first : first + ROWS] = slope
         whole = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         whole.flatten(0, 1)[cells] = gradient.to(hidden.dtype)
         return whole
 
     def _through(
-        self, i: int, batches: list[Batch], calls: list[list[Call]], entering: States, back: States, see: See
+        self,
+        i: int,
+        batches: list[Batch],
+        calls: list[list[Call]],
+        entering: States,
+        back: States,
+        observe: Observe,
     ) -> States:
         """dL/dh of the hidden states that enter decoder layer `i`, from those that leave it."""
         moe = [layer for layer, place in zip(self.layers, self.parts.moe) if place == i]
         current: list[Any] = []
         outputs: list[Tensor] = []
-        seen: list[Seen] = []
+        acts: list[LayerActivations] = []
         left: States = []
-        hooks = [Hook(layer, self.rules[layer.index], seen.append, current) for layer in moe]
+        # `outputs` are of the graph: autograd gives dL/dy beside dL/dh, and is asked for no weight's gradient
+        hooks = [Hook(layer, self.rules[layer.index], acts.append, current) for layer in moe]
 
         def note(_module: Any, _args: Any, output: Tensor) -> None:
-            if torch.is_grad_enabled():  # not the experts that `see` asks for
+            if torch.is_grad_enabled():  # not the experts that `observe` asks for
                 outputs.append(output)
 
         with ExitStack() as stack:
             there = stack.enter_context(self.parts.loaded(i))
             for hook in hooks:
-                layer = hook.layer
-                stack.callback(layer.experts.register_forward_hook(note).remove)
-                places = ((layer.router, hook.router), (layer.experts, hook.experts), (layer.block, hook.block))
-                for module, look in places:
-                    stack.callback(module.register_forward_hook(look, with_kwargs=True).remove)
-            for batch, own, hidden, gradient in zip(batches, calls, entering, back):
+                stack.callback(hook.layer.experts.register_forward_hook(note).remove)
+                hook.attach(stack)
+            for batch, batch_calls, hidden, gradient in zip(batches, calls, entering, back):
                 current[:] = [_Real(batch)]
                 with torch.enable_grad():
                     start = hidden.detach().requires_grad_()
-                    output = own[i](self.parts.layers[i], start, there)
+                    output = batch_calls[i](self.parts.layers[i], start, there)
                     grads = torch.autograd.grad(output, [start, *outputs], gradient.to(output.device))
                 left.append(grads[0])
                 real = batch.mask.bool().flatten()
-                for what, slope in zip(seen, grads[1:]):
-                    see(what.detached(), slope.reshape(-1, slope.shape[-1])[real.to(slope.device)])
+                for what, slope in zip(acts, grads[1:]):
+                    observe(what.detached(), slope.reshape(-1, slope.shape[-1])[real.to(slope.device)])
                 outputs.clear()
-                seen.clear()
+                acts.clear()
         return left
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from moeopt.evaluation import Evaluator
 from moeopt.methods.gradients import LossGradients
+from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.loss_aware import cost_of
-from moeopt.methods.seen import Seen
 from moeopt.methods.set_changes import Toggles, products_of
 from moeopt.plan import Plan
 from moeopt.trials.guide import Guide
@@ -19,7 +19,7 @@ class Guiding:
 
     Args:
         evaluator: model, task, examples and score.
-        of: names them (`moeopt.study.objective.scores_name`).
+        scores_name: names them (`moeopt.study.objective.scores_name`).
 
     Attributes:
         layer_tokens: what one guide costs.
@@ -29,26 +29,28 @@ class Guiding:
         ModelError: when the model cannot be run layer by layer.
     """
 
-    def __init__(self, evaluator: Evaluator, of: str) -> None:
-        self._gradients, self._of = LossGradients(evaluator), of
+    def __init__(self, evaluator: Evaluator, scores_name: str) -> None:
+        self._gradients, self._scores_name = LossGradients(evaluator), scores_name
         self.layer_tokens = cost_of(self._gradients)
 
     def guide(self, plan: Plan) -> Guide:
         """The guide of a plan whose layers all keep experts as they are (`LayerPlan.kept`)."""
-        toggles = [_OfLayer(layer.kept or (), layer.k, layer.experts) for layer in plan.layers]
+        toggles = [_LayerToggles(layer.kept or (), layer.k, layer.experts) for layer in plan.layers]
 
-        def see(seen: Seen, gradient: Tensor) -> None:
-            toggles[seen.layer.index].add(seen, products_of(seen, gradient))
+        def observe(acts: LayerActivations, gradient: Tensor) -> None:
+            toggles[acts.layer.index].add(acts, products_of(acts, gradient))
 
-        self._gradients.run(see, plan)
-        signed, squared = (np.stack([of.scores(name) for of in toggles]) for name in ("signed", "squared"))
+        self._gradients.run(observe, plan)
+        signed, squared = (np.stack([layer.scores(name) for layer in toggles]) for name in ("signed", "squared"))
         if self._gradients.evaluator.teacher is not None:
             signed[:] = 0.0  # of tokens that were drawn: its mean is 0, whatever the plan
         weight = self._gradients.weight
-        return Guide(plan.fingerprint, self._of, *((part / weight).astype(np.float32) for part in (signed, squared)))
+        return Guide(
+            plan.fingerprint, self._scores_name, *((part / weight).astype(np.float32) for part in (signed, squared))
+        )
 
 
-class _OfLayer:
+class _LayerToggles:
     """Of one layer: the sums of the kept set without each of its experts, and with each of the others."""
 
     def __init__(self, kept: tuple[int, ...], k: int, n: int) -> None:
@@ -57,12 +59,12 @@ class _OfLayer:
         self._parts = [(experts, Toggles(kept, experts, k, kept, k, n)) for experts in toggled]
         self._n = n
 
-    def add(self, seen: Seen, products: Tensor) -> None:
+    def add(self, acts: LayerActivations, products: Tensor) -> None:
         for _, sums in self._parts:
-            sums.add(seen, products)
+            sums.add(acts, products)
 
     def scores(self, name: str) -> np.ndarray:
-        found = np.zeros(self._n)
+        scores = np.zeros(self._n)
         for experts, sums in self._parts:
-            found[list(experts)] = getattr(sums, name)
-        return found
+            scores[list(experts)] = getattr(sums, name)
+        return scores

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import MethodError
-from moeopt.methods.activations import Activations
+from moeopt.methods.layer_activations import LayerActivations
+from moeopt.methods.neuron_activations import NeuronActivations
 from moeopt.methods.ridge import Gram, Products, Rows
-from moeopt.methods.seen import Seen
 from moeopt.models import MoELayer
-from moeopt.models.merging import DOWN, Scratch
+from moeopt.models.merging import DOWN, MergedCache
 from moeopt.plan import DownProjections, LayerPlan
 
 SWEEPS = 2
@@ -59,25 +59,25 @@ class LayerFitting:
         self,
         layer: MoELayer,
         part: LayerPlan,
-        batches: list[Seen],
+        batches: list[LayerActivations],
         gaps: list[Tensor],
         held: list[Tensor],
         given: float,
     ) -> None:
         self.layer, self.part, self.batches, self.gaps, self.held, self.given = layer, part, batches, gaps, held, given
-        self.weights = [self._weights(seen) for seen in batches]
+        self.weights = [self._weights(acts) for acts in batches]
         self.pairs = max(1, sum(int((weights != 0).sum()) for weights in self.weights))
-        self.tensors = Scratch().tensors(layer.experts, part)
-        self.activations = Activations(layer, self.tensors)
-        self.hidden, self.inner = self.activations.hidden, self.activations.inner
+        self.tensors = MergedCache().tensors(layer.experts, part)
+        self.activations = NeuronActivations(layer, self.tensors)
+        self.hidden, self.inner = self.activations.form.hidden, self.activations.form.inner
         self.runs = 0.0
 
-    def _weights(self, seen: Seen) -> Tensor:
+    def _weights(self, acts: LayerActivations) -> Tensor:
         """What each of the r experts weighs for each token, float32 (tokens, r)."""
-        r, n, index = self.part.kept_experts, self.part.experts, seen.index
+        r, n, index = self.part.kept_experts, self.part.experts, acts.index
         if not self.part.makes_experts:
             index = torch.tensor(self.part.places, device=index.device)[index]
-        weights = torch.zeros(len(index), n, device=index.device).scatter_add_(1, index, seen.gates.float())
+        weights = torch.zeros(len(index), n, device=index.device).scatter_add_(1, index, acts.gates.float())
         return weights[:, :r].clone()  # what novices give is no expert's
 
     def run(self, ridges: Sequence[float], rank: int | None, columns: int) -> tuple[LayerPlan, LayerFit]:
@@ -103,7 +103,7 @@ class LayerFitting:
             if not single:
                 fitted, held = self._products(group, fits[g])
             new = self._solved(fitted.joined(held), chosen[g], rank, group)
-            if not single:
+            if g + 1 < len(groups):  # what the next ones are fitted to
                 self._take(group, new - fits[g])
             fits[g] = new
         change = torch.cat(fits).view(r, self.inner, self.hidden).transpose(1, 2)
@@ -176,7 +176,7 @@ class LayerFitting:
         for place, i in enumerate(group):
             there = weights[:, i].nonzero()[:, 0]
             if len(there):
-                a[there, place] = self.activations.of(i, hidden[there], weights[there, i])
+                a[there, place] = self.activations.weighted(i, hidden[there], weights[there, i])
         return a.flatten(1)
 
     def _solved(self, products: Products, ridge: float, rank: int | None, group: range) -> Tensor:
@@ -188,9 +188,11 @@ class LayerFitting:
         if rank is None:
             return d
         for place in range(len(group)):
-            own = slice(place * self.inner, (place + 1) * self.inner)
-            vectors = torch.linalg.eigh(products.given(d[own], own).double()).eigenvectors[:, -rank:].float()
-            d[own] = d[own] @ vectors @ vectors.T
+            # of the nearest D of that rank in what the expert gives, A D: the leading right singular vectors of A D are
+            # eigenvectors of (A D)'(A D), in float64 as squaring doubles the range of the singular values
+            rows = slice(place * self.inner, (place + 1) * self.inner)
+            vectors = torch.linalg.eigh(products.given(d[rows], rows).double()).eigenvectors[:, -rank:].float()
+            d[rows] = d[rows] @ vectors @ vectors.T
         return d
 
     def _projections(self, change: Tensor, rank: int | None) -> DownProjections:
@@ -200,5 +202,5 @@ class LayerFitting:
             left = torch.linalg.qr(change @ probe.to(change.device)).Q  # spans the columns of a matrix of that rank
             return DownProjections(left=left.cpu().numpy(), right=(left.mT @ change).cpu().numpy())
         now = self.tensors[DOWN]
-        whole = (now.mT if self.activations.transposed else now).float() + change
+        whole = (now.mT if self.activations.form.transposed else now).float() + change
         return DownProjections(whole=whole.to(now.dtype).float().cpu().numpy())

@@ -41,10 +41,10 @@ from torch import Tensor
 
 from moeopt.errors import MethodError, ModelError
 from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
-from moeopt.methods.base import Groups, Outcome, Planner, Wanted
+from moeopt.methods.base import Budget, Groups, MethodPlan, Planner
 from moeopt.methods.gradients import LossGradients
-from moeopt.methods.naee import Kept
-from moeopt.methods.seen import Seen
+from moeopt.methods.layer_activations import LayerActivations
+from moeopt.methods.naee import KeptSet
 from moeopt.methods.set_changes import CURVATURE, DEFAULT, RULES, SKETCHES, Changes, products_of
 from moeopt.plan import Plan
 
@@ -78,9 +78,9 @@ class LossAware(Planner):
     def __init__(self, summary: str, rounds: int) -> None:
         self.summary, self.rounds = summary, rounds
 
-    def planned(self, calibration: Calibration, wanted: Wanted, ranges: Groups) -> Outcome:
+    def planned(self, calibration: Calibration, budget: Budget, ranges: Groups) -> MethodPlan:
         try:
-            return _Search(calibration, wanted, ranges).run(self.rounds)
+            return _Search(calibration, budget, ranges).run(self.rounds)
         except ModelError as error:
             raise MethodError(f"derivatives need a model that runs layer by layer: {error}") from error
 
@@ -88,9 +88,9 @@ class LossAware(Planner):
 class _Search:
     """The passes of one method call."""
 
-    def __init__(self, calibration: Calibration, wanted: Wanted, ranges: Groups) -> None:
+    def __init__(self, calibration: Calibration, budget: Budget, ranges: Groups) -> None:
         self.started = time.perf_counter()
-        self.wanted, self.ranges = wanted, ranges
+        self.budget, self.ranges = budget, ranges
         self.group_of = [group for group, (first, last) in enumerate(ranges) for _ in range(first, last + 1)]
         self.fit, self.judge = (
             Evaluator(
@@ -102,32 +102,32 @@ class _Search:
         self.rules = RULES if self.fit.teacher is None else CURVATURE
         self.gradients = [LossGradients(self.fit), LossGradients(self.judge)]
         bytes_held = (
-            sum(part.tokens for part in self.gradients) * len(self.group_of) * wanted.experts * 4 * (2 + SKETCHES)
+            sum(part.tokens for part in self.gradients) * len(self.group_of) * budget.experts * 4 * (2 + SKETCHES)
         )
         self.every = max(1, -(-bytes_held // HELD))
         self.layer_tokens = 0
         self.evaluations: dict[str, Evaluation] = {}
 
-    def run(self, rounds: int) -> Outcome:
-        wanted = self.wanted
-        everything = [tuple(range(wanted.experts))] * len(self.ranges)
-        fit, total = self.changes(None, everything, wanted.k)
+    def run(self, rounds: int) -> MethodPlan:
+        budget = self.budget
+        everything = [tuple(range(budget.experts))] * len(self.ranges)
+        fit, total = self.changes(None, everything, budget.k)
         made = {name: self.plan([part.best(rule) for part in fit]) for name, rule in self.rules.items()}
         name = self.chosen({name: self.judged(plan) for name, plan in made.items()})
         kept = [part.best(self.rules[name]) for part in total]
         how = name
         if rounds > 1:
-            against = (everything, wanted.k) if name in CURVATURE else None
+            against = (everything, budget.k) if name in CURVATURE else None
             kept, further = self._again(name, kept, rounds, against)
             how += f", {further + 1} rounds" if further else ", the first round's plan"
         if total[0].all_sets is None and self.every > 1:
             how += f", of every {self.every}th token"
         seconds = time.perf_counter() - self.started
-        return Outcome(self.plan(kept), self.layer_tokens, seconds, how)
+        return MethodPlan(self.plan(kept), self.layer_tokens, seconds, how)
 
     def _again(
-        self, name: str, kept: list[Kept], rounds: int, against: tuple[list[Kept], int] | None
-    ) -> tuple[list[Kept], int]:
+        self, name: str, kept: list[KeptSet], rounds: int, against: tuple[list[KeptSet], int] | None
+    ) -> tuple[list[KeptSet], int]:
         """The same from derivatives under the plan so far, and how many such rounds bettered it.
 
         What is seen from the curvature alone goes on being a distance from the full layers (`against`), which a plan's
@@ -135,14 +135,14 @@ class _Search:
         """
         for further in range(rounds - 1):
             plan = self.plan(kept)
-            _, total = self.changes(plan, *(against or (kept, self.wanted.active)))
+            _, total = self.changes(plan, *(against or (kept, self.budget.active)))
             changed = [part.best(self.rules[name]) for part in total]
             if self.judged(self.plan(changed)).loss >= self.judged(plan).loss:
                 return kept, further
             kept = changed
         return kept, rounds - 1
 
-    def changes(self, plan: Plan | None, now: list[Kept], k: int) -> tuple[list[Changes], list[Changes]]:
+    def changes(self, plan: Plan | None, now: list[KeptSet], k: int) -> tuple[list[Changes], list[Changes]]:
         """By group, of the examples that ways are made from, and of all: one pass forth and back.
 
         Args:
@@ -152,19 +152,19 @@ class _Search:
         draws = torch.Generator().manual_seed(0)
         both = []
         for gradients in self.gradients:
-            parts = [Changes(kept, k, self.wanted, self.every) for kept in now]
+            parts = [Changes(kept, k, self.budget, self.every) for kept in now]
 
-            def see(seen: Seen, gradient: Tensor, parts: list[Changes] = parts) -> None:
-                parts[self.group_of[seen.layer.index]].add(seen, products_of(seen, gradient, draws))
+            def observe(acts: LayerActivations, gradient: Tensor, parts: list[Changes] = parts) -> None:
+                parts[self.group_of[acts.layer.index]].add(acts, products_of(acts, gradient, draws))
 
-            gradients.run(see, plan)
+            gradients.run(observe, plan)
             both.append(parts)
             self.layer_tokens += cost_of(gradients)
         return both[0], [a + b for a, b in zip(*both)]
 
-    def plan(self, kept: list[Kept]) -> Plan:
+    def plan(self, kept: list[KeptSet]) -> Plan:
         """Of every group's experts."""
-        return Plan(tuple(self.wanted.pruned(kept[group]) for group in self.group_of))
+        return Plan(tuple(self.budget.pruned(kept[group]) for group in self.group_of))
 
     def judged(self, plan: Plan) -> Evaluation:
         """What the examples that ways are judged on give; no plan twice."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moeopt.models import MoELayer, materialised
 from moeopt.models.layers import stacked
-from moeopt.models.mixing import Form
+from moeopt.models.mixing import ExpertForm
 from moeopt.plan import LayerPlan, Matrix, Orders
 
 Cost = Callable[[int, int], Tensor]
@@ -31,7 +31,7 @@ def tensors_of(layer: MoELayer) -> dict[str, Tensor]:
     return {name: materialised(layer.experts, name) for name in stacked(layer.experts, layer.n)}
 
 
-def neuron_weights(tensors: Mapping[str, Tensor], form: Form, expert: int) -> Tensor:
+def neuron_weights(tensors: Mapping[str, Tensor], form: ExpertForm, expert: int) -> Tensor:
     """All weights of each neuron of an expert, float32 (inner, numbers)."""
     columns = []
     for name, tensor in tensors.items():
@@ -43,7 +43,7 @@ def neuron_weights(tensors: Mapping[str, Tensor], form: Form, expert: int) -> Te
 
 def by_weights(part: LayerPlan, layer: MoELayer) -> Orders:
     """Orders of the neurons of a merged layer's experts, (n, inner), by their weights."""
-    tensors, form = tensors_of(layer), Form.of(layer.experts)
+    tensors, form = tensors_of(layer), ExpertForm.from_module(layer.experts)
 
     def cost(lead: int, other: int) -> Tensor:
         # |u|^2 + |v|^2 - 2 u v, of which the squares are the same for every assignment

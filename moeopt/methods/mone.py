@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moeopt.methods.base import Method, Wanted
+from moeopt.methods.base import Budget, Method, statistic
 from moeopt.methods.statistics import Array, Spread, Statistic
 from moeopt.plan import LayerPlan
 
@@ -33,29 +33,25 @@ class Mone(Method):
 
     summary = "experts whose output varies least and is weighed least replaced by their mean output"
 
-    def needs(self, wanted: Wanted) -> dict[str, Statistic]:
-        return {Spread.__name__: Spread(wanted.experts, wanted.k)}
+    kinds = (Spread,)
 
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
-        spread = statistics[Spread.__name__]
-        assert isinstance(spread, Spread)
-        (layer,) = spread.means
-        return self.layers(statistics, wanted, rng, [layer])[0]
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
+        (layer,) = statistic(statistics, Spread).means
+        return self.layers(statistics, budget, rng, [layer])[0]
 
     def layers(
-        self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator, group: Sequence[int]
+        self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator, group: Sequence[int]
     ) -> list[LayerPlan]:
-        spread = statistics[Spread.__name__]
-        assert isinstance(spread, Spread)
+        spread = statistic(statistics, Spread)
         ranked = np.argsort(-mone(spread), kind="stable")
-        remaining, dropped = (np.sort(part) for part in (ranked[: wanted.keep], ranked[wanted.keep :]))
+        remaining, dropped = (np.sort(part) for part in (ranked[: budget.keep], ranked[budget.keep :]))
         constants = [spread.means[layer][dropped].astype(np.float32) for layer in group]
-        n, k, kept = wanted.experts, wanted.active, tuple(remaining.tolist())
+        n, k, kept = budget.experts, budget.active, tuple(remaining.tolist())
         return [LayerPlan(n, k, kept=kept, router="whole", novices=novices) for novices in constants]
 
 
 def mone(spread: Spread) -> Array:
     """The score of every expert, (n,), 0 where it was never routed to."""
-    squares, visits = (np.sum(list(found.values()), axis=0) for found in (spread.squares, spread.visits))
+    squares, visits = (np.sum(list(sums.values()), axis=0) for sums in (spread.squares, spread.visits))
     scores: Array = np.sqrt(squares / np.maximum(visits, 1)) * spread.gates
     return scores

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeopt.methods.base import Method, Wanted
-from moeopt.methods.seen import Seen
+from moeopt.methods.base import Budget, Method
+from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.statistics import Array, Statistic, gram
 from moeopt.plan import LayerPlan
 
@@ -35,10 +35,10 @@ MOST_RANKED = 20
 AT_ONCE = 1 << 24
 """Numbers in memory at a time."""
 
-Kept = tuple[int, ...]
+KeptSet = tuple[int, ...]
 
 
-def kept_sets(n: int, r: int) -> list[Kept]:
+def kept_sets(n: int, r: int) -> list[KeptSet]:
     """All sets of r out of n experts, in lexicographic order."""
     return list(itertools.combinations(range(n), r))
 
@@ -47,7 +47,7 @@ class SetErrors(Statistic):
     """The error of every kept set, C(n, r) of them.
 
     Args:
-        n, k: of the layer.
+        n: experts of the layer.
         r: experts kept.
         active: experts that run per token in the pruned layer.
         batch: sequences a calibration batch.
@@ -58,20 +58,20 @@ class SetErrors(Statistic):
 
     outputs = "all"
 
-    def __init__(self, n: int, k: int, *, r: int, active: int, batch: int = BATCH) -> None:
+    def __init__(self, n: int, *, r: int, active: int, batch: int = BATCH) -> None:
         self.sets, self.active = kept_sets(n, r), active
         self._masks = masks(self.sets, n)
         self._by_rank = by_rank(n, active) if n <= MOST_RANKED else None
         self._sums = Sums(batch)
 
-    def add(self, seen: Seen) -> None:
-        problem, kept = Problem.of(seen), self._masks.to(seen.logits.device)
-        if self._by_rank is not None and not seen.depends_on_set:
-            self._sums.add(seen, self._by_rank.of_sets(seen, kept, problem.squared_errors))
+    def add(self, acts: LayerActivations) -> None:
+        problem, kept = Problem.to_match(acts), self._masks.to(acts.logits.device)
+        if self._by_rank is not None and not acts.depends_on_set:
+            self._sums.add(acts, self._by_rank.of_sets(acts, kept, problem.squared_errors))
             return
         step = max(1, AT_ONCE // problem.grams[:, 0].numel())
         parts = (kept[first : first + step] for first in range(0, len(kept), step))
-        self._sums.add(seen, torch.cat([problem.squared_errors(*seen.chosen(p, self.active)) for p in parts], dim=1))
+        self._sums.add(acts, torch.cat([problem.squared_errors(*acts.chosen(p, self.active)) for p in parts], dim=1))
 
     @property
     def errors(self) -> Array:
@@ -79,7 +79,7 @@ class SetErrors(Statistic):
         return self._sums.norms
 
     @property
-    def best(self) -> Kept:
+    def best(self) -> KeptSet:
         """The set of least error."""
         return self.sets[int(self.errors.argmin())]
 
@@ -88,52 +88,52 @@ class TokenGrams(Statistic):
     """Every token's Gram matrix and routing, for choices too many to add up. Grows with tokens: 4 n (n + 1) bytes each.
 
     Args:
-        n, k: of the layer.
+        n: experts of the layer.
         batch: sequences a calibration batch.
     """
 
     outputs = "all"
     by_layer = True
 
-    def __init__(self, n: int, k: int, *, batch: int = BATCH) -> None:
+    def __init__(self, n: int, *, batch: int = BATCH) -> None:
         self.n, self.batch = n, batch
         self.norms = np.zeros(n)
         self._problems: list[Problem] = []
 
-    def add(self, seen: Seen) -> None:
-        problem = Problem.of(seen)
+    def add(self, acts: LayerActivations) -> None:
+        problem = Problem.to_match(acts)
         norms = problem.grams.diagonal(dim1=1, dim2=2)[:, : self.n].clamp_min(0).sqrt()
-        self.norms += (seen.full_weights * norms).sum(0).double().cpu().numpy()
+        self.norms += (acts.full_weights * norms).sum(0).double().cpu().numpy()
         self._problems.append(problem)
 
-    def errors(self, choose: Callable[[Seen], tuple[Tensor, Tensor]]) -> Array:
-        """Errors, as `SetErrors.errors`, of choices given as `Seen.chosen` gives them: (choices,)."""
+    def errors(self, choose: Callable[[LayerActivations], tuple[Tensor, Tensor]]) -> Array:
+        """Errors, as `SetErrors.errors`, of choices given as `LayerActivations.chosen` gives them: (choices,)."""
         sums = Sums(self.batch)
         for problem in self._problems:
-            sums.add(problem.seen, problem.squared_errors(*choose(problem.seen)))
+            sums.add(problem.acts, problem.squared_errors(*choose(problem.acts)))
         return sums.norms
 
-    def of_sets(self, sets: list[Kept], active: int) -> Array:
+    def of_sets(self, sets: list[KeptSet], active: int) -> Array:
         """Errors of some kept sets, (sets,)."""
         step = max(1, AT_ONCE // (self.n * max(len(problem.grams) for problem in self._problems)))
         parts = [masks(sets[first : first + step], self.n) for first in range(0, len(sets), step)]
 
-        def choose(part: Tensor) -> Callable[[Seen], tuple[Tensor, Tensor]]:
-            return lambda seen: seen.chosen(part.to(seen.logits.device), active)
+        def choose(part: Tensor) -> Callable[[LayerActivations], tuple[Tensor, Tensor]]:
+            return lambda acts: acts.chosen(part.to(acts.logits.device), active)
 
         return np.concatenate([self.errors(choose(part)) for part in parts])
 
     def fits(self) -> Array:
         """A_j = sum over X_j of g_j^2 G, (n, n, n), g being the layer's own weights."""
-        found = np.zeros((self.n,) * 3)
+        fits = np.zeros((self.n,) * 3)
         for problem in self._problems:
-            squares = problem.seen.full_weights.double() ** 2
+            squares = problem.acts.full_weights.double() ** 2
             grams = problem.grams[:, : self.n, : self.n].double()
-            found += torch.einsum("tj,tab->jab", squares, grams).cpu().numpy()
-        return found
+            fits += torch.einsum("tj,tab->jab", squares, grams).cpu().numpy()
+        return fits
 
 
-def best_set(tokens: TokenGrams, r: int, active: int) -> Kept:
+def best_set(tokens: TokenGrams, r: int, active: int) -> KeptSet:
     """The better of two descents by swaps: from the largest gated output norms, and from a greedy elimination."""
     by_norm = tuple(sorted(np.argsort(-tokens.norms, kind="stable")[:r].tolist()))
     kept = tuple(range(tokens.n))
@@ -143,7 +143,7 @@ def best_set(tokens: TokenGrams, r: int, active: int) -> Kept:
     return min((_descended(tokens, start, active) for start in (by_norm, kept)), key=lambda end: end[0])[1]
 
 
-def _descended(tokens: TokenGrams, kept: Kept, active: int) -> tuple[float, Kept]:
+def _descended(tokens: TokenGrams, kept: KeptSet, active: int) -> tuple[float, KeptSet]:
     best = float(tokens.of_sets([kept], active)[0])
     while True:
         others = [e for e in range(tokens.n) if e not in kept]
@@ -161,11 +161,11 @@ class Sums:
         self.batch = batch
         self._squares: dict[int, Array] = {}
 
-    def add(self, seen: Seen, squares: Tensor) -> None:
+    def add(self, acts: LayerActivations, squares: Tensor) -> None:
         """`squares` is (tokens, choices)."""
-        of = torch.div(seen.sequence, self.batch, rounding_mode="floor").to(squares.device)
-        for number in of.unique().tolist():
-            added = squares[of == number].sum(0, dtype=torch.float64).cpu().numpy()
+        batches = torch.div(acts.sequence, self.batch, rounding_mode="floor").to(squares.device)
+        for number in batches.unique().tolist():
+            added = squares[batches == number].sum(0, dtype=torch.float64).cpu().numpy()
             self._squares[number] = self._squares.get(number, 0.0) + added
 
     @property
@@ -179,18 +179,18 @@ class Naee(Method):
 
     summary = "the kept set that changes the layer's output least (exact up to 20,000 sets)"
 
-    def needs(self, wanted: Wanted) -> dict[str, Statistic]:
-        n, r = wanted.experts, wanted.keep
+    def needs(self, budget: Budget) -> dict[str, Statistic]:
+        n, r = budget.experts, budget.keep
         if comb(n, r) > MOST_SETS:
-            return {"TokenGrams": TokenGrams(n, wanted.k)}
-        return {f"SetErrors {r} {wanted.active}": SetErrors(n, wanted.k, r=r, active=wanted.active)}
+            return {"TokenGrams": TokenGrams(n)}
+        return {f"SetErrors {r} {budget.active}": SetErrors(n, r=r, active=budget.active)}
 
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
-        found = next(iter(statistics.values()))
-        if isinstance(found, SetErrors):
-            return wanted.pruned(found.best)
-        assert isinstance(found, TokenGrams)
-        return wanted.pruned(best_set(found, wanted.keep, wanted.active))
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
+        (errors,) = statistics.values()
+        if isinstance(errors, SetErrors):
+            return budget.pruned(errors.best)
+        assert isinstance(errors, TokenGrams)
+        return budget.pruned(best_set(errors, budget.keep, budget.active))
 
 
 class NaeeProgressive(Naee):
@@ -200,12 +200,12 @@ class NaeeProgressive(Naee):
     progressive = alone = targets = True
 
 
-def masks(sets: Sequence[Kept], n: int) -> Tensor:
+def masks(sets: Sequence[KeptSet], n: int) -> Tensor:
     """bool (sets, n)."""
-    found: NDArray[np.bool_] = np.zeros((len(sets), n), dtype=bool)
-    for row, kept in zip(found, sets):
+    rows: NDArray[np.bool_] = np.zeros((len(sets), n), dtype=bool)
+    for row, kept in zip(rows, sets):
         row[list(kept)] = True
-    return torch.from_numpy(found)
+    return torch.from_numpy(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,29 +213,29 @@ class Problem:
     """What a layer's output is to be matched with, for every token of a batch.
 
     Args:
-        seen: the batch, without its hidden states.
+        acts: the batch, without its hidden states.
         grams: inner products of the experts' outputs, and of the target's where it is not the layer's own output,
             float32 (tokens, m, m), m being n, or n + 1.
         cross: inner products of each expert's output with what is to be matched, float64 (tokens, n).
-        own: squared norm of what is to be matched, float64 (tokens,).
+        norms: squared norm of what is to be matched, float64 (tokens,).
     """
 
-    seen: Seen
+    acts: LayerActivations
     grams: Tensor
     cross: Tensor
-    own: Tensor
+    norms: Tensor
 
     @classmethod
-    def of(cls, seen: Seen) -> Problem:
-        """The layer's own output, or `Seen.target`, is to be matched."""
-        if seen.target is None:
-            grams, weights = gram(seen.outputs), seen.full_weights.double()
+    def to_match(cls, acts: LayerActivations) -> Problem:
+        """The layer's own output, or `LayerActivations.target`, is to be matched."""
+        if acts.target is None:
+            grams, weights = gram(acts.outputs), acts.full_weights.double()
         else:
-            grams = gram(torch.cat([seen.outputs, seen.target[None].to(seen.outputs)]))
+            grams = gram(torch.cat([acts.outputs, acts.target[None].to(acts.outputs)]))
             weights = torch.zeros(grams.shape[:2], dtype=torch.float64, device=grams.device)
             weights[:, -1] = 1
         cross = (grams.double() @ weights[..., None])[..., 0]
-        return cls(seen.without_states(), grams, cross[:, : seen.layer.n], (cross * weights).sum(-1))
+        return cls(acts.without_states(), grams, cross[:, : acts.layer.n], (cross * weights).sum(-1))
 
     def squared_errors(self, index: Tensor, weights: Tensor) -> Tensor:
         """Squared norms of the difference when experts `index` run with `weights`, both (tokens, choices, k).
@@ -245,11 +245,13 @@ class Problem:
         """
         tokens, choices, k = index.shape
         weights, flat = weights.double(), index.reshape(tokens, -1)
+        # |sum_e w_e f_e - y|^2 = |y|^2 - 2 sum_e w_e <f_e, y> + sum_ef w_e w_f <f_e, f_f>, in float64: the three terms
+        # nearly cancel where the error is small
         linear = (weights * self.cross.gather(1, flat).view_as(weights)).sum(-1)
         pairs = index[..., :, None] * self.grams.shape[1] + index[..., None, :]
         inner = self.grams.flatten(1).gather(1, pairs.reshape(tokens, -1)).view(tokens, choices, k, k).double()
         quadratic = (weights[..., :, None] * inner * weights[..., None, :]).sum((-1, -2))
-        return (self.own[:, None] - 2 * linear + quadratic).clamp_min(0)
+        return (self.norms[:, None] - 2 * linear + quadratic).clamp_min(0)
 
 
 @cache
@@ -278,21 +280,22 @@ class ByRank:
             best = tuple(itertools.islice((i for i in range(n) if mask >> i & 1), k))
             self.table[mask] = number.get(best, 0)
 
-    def of_sets(self, seen: Seen, kept: Tensor, of_picks: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def of_sets(self, acts: LayerActivations, kept: Tensor, of_picks: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """What `of_picks` gives for the experts that each token would pick of each set: (tokens, sets).
 
         Args:
-            seen: a batch of a layer whose weights do not depend on the set (`Seen.depends_on_set`).
+            acts: a batch of a layer whose weights do not depend on the set (`LayerActivations.depends_on_set`).
             kept: sets, bool (sets, n).
             of_picks: numbers and weights of experts that run, (tokens, choices, k) -> (tokens, choices, ...).
         """
-        device = seen.logits.device
-        choice = seen.probabilities if seen.correction is None else seen.probabilities + seen.correction
+        device = acts.logits.device
+        choice = acts.probabilities if acts.correction is None else acts.probabilities + acts.correction
         order = choice.argsort(dim=1, descending=True)
         index = order[:, self.picks.to(device)]
-        scores = seen.probabilities.gather(1, index.flatten(1)).view(index.shape)
-        values = of_picks(index, seen.gated(scores))
-        bits = torch.zeros_like(seen.probabilities, dtype=torch.float64)
+        scores = acts.probabilities.gather(1, index.flatten(1)).view(index.shape)
+        values = of_picks(index, acts.gated(scores))
+        # float64 is exact below 2^53, and a matrix product of integers would not run on a GPU
+        bits = torch.zeros_like(acts.probabilities, dtype=torch.float64)
         bits.scatter_(1, order, (2.0 ** torch.arange(order.shape[1], device=device)).double().expand_as(order))
         numbers = self.table.to(device)[(bits @ kept.T.double()).long()]
         return values[torch.arange(len(values), device=device)[:, None], numbers]

@@ -25,9 +25,9 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from moeopt.methods.base import Method, Wanted
-from moeopt.methods.naee import Kept, TokenGrams, best_set, kept_sets
-from moeopt.methods.seen import Seen
+from moeopt.methods.base import Budget, Method, statistic
+from moeopt.methods.layer_activations import LayerActivations
+from moeopt.methods.naee import KeptSet, TokenGrams, best_set, kept_sets
 from moeopt.methods.statistics import Array, Statistic
 from moeopt.plan import LayerPlan, one_hot
 
@@ -46,29 +46,27 @@ class OutputFit(Method):
 
     summary = "kept experts that stand in for the others, W_RM fitted to the layer's output"
 
-    def needs(self, wanted: Wanted) -> dict[str, Statistic]:
-        return {"TokenGrams": TokenGrams(wanted.experts, wanted.k)}
+    kinds = (TokenGrams,)
 
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
-        tokens = statistics["TokenGrams"]
-        assert isinstance(tokens, TokenGrams)
-        n, r, fits = wanted.experts, wanted.keep, tokens.fits()
-        sets: list[Kept] = [best_set(tokens, r, wanted.active)]
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
+        tokens = statistic(statistics, TokenGrams)
+        n, r, fits = budget.experts, budget.keep, tokens.fits()
+        sets: list[KeptSet] = [best_set(tokens, r, budget.active)]
         if comb(n, r) <= MOST_SETS:
             every = kept_sets(n, r)
-            sets = [every[int(tokens.of_sets(every, wanted.active).argmin())]]
+            sets = [every[int(tokens.of_sets(every, budget.active).argmin())]]
             sets.append(
                 min(every, key=lambda kept: sum(column(fits[j], kept, j)[1] for j in range(n) if j not in kept))
             )
-        found = [fitted(tokens, fits, kept, wanted.active) for kept in dict.fromkeys(sets)]
-        error, kept, w_rm = min(found, key=lambda one: one[0])
-        prunings = tokens.of_sets(sets, wanted.active)  # by selected rows, which may differ from a one-hot W_RM
+        mappings = [fitted(tokens, fits, kept, budget.active) for kept in dict.fromkeys(sets)]
+        error, kept, w_rm = min(mappings, key=lambda mapping: mapping[0])
+        prunings = tokens.of_sets(sets, budget.active)  # by selected rows, which may differ from a one-hot W_RM
         if prunings.min() <= error:
-            return wanted.pruned(sets[int(prunings.argmin())])
-        return LayerPlan(n, wanted.active, kept=kept, w_rm=w_rm.astype(np.float32), router="prob")
+            return budget.pruned(sets[int(prunings.argmin())])
+        return LayerPlan(n, budget.active, kept=kept, w_rm=w_rm.astype(np.float32), router="prob")
 
 
-def column(a: Array, kept: Kept, j: int) -> tuple[Array, float]:
+def column(a: Array, kept: KeptSet, j: int) -> tuple[Array, float]:
     """The weights c >= 0, (r,), on the kept experts that stand in for j best, and the squared error left.
 
     Args:
@@ -86,7 +84,7 @@ def column(a: Array, kept: Kept, j: int) -> tuple[Array, float]:
     return c, float(a[j, j] - 2 * c @ cross + c @ inner @ c)
 
 
-def fitted(tokens: TokenGrams, fits: Array, kept: Kept, active: int) -> tuple[float, Kept, Array]:
+def fitted(tokens: TokenGrams, fits: Array, kept: KeptSet, active: int) -> tuple[float, KeptSet, Array]:
     """Error, kept set and fitted W_RM, (r, n)."""
     n = len(fits)
     pruning = one_hot(kept, n).astype(np.float64)
@@ -109,13 +107,13 @@ def fitted(tokens: TokenGrams, fits: Array, kept: Kept, active: int) -> tuple[fl
     return best, kept, w_rm
 
 
-def errors_of(tokens: TokenGrams, w_rm: Array, kept: Kept, active: int) -> Array:
+def errors_of(tokens: TokenGrams, w_rm: Array, kept: KeptSet, active: int) -> Array:
     """The layer's error under router mappings (choices, r, n) of kept experts: (choices,)."""
     matrices = torch.from_numpy(w_rm).float()
-    return tokens.errors(lambda seen: mapped(seen, matrices.to(seen.logits.device), kept, active))
+    return tokens.errors(lambda acts: mapped(acts, matrices.to(acts.logits.device), kept, active))
 
 
-def mapped(seen: Seen, w_rm: Tensor, kept: Kept, active: int) -> tuple[Tensor, Tensor]:
+def mapped(acts: LayerActivations, w_rm: Tensor, kept: KeptSet, active: int) -> tuple[Tensor, Tensor]:
     """Experts that run and their weights, (tokens, choices, k), under router mappings (choices, r, n)."""
-    top, index = torch.einsum("tn,crn->tcr", seen.probabilities, w_rm).topk(active, dim=-1)
-    return torch.tensor(kept, device=index.device)[index], seen.gated(top)
+    top, index = torch.einsum("tn,crn->tcr", acts.probabilities, w_rm).topk(active, dim=-1)
+    return torch.tensor(kept, device=index.device)[index], acts.gated(top)

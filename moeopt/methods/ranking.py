@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moeopt.methods.base import Method, Wanted
+from moeopt.methods.base import Budget, Method
 from moeopt.methods.statistics import Array, Moves, Norms, Routing, Statistic
 from moeopt.plan import LayerPlan
 
@@ -25,15 +25,12 @@ class Ranking(Method):
     """
 
     def __init__(self, summary: str, kind: Kind, score: Callable[[Any], Array], *, progressive: bool = False) -> None:
-        self.summary, self.kind, self.score = summary, kind, score
+        self.summary, self.kinds, self.score = summary, (kind,), score
         self.progressive = self.alone = progressive
 
-    def needs(self, wanted: Wanted) -> dict[str, Statistic]:
-        return {self.kind.__name__: self.kind(wanted.experts, wanted.k)}
-
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
-        scores = self.score(statistics[self.kind.__name__])
-        return wanted.pruned(np.argsort(-scores, kind="stable")[: wanted.keep].tolist())
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
+        scores = self.score(statistics[self.kinds[0].__name__])
+        return budget.pruned(np.argsort(-scores, kind="stable")[: budget.keep].tolist())
 
 
 class Random(Method):
@@ -41,52 +38,50 @@ class Random(Method):
 
     summary = "r uniformly drawn experts per layer"
 
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
-        return wanted.pruned(rng.permutation(wanted.experts)[: wanted.keep].tolist())
-
-
-def frequency(routing: Routing) -> Array:
-    """v_j."""
-    return routing.visits
-
-
-def soft_activation(routing: Routing) -> Array:
-    """The sum over X_j of g_j."""
-    return routing.gates
-
-
-def soft_activation_all(routing: Routing) -> Array:
-    """The sum over all tokens of p_j."""
-    return routing.probabilities
-
-
-def ean(norms: Norms) -> Array:
-    """The sum over X_j of ||f_j||."""
-    return norms.norms
-
-
-def ean_mean(norms: Norms) -> Array:
-    """The mean over X_j of ||f_j||, 0 where X_j is empty."""
-    return norms.norms / np.maximum(norms.visits, 1)
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
+        return budget.pruned(rng.permutation(budget.experts)[: budget.keep].tolist())
 
 
 def reap(norms: Norms) -> Array:
-    """The mean over X_j of g_j ||f_j||, 0 where X_j is empty (REAP, arXiv 2510.13999, equation 9).
-
-    `reap_progressive` takes it layer by layer, the earlier ones being pruned, as LLM Compressor does.
-    """
+    """The mean over X_j of g_j ||f_j||, 0 where X_j is empty (REAP, arXiv 2510.13999, equation 9)."""
     return norms.gated / np.maximum(norms.visits, 1)
 
 
-def msan(norms: Norms) -> Array:
-    """The mean over X_j of ||f_j||^2, 0 where X_j is empty (arXiv 2606.15716, whose MAN is `ean_mean`)."""
-    return norms.squares / np.maximum(norms.visits, 1)
-
-
-def easy_ep(moves: Moves) -> Array:
-    """The sum over X_j of g_j ||f_j|| max(0, 1 - cos(x, x + y)) (EASY-EP, arXiv 2504.06792).
-
-    x are the hidden states that the norm before the block takes, y what the routed experts add to them: without shared
-    experts, as in the authors' code, which also has the clamp.
-    """
-    return moves.moved
+RANKINGS: dict[str, Method] = {
+    # v_j
+    "frequency": Ranking("the experts picked most often", Routing, lambda routing: routing.visits),
+    # sum over X_j of g_j
+    "soft_activation": Ranking(
+        "largest sum of gates over the tokens routed to them", Routing, lambda routing: routing.gates
+    ),
+    # sum over all tokens of p_j
+    "soft_activation_all": Ranking(
+        "largest sum of probabilities over all tokens", Routing, lambda routing: routing.probabilities
+    ),
+    # sum over X_j of ||f_j||
+    "ean": Ranking("largest sum of output norms over the tokens routed to them", Norms, lambda norms: norms.norms),
+    # mean over X_j of ||f_j||, 0 where X_j is empty
+    "ean_mean": Ranking(
+        "largest mean output norm over the tokens routed to them",
+        Norms,
+        lambda norms: norms.norms / np.maximum(norms.visits, 1),
+    ),
+    "reap": Ranking("largest mean gated output norm over the tokens routed to them", Norms, reap),
+    # as LLM Compressor takes it
+    "reap_progressive": Ranking("reap, each layer after the earlier ones are pruned", Norms, reap, progressive=True),
+    # mean over X_j of ||f_j||^2, 0 where X_j is empty (arXiv 2606.15716, whose MAN is ean_mean)
+    "msan": Ranking(
+        "largest mean squared output norm over the tokens routed to them",
+        Norms,
+        lambda norms: norms.squares / np.maximum(norms.visits, 1),
+    ),
+    # sum over X_j of g_j ||f_j|| max(0, 1 - cos(x, x + y)) (EASY-EP, arXiv 2504.06792). x are the hidden states that
+    # the norm before the block takes, y what the routed experts add to them: without shared experts, as in the authors'
+    # code, which also has the clamp.
+    "easy_ep": Ranking(
+        "largest sum of gated output norms, tokens weighed by how much the layer turns them",
+        Moves,
+        lambda moves: moves.moved,
+    ),
+}
+"""Methods by name, the formula of the score above each; notation as in `statistics`."""

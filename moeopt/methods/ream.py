@@ -32,13 +32,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeopt.methods.activations import Activations
-from moeopt.methods.base import Method, Wanted
+from moeopt.methods.base import Budget, Method, statistic
+from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.matching import neuron_weights, orders, tensors_of
-from moeopt.methods.seen import Seen
+from moeopt.methods.neuron_activations import NeuronActivations
 from moeopt.methods.statistics import Array, Routing, Statistic, routed
 from moeopt.models import MoELayer
-from moeopt.models.mixing import Form
+from moeopt.models.mixing import ExpertForm
 from moeopt.plan import LayerPlan, Matrix, Orders, one_hot
 
 GROUP = 16
@@ -60,22 +60,22 @@ class Likeness(Statistic):
     outputs = "all"
     by_layer = True
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.salient = np.zeros(n)
         self.gated: Array | None = None
         self.layer: MoELayer | None = None
         self.hidden: list[Tensor] = []
 
-    def add(self, seen: Seen) -> None:
-        p = seen.probabilities
-        gated = torch.stack([p[:, j] @ seen.output(j, slice(None)).float() for j in range(seen.layer.n)])
+    def add(self, acts: LayerActivations) -> None:
+        p = acts.probabilities
+        gated = torch.stack([p[:, j] @ acts.output(j, slice(None)).float() for j in range(acts.layer.n)])
         sums = gated.double().cpu().numpy()
         self.gated = sums if self.gated is None else self.gated + sums
-        for j, tokens, _ in routed(seen):
-            norms = seen.output(j, tokens).float().norm(dim=-1)
+        for j, tokens, _ in routed(acts):
+            norms = acts.output(j, tokens).float().norm(dim=-1)
             self.salient[j] += float((norms * p[tokens, j]).double().sum())
-        self.layer = seen.layer
-        self.hidden.append(seen.hidden)
+        self.layer = acts.layer
+        self.hidden.append(acts.hidden)
 
     def saliency(self, visits: Array) -> Array:
         """s, (n,), visits being |X_i|."""
@@ -93,26 +93,21 @@ class Ream(Method):
     """Experts merged into the most salient ones, neurons aligned, layer by layer; see the top of the file."""
 
     summary = "groups led by experts of large gated outputs merged, neurons aligned, layer by layer"
-    progressive = True
-    alone = True
+    progressive = alone = True
+    kinds = (Routing, Likeness)
 
-    def needs(self, wanted: Wanted) -> dict[str, Statistic]:
-        return {kind.__name__: kind(wanted.experts, wanted.k) for kind in (Routing, Likeness)}
-
-    def layer(self, statistics: Mapping[str, Statistic], wanted: Wanted, rng: np.random.Generator) -> LayerPlan:
-        routing, likeness = statistics["Routing"], statistics["Likeness"]
-        assert isinstance(routing, Routing)
-        assert isinstance(likeness, Likeness)
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
+        routing, likeness = statistic(statistics, Routing), statistic(statistics, Likeness)
         assert likeness.gated is not None
         saliency = likeness.saliency(routing.visits)
-        leads, labels = grouped(saliency, alike(likeness.gated, routing.logits), wanted.keep)
-        members = labels[None, :] == np.arange(wanted.keep)[:, None]
+        leads, labels = grouped(saliency, alike(likeness.gated, routing.logits), budget.keep)
+        members = labels[None, :] == np.arange(budget.keep)[:, None]
         weights = members * saliency
         w_em = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
         # a group's lead is its expert of largest weight, as it is the most salient of those not taken
-        neurons = aligned(likeness, w_em) if wanted.keep < wanted.experts else None
-        w_rm = one_hot(leads, wanted.experts)
-        return LayerPlan(wanted.experts, wanted.active, w_em=w_em, w_rm=w_rm, router="rows", neurons=neurons)
+        neurons = aligned(likeness, w_em) if budget.keep < budget.experts else None
+        w_rm = one_hot(leads, budget.experts)
+        return LayerPlan(budget.experts, budget.active, w_em=w_em, w_rm=w_rm, router="rows", neurons=neurons)
 
 
 def alike(gated: Array, logits: Array) -> Array:
@@ -149,11 +144,11 @@ def aligned(likeness: Likeness, w_em: Matrix) -> Orders:
     """Orders of neurons, (n, inner), by their activations and weights."""
     layer = likeness.layer
     assert layer is not None
-    tensors, form, hidden = tensors_of(layer), Form.of(layer.experts), likeness.sample()
-    activations, ones = Activations(layer, tensors), torch.ones(len(hidden), device=hidden.device)
+    tensors, form, hidden = tensors_of(layer), ExpertForm.from_module(layer.experts), likeness.sample()
+    activations, ones = NeuronActivations(layer, tensors), torch.ones(len(hidden), device=hidden.device)
 
     def features(expert: int) -> tuple[Tensor, Tensor]:
-        return _normed(activations.of(expert, hidden, ones).T), _normed(neuron_weights(tensors, form, expert))
+        return _normed(activations.weighted(expert, hidden, ones).T), _normed(neuron_weights(tensors, form, expert))
 
     def cost(lead: int, other: int) -> Tensor:
         (acts, weights), (other_acts, other_weights) = features(lead), features(other)

@@ -45,8 +45,8 @@ from torch import Tensor
 
 from moeopt.errors import MethodError, ModelError
 from moeopt.methods.calibration import Calibration, Stream
+from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.layer_fitting import LayerFit, LayerFitting
-from moeopt.methods.seen import Seen
 from moeopt.methods.sequences import Batch
 from moeopt.models import MoELayer, check_makes, fingerprint, layerwise, patched
 from moeopt.plan import LayerPlan, Plan
@@ -232,8 +232,8 @@ class _Run:
         self.small.advance(index, _nothing, self.plan)
 
     def _fitted(self, index: int, number: int) -> LayerFit:
-        layer, original, batches = self.calibration.layers[number], list[Tensor](), list[Seen]()
-        with self.calibration.watching(lambda seen: original.append(seen.routed)) as watch:
+        layer, original, batches = self.calibration.layers[number], list[Tensor](), list[LayerActivations]()
+        with self.calibration.watching(lambda acts: original.append(acts.routed)) as watch:
             self.full.advance(index, watch)
         entering = list(self.small.states)
         with patched(self.calibration.model, self.plan):  # first, so that its routing is what is seen
@@ -248,7 +248,7 @@ class _Run:
                 for there, here, batch in zip(self.full.states, self.small.states, self.calibration.batches)
             ]
         with self.small.loaded(index):
-            held = [self.held[seen.sequence].to(gap.device) for seen, gap in zip(batches, gaps)]
+            held = [self.held[acts.sequence].to(gap.device) for acts, gap in zip(batches, gaps)]
             given = sum(float(y[out].double().square().sum()) for y, out in zip(original, held))
             fitting = LayerFitting(layer, self.layers[number], batches, gaps, held, given)
             self.layers[number], fit = fitting.run(*self.options)
@@ -258,7 +258,7 @@ class _Run:
             self.small.advance(index, _nothing, self.plan)
         return replace(fit, factor=factor)
 
-    def _factor(self, index: int, layer: MoELayer, entering: Tensor, seen: Seen) -> float | None:
+    def _factor(self, index: int, layer: MoELayer, entering: Tensor, acts: LayerActivations) -> float | None:
         """c, if a change y of what the experts give changes what leaves the decoder layer by c y; else None.
 
         It does not where a norm follows the experts. Told by making them `LOUDER` on the first batch.
@@ -273,7 +273,7 @@ class _Run:
         finally:
             handle.remove()
         change = _real(there - self.small.states[0], self.calibration.batches[0]).double().flatten()
-        added = (LOUDER - 1) * seen.routed.double().flatten()
+        added = (LOUDER - 1) * acts.routed.double().flatten()
         c = float(change @ added) / max(float(added @ added), torch.finfo(torch.float64).tiny)
         linear = float((change - c * added).norm()) <= NEARLY * float(change.norm())
         return c if linear and c > 0 else None
@@ -289,10 +289,10 @@ def _nothing(_batch: Any) -> None:
 
 
 class _Parts:
-    """Layers that are done, a plan file each, in a folder of a folder that is named after what they are of."""
+    """Layers that are done, a plan file each, in a folder of `folder` that is named after what is refitted to what."""
 
-    def __init__(self, folder: Path | None, of: str) -> None:
-        self.folder = None if folder is None else folder / of
+    def __init__(self, folder: Path | None, digest: str) -> None:
+        self.folder = None if folder is None else folder / digest
         try:
             if self.folder is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,37 +12,22 @@ import torch
 from moeopt.errors import MethodError, ModelError
 from moeopt.methods import clustering, matching, ranking
 from moeopt.methods.aimer import Aimer
-from moeopt.methods.base import Groups, Method, Planner, Wanted
+from moeopt.methods.base import Budget, Groups, Method, MethodPlan, Planner
 from moeopt.methods.calibration import Calibration, Stream
+from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.loss_aware import ROUNDS, LossAware
 from moeopt.methods.mone import Mone
 from moeopt.methods.naee import Naee, NaeeProgressive
 from moeopt.methods.names import parsed
 from moeopt.methods.output_fit import OutputFit
-from moeopt.methods.ranking import Ranking
 from moeopt.methods.ream import Ream
-from moeopt.methods.seen import Seen
-from moeopt.methods.statistics import MeanOutputs, Moves, Norms, Routing, Statistic
+from moeopt.methods.statistics import MeanOutputs, Statistic
 from moeopt.models import MoELayer
 from moeopt.plan import AMONG_ALL, LayerPlan, Plan
 
 METHODS: dict[str, Method] = {
     "random": ranking.Random(),
-    "frequency": Ranking("the experts picked most often", Routing, ranking.frequency),
-    "soft_activation": Ranking("largest sum of gates over the tokens routed to them", Routing, ranking.soft_activation),
-    "soft_activation_all": Ranking(
-        "largest sum of probabilities over all tokens", Routing, ranking.soft_activation_all
-    ),
-    "ean": Ranking("largest sum of output norms over the tokens routed to them", Norms, ranking.ean),
-    "ean_mean": Ranking("largest mean output norm over the tokens routed to them", Norms, ranking.ean_mean),
-    "reap": Ranking("largest mean gated output norm over the tokens routed to them", Norms, ranking.reap),
-    "reap_progressive": Ranking(
-        "reap, each layer after the earlier ones are pruned", Norms, ranking.reap, progressive=True
-    ),
-    "msan": Ranking("largest mean squared output norm over the tokens routed to them", Norms, ranking.msan),
-    "easy_ep": Ranking(
-        "largest sum of gated output norms, tokens weighed by how much the layer turns them", Moves, ranking.easy_ep
-    ),
+    **ranking.RANKINGS,
     "aimer": Aimer(),
     "mone": Mone(),
     "naee": Naee(),
@@ -64,24 +49,6 @@ METHODS: dict[str, Method] = {
     "loss_aware": LossAware("the kept set that changes the loss least, by its derivative", 1),
     "loss_aware_rounds": LossAware("loss_aware, with derivatives taken again on the way", ROUNDS),
 }
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a method found.
-
-    Args:
-        plan: the plan.
-        layer_tokens: what it would cost alone: tokens times decoder layers, a layer whose n experts all run counting as
-            n / k layers, one whose experts run again for the tokens routed to them as 2.
-        seconds: wall time of the passes it shared with others, and of its own.
-        how: what it chose on the way, in words.
-    """
-
-    plan: Plan
-    layer_tokens: int
-    seconds: float
-    how: str = ""
 
 
 def get(name: str) -> Method:
@@ -122,7 +89,7 @@ def plans(
     k: int | None = None,
     groups: Groups | None = None,
     seed: int = 0,
-) -> dict[str, Found]:
+) -> dict[str, MethodPlan]:
     """The plans of several methods, by name; those that need the same statistics share a pass.
 
     Args:
@@ -149,24 +116,23 @@ def plans(
                 "not allow; use naee"
             )
     shape = calibration.shape
-    wanted = Wanted(shape.experts, shape.k, keep, shape.k if k is None else k, seed)
+    budget = Budget(shape.experts, shape.k, keep, shape.k if k is None else k, seed)
     for name in chosen:
-        wanted.check(among_all=parsed(name).router in AMONG_ALL)
+        budget.check(among_all=parsed(name).router in AMONG_ALL)
     layers = {layer.index: layer for layer in calibration.layers}
     if any((layer.n, layer.k) != (shape.experts, shape.k) for layer in layers.values()):
         raise MethodError("the MoE layers of the model differ in n or k; one-shot methods need equal layers")
     ranges = _ranges(groups, shape.layers)
     at_once = {name: method for name, method in chosen.items() if not method.alone}
-    found = _at_once(at_once, calibration, wanted, ranges) if at_once else {}
+    made = _at_once(at_once, calibration, budget, ranges) if at_once else {}
     for name, method in chosen.items():
         if isinstance(method, Planner):
-            outcome = method.planned(calibration, wanted, ranges)
-            found[name] = Found(outcome.plan, outcome.layer_tokens, outcome.seconds, outcome.how)
+            made[name] = method.planned(calibration, budget, ranges)
         elif method.progressive:
             if len(ranges) < shape.layers:
                 raise MethodError(f"{name} goes layer by layer: layers cannot share a choice, got {len(ranges)} groups")
-            found[name] = _progressively(name, method, calibration, wanted)
-    return {name: found[name] for name in chosen}
+            made[name] = _progressively(name, method, calibration, budget)
+    return {name: made[name] for name in chosen}
 
 
 def _ranges(groups: Groups | None, layers: int) -> Groups:
@@ -177,12 +143,12 @@ def _ranges(groups: Groups | None, layers: int) -> Groups:
 
 
 def _at_once(
-    chosen: Mapping[str, Method], calibration: Calibration, wanted: Wanted, ranges: Groups
-) -> dict[str, Found]:
+    chosen: Mapping[str, Method], calibration: Calibration, budget: Budget, ranges: Groups
+) -> dict[str, MethodPlan]:
     """One pass of the full model for all."""
     started = time.perf_counter()
     group_of = [group for group, (first, last) in enumerate(ranges) for _ in range(first, last + 1)]
-    needs = {name: method.needs(wanted) for name, method in chosen.items()}
+    needs = {name: method.needs(budget) for name, method in chosen.items()}
     kinds = {key: statistic for need in needs.values() for key, statistic in need.items()}
     by_layer = any(statistic.by_layer for statistic in kinds.values())
     parts: dict[str, list[LayerPlan]] = {name: [] for name in chosen}
@@ -194,37 +160,39 @@ def _at_once(
         first, last = ranges[group]
         for name, method in chosen.items():
             begun = time.perf_counter()
-            own = {key: shared[key] for key in needs[name]}
-            rng = np.random.default_rng([wanted.seed, group])
-            made = method.layers(own, wanted, rng, range(first, last + 1))
-            parts[name] += [_mixed(part, name, calibration.layers[i]) for i, part in enumerate(made, first)]
+            statistics = {key: shared[key] for key in needs[name]}
+            rng = np.random.default_rng([budget.seed, group])
+            planned = method.layers(statistics, budget, rng, range(first, last + 1))
+            parts[name] += [_mixed(part, name, calibration.layers[i]) for i, part in enumerate(planned, first)]
             spent[name] += time.perf_counter() - begun
 
-    def see(seen: Seen) -> None:
-        group = group_of[seen.layer.index]
+    def observe(acts: LayerActivations) -> None:
+        group = group_of[acts.layer.index]
         if group not in open_groups:
-            if by_layer and group:
+            if by_layer and group:  # layers come in order, so that the last group has all that it will
                 close(group - 1)
-            fresh = {key: value for method in chosen.values() for key, value in method.needs(wanted).items()}
+            fresh = {key: value for method in chosen.values() for key, value in method.needs(budget).items()}
+            # those that take all outputs first: they are computed once, and the others then take theirs from them
             open_groups[group] = dict(sorted(fresh.items(), key=lambda item: item[1].outputs != "all"))
         for statistic in open_groups[group].values():
-            statistic.add(seen)
+            statistic.add(acts)
 
     if kinds:
         try:
             all_outputs = any(statistic.outputs == "all" for statistic in kinds.values())
-            calibration.run(see, layer_by_layer=by_layer, all_outputs=all_outputs)
+            calibration.run(observe, layer_by_layer=by_layer, all_outputs=all_outputs)
         except ModelError as error:
             raise MethodError(f"{', '.join(chosen)}: {error}") from error
     for group in sorted(open_groups) if kinds else range(len(ranges)):
         close(group)
     seconds = time.perf_counter() - started - sum(spent.values())
     return {
-        name: Found(Plan(tuple(parts[name])), _cost(needs[name], calibration), seconds + spent[name]) for name in chosen
+        name: MethodPlan(Plan(tuple(parts[name])), _cost(needs[name], calibration), seconds + spent[name])
+        for name in chosen
     }
 
 
-def _progressively(name: str, method: Method, calibration: Calibration, wanted: Wanted) -> Found:
+def _progressively(name: str, method: Method, calibration: Calibration, budget: Budget) -> MethodPlan:
     """Two streams: what the full model gives, if that is wanted, and the tokens through the layers planned so far."""
     started = time.perf_counter()
     shape = calibration.shape
@@ -234,11 +202,11 @@ def _progressively(name: str, method: Method, calibration: Calibration, wanted: 
     statistics: dict[str, Statistic] = {}
     looking = False
 
-    def see(seen: Seen) -> None:
+    def observe(acts: LayerActivations) -> None:
         if not looking:
-            targets.append(seen.routed)
+            targets.append(acts.routed)
             return
-        aimed = replace(seen, target=targets.pop(0)) if method.targets else seen
+        aimed = replace(acts, target=targets.pop(0)) if method.targets else acts
         for statistic in statistics.values():
             statistic.add(aimed)
 
@@ -249,21 +217,22 @@ def _progressively(name: str, method: Method, calibration: Calibration, wanted: 
             raise MethodError(f"{name} goes layer by layer, which this model does not allow: {error}") from error
         for index in range(pruned.depth):
             if reference is not None:
-                with calibration.watching(see) as watch:
+                with calibration.watching(observe) as watch:
                     reference.advance(index, watch)
             if index in pruned.moe:
-                statistics, looking = method.needs(wanted), True
+                statistics, looking = method.needs(budget), True
                 every = any(statistic.outputs == "all" for statistic in statistics.values())
-                with calibration.watching(see, all_outputs=every) as watch:
+                with calibration.watching(observe, all_outputs=every) as watch:
                     pruned.look(index, watch)
                 looking = False
-                rng = np.random.default_rng([wanted.seed, len(planned)])
-                part = method.layer(statistics, wanted, rng)
+                rng = np.random.default_rng([budget.seed, len(planned)])
+                part = method.layer(statistics, budget, rng)
                 planned.append(_mixed(part, name, calibration.layers[len(planned)]))
+            # the layers to come as they are: only layer `index` runs, but a plan is of the whole model
             pruned.advance(index, lambda batch: None, Plan((*planned, *full.layers[len(planned) :])))
     passes = calibration.tokens * pruned.depth
     cost = (1 + method.targets) * passes + _cost(statistics, calibration)
-    return Found(Plan(tuple(planned)), cost, time.perf_counter() - started)
+    return MethodPlan(Plan(tuple(planned)), cost, time.perf_counter() - started)
 
 
 def _cost(needs: Mapping[str, Statistic], calibration: Calibration) -> int:

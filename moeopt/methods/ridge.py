@@ -114,7 +114,7 @@ class Rows(Products):
 
     def solution(self, ridge: float) -> Tensor:
         a, r = self.rows
-        return a.T @ solved(a @ a.T, r, ridge)
+        return a.T @ solved(a @ a.T, r, ridge)  # (A'A + lam)^-1 A' = A' (A A' + lam)^-1
 
     def _left(self, d: Tensor) -> float:
         a, r = self.rows
@@ -135,7 +135,7 @@ def solved(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
     for dtype in (torch.float32, torch.float64):
         m = matrix.to(dtype, copy=True)
         m.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(m)
+        factor, failed = torch.linalg.cholesky_ex(m)  # tells of a failure without raising
         if failed:
             continue
         x = torch.cholesky_solve(right.to(dtype), factor)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeopt.methods.base import Wanted
-from moeopt.methods.naee import AT_ONCE, MOST_RANKED, MOST_SETS, Kept, by_rank, kept_sets, masks
-from moeopt.methods.seen import TINY, Seen
+from moeopt.methods.base import Budget
+from moeopt.methods.layer_activations import TINY, LayerActivations
+from moeopt.methods.naee import AT_ONCE, MOST_RANKED, MOST_SETS, KeptSet, by_rank, kept_sets, masks
 from moeopt.methods.statistics import Array
 
 SKETCHES = 8
@@ -38,27 +38,27 @@ class Sums:
         output: the sum over tokens of |g_t| times the squared change of the output, estimated by sketches, (sets,).
     """
 
-    def __init__(self, sets: Sequence[Kept], active: int, now: Kept, k: int, n: int) -> None:
+    def __init__(self, sets: Sequence[KeptSet], active: int, now: KeptSet, k: int, n: int) -> None:
         self.sets, self.active, self.now, self.k, self.n = sets, active, now, k, n
         self.signed, self.absolute, self.squared, self.output = (np.zeros(len(sets)) for _ in range(4))
         self._masks, self._now = masks(sets, n), masks([now], n)
 
-    def add(self, seen: Seen, products: Tensor) -> None:
+    def add(self, acts: LayerActivations, products: Tensor) -> None:
         """A batch: what the layer saw, and `products_of` that, with or without sketches."""
-        before = _values(seen, products, self._now, self.k)
+        before = _values(acts, products, self._now, self.k)
         step = max(1, AT_ONCE // products.numel())
         for first in range(0, len(self.sets), step):
             part = slice(first, first + step)
-            change = (self.values(seen, products, part) - before).double()
+            change = (self.values(acts, products, part) - before).double()
             along = change[..., 0]
             self.signed[part] += along.sum(0).cpu().numpy()
             self.absolute[part] += along.abs().sum(0).cpu().numpy()
             self.squared[part] += (along**2).sum(0).cpu().numpy()
             self.output[part] += (change[..., 1:] ** 2).sum((0, 2)).cpu().numpy()
 
-    def values(self, seen: Seen, products: Tensor, part: slice) -> Tensor:
+    def values(self, acts: LayerActivations, products: Tensor, part: slice) -> Tensor:
         """sum_e w_e(S) <., f_e> of some of the sets, by each product: float32 (tokens, sets, products)."""
-        return _values(seen, products, self._masks[part], self.active)
+        return _values(acts, products, self._masks[part], self.active)
 
     def __add__(self, other: Self) -> Self:
         total = copy(self)
@@ -78,20 +78,20 @@ class Toggles(Sums):
         active, now, k, n: as for `Sums`.
     """
 
-    def __init__(self, base: Kept, experts: Kept, active: int, now: Kept, k: int, n: int) -> None:
+    def __init__(self, base: KeptSet, experts: KeptSet, active: int, now: KeptSet, k: int, n: int) -> None:
         sets = [tuple(sorted({*base} ^ {e})) for e in experts]
         # What a set of which fewer remain than run would do is that of all that remain.
         super().__init__(sets, min(active, len(sets[0])), now, k, n)
         self.experts, self._base = torch.tensor(experts), masks([base], n)[0]
         self.taken_out, self.size = len(sets[0]) < len(base), len(base)
 
-    def values(self, seen: Seen, products: Tensor, part: slice) -> Tensor:
-        softmax = seen.rule.score != "sigmoid"
-        if softmax and seen.correction is not None:  # whose order changes with the set that probabilities are over
-            return super().values(seen, products, part)
+    def values(self, acts: LayerActivations, products: Tensor, part: slice) -> Tensor:
+        softmax = acts.rule.score != "sigmoid"
+        if softmax and acts.correction is not None:  # whose order changes with the set that probabilities are over
+            return super().values(acts, products, part)
         base, experts = self._base.to(products.device), self.experts[part].to(products.device)
-        scores = seen.probabilities
-        choice = scores if seen.correction is None else scores + seen.correction
+        scores = acts.probabilities
+        choice = scores if acts.correction is None else scores + acts.correction
         whole = (scores * base).sum(-1, keepdim=True).clamp_min(TINY) if softmax else torch.ones_like(scores[:, :1])
         scores = scores / whole
         ranked = choice.masked_fill(~base, -torch.inf)
@@ -101,28 +101,28 @@ class Toggles(Sums):
         # Scores and products of the picks but each one: sums, as differences would cancel where one outweighs all.
         others = 1 - torch.eye(picks.shape[1], device=products.device)
         totals, sums = picked @ others, torch.einsum("tim,ij->tjm", parts, others)
-        own, own_sums = scores[:, experts], scores[:, experts, None] * products[:, experts]
+        toggled, toggled_sums = scores[:, experts], scores[:, experts, None] * products[:, experts]
         if self.taken_out:  # one of the picks, or else the last of them, which is one too many
             places = torch.arange(picks.shape[1], device=products.device).expand_as(picks)
             place = torch.full(scores.shape, picks.shape[1] - 1, device=products.device).scatter(1, picks, places)
             place = place[:, experts]
             total, summed = totals.gather(1, place), sums.gather(1, place[..., None].expand(-1, -1, sums.shape[2]))
         elif self.active > self.size:
-            total, summed = picked.sum(1, keepdim=True) + own, parts.sum(1, keepdim=True) + own_sums
+            total, summed = picked.sum(1, keepdim=True) + toggled, parts.sum(1, keepdim=True) + toggled_sums
         else:
             enters = choice[:, experts] > ranked.gather(1, picks[:, -1:])
-            total = torch.where(enters, totals[:, -1:] + own, picked.sum(1, keepdim=True))
-            summed = torch.where(enters[..., None], sums[:, -1:] + own_sums, parts.sum(1, keepdim=True))
+            total = torch.where(enters, totals[:, -1:] + toggled, picked.sum(1, keepdim=True))
+            summed = torch.where(enters[..., None], sums[:, -1:] + toggled_sums, parts.sum(1, keepdim=True))
         if softmax:  # over what is left
-            share = 1 / (1 - own if self.taken_out else 1 + own).clamp_min(TINY)
+            share = 1 / (1 - toggled if self.taken_out else 1 + toggled).clamp_min(TINY)
             total, summed = total * share, summed * share[..., None]
-        return summed * seen.factor(total)[..., None]
+        return summed * acts.factor(total)[..., None]
 
 
 class Changes:
     """`Sums` of kept sets of one layer, or several that share a choice.
 
-    Up to `MOST_SETS` sets of `wanted.keep` experts are all added up, batch by batch; where there are more, the batches'
+    Up to `MOST_SETS` sets of `budget.keep` experts are all added up, batch by batch; where there are more, the batches'
     products are held, and sets are judged as they are asked for.
 
     Args:
@@ -131,19 +131,19 @@ class Changes:
         every: of the tokens that are held, each first of so many.
     """
 
-    def __init__(self, now: Kept, k: int, wanted: Wanted, every: int = 1) -> None:
-        self.now, self.k, self.wanted, self.every = now, k, wanted, every
-        self._held: list[tuple[Seen, Tensor]] = []
-        n, keep = wanted.experts, wanted.keep
+    def __init__(self, now: KeptSet, k: int, budget: Budget, every: int = 1) -> None:
+        self.now, self.k, self.budget, self.every = now, k, budget, every
+        self._held: list[tuple[LayerActivations, Tensor]] = []
+        n, keep = budget.experts, budget.keep
         all_of_them = comb(n, keep) <= MOST_SETS
-        self.all_sets = Sums(kept_sets(n, keep), wanted.active, now, k, n) if all_of_them else None
+        self.all_sets = Sums(kept_sets(n, keep), budget.active, now, k, n) if all_of_them else None
 
-    def add(self, seen: Seen, products: Tensor) -> None:
+    def add(self, acts: LayerActivations, products: Tensor) -> None:
         """A batch: what the layer saw, and `products_of` that."""
         if self.all_sets is not None:
-            self.all_sets.add(seen, products)
+            self.all_sets.add(acts, products)
         else:
-            self._held.append((seen.without_states(self.every), products[:: self.every].clone()))
+            self._held.append((acts.without_states(self.every), products[:: self.every].clone()))
 
     def __add__(self, other: Self) -> Self:
         total = copy(self)
@@ -152,25 +152,25 @@ class Changes:
             total.all_sets = self.all_sets + other.all_sets
         return total
 
-    def of_sets(self, sets: Sequence[Kept]) -> Sums:
-        """Sums of any sets of `wanted.keep` experts, where products are held."""
-        return self._summed(Sums(sets, self.wanted.active, self.now, self.k, self.wanted.experts))
+    def of_sets(self, sets: Sequence[KeptSet]) -> Sums:
+        """Sums of any sets of `budget.keep` experts, where products are held."""
+        return self._summed(Sums(sets, self.budget.active, self.now, self.k, self.budget.experts))
 
-    def toggled(self, base: Kept, experts: Kept) -> Sums:
+    def toggled(self, base: KeptSet, experts: KeptSet) -> Sums:
         """Sums of a set without each of its experts, or with each of others, where products are held."""
-        return self._summed(Toggles(base, experts, self.wanted.active, self.now, self.k, self.wanted.experts))
+        return self._summed(Toggles(base, experts, self.budget.active, self.now, self.k, self.budget.experts))
 
     def _summed(self, sums: Sums) -> Sums:
-        for seen, products in self._held:
-            sums.add(seen, products)
+        for acts, products in self._held:
+            sums.add(acts, products)
         return sums
 
-    def best(self, rule: Rule) -> Kept:
+    def best(self, rule: Rule) -> KeptSet:
         """The kept set of least change; of sets too many to add up, one that no swap tried betters."""
         if self.all_sets is not None:
             return self.all_sets.sets[int(rule(self.all_sets).argmin())]
         kept = self.now
-        while (excess := len(kept) - self.wanted.keep) > 0:
+        while (excess := len(kept) - self.budget.keep) > 0:
             order = np.argsort(rule(self.toggled(kept, kept)), kind="stable")
             dropped = {kept[i] for i in order[: -(-excess // STEPS)]}
             kept = tuple(e for e in kept if e not in dropped)
@@ -182,9 +182,9 @@ class Changes:
             kept, least = sets[int(scores.argmin())], scores.min()
         return kept
 
-    def _swapped(self, kept: Kept, rule: Rule) -> list[Kept]:
+    def _swapped(self, kept: KeptSet, rule: Rule) -> list[KeptSet]:
         """The sets after each of the swaps that promise most, by what dropping one and adding the other would do."""
-        others = tuple(e for e in range(self.wanted.experts) if e not in kept)
+        others = tuple(e for e in range(self.budget.experts) if e not in kept)
         pairs = [(i, j) for i in range(len(kept)) for j in range(len(others))]
         if len(pairs) > SWAPS:
             without, added = rule(self.toggled(kept, kept)), rule(self.toggled(kept, others))
@@ -207,7 +207,7 @@ RULES: dict[str, Rule] = {
 DEFAULT = "output"
 
 
-def products_of(seen: Seen, gradient: Tensor, draws: torch.Generator | None = None) -> Tensor:
+def products_of(acts: LayerActivations, gradient: Tensor, draws: torch.Generator | None = None) -> Tensor:
     """<g_t, f_e(x_t)> of every expert, from dL/dy (tokens, hidden): float32 (tokens, n, 1).
 
     With `draws`, of the CPU, (tokens, n, 1 + `SKETCHES`): then the products of sqrt |g_t| f_e(x_t) with so many random
@@ -215,7 +215,7 @@ def products_of(seen: Seen, gradient: Tensor, draws: torch.Generator | None = No
     """
     slopes = gradient.float()
     if draws is None:
-        return torch.stack([_output(seen, e) * slopes for e in range(seen.layer.n)], dim=1).sum(-1, keepdim=True)
+        return torch.stack([_output(acts, e) * slopes for e in range(acts.layer.n)], dim=1).sum(-1, keepdim=True)
     # Signs differ from token to token, so that errors of the estimate cancel over tokens, too.
     signs = (torch.randint(2, slopes.shape, generator=draws) * 2 - 1).to(slopes)
     directions = torch.randn(slopes.shape[1], SKETCHES, generator=draws).to(slopes) / SKETCHES**0.5
@@ -224,14 +224,14 @@ def products_of(seen: Seen, gradient: Tensor, draws: torch.Generator | None = No
     def products(output: Tensor) -> Tensor:
         return torch.cat([(output * slopes).sum(-1, keepdim=True), (output * signs) @ directions], dim=-1)
 
-    return torch.stack([products(_output(seen, e)) for e in range(seen.layer.n)], dim=1)
+    return torch.stack([products(_output(acts, e)) for e in range(acts.layer.n)], dim=1)
 
 
-def _output(seen: Seen, expert: int) -> Tensor:
-    return seen.output(expert, slice(None)).float()
+def _output(acts: LayerActivations, expert: int) -> Tensor:
+    return acts.output(expert, slice(None)).float()
 
 
-def _values(seen: Seen, products: Tensor, kept: Tensor, k: int) -> Tensor:
+def _values(acts: LayerActivations, products: Tensor, kept: Tensor, k: int) -> Tensor:
     """`Sums.values` of sets, bool (sets, n)."""
 
     def of_picks(index: Tensor, weights: Tensor) -> Tensor:
@@ -239,6 +239,6 @@ def _values(seen: Seen, products: Tensor, kept: Tensor, k: int) -> Tensor:
         return (weights[..., None] * picked.view(*index.shape, products.shape[2])).sum(-2)
 
     kept = kept.to(products.device)
-    if len(kept) > seen.layer.n and seen.layer.n <= MOST_RANKED and not seen.depends_on_set:
-        return by_rank(seen.layer.n, k).of_sets(seen, kept, of_picks)
-    return of_picks(*seen.chosen(kept, k))
+    if len(kept) > acts.layer.n and acts.layer.n <= MOST_RANKED and not acts.depends_on_set:
+        return by_rank(acts.layer.n, k).of_sets(acts, kept, of_picks)
+    return of_picks(*acts.chosen(kept, k))

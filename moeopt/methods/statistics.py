@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeopt.methods.seen import Seen
+from moeopt.methods.layer_activations import LayerActivations
 
 Array = NDArray[np.float64]
 
@@ -31,7 +31,7 @@ class Statistic(ABC):
     """Whether it grows with tokens, so that one layer's has to be used up before the next one's is begun."""
 
     @abstractmethod
-    def add(self, seen: Seen) -> None:
+    def add(self, acts: LayerActivations) -> None:
         """Called with every batch."""
 
 
@@ -46,18 +46,18 @@ class Routing(Statistic):
         logits: sum over all tokens of l_i * l_j, the router's logits, (n, n).
     """
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.tokens = 0
         self.visits, self.gates, self.probabilities = np.zeros(n), np.zeros(n), np.zeros(n)
         self.logits = np.zeros((n, n))
 
-    def add(self, seen: Seen) -> None:
-        weights, index = seen.picks
+    def add(self, acts: LayerActivations) -> None:
+        weights, index = acts.picks
         self.tokens += len(index)
         self.visits += np.bincount(_numpy(index.flatten()).astype(np.int64), minlength=len(self.visits))
         np.add.at(self.gates, _numpy(index.flatten()).astype(np.int64), _numpy(weights.flatten()))
-        self.probabilities += _numpy(seen.probabilities.double().sum(0))
-        logits = seen.logits.double()
+        self.probabilities += _numpy(acts.probabilities.double().sum(0))
+        logits = acts.logits.double()
         self.logits += _numpy(logits.T @ logits)
 
 
@@ -73,12 +73,12 @@ class Norms(Statistic):
 
     outputs = "routed"
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.visits, self.norms, self.gated, self.squares = (np.zeros(n) for _ in range(4))
 
-    def add(self, seen: Seen) -> None:
-        for j, tokens, gates in routed(seen):
-            norms = seen.output(j, tokens).float().norm(dim=-1).double()
+    def add(self, acts: LayerActivations) -> None:
+        for j, tokens, gates in routed(acts):
+            norms = acts.output(j, tokens).float().norm(dim=-1).double()
             self.visits[j] += len(norms)
             self.norms[j] += float(norms.sum())
             self.gated[j] += float((norms * gates.double()).sum())
@@ -95,15 +95,15 @@ class Moves(Statistic):
 
     outputs = "routed"
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.moved = np.zeros(n)
 
-    def add(self, seen: Seen) -> None:
-        before = seen.residual.float()
-        after = before + seen.routed.float()
+    def add(self, acts: LayerActivations) -> None:
+        before = acts.residual.float()
+        after = before + acts.routed.float()
         turned = (1 - torch.cosine_similarity(before, after, dim=-1)).clamp_min(0.0).double()
-        for j, tokens, gates in routed(seen):
-            norms = seen.output(j, tokens).float().norm(dim=-1).double()
+        for j, tokens, gates in routed(acts):
+            norms = acts.output(j, tokens).float().norm(dim=-1).double()
             self.moved[j] += float((norms * gates.double() * turned[tokens]).sum())
 
 
@@ -121,16 +121,16 @@ class Spread(Statistic):
 
     outputs = "routed"
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.gates = np.zeros(n)
         self.visits, self.means, self.squares = dict[int, Array](), dict[int, Array](), dict[int, Array]()
 
-    def add(self, seen: Seen) -> None:
-        layer, n = seen.layer.index, len(self.gates)
-        visits, squares = (found.setdefault(layer, np.zeros(n)) for found in (self.visits, self.squares))
-        means = self.means.setdefault(layer, np.zeros((n, seen.hidden.shape[1])))
-        for j, tokens, gates in routed(seen):
-            outputs = seen.output(j, tokens).double()
+    def add(self, acts: LayerActivations) -> None:
+        layer, n = acts.layer.index, len(self.gates)
+        visits, squares = (sums.setdefault(layer, np.zeros(n)) for sums in (self.visits, self.squares))
+        means = self.means.setdefault(layer, np.zeros((n, acts.hidden.shape[1])))
+        for j, tokens, gates in routed(acts):
+            outputs = acts.output(j, tokens).double()
             mean = outputs.mean(0)
             step, share = _numpy(mean) - means[j], len(outputs) / (visits[j] + len(outputs))
             squares[j] += float((outputs - mean).square().sum()) + float(step @ step) * visits[j] * share
@@ -148,14 +148,14 @@ class MeanOutputs(Statistic):
 
     outputs = "all"
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int) -> None:
         self.tokens = 0
         self.sums: Array | None = None
 
-    def add(self, seen: Seen) -> None:
-        sums = _numpy(seen.outputs.sum(1, dtype=torch.float32))
+    def add(self, acts: LayerActivations) -> None:
+        sums = _numpy(acts.outputs.sum(1, dtype=torch.float32))
         self.sums = sums if self.sums is None else self.sums + sums
-        self.tokens += len(seen.hidden)
+        self.tokens += len(acts.hidden)
 
     @property
     def means(self) -> Array:
@@ -163,10 +163,10 @@ class MeanOutputs(Statistic):
         return self.sums / self.tokens
 
 
-def routed(seen: Seen) -> Iterator[tuple[int, Tensor, Tensor]]:
+def routed(acts: LayerActivations) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Of every expert that has any: its number, the tokens routed to it, and their gates g_j."""
-    weights, index = seen.picks
-    for j in range(seen.layer.n):
+    weights, index = acts.picks
+    for j in range(acts.layer.n):
         tokens, place = (index == j).nonzero(as_tuple=True)
         if len(tokens):
             yield j, tokens, weights[tokens, place]
@@ -176,11 +176,11 @@ def gram(vectors: Tensor) -> Tensor:
     """Inner products of m vectors for every token: (m, tokens, hidden) -> float32 (tokens, m, m)."""
     m, tokens, _ = vectors.shape
     vectors = vectors.float()
-    found = vectors.new_empty(tokens, m, m)
+    grams = vectors.new_empty(tokens, m, m)
     for i in range(m):  # three times faster on a CPU than a product of many small matrices
-        found[:, i, i:] = torch.einsum("th,mth->tm", vectors[i], vectors[i:])
-        found[:, i:, i] = found[:, i, i:]
-    return found
+        grams[:, i, i:] = torch.einsum("th,mth->tm", vectors[i], vectors[i:])
+        grams[:, i:, i] = grams[:, i, i:]
+    return grams
 
 
 def _numpy(tensor: Tensor) -> Array:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from moeopt.errors import MethodError
 from moeopt.methods.calibration import Calibration
-from moeopt.methods.seen import Seen
+from moeopt.methods.layer_activations import LayerActivations
 from moeopt.plan import Plan
 
 
@@ -31,14 +31,14 @@ def skipping(plan: Plan, calibration: Calibration, *, quantile: float = 0.5) -> 
         raise MethodError("there is nothing to skip: the plan runs one expert per token")
     ratios: list[list[NDArray[np.float32]]] = [[] for _ in plan.layers]
 
-    def see(seen: Seen) -> None:
-        gates = seen.gates.float()
-        if seen.rule.ordered:  # a sum of mapped probabilities below 0 turns the signs of all
+    def observe(acts: LayerActivations) -> None:
+        gates = acts.gates.float()
+        if acts.rule.ordered:  # a sum of mapped probabilities below 0 turns the signs of all
             first, last = gates[:, 0], gates[:, -1]
         else:
             first, last = gates.amax(-1), gates.amin(-1)
         ratio = last / first.where(first != 0, 1.0)
-        ratios[seen.layer.index].append(ratio.clamp(0, 1).cpu().numpy())
+        ratios[acts.layer.index].append(ratio.clamp(0, 1).cpu().numpy())
 
-    calibration.run(see, plan=plan.with_skip(0))
-    return plan.with_skip([float(np.quantile(np.concatenate(of), quantile)) for of in ratios])
+    calibration.run(observe, plan=plan.with_skip(0))
+    return plan.with_skip([float(np.quantile(np.concatenate(batches), quantile)) for batches in ratios])

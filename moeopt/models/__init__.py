@@ -1,4 +1,7 @@
-"""Models: find MoE layers, apply a plan reversibly, load checkpoints. The only room that knows transformers."""
+"""Models: find MoE layers, learn how they route, apply a plan reversibly, load checkpoints.
+
+It imports `plan` alone, and is where what depends on transformers' classes belongs.
+"""
 
 from moeopt.models.devices import check_device, check_device_map, check_dtype
 from moeopt.models.gate import Admitted, admit

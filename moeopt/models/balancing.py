@@ -44,6 +44,7 @@ class BalancedLoss:
             )
         mask = self._parameters.bind_partial(*args, **kwargs).arguments.get("attention_mask")
         logits = [mapped(*each) for each in zip(output.router_logits, self.plan.layers, self.rules)]
+        # transformers' function takes one n and one k for all layers, and concatenates their logits
         sizes = [(part.shape[-1], layer.k) for part, layer in zip(logits, self.plan.layers)]
         if len(set(sizes)) == 1:
             after = self.function(tuple(logits), *sizes[0], mask)
@@ -52,6 +53,7 @@ class BalancedLoss:
             after = torch.stack([loss.to(before.device) for loss in each]).mean()
         output.aux_loss = after
         if output.loss is not None:
+            # The model added it to the loss already: the difference corrects that, on whatever device the loss is.
             config: Any = model.config
             weight = getattr(model, "router_aux_loss_coef", config.get_text_config().router_aux_loss_coef)
             output.loss = output.loss + weight * (after - before).to(output.loss.device)
@@ -70,4 +72,5 @@ def mapped(logits: Tensor, layer: LayerPlan, rule: RoutingRule) -> Tensor:
     matrix = torch.from_numpy(layer.router_matrix.copy()).to(logits.device)
     if layer.router == "logit":
         return (logits.float() @ matrix.T).to(logits.dtype)
+    # the loss takes the softmax of logits: that of log p' is p' / sum p', and of a p' of 0, -inf, it is 0
     return (rule.scores(logits).float() @ matrix.T).clamp(min=0).log()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moeopt.errors import ModelError, nearest
+from moeopt.showing import first_line
 
 PLACED = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps of accelerate that are words."""
@@ -55,8 +56,7 @@ def check_device(device: Any, what: str, words: tuple[str, ...] = ()) -> None:
     try:
         torch.empty(0, device=parsed)
     except Exception as error:  # each backend raises its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{what} is {device!r}, which cannot be used here: {reason:.200}") from None
+        raise ModelError(f"{what} is {device!r}, which cannot be used here: {first_line(error):.200}") from None
 
 
 def check_dtype(dtype: Any) -> None:

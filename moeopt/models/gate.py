@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from moeopt.errors import ModelError, got
 from moeopt.models.bounds import check_counts
+from moeopt.showing import first_line
 
 CODE = "modeling_moeopt.py"
 """The file of the class that a custom checkpoint of moeopt brings."""
@@ -49,13 +50,13 @@ class Admitted:
     model_class: Any
 
     @property
-    def own(self) -> bool:
+    def is_custom(self) -> bool:
         """Whether it is a custom checkpoint that loads as moeopt's own class."""
         return self.config_class is not AutoConfig
 
     def empty(self, config: PreTrainedConfig) -> PreTrainedModel:
         """The model of a config, on the device in force."""
-        if not self.own:
+        if not self.is_custom:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trusted)
         model: PreTrainedModel = self.model_class._from_config(config)
         return model
@@ -88,15 +89,15 @@ def admit(source: str | os.PathLike[str], *, trust_remote_code: bool = False, **
     if (folder / "adapter_config.json").exists():
         foreign.append("adapter_config.json")
     model_type = str(config.get("model_type"))
-    own = model_type.startswith(CUSTOM)
-    if own:
+    is_custom = model_type.startswith(CUSTOM)
+    if is_custom:
         foreign += _not_ours(source, folder, config, model_type.removeprefix(CUSTOM), hub)
     if foreign:
         raise ModelError(
             f"{str(source)!r} brings code ({', '.join(foreign[:5])}) that is not, byte for byte, what this moeopt "
             f"ships; {TRUST}"
         )
-    return Admitted(False, *own_classes(model_type.removeprefix(CUSTOM))) if own else _WITHOUT
+    return Admitted(False, *custom_classes(model_type.removeprefix(CUSTOM))) if is_custom else _STOCK
 
 
 def code_for(model_type: str) -> bytes:
@@ -111,7 +112,7 @@ def code_for(model_type: str) -> bytes:
 
 
 @cache
-def own_classes(model_type: str) -> tuple[Any, Any]:
+def custom_classes(model_type: str) -> tuple[Any, Any]:
     """The config and model classes of a family's custom checkpoints, from moeopt's own copy of their code.
 
     Raises:
@@ -139,15 +140,7 @@ def auto_map(model_type: str) -> dict[str, str]:
     return {auto: f"{CODE.removesuffix('.py')}.Moeopt{_family(model_type)}{end}" for auto, end in names.items()}
 
 
-def first_line(error: Exception) -> str:
-    """What an error of transformers says, in a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-_WITHOUT = Admitted(False, AutoConfig, AutoModelForCausalLM)
+_STOCK = Admitted(False, AutoConfig, AutoModelForCausalLM)
 
 
 def _family(model_type: str) -> str:

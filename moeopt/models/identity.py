@@ -37,8 +37,8 @@ def config_hash(model: nn.Module) -> str:
     """32 hex digits of the model's config, without paths, versions and dtype."""
     config = getattr(model, "config", None)
     fields = config.to_dict() if config is not None else {}
-    kept = {name: value for name, value in fields.items() if name not in VOLATILE}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    stable = {name: value for name, value in fields.items() if name not in VOLATILE}
+    return hashlib.sha256(json.dumps(stable, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def weights_hash(model: nn.Module) -> str:

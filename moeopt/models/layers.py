@@ -41,8 +41,7 @@ class MoELayer:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the hidden states the layer works on."""
-        own = (p.dtype for p in self.experts.parameters(recurse=False) if p.dtype in FLOATS)
-        return next(own, gate_weight(self.router, self.n)[1].dtype)
+        return _float_dtype(self.experts, gate_weight(self.router, self.n)[1].dtype)
 
     @property
     def hidden(self) -> int:
@@ -71,7 +70,7 @@ def moe_layers(model: nn.Module) -> tuple[MoELayer, ...]:
     exported = getattr(getattr(model, "config", None), "moeopt", None)
     if exported is not None:
         return _exported_layers(model, exported["experts"], exported["active"])
-    found: list[MoELayer] = []
+    layers: list[MoELayer] = []
     complaints: dict[str, str] = {}
     for name, block in model.named_modules():
         experts = getattr(block, "experts", None)
@@ -86,9 +85,9 @@ def moe_layers(model: nn.Module) -> tuple[MoELayer, ...]:
         except ModelError as error:
             complaints.setdefault(str(error), name)
         else:
-            found.append(MoELayer(len(found), name, block, router, experts, n, k))
-    if found:
-        return tuple(found)
+            layers.append(MoELayer(len(layers), name, block, router, experts, n, k))
+    if layers:
+        return tuple(layers)
     kind = type(model).__name__
     if complaints:
         reasons = "; ".join(f"{name}: {reason}" for reason, name in complaints.items())
@@ -123,8 +122,8 @@ def shape_of(model: nn.Module) -> ModelShape:
 
 def stacked(experts: nn.Module, n: int) -> dict[str, Tensor]:
     """The tensors of an experts module that hold one slice an expert: its own, with first dimension n."""
-    own = {**experts._parameters, **experts._buffers}
-    return {name: t for name, t in own.items() if t is not None and t.ndim > 0 and t.shape[0] == n}
+    tensors = {**experts._parameters, **experts._buffers}
+    return {name: t for name, t in tensors.items() if t is not None and t.ndim > 0 and t.shape[0] == n}
 
 
 def is_transposed(experts: nn.Module) -> bool:
@@ -154,7 +153,7 @@ def materialised(module: nn.Module, name: str) -> Tensor:
     owner = module.get_submodule(path)
     tensor: Tensor = getattr(owner, leaf)
     if tensor.is_meta:
-        stored = _weights_map(owner).get(leaf)
+        stored = weights_map(owner).get(leaf)
         if stored is None:
             raise ModelError(
                 f"tensor {name!r} of {type(module).__name__} has no data: the model's weights are not loaded"
@@ -186,8 +185,9 @@ def _interface(router: nn.Module, experts: nn.Module) -> tuple[int, int]:
         raise ModelError(f"{type(experts).__name__} holds no stacked 3-D parameters with one common first dimension")
     n = int(sizes.pop())
     weight = gate_weight(router, n)[1]
-    device = "cpu" if weight.is_meta and _weights_map_of_any(router) else weight.device
-    dtype = next((p.dtype for p in experts.parameters(recurse=False) if p.dtype in FLOATS), weight.dtype)
+    # under offload the router's hook moves weights and input to where it runs
+    device = "cpu" if weight.is_meta and __offloads_any(router) else weight.device
+    dtype = _float_dtype(experts, weight.dtype)
     try:
         with torch.no_grad():
             # Not router(...): hooks, such as those of a plan in force, must not show here.
@@ -199,19 +199,17 @@ def _interface(router: nn.Module, experts: nn.Module) -> tuple[int, int]:
         ) from None
     shapes = [tuple(t.shape) for t in output] if isinstance(output, tuple) and _all_tensors(output) else []
     if len(shapes) != 3 or shapes[0] != (2, n) or shapes[1] != shapes[2] or len(shapes[1]) != 2 or shapes[1][0] != 2:
-        got = f"tensors of shapes {shapes}" if shapes else type(output).__name__
+        returned = f"tensors of shapes {shapes}" if shapes else type(output).__name__
         raise ModelError(
             f"its router {type(router).__name__} must return (logits (tokens, {n}), top-k weights, top-k index), "
-            f"for 2 tokens it returned {got}"
+            f"for 2 tokens it returned {returned}"
         )
     return n, shapes[1][1]
 
 
 def _exported_layers(model: nn.Module, experts: Sequence[int], active: Sequence[int]) -> tuple[MoELayer, ...]:
     """Layers of r and k experts each."""
-    blocks = [
-        (n, block) for n, block in model.named_modules() if isinstance(getattr(block, "experts", None), nn.Module)
-    ]
+    blocks = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "experts", None), nn.Module)]
     if not len(blocks) == len(experts) == len(active):
         raise ModelError(
             f"{type(model).__name__} has {len(blocks)} MoE layers, its config tells of {len(experts)} and {len(active)}"
@@ -223,15 +221,21 @@ def _exported_layers(model: nn.Module, experts: Sequence[int], active: Sequence[
     )
 
 
+def _float_dtype(experts: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Of an experts module's first floating parameter: quantised ones are integers, their hidden states are not."""
+    return next((p.dtype for p in experts.parameters(recurse=False) if p.dtype in FLOATS), default)
+
+
 def _all_tensors(output: tuple[object, ...]) -> bool:
     return all(isinstance(t, Tensor) for t in output)
 
 
-def _weights_map(module: nn.Module) -> Mapping[str, Tensor]:
+def weights_map(module: nn.Module) -> Mapping[str, Tensor]:
+    """Where accelerate keeps a module's own parameters between forwards, by name; empty without offload."""
     hook = getattr(module, "_hf_hook", None)
     maps = (getattr(h, "weights_map", None) for h in getattr(hook, "hooks", (hook,)))
     return next((m for m in maps if m is not None), {})
 
 
-def _weights_map_of_any(module: nn.Module) -> bool:
-    return any(bool(_weights_map(m)) for m in module.modules())
+def __offloads_any(module: nn.Module) -> bool:
+    return any(bool(weights_map(m)) for m in module.modules())

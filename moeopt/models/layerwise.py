@@ -38,8 +38,8 @@ class Call:
         if device is not None:
             hidden, args, kwargs = hidden.to(device), send_to_device(args, device), send_to_device(kwargs, device)
         output = layer(*args, hidden_states=hidden, **kwargs) if self.by_name else layer(hidden, *args, **kwargs)
-        found: Tensor = output[0] if isinstance(output, tuple) else output
-        return found
+        left: Tensor = _first(output)
+        return left
 
 
 class Layerwise:
@@ -57,9 +57,9 @@ class Layerwise:
 
     @property
     def model(self) -> nn.Module:
-        found = self._model()
-        assert found is not None
-        return found
+        model = self._model()
+        assert model is not None
+        return model
 
     def begin(self, inputs: Inputs) -> tuple[Tensor, list[Call]]:
         """Hidden states that enter the first layer, (rows, width, hidden), and how each layer is called.
@@ -89,6 +89,7 @@ class Layerwise:
             given = hidden[None] if index == last else given
             return (given,) if self._tuples[index] else given
 
+        # as one sequence of hidden states in place of embedded tokens, which no layer looks at
         output = self._forward(answer, {"inputs_embeds": hidden[None]})
         logits: Tensor = output.logits[0]
         return logits
@@ -101,9 +102,9 @@ class Layerwise:
             return self.model(**inputs, **self._options(head))
 
     def _options(self, all_logits: bool) -> dict[str, Any]:
-        known = inspect.signature(self.model.forward).parameters
+        parameters = inspect.signature(self.model.forward).parameters
         options = {"use_cache": False, "output_router_logits": False, "logits_to_keep": 0 if all_logits else 1}
-        return {name: value for name, value in options.items() if name in known or name == "use_cache"}
+        return {name: value for name, value in options.items() if name in parameters or name == "use_cache"}
 
     def loaded(self, index: int) -> AbstractContextManager[torch.device | None]:
         """Layer `index` with its weights in place, to be called often: under accelerate's offload they are moved once.
@@ -131,31 +132,30 @@ class Layerwise:
             mask = torch.ones_like(ids)
             mask[1, width // 2 + 1 :] = 0
             batches.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
-        seen = [self._watched(inputs) for inputs in batches]
-        for run in seen:
+        runs = [self._watched(inputs) for inputs in batches]
+        for run in runs:
             if [index for index, *_ in run[0]] != list(range(n)):
                 raise ModelError(f"{name} does not run its {n} decoder layers once each, in order")
-        for inputs, (records, _) in zip(batches, seen):
+        for inputs, (records, _) in zip(batches, runs):
             self._tuples = [isinstance(output, tuple) for *_, output in records]
             if any(isinstance(o, tuple) and any(x is not None for x in o[1:]) for *_, o in records):
                 raise ModelError(f"the decoder layers of {name} return more than hidden states")
             hidden, calls = self.begin(inputs)
-            for (index, entering, call, output), own in zip(records, calls):
+            for (index, entering, call, output), learnt in zip(records, calls):
                 before = hidden if index == 0 else _first(records[index - 1][3])
                 if not _equal(entering, before):
                     raise ModelError(f"{name} changes the hidden states between decoder layers, before layer {index}")
-                if not _equal((call.args, call.kwargs), (own.args, own.kwargs)):
+                if not _equal((call.args, call.kwargs), (learnt.args, learnt.kwargs)):
                     raise ModelError(f"decoder layer {index} of {name} is given what earlier layers computed")
                 if not isinstance(_first(output), Tensor):
                     raise ModelError(f"decoder layer {index} of {name} returns no tensor")
-        for records, _ in reversed(
-            seen
-        ):  # not in the order of before: what a layer stored for a later one is stale now
+        # Not in the order of before: what a layer stored for a later one, or for a later batch, is stale now.
+        for records, _ in reversed(runs):
             for index, entering, call, output in reversed(records):
                 with self.loaded(index) as there:
                     if not _equal(call(self.layers[index], entering, there), _first(output)):
                         raise ModelError(f"{name} keeps state across layers: layer {index} alone gives something else")
-        records, logits = seen[0]
+        records, logits = runs[0]
         alone = self.head(_first(records[-1][3]).flatten(0, 1)).view(logits.shape)
         off = 1e-4 if logits.dtype == torch.float32 else 0.05
         spread = float(logits.float().nan_to_num(posinf=0.0, neginf=0.0).std())
@@ -183,7 +183,7 @@ class Layerwise:
         return records, output.logits
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Layerwise, str | None]] = weakref.WeakKeyDictionary()
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Layerwise, str | None]] = weakref.WeakKeyDictionary()
 
 
 @torch.inference_mode()
@@ -194,7 +194,7 @@ def layerwise(model: nn.Module) -> Layerwise:
         ModelError: where the parts do not give, bit for bit, what the whole gives: state is kept across layers.
     """
     layers = _decoder_layers(model)[0]
-    parts, refusal = _KNOWN.get(model, (None, None))
+    parts, refusal = _CHECKED.get(model, (None, None))
     if parts is None or len(parts.layers) != len(layers) or any(a is not b for a, b in zip(parts.layers, layers)):
         parts, refusal = Layerwise(model), None
         try:
@@ -204,7 +204,7 @@ def layerwise(model: nn.Module) -> Layerwise:
         except Exception as error:  # such as too little memory, which is no property of the model
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ModelError(f"{type(model).__name__} cannot be run layer by layer ({reason})") from error
-        _KNOWN[model] = parts, refusal
+        _CHECKED[model] = parts, refusal
     if refusal is not None:
         raise ModelError(refusal)
     return parts
@@ -230,15 +230,15 @@ def _decoder_layers(model: nn.Module) -> tuple[tuple[nn.Module, ...], tuple[int,
 
 @contextmanager
 def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")
+    before = vars(module).get("forward")  # accelerate puts one on the instance, else it is the class's
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if before is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = before
 
 
 @contextmanager
@@ -247,6 +247,8 @@ def _loaded(modules: Iterable[nn.Module]) -> Iterator[torch.device | None]:
     with ExitStack() as stack:
         for module in modules:
             if _offloads(module):
+                # The hook's own fetch and drop, once around all calls; in between the module runs as it did before
+                # accelerate wrapped it, which would fetch and drop at each.
                 hook: Any = module._hf_hook
                 stack.callback(hook.post_forward, module, None)
                 hook.pre_forward(module)

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from moeopt.errors import ModelError
 from moeopt.models.bounds import check_size
 from moeopt.models.devices import check_device_map, check_dtype
-from moeopt.models.gate import UNUSABLE, admit, first_line
+from moeopt.models.gate import UNUSABLE, admit
 from moeopt.models.layers import moe_layers, shape_of
 from moeopt.plan import ModelShape
+from moeopt.showing import first_line
 
 Source = str | os.PathLike[str]
 HUB = ("revision", "token", "cache_dir", "local_files_only")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moeopt.models.layers import _weights_map, is_transposed, stacked
-from moeopt.models.mixing import Form, Reader, mixed_expert
+from moeopt.models.layers import is_transposed, stacked, weights_map
+from moeopt.models.mixing import ExpertForm, Reader, mixed_expert
 from moeopt.plan import DownProjections, LayerPlan
 
 CHUNK_BYTES = 4 << 20
@@ -40,6 +40,8 @@ def merge(matrix: Tensor, tensor: Tensor, out: Tensor | None = None) -> Tensor:
     out = tensor.new_empty((r, *tensor.shape[1:])) if out is None else out
     source, target = tensor.reshape(n, -1), out.view(r, -1)
     matrix = matrix.to(tensor.device, torch.float32)
+    # Column by column of (n, numbers), so that float32 copies are of a chunk; in these steps rounding is the same in
+    # memory and in `exporting`, whatever the size of a tensor.
     step = max(1, CHUNK_BYTES // (4 * n))
     for start in range(0, source.shape[1], step):
         target[:, start : start + step] = matrix @ source[:, start : start + step].float()
@@ -52,20 +54,32 @@ class MergedCache:
     A layer is computed again only when its w_em or its down projections differ from those that its tensors were made
     from, and then into the same memory. Holds r / n of the experts' size for every layer that was ever merged, until
     `clear`.
+
+    Args:
+        shared: hold the tensors of one layer at a time, in one memory that all layers share. They are computed whenever
+            another layer's turn comes, so that passing all batches through a layer before the next computes them once.
+
+    Attributes:
+        merges: how often a layer was computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
+        self.shared, self.merges = shared, 0
         self._entries: weakref.WeakKeyDictionary[nn.Module, tuple[object, dict[str, Tensor]]] = (
             weakref.WeakKeyDictionary()
         )
-        self.merges = 0
 
     def tensors(self, experts: nn.Module, part: LayerPlan) -> Mapping[str, Tensor]:
-        """The (r, ...) merged tensors of an experts module whose weights are on their device now."""
+        """The (r, ...) merged tensors of an experts module whose weights are on their device now.
+
+        Of a shared memory they are valid until the next call.
+        """
         source = stacked(experts, part.experts)
         key = _key(experts, source, part)
-        known, buffers = self._entries.get(experts, (None, {}))
-        if known != key:
+        made_from, buffers = self._entries.get(experts, (None, {}))
+        if made_from != key:
+            if self.shared and self._entries:
+                _, (_, buffers) = self._entries.popitem()
             self._entries.pop(experts, None)  # so that an interrupted merge is not taken for a finished one
             merge_into(buffers, source, part, experts)
             self._entries[experts] = (key, buffers)
@@ -82,35 +96,13 @@ class MergedCache:
         self._entries.clear()
 
 
-class Scratch:
-    """Merged expert tensors of one layer at a time, in one memory that all layers share.
-
-    They are computed whenever another layer's turn comes, so that passing all batches through a layer before the next
-    computes them once.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-        self._held: tuple[weakref.ref[nn.Module], object] | None = None
-
-    def tensors(self, experts: nn.Module, part: LayerPlan) -> Mapping[str, Tensor]:
-        """The (r, ...) merged tensors of an experts module, valid until the next call."""
-        source = stacked(experts, part.experts)
-        key = _key(experts, source, part)
-        if self._held is None or self._held[0]() is not experts or self._held[1] != key:
-            self._held = None
-            merge_into(self._buffers, source, part, experts)
-            self._held = weakref.ref(experts), key
-        return self._buffers
-
-
 def merge_into(buffers: dict[str, Tensor], source: Mapping[str, Tensor], part: LayerPlan, experts: nn.Module) -> None:
     """Write what the plan makes of every (n, ...) tensor of `source` into `buffers`, reusing those whose form fits.
 
     `experts` is the module that the tensors are of.
     """
     with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside of it
-        matrix, kept = torch.from_numpy(np.array(part.expert_matrix)), None if part.kept is None else list(part.kept)
+        matrix = torch.from_numpy(np.array(part.expert_matrix))
         for name in set(buffers) - set(source):
             del buffers[name]
         for name, tensor in source.items():
@@ -121,22 +113,24 @@ def merge_into(buffers: dict[str, Tensor], source: Mapping[str, Tensor], part: L
                 for i in range(len(matrix)):
                     merged = partial(_merged, part, i, name, tensor, experts)
                     write_down(part.down, i, merged, out[i], is_transposed(experts))
-            elif kept is not None:
-                out.copy_(tensor[kept])  # not multiplied: a product with 0 would let the nan of another one in
+            elif part.kept is not None:
+                out.copy_(
+                    tensor[list(part.kept)]
+                )  # not multiplied: a product with 0 would let the nan of another one in
             elif part.sums_experts:
                 merge(matrix, tensor, out)
             else:
                 for i in range(len(matrix)):
-                    mixed_expert(part, i, name, partial(tensor.select, 0), Form.of(experts), out[i])
+                    mixed_expert(part, i, name, partial(tensor.select, 0), ExpertForm.from_module(experts), out[i])
 
 
 def _merged(part: LayerPlan, i: int, name: str, tensor: Tensor, experts: nn.Module) -> Tensor:
     if part.kept is None and part.sums_experts:
         return merge(torch.from_numpy(part.expert_matrix[i : i + 1].copy()), tensor)[0]
-    return new_expert(part, i, name, partial(tensor.select, 0), Form.of(experts))
+    return new_expert(part, i, name, partial(tensor.select, 0), ExpertForm.from_module(experts))
 
 
-def new_expert(part: LayerPlan, i: int, name: str, expert: Reader, form: Form) -> Tensor:
+def new_expert(part: LayerPlan, i: int, name: str, expert: Reader, form: ExpertForm) -> Tensor:
     """A tensor of new expert i as `kept` or `w_em` make it.
 
     Args:
@@ -172,6 +166,7 @@ def write_down(down: DownProjections, expert: int, merged: Callable[[], Tensor],
         return
     assert down.left is not None
     assert down.right is not None
+    # in float32 to the end, rounded once: the sum in the model's dtype would round the product before
     update = torch.from_numpy(down.left[expert].copy()) @ torch.from_numpy(down.right[expert].copy())
     out.copy_(merged().float() + (update.T if transposed else update).to(out.device))
 
@@ -183,24 +178,27 @@ def merged_view(experts: nn.Module, tensors: Mapping[str, Tensor], n: int) -> An
     `type(experts).forward`-like functions on it.
     """
     view = object.__new__(type(experts))
-    own = dict(vars(experts))
-    own["_parameters"] = {name: tensors.get(name, p) for name, p in experts._parameters.items()}
-    own["_buffers"] = {name: tensors.get(name, b) for name, b in experts._buffers.items()}
+    attributes = dict(vars(experts))
+    attributes["_parameters"] = {name: tensors.get(name, p) for name, p in experts._parameters.items()}
+    attributes["_buffers"] = {name: tensors.get(name, b) for name, b in experts._buffers.items()}
     r = next(iter(tensors.values())).shape[0]
-    own.update({key: r for key, value in own.items() if type(value) is int and value == n and "expert" in key})
-    own.pop("forward", None)  # accelerate's, bound to the original
-    vars(view).update(own)
+    # num_experts and its like, by which the family's forward and the grouped kernels count
+    attributes.update({k: r for k, value in attributes.items() if type(value) is int and value == n and "expert" in k})
+    attributes.pop("forward", None)  # accelerate's, bound to the original
+    vars(view).update(attributes)
     return view
 
 
 def _key(experts: nn.Module, source: Mapping[str, Tensor], part: LayerPlan) -> object:
-    away = hasattr(experts, "_hf_hook") and bool(_weights_map(experts))  # then every load makes new tensors
-    own = [(name, t.dtype, t.device, None if away else identity(t)) for name, t in source.items()]
+    offloaded = hasattr(experts, "_hf_hook") and bool(weights_map(experts))  # then every load makes new tensors
+    tensors = [(name, t.dtype, t.device, None if offloaded else identity(t)) for name, t in source.items()]
     w_em, down = part.expert_matrix, None if part.down is None else part.down.digests
-    return w_em.shape, w_em.tobytes(), down, part.merge, part.neurons_digest, own
+    return w_em.shape, w_em.tobytes(), down, part.merge, part.neurons_digest, tensors
 
 
 def identity(tensor: Tensor) -> object:
     """Compares unequal once the tensor was written, or has other memory; a storage's name is not used twice."""
+    # A data pointer is used again once its memory is freed; a storage that is referred to weakly is not. Tensors of
+    # inference mode count no versions, nor can they be written outside of it.
     version = 0 if tensor.is_inference() else tensor._version
     return version, None if tensor.is_meta else StorageWeakRef(tensor.untyped_storage())

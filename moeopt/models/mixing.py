@@ -40,25 +40,27 @@ Reader = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
-class Form:
+class ExpertForm:
     """How the tensors of one expert are laid out.
 
     Args:
-        inner: its number of neurons.
+        hidden, inner: numbers of its hidden states, and of its neurons.
         transposed: whether projections are (in, out), not (out, in).
         concatenated: whether W3 and W1 lie behind each other in what holds both, rather than by turns.
     """
 
+    hidden: int
     inner: int
     transposed: bool
     concatenated: bool
 
     @classmethod
-    def of(cls, experts: nn.Module) -> Form:
+    def from_module(cls, experts: nn.Module) -> ExpertForm:
         """That of an experts module that dispatches through transformers' experts interface."""
         transposed, down = is_transposed(experts), experts.down_proj
         assert isinstance(down, Tensor)
-        return cls(down.shape[1 if transposed else 2], transposed, bool(getattr(experts, "is_concatenated", True)))
+        inner, hidden = down.shape[1:] if transposed else down.shape[:0:-1]
+        return cls(hidden, inner, transposed, bool(getattr(experts, "is_concatenated", True)))
 
     def projections(self, name: str, tensor: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """Views of one expert's tensor, one a projection, neurons first, and whether they are of neurons at all.
@@ -86,7 +88,7 @@ class Form:
 
 
 @torch.no_grad()
-def mixed_expert(part: LayerPlan, i: int, name: str, expert: Reader, form: Form, out: Tensor) -> None:
+def mixed_expert(part: LayerPlan, i: int, name: str, expert: Reader, form: ExpertForm, out: Tensor) -> None:
     """Write a tensor of new expert i of a plan whose experts are permuted, or mixed otherwise than by a sum.
 
     Args:
@@ -152,9 +154,10 @@ def karcher(weights: Tensor, parts: Tensor) -> Tensor:
     for _ in range(STEPS):
         cosines = (units @ mean).clamp(-1.0, 1.0)
         angles = torch.arccos(cosines)
+        # angle / sine times a tangent as long as the sine: the logarithm map, whose weighted mean is the step
         ways = units - cosines[:, None] * mean  # from the mean to the unit vectors, as long as the sines
         step = (shares * angles / angles.sin().clamp_min(ENOUGH)) @ ways
-        length = step.norm()
+        length = step.norm()  # and the exponential map back to the sphere
         mean = _unit(length.cos() * mean + length.sin() * _unit(step))
         if float(length) < ENOUGH:
             break
@@ -163,7 +166,7 @@ def karcher(weights: Tensor, parts: Tensor) -> Tensor:
 
 def _directions(weights: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shares (m,), norms (m,) and unit vectors (m, numbers) in float64; those of 0 have no direction."""
-    flat = parts.flatten(1).double()
+    flat = parts.flatten(1).double()  # as angles between near directions are lost in float32
     norms = flat.norm(dim=1)
     return weights.double() / weights.double().sum(), norms, flat / norms.masked_fill(norms == 0, 1.0)[:, None]
 

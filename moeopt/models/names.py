@@ -38,7 +38,7 @@ def placed(model: nn.Module, names: Iterable[str]) -> dict[str, Placed]:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
     state = model.state_dict()
-    found: dict[str, Placed] = {}
+    places: dict[str, Placed] = {}
     for name in names:
         key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if key not in state and name in state:
@@ -46,13 +46,13 @@ def placed(model: nn.Module, names: Iterable[str]) -> dict[str, Placed]:
         if key not in state:
             continue
         if pattern is None:
-            found[name] = Placed(key)
+            places[name] = Placed(key)
             continue
         converter = by_pattern[pattern]
         first, *others = converter.target_patterns
         also = tuple(key.replace(first, other) for other in others)
-        found[name] = Placed(key, also, pattern, tuple(converter.source_patterns))
-    return found
+        places[name] = Placed(key, also, pattern, tuple(converter.source_patterns))
+    return places
 
 
 def lacking(model: nn.Module, places: Mapping[str, Placed], experts: Mapping[str, int]) -> list[str]:
@@ -72,9 +72,9 @@ def lacking(model: nn.Module, places: Mapping[str, Placed], experts: Mapping[str
             together[key] = place.together
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     partners = defaultdict(set)
-    for one, other in tied.items():
-        partners[one].add(other)
-        partners[other].add(one)
+    for name, other in tied.items():
+        partners[name].add(other)
+        partners[other].add(name)
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     complaints = []
     for key in model.state_dict():

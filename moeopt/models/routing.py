@@ -91,9 +91,11 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
     Raises:
         ModelError: when no rule known to moeopt reproduces the router.
     """
-    probe = _Probe.of(layer)
+    probe = _Probe.run(layer)
     if likely is not None and probe.reproduced_by(likely):
         return likely
+    # Which tensor is the bias, and in what dtype logits are, shows in the logits alone; what is made of them is tried
+    # only for what reproduces these.
     for wide, bias in itertools.product((False, True), probe.vectors("bias")):
         logits_only = RoutingRule(probe.weight, bias, wide, None, "softmax", True, False, 0.0, 1.0, True)
         if not probe.same_logits(logits_only):
@@ -103,7 +105,7 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
             get_args(Score), both, both, EPSILONS, both, corrections
         ):
             rule = RoutingRule(probe.weight, bias, wide, correction, score, float32, renormalise, epsilon, 1.0, ordered)
-            rule = replace(rule, scale=probe.scale(rule))
+            rule = replace(rule, scale=probe.scale(rule))  # the one number that is no choice: read off the weights
             if probe.reproduced_by(rule):
                 return rule
     raise ModelError(
@@ -122,20 +124,20 @@ class _Probe:
     output: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
-    def of(cls, layer: MoELayer) -> _Probe:
+    def run(cls, layer: MoELayer) -> _Probe:
         name = gate_weight(layer.router, layer.n)[0]
         candidates = [*layer.router.named_parameters(), *layer.router.named_buffers()]
         names = [name, *(other for other, t in candidates if t.numel() == layer.n and other != name)]
         hidden = probe_tokens(layer, PROBE_TOKENS)
-        with torch.no_grad():
+        with torch.no_grad():  # `forward`, so that no hook takes part; a copy, as a router may work in place
             output = layer.router.forward(hidden.clone())
         device = output[0].device
         tensors = {other: materialised(layer.router, other).to(device) for other in names}
         return cls(name, tensors, hidden.to(device), output)
 
     def vectors(self, kind: Literal["bias", "correction"]) -> list[str | None]:
-        own = [name for name, t in self.tensors.items() if name != self.weight and bool(t.any())]
-        return [*(name for name in own if (name.rpartition(".")[2] == "bias") == (kind == "bias")), None]
+        nonzero = [name for name, t in self.tensors.items() if name != self.weight and bool(t.any())]
+        return [*(name for name in nonzero if (name.rpartition(".")[2] == "bias") == (kind == "bias")), None]
 
     def logits(self, rule: RoutingRule) -> Tensor:
         bias = None if rule.bias is None else self.tensors[rule.bias]
@@ -165,6 +167,7 @@ class _Probe:
 def probe_tokens(layer: MoELayer, tokens: int) -> Tensor:
     """(tokens, hidden) seeded random hidden states in the layer's dtype, of scales from 1/32 to 2."""
     hidden = torch.randn(tokens, layer.hidden, generator=torch.Generator().manual_seed(layer.index))
+    # of small ones all scores are alike, of large ones one outweighs all: epsilons, dtypes and ties show in either
     hidden *= torch.logspace(-5, 1, tokens, base=2.0)[:, None]
     parameter = gate_weight(layer.router, layer.n)[1]
     return hidden.to("cpu" if parameter.is_meta else parameter.device, layer.dtype)
@@ -185,7 +188,7 @@ class MappedRouter:
         self.calls = 0
         self._zero: Tensor | None = None
         self._active: Tensor | None = None
-        self._seen = 0
+        self._tokens = 0
         self._tensors: dict[str, Tensor] = {}
         rows, whole = plan.router_rows, plan.picks_among_all
         if rule.correction is not None and not whole and (plan.router == "prob" or rows is None):
@@ -224,14 +227,15 @@ class MappedRouter:
             assert weight is not None
             mapped = self.rule.logits(hidden, weight, bias).to(logits.dtype)
             whole, index = self.rule.select(mapped, self.plan.k, correction)
-            top = self._kept(whole, index)
+            top = self._without_skipped(whole, index)
             if self.plan.skip and self.rule.normalised:
+                # to the sum that they had, not to 1: `scale` and `epsilon` are in it
                 rest = top.sum(-1, keepdim=True)
                 top = top * (whole.sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1.0))
         numbers = self._on(logits.device, "numbers")
         return logits, top.to(weights.dtype), index if numbers is None else numbers[index]
 
-    def _kept(self, top: Tensor, index: Tensor) -> Tensor:
+    def _without_skipped(self, top: Tensor, index: Tensor) -> Tensor:
         """Scores or weights (tokens, k) of those picked, with those below beta times the largest made 0.
 
         Counts the experts that run, where these are not k for every token: neither skipped nor replaced by novices.
@@ -240,11 +244,11 @@ class MappedRouter:
         if not self.plan.skip and runs is None:
             return top
         largest = top.amax(-1, keepdim=True)
-        kept = top.masked_fill((top < self.plan.skip * largest) & (top < largest), 0.0)
-        active = ((kept != 0) if runs is None else (kept != 0) & runs[index]).sum()
+        remaining = top.masked_fill((top < self.plan.skip * largest) & (top < largest), 0.0)
+        active = ((remaining != 0) if runs is None else (remaining != 0) & runs[index]).sum()
         self._active = active if self._active is None else self._active + active
-        self._seen += len(top)
-        return kept
+        self._tokens += len(top)
+        return remaining
 
     def _by_probability(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         w_rm = self._on(logits.device, "w_rm")
@@ -252,9 +256,10 @@ class MappedRouter:
         mapped = self.rule.scores(logits).float() @ w_rm.T
         clamp = self.plan.negative == "clamp"
         top, index = (mapped.clamp(min=0) if clamp else mapped).topk(self.plan.k, dim=-1, sorted=self.rule.ordered)
-        top = self._kept(top, index)
+        top = self._without_skipped(top, index)
         total = top.sum(-1, keepdim=True)
         if clamp:
+            # counted on the device: a Python number here would make a GPU wait in every layer
             empty = total == 0
             self._zero = empty.sum() if self._zero is None else self._zero + empty.sum()
             total = total.masked_fill(empty, 1.0)
@@ -269,7 +274,7 @@ class MappedRouter:
     @property
     def active(self) -> float:
         """Mean number of experts run per token so far, k without skipping and novices."""
-        return self.plan.k if self._active is None else int(self._active) / self._seen
+        return self.plan.k if self._active is None else int(self._active) / self._tokens
 
     @property
     def zero_tokens(self) -> int:
@@ -292,8 +297,8 @@ def _numbers(plan: LayerPlan, original: bool) -> dict[str, Tensor]:
         places = torch.tensor(plan.places)
         runs = {"runs": places < plan.kept_experts}
         return runs if original else {**runs, "numbers": places}
-    kept = torch.tensor(plan.kept) if original else None
+    originals = torch.tensor(plan.kept) if original else None
     if plan.aliases is None:
-        return {} if kept is None else {"numbers": kept}
+        return {} if originals is None else {"numbers": originals}
     aliases = torch.tensor(plan.aliases)
-    return {"numbers": aliases if kept is None else kept[aliases]}
+    return {"numbers": aliases if originals is None else originals[aliases]}

@@ -59,7 +59,7 @@ class Sizes:
             for layer in (moe_layers(model) if layers is None else layers)
         ]
 
-    def of(self, plan: Plan | None = None, active: Sequence[float] | None = None) -> Size:
+    def under(self, plan: Plan | None = None, active: Sequence[float] | None = None) -> Size:
         """The size of the checkpoint that holds the plan; None: of the full model.
 
         Args:

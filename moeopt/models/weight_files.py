@@ -32,10 +32,10 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = sorted({file for file in found.values() if Path(file).name != file or file in ("", "..")})
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = sorted({file for file in weight_map.values() if Path(file).name != file or file in ("", "..")})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{str(index)!r} is not an index of weight files: {error!r}") from None
     if outside:
         raise ModelError(f"{str(index)!r} names weight files outside of its folder: {', '.join(outside[:5])}")
-    return found
+    return weight_map

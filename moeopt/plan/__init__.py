@@ -12,6 +12,7 @@ A `LayerPlan` keeps r <= n experts by two matrices (EEP, arXiv 2407.00945, secti
 Dynamic skipping (NAEE, arXiv 2402.14800, section 3.3) also leaves out, token by token, experts of little weight.
 
 Arrays here are numpy float32; nothing in this room needs torch, except reading EEP's own `.pth` files.
+It imports no other room.
 """
 
 from moeopt.plan.down import DownProjections

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moeopt.errors import PlanError
-from moeopt.plan.matrices import frozen
+from moeopt.plan.matrices import finite, frozen
 
 Weights = NDArray[np.float32]
 
@@ -71,20 +71,19 @@ class DownProjections:
     def digests(self) -> tuple[bytes, ...]:
         """32 bytes for each expert that tell its numbers from others."""
         arrays = [(name, array) for name, array in self.arrays.items() if array is not None]
-        found = []
+        digests = []
         for i in range(self.shape[0]):
             digest = hashlib.sha256()
             for name, array in arrays:
                 digest.update(f"{name},{array.shape[1:]};".encode())
-                digest.update((array[i] + np.float32(0.0)).astype("<f4").tobytes())  # -0.0 becomes 0.0
-            found.append(digest.digest())
-        return tuple(found)
+                # adding 0.0 makes -0.0 of 0.0, which are equal and have other bytes
+                digest.update((array[i] + np.float32(0.0)).astype("<f4").tobytes())
+            digests.append(digest.digest())
+        return tuple(digests)
 
 
 def _checked(name: str, value: ArrayLike) -> Weights:
     array = np.array(value, dtype=np.float32)
     if array.ndim != 3 or not array.size:
         raise PlanError(f"{name} of down projections must have three dimensions, expert first, got {array.shape}")
-    if not np.isfinite(array).all():
-        raise PlanError(f"{name} of down projections must be finite, got {array[~np.isfinite(array)][0]}")
-    return frozen(array)
+    return frozen(finite(f"{name} of down projections", array))

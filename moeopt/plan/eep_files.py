@@ -13,7 +13,7 @@ from typing import Any
 from moeopt.errors import PlanError
 from moeopt.plan.checks import MOST_EXPERTS
 from moeopt.plan.layer import LayerPlan
-from moeopt.showing import line, shown
+from moeopt.showing import first_line, line, shown
 
 
 def read(path: str | os.PathLike[str], n_layers: int, k: int | None) -> list[LayerPlan]:
@@ -33,11 +33,11 @@ def _read_pth(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         data.seek(0)
         content = torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PlanError(f"{str(path)!r} cannot be read as a weights-only .pth file: {line(reason, 500)}") from None
+        reason = line(first_line(error), 500)
+        raise PlanError(f"{str(path)!r} cannot be read as a weights-only .pth file: {reason}") from None
     if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise PlanError(f"{str(path)!r} must hold a dictionary of tensors, got {type(content).__name__}")
-    found = {}
+    matrices = {}
     for name, tensor in content.items():
         shape = tuple(tensor.shape)
         if len(shape) != 2 or max(shape) > MOST_EXPERTS or tensor.is_complex():
@@ -46,10 +46,10 @@ def _read_pth(path: str | os.PathLike[str]) -> Mapping[str, Any]:
                 f"{tensor.dtype}"
             )
         try:
-            found[str(name)] = tensor.detach().float().numpy()
+            matrices[str(name)] = tensor.detach().float().numpy()
         except (TypeError, RuntimeError) as error:  # sparse, quantised, without data
             raise PlanError(f"{str(path)!r}: {shown(name)} is no ordinary tensor: {line(str(error))}") from None
-    return found
+    return matrices
 
 
 def _placed(content: Mapping[str, Any], path: str, n_layers: int, k: int | None) -> list[LayerPlan]:

@@ -86,27 +86,24 @@ class LayerPlan:
         n = integer("experts", self.experts, low=1, high=MOST_EXPERTS)
         if (self.kept is None) == (self.w_em is None):
             raise PlanError("a layer plan needs exactly one of kept (expert indices) and w_em (an (r, n) matrix)")
-        if self.router not in get_args(Router):
-            raise PlanError(f"router must be one of {', '.join(get_args(Router))}, got {self.router!r}")
-        if self.negative not in get_args(Negative):
-            raise PlanError(f"negative must be one of {', '.join(get_args(Negative))}, got {self.negative!r}")
-        if self.merge not in get_args(Merge):
-            raise PlanError(f"merge must be one of {', '.join(get_args(Merge))}, got {self.merge!r}")
+        for name, choices in (("router", Router), ("negative", Negative), ("merge", Merge)):
+            if getattr(self, name) not in get_args(choices):
+                raise PlanError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
         if isinstance(self.skip, bool) or not isinstance(self.skip, Real) or not 0 <= self.skip <= 1:
             raise PlanError(f"skip must be a number between 0 and 1, got {self.skip!r}")
         if self.w_em is not None:
             w_em = checked_matrix("w_em", self.w_em, n)
             rows = one_hot_rows(w_em)
             if rows is not None and len(set(rows)) == len(rows):
-                object.__setattr__(self, "w_em", None)
-                object.__setattr__(self, "kept", rows)
+                self._set("w_em", None)
+                self._set("kept", rows)
             else:
-                object.__setattr__(self, "w_em", w_em)
+                self._set("w_em", w_em)
         if self.kept is not None:
             kept = tuple(integer("an entry of kept", e, low=0, high=n - 1) for e in self.kept)
             if not kept or len(set(kept)) != len(kept):
                 raise PlanError(f"kept must name at least one expert, and each only once, got {list(kept)}")
-            object.__setattr__(self, "kept", kept)
+            self._set("kept", kept)
         self._check_mixing(n)
         r = self.kept_experts
         self._check_novices()
@@ -119,7 +116,7 @@ class LayerPlan:
                     'router="alias" needs a w_rm whose columns have one 1 each: who answers for that expert'
                 )
             redundant = self.router == "rows" and one_hot_rows(w_rm) == self.kept
-            object.__setattr__(self, "w_rm", None if redundant else w_rm)
+            self._set("w_rm", None if redundant else w_rm)
         elif self.kept is None:
             raise PlanError(
                 "a merged layer needs w_rm, the (r, n) router mapping: with merged experts it is not implied"
@@ -127,14 +124,18 @@ class LayerPlan:
         elif self.router == "alias":
             raise PlanError('router="alias" needs w_rm: which of the experts kept answers for each of the others')
         elif self.router not in ("rows", "whole"):
-            object.__setattr__(self, "w_rm", frozen(one_hot(self.kept, n)))
+            self._set("w_rm", frozen(one_hot(self.kept, n)))
         if self.picks_among_all:
             integer("k", self.k, low=1, high=n, what=f"k must be between 1 and the {n} experts that the router ranks")
         else:
             integer("k", self.k, low=1, high=r, what=f"k must be between 1 and the {r} experts kept")
-        object.__setattr__(self, "skip", float(np.float32(self.skip)) if self.k > 1 else 0.0)
+        # of a single expert nothing can be skipped
+        self._set("skip", float(np.float32(self.skip)) if self.k > 1 else 0.0)
         if self.down is not None and self.down.shape[0] != r:
             raise PlanError(f"down must hold the projections of the {r} experts kept, got {self.down.shape[0]}")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # frozen for everyone else
 
     def _check_mixing(self, n: int) -> None:
         """Orders of experts that nothing is made of are of no account, nor is how experts are mixed that are not."""
@@ -144,9 +145,9 @@ class LayerPlan:
             if self.w_em is not None:
                 orders = np.where((self.w_em != 0).any(0)[:, None], orders, as_they_are)
             plain = self.w_em is None or bool((orders == as_they_are).all())
-            object.__setattr__(self, "neurons", None if plain else frozen(orders))
+            self._set("neurons", None if plain else frozen(orders))
         if self.w_em is None:
-            object.__setattr__(self, "merge", "linear")
+            self._set("merge", "linear")
         elif self.merge != "linear" and ((self.w_em < 0).any() or not self.w_em.any(1).all()):
             raise PlanError(f"merge={self.merge!r} needs rows of w_em without a negative weight and not all 0")
 
@@ -163,9 +164,9 @@ class LayerPlan:
         if self.w_rm is not None:
             raise PlanError('router="whole" takes no w_rm: all n rows of the router stay as they are')
         novices = checked_novices(self.novices, self.experts - self.kept_experts)
-        object.__setattr__(self, "novices", novices if len(novices) else None)
+        self._set("novices", novices if len(novices) else None)
         if not len(novices):
-            object.__setattr__(self, "router", "rows")
+            self._set("router", "rows")
 
     @property
     def kept_experts(self) -> int:
@@ -223,13 +224,13 @@ class LayerPlan:
     @property
     def beyond_matrices(self) -> str | None:
         """In words, the numbers of its own that W_EM and W_RM do not hold; None where there are none."""
-        own = {
+        beyond = {
             "down projections of its own": self.down is not None,
             "novices": self.novices is not None,
             "an order of neurons": self.neurons is not None,
             f"experts merged by {self.merge}": self.merge != "linear",
         }
-        return " and ".join(name for name, there in own.items() if there) or None
+        return " and ".join(name for name, there in beyond.items() if there) or None
 
     @property
     def is_identity(self) -> bool:
@@ -240,7 +241,7 @@ class LayerPlan:
 
     def _key(self, *, ordered: bool) -> bytes:
         matrix = np.concatenate([self.expert_matrix, self.router_matrix], axis=1) + np.float32(0.0)  # -0.0 becomes 0.0
-        order = range(len(matrix)) if ordered else np.lexsort(matrix.T[::-1])
+        order = range(len(matrix)) if ordered else np.lexsort(matrix.T[::-1])  # rows by their first columns first
         matrix = matrix[order]
         head = f"{self.experts},{self.k},{self.router},{self.negative if self.router == 'prob' else ''}"
         head += f",{self.skip!r};" if self.skip else ";"

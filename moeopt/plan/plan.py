@@ -67,11 +67,11 @@ class Plan:
     def prefixes(self) -> list[bytes]:
         """Digests of the first 0, 1, ..., L layers: equal where two plans compute the same bits up to there."""
         digest = hashlib.sha256()
-        found = [digest.digest()]
+        prefixes = [digest.digest()]
         for layer in self.layers:
             digest.update(layer._key(ordered=True))
-            found.append(digest.digest())
-        return found
+            prefixes.append(digest.digest())
+        return prefixes
 
     @property
     def is_one_hot(self) -> bool:

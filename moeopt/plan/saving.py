@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from moeopt import __version__
 from moeopt.errors import PlanError
@@ -33,16 +35,13 @@ TENSOR = re.compile(rf"layers\.\d+\.({'|'.join(MATRICES)}|novices|down\.(whole|l
 
 def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
     """Write the layers of a plan, and JSON about it; a file of that name is replaced whole."""
-    from safetensors.numpy import save
-
     records, tensors = [], {}
     for i, layer in enumerate(layers):
-        kept = list(layer.kept) if layer.kept is not None else None
         records.append(
             {
                 "experts": layer.experts,
                 "k": layer.k,
-                "kept": kept,
+                "kept": list(layer.kept) if layer.kept is not None else None,
                 "router": layer.router,
                 "negative": layer.negative,
                 **({"skip": layer.skip} if layer.skip else {}),
@@ -65,8 +64,6 @@ def write(layers: Sequence[LayerPlan], path: str | os.PathLike[str], about: Mapp
 
 def about(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write` was told about a plan; empty where that was nothing."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(path), framework="np") as file:
             text = (file.metadata() or {}).get("about", "{}")
@@ -80,8 +77,6 @@ def about(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read(path: str | os.PathLike[str]) -> tuple[LayerPlan, ...]:
     """The layers that `write` wrote, if any; raises PlanError as `Plan.load`."""
-    from safetensors import SafetensorError, safe_open
-
     if not Path(path).is_file():
         raise PlanError(f"no plan file at {str(path)!r}")
     try:
@@ -147,6 +142,7 @@ def _taken(tensors: dict[str, NDArray[Any]], name: str) -> NDArray[np.float32] |
 
 
 def _narrow(array: NDArray[np.float32]) -> NDArray[Any]:
+    # bits rather than values, so that -0.0 survives; bfloat16 first, as most models are
     bits = np.ascontiguousarray(array, dtype="<f4").view("<u4")
     if not (bits & 0xFFFF).any():
         return (bits >> 16).astype("<u2")

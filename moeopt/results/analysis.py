@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from moeopt import methods
 from moeopt.errors import MethodError
 from moeopt.evaluation import Evaluation, Evaluator
-from moeopt.methods import Calibration, Seen
-from moeopt.methods.naee import MOST_SETS, Kept, SetErrors
+from moeopt.methods import Calibration, LayerActivations
+from moeopt.methods.naee import MOST_SETS, KeptSet, SetErrors
 from moeopt.plan import LayerPlan, Plan
 
 
@@ -35,16 +35,16 @@ def activation_shares(calibration: Calibration, plan: Plan | None = None) -> NDA
         for row, part in zip(counts, plan.layers):
             row[numbers(part)] = 0.0
 
-    def see(seen: Seen) -> None:
-        layer = seen.layer.index
-        picks = seen.index[seen.gates != 0].cpu().numpy()
+    def observe(acts: LayerActivations) -> None:
+        layer = acts.layer.index
+        picks = acts.index[acts.gates != 0].cpu().numpy()
         part = None if plan is None else plan.layers[layer]
         if part is not None and part.makes_experts:
             picks = numbers(part)[picks[picks < part.kept_experts]]  # beyond are novices
         np.add.at(counts[layer], picks, 1.0)
-        tokens[layer] += len(seen.index)
+        tokens[layer] += len(acts.index)
 
-    calibration.run(see, plan=plan)
+    calibration.run(observe, plan=plan)
     return counts / tokens[:, None]
 
 
@@ -96,7 +96,7 @@ def _with(plan: Plan, layer: int, part: LayerPlan) -> tuple[LayerPlan, ...]:
     return (*plan.layers[:layer], part, *plan.layers[layer + 1 :])
 
 
-def kept_set_errors(calibration: Calibration, *, keep: int, k: int | None = None) -> list[dict[Kept, float]]:
+def kept_set_errors(calibration: Calibration, *, keep: int, k: int | None = None) -> list[dict[KeptSet, float]]:
     """NAEE's layer output error of every kept set, for every layer (arXiv 2402.14800, section 3.2).
 
     Raises:
@@ -104,10 +104,10 @@ def kept_set_errors(calibration: Calibration, *, keep: int, k: int | None = None
     """
     shape = calibration.shape
     active = shape.k if k is None else k
-    methods.Wanted(shape.experts, shape.k, keep, active).check()
+    methods.Budget(shape.experts, shape.k, keep, active).check()
     sets = comb(shape.experts, keep)
     if sets > MOST_SETS:
         raise MethodError(f"C({shape.experts}, {keep}) = {sets} kept sets are too many to show; at most {MOST_SETS}")
-    of = [SetErrors(shape.experts, shape.k, r=keep, active=active) for _ in range(shape.layers)]
-    calibration.run(lambda seen: of[seen.layer.index].add(seen), all_outputs=True)
+    of = [SetErrors(shape.experts, r=keep, active=active) for _ in range(shape.layers)]
+    calibration.run(lambda acts: of[acts.layer.index].add(acts), all_outputs=True)
     return [dict(zip(one.sets, one.errors.tolist())) for one in of]

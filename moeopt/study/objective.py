@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from moeopt.evaluation import Compression
     from moeopt.evaluation.evaluator import Score
-    from moeopt.methods import Found
+    from moeopt.methods import MethodPlan
     from moeopt.methods.guiding import Guiding
     from moeopt.tasks import Task
 
@@ -408,7 +408,7 @@ class Objective:
         loss = evaluation.loss if reference is None else racing.honest_estimate(evaluation.scores, reference)
         return loss + self._penalty(evaluation)
 
-    def calibrated(self, names: Iterable[str], *, seed: int = 0) -> dict[str, Found]:
+    def calibrated(self, names: Iterable[str], *, seed: int = 0) -> dict[str, MethodPlan]:
         """What one-shot methods make of the objective's examples, for its space, with k and skip as at its start.
 
         Raises:

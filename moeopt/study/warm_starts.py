@@ -16,10 +16,10 @@ from moeopt.trials import genome
 from moeopt.trials.genome import CALIBRATION, METHOD, WARM_START
 
 if TYPE_CHECKING:
-    from moeopt.methods import Found
+    from moeopt.methods import MethodPlan
     from moeopt.study.objective import Objective
 
-WarmStarts = Literal["auto"] | Iterable["Plan | str"] | Mapping[str, "Plan | Found"]
+WarmStarts = Literal["auto"] | Iterable["Plan | str"] | Mapping[str, "Plan | MethodPlan"]
 AUTO = "auto"
 CHOICE = ("naee", "loss_aware")
 """What ``"auto"`` stands for: the kept sets that change the layers' outputs least, and the loss."""
@@ -34,7 +34,7 @@ def automatic(space: Space) -> tuple[str, ...]:
     return CHOICE if space.shape.experts <= MOST_OF_NAEE else CHOICE[-1:]
 
 
-def checked(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Found | None]]:
+def checked(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | MethodPlan | None]]:
     """Method and plan of every warm start, checked; a method that has yet to be run comes without a plan."""
     if given == AUTO and isinstance(given, str):
         given = automatic(space)
@@ -43,7 +43,7 @@ def checked(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Fo
             f"warm_starts is 'auto', or a list of plans and names of methods, such as ['naee'], got {got(given)}"
         )
     if isinstance(given, Mapping):
-        starts: list[tuple[str | None, Plan | Found | None]] = list(given.items())
+        starts: list[tuple[str | None, Plan | MethodPlan | None]] = list(given.items())
     else:
         starts = [(start, None) if isinstance(start, str) else (None, start) for start in given]
     for name, found in starts:
@@ -81,12 +81,12 @@ def check_expressible(method: str, space: Space) -> None:
 
 
 def calibrated(
-    starts: list[tuple[str | None, Plan | Found | None]],
+    starts: list[tuple[str | None, Plan | MethodPlan | None]],
     objective: Objective,
     held: list[dict[str, Any]],
     *,
     optional: bool,
-) -> list[tuple[str | None, Plan | Found]]:
+) -> list[tuple[str | None, Plan | MethodPlan]]:
     """The warm starts with their plans; methods that the study already ran are left out.
 
     Args:
@@ -94,7 +94,7 @@ def calibrated(
     """
     run = {attrs.get(METHOD) for attrs in held}
     new = [name for name, found in starts if found is None and name is not None and name not in run]
-    made: dict[str, Found] = {}
+    made: dict[str, MethodPlan] = {}
     try:
         made = objective.calibrated(new) if new else {}
     except MoeoptError:
@@ -110,7 +110,7 @@ def calibrated(
 
 
 def enqueue_new(
-    study: optuna.Study, space: Space, starts: list[tuple[str | None, Plan | Found]], held: list[dict[str, Any]]
+    study: optuna.Study, space: Space, starts: list[tuple[str | None, Plan | MethodPlan]], held: list[dict[str, Any]]
 ) -> None:
     """Queue the warm starts that the study does not hold yet, each once however many workers do so at the same time."""
     team = genome.shared(study)

@@ -188,27 +188,6 @@ except ExportError as error:
     assert {path.name for path in tmp_path.iterdir()} == {"full", "plan", "secret", "secrets"}
 
 
-def test_an_error_of_copying_names_the_file_that_is_written(
-    full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import errno
-
-    from moeopt.exporting import writing
-
-    write = Path.write_bytes
-
-    def full_disk(path: Path, data: bytes) -> int:
-        if path.name == "tokenizer.json":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(path, data)
-
-    monkeypatch.setattr(writing.Path, "write_bytes", full_disk)
-    with pytest.raises(
-        ExportError, match=r"cannot write tokenizer\.json: it takes 5774 bytes, and the disk of .* free"
-    ):
-        moeopt.export(PLAN, tmp_path / "out", model=full)
-
-
 def test_the_command_says_what_was_left_out(full: Path, tmp_path: Path, capsys: Any) -> None:
     from moeopt.cli import main
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from exporting.conftest import build_plans
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import moeopt
-from moeopt.errors import ExportError, ModelError
+from moeopt.errors import ExportError
 from moeopt.exporting import why_not_stock
 from moeopt.exporting.custom import custom_config
 from moeopt.plan import LayerPlan, Plan
 
-KINDS = (
-    "mixed-r", "mixed-k", "prob", "prob-eep", "alias", "alias-kept", "novices", "novices-skip", "skip", "prob-skip",
-    "everything",
-)  # fmt: skip
+KINDS = tuple(build_plans())
 FLOAT_KINDS = ("prob", "novices", "skip", "everything")
 IDS = torch.arange(3, 29).reshape(2, 13) * 5 % 96
 
@@ -34,16 +30,6 @@ def computed(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def reloaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
-
-
-def test_a_custom_model_that_moeopt_loaded_is_saved_with_its_code(
-    full: Any, plans: dict[str, Plan], tmp_path: Path
-) -> None:
-    moeopt.export(plans["everything"], tmp_path / "small", model=full)
-    small = moeopt.load(tmp_path / "small")[0]
-    small.save_pretrained(tmp_path / "again")
-    assert all(map(torch.equal, computed(moeopt.models.load_model(tmp_path / "again")), computed(small)))
-    assert all(map(torch.equal, computed(reloaded(tmp_path / "again")), computed(small)))
 
 
 @pytest.mark.slow
@@ -81,12 +67,8 @@ def test_moeopt_loads_and_evaluates_what_it_exported(
     moeopt.export(plans[kind], tmp_path / "small", model=full)
     for trusted in (False, True):  # its code is moeopt's own, which needs no trust
         small, tokenizer = moeopt.load(tmp_path / "small", trust_remote_code=trusted)
-        found = moeopt.Evaluator(small, tokenizer, task).evaluate()
-        assert found.losses.tolist() == expected.losses.tolist()
-    code = tmp_path / "small" / "modeling_moeopt.py"
-    code.write_text(code.read_text() + "\n")
-    with pytest.raises(ModelError, match="trust_remote_code=True, or --trust-remote-code"):
-        moeopt.load(tmp_path / "small")
+        evaluation = moeopt.Evaluator(small, tokenizer, task).evaluate()
+        assert evaluation.losses.tolist() == expected.losses.tolist()
 
 
 @pytest.mark.slow
@@ -107,14 +89,16 @@ def test_every_family_has_a_custom_form(
 
 
 def test_an_exported_model_saves_and_loads_again(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    """With its code, whether its own or moeopt's copy of it ran."""
     moeopt.export(plans["everything"], tmp_path / "small", model=full)
-    small = reloaded(tmp_path / "small")
-    small.save_pretrained(tmp_path / "again")
-    for name in ("num_local_experts", "num_experts_per_tok", "moeopt", "model_type", "auto_map"):
-        configs = [json.loads((tmp_path / place / "config.json").read_text()) for place in ("small", "again")]
-        assert configs[0][name] == configs[1][name]
-    assert (tmp_path / "again" / "modeling_moeopt.py").is_file()
-    assert all(map(torch.equal, computed(reloaded(tmp_path / "again")), computed(small)))
+    for place, small in (("again", reloaded(tmp_path / "small")), ("ours", moeopt.load(tmp_path / "small")[0])):
+        small.save_pretrained(tmp_path / place)
+        for name in ("num_local_experts", "num_experts_per_tok", "moeopt", "model_type", "auto_map"):
+            configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("small", place)]
+            assert configs[0][name] == configs[1][name]
+        assert (tmp_path / place / "modeling_moeopt.py").is_file()
+        assert all(map(torch.equal, computed(moeopt.models.load_model(tmp_path / place)), computed(small)))
+        assert all(map(torch.equal, computed(reloaded(tmp_path / place)), computed(small)))
 
 
 def test_a_loaded_model_may_be_cast(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
@@ -186,34 +170,6 @@ def test_a_lost_mapping_is_an_error_on_loading(full: Any, plans: dict[str, Plan]
         save_file(state, tmp_path / lost / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=rf"lacks model\.layers\.1\.mlp\.{lost}"):
             reloaded(tmp_path / lost)
-
-
-@pytest.mark.slow
-def test_it_loads_where_moeopt_is_not_installed(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
-    moeopt.export(plans["everything"], tmp_path / "small", model=full)
-    with moeopt.patched(full, plans["everything"]):
-        expected = computed(full)
-    script = """
-import sys
-
-class NoMoeopt:
-    def find_spec(self, name, *_):
-        if name.split(".")[0] == "moeopt":
-            raise ImportError("not installed")
-
-sys.meta_path.insert(0, NoMoeopt())
-import torch
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained("small", dtype="auto", trust_remote_code=True).eval()
-ids = torch.arange(3, 29).reshape(2, 13) * 5 % 96
-with torch.no_grad():
-    torch.save([model(input_ids=ids).logits, model.generate(ids, max_new_tokens=6, do_sample=False)], "out.pt")
-assert not any(name.split(".")[0] == "moeopt" for name in sys.modules)
-"""
-    environment = {"PATH": "", "HF_HOME": str(tmp_path / "home")}
-    subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, env=environment, check=True)
-    assert all(map(torch.equal, torch.load(tmp_path / "out.pt", weights_only=True), expected))
 
 
 def test_the_form_is_chosen_or_refused(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:

@@ -37,37 +37,37 @@ def test_every_kind_becomes_stock_and_exports(
     float_model: Any, plans: dict[str, Plan], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     for kind in ("mixed-r", "alias", "novices", "everything"):
-        projected, found = project(plans[kind], float_model, tiny_tokenizer, TASK)
+        projected, cost = project(plans[kind], float_model, tiny_tokenizer, TASK)
         assert why_not_stock(projected) is None
-        assert {(p.kept_experts, p.k) for p in projected.layers} == {(found.r, found.k)}
-        assert found.r == max(p.kept_experts for p in plans[kind].layers)
-        assert found.k == max(p.k for p in plans[kind].layers)
+        assert {(p.kept_experts, p.k) for p in projected.layers} == {(cost.r, cost.k)}
+        assert cost.r == max(p.kept_experts for p in plans[kind].layers)
+        assert cost.k == max(p.k for p in plans[kind].layers)
         evaluator = moeopt.Evaluator(float_model, tiny_tokenizer, TASK, split="dev")
-        assert found.loss_before == pytest.approx(evaluator.evaluate(plans[kind]).loss, abs=1e-5)
-        assert found.loss_after == pytest.approx(evaluator.evaluate(projected).loss, abs=1e-5)
-        assert all(how.endswith(", without novices") == (kind == "novices") for how in found.how)
-        assert found.kl > 0
-        assert 0 < found.top_k <= 1
-        moeopt.export(projected, tmp_path / kind, model=float_model, form="stock", projection=found)
+        assert cost.loss_before == pytest.approx(evaluator.evaluate(plans[kind]).loss, abs=1e-5)
+        assert cost.loss_after == pytest.approx(evaluator.evaluate(projected).loss, abs=1e-5)
+        assert all(how.endswith(", without novices") == (kind == "novices") for how in cost.how)
+        assert cost.kl > 0
+        assert 0 < cost.top_k <= 1
+        moeopt.export(projected, tmp_path / kind, model=float_model, form="stock", projection=cost)
         record = json.loads((tmp_path / kind / "moeopt.json").read_text())
         assert record["form"] == "stock"
-        assert record["projection"]["kl"] == found.kl
+        assert record["projection"]["kl"] == cost.kl
         assert "Projected" in (tmp_path / kind / "README.md").read_text()
 
 
 def test_a_plan_that_is_stock_already_stays_as_it_is(float_model: Any, tiny_tokenizer: Any) -> None:
     plan = Plan.one_hot([[0, 2, 5]] * 3, experts=6, k=2)
-    projected, found = project(plan, float_model, tiny_tokenizer, TASK)
+    projected, cost = project(plan, float_model, tiny_tokenizer, TASK)
     assert projected == plan
-    assert (found.kl, found.top_1, found.top_k) == (pytest.approx(0, abs=1e-6), 1.0, 1.0)
+    assert (cost.kl, cost.top_1, cost.top_k) == (pytest.approx(0, abs=1e-6), 1.0, 1.0)
 
 
 def test_a_one_hot_mapping_of_probabilities_loses_nothing(float_model: Any, tiny_tokenizer: Any) -> None:
     plan = Plan.one_hot([[0, 2, 5]] * 3, experts=6, k=2, router="prob")
-    projected, found = project(plan, float_model, tiny_tokenizer, TASK)
-    assert set(found.how) == {"by selected router rows"}
+    projected, cost = project(plan, float_model, tiny_tokenizer, TASK)
+    assert set(cost.how) == {"by selected router rows"}
     assert all(p.router_rows == (0, 2, 5) for p in projected.layers)
-    assert found.kl == pytest.approx(0, abs=1e-5)
+    assert cost.kl == pytest.approx(0, abs=1e-5)
 
 
 def test_the_fit_finds_a_mapping_that_exists() -> None:
@@ -75,8 +75,8 @@ def test_the_fit_finds_a_mapping_that_exists() -> None:
     logits, w = rng.standard_normal((500, 6)), rng.standard_normal((3, 6))
     wanted = np.exp(logits @ w.T)
     wanted /= wanted.sum(1, keepdims=True)
-    found = _kl_fit(logits, wanted, np.zeros((3, 6), dtype=np.float32))
-    mapped = np.exp(logits @ found.T.astype(np.float64))
+    fitted = _kl_fit(logits, wanted, np.zeros((3, 6), dtype=np.float32))
+    mapped = np.exp(logits @ fitted.T.astype(np.float64))
     mapped /= mapped.sum(1, keepdims=True)
     assert (wanted * np.log(wanted / mapped)).sum(1).mean() < 1e-3
 

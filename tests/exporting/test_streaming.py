@@ -31,10 +31,10 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_files_are_as_safetensors_would_write_them(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
     moeopt.export(plans["everything"], tmp_path / "one", model=full)
     moeopt.export(plans["everything"], tmp_path / "many", model=full, shard_bytes=30_000)
-    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
-    assert one.keys() == many.keys()
-    assert all(torch.equal(one[name], many[name]) for name in one)
-    assert one["model.layers.1.block_sparse_moe.gate.w_rm"].dtype == torch.float32
+    whole, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    assert whole.keys() == many.keys()
+    assert all(torch.equal(whole[name], many[name]) for name in whole)
+    assert whole["model.layers.1.block_sparse_moe.gate.w_rm"].dtype == torch.float32
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(tmp_path.glob("many/model-*.safetensors"))
     assert len(files) > 2
@@ -45,7 +45,7 @@ def test_files_are_as_safetensors_would_write_them(full: Any, plans: dict[str, P
             names = list(opened.keys())
             assert opened.metadata() == {"format": "pt"}
         assert all(index["weight_map"][name] == file.name for name in names)
-        assert sum(one[name].nbytes for name in names) <= 30_000 or len(names) == 1
+        assert sum(whole[name].nbytes for name in names) <= 30_000 or len(names) == 1
 
 
 def test_names_of_the_source_are_kept(full: Any, tmp_path: Path) -> None:

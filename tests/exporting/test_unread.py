@@ -55,11 +55,11 @@ def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, t
 
 def stacked(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
     """A layer with its experts in one tensor."""
-    found = {name: t for name, t in renamed(tensors, old, new).items() if ".experts." not in name}
+    layer = {name: t for name, t in renamed(tensors, old, new).items() if ".experts." not in name}
     for kind in ("gate", "up", "down"):
         parts = [tensors[f"{old}mlp.experts.{j}.{kind}_proj.weight"] for j in range(N)]
-        found[f"{new}mlp.experts.{kind}_proj"] = torch.stack(parts)
-    return found
+        layer[f"{new}mlp.experts.{kind}_proj"] = torch.stack(parts)
+    return layer
 
 
 BLOCKS = {
@@ -101,7 +101,7 @@ def test_a_block_for_multi_token_prediction_is_left_out_and_everyone_is_told(
 ) -> None:
     full = tmp_path / "full"
     tensors = make(full, tiny_tokenizer)
-    last = max(found[0] for name in tensors if (found := re.match(r"model\.layers\.\d+\.", name)))
+    last = max(match[0] for name in tensors if (match := re.match(r"model\.layers\.\d+\.", name)))
     added = BLOCKS[block](tensors, last)
     save_file(tensors | added | OTHERS, full / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((full / "config.json").read_text()) | {"num_nextn_predict_layers": 1, "use_mtp": True}
@@ -120,9 +120,9 @@ def test_a_block_for_multi_token_prediction_is_left_out_and_everyone_is_told(
     assert set(record["copied_unread"]) == {"vision_tower", "value_head", "model.layers.1.self_attn.rotary_emb"}
     assert "Left out: " in (out / "README.md").read_text()
     if block in ("a layer too many", "ernie"):
-        found = verify(out, **FEW)
-        assert found.ok
-        assert any("left out" in line for line in found.lines())
+        verification = verify(out, **FEW)
+        assert verification.ok
+        assert any("left out" in line for line in verification.lines())
 
 
 @pytest.mark.slow
@@ -136,12 +136,12 @@ def test_verify_finds_a_block_that_is_there_and_a_config_that_says_so(tiny_token
     written = load_file(out / "model.safetensors")
     save_file(written | added, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(told | {"num_nextn_predict_layers": 1}))
-    found = verify(out, **FEW)
-    assert set(found.differing) == added.keys()
-    assert found.config[0] == "num_nextn_predict_layers is 1, not 0"
-    assert "model.layers.3.mlp.experts holds 8 experts, config.json says 4" in found.config
-    assert "model.layers.3.mlp.gate.weight routes to 8 experts, config.json says 4" in found.config
-    assert not found.ok
+    verification = verify(out, **FEW)
+    assert set(verification.differing) == added.keys()
+    assert verification.config[0] == "num_nextn_predict_layers is 1, not 0"
+    assert "model.layers.3.mlp.experts holds 8 experts, config.json says 4" in verification.config
+    assert "model.layers.3.mlp.gate.weight routes to 8 experts, config.json says 4" in verification.config
+    assert not verification.ok
 
 
 def test_a_dense_block_is_copied_and_said(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -178,10 +178,10 @@ def test_whatever_its_names_a_block_goes_whole_and_nothing_else(
     added = {f"{block}.{inner}.{experts.format(j)}": Stored("F32", shape) for j in range(n)}
     added |= {f"{block}.{inner}.{router}": Stored("F32", (n, hidden)), f"{block}.norm.weight": Stored("F32", (hidden,))}
     others = {"vision.conv.weight": Stored("F32", (n + 1, 3, 14, 14)), "v_head.weight": Stored("F32", (1, hidden))}
-    found = unread(read | added | others, read.keys(), n, hidden)
-    assert found.tensors == added.keys()
-    assert set(found.copied) == {"vision", "v_head"}
-    assert found.prediction
+    outcome = unread(read | added | others, read.keys(), n, hidden)
+    assert outcome.tensors == added.keys()
+    assert set(outcome.copied) == {"vision", "v_head"}
+    assert outcome.prediction
     config = {"num_experts": n, "hidden_size": hidden}
     assert disagreeing(config, read) == []
     smaller = {"num_experts": n - 1, "hidden_size": hidden}

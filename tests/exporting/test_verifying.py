@@ -35,10 +35,10 @@ def test_a_custom_and_a_stock_checkpoint_are_the_original(
     save_file(load_file(weights) | {"value_head.weight": torch.ones(3)}, weights, metadata={"format": "pt"})
     moeopt.export(plans["everything"], tmp_path / "small", model=tmp_path / "full")
     assert "value_head.weight" in load_file(tmp_path / "small" / "model.safetensors")
-    found = verify(tmp_path / "small", texts=["to be compared"], **FEW)
-    assert found.ok
-    assert (found.form, found.differing, found.difference, found.top_1) == ("custom", (), 0.0, 1.0)
-    assert (found.tokens, found.generated) == (8 + 8 + 1 + len("to be compared"), 3)
+    outcome = verify(tmp_path / "small", texts=["to be compared"], **FEW)
+    assert outcome.ok
+    assert (outcome.form, outcome.differing, outcome.difference, outcome.top_1) == ("custom", (), 0.0, 1.0)
+    assert (outcome.tokens, outcome.generated) == (8 + 8 + 1 + len("to be compared"), 3)
     for file in (tmp_path / "full").glob("tokenizer*"):
         file.unlink()
     moeopt.export(Plan.one_hot([[0, 2, 5]] * 3, experts=6, k=2), tmp_path / "stock", model=tmp_path / "full")
@@ -76,11 +76,11 @@ def test_code_that_is_not_moeopts_runs_only_when_it_is_trusted(
     assert main(["verify", str(tmp_path / "small")]) == 2
     assert not (tmp_path / "ran").exists()
     tampered(tmp_path / "small", "model.norm.weight", lambda tensor: tensor[:-1].clone())
-    found = verify(tmp_path / "small", trust_remote_code=True, **FEW)
+    outcome = verify(tmp_path / "small", trust_remote_code=True, **FEW)
     assert (tmp_path / "ran").exists()
-    assert found.differing == ("model.norm.weight",)
-    assert found.failure
-    assert not found.ok
+    assert outcome.differing == ("model.norm.weight",)
+    assert outcome.failure
+    assert not outcome.ok
 
 
 def test_what_moeopt_did_not_export_is_refused(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:

@@ -31,15 +31,15 @@ def test_a_guide_is_what_patched_layers_change(family, build_family, tiny_tokeni
     guide = guiding.guide(plan)
     assert (guide.plan, guide.of) == (plan.fingerprint, "these")
     weights = float(evaluator.evaluate().weights.sum())
-    found, _ = gradients_of(evaluator, plan)
-    for layer, seen in zip(layers, found):
+    by_layer, _ = gradients_of(evaluator, plan)
+    for layer, acts in zip(layers, by_layer):
         kept = plan.layers[layer.index].kept
         for expert in range(n):
             toggled = tuple(sorted({*kept} ^ {expert}))
             active = min(k, len(toggled)) if expert not in kept else min(k, keep - 1)
             if not toggled:
                 continue
-            d = torch.cat([changes_by_patching(model, layer, s, g.double(), [toggled], active, kept) for s, g in seen])
+            d = torch.cat([changes_by_patching(model, layer, s, g.double(), [toggled], active, kept) for s, g in acts])
             got = float(guide.signed[layer.index, expert]), float(guide.squared[layer.index, expert])
             assert got[0] == pytest.approx(
                 float(d.sum()) / weights, rel=1e-3, abs=1e-4 * float(d.abs().sum()) / weights

@@ -12,7 +12,7 @@ from moeopt import methods
 from moeopt.errors import MethodError
 from moeopt.evaluation import Evaluator
 from moeopt.methods import loss_aware, naee, set_changes
-from moeopt.methods.base import Wanted
+from moeopt.methods.base import Budget
 from moeopt.methods.gradients import LossGradients
 from moeopt.methods.set_changes import RULES, Changes, Sums, Toggles, products_of
 from moeopt.models import moe_layers, patched
@@ -35,9 +35,9 @@ def text():
 
 def gradients_of(evaluator, plan=None, memory=1 << 30):
     """Per layer [(seen, dL/dy)] in the order of batches, and the loss."""
-    found = [[] for _ in moe_layers(evaluator.model)]
-    loss = LossGradients(evaluator, memory=memory).run(lambda s, g: found[s.layer.index].append((s, g)), plan)
-    return found, loss
+    by_layer = [[] for _ in moe_layers(evaluator.model)]
+    loss = LossGradients(evaluator, memory=memory).run(lambda s, g: by_layer[s.layer.index].append((s, g)), plan)
+    return by_layer, loss
 
 
 @pytest.mark.parametrize("score", ["likelihood", "choice"])
@@ -47,17 +47,17 @@ def test_derivatives_are_those_of_differences(make_mixtral, tiny_tokenizer, ques
     mixture = MixtureTask({"q": (questions, 2.0), "t": (text, 1.0)}, use="all")
     plan = Plan.one_hot([[0, 2, 3, 5, 6]] * 3, experts=8, k=5) if planned else None
     evaluator = Evaluator(model, tiny_tokenizer, mixture, score=score, limit=9, prefix_memory=0)
-    found, loss = gradients_of(evaluator, plan)
+    by_layer, loss = gradients_of(evaluator, plan)
     weights = float(evaluator.evaluate().weights.sum())
     assert loss == pytest.approx(evaluator.evaluate(plan).loss, rel=1e-5)
-    for layer, seen in zip(moe_layers(model), found):
+    for layer, acts in zip(moe_layers(model), by_layer):
         direction = torch.randn(layer.hidden, generator=torch.Generator().manual_seed(layer.index))
         expected = []
         for sign in (1, -1):
             moved = layer.experts.register_forward_hook(lambda _m, _i, y, step=sign * 1e-2 * direction: y + step)
             expected.append(sign * evaluator.evaluate(plan).loss * weights / 2e-2)
             moved.remove()
-        got = sum(float((gradient @ direction).sum()) for _, gradient in seen)
+        got = sum(float((gradient @ direction).sum()) for _, gradient in acts)
         assert got == pytest.approx(sum(expected), rel=0.02, abs=0.02)
 
 
@@ -66,15 +66,15 @@ def test_a_small_memory_changes_nothing(make_mixtral, tiny_tokenizer, questions)
     evaluator = Evaluator(model, tiny_tokenizer, questions, score="choice")
     sums = []
     for memory in (1 << 30, 1):
-        found, loss = gradients_of(evaluator, memory=memory)
-        sums.append((loss, [sum(float((s.routed * g).sum()) for s, g in seen) for seen in found]))
+        by_layer, loss = gradients_of(evaluator, memory=memory)
+        sums.append((loss, [sum(float((s.routed * g).sum()) for s, g in acts) for acts in by_layer]))
     assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-5)
     np.testing.assert_allclose(sums[0][1], sums[1][1], rtol=1e-3, atol=1e-5)
     assert not any(module._forward_hooks for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
 
 
-def changes_by_patching(model, layer, seen, gradient, sets, k, now):
+def changes_by_patching(model, layer, acts, gradient, sets, k, now):
     """d_t of every set, (tokens, sets): the layer's experts under the plan of each set, for the hidden states seen."""
 
     def routed(part):
@@ -83,9 +83,9 @@ def changes_by_patching(model, layer, seen, gradient, sets, k, now):
         plan[layer.index] = part
         handle = layer.experts.register_forward_hook(lambda _m, _i, y: outputs.append(y.clone()))
         with torch.no_grad(), patched(model, Plan(tuple(plan))):
-            layer.block(seen.hidden[None])
+            layer.block(acts.hidden[None])
         handle.remove()
-        return outputs[0].reshape(seen.hidden.shape)
+        return outputs[0].reshape(acts.hidden.shape)
 
     before = routed(LayerPlan(layer.n, layer.k, kept=now))
     return torch.stack(
@@ -100,19 +100,19 @@ def test_sums_are_those_of_patched_layers(family, build_family, tiny_tokenizer, 
     model = build_family(family, vocabulary=300, corrected=True)
     seen_of, _ = gradients_of(Evaluator(model, tiny_tokenizer, text, limit=3))
     n, k = moe_layers(model)[0].n, moe_layers(model)[0].k
-    wanted = Wanted(experts=n, k=k, keep=4, active=k)
+    budget = Budget(experts=n, k=k, keep=4, active=k)
     for layer, batches in zip(moe_layers(model), seen_of):
         now = tuple(range(n)) if enumerated else tuple(e for e in range(n) if e != 2)
-        changes = Changes(now, k, wanted)
+        changes = Changes(now, k, budget)
         with torch.no_grad():
-            for seen, gradient in batches:
-                changes.add(seen, products_of(seen, gradient))
+            for acts, gradient in batches:
+                changes.add(acts, products_of(acts, gradient))
         sums = changes.all_sets or changes.toggled(now, now)
         assert (changes.all_sets is not None) == enumerated
         d = torch.cat(
             [
-                changes_by_patching(model, layer, seen, gradient.double(), sums.sets, k, now)
-                for seen, gradient in batches
+                changes_by_patching(model, layer, acts, gradient.double(), sums.sets, k, now)
+                for acts, gradient in batches
             ]
         )
         scale = float(d.abs().sum(0).max())
@@ -136,11 +136,11 @@ def test_toggles_are_the_sums_of_the_sets_they_make(family, build_family, tiny_t
             for experts in [base] * (len(base) > 1) + [others] * bool(others):
                 toggles = Toggles(base, experts, active, everything, k, n)
                 sums = Sums(toggles.sets, min(active, len(toggles.sets[0])), everything, k, n)
-                for seen, gradient in batches:
+                for acts, gradient in batches:
                     with torch.no_grad():
-                        products = products_of(seen, gradient, torch.Generator().manual_seed(1))
-                        toggles.add(seen, products)
-                        sums.add(seen, products)
+                        products = products_of(acts, gradient, torch.Generator().manual_seed(1))
+                        toggles.add(acts, products)
+                        sums.add(acts, products)
                         size = products.abs().amax((1, 2)).double()
                 for name in ("signed", "absolute", "squared", "output"):
                     scale = float((size if name in ("signed", "absolute") else size**2).sum())
@@ -152,15 +152,15 @@ def test_toggles_are_the_sums_of_the_sets_they_make(family, build_family, tiny_t
 def test_the_best_set_is_one_that_no_swap_betters(make_mixtral, tiny_tokenizer, text, monkeypatch):
     model = make_mixtral()
     seen_of, _ = gradients_of(Evaluator(model, tiny_tokenizer, text, limit=3))
-    wanted = Wanted(experts=8, k=2, keep=4, active=2)
+    budget = Budget(experts=8, k=2, keep=4, active=2)
     for batches in seen_of:
         best: list[dict[str, float]] = []
         for most in (naee.MOST_SETS, 1):
             monkeypatch.setattr(set_changes, "MOST_SETS", most)
-            changes, draws = Changes(tuple(range(8)), 2, wanted), torch.Generator().manual_seed(0)
+            changes, draws = Changes(tuple(range(8)), 2, budget), torch.Generator().manual_seed(0)
             with torch.no_grad():
-                for seen, gradient in batches:
-                    changes.add(seen, products_of(seen, gradient, draws))
+                for acts, gradient in batches:
+                    changes.add(acts, products_of(acts, gradient, draws))
             if most > 1:
                 every = changes.all_sets
             kept = {name: changes.best(rule) for name, rule in RULES.items()}
@@ -180,13 +180,13 @@ def test_sketches_estimate_the_change_of_the_output(make_mixtral, tiny_tokenizer
     for layer, batches in zip(moe_layers(model), seen_of):
         exact, estimated = 0.0, 0.0
         draws = torch.Generator().manual_seed(layer.index)
-        for seen, gradient in batches:
+        for acts, gradient in batches:
             with torch.no_grad():
-                errors = naee.Problem.of(seen).squared_errors(*seen.chosen(naee.masks(sets, 8), 2))
+                errors = naee.Problem.to_match(acts).squared_errors(*acts.chosen(naee.masks(sets, 8), 2))
                 exact = exact + (gradient.double().norm(dim=1)[:, None] * errors).sum(0).numpy()
                 for _ in range(20):
                     sums = Sums(sets, 2, tuple(range(8)), 2, 8)
-                    sums.add(seen, products_of(seen, gradient, draws))
+                    sums.add(acts, products_of(acts, gradient, draws))
                     estimated = estimated + sums.output / 20
         np.testing.assert_allclose(estimated, exact, rtol=0.1)
         assert estimated.sum() == pytest.approx(exact.sum(), rel=0.02)
@@ -217,10 +217,10 @@ def harmful(model, expert):
 def test_it_says_how_it_chose_and_what_it_cost(make_mixtral, tiny_tokenizer, questions, score, name):
     calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions, score=score)
     assert calibration.loss == ("choice" if score == "metric" else score)
-    found = methods.plans([name], calibration, keep=4)[name]
-    assert found.how.partition(",")[0] in (set_changes.CURVATURE if score == "kl" else RULES)
+    made = methods.plans([name], calibration, keep=4)[name]
+    assert made.how.partition(",")[0] in (set_changes.CURVATURE if score == "kl" else RULES)
     # Forth twice, back once, all experts once, and at least one candidate judged.
-    assert found.layer_tokens > 3 * 3 * calibration.tokens
+    assert made.layer_tokens > 3 * 3 * calibration.tokens
 
 
 def test_it_beats_what_the_literature_keeps_where_an_expert_harms(make_mixtral, tiny_tokenizer, questions):
@@ -228,8 +228,8 @@ def test_it_beats_what_the_literature_keeps_where_an_expert_harms(make_mixtral, 
     calibration = methods.Calibration(model, tiny_tokenizer, questions)
     evaluator = Evaluator(model, tiny_tokenizer, questions)
     losses = {
-        name: evaluator.evaluate(found.plan).loss
-        for name, found in methods.plans(["loss_aware", "naee", "reap"], calibration, keep=7).items()
+        name: evaluator.evaluate(made.plan).loss
+        for name, made in methods.plans(["loss_aware", "naee", "reap"], calibration, keep=7).items()
     }
     assert losses["loss_aware"] < min(losses["naee"], losses["reap"])
 
@@ -238,11 +238,11 @@ def test_it_beats_what_the_literature_keeps_where_an_expert_harms(make_mixtral, 
 def test_beyond_enumeration_as_many_are_kept(make_mixtral, tiny_tokenizer, questions, keep, monkeypatch):
     monkeypatch.setattr(set_changes, "MOST_SETS", 1)
     calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions)
-    for name, found in methods.plans(["loss_aware", "loss_aware_rounds"], calibration, keep=keep, k=1).items():
-        assert all((len(part.kept), part.k) == (keep, 1) for part in found.plan.layers), name
+    for name, made in methods.plans(["loss_aware", "loss_aware_rounds"], calibration, keep=keep, k=1).items():
+        assert all((len(part.kept), part.k) == (keep, 1) for part in made.plan.layers), name
 
 
 def test_bad_input(make_mixtral, tiny_tokenizer, questions):
-    one = methods.Calibration(make_mixtral(), tiny_tokenizer, questions, limit=1)
+    calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, questions, limit=1)
     with pytest.raises(MethodError, match="at least 2 calibration examples, got 1"):
-        methods.plan("loss_aware", one, keep=4)
+        methods.plan("loss_aware", calibration, keep=4)

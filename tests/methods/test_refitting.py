@@ -29,10 +29,6 @@ def text():
     return TextTask("text", search=rows, window=60)
 
 
-def calibrated(model, tokenizer, text, **options):
-    return Calibration(model, tokenizer, text, **options)
-
-
 def halved(model):
     layers = moe_layers(model)
     n, k = layers[0].n, layers[0].k
@@ -48,15 +44,15 @@ def with_novices(plan, hidden):
 
 def gaps(model, calibration, plan, depth=1):
     """Of every batch, how far the hidden states behind decoder layer `depth` are from the full model's."""
-    found = []
+    distances = []
     with torch.no_grad():
         for batch in calibration.batches:
             run = {"output_hidden_states": True, **batch.inputs(torch.device("cpu"))}
             states = model(**run).hidden_states
             with patched(model, plan):
                 small = model(**run).hidden_states
-            found.append((states[depth] - small[depth])[batch.mask.bool()].double())
-    return torch.cat(found)
+            distances.append((states[depth] - small[depth])[batch.mask.bool()].double())
+    return torch.cat(distances)
 
 
 def down_of(model, plan, layer):
@@ -79,7 +75,7 @@ def replace_down(plan, layer, whole):
 def test_the_fit_is_the_ridge_regression_in_every_family(family, novices, build_family, tiny_tokenizer, text):
     """The objective is quadratic in W2: where it is least, a step in any direction costs as much as its opposite."""
     model = build_family(family, vocabulary=300, corrected=True)
-    calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
+    calibration, plan = Calibration(model, tiny_tokenizer, text), halved(model)
     plan = with_novices(plan, moe_layers(model)[0].hidden) if novices else plan
     rng = np.random.default_rng(0)
     first = refit(plan, calibration, ridges=[1.0])
@@ -134,11 +130,11 @@ def test_a_matrix_that_float32_cannot_solve_is_solved_in_float64():
 
 def test_experts_a_few_at_a_time_come_near_to_all_at_once(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral()
-    calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
+    calibration, plan = Calibration(model, tiny_tokenizer, text), halved(model)
     whole, few = (refit(plan, calibration, columns=columns) for columns in (8192, 100))
-    for one, other in zip(whole.layers, few.layers):
+    for first, other in zip(whole.layers, few.layers):
         assert other.after < other.before
-        assert other.after < one.after + 0.25 * (one.before - one.after)
+        assert other.after < first.after + 0.25 * (first.before - first.after)
     assert few.layer_tokens > whole.layer_tokens
 
 
@@ -151,7 +147,7 @@ def test_what_scales_the_layer_s_output_is_found_out(family, build_family, tiny_
     for layer in model.model.layers:
         assert hasattr(layer, name)
         setattr(layer, name, value)
-    calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
+    calibration, plan = Calibration(model, tiny_tokenizer, text), halved(model)
     made = refit(plan, calibration, ridges=[1.0])
     assert [fit.factor for fit in made.layers] == pytest.approx([value] * 2, rel=1e-3)
     assert made.layers[0].after < made.layers[0].before
@@ -163,7 +159,7 @@ def test_where_a_norm_follows_the_experts_the_layer_alone_is_fitted(make_mixtral
     model = make_mixtral()
     for layer in moe_layers(model):
         layer.block.register_forward_hook(lambda _module, _args, y: torch.nn.functional.rms_norm(y, y.shape[-1:]))
-    calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
+    calibration, plan = Calibration(model, tiny_tokenizer, text), halved(model)
     made = refit(plan, calibration)
     assert [fit.factor for fit in made.layers] == [None] * 3
     assert all(fit.after < fit.before for fit in made.layers if fit.ridge is not None)
@@ -172,7 +168,7 @@ def test_where_a_norm_follows_the_experts_the_layer_alone_is_fitted(make_mixtral
 
 def test_a_full_rank_is_the_whole_change_and_a_low_one_is_nearly_as_good(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral()
-    calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
+    calibration, plan = Calibration(model, tiny_tokenizer, text), halved(model)
     whole, full, low = (refit(plan, calibration, rank=rank, ridges=[0.3]) for rank in (None, 32, 4))
     ids = calibration.batches[0].ids
     outputs = []
@@ -188,7 +184,7 @@ def test_a_full_rank_is_the_whole_change_and_a_low_one_is_nearly_as_good(make_mi
 @pytest.mark.parametrize("kind", list(build_plans()))
 def test_every_kind_of_plan_can_be_refitted(kind, make_mixtral, tiny_tokenizer, text):
     model, plan = make_mixtral(experts=6), build_plans()[kind]
-    calibration = calibrated(model, tiny_tokenizer, text)
+    calibration = Calibration(model, tiny_tokenizer, text)
     made = refit(plan, calibration)
     assert all(fit.after < fit.before for fit in made.layers if fit.ridge is not None)
     assert any(fit.ridge is not None for fit in made.layers)
@@ -202,7 +198,7 @@ def test_every_kind_of_plan_can_be_refitted(kind, make_mixtral, tiny_tokenizer, 
 
 def test_a_refitted_plan_can_be_refitted_again(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral()
-    calibration = calibrated(model, tiny_tokenizer, text)
+    calibration = Calibration(model, tiny_tokenizer, text)
     once = refit(halved(model), calibration, ridges=[1.0], rank=4)
     twice = refit(once.plan, calibration, ridges=[1.0], rank=4)
     assert twice.layers[0].before == pytest.approx(once.layers[0].after, rel=0.6)
@@ -213,7 +209,7 @@ def test_a_refitted_plan_can_be_refitted_again(make_mixtral, tiny_tokenizer, tex
 def test_a_layer_that_does_not_get_better_keeps_its_weights_and_that_is_said(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral()
     plan = Plan.identity(3, 8, 2)
-    made = refit(plan, calibrated(model, tiny_tokenizer, text))
+    made = refit(plan, Calibration(model, tiny_tokenizer, text))
     assert made.plan == plan
     assert not made.plan.is_refitted
     assert [fit.ridge for fit in made.layers] == [None] * 3
@@ -225,9 +221,9 @@ def test_the_model_is_left_as_it_was_and_padding_does_not_count(make_mixtral, ti
     plan = halved(model)
     ids = torch.arange(40)[None]
     before = model(ids).logits
-    one, other = (refit(plan, calibrated(model, tiny_tokenizer, text, batch_tokens=b)) for b in (30, 4000))
+    first, other = (refit(plan, Calibration(model, tiny_tokenizer, text, batch_tokens=b)) for b in (30, 4000))
     assert torch.equal(model(ids).logits, before)
-    for a, b in zip(one.plan.layers, other.plan.layers):
+    for a, b in zip(first.plan.layers, other.plan.layers):
         np.testing.assert_allclose(a.down.whole, b.down.whole, rtol=0.01, atol=2e-3)
 
 
@@ -235,13 +231,13 @@ def test_under_offload_it_is_the_same(make_mixtral, tiny_tokenizer, text):
     model, twin = make_mixtral(), make_mixtral()
     plan = halved(model)
     away = accelerate.cpu_offload(twin, execution_device=torch.device("cpu"))
-    one, other = (refit(plan, calibrated(m, tiny_tokenizer, text)) for m in (model, away))
-    assert one.plan == other.plan
+    first, other = (refit(plan, Calibration(m, tiny_tokenizer, text)) for m in (model, away))
+    assert first.plan == other.plan
 
 
 def test_what_was_cut_off_goes_on_layer_by_layer(make_mixtral, tiny_tokenizer, text, tmp_path, monkeypatch):
     model = make_mixtral()
-    calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
+    calibration, plan = Calibration(model, tiny_tokenizer, text), halved(model)
     expected = refit(plan, calibration)
     run = refitting.LayerFitting.run
     ran = []
@@ -266,7 +262,7 @@ def test_what_was_cut_off_goes_on_layer_by_layer(make_mixtral, tiny_tokenizer, t
 
 def test_a_file_keeps_the_weights_and_what_they_were_fitted_to(make_mixtral, tiny_tokenizer, text, tmp_path):
     model = make_mixtral()
-    calibration = calibrated(model, tiny_tokenizer, text)
+    calibration = Calibration(model, tiny_tokenizer, text)
     for rank in (None, 4):
         made = refit(halved(model), calibration, rank=rank)
         made.save(tmp_path / "plan.safetensors")
@@ -282,15 +278,15 @@ def test_a_file_keeps_the_weights_and_what_they_were_fitted_to(make_mixtral, tin
 def test_a_file_takes_no_more_bytes_than_the_weights(make_mixtral, tiny_tokenizer, text, tmp_path, dtype):
     """And keeps every bit, of small numbers, of -0.0 and of large ones, too."""
     model = make_mixtral(dtype=dtype)
-    made = refit(halved(model), calibrated(model, tiny_tokenizer, text))
+    made = refit(halved(model), Calibration(model, tiny_tokenizer, text))
     whole = torch.tensor([[[-0.0, 1e-7, 3.0, 1e-40]], [[65504.0, 1 / 3, -2.5, 0.0]]]).to(dtype).float().numpy()
     odd = Plan((LayerPlan(4, 2, kept=(0, 1), down=DownProjections(whole=whole)),))
     for plan in (made.plan, odd):
         plan.save(tmp_path / "plan.safetensors")
         loaded = Plan.load(tmp_path / "plan.safetensors")
         assert loaded == plan
-        for one, other in zip(loaded.layers, plan.layers):
-            assert one.down is None or one.down.whole.tobytes() == other.down.whole.tobytes()
+        for first, other in zip(loaded.layers, plan.layers):
+            assert first.down is None or first.down.whole.tobytes() == other.down.whole.tobytes()
     made.plan.save(tmp_path / "plan.safetensors")
     numbers = sum(part.down.whole.size for part in made.plan.layers if part.down is not None)
     assert (tmp_path / "plan.safetensors").stat().st_size < dtype.itemsize * numbers + 4000
@@ -298,7 +294,7 @@ def test_a_file_takes_no_more_bytes_than_the_weights(make_mixtral, tiny_tokenize
 
 def test_evaluations_reuse_prefixes_of_refitted_plans_only_where_they_are_equal(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral()
-    calibration = calibrated(model, tiny_tokenizer, text)
+    calibration = Calibration(model, tiny_tokenizer, text)
     made = refit(halved(model), calibration).plan
     other = replace_down(made, 2, made.layers[2].down.whole * 1.5)
     warm = Evaluator(model, tiny_tokenizer, text)
@@ -306,8 +302,8 @@ def test_evaluations_reuse_prefixes_of_refitted_plans_only_where_they_are_equal(
     fresh = [
         Evaluator(model, tiny_tokenizer, text).evaluate(plan).losses for plan in (halved(model), made, other, made)
     ]
-    for one, two in zip(losses, fresh):
-        assert np.array_equal(one, two)
+    for first, two in zip(losses, fresh):
+        assert np.array_equal(first, two)
     assert not np.array_equal(losses[1], losses[2])
     assert made.fingerprint != other.fingerprint
     assert made.first_difference(other) == 2
@@ -315,11 +311,11 @@ def test_evaluations_reuse_prefixes_of_refitted_plans_only_where_they_are_equal(
 
 def test_experts_in_another_order_share_a_fingerprint_with_their_weights():
     whole = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
-    one = LayerPlan(6, 2, kept=(0, 2, 5), down=DownProjections(whole=whole))
+    layer = LayerPlan(6, 2, kept=(0, 2, 5), down=DownProjections(whole=whole))
     other = LayerPlan(6, 2, kept=(5, 0, 2), down=DownProjections(whole=whole[[2, 0, 1]]))
     wrong = LayerPlan(6, 2, kept=(5, 0, 2), down=DownProjections(whole=whole))
-    assert Plan((one,)).fingerprint == Plan((other,)).fingerprint != Plan((wrong,)).fingerprint
-    assert one != other
+    assert Plan((layer,)).fingerprint == Plan((other,)).fingerprint != Plan((wrong,)).fingerprint
+    assert layer != other
 
 
 @pytest.mark.parametrize(
@@ -337,7 +333,7 @@ def test_experts_in_another_order_share_a_fingerprint_with_their_weights():
 def test_bad_arguments_are_named(make_mixtral, tiny_tokenizer, text, arguments, message):
     model = make_mixtral()
     with pytest.raises(MethodError, match=message):
-        refit(halved(model), calibrated(model, tiny_tokenizer, text), **arguments)
+        refit(halved(model), Calibration(model, tiny_tokenizer, text), **arguments)
 
 
 def test_what_is_held_out_is_drawn_and_the_same_in_every_layer(make_mixtral, tiny_tokenizer, text, monkeypatch):
@@ -346,11 +342,11 @@ def test_what_is_held_out_is_drawn_and_the_same_in_every_layer(make_mixtral, tin
     init = refitting.LayerFitting.__init__
 
     def noted(self, layer, part, batches, gaps, out, given):
-        held.append({int(n) for seen, each in zip(batches, out) for n in seen.sequence[each].unique()})
+        held.append({int(n) for acts, each in zip(batches, out) for n in acts.sequence[each].unique()})
         init(self, layer, part, batches, gaps, out, given)
 
     monkeypatch.setattr(refitting.LayerFitting, "__init__", noted)
-    calibration = calibrated(model, tiny_tokenizer, text)
+    calibration = Calibration(model, tiny_tokenizer, text)
     refit(halved(model), calibration)
     assert held[0] == held[1] == held[2]
     assert len(held[0]) == calibration.sequences // 4
@@ -363,14 +359,14 @@ def test_tokens_that_no_expert_takes_count_before_and_after(make_mixtral, tiny_t
     w_rm = np.zeros((4, 8), np.float32)
     w_rm[:, :1] = 1.0  # tokens with little of expert 0's probability still take something: all but those below
     none = LayerPlan(8, 2, kept=(0, 1, 2, 3), w_rm=-w_rm, router="prob")
-    made = refit(Plan((none,) * 3), calibrated(model, tiny_tokenizer, text))
+    made = refit(Plan((none,) * 3), Calibration(model, tiny_tokenizer, text))
     assert [fit.ridge for fit in made.layers] == [None] * 3
     assert all(fit.after == fit.before for fit in made.layers)
 
 
 def test_a_plan_of_another_model_is_refused_before_any_pass(make_mixtral, tiny_tokenizer, text, monkeypatch):
     model = make_mixtral()
-    calibration = calibrated(model, tiny_tokenizer, text)
+    calibration = Calibration(model, tiny_tokenizer, text)
     monkeypatch.setattr(refitting, "Stream", None)
     with pytest.raises(PlanError, match="for 2 MoE layers"):
         refit(Plan.one_hot([[0, 1]] * 2, experts=8, k=2), calibration)
@@ -380,7 +376,7 @@ def test_a_plan_of_another_model_is_refused_before_any_pass(make_mixtral, tiny_t
 
 def test_nan_of_an_expert_that_is_not_kept_does_no_harm(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral()
-    made = refit(halved(model), calibrated(model, tiny_tokenizer, text), rank=4).plan
+    made = refit(halved(model), Calibration(model, tiny_tokenizer, text), rank=4).plan
     ids = torch.arange(40)[None]
     with torch.no_grad(), patched(model, made):
         expected = model(ids).logits
@@ -394,15 +390,15 @@ def test_nan_of_an_expert_that_is_not_kept_does_no_harm(make_mixtral, tiny_token
 def test_a_model_in_training_mode_can_be_refitted(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral(router_jitter_noise=0.1)
     plan = halved(model)
-    expected = refit(plan, calibrated(model, tiny_tokenizer, text)).plan
-    assert refit(plan, calibrated(model.train(), tiny_tokenizer, text)).plan == expected
+    expected = refit(plan, Calibration(model, tiny_tokenizer, text)).plan
+    assert refit(plan, Calibration(model.train(), tiny_tokenizer, text)).plan == expected
     assert model.training
 
 
 def test_too_few_sequences_are_refused(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral()
     with pytest.raises(MethodError, match=f"at least {HELD_OUT} sequences"):
-        refit(halved(model), calibrated(model, tiny_tokenizer, text, limit=3))
+        refit(halved(model), Calibration(model, tiny_tokenizer, text, limit=3))
 
 
 def test_weights_of_another_form_are_refused(make_mixtral):
@@ -427,7 +423,7 @@ def test_weights_of_another_form_are_refused(make_mixtral):
 
 def test_no_space_takes_it_for_its_pruning(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral()
-    made = refit(halved(model), calibrated(model, tiny_tokenizer, text)).plan
+    made = refit(halved(model), Calibration(model, tiny_tokenizer, text)).plan
     with pytest.raises(moeopt.errors.SpaceError, match="down projections of its own"):
         moeopt.PruneSpace.of(model, keep=4).encode(made)
     with pytest.raises(moeopt.errors.SpaceError, match="first, then refit"):
@@ -443,7 +439,7 @@ def test_no_space_takes_it_for_its_pruning(make_mixtral, tiny_tokenizer, text):
 
 def test_memory_and_shares_are_those_of_the_pruning(make_mixtral, tiny_tokenizer, text):
     model = make_mixtral()
-    calibration, plan = calibrated(model, tiny_tokenizer, text), halved(model)
+    calibration, plan = Calibration(model, tiny_tokenizer, text), halved(model)
     made = refit(plan, calibration, ridges=[1e6]).plan  # weights that barely change
     whole = sum(p.nbytes for layer in moe_layers(model) for p in layer.experts.parameters())
     assert merged_bytes(moe_layers(model), made) == whole // 2

@@ -32,6 +32,11 @@ def shrink(model: nn.Module, small: nn.Module, plan: Plan) -> nn.Module:
     return small
 
 
+def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **options).logits
+
+
 def greedy(model: Any, ids: Tensor, tokens: int) -> Tensor:
     """`ids` and so many most likely tokens more, each by a forward pass of all before it."""
     with torch.no_grad():

@@ -44,7 +44,7 @@ def other_file(folder: Path, code: str) -> None:
 def other_repository(folder: Path, code: str) -> None:
     away = folder.with_name(f"{folder.name}-away")
     shutil.copytree(folder, away)
-    (away / "modeling_moeopt.py").write_text(code + (away / "modeling_moeopt.py").read_text())
+    prepend(away / "modeling_moeopt.py", code)
     names = json.loads((folder / "config.json").read_text())["auto_map"]
     change_json(folder / "config.json", auto_map={k: f"{away}--{v}" for k, v in names.items()})
 
@@ -69,13 +69,8 @@ def tokenizer(folder: Path, code: str, key: str = "auto_map") -> None:
     (folder / "tokenizer_config.json").write_text(text)
 
 
-def processor(folder: Path, code: str) -> None:
-    (folder / "proc.py").write_text(code)
-    change_json(folder / "processor_config.json", auto_map={"AutoProcessor": "proc.P"})
-
-
-def changed(folder: Path, code: str) -> None:
-    (folder / "modeling_moeopt.py").write_text(code + (folder / "modeling_moeopt.py").read_text())
+def prepend(file: Path, code: str) -> None:
+    file.write_text(code + file.read_text())
 
 
 def linked(folder: Path, code: str) -> None:
@@ -85,20 +80,20 @@ def linked(folder: Path, code: str) -> None:
     (folder / "modeling_moeopt.py").symlink_to(away)
 
 
-def beside(folder: Path, code: str) -> None:
-    (folder / "deep").mkdir()
-    (folder / "deep" / "x.py").write_text(code)
+def beside(place: str, settings_file: str = "config.json", **settings: Any) -> Change:
+    """A file of code, and settings that name it."""
 
+    def change(folder: Path, code: str) -> None:
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text(code)
+        change_json(folder / settings_file, **settings)
 
-def nested(folder: Path, code: str) -> None:
-    (folder / "configuration_n.txt").write_text(code)
-    change_json(folder / "config.json", text_config={"auto_map": {"AutoConfig": "n.C"}, "model_type": "n"})
+    return change
 
 
 def another_class(folder: Path, code: str) -> None:
     names = json.loads((folder / "config.json").read_text())["auto_map"]
-    names["AutoModel"] = names["AutoModelForCausalLM"]
-    change_json(folder / "config.json", auto_map=names)
+    change_json(folder / "config.json", auto_map=names | {"AutoModel": names["AutoModelForCausalLM"]})
 
 
 def settings(file: str, **fields: Any) -> Change:
@@ -106,7 +101,7 @@ def settings(file: str, **fields: Any) -> Change:
 
 
 WAYS: dict[str, Change] = {
-    "changed": changed,
+    "changed": lambda folder, code: prepend(folder / "modeling_moeopt.py", code),
     "linked": linked,
     "other file": other_file,
     "other repository": other_repository,
@@ -114,9 +109,9 @@ WAYS: dict[str, Change] = {
     "custom_generate that is a link": linked_generate,
     "tokenizer": tokenizer,
     "tokenizer, escaped": lambda folder, code: tokenizer(folder, code, "auto\\u005fmap"),
-    "processor": processor,
-    "file beside": beside,
-    "nested": nested,
+    "processor": beside("proc.py", "processor_config.json", auto_map={"AutoProcessor": "proc.P"}),
+    "file beside": beside("deep/x.py"),
+    "nested": beside("n.txt", text_config={"auto_map": {"AutoConfig": "n.C"}, "model_type": "n"}),
     "another class": another_class,
     "settings of generation": settings("generation_config.json", custom_generate="someone/else"),
     "kernels": settings("config.json", _attn_implementation="someone/else:f"),
@@ -184,7 +179,7 @@ def test_a_family_of_transformers_loads_without_the_code_beside_it(tmp_path: Pat
     change_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
     model, _ = moeopt.load(folder)
     assert type(model).__name__ == "MixtralForCausalLM"
-    with pytest.warns(UserWarning, match=r"left behind: custom_generate/, own\.py"):
+    with pytest.warns(UserWarning, match=r"left behind: custom_generate/ and own\.py"):
         out = moeopt.export(Plan.one_hot([[0, 1]] * 6, experts=8, k=2), tmp_path / "out", model=folder)
     assert "auto_map" not in json.loads((out / "config.json").read_text())
     assert verify(out, sequences=1, length=8, new_tokens=2).ok

@@ -116,7 +116,7 @@ def clusters(model: Any, **options: Any) -> Plan:
 
 def shuffled(model: Any, seed: int = 0) -> np.ndarray:
     experts = moe_layers(model)[0].experts
-    inner = mixing.Form.of(experts).inner
+    inner = mixing.ExpertForm.from_module(experts).inner
     rng = np.random.default_rng(seed)
     return np.stack([rng.permutation(inner) for _ in range(moe_layers(model)[0].n)]).astype(np.int32)
 
@@ -150,12 +150,12 @@ def test_an_order_is_that_of_the_full_model_s_own_experts(merge: str, family: st
     # the same order for all is none of a sum's business, so that what is compared with runs the same code
     anyhow = np.tile(np.arange(orders.shape[1], dtype=np.int32)[::-1], (len(orders), 1))
     with patched(model, Plan(tuple(replace(p, neurons=orders) for p in plain.layers))):
-        found = logits(model)
+        planned = logits(model)
     with patched(ordered, plain):
         expected = logits(ordered)
     with patched(ordered, Plan(tuple(replace(p, neurons=anyhow) for p in plain.layers))):
         again = logits(ordered)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(planned, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(again, expected, rtol=1e-3, atol=1e-3)
     with patched(model, plain):
         assert not torch.allclose(logits(model), expected, rtol=1e-2, atol=1e-2)
@@ -229,7 +229,8 @@ def test_an_order_for_other_experts_is_refused(make_mixtral: Any) -> None:
 
 def test_experts_that_an_order_changes_are_refused(make_mixtral: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_mixtral()
-    monkeypatch.setattr(mixing.Form, "of", classmethod(lambda cls, experts: cls(48, False, concatenated=False)))
+    by_turns = classmethod(lambda cls, experts: cls(32, 48, False, concatenated=False))
+    monkeypatch.setattr(mixing.ExpertForm, "from_module", by_turns)
     plan = clusters(model, neurons=shuffled(model))
     with pytest.raises(ModelError, match="gives other results with its neurons in another order"), patched(model, plan):
         pass

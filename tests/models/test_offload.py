@@ -7,6 +7,8 @@ import copy
 import accelerate
 import pytest
 import torch
+from models.conftest import logits
+from models.test_blocks import PARTS
 
 from moeopt.models import fingerprint, moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
@@ -31,11 +33,6 @@ def offloaded(request, model, tmp_path):
     return accelerate.dispatch_model(twin, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
 
 
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
-
-
 def test_the_weights_are_really_away(offloaded):
     assert moe_layers(offloaded)[1].experts.down_proj.is_meta
 
@@ -48,6 +45,7 @@ def test_plans_give_the_same_bits(model, offloaded, ids, dense_plan):
         Plan.one_hot(KEPT, experts=8, k=2),
         dense_plan(router="prob"),
         dense_plan(router="logit"),
+        *(Plan((PARTS[name],) * 3) for name in ("novices", "novices, refitted, skip")),
     ]
     for plan in plans:
         with patched(model, plan):

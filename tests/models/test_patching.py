@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from models.conftest import logits
 
 from moeopt.errors import ModelError, PlanError
 from moeopt.models import MergedCache, moe_layers, patched, plan_in_force, shape_of, without_plan
@@ -16,11 +17,6 @@ from moeopt.plan import LayerPlan, ModelShape, Plan
 KEPT = [[0, 3, 5, 6], [7, 1, 2, 4], [1, 2, 3, 4]]
 BACKENDS = ["grouped_mm", "eager"]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def logits(model, ids, **kwargs):
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
 
 
 @pytest.fixture(params=BACKENDS)
@@ -56,38 +52,31 @@ def test_identity_changes_no_bit(model, ids):
     assert torch.equal(logits(model, ids), expected)
 
 
-def test_reordering_experts_changes_at_most_the_rounding(make_mixtral, ids):
+@pytest.mark.parametrize("router", ["rows", "prob", "logit"])
+def test_reordering_experts_and_mapping_one_hot_change_at_most_the_rounding(make_mixtral, ids, router):
     model, backwards = make_mixtral(), np.eye(8)[::-1]
-    expected = logits(model, ids)
-    for router in ("rows", "prob", "logit"):
-        with patched(model, Plan((LayerPlan(8, 2, w_em=backwards, w_rm=backwards, router=router),) * 3)):
+    everything = LayerPlan(8, 2, w_em=backwards, w_rm=backwards, router=router)
+    pruning = Plan.one_hot(KEPT, experts=8, k=2)
+    for plan, same in ((Plan((everything,) * 3), None), (Plan.one_hot(KEPT, experts=8, k=2, router=router), pruning)):
+        with patched(model, same or Plan.identity(3, 8, 2)):
+            expected = logits(model, ids)
+        with patched(model, plan):
             torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_pruning_equals_the_stock_small_model(model, ids, stock):
-    plan = Plan.one_hot(KEPT, experts=8, k=2)
-    with patched(model, plan):
-        assert torch.equal(logits(model, ids), logits(stock(plan), ids))
+STOCK = {
+    "pruned": lambda dense: Plan.one_hot(KEPT, experts=8, k=2),
+    "fewer active": lambda dense: Plan.identity(3, 8, 2).with_k(1),
+    **{f"merged, logits mapped, k = {k}": lambda dense, k=k: dense(router="logit", k=k) for k in (1, 2, 4)},
+    "merged, rows of the router": lambda dense: Plan(
+        tuple(LayerPlan(8, 2, w_em=p.w_em, w_rm=np.eye(8)[rows]) for p, rows in zip(dense(router="prob").layers, KEPT))
+    ),
+}
 
 
-def test_fewer_active_experts_equals_the_stock_model(model, ids, stock):
-    plan = Plan.identity(3, 8, 2).with_k(1)
-    with patched(model, plan):
-        assert torch.equal(logits(model, ids), logits(stock(plan), ids))
-
-
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_merging_with_mapped_logits_equals_the_stock_small_model(model, ids, stock, dense_plan, k):
-    plan = dense_plan(router="logit", k=k)
-    with patched(model, plan):
-        assert torch.equal(logits(model, ids), logits(stock(plan), ids))
-
-
-def test_merged_experts_with_rows_of_the_router_equal_the_stock_small_model(model, ids, stock, dense_plan):
-    parts = (
-        LayerPlan(8, 2, w_em=p.w_em, w_rm=np.eye(8)[rows]) for p, rows in zip(dense_plan(router="prob").layers, KEPT)
-    )
-    plan = Plan(tuple(parts))
+@pytest.mark.parametrize("kind", STOCK)
+def test_a_plan_equals_the_stock_small_model_of_its_weights(model, ids, stock, dense_plan, kind):
+    plan = STOCK[kind](dense_plan)
     with patched(model, plan):
         assert torch.equal(logits(model, ids), logits(stock(plan), ids))
 
@@ -150,14 +139,6 @@ def test_tokens_left_without_experts_are_zero_and_counted(make_mixtral):
     assert int((output == 0).all(-1).sum()) == zero
 
 
-def test_one_hot_on_probabilities_equals_rows_where_top_k_is_renormalised(make_mixtral, ids):
-    model = make_mixtral()
-    with patched(model, Plan.one_hot(KEPT, experts=8, k=2)):
-        expected = logits(model, ids)
-    with patched(model, Plan.one_hot(KEPT, experts=8, k=2, router="prob")):
-        torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("kind", ["prob", "logit"])
 def test_nothing_of_the_model_changes(make_mixtral, ids, dense_plan, snapshot, kind):
     model = make_mixtral()
@@ -170,12 +151,7 @@ def test_nothing_of_the_model_changes(make_mixtral, ids, dense_plan, snapshot, k
         assert shape_of(model) == ModelShape(3, 8, 2)
     assert snapshot(model) == before
     assert torch.equal(logits(model, ids), expected)
-
-
-def test_an_exception_restores_the_model(make_mixtral, dense_plan, snapshot):
-    model = make_mixtral()
-    before = snapshot(model)
-    with pytest.raises(KeyError), patched(model, dense_plan(router="prob")):
+    with pytest.raises(KeyError), patched(model, dense_plan(router=kind)):
         raise KeyError
     assert snapshot(model) == before
 
@@ -212,10 +188,10 @@ def test_storages_and_cache_agree_and_unchanged_layers_are_not_merged_again(make
     plan = dense_plan(router="prob")
     changed = Plan((plan.layers[0], dense_plan(router="prob", seed=1).layers[1], plan.layers[2]))
     wider = dense_plan(router="prob", r=6, seed=2)
-    for one, merges in ((plan, 3), (plan, 3), (changed, 4), (plan, 5), (wider, 8), (plan, 11)):
+    for each, merges in ((plan, 3), (plan, 3), (changed, 4), (plan, 5), (wider, 8), (plan, 11)):
         outputs = []
         for options in ({"cache": cache}, {"storage": "scratch"}, {"storage": "resident"}):
-            with patched(model, one, **options):
+            with patched(model, each, **options):
                 outputs.append(logits(model, ids))
         assert torch.equal(outputs[0], outputs[1])
         assert torch.equal(outputs[0], outputs[2])
@@ -330,24 +306,26 @@ def test_quantised_experts_are_not_merged_but_may_be_pruned(make_mixtral, ids, d
         assert torch.equal(logits(model, ids), logits(plain, ids))
 
 
-def test_integer_experts_are_refused(make_mixtral, dense_plan):
+def integers(experts):
+    packed = experts.gate_up_proj.detach().to(torch.int8)
+    experts.gate_up_proj = torch.nn.Parameter(packed, requires_grad=False)
+
+
+def deaf(experts):
+    """Of a class that does not dispatch."""
+    experts.__class__ = type("Deaf", (type(experts),), {"forward": type(experts).forward.__wrapped__})
+
+
+@pytest.mark.parametrize(("change", "message"), [(integers, "mlp"), (deaf, "does not dispatch")])
+def test_experts_that_cannot_be_merged_are_refused(make_mixtral, dense_plan, change, message):
     model = make_mixtral()
     for layer in moe_layers(model):
-        packed = layer.experts.gate_up_proj.detach().to(torch.int8)
-        layer.experts.gate_up_proj = torch.nn.Parameter(packed, requires_grad=False)
-    for plan in (dense_plan(router="prob"), Plan.one_hot(KEPT, experts=8, k=2)):
-        with pytest.raises(ModelError, match="mlp"), patched(model, plan):
+        change(layer.experts)
+    plans = [dense_plan(router="prob")]
+    plans += [Plan.one_hot(KEPT, experts=8, k=2)] * (change is integers)  # whose block does not even run
+    for plan in plans:
+        with pytest.raises(ModelError, match=message), patched(model, plan):
             pass
-
-
-def test_an_experts_class_that_ignores_the_interface_is_not_merged(make_mixtral, dense_plan):
-    model = make_mixtral()
-    for layer in moe_layers(model):
-        layer.experts.__class__ = type(
-            "Deaf", (type(layer.experts),), {"forward": type(layer.experts).forward.__wrapped__}
-        )
-    with pytest.raises(ModelError, match="does not dispatch"), patched(model, dense_plan(router="prob")):
-        pass
 
 
 def test_a_block_that_bypasses_its_router_is_refused(make_mixtral):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models.conftest import logits
 
 from moeopt.errors import ModelError
 from moeopt.models import moe_layers, patched, routing_rules
@@ -11,11 +12,6 @@ from moeopt.models.routing import MappedRouter
 from moeopt.plan import LayerPlan, Plan
 
 ROWS = ((5, 0, 3, 2), (1, 2, 6, 4))
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -30,21 +26,14 @@ def test_identity_changes_no_bit_in_any_family(build_family, family, ids, dtype)
     assert [hook.calls for hook in hooks] == [1, 1]
 
 
-@pytest.mark.parametrize("corrected", [False, True])
-def test_pruning_equals_the_stock_small_model_in_any_family(build_family, family, ids, shrunk, corrected):
-    model = build_family(family, corrected=corrected)
-    plan = Plan.one_hot(ROWS, experts=7, k=2)
-    small = shrunk(model, build_family(family, 4), plan)
+@pytest.mark.parametrize("kind", ["pruned", "pruned, corrected", "merged"])
+def test_a_plan_equals_the_stock_small_model_in_any_family(build_family, family, ids, shrunk, dense_plan, kind):
+    model = build_family(family, corrected=kind == "pruned, corrected")
+    merged = kind == "merged"
+    plan = dense_plan(layers=2, n=7, router="logit") if merged else Plan.one_hot(ROWS, experts=7, k=2)
+    small, near = shrunk(model, build_family(family, 4), plan), 1e-5 if merged else 0
     with patched(model, plan):
-        assert torch.equal(logits(model, ids), logits(small, ids))
-
-
-def test_merging_equals_the_stock_small_model_in_any_family(build_family, family, ids, shrunk, dense_plan):
-    model = build_family(family)
-    plan = dense_plan(layers=2, n=7, router="logit")
-    small = shrunk(model, build_family(family, 4), plan)
-    with patched(model, plan):
-        torch.testing.assert_close(logits(model, ids), logits(small, ids), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(model, ids), logits(small, ids), rtol=near, atol=near)
 
 
 def test_mapped_probabilities_choose_the_kept_experts_in_any_family(build_family, family, ids):

@@ -79,31 +79,31 @@ def test_a_plan_has_the_size_of_its_exported_checkpoint(
     model.save_pretrained(tmp_path / "full")
     tiny_tokenizer.save_pretrained(tmp_path / "full")
     sizes = Sizes(model)
-    whole = sizes.of()
+    whole = sizes.under()
     assert (whole.parameters, whole.bytes) == headers(tmp_path / "full")
-    found = sizes.of(PLANS[name])
+    size = sizes.under(PLANS[name])
     exported = moeopt.export(PLANS[name], tmp_path / "small", model=tmp_path / "full")
-    assert (found.parameters, found.bytes) == headers(exported)
+    assert (size.parameters, size.bytes) == headers(exported)
 
 
 def test_active_parameters_of_a_mixtral_by_hand(make_mixtral: Any) -> None:
     sizes = Sizes(make_mixtral())
-    whole = sizes.of()
+    whole = sizes.under()
     assert whole.parameters == REST + LAYERS * N * (EXPERT + ROW)
     assert whole.active == REST + LAYERS * (N * ROW + K * EXPERT)
-    assert sizes.of(pruning(4)).active == REST + LAYERS * (4 * ROW + K * EXPERT)
-    assert sizes.of(pruning(N, 1)).active == REST + LAYERS * (N * ROW + EXPERT)
-    assert sizes.of(pruning(N).with_skip(0.5), [1.5, 2.0, 1.0]).active == REST + LAYERS * N * ROW + 4.5 * EXPERT
+    assert sizes.under(pruning(4)).active == REST + LAYERS * (4 * ROW + K * EXPERT)
+    assert sizes.under(pruning(N, 1)).active == REST + LAYERS * (N * ROW + EXPERT)
+    assert sizes.under(pruning(N).with_skip(0.5), [1.5, 2.0, 1.0]).active == REST + LAYERS * N * ROW + 4.5 * EXPERT
 
 
 def test_dense_maps_of_probabilities_and_aliases_keep_the_whole_router(make_mixtral: Any) -> None:
     sizes = Sizes(make_mixtral())
-    found = sizes.of(merging("prob"))
-    assert found.parameters == REST + LAYERS * (2 * EXPERT + N * ROW + 2 * N)
-    assert found.bytes == 4 * found.parameters
-    size = sizes.of(aliasing())
+    size = sizes.under(merging("prob"))
+    assert size.parameters == REST + LAYERS * (2 * EXPERT + N * ROW + 2 * N)
+    assert size.bytes == 4 * size.parameters
+    size = sizes.under(aliasing())
     assert size.parameters == size.active == REST + LAYERS * (2 * EXPERT + N * ROW)
-    size = sizes.of(with_novices(), [1.0] * LAYERS)
+    size = sizes.under(with_novices(), [1.0] * LAYERS)
     assert size.parameters == REST + LAYERS * (2 * EXPERT + N * ROW + (N - 2) * HIDDEN)
     assert size.active == size.parameters - LAYERS * EXPERT
 
@@ -112,7 +112,7 @@ def test_shared_experts_are_always_active(build_family: Callable[..., Any]) -> N
     model = build_family("qwen2_moe")
     layers = moe_layers(model)
     idle = sum((x.n - x.k) * sum(p.numel() for p in x.experts.parameters()) // x.n for x in layers)
-    size = Sizes(model).of()
+    size = Sizes(model).under()
     assert size.parameters == sum(p.numel() for p in model.parameters())
     assert size.active == size.parameters - idle
 
@@ -122,16 +122,16 @@ def test_biases_that_correct_routers_count_too(build_family: Callable[..., Any])
     corrections = sum(b.numel() for name, b in model.named_buffers() if "correction_bias" in name)
     assert corrections > 0
     size = Sizes(model)
-    assert size.of().parameters == sum(p.numel() for p in model.parameters()) + corrections
+    assert size.under().parameters == sum(p.numel() for p in model.parameters()) + corrections
     layers = moe_layers(model)
     rows = sum(layer.hidden + 1 for layer in layers)
     experts = sum(p.numel() for layer in layers for p in layer.experts.parameters()) // layers[0].n
     dropped = Plan.one_hot([range(layer.n - 1) for layer in layers], experts=layers[0].n, k=2)
-    assert size.of().parameters - size.of(dropped).parameters == rows + experts
+    assert size.under().parameters - size.under(dropped).parameters == rows + experts
 
 
 def test_a_dense_model_is_all_active(tiny_llama: Any, tiny_model: Any) -> None:
-    size = Sizes(tiny_llama, ()).of()
+    size = Sizes(tiny_llama, ()).under()
     assert size.parameters == size.active == sum(p.numel() for p in tiny_llama.parameters())
     assert is_dense(tiny_llama)
     assert not is_dense(tiny_model)

@@ -107,11 +107,11 @@ def refused(call: Callable[[], Any], name: str, most: int = 64 << 20) -> MoeoptE
         call()
         return None
     except MoeoptError as error:
-        found = error
+        caught = error
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert name in str(found), str(found)[:500]
-    assert len(str(found)) < 5000, len(str(found))
+    assert name in str(caught), str(caught)[:500]
+    assert len(str(caught)) < 5000, len(str(caught))
     assert peak < most, peak
-    return found
+    return caught

@@ -49,11 +49,11 @@ def loads(folder: Path, data: bytes) -> None:
     before = sorted(folder.iterdir())
 
     def load() -> None:
-        found = Plan.load(path)
-        assert found.layers
+        loaded = Plan.load(path)
+        assert loaded.layers
         again = folder / "again.safetensors"
-        found.save(again)
-        assert Plan.load(again) == found
+        loaded.save(again)
+        assert Plan.load(again) == loaded
         again.unlink()
 
     refused(load, repr(str(path))[1:-1])
@@ -120,8 +120,8 @@ def test_plan_headers_that_lie(what: str, folder: Path) -> None:
     path = folder / "plan.safetensors"
     data = np.eye(2, 3, dtype="<f4").tobytes() if "layers.0.w_em" in HEADERS[what] else b""
     path.write_bytes(safetensors_bytes(HEADERS[what], data))
-    found = refused(lambda: Plan.load(path), str(path))
-    assert found is not None or what == "integers", what
+    error = refused(lambda: Plan.load(path), str(path))
+    assert error is not None or what == "integers", what
 
 
 def test_a_header_of_duplicate_keys_or_giant_length_is_refused(folder: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from moeopt.errors import MethodError, ModelError, NonFiniteLossError
 from moeopt.evaluation import Evaluation
-from moeopt.methods import METHODS, Wanted
+from moeopt.methods import METHODS, Budget
 from moeopt.models import Sizes
 from moeopt.plan import ModelShape, Plan
 from moeopt.results.method_comparison.bench import Bench, found_by_each
@@ -61,7 +61,7 @@ class Maker:
                 found[split] = [evaluation for _, evaluation in self._finite(plans[:test_draws], split, label)]
         losses = {split: np.array([e.loss for e in of]) for split, of in found.items() if of}
         accuracies = {split: np.array([e.accuracy for e in of]) for split, of in found.items() if of}
-        size = self.sizes.of(plans[0])
+        size = self.sizes.under(plans[0])
         self.rows.append(
             Row(
                 keep=keep,
@@ -118,7 +118,7 @@ class Maker:
     def _row(self, kind: Kind, name: str, plan: Plan | None, keep: int, k: int, cost: int) -> None:
         label = f"{name}, keep {keep}, k {k}"
         found = {split: self.bench.evaluate(plan, split, label) for split in self.bench.sizes}
-        size = self.sizes.of(plan)
+        size = self.sizes.under(plan)
         self.rows.append(
             Row(
                 keep=keep,
@@ -158,6 +158,6 @@ def kept(plan: Plan) -> int:
 
 def _random(shape: ModelShape, keep: int, k: int, seed: int, draw: int) -> Plan:
     """A random pruning: the same experts whatever k is."""
-    method, wanted = METHODS["random"], Wanted(shape.experts, shape.k, keep, k)
+    method, budget = METHODS["random"], Budget(shape.experts, shape.k, keep, k)
     rngs = (np.random.default_rng([seed, draw, layer]) for layer in range(shape.layers))
-    return Plan(tuple(method.layer({}, wanted, rng) for rng in rngs))
+    return Plan(tuple(method.layer({}, budget, rng) for rng in rngs))

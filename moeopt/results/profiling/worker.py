@@ -111,7 +111,7 @@ class Host:
         if not all(load["tokens"] for load in loads):
             loads = []
         active = [sum(load["counts"]) / load["tokens"] for load in loads]
-        size, whole = self.sizes.of(chosen, active or None), self.sizes.of()
+        size, whole = self.sizes.under(chosen, active or None), self.sizes.under()
         return {
             "parameters": size.parameters,
             "active_parameters": size.active if self.layers or is_dense(self.model) else None,

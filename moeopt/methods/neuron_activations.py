@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from moeopt.models import MoELayer
-from moeopt.models.layers import is_transposed
 from moeopt.models.merging import DOWN, merged_view
+from moeopt.models.mixing import ExpertForm
 
 
-class Activations:
+class NeuronActivations:
     """Activations of the neurons of a layer's experts.
 
     They are the family's own: its experts run with rows of the identity in place of W2, as many at a time as W2 has. A
@@ -23,26 +23,25 @@ class Activations:
         tensors: its experts' tensors by name, expert first, or those that a plan makes of them.
 
     Attributes:
-        hidden, inner: what W2 leads to, and from.
+        form: of these tensors.
         runs: how often an expert runs for its activations.
     """
 
     def __init__(self, layer: MoELayer, tensors: Mapping[str, Tensor]) -> None:
         self.layer, self.tensors = layer, tensors
-        self.transposed = is_transposed(layer.experts)
-        sizes = tensors[DOWN].shape
-        self.hidden, self.inner = (sizes[2], sizes[1]) if self.transposed else (sizes[1], sizes[2])
+        self.form = ExpertForm.from_module(layer.experts)
         self._identity = self._rows(tensors[DOWN])
         self.runs = len(self._identity)
 
     def _rows(self, like: Tensor) -> list[Tensor]:
         """(inner, inner) in pieces of the form of one expert's W2, the last one ending with rows of 0."""
-        whole = torch.zeros(-(-self.inner // self.hidden) * self.hidden, self.inner, dtype=like.dtype)
+        hidden, inner = self.form.hidden, self.form.inner
+        whole = torch.zeros(-(-inner // hidden) * hidden, inner, dtype=like.dtype)
         whole.fill_diagonal_(1)
-        pieces = whole.to(like.device).view(-1, self.hidden, self.inner).split(1)
-        return [piece.mT.contiguous() if self.transposed else piece for piece in pieces]
+        pieces = whole.to(like.device).view(-1, hidden, inner).split(1)
+        return [piece.mT.contiguous() if self.form.transposed else piece for piece in pieces]
 
-    def of(self, expert: int, hidden: Tensor, weights: Tensor) -> Tensor:
+    def weighted(self, expert: int, hidden: Tensor, weights: Tensor) -> Tensor:
         """g a(x), float32 (tokens, inner).
 
         Args:
@@ -58,4 +57,4 @@ class Activations:
         for rows in self._identity:
             view = merged_view(self.layer.experts, tensors | {DOWN: rows}, self.layer.n)
             parts.append(type(self.layer.experts).forward(view, hidden, first, weights[:, None].to(hidden.dtype)))
-        return torch.cat(parts, 1)[:, : self.inner].float()
+        return torch.cat(parts, 1)[:, : self.form.inner].float()

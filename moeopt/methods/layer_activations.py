@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeopt.errors import MethodError
 from moeopt.methods.sequences import Batch
@@ -18,7 +19,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class LayerActivations:
     """What one MoE layer saw of one batch; padding is left out.
 
     Args:
@@ -132,12 +133,12 @@ class Seen:
             return self.every
         return torch.stack([self._output(j, slice(None)) for j in range(self.layer.n)])
 
-    def detached(self) -> Seen:
+    def detached(self) -> LayerActivations:
         """The same apart from the graph that gave it."""
         names = ("hidden", "logits", "gates", "routed")
         return replace(self, **{name: getattr(self, name).detach() for name in names})
 
-    def without_states(self, every: int = 1) -> Seen:
+    def without_states(self, every: int = 1) -> LayerActivations:
         """The same without hidden states: what routing needs; of the first of every so many tokens."""
         nothing = self.hidden.new_empty(0, self.hidden.shape[1])  # not a view, which would hold the whole
         thinned = {name: getattr(self, name)[::every] for name in ("logits", "gates", "index", "sequence")}
@@ -147,24 +148,36 @@ class Seen:
 
     def output(self, expert: int, tokens: Tensor | slice) -> Tensor:
         """One expert's output without its gate, (tokens, hidden)."""
-        known = self.every is not None or "outputs" in self.__dict__
-        return self.outputs[expert][tokens] if known else self._output(expert, tokens)
+        computed = self.every is not None or "outputs" in self.__dict__
+        return self.outputs[expert][tokens] if computed else self._output(expert, tokens)
 
     def _output(self, expert: int, tokens: Tensor | slice) -> Tensor:
         hidden = self.hidden[tokens]
         number = torch.full((len(hidden), 1), expert, device=hidden.device)
-        found: Tensor = self.layer.experts(hidden, number, torch.ones_like(number, dtype=torch.float32))
-        return found
+        output: Tensor = self.layer.experts(hidden, number, torch.ones_like(number, dtype=torch.float32))
+        return output
+
+
+Observe = Callable[[LayerActivations], None]
+"""Called with what a layer saw of a batch."""
 
 
 class Hook:
-    """Forward hooks of one MoE layer's router, experts and block that put together a `Seen`."""
+    """Forward hooks of one MoE layer's router, experts and block that put together a `LayerActivations`."""
 
-    def __init__(self, layer: MoELayer, rule: RoutingRule, see: Callable[[Seen], None], current: list[Batch]) -> None:
-        self.layer, self.rule, self.see, self.current = layer, rule, see, current
-        self.found: dict[str, Tensor] = {}
-        self.busy = False
+    def __init__(self, layer: MoELayer, rule: RoutingRule, observe: Observe, current: list[Batch]) -> None:
+        self.layer, self.rule, self.observe, self.current = layer, rule, observe, current
+        self._tensors: dict[str, Tensor] = {}
+        self.busy = False  # while `observe` runs experts again, which must not be noted
         self._norms: list[tuple[Tensor, Tensor]] = []
+
+    def attach(self, stack: ExitStack, siblings: Iterable[nn.Module] = ()) -> None:
+        """Hang them on the layer until the stack closes; `siblings` are modules beside its block."""
+        layer = self.layer
+        places = [(layer.router, self.router), (layer.experts, self.experts), (layer.block, self.block)]
+        for module, note in [*places, *((sibling, self.sibling) for sibling in siblings)]:
+            stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+        stack.callback(layer.block.register_forward_pre_hook(self.entering, with_kwargs=True).remove)
 
     def sibling(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Of modules beside the block: what one took and gave, of which the norm before the block is told."""
@@ -175,14 +188,16 @@ class Hook:
     def entering(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the block runs."""
         hidden = args[0] if args else kwargs.get("hidden_states")
+        # The norm before the block is the sibling that gave the very tensor that enters it. What it took is the
+        # residual stream, which no module of its own passes through.
         taken = [taken for taken, given in self._norms if given is hidden and taken.shape == given.shape]
         self._norms.clear()
         if taken:
-            self.found["entered"] = taken[-1].reshape(-1, taken[-1].shape[-1])
+            self._tensors["entered"] = taken[-1].reshape(-1, taken[-1].shape[-1])
 
     def router(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
-        self.found |= {
+        self._tensors |= {
             "hidden": hidden.reshape(-1, hidden.shape[-1]),
             "logits": output[0],
             "gates": output[1],
@@ -192,7 +207,7 @@ class Hook:
     def experts(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self.busy:
             entered: Tensor = args[0] if args else kwargs["hidden_states"]
-            self.found |= {
+            self._tensors |= {
                 "hidden": entered.reshape(-1, entered.shape[-1]),
                 "routed": output.reshape(-1, output.shape[-1]),
             }
@@ -200,7 +215,10 @@ class Hook:
     def run(
         self, forward: Any, experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """What the experts give, made of every expert's output, which is kept."""
+        """What the experts give, made of every expert's output, which is kept.
+
+        Each expert runs once for all tokens, as their only pick, at weight 1.
+        """
         if self.busy:
             given: Tensor = forward(experts, hidden_states, top_k_index, top_k_weights)
             return given
@@ -208,25 +226,25 @@ class Hook:
         every = torch.stack(
             [forward(experts, hidden_states, torch.full_like(top_k_index[:, :1], j), ones) for j in range(self.layer.n)]
         )
-        self.found["every"] = every
+        self._tensors["every"] = every
         tokens = torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
         weighted = every[top_k_index, tokens].float() * top_k_weights[..., None].float()
         return weighted.sum(1).to(hidden_states.dtype)
 
     def block(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         batch = self.current[0]
-        found, self.found = self.found, {}
-        every, real = found.pop("every", None), batch.mask.bool().flatten()
+        tensors, self._tensors = self._tensors, {}
+        every, real = tensors.pop("every", None), batch.mask.bool().flatten()
         if not real.all():
-            found = {name: t[real.to(t.device)] for name, t in found.items()}
+            tensors = {name: t[real.to(t.device)] for name, t in tensors.items()}
             every = None if every is None else every[:, real.to(every.device)]
-        if not (found["routed"] if every is None else every).isfinite().all():
+        if not (tensors["routed"] if every is None else every).isfinite().all():
             raise MethodError(
-                f"{self.layer.name}: what its experts give is not finite in {found['routed'].dtype}; load the model in "
-                "another dtype, such as bfloat16 or float32"
+                f"{self.layer.name}: what its experts give is not finite in {tensors['routed'].dtype}; load the model "
+                "in another dtype, such as bfloat16 or float32"
             )
         self.busy = True
         try:
-            self.see(Seen(self.layer, self.rule, sequence=batch.sequence, every=every, **found))
+            self.observe(LayerActivations(self.layer, self.rule, sequence=batch.sequence, every=every, **tensors))
         finally:
             self.busy = False
