@@ -161,9 +161,9 @@ class Space(ABC):
             layer = plan.layers[first]
             if any(other != layer for other in plan.layers[first : last + 1]):
                 raise SpaceError(f"layers {first}-{last} share one choice in this space, but differ in the plan")
-            found, wanted = (layer.experts, layer.kept_experts, layer.k), (shape.experts, self.keep, self.k)
-            if found != wanted:
-                raise SpaceError(f"layer {first} of the plan has (n, r, k) = {found}, the space {wanted}")
+            sizes, wanted = (layer.experts, layer.kept_experts, layer.k), (shape.experts, self.keep, self.k)
+            if sizes != wanted:
+                raise SpaceError(f"layer {first} of the plan has (n, r, k) = {sizes}, the space {wanted}")
             if layer.skip:
                 raise SpaceError(f"layer {first} of the plan skips experts (skip={layer.skip:g}), this space does not")
             if layer.beyond_matrices is not None:
@@ -225,10 +225,10 @@ class Space(ABC):
         """A genotype as parameters of `distributions`: Python floats, and ints where a number is an integer."""
         if self.integer:
             return x.astype(int).tolist()  # type: ignore[no-any-return]
-        found = x.tolist()
+        values = x.tolist()
         for i in np.flatnonzero(self.whole):
-            found[i] = int(found[i])
-        return found  # type: ignore[no-any-return]
+            values[i] = int(values[i])
+        return values  # type: ignore[no-any-return]
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """The numbers as Optuna distributions, by name, in order."""
