@@ -238,7 +238,7 @@ def test_active_counts_the_experts_that_ran(make_mixtral, tiny_tokenizer, questi
     model.set_experts_implementation("eager")
     evaluator = Evaluator(model, tiny_tokenizer, questions, batch_tokens=64, rungs=rungs, prefix_memory=0)
     if whole:
-        evaluator._runner = Whole(model, 3)
+        evaluator.passes.runner = Whole(model, 3)
     plan = skipping((2, 0.9), (3, 0.6), (1, 0.0))
     evaluator.evaluate(plan)  # what it checks first runs experts, too
     pairs, own = [], type(model.model.layers[0].mlp.experts).forward.__wrapped__
@@ -249,7 +249,7 @@ def test_active_counts_the_experts_that_ran(make_mixtral, tiny_tokenizer, questi
 
     monkeypatch.setattr(type(model.model.layers[0].mlp.experts).forward, "__wrapped__", counting)
     places = 0
-    for rung, evaluation in zip(evaluator._batches, evaluator.race(plan)):
+    for rung, evaluation in zip(evaluator.passes.batches, evaluator.race(plan)):
         places += sum(batch.ids.numel() for batch in rung)
         assert evaluation.active == pytest.approx(sum(pairs) / (3 * places))
     assert 1 < evaluation.active < 2

@@ -186,7 +186,7 @@ def test_how_it_is_run_changes_nothing(
         monkeypatch.setattr("moeopt.evaluation.teacher.FEW", 1)
     evaluator = make(task, score=score, **options)
     if change == "whole":
-        evaluator._runner = Whole(model, LAYERS)
+        evaluator.passes.runner = Whole(model, LAYERS)
     stages = list(evaluator.race(PRUNED))
     np.testing.assert_allclose(stages[-1].losses, expected.losses, atol=2e-6)
     np.testing.assert_array_equal(stages[-1].weights, expected.weights)
@@ -198,7 +198,7 @@ def test_how_it_is_run_changes_nothing(
         *_, again = evaluator.race(PRUNED, stages[1])
         np.testing.assert_array_equal(again.scores, stages[-1].scores)
         assert teacher_of(evaluator).layer_tokens - before == evaluator.layers * sum(
-            batch.tokens for batch in evaluator._batches[2]
+            batch.tokens for batch in evaluator.passes.batches[2]
         ), "rungs that are known need no teacher"
 
 
@@ -326,6 +326,7 @@ def demo() -> tuple[Any, Any]:
     return moeopt.load(moeopt.demo.MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", LABEL_FREE)
 def test_more_experts_are_closer(demo: Any, score: Score) -> None:
     evaluator = Evaluator(*demo, moeopt.demo.skill_task("sort"), limit=12, score=score)
