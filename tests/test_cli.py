@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 import moeopt
 from moeopt.cli import app, main
-from moeopt.cli.arguments import storage_again
+from moeopt.cli.arguments import for_trials, storage_again
+from moeopt.cli.commands import COMMANDS
 from moeopt.plan import Plan
 from moeopt.study import load_study, space_of
 from moeopt.trials import genome
@@ -112,7 +113,6 @@ BAD_SEARCH = {
     "no example": (["--limit", "0"], "--limit", "'0'"),
     "unknown dtype": (["--dtype", "float8"], "'float8'", "bfloat16"),
     "unknown sampler": (["--sampler", "eepp"], "'eepp'", "did you mean 'eep'"),
-    "unknown optimiser of Nevergrad": (["--sampler", "nevergrad:OnePlusTwo"], "'OnePlusTwo'", "'OnePlusOne'"),
     "unknown hyperparameter": (["--sampler-option", "intial=3"], "'intial'", "'initial'"),
     "hyperparameter without a value": (["--sampler-option", "initial"], "'initial'", "NAME=VALUE"),
     "hyperparameter out of range": (["--sampler-option", "p_row=2"], "p_row", "2"),
@@ -242,12 +242,12 @@ def test_sources_of_plans_are_checked(place: Place, refused: Refused, tmp_path: 
 def test_help_versions_and_early_errors_import_nothing_slow(place: Place) -> None:
     plain = place.search()
     early = [
-        *([command, "--help"] for command in ("demo", "search", "show", "plan", "export")),
+        *([command, "-h"] for command in COMMANDS),
         [],
         ["--version"],
         ["serch"],
         ["search", "/no/such/model", *plain[2:]],
-        *(place.search(*options) for name, (options, *_) in BAD_SEARCH.items() if "Nevergrad" not in name),
+        *(place.search(*options) for options, *_ in BAD_SEARCH.values()),
         ["demo", "--skill", "juggling"],
         ["plan", "missing"],
         ["export", "model", str(place.folder), "--plan", "x"],
@@ -267,6 +267,32 @@ def test_help_shows_every_option_and_its_default() -> None:
     for text in ("--keep", "--sampler-option", "default: 400", "sqlite:///moeopt.db", "Examples"):
         assert text in shown.output
     assert CliRunner().invoke(app, ["--version"]).output == f"moeopt {moeopt.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["search", "m", "--task", "t", "--study_name", "s", "--device", "cpu", "--n-trials", "0"], "--trials"),
+        (["worker", "--study-name", "s", "--n_trials", "0"], "--trials"),
+        (["lm-eval", "m", "--tasks", "t", "--num_fewshot", "-1"], "--num-fewshot"),
+        (["lm_eval", "m", "--tasks", "t", "--apply_chat_template", "--confirm_run_unsafe_code", "--batch_size", "2",
+          "--output_path", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
+        (["compare-methods", "m", "--task", "t", "--output_path", "x", "--keep", "none"], "--keep"),
+    ],
+)  # fmt: skip
+def test_options_are_known_by_the_names_of_lm_eval_and_optuna(
+    arguments: list[str], named: str, refused: Refused
+) -> None:
+    message = refused(arguments)
+    assert named in message
+    assert "No such option" not in message
+
+
+def test_shells_complete_commands_options_and_values() -> None:
+    for words, expected in {"moeopt sea": "search", "moeopt search --sampler-o": "--sampler-option"}.items():
+        environment = {"_MOEOPT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        assert CliRunner().invoke(app, [], prog_name="moeopt", env=environment).output.split() == [expected]
+    assert "complete" in CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="moeopt").output
 
 
 DYING = """
@@ -416,6 +442,7 @@ def test_k_and_skipping_are_searched(place: Place, capsys: pytest.CaptureFixture
     assert [layer.kept for layer in found.layers] == [layer.kept for layer in Plan.load(file).layers]
 
 
+@pytest.mark.slow
 def test_active_experts_of_the_demo_model_are_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     storage, data = f"sqlite:///{tmp_path / 'x.db'}", tmp_path / "caesar.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in moeopt.demo.rows("caesar", "search", 64)))
@@ -480,17 +507,11 @@ def test_eep_follows_the_number_of_trials_and_a_resumed_study_keeps_its_own(
     assert "UserWarning" not in said
 
 
-def test_nevergrad_s_optimisers_are_told_the_number_of_trials(place: Place, tmp_path: Path) -> None:
-    storage = f"sqlite:///{tmp_path / 'x.db'}"
-
-    def budget(trials: int, *more: str, study: str = "s") -> int:
-        given = ["--sampler", "nevergrad:DE", "--warm-start", "none", "--trials", str(trials), *more]
-        assert main(place.search(*given, storage=storage, study=study)) == 0
-        return int(load_study(study, storage).user_attrs["moeopt"]["sampler"]["budget"])
-
-    assert budget(3) == 3
-    assert budget(4) == 3  # it goes on with its own
-    assert budget(3, "--sampler-option", "budget=7", study="given") == 7
+def test_nevergrad_s_optimisers_are_told_the_number_of_trials() -> None:
+    assert for_trials("nevergrad:DE", {}, 3, {}) == {"budget": 3}
+    assert for_trials("nevergrad:DE", {}, 4, {"sampler": {"budget": 3}}) == {"budget": 3}  # it goes on with its own
+    assert for_trials("nevergrad:DE", {"budget": 7}, 3, {}) == {"budget": 7}
+    assert for_trials("cmaes", {"sigma": 2}, 3, {}) == {"sigma": 2}
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ def test_search_losses_are_those_of_the_study_and_test_losses_those_of_an_evalua
     assert len({entry.plan.fingerprint for entry in result.random if entry.plan is not None}) == len(result.random)
 
 
+@pytest.mark.slow
 def test_the_exported_checkpoint_has_the_size_and_the_score_that_are_shown(done: tuple[DemoResult, Path]) -> None:
     result, _ = done
     assert result.reloaded_loss == pytest.approx(result.refits[-1].test.loss, abs=1e-3)  # stored in bfloat16
@@ -72,6 +73,7 @@ def test_the_exported_checkpoint_has_the_size_and_the_score_that_are_shown(done:
     assert result.search.bytes == pytest.approx(stored, rel=0.02)
 
 
+@pytest.mark.slow
 def test_intervals_are_of_the_differences_that_they_are_named_after(done: tuple[DemoResult, Path]) -> None:
     result, _ = done
     losses = {FULL: result.full.test.loss, RANDOM: np.mean([entry.test.loss for entry in result.random])}
@@ -82,6 +84,7 @@ def test_intervals_are_of_the_differences_that_they_are_named_after(done: tuple[
         assert interval.low <= interval.mean <= interval.high
 
 
+@pytest.mark.slow
 def test_the_view_shows_every_entry(done: tuple[DemoResult, Path]) -> None:
     result, out = done
     text = printed(result)

@@ -93,10 +93,10 @@ def active(text: str | None, skip: float | None, groups: int | list[tuple[int, i
     if match is None:
         raise SpaceError(f"--active must be a number of at least 1, or a range as 1-2 to search, got {text!r}")
     k = int(match[1]) if text is not None and match[2] is None else None
-    found = Active(k, (int(match[1]), int(match[2])) if match[2] else None, skip, groups)
-    if groups is not None and not found.searched:
+    chosen = Active(k, (int(match[1]), int(match[2])) if match[2] else None, skip, groups)
+    if groups is not None and not chosen.searched:
         raise SpaceError("--active-groups needs something to search: --active with a range as 1-2, or --skip")
-    return found
+    return chosen
 
 
 def check_belongs(space: str, *, searched: bool, **given: Any) -> None:
@@ -158,16 +158,16 @@ def groups(text: str | None, option: str = "--groups") -> int | list[tuple[int, 
 
 def pairs(option: str, given: list[str] | None) -> dict[str, Any]:
     """NAME=VALUE options by name; a value is a number, a truth value or null as in JSON, otherwise text."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for text in given or ():
         name, equals, value = text.partition("=")
         if not equals or not name.replace("-", "_").isidentifier():
             raise MoeoptError(f"{option} must be NAME=VALUE, got {text!r}")
         try:
-            found[name.replace("-", "_")] = json.loads(value)
+            values[name.replace("-", "_")] = json.loads(value)
         except ValueError:
-            found[name.replace("-", "_")] = value
-    return found
+            values[name.replace("-", "_")] = value
+    return values
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -182,10 +182,10 @@ def numbers(option: str, text: str) -> list[int]:
 
 def words(option: str, text: str) -> list[str]:
     """Names between commas."""
-    found = [part.strip() for part in text.split(",")]
-    if not all(found):
+    names = [part.strip() for part in text.split(",")]
+    if not all(names):
         raise MoeoptError(f"{option} must be names between commas, such as naee,reap, got {text!r}")
-    return found
+    return names
 
 
 def read_plan(path: Path, layers: int | None) -> Plan:
@@ -261,24 +261,46 @@ def show_again(study: str, storage: str) -> str:
     return shlex.join(["moeopt", "show", *storage_again(storage), *name])
 
 
+def open_task(name: str, data: str | None, given: list[str] | None, *, split: str | None = "search") -> Task:
+    """The task of `--task`, `--data` and `--task-option`; a split that has no examples is found out now.
+
+    Args:
+        split: which; None: the last one that the task has.
+    """
+    options = pairs("--task-option", given)
+    from moeopt import tasks
+
+    task = tasks.get(name, data=data, **options)
+    task.examples(split or task.splits[-1])
+    return task
+
+
+def other_task(name: str | None, data: str | None, given: list[str] | None) -> Task | None:
+    """The task of options of which `--task` may be missing; None where it is, and the others too."""
+    if name is None and (data is not None or given):
+        raise MoeoptError("--data and --task-option need --task")
+    return None if name is None else open_task(name, data, given, split=None)
+
+
 def calibration_task(
-    task: str, options: dict[str, Any], name: str | None, data: str | None, own: dict[str, Any]
+    task: str, given: list[str] | None, name: str | None, data: str | None, more: list[str] | None = None
 ) -> Task | None:
     """What is looked at in place of `task`: another task, or, where no name is given, other data of the same one.
 
     Args:
-        task, options: the task itself.
+        task, given: the task itself, and what `--task-option` says of it.
         name, data: of the other; None, None: there is no other.
-        own: options of the other, beside those of `task` where it is the same.
+        more: options of the other, beside those of `task` where it is the same.
     """
-    from moeopt import tasks
-
     if name is None and data is None:
-        if own:
+        if more:
             raise MoeoptError("--calibration-option needs --calibration-task or --calibration-data")
         return None
-    same = options if name in (None, task) else {}
-    other = tasks.get(name or task, data=data, **(same | own))
+    options = pairs("--task-option", given) if name in (None, task) else {}
+    options |= pairs("--calibration-option", more)
+    from moeopt import tasks
+
+    other = tasks.get(name or task, data=data, **options)
     other.examples("search")
     return other
 
@@ -331,7 +353,7 @@ def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:
     return chosen, plan_of(chosen, study)
 
 
-def check_kept(storage: str, workers: int) -> None:
+def check_outlives(storage: str, workers: int) -> None:
     """Raise StorageError for a database in memory, which ends with the command, and no other process sees."""
     from moeopt.errors import StorageError
     from moeopt.study.storage import hidden, in_memory
@@ -366,12 +388,12 @@ def existing(storage: str, name: str, *, resume: bool) -> optuna.Study | None:
         return None
     opened = open_storage(storage)
     with readable_errors(storage):
-        found = find(opened, name)
-    if found is not None and not resume:
+        study = find(opened, name)
+    if study is not None and not resume:
         raise StudyError(
             f"study {name!r} already exists in {hidden(storage)}; leave out --no-resume, or choose another name"
         )
-    return found
+    return study
 
 
 def stored_description(study: optuna.Study | None) -> dict[str, Any]:

@@ -265,18 +265,23 @@ def _most_active(layer: LayerPlan) -> int:
 def _k_range(k: Any) -> tuple[int, int] | None:
     if k is None:
         return None
-    ends = tuple(k) if isinstance(k, (tuple, list)) else ()
-    integers = all(isinstance(end, (int, np.integer)) and not isinstance(end, bool) for end in ends)
-    if len(ends) != 2 or not integers or not 1 <= ends[0] < ends[1]:
+    low, high = _ends(k, (int, np.integer))
+    if not 1 <= low < high:
         raise SpaceError(f"k must be a range (low, high) of integers with 1 <= low < high, such as (1, 2), got {k!r}")
-    return int(ends[0]), int(ends[1])
+    return int(low), int(high)
 
 
 def _skip_range(skip: Any) -> tuple[float, float] | None:
     if isinstance(skip, bool):
         return (0.0, 1.0) if skip else None
-    ends = tuple(skip) if isinstance(skip, (tuple, list)) else ()
-    numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends)
-    if len(ends) != 2 or not numbers or not 0 <= ends[0] < ends[1] <= 1:
+    low, high = _ends(skip, (int, float))
+    if not 0 <= low < high <= 1:
         raise SpaceError(f"skip must be True or a range (low, high) with 0 <= low < high <= 1, got {skip!r}")
-    return float(ends[0]), float(ends[1])
+    return float(low), float(high)
+
+
+def _ends(given: Any, kinds: tuple[type, ...]) -> tuple[float, float]:
+    """Both ends of a range; NaN, which lies in no order, where they are not two numbers of these kinds."""
+    ends = tuple(given) if isinstance(given, (tuple, list)) else ()
+    fine = len(ends) == 2 and all(isinstance(end, kinds) and not isinstance(end, bool) for end in ends)
+    return (ends[0], ends[1]) if fine else (float("nan"), float("nan"))

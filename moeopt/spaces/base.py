@@ -135,10 +135,7 @@ class Space(ABC):
 
     def decode(self, x: ArrayLike) -> Plan:
         """The plan that `size` numbers stand for. Numbers out of bounds are clipped, integers rounded, as by `snap`."""
-        layers: list[LayerPlan] = []
-        for (first, last), (w_em, w_rm) in zip(self.groups, self.matrices(self.snap(x))):
-            layers += [self._layer(w_em, w_rm)] * (last - first + 1)
-        return Plan(tuple(layers))
+        return self.decode_matrices(self.matrices(self.snap(x)))
 
     def _layer(self, w_em: Matrix, w_rm: Matrix) -> LayerPlan:
         plain = LayerPlan(self.shape.experts, self.k, w_em=w_em, w_rm=w_rm, router=self.router, negative=self.negative)
@@ -309,6 +306,26 @@ class Space(ABC):
     def group_names(self) -> list[str]:
         """`L00-07`, `L08-15`, ...: the layers of each group."""
         return range_names(self.groups)
+
+
+class EntrySpace(Space):
+    """A space whose numbers are all entries of the matrices, (groups, 2, r, n) flattened."""
+
+    def matrices(self, x: Vector) -> Matrix:
+        return x.reshape(len(self.groups), 2, self.keep, self.shape.experts)
+
+    def from_matrices(self, matrices: Matrix) -> Vector:
+        return np.asarray(matrices, dtype=np.float32).reshape(-1)
+
+    def entry_names(self) -> tuple[str, ...]:
+        """`W_EM.L00-07.0.E3` and so on: one name per entry."""
+        return tuple(
+            f"{matrix}.{group}.{i}.E{e}"
+            for group in self.group_names()
+            for matrix in ("W_EM", "W_RM")
+            for i in range(self.keep)
+            for e in range(self.shape.experts)
+        )
 
 
 def range_names(ranges: Sequence[tuple[int, int]]) -> list[str]:

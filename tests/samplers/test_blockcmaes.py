@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from optuna.trial import TrialState
 
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import BlockCMAESSampler, Observation
 from moeopt.samplers.blockcmaes import blocks
-from moeopt.samplers.cmaes import complete
 from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space
 from moeopt.trials import genome
 
@@ -133,23 +131,6 @@ def test_the_start_and_enqueued_trials() -> None:
     assert np.array_equal(genome.read(study.trials[1]), SPACE.start())
 
 
-def test_late_trials_of_a_visit_are_ignored_and_failed_ones_are_the_worst() -> None:
-    sampler = BlockCMAESSampler(SPACE, seed=0, block_size=24, population_size=4, generations=1)
-    study = optuna.create_study(sampler=sampler)
-    evaluate(study, SPACE, SPACE.start(), 1)
-    running = [study.ask() for _ in range(6)]
-    assert {note["visit"] for note in notes(study)[1:]} == {0}
-    for trial in running:
-        SPACE.plan(trial)
-    study.tell(running[0], state=TrialState.FAIL)
-    for loss, trial in zip([3.0, 1.0, 2.0], running[1:4]):
-        study.tell(trial, loss)
-    assert genome.origin(study._storage.get_trial(study.ask()._trial_id))["notes"]["visit"] == 1
-    history = sampler.history(study, study.trials, without=-1)
-    members = [obs for obs in history if obs.notes.get("visit") == 0]
-    assert [obs.loss for obs in complete(members, 4)[0]] == [None, 3.0, 1.0, 2.0]
-
-
 def test_bandit_prefers_the_block_that_gained() -> None:
     """All blocks gain equally often and cost the same by their own account; one gains a hundred times as much."""
     sampler = BlockCMAESSampler(SPACE, seed=0, block_size=24, population_size=4, generations=1, memory=1e6)
@@ -169,13 +150,6 @@ def test_population_and_settings() -> None:
     assert sampler.trials((0, 24)) == 4 + math.floor(3 * math.log(24))
     assert set(sampler.settings()) == set(inspect.signature(BlockCMAESSampler).parameters) - {"space"} | {"name"}
     assert sampler.settings() != BlockCMAESSampler(SPACE, seed=0, block_size=24, start=SPACE.high).settings()
-
-
-def test_one_number() -> None:
-    space = PruneSpace(ModelShape(2, 8, 2), keep=4, groups=1, encoding="subset")
-    study = optuna.create_study(sampler=BlockCMAESSampler(space, seed=0))
-    evaluate(study, space, np.array([50.0]), 30)
-    assert study.best_value < 25.0
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape, Plan
-from moeopt.samplers import SAMPLERS, GenomeSampler, get
+from moeopt.samplers import SAMPLERS, GenomeSampler, get, operators
 from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space
 from moeopt.trials import genome
 
@@ -61,7 +61,7 @@ MAKE: dict[str, Make] = {
     "optuna TPE": wrapped(lambda: optuna.samplers.TPESampler(multivariate=True, n_startup_trials=5)),
     "optuna NSGA-II": wrapped(lambda: optuna.samplers.NSGAIISampler(population_size=5)),
     "optuna QMC": wrapped(lambda: optuna.samplers.QMCSampler(seed=0)),
-    "optuna Random": wrapped(lambda: optuna.samplers.RandomSampler()),
+    "optuna nested": wrapped(lambda: optuna.samplers.PartialFixedSampler({}, optuna.samplers.RandomSampler())),
 }
 
 each_sampler = pytest.mark.parametrize("name", MAKE)
@@ -231,6 +231,9 @@ def test_a_killed_search_goes_on_as_if_uninterrupted(
 
     if name not in STUBBORN and kind not in ("subset", "active alone"):
         assert len(set(plans(whole.study))) == 10
+    made_by = operators(json.loads(json.dumps(whole.samplers[0].settings())))
+    assert made_by is not None
+    assert {genome.origin(trial)["operator"] for trial in whole.study.trials} <= made_by
     history = {obs.number: obs for obs in whole.samplers[0].history(whole.study, whole.study.trials, without=-1)}
     assert len(history) == 10
     for trial in whole.study.trials:
