@@ -68,78 +68,84 @@ BELONGS = {
     "around": ("merge", "active"),
     "scale": ("merge",),
 }
-"""Options of `moeopt search` that only some spaces have."""
+"""Options of `moeopt search` that only some spaces have; `active` where it is one k."""
 
 
 @dataclass(frozen=True)
-class Active:
-    """What `--active`, `--skip` and `--active-groups` say: one k, or ranges to search, and their groups."""
+class SpaceOptions:
+    """What the options of `moeopt search` say of the space, each as it is given.
 
-    k: int | None
-    k_range: tuple[int, int] | None
+    Raises:
+        SpaceError: naming an option that is out of range, missing, or not one of this kind of space.
+    """
+
+    kind: str
+    keep: int | None
+    groups: str | None
+    active: str | None
     skip: float | None
-    groups: int | list[tuple[int, int]] | None
+    active_groups: str | None
+    router: str | None
+    encoding: str | None
+    around: Path | None
+    scale: float | None
+
+    def __post_init__(self) -> None:
+        if self.skip is not None and not 0 < self.skip <= 1:
+            raise SpaceError(f"--skip must be a beta above 0 and at most 1, got {self.skip:g}")
+        groups(self.groups)
+        groups(self.active_groups, "--active-groups")
+        if self.active_groups is not None and not self.searched:
+            raise SpaceError("--active-groups needs something to search: --active with a range as 1-2, or --skip")
+        for option, kinds in BELONGS.items():
+            value = getattr(self, option) if option != "active" else self._k[0]
+            if value is not None and self.kind not in kinds:
+                raise SpaceError(f"--{option} {value} belongs to --space {' or '.join(kinds)}, not to {self.kind}")
+        if self.kind == "merge" and self.around is None:
+            raise SpaceError("--space merge needs --around, the plan it starts from")
+        if self.kind == "active" and not self.searched:
+            raise SpaceError("--space active needs something to search: --active with a range as 1-2, or --skip")
+        if self.kind not in ("merge", "active") and self.keep is None:
+            raise SpaceError("say how many experts each layer keeps, such as --keep 4")
 
     @property
     def searched(self) -> bool:
-        return self.k_range is not None or self.skip is not None
+        """Whether k or a beta is searched."""
+        return self._k[1] is not None or self.skip is not None
 
+    @property
+    def _k(self) -> tuple[int | None, tuple[int, int] | None]:
+        """`--active` as one k, or as a range to search."""
+        if self.active is None:
+            return None, None
+        match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", self.active)
+        if match is None:
+            raise SpaceError(
+                f"--active must be a number of at least 1, or a range as 1-2 to search, got {self.active!r}"
+            )
+        low, high = match.groups()
+        return (int(low), None) if high is None else (None, (int(low), int(high)))
 
-def active(text: str | None, skip: float | None, groups: int | list[tuple[int, int]] | None) -> Active:
-    """The checked values of `--active` (``2``, or ``1-2`` to search), `--skip` (a largest beta) and their groups."""
-    if skip is not None and not 0 < skip <= 1:
-        raise SpaceError(f"--skip must be a beta above 0 and at most 1, got {skip:g}")
-    match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", text or "1")
-    if match is None:
-        raise SpaceError(f"--active must be a number of at least 1, or a range as 1-2 to search, got {text!r}")
-    k = int(match[1]) if text is not None and match[2] is None else None
-    chosen = Active(k, (int(match[1]), int(match[2])) if match[2] else None, skip, groups)
-    if groups is not None and not chosen.searched:
-        raise SpaceError("--active-groups needs something to search: --active with a range as 1-2, or --skip")
-    return chosen
+    def space(self, shape: ModelShape) -> Space:
+        """The space, once the model's shape is known."""
+        from moeopt import spaces
 
-
-def check_belongs(space: str, *, searched: bool, **given: Any) -> None:
-    """Raise SpaceError when an option that was given is not one of this space, or one that it needs was not."""
-    for option, value in given.items():
-        if value is not None and space not in BELONGS[option]:
-            raise SpaceError(f"--{option} {value} belongs to --space {' or '.join(BELONGS[option])}, not to {space}")
-    if space == "merge" and given["around"] is None:
-        raise SpaceError("--space merge needs --around, the plan it starts from")
-    if space == "active" and not searched:
-        raise SpaceError("--space active needs something to search: --active with a range as 1-2, or --skip")
-    if space not in ("merge", "active") and given["keep"] is None:
-        raise SpaceError("say how many experts each layer keeps, such as --keep 4")
-
-
-def space(
-    kind: str,
-    shape: ModelShape,
-    keep: int | None,
-    groups: Any,
-    around: Path | None,
-    scale: float | None,
-    encoding: str | None,
-    router: str | None,
-    active: Active,
-) -> Space:
-    """The search space of `moeopt search`, once the model's shape is known."""
-    from moeopt import spaces
-
-    given = {"groups": groups, "scale": scale, "encoding": encoding, "router": router, "k": active.k, "keep": keep}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    searched: dict[str, Any] = {"k": active.k_range, "groups": active.groups}
-    searched["skip"] = False if active.skip is None else (0.0, active.skip)
-    plan = None if around is None else read_plan(around, shape.layers)
-    if kind == "active":
-        return spaces.ActiveSpace(shape, around=plan, **searched)
-    inner: Space
-    if kind == "merge":
-        assert plan is not None
-        inner = spaces.MergeSpace(shape, around=plan, **options)
-    else:
-        inner = (spaces.PruneSpace if kind == "prune" else spaces.EEPSpace)(shape, **options)
-    return spaces.ActiveSpace(inner, **searched) if active.searched else inner
+        k, k_range = self._k
+        given: dict[str, Any] = {"groups": groups(self.groups), "k": k, "keep": self.keep, "scale": self.scale}
+        given |= {"encoding": self.encoding, "router": self.router}
+        options = {name: value for name, value in given.items() if value is not None}
+        searched: dict[str, Any] = {"k": k_range, "groups": groups(self.active_groups)}
+        searched["skip"] = False if self.skip is None else (0.0, self.skip)
+        plan = None if self.around is None else read_plan(self.around, shape.layers)
+        if self.kind == "active":
+            return spaces.ActiveSpace(shape, around=plan, **searched)
+        inner: Space
+        if self.kind == "merge":
+            assert plan is not None
+            inner = spaces.MergeSpace(shape, around=plan, **options)
+        else:
+            inner = (spaces.PruneSpace if self.kind == "prune" else spaces.EEPSpace)(shape, **options)
+        return spaces.ActiveSpace(inner, **searched) if self.searched else inner
 
 
 def groups(text: str | None, option: str = "--groups") -> int | list[tuple[int, int]] | None:

@@ -161,12 +161,7 @@ def search(
     arguments.check_outlives(storage, workers)
     arguments.pairs("--task-option", task_option)
     sampler_options = arguments.pairs("--sampler-option", sampler_option)
-    ranges = arguments.groups(groups)
-    chosen_active = arguments.active(active, skip, arguments.groups(active_groups, "--active-groups"))
-    arguments.check_belongs(
-        space, keep=keep, active=chosen_active.k, encoding=encoding, router=router, around=around, scale=scale,
-        groups=groups, searched=chosen_active.searched,
-    )  # fmt: skip
+    spaces = arguments.SpaceOptions(space, keep, groups, active, skip, active_groups, router, encoding, around, scale)
     from moeopt import samplers
     from moeopt.plan import ModelShape
     from moeopt.samplers.eep import PUBLISHED, PUBLISHED_TRIALS
@@ -176,14 +171,14 @@ def search(
 
     shape = arguments.quick_shape(model)
     if shape is not None:
-        arguments.space(space, shape, keep, ranges, around, scale, encoding, router, chosen_active)
+        spaces.space(shape)
     chosen_task = arguments.open_task(task, data, task_option)
     if shape is None:  # its config takes transformers, and perhaps a download: first what can be judged without
         samplers.get(sampler, PruneSpace(ModelShape(1, 2, 1), keep=1), seed=seed, **sampler_options)
         from moeopt.models import check_checkpoint
 
         shape = check_checkpoint(model)
-    chosen_space = arguments.space(space, shape, keep, ranges, around, scale, encoding, router, chosen_active)
+    chosen_space = spaces.space(shape)
     starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
     resumed = arguments.existing(storage, study, resume=resume)
     stored = arguments.stored_description(resumed)
@@ -310,12 +305,12 @@ def search(
     scored = f"loss {best.value - weighed:.4f}"
     if accuracy is not None:
         scored += f", {'agreement' if score in ('kl', 'acceptance') else 'accuracy'} {100 * accuracy:.1f}%"
-    if chosen_active.searched:
+    if spaces.searched:
         scored += f", {best.user_attrs['active']:.2f} experts active"
     compared = ""
     if full is not None:
         gap = full.difference(best)
-        compared = f"Full model: {full}" + (f", {full.active:.2f} experts active" if chosen_active.searched else "")
+        compared = f"Full model: {full}" + (f", {full.active:.2f} experts active" if spaces.searched else "")
         if gap is not None:
             compared += f". Best - full: loss {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
         compared += "\n"

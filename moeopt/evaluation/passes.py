@@ -165,6 +165,7 @@ class Passes:
             places = sum(batch.ids.numel() for batch in self.batches[rung])
             padded += places
             active += places * measured
+            # Sums of rungs that were not run are 0: what they would give is replaced by what is known of them.
             scores, metrics = self.reading.reduce(self.requests[:end], sums[:, :end])
             seconds += self.clock() - started
             losses, weights, correct = np.stack([scores.losses, scores.weights, scores.correct]).astype(np.float32)

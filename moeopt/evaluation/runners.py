@@ -116,6 +116,7 @@ class LayerMajor:
         begun = self._begun[rung]
         start, states, reused = self.prefixes.longest(reversed(keys[1:])) or (0, [hidden for hidden, _ in begun], ())
         states = list(states)
+        # Where the states of TRAILS plans between all layers do not fit, those of every so many layers are kept.
         every = max(1, -(-TRAILS * self.layers * self._bytes_a_layer() // max(1, self.prefixes.budget)))
         passed: list[tuple[Any, list[Tensor]]] = []
         for i in range(start, self.layers):

@@ -1,4 +1,4 @@
-"""Optimisers as Optuna samplers over moeopt's spaces."""
+"""Optimisers as Optuna samplers over moeopt's spaces, one file each. May import plan/, trials/ and spaces/."""
 
 from moeopt.samplers.base import GenomeSampler, Observation, Proposal, StartingSampler, UnknownSampler
 from moeopt.samplers.blockcmaes import BlockCMAESSampler

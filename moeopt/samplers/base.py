@@ -214,6 +214,7 @@ class GenomeSampler(BaseSampler):
         except SpaceError as error:
             end_refused(whole, trial, str(error), again=False)
             raise
+        # Another worker may have taken the plan since the history was read: then drawn again, at last as it is.
         for left in range(self.redraw, -1, -1):
             proposal = None if stored is not None else self._proposal(whole, trial, trials, slot)
             x = self.space.snap(proposal.x) if proposal is not None else stored

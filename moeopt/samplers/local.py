@@ -212,6 +212,7 @@ class LocalSampler(StartingSampler):
         for group in groups:
             MOVES[move][1](rng, matrices[group], scale, self.p_entry)
         window, matrices_part = slice(groups.start, groups.stop), slice(0, self.space.extras.start)
+        # A space may write a group's matrices in other numbers than before; those outside of the window stay.
         child, changed = x.copy(), self.space.with_matrices(x, matrices)
         parts = [vector[matrices_part].reshape(len(self.space.groups), -1) for vector in (child, changed)]
         parts[0][window] = parts[1][window]

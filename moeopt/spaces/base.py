@@ -173,6 +173,7 @@ class Space(ABC):
                     f"{self.negative!r}; build the space with negative={layer.negative!r}"
                 )
             stacked.append(np.stack([layer.expert_matrix, layer.router_matrix]))
+        # A space may only come near these matrices, without an error: what it makes of them is held against the plan.
         x = self.snap(self.from_matrices(np.stack(stacked)))
         if self.decode(x).fingerprint != self.decode_matrices(np.stack(stacked)).fingerprint:
             raise SpaceError(f"the plan lies outside what {type(self).__name__} can express: {self._limits()}")

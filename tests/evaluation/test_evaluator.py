@@ -264,7 +264,7 @@ LAYER_CHOICES = ((2, 0.0), (1, 0.0), (2, 0.5), (2, 0.9), (3, 0.7))
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     chosen=st.lists(st.lists(st.sampled_from(LAYER_CHOICES), min_size=4, max_size=4), min_size=2, max_size=6),
     layers=st.sampled_from([1, 3, 6, 1000]),

@@ -89,7 +89,7 @@ steps = st.lists(
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=steps,
     layers=st.sampled_from([1, 2, 3, 5, 9, 20, 1000]),

@@ -140,36 +140,6 @@ def test_prune_mutation() -> None:
         assert targets[expert] / sum(targets[e] for e in free) == pytest.approx(0.25, abs=0.04)
 
 
-def test_merge_mutation() -> None:
-    sampler, rng = EEPSampler(SPACE, seed=0, p_normalise=0.0), np.random.default_rng(0)
-    parent = random_pruning(rng)
-    changed = np.array([[True, False], [False, True], [False, False]])
-    noise = []
-    for _ in range(500):
-        child = sampler.perturb(rng, parent.copy(), changed)
-        assert np.array_equal(child[~changed], parent[~changed])
-        noise.append(child[changed] - parent[changed])
-    values = np.concatenate([n.ravel() for n in noise])
-    assert (values != 0).mean() == pytest.approx(0.25, abs=0.01)
-    assert values[values != 0].std() == pytest.approx(0.065, rel=0.03)
-    assert values.mean() == pytest.approx(0.0, abs=0.001)
-    normalised = EEPSampler(SPACE, seed=0, p_normalise=1.0).perturb(rng, parent.copy(), np.ones((3, 2), dtype=bool))
-    assert np.allclose(normalised[:, 0].sum(axis=2), 1.0, atol=1e-5)
-    assert not np.allclose(normalised[:, 1].sum(axis=2), 1.0, atol=1e-3)
-
-
-def test_crossover() -> None:
-    sampler, rng = EEPSampler(SPACE, seed=0), np.random.default_rng(0)
-    first, second = np.zeros((3, 2, 4, 8), np.float32), np.ones((3, 2, 4, 8), np.float32)
-    changed = np.array([[True, False], [False, True], [False, False]])
-    rows = np.stack([sampler.crossover(rng, first, second, changed, "merge")[..., 0] for _ in range(DRAWS)])
-    whole = rows[:, ~changed]
-    assert (whole.min(axis=2) == whole.max(axis=2)).all()
-    assert (rows == 0).mean(axis=0) == pytest.approx(np.full((3, 2, 4), 0.6), abs=0.04)
-    mixed = rows[:, changed]
-    assert (mixed.min(axis=2) != mixed.max(axis=2)).mean() == pytest.approx(1 - 0.6**4 - 0.4**4, abs=0.03)
-
-
 def test_crossover_of_prunings_is_a_pruning() -> None:
     sampler, rng = EEPSampler(SPACE, seed=0, prune_crossover=True), np.random.default_rng(0)
     for _ in range(200):
