@@ -132,7 +132,7 @@ def test_a_compressed_teacher_gives_bounds(make, top_p: float, tokens: int, rows
     found, teacher = evaluator.evaluate(plan), teacher_of(evaluator)
     assert teacher.nbytes <= memory
     assert teacher.most == tokens
-    assert 1 <= teacher.kept <= tokens
+    assert 1 <= teacher.tokens_kept <= tokens
     assert (found.losses >= 0).all()
     assert (found.losses <= exact.losses + 1e-6).all()
     np.testing.assert_array_equal(found.correct, exact.correct)
@@ -163,7 +163,7 @@ def test_kept_tokens_are_the_fewest_that_reach_top_p(model, tiny_tokenizer, make
         falling = p.sort(1, descending=True).values.cumsum(1)
         counts += (falling < 0.8).sum(1).add(1).tolist()
         rests += (1 - falling.gather(1, (falling < 0.8).sum(1, keepdim=True))).flatten().tolist()
-    assert teacher_of(evaluator).kept == np.mean(counts)
+    assert teacher_of(evaluator).tokens_kept == np.mean(counts)
     assert teacher_of(evaluator).rest == pytest.approx(np.mean(rests), rel=1e-4)
 
 

@@ -24,7 +24,7 @@ from moeopt.trials import genome
 SHAPE = ModelShape(layers=6, experts=8, k=2)
 SPACE = EEPSpace(SHAPE, keep=4, groups=3)
 EYE = np.eye(8, dtype=np.float32)
-DRAWS = 4000
+DRAWS = 2500
 
 
 def obs(number: int, matrices: np.ndarray, loss: float, accuracy: float = 0.5) -> Observation:

@@ -93,7 +93,7 @@ def test_it_comes_near_the_best_pruning_there_is() -> None:
     assert start - study.best_value > 0.95 * (start - linear)
 
 
-@pytest.mark.parametrize("truth", [-1.0, 0.0])
+@pytest.mark.parametrize("truth", [-1.0, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_a_guide_that_misleads_leaves_it_to_local_moves(truth: float) -> None:
     space = SPACES["eep"]
     sampler = GuidedSampler(space, seed=0, patience=4)
