@@ -124,9 +124,8 @@ def run(
             calibration = Calibration(model, tokenizer, task, limit=sizes["search"])
             plans = {entry.name: entry.plan for entry in (*one_shot, search)}
             refits = {name: refit(plan, calibration) for name, plan in plans.items() if plan is not None}
-            seen = objective.evaluator
             fitted = tuple(
-                _entry(f"{start}{REFIT}", model, made.plan, seen.evaluate(made.plan).loss, test)
+                _entry(f"{start}{REFIT}", model, made.plan, objective.evaluator.evaluate(made.plan).loss, test)
                 for start, made in refits.items()
             )
             if _is_ours(folder, name):
