@@ -24,15 +24,17 @@ from typer.testing import CliRunner
 
 import moeopt
 from moeopt.cli import app, main
-from moeopt.cli.arguments import storage_again
+from moeopt.cli.arguments import for_trials, storage_again
+from moeopt.cli.commands import COMMANDS
+from moeopt.exporting import why_not_stock
 from moeopt.plan import Plan
 from moeopt.study import load_study, space_of
 from moeopt.trials import genome
 
 LAYERS, EXPERTS = 3, 6
-TRIALS = 12
+TRIALS = 8
 EEP = (
-    "--warm-start", "none", "--sampler-option", "initial=4", "--sampler-option", "prune_until=8",
+    "--warm-start", "none", "--sampler-option", "initial=3", "--sampler-option", "prune_until=5",
     "--trials", str(TRIALS),
 )  # fmt: skip
 SLOW = ("torch", "transformers", "nevergrad")
@@ -40,7 +42,7 @@ SLOW = ("torch", "transformers", "nevergrad")
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with a checkpoint (3 layers, 6 experts, top-2), a task file, and a study of 12 EEP trials."""
+    """A folder with a checkpoint (3 layers, 6 experts, top-2), a task file, and a study of 8 EEP trials."""
 
     folder: Path
     model: Path
@@ -112,7 +114,6 @@ BAD_SEARCH = {
     "no example": (["--limit", "0"], "--limit", "'0'"),
     "unknown dtype": (["--dtype", "float8"], "'float8'", "bfloat16"),
     "unknown sampler": (["--sampler", "eepp"], "'eepp'", "did you mean 'eep'"),
-    "unknown optimiser of Nevergrad": (["--sampler", "nevergrad:OnePlusTwo"], "'OnePlusTwo'", "'OnePlusOne'"),
     "unknown hyperparameter": (["--sampler-option", "intial=3"], "'intial'", "'initial'"),
     "hyperparameter without a value": (["--sampler-option", "initial"], "'initial'", "NAME=VALUE"),
     "hyperparameter out of range": (["--sampler-option", "p_row=2"], "p_row", "2"),
@@ -143,26 +144,6 @@ def test_a_search_that_cannot_be_names_the_value(name: str, place: Place, refuse
 def test_a_space_without_keep_is_asked_for_it(place: Place, refused: Refused) -> None:
     arguments = [word for word in place.search() if word not in ("--keep", "3")]
     assert "--keep 4" in refused(arguments)
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        ('{"prompt": "a", "options": ["b", "c"], "answer": 0}\n{"prompt": \n', "line 2"),
-        ('{"prompt": "a", "options": ["b"], "answer": 0}\n', "line 1"),
-        ('{"prompt": "a", "options": ["b", "c"], "answer": 7}\n', "7"),
-        ('{"promt": "a", "options": ["b", "c"], "answer": 0}\n', "did you mean 'promt'"),
-        ("", "no rows"),
-    ],
-)
-def test_malformed_data_is_named_with_its_line(
-    content: str, named: str, place: Place, refused: Refused, tmp_path: Path
-) -> None:
-    file = tmp_path / "bad.jsonl"
-    file.write_text(content)
-    message = refused([*place.search(), "--data", str(file)])
-    assert named in message
-    assert str(file) in message
 
 
 def test_what_is_not_a_moe_checkpoint_is_refused(place: Place, refused: Refused, tmp_path: Path) -> None:
@@ -242,12 +223,12 @@ def test_sources_of_plans_are_checked(place: Place, refused: Refused, tmp_path: 
 def test_help_versions_and_early_errors_import_nothing_slow(place: Place) -> None:
     plain = place.search()
     early = [
-        *([command, "--help"] for command in ("demo", "search", "show", "plan", "export")),
+        *([command, "-h"] for command in COMMANDS),
         [],
         ["--version"],
         ["serch"],
         ["search", "/no/such/model", *plain[2:]],
-        *(place.search(*options) for name, (options, *_) in BAD_SEARCH.items() if "Nevergrad" not in name),
+        *(place.search(*options) for options, *_ in BAD_SEARCH.values()),
         ["demo", "--skill", "juggling"],
         ["plan", "missing"],
         ["export", "model", str(place.folder), "--plan", "x"],
@@ -269,6 +250,32 @@ def test_help_shows_every_option_and_its_default() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"moeopt {moeopt.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["search", "m", "--task", "t", "--study_name", "s", "--device", "cpu", "--n-trials", "0"], "--trials"),
+        (["worker", "--study-name", "s", "--n_trials", "0"], "--trials"),
+        (["lm-eval", "m", "--tasks", "t", "--num_fewshot", "-1"], "--num-fewshot"),
+        (["lm_eval", "m", "--tasks", "t", "--apply_chat_template", "--confirm_run_unsafe_code", "--batch_size", "2",
+          "--output_path", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
+        (["compare-methods", "m", "--task", "t", "--output_path", "x", "--keep", "none"], "--keep"),
+    ],
+)  # fmt: skip
+def test_options_are_known_by_the_names_of_lm_eval_and_optuna(
+    arguments: list[str], named: str, refused: Refused
+) -> None:
+    message = refused(arguments)
+    assert named in message
+    assert "No such option" not in message
+
+
+def test_shells_complete_commands_options_and_values() -> None:
+    for words, expected in {"moeopt sea": "search", "moeopt search --sampler-o": "--sampler-option"}.items():
+        environment = {"_MOEOPT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        assert CliRunner().invoke(app, [], prog_name="moeopt", env=environment).output.split() == [expected]
+    assert "complete" in CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="moeopt").output
+
+
 DYING = """
 import os, signal, sys
 from moeopt.evaluation import Evaluator
@@ -276,14 +283,14 @@ whole, calls = Evaluator.race, 0
 def dying(self, plan=None, known=None):
     global calls
     calls += 1
-    if calls == 7:  # the first is of the full model
+    if calls == 5:  # the first is of the full model
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     return whole(self, plan, known)
 Evaluator.race = dying
 from moeopt.cli import main
 sys.exit(main(sys.argv[2:]))
 """
-"""Runs the command line, and sends itself a signal in the middle of its sixth trial."""
+"""Runs the command line, and sends itself a signal in the middle of its fourth trial."""
 
 
 def dies(signal_name: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -351,7 +358,7 @@ def test_ctrl_c_while_dev_is_scored_loses_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampler", "rungs"), [("guided", 4), ("local", 4), ("random", 1)])
+@pytest.mark.parametrize(("sampler", "rungs"), [("guided", 4), ("random", 1)])
 def test_what_races_by_default_goes_on_as_it_began(place: Place, tmp_path: Path, sampler: str, rungs: int) -> None:
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     arguments = place.search("--limit", "24", "--sampler", sampler, "--trials", "3", "--no-held", storage=storage)
@@ -416,20 +423,6 @@ def test_k_and_skipping_are_searched(place: Place, capsys: pytest.CaptureFixture
     assert [layer.kept for layer in found.layers] == [layer.kept for layer in Plan.load(file).layers]
 
 
-def test_active_experts_of_the_demo_model_are_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    storage, data = f"sqlite:///{tmp_path / 'x.db'}", tmp_path / "caesar.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in moeopt.demo.rows("caesar", "search", 64)))
-    goal = ["--task", "multiple_choice", "--data", str(data), "--limit", "16", "--storage", storage, "--study", "s"]
-    what = ["--space", "active", "--active", "1-2", "--active-weight", "0.05", "--sampler", "local", "--trials", "12"]
-    assert main(["search", str(moeopt.demo.MODEL), *goal, *what]) == 0
-    assert "experts active" in capsys.readouterr().out
-    trials = load_study("s", storage).get_trials()
-    best = min(trials, key=lambda trial: trial.value)
-    assert trials[0].user_attrs["active"] == 2.0
-    assert best.user_attrs["active"] < 1.75
-    assert best.value < trials[0].value
-
-
 def refused_late(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The error of a command that is refused once the model is loaded."""
     capsys.readouterr()
@@ -443,54 +436,32 @@ def test_ctrl_c_finishes_the_trial_and_says_how_to_go_on(place: Place, tmp_path:
     stopped = dies("SIGINT", place.search(*EEP, storage=storage))
     assert stopped.returncode == 130, stopped.stderr
     assert "Traceback" not in stopped.stderr
-    assert len(by_slot(storage)) == 6
+    assert len(by_slot(storage)) == 4
     command = shlex.split(stopped.stderr.splitlines()[-1])
     assert command[0] == "moeopt"
     assert main(command[1:]) == 0
     assert by_slot(storage) == by_slot(place.storage)
 
 
-@pytest.mark.slow
-def test_eep_follows_the_number_of_trials_and_a_resumed_study_keeps_its_own(
-    place: Place, refused: Refused, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_what_follows_the_number_of_trials_and_stays_as_a_study_has_it() -> None:
+    assert for_trials("nevergrad:DE", {}, 3, {}) == {"budget": 3}
+    assert for_trials("nevergrad:DE", {}, 4, {"sampler": {"budget": 3}}) == {"budget": 3}
+    assert for_trials("nevergrad:DE", {"budget": 7}, 3, {}) == {"budget": 7}
+    assert for_trials("cmaes", {"sigma": 2}, 3, {}) == {"sigma": 2}
+    sizes = {"initial": 2, "prune_until": 3}
+    assert for_trials("eep", {}, 12, {}) == sizes
+    assert for_trials("eep", {}, 400, {"sampler": {"name": "eep", **sizes}}) == sizes
+    assert for_trials("eep", {"initial": 4}, 12, {"sampler": {"name": "eep", **sizes}}) == {**sizes, "initial": 4}
+
+
+def test_eep_says_how_it_divides_a_small_number_of_trials(
+    place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    storage = f"sqlite:///{tmp_path / 'x.db'}"
-
-    def searched(*more: str) -> tuple[dict[str, Any], str]:
-        capsys.readouterr()
-        assert main(place.search("--warm-start", "none", *more, storage=storage)) == 0
-        settings = load_study("s", storage).user_attrs["moeopt"]["sampler"]
-        return {key: settings[key] for key in ("initial", "prune_until")}, capsys.readouterr().err
-
-    settings, said = searched("--trials", "12")
-    assert settings == {"initial": 2, "prune_until": 3}
-    assert said.count("EEP in 12 trials: initial=2, prune_until=3") == 1
-    phases = [trial.user_attrs["phase"] for trial in load_study("s", storage).trials]
-    assert phases == ["prune"] * 3 + ["merge"] * 9
-    assert searched("--trials", "14")[0] == settings
-    assert "EEP in" not in searched("--trials", "14", "--sampler-option", "initial=2")[1]
-    message = refused(place.search("--trials", "16", "--sampler-option", "initial=3", storage=storage))
-    assert "sampler.initial: study has 2, now 3" in message
-    assert main(place.search(*EEP, storage=storage, study="given")) == 0
-    assert "EEP" not in capsys.readouterr().err
-    short = ["--trials", "2", "--sampler-option", "initial=4", "--sampler-option", "prune_until=8"]
-    assert main(place.search(*short, storage=storage, study="short")) == 0
-    said = capsys.readouterr().err
-    assert said.count("all 2 trials of EEP are random") == 1
-    assert "UserWarning" not in said
-
-
-def test_nevergrad_s_optimisers_are_told_the_number_of_trials(place: Place, tmp_path: Path) -> None:
-    storage = f"sqlite:///{tmp_path / 'x.db'}"
-
-    def budget(trials: int, *more: str, study: str = "s") -> int:
-        given = ["--sampler", "nevergrad:DE", "--warm-start", "none", "--trials", str(trials), *more]
-        assert main(place.search(*given, storage=storage, study=study)) == 0
-        return int(load_study(study, storage).user_attrs["moeopt"]["sampler"]["budget"])
-
-    assert budget(3) == 3
-    assert budget(4) == 3  # it goes on with its own
-    assert budget(3, "--sampler-option", "budget=7", study="given") == 7
+    few = place.search("--warm-start", "none", "--no-reference", "--no-held", storage=f"sqlite:///{tmp_path / 'x.db'}")
+    assert main([*few, "--trials", "2"]) == 0
+    assert capsys.readouterr().err.count("EEP in 2 trials: initial=2, prune_until=3") == 1
+    assert main([*few, "--trials", "3"]) == 0
+    assert "EEP in" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -499,7 +470,7 @@ def test_kill_9_in_a_trial_loses_that_trial_only(place: Place, tmp_path: Path) -
     killed = dies("SIGKILL", place.search(*EEP, storage=storage))
     assert killed.returncode == -signal.SIGKILL
     states = [trial.state.name for trial in load_study("s", storage).get_trials()]
-    assert states == ["COMPLETE"] * 5 + ["RUNNING"]
+    assert states == ["COMPLETE"] * 3 + ["RUNNING"]
     assert main(place.search(*EEP, storage=storage)) == 0
     assert len(by_slot(storage)) == TRIALS
     assert by_slot(storage) == by_slot(place.storage)
@@ -539,7 +510,7 @@ def test_a_plan_goes_from_study_to_file_to_search_and_export(
     assert main(["plan", *study, "--trial", "best-stock", "--out", str(file)]) == 0
     assert "An ordinary checkpoint can hold this plan" in capsys.readouterr().out
     plan = Plan.load(file)
-    assert plan.is_one_hot
+    assert why_not_stock(plan) is None
     storage = f"sqlite:///{tmp_path / 'x.db'}"
     merge = ["--space", "merge", "--around", str(file), "--router", "logit", "--sampler", "random", "--trials", "3"]
     assert main(place.search(*merge, "--warm-start", str(file), storage=storage, study="merge")) == 0
@@ -580,8 +551,9 @@ def test_a_search_starts_from_methods(place: Place, capsys: pytest.CaptureFixtur
 
 def test_export_refuses_what_no_ordinary_checkpoint_holds(place: Place, refused: Refused, tmp_path: Path) -> None:
     opened = load_study("s", place.storage)
-    merged = next(trial.number for trial in opened.trials if trial.user_attrs["phase"] == "merge")
-    study = ["--study", "s", "--storage", place.storage, "--trial", str(merged), "--form", "stock"]
+    space = space_of(opened)
+    mapped = next(trial.number for trial in opened.trials if why_not_stock(space.plan(trial)) is not None)
+    study = ["--study", "s", "--storage", place.storage, "--trial", str(mapped), "--form", "stock"]
     message = refused(["export", str(place.model), str(tmp_path / "out"), *study])
     assert "best-stock" in message
     assert not (tmp_path / "out").exists()

@@ -96,30 +96,18 @@ def test_bad_requests_name_the_value() -> None:
         rows("add", "train", -1)
 
 
-def test_sizes() -> None:
+def test_the_checkpoint_is_a_small_stock_mixtral_that_transformers_4_and_5_read_alike(model: PreTrainedModel) -> None:
     assert sum(path.stat().st_size for path in MODEL.glob("*.safetensors")) <= 8_000_000
     assert TEXT.stat().st_size <= 300_000
     assert DEFAULT_SKILL in SKILLS
-
-
-def test_config_reads_the_same_in_transformers_4_and_5(model: PreTrainedModel) -> None:
     written = json.loads((MODEL / "config.json").read_text())
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 10_000.0
     assert written["torch_dtype"] == written["dtype"] == "float32"
-    inverse = model.model.rotary_emb.inv_freq
+    assert json.loads((MODEL / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     width = model.config.head_dim
-    torch.testing.assert_close(inverse, 10_000.0 ** (-torch.arange(0, width, 2) / width))
-
-
-def test_tokenizer_class_is_known_to_transformers_4_and_5() -> None:
-    written = json.loads((MODEL / "tokenizer_config.json").read_text())
-    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
-
-
-def test_model_is_a_stock_mixtral(model: PreTrainedModel) -> None:
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, 10_000.0 ** (-torch.arange(0, width, 2) / width))
     assert type(model).__name__ == "MixtralForCausalLM"
-    assert model.config.num_local_experts == 8
-    assert model.config.num_experts_per_tok == 2
+    assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (8, 2)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 

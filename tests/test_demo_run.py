@@ -12,14 +12,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import moeopt
-from moeopt.demo import DEFAULT_SKILL, MODEL, SKILLS
+from moeopt.demo import DEFAULT_SKILL, MODEL
 from moeopt.demo.result import FULL, RANDOM, DemoResult, view
 from moeopt.demo.run import run
 from moeopt.demo.task import skill_task
 from moeopt.errors import ExportError, StudyError, TaskError
 from moeopt.study import load_study
 
-SHORT: dict[str, Any] = {"trials": 12, "examples": {"search": 6, "test": 10}}
+SHORT: dict[str, Any] = {"trials": 8, "examples": {"search": 6, "test": 10}}
 STUDY = f"{DEFAULT_SKILL}-8to2-guided-seed0"
 
 
@@ -60,6 +60,7 @@ def test_search_losses_are_those_of_the_study_and_test_losses_those_of_an_evalua
     assert len({entry.plan.fingerprint for entry in result.random if entry.plan is not None}) == len(result.random)
 
 
+@pytest.mark.slow
 def test_the_exported_checkpoint_has_the_size_and_the_score_that_are_shown(done: tuple[DemoResult, Path]) -> None:
     result, _ = done
     assert result.reloaded_loss == pytest.approx(result.refits[-1].test.loss, abs=1e-3)  # stored in bfloat16
@@ -72,6 +73,7 @@ def test_the_exported_checkpoint_has_the_size_and_the_score_that_are_shown(done:
     assert result.search.bytes == pytest.approx(stored, rel=0.02)
 
 
+@pytest.mark.slow
 def test_intervals_are_of_the_differences_that_they_are_named_after(done: tuple[DemoResult, Path]) -> None:
     result, _ = done
     losses = {FULL: result.full.test.loss, RANDOM: np.mean([entry.test.loss for entry in result.random])}
@@ -82,6 +84,7 @@ def test_intervals_are_of_the_differences_that_they_are_named_after(done: tuple[
         assert interval.low <= interval.mean <= interval.high
 
 
+@pytest.mark.slow
 def test_the_view_shows_every_entry(done: tuple[DemoResult, Path]) -> None:
     result, out = done
     text = printed(result)
@@ -95,7 +98,7 @@ def test_the_view_shows_every_entry(done: tuple[DemoResult, Path]) -> None:
 @pytest.mark.slow
 def test_a_second_run_goes_on_where_the_first_stopped(done: tuple[DemoResult, Path], tmp_path: Path) -> None:
     whole, _ = done
-    run(tmp_path, **{**SHORT, "trials": 7})
+    run(tmp_path, **{**SHORT, "trials": 5})
     again = run(tmp_path, **SHORT)
     assert len(load_study(STUDY, f"sqlite:///{tmp_path / 'study.db'}").trials) == SHORT["trials"]
     assert again.search.search_loss == whole.search.search_loss
@@ -108,15 +111,6 @@ def test_text_is_a_skill_too(tmp_path: Path) -> None:
     result = run(tmp_path, skill="text", trials=4, examples={"search": 4, "test": 2})
     assert 0 < result.full.test.loss < np.log(256)
     assert result.reloaded_loss == pytest.approx(result.refits[-1].test.loss, abs=1e-3)  # stored in bfloat16
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("skill", SKILLS)
-def test_skill_tasks_have_disjoint_splits_of_the_skill(skill: str) -> None:
-    task = skill_task(skill)
-    prompts = {split: {(e.prompt, e.options) for e in task.examples(split)} for split in task.splits}
-    assert set(prompts) == {"search", "dev", "test"}
-    assert not prompts["search"] & prompts["test"]
 
 
 def test_what_the_demo_cannot_do_is_refused(tmp_path: Path) -> None:

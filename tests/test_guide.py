@@ -91,6 +91,7 @@ def test_other_samplers_leave_it_aside(make: Any, sampler: str) -> None:
     assert (len(guides(studies[0])), bool(guides(studies[1]))) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_resumed_search_and_a_worker_s_go_on_with_the_guides(make: Any, tmp_path: Path) -> None:
     whole = study_of(objective := make())
     moeopt.optimize(whole, objective, trials=12)
@@ -108,9 +109,10 @@ def test_a_resumed_search_and_a_worker_s_go_on_with_the_guides(make: Any, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rungs", [1, 3])
-@pytest.mark.parametrize("sampler", ["guided", "local", "blockcmaes"])
-def test_what_a_process_could_reuse_changes_no_proposal(sampler: str, rungs: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "rungs", "trials"), [("guided", 1, 16), ("guided", 3, 16), ("local", 3, 16), ("blockcmaes", 1, 25)]
+)
+def test_what_a_process_could_reuse_changes_no_proposal(sampler: str, rungs: int, trials: int, tmp_path: Path) -> None:
     """A search that goes on in a new process, which has no prefixes in memory, tries what it would have tried."""
     task, url = moeopt.demo.skill_task("caesar"), f"sqlite:///{tmp_path}/study.db"
     model, tokenizer = moeopt.load(moeopt.demo.MODEL)
@@ -118,7 +120,7 @@ def test_what_a_process_could_reuse_changes_no_proposal(sampler: str, rungs: int
 
     def begun(storage: str | None) -> tuple[optuna.Study, moeopt.Objective]:
         guide = 0.3 if sampler == "guided" else 0.0
-        objective = moeopt.Objective(model, tokenizer, task, space, limit=24, rungs=rungs, guide=guide)
+        objective = moeopt.Objective(model, tokenizer, task, space, limit=12, rungs=rungs, guide=guide)
         study = moeopt.create_study(
             "s",
             objective=objective,
@@ -131,10 +133,10 @@ def test_what_a_process_could_reuse_changes_no_proposal(sampler: str, rungs: int
         return study, objective
 
     whole, objective = begun(None)
-    moeopt.optimize(whole, objective, trials=25)
-    for trials in (4, 5, 13, 25):
+    moeopt.optimize(whole, objective, trials=trials)
+    for reached in (4, 5, 10, trials):
         part, objective = begun(url)
-        moeopt.optimize(part, objective, trials=trials)
+        moeopt.optimize(part, objective, trials=reached)
     costs = [[trial.user_attrs["layer_tokens"] for trial in study.trials] for study in (whole, part)]
     assert costs[0] != costs[1]
     assert [trial.value for trial in whole.trials] == [trial.value for trial in part.trials]

@@ -155,7 +155,7 @@ def test_what_a_pruned_trial_knows_is_taken_and_the_rest_is_run(make: Any, model
     (whole,) = enqueue(study, objective, one_hot())
     assert whole.state == TrialState.COMPLETE
     assert whole.user_attrs["copied_from"] == pruned.number
-    tokens = [sum(batch.tokens for batch in rung) for rung in objective.evaluator._batches]
+    tokens = [sum(batch.tokens for batch in rung) for rung in objective.evaluator.passes.batches]
     assert whole.user_attrs["tokens"] == sum(tokens[2:])
     assert whole.value == pytest.approx(unraced.evaluator.evaluate(one_hot()).loss, abs=1e-5)
     assert list(whole.intermediate_values) == list(objective.evaluator.rungs)
@@ -230,7 +230,7 @@ def test_a_retried_trial_goes_on_from_its_scores(make: Any, model: Any, url: str
     moeopt.optimize(resumed, objective, trials=1)
     dead, retried = resumed.trials[:2]
     assert (dead.state, retried.state) == (TrialState.FAIL, TrialState.COMPLETE)
-    tokens = [sum(batch.tokens for batch in rung) for rung in objective.evaluator._batches]
+    tokens = [sum(batch.tokens for batch in rung) for rung in objective.evaluator.passes.batches]
     assert retried.user_attrs["tokens"] == sum(tokens[2:])
     assert list(retried.intermediate_values) == list(objective.evaluator.rungs)
     assert retried.value == pytest.approx(make(space=ungrouped(model)).evaluator.evaluate(one_hot()).loss, abs=1e-5)
@@ -342,7 +342,7 @@ def test_pruned_trials_cost_what_they_ran(make: Any, model: Any) -> None:
     objective = make(space=ungrouped(model), rungs=4, prefix_memory=0)
     study = plain_study(objective, pruner=Stop(10))
     (trial,) = enqueue(study, objective, one_hot())
-    tokens = [sum(batch.tokens for batch in rung) for rung in objective.evaluator._batches]
+    tokens = [sum(batch.tokens for batch in rung) for rung in objective.evaluator.passes.batches]
     assert trial.user_attrs["tokens"] == sum(tokens[:2])
     assert trial.user_attrs["layer_tokens"] == LAYERS * sum(tokens[:2])
     assert trial.user_attrs["estimate"] == pytest.approx(honest(study, trial))
@@ -478,8 +478,8 @@ def test_a_plan_that_failed_is_not_run_again(make: Any, make_mixtral: Any) -> No
     study = plain_study(objective)
     bad = one_hot(KEPT[0], KEPT[1], [0, 1, 2])
     runs: list[int] = []
-    run = objective.evaluator._run
-    objective.evaluator._run = lambda *args: runs.append(1) or run(*args)
+    run = objective.evaluator.passes._run
+    objective.evaluator.passes._run = lambda *args: runs.append(1) or run(*args)
     first, again = enqueue(study, objective, bad, bad)
     assert first.state == again.state == TrialState.FAIL
     assert "layer 2" in again.user_attrs["failure"]
@@ -497,7 +497,7 @@ def test_memory_that_runs_out_in_a_later_rung_fails_the_trial_and_the_search_goe
 
     def full(*_: Any) -> None:
         calls.append(1)
-        if len(calls) > len(objective.evaluator._batches[0]):
+        if len(calls) > len(objective.evaluator.passes.batches[0]):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     handle = model.model.layers[-1].mlp.register_forward_pre_hook(full)

@@ -1,4 +1,4 @@
-"""The command line: a file for every command, and `commands.py`, which has them all."""
+"""The command line: a file for every command, all of them in `commands.py`. May import every room."""
 
 from moeopt.cli.commands import app, main
 

@@ -68,78 +68,84 @@ BELONGS = {
     "around": ("merge", "active"),
     "scale": ("merge",),
 }
-"""Options of `moeopt search` that only some spaces have."""
+"""Options of `moeopt search` that only some spaces have; `active` where it is one k."""
 
 
 @dataclass(frozen=True)
-class Active:
-    """What `--active`, `--skip` and `--active-groups` say: one k, or ranges to search, and their groups."""
+class SpaceOptions:
+    """What the options of `moeopt search` say of the space, each as it is given.
 
-    k: int | None
-    k_range: tuple[int, int] | None
+    Raises:
+        SpaceError: naming an option that is out of range, missing, or not one of this kind of space.
+    """
+
+    kind: str
+    keep: int | None
+    groups: str | None
+    active: str | None
     skip: float | None
-    groups: int | list[tuple[int, int]] | None
+    active_groups: str | None
+    router: str | None
+    encoding: str | None
+    around: Path | None
+    scale: float | None
+
+    def __post_init__(self) -> None:
+        if self.skip is not None and not 0 < self.skip <= 1:
+            raise SpaceError(f"--skip must be a beta above 0 and at most 1, got {self.skip:g}")
+        groups(self.groups)
+        groups(self.active_groups, "--active-groups")
+        if self.active_groups is not None and not self.searched:
+            raise SpaceError("--active-groups needs something to search: --active with a range as 1-2, or --skip")
+        for option, kinds in BELONGS.items():
+            value = getattr(self, option) if option != "active" else self._k[0]
+            if value is not None and self.kind not in kinds:
+                raise SpaceError(f"--{option} {value} belongs to --space {' or '.join(kinds)}, not to {self.kind}")
+        if self.kind == "merge" and self.around is None:
+            raise SpaceError("--space merge needs --around, the plan it starts from")
+        if self.kind == "active" and not self.searched:
+            raise SpaceError("--space active needs something to search: --active with a range as 1-2, or --skip")
+        if self.kind not in ("merge", "active") and self.keep is None:
+            raise SpaceError("say how many experts each layer keeps, such as --keep 4")
 
     @property
     def searched(self) -> bool:
-        return self.k_range is not None or self.skip is not None
+        """Whether k or a beta is searched."""
+        return self._k[1] is not None or self.skip is not None
 
+    @property
+    def _k(self) -> tuple[int | None, tuple[int, int] | None]:
+        """`--active` as one k, or as a range to search."""
+        if self.active is None:
+            return None, None
+        match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", self.active)
+        if match is None:
+            raise SpaceError(
+                f"--active must be a number of at least 1, or a range as 1-2 to search, got {self.active!r}"
+            )
+        low, high = match.groups()
+        return (int(low), None) if high is None else (None, (int(low), int(high)))
 
-def active(text: str | None, skip: float | None, groups: int | list[tuple[int, int]] | None) -> Active:
-    """The checked values of `--active` (``2``, or ``1-2`` to search), `--skip` (a largest beta) and their groups."""
-    if skip is not None and not 0 < skip <= 1:
-        raise SpaceError(f"--skip must be a beta above 0 and at most 1, got {skip:g}")
-    match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", text or "1")
-    if match is None:
-        raise SpaceError(f"--active must be a number of at least 1, or a range as 1-2 to search, got {text!r}")
-    k = int(match[1]) if text is not None and match[2] is None else None
-    found = Active(k, (int(match[1]), int(match[2])) if match[2] else None, skip, groups)
-    if groups is not None and not found.searched:
-        raise SpaceError("--active-groups needs something to search: --active with a range as 1-2, or --skip")
-    return found
+    def space(self, shape: ModelShape) -> Space:
+        """The space, once the model's shape is known."""
+        from moeopt import spaces
 
-
-def check_belongs(space: str, *, searched: bool, **given: Any) -> None:
-    """Raise SpaceError when an option that was given is not one of this space, or one that it needs was not."""
-    for option, value in given.items():
-        if value is not None and space not in BELONGS[option]:
-            raise SpaceError(f"--{option} {value} belongs to --space {' or '.join(BELONGS[option])}, not to {space}")
-    if space == "merge" and given["around"] is None:
-        raise SpaceError("--space merge needs --around, the plan it starts from")
-    if space == "active" and not searched:
-        raise SpaceError("--space active needs something to search: --active with a range as 1-2, or --skip")
-    if space not in ("merge", "active") and given["keep"] is None:
-        raise SpaceError("say how many experts each layer keeps, such as --keep 4")
-
-
-def space(
-    kind: str,
-    shape: ModelShape,
-    keep: int | None,
-    groups: Any,
-    around: Path | None,
-    scale: float | None,
-    encoding: str | None,
-    router: str | None,
-    active: Active,
-) -> Space:
-    """The search space of `moeopt search`, once the model's shape is known."""
-    from moeopt import spaces
-
-    given = {"groups": groups, "scale": scale, "encoding": encoding, "router": router, "k": active.k, "keep": keep}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    searched: dict[str, Any] = {"k": active.k_range, "groups": active.groups}
-    searched["skip"] = False if active.skip is None else (0.0, active.skip)
-    plan = None if around is None else read_plan(around, shape.layers)
-    if kind == "active":
-        return spaces.ActiveSpace(shape, around=plan, **searched)
-    inner: Space
-    if kind == "merge":
-        assert plan is not None
-        inner = spaces.MergeSpace(shape, around=plan, **options)
-    else:
-        inner = (spaces.PruneSpace if kind == "prune" else spaces.EEPSpace)(shape, **options)
-    return spaces.ActiveSpace(inner, **searched) if active.searched else inner
+        k, k_range = self._k
+        given: dict[str, Any] = {"groups": groups(self.groups), "k": k, "keep": self.keep, "scale": self.scale}
+        given |= {"encoding": self.encoding, "router": self.router}
+        options = {name: value for name, value in given.items() if value is not None}
+        searched: dict[str, Any] = {"k": k_range, "groups": groups(self.active_groups)}
+        searched["skip"] = False if self.skip is None else (0.0, self.skip)
+        plan = None if self.around is None else read_plan(self.around, shape.layers)
+        if self.kind == "active":
+            return spaces.ActiveSpace(shape, around=plan, **searched)
+        inner: Space
+        if self.kind == "merge":
+            assert plan is not None
+            inner = spaces.MergeSpace(shape, around=plan, **options)
+        else:
+            inner = (spaces.PruneSpace if self.kind == "prune" else spaces.EEPSpace)(shape, **options)
+        return spaces.ActiveSpace(inner, **searched) if self.searched else inner
 
 
 def groups(text: str | None, option: str = "--groups") -> int | list[tuple[int, int]] | None:
@@ -158,16 +164,16 @@ def groups(text: str | None, option: str = "--groups") -> int | list[tuple[int, 
 
 def pairs(option: str, given: list[str] | None) -> dict[str, Any]:
     """NAME=VALUE options by name; a value is a number, a truth value or null as in JSON, otherwise text."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for text in given or ():
         name, equals, value = text.partition("=")
         if not equals or not name.replace("-", "_").isidentifier():
             raise MoeoptError(f"{option} must be NAME=VALUE, got {text!r}")
         try:
-            found[name.replace("-", "_")] = json.loads(value)
+            values[name.replace("-", "_")] = json.loads(value)
         except ValueError:
-            found[name.replace("-", "_")] = value
-    return found
+            values[name.replace("-", "_")] = value
+    return values
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -182,10 +188,10 @@ def numbers(option: str, text: str) -> list[int]:
 
 def words(option: str, text: str) -> list[str]:
     """Names between commas."""
-    found = [part.strip() for part in text.split(",")]
-    if not all(found):
+    names = [part.strip() for part in text.split(",")]
+    if not all(names):
         raise MoeoptError(f"{option} must be names between commas, such as naee,reap, got {text!r}")
-    return found
+    return names
 
 
 def read_plan(path: Path, layers: int | None) -> Plan:
@@ -261,24 +267,46 @@ def show_again(study: str, storage: str) -> str:
     return shlex.join(["moeopt", "show", *storage_again(storage), *name])
 
 
+def open_task(name: str, data: str | None, given: list[str] | None, *, split: str | None = "search") -> Task:
+    """The task of `--task`, `--data` and `--task-option`; a split that has no examples is found out now.
+
+    Args:
+        split: which; None: the last one that the task has.
+    """
+    options = pairs("--task-option", given)
+    from moeopt import tasks
+
+    task = tasks.get(name, data=data, **options)
+    task.examples(split or task.splits[-1])
+    return task
+
+
+def other_task(name: str | None, data: str | None, given: list[str] | None) -> Task | None:
+    """The task of options of which `--task` may be missing; None where it is, and the others too."""
+    if name is None and (data is not None or given):
+        raise MoeoptError("--data and --task-option need --task")
+    return None if name is None else open_task(name, data, given, split=None)
+
+
 def calibration_task(
-    task: str, options: dict[str, Any], name: str | None, data: str | None, own: dict[str, Any]
+    task: str, given: list[str] | None, name: str | None, data: str | None, more: list[str] | None = None
 ) -> Task | None:
     """What is looked at in place of `task`: another task, or, where no name is given, other data of the same one.
 
     Args:
-        task, options: the task itself.
+        task, given: the task itself, and what `--task-option` says of it.
         name, data: of the other; None, None: there is no other.
-        own: options of the other, beside those of `task` where it is the same.
+        more: options of the other, beside those of `task` where it is the same.
     """
-    from moeopt import tasks
-
     if name is None and data is None:
-        if own:
+        if more:
             raise MoeoptError("--calibration-option needs --calibration-task or --calibration-data")
         return None
-    same = options if name in (None, task) else {}
-    other = tasks.get(name or task, data=data, **(same | own))
+    options = pairs("--task-option", given) if name in (None, task) else {}
+    options |= pairs("--calibration-option", more)
+    from moeopt import tasks
+
+    other = tasks.get(name or task, data=data, **options)
     other.examples("search")
     return other
 
@@ -331,7 +359,7 @@ def plan_of(study: optuna.Study, which: str) -> tuple[FrozenTrial, Plan]:
     return chosen, plan_of(chosen, study)
 
 
-def check_kept(storage: str, workers: int) -> None:
+def check_outlives(storage: str, workers: int) -> None:
     """Raise StorageError for a database in memory, which ends with the command, and no other process sees."""
     from moeopt.errors import StorageError
     from moeopt.study.storage import hidden, in_memory
@@ -366,12 +394,12 @@ def existing(storage: str, name: str, *, resume: bool) -> optuna.Study | None:
         return None
     opened = open_storage(storage)
     with readable_errors(storage):
-        found = find(opened, name)
-    if found is not None and not resume:
+        study = find(opened, name)
+    if study is not None and not resume:
         raise StudyError(
             f"study {name!r} already exists in {hidden(storage)}; leave out --no-resume, or choose another name"
         )
-    return found
+    return study
 
 
 def stored_description(study: optuna.Study | None) -> dict[str, Any]:

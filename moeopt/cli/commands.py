@@ -6,7 +6,7 @@ Nothing heavy is imported before the arguments that can be judged without it are
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -30,8 +30,12 @@ from moeopt.cli import (
 from moeopt.errors import MoeoptError
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
+    # --num_fewshot, --n_trials and the like are read as they are written elsewhere.
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
     rich_markup_mode="rich",
     help="Make a Mixture-of-Experts language model smaller and faster for one task, without gradients: search which "
     "experts to prune and merge, keep every trial in an SQL study, export the best as an ordinary checkpoint.",
@@ -77,7 +81,22 @@ def _common(
     """What every command shares."""
 
 
-for command in (
-    demo, search, show, select, refit, export, verify, profile, lm_eval, compare_methods, compare, dashboard, worker,
-):  # fmt: skip
-    command.register(app)
+COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
+    "demo": (demo.demo, None),
+    "search": (search.search, search.EXAMPLES),
+    "show": (show.show, show.EXAMPLES),
+    "plan": (show.plan, show.PLAN_EXAMPLES),
+    "select": (select.select, select.EXAMPLES),
+    "refit": (refit.refit, refit.EXAMPLES),
+    "export": (export.export, export.EXAMPLES),
+    "verify": (verify.verify, verify.EXAMPLES),
+    "profile": (profile.profile, profile.EXAMPLES),
+    "lm-eval": (lm_eval.lm_eval, lm_eval.EXAMPLES),
+    "compare-methods": (compare_methods.compare_methods, compare_methods.EXAMPLES),
+    "compare": (compare.compare, compare.EXAMPLES),
+    "dashboard": (dashboard.dashboard, dashboard.EXAMPLES),
+    "worker": (worker.worker, worker.EXAMPLES),
+    "ray": (worker.on_ray, worker.RAY_EXAMPLES),
+}
+for name, (command, examples) in COMMANDS.items():
+    app.command(name, epilog=examples)(command)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moeopt.cli.options import DEFAULT_STORAGE, STORAGE_VARIABLE
+from moeopt.cli.options import DEFAULT_STORAGE, OUT, STORAGE_VARIABLE
 from moeopt.errors import StudyError, nearest
 
 if TYPE_CHECKING:
@@ -21,11 +21,6 @@ EXAMPLES = (
     "moeopt compare --study-prefix boolq- --storage sqlite:///a.db --storage postgresql+psycopg://user@host/moeopt\n\n"
     "One study is one optimiser and one seed. [bold]studies/compare_optimisers.py[/bold] runs a whole comparison."
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("compare", epilog=EXAMPLES)(compare)
 
 
 def compare(
@@ -50,7 +45,7 @@ def compare(
         float | None,
         typer.Option(metavar="LOSS", help="Loss to give times for. Default: what half of the studies reached."),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the page, the CSV files and the JSON.")] = Path(
+    out: Annotated[Path, OUT(metavar="DIR", help="Folder for the page, the CSV files and the JSON.")] = Path(
         "compare-optimisers"
     ),
 ) -> None:

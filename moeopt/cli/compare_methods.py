@@ -9,22 +9,8 @@ from typing import Annotated
 import typer
 
 from moeopt.cli import arguments
-from moeopt.cli.options import (
-    DEFAULT_STORAGE,
-    GOAL,
-    STUDY,
-    BatchTokens,
-    Data,
-    DeviceMap,
-    Dtype,
-    Limit,
-    Model,
-    Score,
-    Storage,
-    Task,
-    TaskOption,
-    interrupted,
-)
+from moeopt.cli import options as opt
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, NAMED, OUT
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -41,20 +27,15 @@ COMPARED, LOOKED_AT = (
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("compare-methods", epilog=EXAMPLES)(compare_methods)
-
-
 def compare_methods(
     ctx: typer.Context,
-    model: Model,
-    task: Task,
+    model: opt.Model,
+    task: opt.Task,
     keep: Annotated[str, COMPARED(metavar="R,R,...", help="Experts each layer keeps, such as 6,4,2.")],
-    data: Data = None,
-    task_option: TaskOption = None,
-    limit: Limit = None,
-    score: Score = "likelihood",
+    data: opt.Data = None,
+    task_option: opt.TaskOption = None,
+    limit: opt.Limit = None,
+    score: opt.Score = "likelihood",
     test_limit: Annotated[
         int | None, GOAL(metavar="N", min=1, help="Use N dev and N test examples. Default: all.")
     ] = None,
@@ -76,7 +57,7 @@ def compare_methods(
     draws: Annotated[
         int, COMPARED(metavar="N", min=0, help="Random prunings; dev and test see the first 5 and the best.")
     ] = 20,
-    seed: Annotated[int, COMPARED(metavar="N", min=0, help="Seed of the random prunings.")] = 0,
+    seed: opt.Seed = 0,
     calibration_task: Annotated[
         str | None, LOOKED_AT(metavar="TASK", help="Another task, for task-agnostic methods. Default: the task itself.")
     ] = None,
@@ -89,33 +70,27 @@ def compare_methods(
     calibration_limit: Annotated[
         int | None, LOOKED_AT(metavar="N", min=1, help="Use N of its search examples. Default: as --limit.")
     ] = None,
-    study: Annotated[
-        str | None, STUDY(metavar="NAME", help="A study of this model and task, whose best trials join the table.")
-    ] = None,
-    storage: Storage = DEFAULT_STORAGE,
-    out: Annotated[Path, typer.Option(help="Folder for the table, the plans and all that is known.")] = Path(
-        "compare-out"
-    ),
-    device_map: DeviceMap = "auto",
-    dtype: Dtype = "auto",
-    batch_tokens: BatchTokens = 1024,
+    study: Annotated[str | None, NAMED(help="One of this model and task, whose best trials join the table.")] = None,
+    storage: opt.Storage = DEFAULT_STORAGE,
+    out: Annotated[Path, OUT(help="Folder for the table, the plans and all that is known.")] = Path("compare-out"),
+    device_map: opt.DeviceMap = "auto",
+    dtype: opt.Dtype = "auto",
+    batch_tokens: opt.BatchTokens = 1024,
 ) -> None:
     """Compare one-shot methods with the full model, random prunings and a search, on examples that none has seen."""
     keeps = arguments.numbers("--keep", keep)
     actives = None if active is None else arguments.numbers("--active", active)
     names = None if methods is None else arguments.words("--methods", methods)
-    options = arguments.pairs("--task-option", task_option)
-    other_options = arguments.pairs("--calibration-option", calibration_option)
-    from moeopt import tasks
+    for option, given in {"--task-option": task_option, "--calibration-option": calibration_option}.items():
+        arguments.pairs(option, given)
     from moeopt.results import method_comparison as comparing
 
     comparing.check_methods(names)
     shape = arguments.quick_shape(model)
     if shape is not None:
         comparing.check(shape, keeps, actives)
-    chosen = tasks.get(task, data=data, **options)
-    chosen.examples("search")
-    other = arguments.calibration_task(task, options, calibration_task, calibration_data, other_options)
+    chosen = arguments.open_task(task, data, task_option)
+    other = arguments.calibration_task(task, task_option, calibration_task, calibration_data, calibration_option)
     comparing.check_folder(out, {"task": chosen.describe(), "calibration": (other or chosen).describe()})
     opened = None
     if study is not None:
@@ -159,6 +134,6 @@ def compare_methods(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        raise interrupted(err, "all that was found is kept. To go on:", ctx, storage) from None
+        raise opt.interrupted(err, "all that was found is kept. To go on:", ctx, storage) from None
     console.print(comparing.view(found))
     console.print(f"\n{out} holds table.csv, table.json and the plans.", markup=False, soft_wrap=True)

@@ -17,11 +17,6 @@ EXAMPLES = (
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("dashboard", epilog=EXAMPLES)(dashboard)
-
-
 def dashboard(
     storage: Annotated[
         str,
@@ -70,8 +65,10 @@ def dashboard(
         if host not in LOOPBACK:
             err.print(
                 f"No password is asked for: whoever reaches {host}:{listening.server_port} can delete all studies.",
-                style="yellow", markup=False, soft_wrap=True,
-            )  # fmt: skip
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
+            )
         shown = f"[{host}]" if ":" in host else host
         out.print(
             f"{hidden(storage)} at http://{shown}:{listening.server_port}/dashboard (Ctrl-C ends it)",

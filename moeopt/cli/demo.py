@@ -7,19 +7,18 @@ from typing import Annotated
 
 import typer
 
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("demo")(demo)
+from moeopt.cli import options as opt
+from moeopt.cli.options import OUT
 
 
 def demo(
     skill: Annotated[str | None, typer.Option(help="Which skill of the demo model to search for.")] = None,
-    trials: Annotated[int | None, typer.Option(min=3, help="Trials of the search; fewer are faster and worse.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the study, the exported model and the table.")] = Path(
-        "demo-out"
-    ),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the search.")] = 0,
+    trials: Annotated[
+        int | None,
+        typer.Option("--trials", "--n-trials", min=3, help="Trials of the search; fewer are faster and worse."),
+    ] = None,
+    out: Annotated[Path, OUT(help="Folder for the study, the exported model and the table.")] = Path("demo-out"),
+    seed: opt.Seed = 0,
     svg: Annotated[Path | None, typer.Option(hidden=True, help="Also write the table as a picture.")] = None,
 ) -> None:
     """Search, compare, export and reload on the small Mixtral that comes with moeopt, in under a minute.

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from moeopt.cli import arguments
-from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE, TRIAL, Data, Limit, Model, Storage, StudyName, TaskOption
+from moeopt.cli import options as opt
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL
 from moeopt.errors import ExportError
 from moeopt.showing import line
-
-if TYPE_CHECKING:
-    from moeopt.exporting import Projection
-    from moeopt.plan import Plan
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\nmoeopt export ./mixtral small/ --study boolq-8to4\n\n"
@@ -24,21 +21,13 @@ EXAMPLES = (
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("export", epilog=EXAMPLES)(export)
-
-
 def export(
-    model: Model,
+    model: opt.Model,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write, new or empty.")],
-    plan: Annotated[Path | None, typer.Option(help="Plan file of moeopt, or an EEP .pth.")] = None,
-    study: StudyName = None,
-    trial: Annotated[
-        str,
-        typer.Option(help=f"{TRIAL}, or best-stock: the best one that an ordinary checkpoint can hold."),
-    ] = "best-stock",
-    storage: Storage = DEFAULT_STORAGE,
+    plan: opt.PlanFile = None,
+    study: opt.StudyName = None,
+    trial: opt.Trial = "best-stock",
+    storage: opt.Storage = DEFAULT_STORAGE,
     form: Annotated[
         Literal["auto", "stock", "custom"],
         typer.Option(
@@ -51,12 +40,10 @@ def export(
         typer.Option(metavar="stock", help="Export the nearest plan that an ordinary checkpoint holds; needs --task."),
     ] = None,
     task: Annotated[str | None, GOAL(help="What to project on and to measure its cost on.")] = None,
-    data: Data = None,
-    task_option: TaskOption = None,
-    limit: Limit = None,
-    device_map: Annotated[
-        str, MACHINE(metavar="MAP", callback=arguments.device_map, help="With --project: where weights go.")
-    ] = "auto",
+    data: opt.Data = None,
+    task_option: opt.TaskOption = None,
+    limit: opt.Limit = None,
+    device_map: opt.DeviceMap = "auto",
 ) -> None:
     """Write the smaller model as a checkpoint that needs nothing of moeopt to load.
 
@@ -85,9 +72,13 @@ def export(
     console, err = consoles()
     projection = None
     if project is not None:
-        options = arguments.pairs("--task-option", task_option)
+        from moeopt.exporting import project as nearest_stock
+        from moeopt.models import load
+
+        goal = arguments.open_task(str(task), data, task_option)
         with err.status("projecting"):
-            chosen, projection = _projected(chosen, model, str(task), data, options, limit, device_map)
+            loaded, tokenizer = load(model, device_map=device_map)
+            chosen, projection = nearest_stock(chosen, loaded, tokenizer, goal, limit=limit)
         console.print("\n".join(projection.lines()), markup=False, soft_wrap=True)
     try:
         taken, reason = chosen_form(chosen, locate(model), form)
@@ -119,16 +110,3 @@ def export(
         markup=False,
         soft_wrap=True,
     )
-
-
-def _projected(
-    plan: Plan, model: str, task: str, data: str | None, options: dict[str, Any], limit: int | None, device_map: str
-) -> tuple[Plan, Projection]:
-    from moeopt import tasks
-    from moeopt.exporting import project
-    from moeopt.models import load
-
-    chosen = tasks.get(task, data=data, **options)
-    chosen.examples("search")
-    loaded, tokenizer = load(model, device_map=device_map)
-    return project(plan, loaded, tokenizer, chosen, limit=limit)

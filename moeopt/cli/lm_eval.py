@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeopt.cli import arguments
-from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE, STUDY, DeviceMap, Dtype, Model, Storage
+from moeopt.cli import options as opt
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE, OUT
 from moeopt.errors import MoeoptError, TaskError
 
 if TYPE_CHECKING:
@@ -24,23 +25,17 @@ EXAMPLES = (
     "moeopt lm-eval ./mixtral --tasks my_task --include-path my_tasks/ --plan pruned.safetensors --out results.json\n\n"
     "moeopt lm-eval ./mixtral --tasks arc_easy --data arc_easy=arc/ --num-fewshot 5"
 )
-SMALL = partial(typer.Option, rich_help_panel="Smaller model")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("lm-eval", epilog=EXAMPLES)(lm_eval)
 
 
 def lm_eval(
-    model: Model,
+    model: opt.Model,
     tasks: Annotated[
         str, GOAL(metavar="NAME,...", help="Tasks, groups or tags of lm-evaluation-harness, such as arc_easy.")
     ],
-    plan: Annotated[Path | None, SMALL(help="Plan file of moeopt, or an EEP .pth.")] = None,
-    study: Annotated[str | None, STUDY(metavar="NAME", help="A study to take the plan from.")] = None,
-    trial: Annotated[str, STUDY(help="A trial's number, or best: the one of least loss.")] = "best",
-    storage: Storage = DEFAULT_STORAGE,
+    plan: opt.PlanFile = None,
+    study: opt.StudyName = None,
+    trial: opt.Trial = "best",
+    storage: opt.Storage = DEFAULT_STORAGE,
     include_path: Annotated[
         Path | None, GOAL(metavar="DIR", help="Folder with tasks of your own, in the harness's YAML.")
     ] = None,
@@ -55,17 +50,18 @@ def lm_eval(
         int | None, GOAL(metavar="N", min=0, help="Examples in front of every question. Default: the task's.")
     ] = None,
     chat_template: Annotated[
-        bool, GOAL("--chat-template", help="Write prompts with the tokenizer's chat template.")
+        bool, GOAL("--chat-template", "--apply-chat-template", help="Write prompts with the tokenizer's chat template.")
     ] = False,
     unsafe_code: Annotated[
-        bool, GOAL("--unsafe-code", help="Allow tasks that run code which the model writes.")
+        bool,
+        GOAL("--unsafe-code", "--confirm-run-unsafe-code", help="Allow tasks that run code which the model writes."),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write all of it, by document, as JSON.")
+        Path | None, OUT(metavar="FILE", help="Also write all of it, by document, as JSON.")
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences a forward pass.")] = 8,
-    device_map: DeviceMap = "auto",
-    dtype: Dtype = "auto",
+    device_map: opt.DeviceMap = "auto",
+    dtype: opt.Dtype = "auto",
     trust_remote_code: Annotated[
         bool,
         MACHINE("--trust-remote-code", help="Run code that comes with a checkpoint, or with tasks in --include-path."),

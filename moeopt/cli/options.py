@@ -1,4 +1,7 @@
-"""Options that several commands have, and how they end after Ctrl-C, said once."""
+"""Options that several commands have, each declared once, and how commands end after Ctrl-C.
+
+What lm-evaluation-harness and Optuna call the same is an option by their name too; `commands.py` reads ``_`` as ``-``.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ INTERRUPTED = 130
 
 
 GOAL, STUDY, MACHINE = (partial(typer.Option, rich_help_panel=panel) for panel in ("Task", "Study", "Machine"))
+NAMED = partial(STUDY, "--study", "--study-name", metavar="NAME")
+OUT = partial(typer.Option, "--out", "--output-path")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id of the full model.")]
 Task = Annotated[
@@ -42,6 +47,8 @@ Score = Annotated[
         "Without answers, against the full model: kl, the divergence; acceptance: 1 minus speculative decoding's rate."
     ),
 ]
+Limit = Annotated[int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")]
+DevLimit = Annotated[int | None, GOAL(metavar="N", min=1, help="Judge on N dev examples. Default: all.")]
 RefitFile = Annotated[
     Path | None,
     STUDY(
@@ -53,9 +60,16 @@ RefitFile = Annotated[
 RefitRank = Annotated[
     int | None, STUDY(metavar="Q", min=1, help="With --refit: rank of each expert's change. Default: any.")
 ]
-Limit = Annotated[int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of all random draws.")]
 DeviceMap = Annotated[
-    str, MACHINE(metavar="MAP", callback=arguments.device_map, help="Where weights go: auto, cpu, cuda:0, ...")
+    str,
+    MACHINE(
+        "--device-map",
+        "--device",
+        metavar="MAP",
+        callback=arguments.device_map,
+        help="Where weights go: auto, cpu, cuda:0, ...",
+    ),
 ]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], MACHINE(help="Type of the weights in memory.")]
 TrustRemoteCode = Annotated[bool, MACHINE("--trust-remote-code", help="Run code that comes with a checkpoint.")]
@@ -68,15 +82,25 @@ Storage = Annotated[
         help="Where studies are kept: an SQLAlchemy URL (SQLite, PostgreSQL, MySQL).",
     ),
 ]
-StudyName = Annotated[str | None, STUDY("--study", metavar="NAME", help="The study's name in the storage.")]
-TRIAL = "A trial's number, best: the one of least loss, or selected: what [bold]moeopt select[/bold] chose"
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="Plan file of moeopt, or an EEP .pth.")]
+StudyName = Annotated[str | None, NAMED(help="A study to take the plan from.")]
+Trial = Annotated[
+    str,
+    STUDY(
+        help="A trial's number; best: the one of least loss; best-stock: the best one that an ordinary checkpoint can "
+        "hold; or selected: what [bold]moeopt select[/bold] chose."
+    ),
+]
+Timeout = Annotated[
+    float | None, typer.Option(metavar="S", min=0, help="Seconds after which no trial starts.", rich_help_panel="Study")
+]
 
 
-def interrupted(err: Console, kept: str, ctx: typer.Context, storage: str) -> typer.Exit:
-    """How a command ends after Ctrl-C, once it has said what is kept, and how to go on: with the same command."""
+def interrupted(err: Console, saved: str, ctx: typer.Context, storage: str) -> typer.Exit:
+    """How a command ends after Ctrl-C, once it has said what is saved, and how to go on: with the same command."""
     from moeopt.study.storage.urls import HIDDEN
 
     command = arguments.command_again(ctx.obj, storage)
-    err.print(f"Interrupted; {kept}" + (f" ({HIDDEN}: what is secret)" if HIDDEN in command else ""), markup=False)
+    err.print(f"Interrupted; {saved}" + (f" ({HIDDEN}: what is secret)" if HIDDEN in command else ""), markup=False)
     err.print(f"  {command}", markup=False, soft_wrap=True)
     return typer.Exit(INTERRUPTED)

@@ -9,17 +9,8 @@ from typing import Annotated
 import typer
 
 from moeopt.cli import arguments
-from moeopt.cli.options import (
-    DEFAULT_STORAGE,
-    GOAL,
-    INTERRUPTED,
-    MACHINE,
-    DeviceMap,
-    Dtype,
-    Storage,
-    TaskOption,
-    TrustRemoteCode,
-)
+from moeopt.cli import options as opt
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, INTERRUPTED, MACHINE, OUT
 from moeopt.errors import MoeoptError
 
 EXAMPLES = (
@@ -30,11 +21,6 @@ EXAMPLES = (
 )
 
 PROFILED, TIMED = (partial(typer.Option, rich_help_panel=panel) for panel in ("What is profiled", "What is timed"))
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("profile", epilog=EXAMPLES)(profile)
 
 
 def profile(
@@ -48,11 +34,9 @@ def profile(
         list[Path] | None,
         PROFILED(metavar="FILE", help="A plan file, or EEP .pth, applied to the first model; repeatable."),
     ] = None,
-    study: Annotated[
-        str | None, PROFILED(metavar="NAME", help="A study of the first model, for the plan of a trial.")
-    ] = None,
-    trial: Annotated[str, PROFILED(help="The study's trial: its number, best or best-stock.")] = "best",
-    storage: Storage = DEFAULT_STORAGE,
+    study: opt.StudyName = None,
+    trial: opt.Trial = "best",
+    storage: opt.Storage = DEFAULT_STORAGE,
     batch: Annotated[str, TIMED(metavar="N,N,...", help="Prompts run at once.")] = "1,8",
     prompt_length: Annotated[str, TIMED(metavar="N,N,...", help="Tokens a prompt.")] = "256",
     new_tokens: Annotated[int, TIMED(metavar="N", min=1, help="Tokens to decode after each prefill.")] = 32,
@@ -63,27 +47,26 @@ def profile(
     data: Annotated[
         str | None, GOAL(metavar="DATA", help="The task's data. Default: without --task, random token ids.")
     ] = None,
-    task_option: TaskOption = None,
+    task_option: opt.TaskOption = None,
     balance_tokens: Annotated[
         int, GOAL(metavar="N", min=1, help="Tokens that load balance and active experts are counted on.")
     ] = 2048,
-    seed: Annotated[int, GOAL(metavar="N", min=0, help="Seed of random token ids.")] = 0,
-    device_map: DeviceMap = "auto",
-    dtype: Dtype = "auto",
+    seed: opt.Seed = 0,
+    device_map: opt.DeviceMap = "auto",
+    dtype: opt.Dtype = "auto",
     experts: Annotated[
-        str | None, MACHINE(metavar="NAME", help="Experts implementation of transformers. Default: the model's own.")
+        str | None,
+        MACHINE(metavar="NAME", help="Experts implementation of transformers. Default: the model's own."),
     ] = None,
     threads: Annotated[int | None, MACHINE(metavar="N", min=1, help="Threads of torch. Default: torch's own.")] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write all numbers here, and as .csv beside it.")
-    ] = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    out: Annotated[Path | None, OUT(metavar="FILE.json", help="Write all numbers here, and as .csv beside it.")] = None,
 ) -> None:
     """Measure parameters, memory, speed and expert load balance of models and plans, side by side."""
     from moeopt.results import profiling
 
     batches, lengths = arguments.numbers("--batch", batch), arguments.numbers("--prompt-length", prompt_length)
-    options = arguments.pairs("--task-option", task_option)
+    arguments.pairs("--task-option", task_option)
     if out is not None:
         profiling.check_out(out)
     for model in models:
@@ -97,11 +80,8 @@ def profile(
         plans.append((title.partition(" (")[0], chosen))
     goal = None
     if task is not None or data is not None:
-        from moeopt import tasks
-
-        goal = tasks.get(task or "text", data=data, **options)
-        goal.examples(goal.splits[-1])
-    elif options:
+        goal = arguments.open_task(task or "text", data, task_option, split=None)
+    elif task_option:
         raise MoeoptError("--task-option needs --task or --data")
     from moeopt.report.terminal import Steps, consoles
 

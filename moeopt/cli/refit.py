@@ -12,32 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeopt.cli import arguments
-from moeopt.cli.options import (
-    DEFAULT_STORAGE,
-    GOAL,
-    STUDY,
-    TRIAL,
-    BatchTokens,
-    Data,
-    DeviceMap,
-    Dtype,
-    Limit,
-    Model,
-    Score,
-    Storage,
-    StudyName,
-    Task,
-    TaskOption,
-    interrupted,
-)
+from moeopt.cli import options as opt
+from moeopt.cli.options import DEFAULT_STORAGE
 from moeopt.errors import PlanError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import PreTrainedModel
 
     from moeopt.plan import Plan
-    from moeopt.tasks import Task as AnyTask
+    from moeopt.tasks import Task
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -48,26 +31,22 @@ EXAMPLES = (
     "[bold]Ctrl-C[/bold]."
 )
 FITTED = partial(typer.Option, rich_help_panel="Fit")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("refit", epilog=EXAMPLES)(refit)
+FITTED_SO_FAR = "every layer that was fitted is kept. To go on:"
 
 
 def refit(
     ctx: typer.Context,
-    model: Model,
+    model: opt.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The plan file to write.")],
-    task: Task,
-    plan: Annotated[Path | None, FITTED(help="Plan file of moeopt, or an EEP .pth.")] = None,
-    study: StudyName = None,
-    trial: Annotated[str, STUDY(help=f"{TRIAL}.")] = "best",
-    data: Data = None,
-    task_option: TaskOption = None,
-    limit: Limit = None,
-    dev_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Judge on N dev examples. Default: all.")] = None,
-    score: Score = "likelihood",
+    task: opt.Task,
+    plan: opt.PlanFile = None,
+    study: opt.StudyName = None,
+    trial: opt.Trial = "best",
+    data: opt.Data = None,
+    task_option: opt.TaskOption = None,
+    limit: opt.Limit = None,
+    dev_limit: opt.DevLimit = None,
+    score: opt.Score = "likelihood",
     rank: Annotated[
         int | None, FITTED(metavar="Q", min=1, help="Rank of each expert's change, for a small file. Default: any.")
     ] = None,
@@ -77,39 +56,34 @@ def refit(
     calibration_data: Annotated[
         str | None, FITTED(metavar="DATA", help="Its data, as --data; alone, other data of the same task.")
     ] = None,
-    storage: Storage = DEFAULT_STORAGE,
-    device_map: DeviceMap = "auto",
-    dtype: Dtype = "auto",
-    batch_tokens: BatchTokens = 1024,
+    storage: opt.Storage = DEFAULT_STORAGE,
+    device_map: opt.DeviceMap = "auto",
+    dtype: opt.Dtype = "auto",
+    batch_tokens: opt.BatchTokens = 1024,
 ) -> None:
     """Fit what a smaller model's experts give to the full model, in closed form, and judge it on dev."""
-    options = arguments.pairs("--task-option", task_option)
+    arguments.pairs("--task-option", task_option)
     shape = arguments.quick_shape(model)
     check_file(out)
     layers = shape.layers if shape else None
     chosen, title, _ = arguments.chosen_plan("--plan", plan, layers, storage, study, trial)
     arguments.check_layers(chosen, shape)
-    from moeopt import tasks
-
-    goal = tasks.get(task, data=data, **options)
-    goal.examples("search")
-    other = arguments.calibration_task(task, options, calibration_task, calibration_data, {})
+    goal = arguments.open_task(task, data, task_option)
+    other = arguments.calibration_task(task, task_option, calibration_task, calibration_data)
     from moeopt.models import load
     from moeopt.report.terminal import consoles
 
-    console, err = consoles()
+    _, err = consoles()
     try:
         err.print(f"task {goal.name}: {goal.summary}", markup=False, soft_wrap=True)
         err.print(f"loading {model}; refitting {title}", markup=False, soft_wrap=True)
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
-        lines = written(
-            chosen, out, loaded, tokenizer, goal, err=err, rank=rank, calibration=other, limit=limit,
-            dev_limit=dev_limit, score=score, batch_tokens=batch_tokens,
-        )  # fmt: skip
     except KeyboardInterrupt:
-        raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
-    console.print(f"  {export_again(model, out)}", markup=False, soft_wrap=True)
+        raise opt.interrupted(err, FITTED_SO_FAR, ctx, storage) from None
+    run_refit(
+        ctx, storage, chosen, out, model, loaded, tokenizer, goal, rank=rank, calibration=other, limit=limit,
+        dev_limit=dev_limit, score=score, batch_tokens=batch_tokens,
+    )  # fmt: skip
 
 
 def check_file(out: Path) -> None:
@@ -125,7 +99,7 @@ def check_file(out: Path) -> None:
         raise PlanError(f"cannot write the refitted plan into the folder {str(out.parent)!r}: {reason}") from None
 
 
-def check_can(model: PreTrainedModel, tokenizer: Any, task: AnyTask, limit: int | None) -> None:
+def check_can(model: PreTrainedModel, tokenizer: Any, task: Task, limit: int | None) -> None:
     """Raise what a refit at the end of a search would, before the search."""
     from moeopt.methods import Calibration
     from moeopt.methods.refitting import check_refit
@@ -133,35 +107,49 @@ def check_can(model: PreTrainedModel, tokenizer: Any, task: AnyTask, limit: int 
     check_refit(Calibration(model, tokenizer, task, limit=limit))
 
 
-def written(plan: Plan, out: Path, *given: Any, err: Console, rank: int | None, **options: Any) -> list[str]:
-    """Refit a plan, write it to `out`, and say what that gave.
+def run_refit(
+    ctx: typer.Context,
+    storage: str,
+    plan: Plan,
+    out: Path,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    task: Task,
+    *,
+    rank: int | None,
+    limit: int | None,
+    batch_tokens: int,
+    calibration: Task | None = None,
+    **judged: Any,
+) -> None:
+    """Refit a plan, write it to `out`, judge it on dev, and say what that gave and how to export it.
 
     Args:
         plan: what is refitted.
         out: the plan file.
-        given: model, tokenizer and task.
-        err: for progress.
-        rank: as for `refit`.
-        options: of `judged_refit`.
+        name: of the model, as it was given.
+        rank, limit, batch_tokens: as for the command.
+        calibration: what to fit to; None: the task.
+        judged: options of `judged_refit`.
     """
     from moeopt.methods import Calibration
     from moeopt.methods import refit as fit
-    from moeopt.report.terminal import Steps
+    from moeopt.report.terminal import Steps, consoles
     from moeopt.results.selection import judged_refit
 
-    model, tokenizer, task = given
+    console, err = consoles()
     folder = out.with_name(f".{out.name}.layers")
-    source, limit = options.pop("calibration", None) or task, options.pop("limit")
-    sequences = Calibration(model, tokenizer, source, limit=limit, batch_tokens=options["batch_tokens"])
-    with Steps(err) as progress:
-        made = fit(plan, sequences, rank=rank, parts=folder, progress=progress)
-    made.save(out)
-    shutil.rmtree(folder, ignore_errors=True)
-    lines = [*made.lines(), f"{out} holds the refitted plan"]
-    with err.status("judging it on dev"):
-        return [*lines, *judged_refit(plan, made.plan, model, tokenizer, task, **options)]
-
-
-def export_again(model: str, out: Path) -> str:
-    """The command that exports a refitted plan."""
-    return f"moeopt export {shlex.quote(model)} OUT_DIR --plan {shlex.quote(str(out))}"
+    try:
+        sequences = Calibration(model, tokenizer, calibration or task, limit=limit, batch_tokens=batch_tokens)
+        with Steps(err) as progress:
+            made = fit(plan, sequences, rank=rank, parts=folder, progress=progress)
+        made.save(out)
+        shutil.rmtree(folder, ignore_errors=True)
+        with err.status("judging it on dev"):
+            verdict = judged_refit(plan, made.plan, model, tokenizer, task, batch_tokens=batch_tokens, **judged)
+    except KeyboardInterrupt:
+        raise opt.interrupted(err, FITTED_SO_FAR, ctx, storage) from None
+    export = f"moeopt export {shlex.quote(name)} OUT_DIR --plan {shlex.quote(str(out))}"
+    lines = [*made.lines(), f"{out} holds the refitted plan", *verdict, f"  {export}"]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)

@@ -13,26 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from moeopt.cli import arguments
-from moeopt.cli.options import (
-    DEFAULT_STORAGE,
-    GOAL,
-    MACHINE,
-    STUDY,
-    BatchTokens,
-    Data,
-    DeviceMap,
-    Dtype,
-    Limit,
-    Model,
-    RefitFile,
-    RefitRank,
-    Score,
-    Storage,
-    Task,
-    TaskOption,
-    interrupted,
-)
-from moeopt.cli.refit import check_can, check_file, export_again, written
+from moeopt.cli import options as opt
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE, NAMED, STUDY
+from moeopt.cli.refit import check_can, check_file, run_refit
 
 if TYPE_CHECKING:
     import optuna
@@ -58,20 +41,15 @@ SPACE, OPTIMISER, STOP = (
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("search", epilog=EXAMPLES)(search)
-
-
 def search(
     ctx: typer.Context,
-    model: Model,
-    task: Task,
-    study: Annotated[str, STUDY(metavar="NAME", help="Name of the study to start or to resume.")],
-    data: Data = None,
-    task_option: TaskOption = None,
-    limit: Limit = None,
-    score: Score = "likelihood",
+    model: opt.Model,
+    task: opt.Task,
+    study: Annotated[str, NAMED(help="Name of the study to start or to resume.")],
+    data: opt.Data = None,
+    task_option: opt.TaskOption = None,
+    limit: opt.Limit = None,
+    score: opt.Score = "likelihood",
     keep: Annotated[int | None, SPACE(metavar="R", min=1, help="Experts each layer keeps.")] = None,
     active: Annotated[
         str | None,
@@ -128,7 +106,7 @@ def search(
     sampler_option: Annotated[
         list[str] | None, OPTIMISER(metavar="NAME=VALUE", help="A hyperparameter, such as prune_until=40; repeatable.")
     ] = None,
-    seed: Annotated[int, OPTIMISER(metavar="N", min=0, help="Seed of the optimiser.")] = 0,
+    seed: opt.Seed = 0,
     guide: Annotated[
         float | None,
         OPTIMISER(
@@ -138,9 +116,13 @@ def search(
         ),
     ] = None,
     trials: Annotated[
-        int, STOP(metavar="N", min=1, help="Finished trials the study shall hold, earlier runs included.")
+        int,
+        STOP(
+            "--trials", "--n-trials", metavar="N", min=1,
+            help="Finished trials the study shall hold, earlier runs included.",
+        ),
     ] = 400,
-    timeout: Annotated[float | None, STOP(metavar="S", min=0, help="Seconds after which no trial starts.")] = None,
+    timeout: opt.Timeout = None,
     patience: Annotated[int | None, STOP(metavar="N", min=1, help="Stop after N trials without a better one.")] = None,
     rungs: Annotated[
         int | None,
@@ -155,13 +137,13 @@ def search(
     held: Annotated[
         bool, STUDY(help="Whether to score the best trial and the best start on dev at the end, for two evaluations.")
     ] = True,
-    refit: RefitFile = None,
-    refit_rank: RefitRank = None,
-    storage: Storage = DEFAULT_STORAGE,
+    refit: opt.RefitFile = None,
+    refit_rank: opt.RefitRank = None,
+    storage: opt.Storage = DEFAULT_STORAGE,
     resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
-    device_map: DeviceMap = "auto",
-    dtype: Dtype = "auto",
-    batch_tokens: BatchTokens = 1024,
+    device_map: opt.DeviceMap = "auto",
+    dtype: opt.Dtype = "auto",
+    batch_tokens: opt.BatchTokens = 1024,
     prefix_memory: Annotated[
         int | None,
         MACHINE(metavar="MIB", min=0, help="Memory for hidden states of earlier plans, which spare passes. [1024]"),
@@ -176,16 +158,11 @@ def search(
     check_name(study)
     if refit is not None:
         check_file(refit)
-    arguments.check_kept(storage, workers)
-    task_options = arguments.pairs("--task-option", task_option)
+    arguments.check_outlives(storage, workers)
+    arguments.pairs("--task-option", task_option)
     sampler_options = arguments.pairs("--sampler-option", sampler_option)
-    ranges = arguments.groups(groups)
-    chosen_active = arguments.active(active, skip, arguments.groups(active_groups, "--active-groups"))
-    arguments.check_belongs(
-        space, keep=keep, active=chosen_active.k, encoding=encoding, router=router, around=around, scale=scale,
-        groups=groups, searched=chosen_active.searched,
-    )  # fmt: skip
-    from moeopt import samplers, tasks
+    spaces = arguments.SpaceOptions(space, keep, groups, active, skip, active_groups, router, encoding, around, scale)
+    from moeopt import samplers
     from moeopt.plan import ModelShape
     from moeopt.samplers.eep import PUBLISHED, PUBLISHED_TRIALS
     from moeopt.samplers.guided import GUIDED, SHARE
@@ -194,15 +171,14 @@ def search(
 
     shape = arguments.quick_shape(model)
     if shape is not None:
-        arguments.space(space, shape, keep, ranges, around, scale, encoding, router, chosen_active)
-    chosen_task = tasks.get(task, data=data, **task_options)
-    chosen_task.examples("search")
+        spaces.space(shape)
+    chosen_task = arguments.open_task(task, data, task_option)
     if shape is None:  # its config takes transformers, and perhaps a download: first what can be judged without
         samplers.get(sampler, PruneSpace(ModelShape(1, 2, 1), keep=1), seed=seed, **sampler_options)
         from moeopt.models import check_checkpoint
 
         shape = check_checkpoint(model)
-    chosen_space = arguments.space(space, shape, keep, ranges, around, scale, encoding, router, chosen_active)
+    chosen_space = spaces.space(shape)
     starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
     resumed = arguments.existing(storage, study, resume=resume)
     stored = arguments.stored_description(resumed)
@@ -319,7 +295,7 @@ def search(
     except KeyboardInterrupt:
         ended = False
     if not ended:
-        raise interrupted(err, "every finished trial is stored. To resume:", ctx, storage)
+        raise opt.interrupted(err, "every finished trial is stored. To resume:", ctx, storage)
     best = best_trial(record)
     if best is None:
         out.print(f"{finished(record)} trials done, and none gave a finite loss", markup=False)
@@ -329,12 +305,12 @@ def search(
     scored = f"loss {best.value - weighed:.4f}"
     if accuracy is not None:
         scored += f", {'agreement' if score in ('kl', 'acceptance') else 'accuracy'} {100 * accuracy:.1f}%"
-    if chosen_active.searched:
+    if spaces.searched:
         scored += f", {best.user_attrs['active']:.2f} experts active"
     compared = ""
     if full is not None:
         gap = full.difference(best)
-        compared = f"Full model: {full}" + (f", {full.active:.2f} experts active" if chosen_active.searched else "")
+        compared = f"Full model: {full}" + (f", {full.active:.2f} experts active" if spaces.searched else "")
         if gap is not None:
             compared += f". Best - full: loss {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
         compared += "\n"
@@ -349,14 +325,10 @@ def search(
         soft_wrap=True,
     )
     if refit is not None:
-        try:
-            lines = written(
-                chosen_space.plan(best), refit, loaded, tokenizer, chosen_task, err=err, rank=refit_rank, limit=limit,
-                dev_limit=limit, score=score, batch_tokens=batch_tokens,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
-        out.print("\n".join([*lines, f"  {export_again(model, refit)}"]), markup=False, soft_wrap=True)
+        run_refit(
+            ctx, storage, chosen_space.plan(best), refit, model, loaded, tokenizer, chosen_task, rank=refit_rank,
+            limit=limit, dev_limit=limit, score=score, batch_tokens=batch_tokens,
+        )  # fmt: skip
 
 
 def _held(study: optuna.Study, objective: Objective) -> str:

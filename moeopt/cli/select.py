@@ -9,24 +9,9 @@ from typing import Annotated
 import typer
 
 from moeopt.cli import arguments
-from moeopt.cli.options import (
-    DEFAULT_STORAGE,
-    GOAL,
-    STUDY,
-    BatchTokens,
-    Data,
-    DeviceMap,
-    Dtype,
-    Model,
-    RefitFile,
-    RefitRank,
-    ScoreName,
-    Storage,
-    Task,
-    TaskOption,
-    interrupted,
-)
-from moeopt.cli.refit import check_can, check_file, export_again, written
+from moeopt.cli import options as opt
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, NAMED
+from moeopt.cli.refit import check_can, check_file, run_refit
 from moeopt.results.selection.checks import MOST, TOP
 
 EXAMPLES = (
@@ -39,34 +24,29 @@ EXAMPLES = (
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("select", epilog=EXAMPLES)(select)
-
-
 def select(
     ctx: typer.Context,
-    model: Model,
-    task: Task,
-    study: Annotated[str, STUDY(metavar="NAME", help="A study of this model and task.")],
-    data: Data = None,
-    task_option: TaskOption = None,
+    model: opt.Model,
+    task: opt.Task,
+    study: Annotated[str, NAMED(help="A study of this model and task.")],
+    data: opt.Data = None,
+    task_option: opt.TaskOption = None,
     top: Annotated[
         int, GOAL(metavar="N", min=1, max=MOST, help="Judge so many of the best distinct plans on dev.")
     ] = TOP,
-    dev_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N dev examples. Default: all.")] = None,
+    dev_limit: opt.DevLimit = None,
     test_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N test examples. Default: all.")] = None,
     score: Annotated[
-        ScoreName | None,
+        opt.ScoreName | None,
         GOAL(help="What the plan is chosen by on dev. Default: what the study minimised."),
     ] = None,
-    refit: RefitFile = None,
-    refit_rank: RefitRank = None,
+    refit: opt.RefitFile = None,
+    refit_rank: opt.RefitRank = None,
     stock: Annotated[bool, GOAL("--stock", help="Only plans that an ordinary checkpoint can hold.")] = False,
-    storage: Storage = DEFAULT_STORAGE,
-    device_map: DeviceMap = "auto",
-    dtype: Dtype = "auto",
-    batch_tokens: BatchTokens = 1024,
+    storage: opt.Storage = DEFAULT_STORAGE,
+    device_map: opt.DeviceMap = "auto",
+    dtype: opt.Dtype = "auto",
+    batch_tokens: opt.BatchTokens = 1024,
 ) -> None:
     """Judge a study's best plans on dev, and the winner once on test: does what the search gained hold there?"""
     from moeopt import tasks
@@ -110,7 +90,7 @@ def select(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        raise interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None
+        raise opt.interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None
     if not found.evaluated:
         console.print("All of it was on record; nothing was evaluated.")
     console.print(selection.view(found))
@@ -119,11 +99,7 @@ def select(
         f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --trial selected", markup=False, soft_wrap=True
     )
     if refit is not None:
-        try:
-            lines = written(
-                found.winner.plan, refit, loaded, tokenizer, chosen, err=err, rank=refit_rank, limit=limit,
-                dev_limit=dev_limit, score=found.settings["score"], batch_tokens=batch_tokens,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
-        console.print("\n".join([*lines, f"  {export_again(model, refit)}"]), markup=False, soft_wrap=True)
+        run_refit(
+            ctx, storage, found.winner.plan, refit, model, loaded, tokenizer, chosen, rank=refit_rank, limit=limit,
+            dev_limit=dev_limit, score=found.settings["score"], batch_tokens=batch_tokens,
+        )  # fmt: skip

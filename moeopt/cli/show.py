@@ -8,25 +8,20 @@ from typing import Annotated
 import typer
 
 from moeopt.cli import arguments
-from moeopt.cli.options import DEFAULT_STORAGE, TRIAL, Storage, StudyName
+from moeopt.cli import options as opt
+from moeopt.cli.options import DEFAULT_STORAGE, OUT
 from moeopt.errors import MoeoptError, PlanError
 
-SHOW_EXAMPLES = "[bold]Examples[/bold]\n\nmoeopt show --storage sqlite:///moeopt.db\n\nmoeopt show boolq-8to4 --json"
+EXAMPLES = "[bold]Examples[/bold]\n\nmoeopt show --storage sqlite:///moeopt.db\n\nmoeopt show boolq-8to4 --json"
 PLAN_EXAMPLES = (
     "[bold]Examples[/bold]\n\nmoeopt plan pruned.safetensors\n\n"
     "moeopt plan squad_budget_4.pth --layers 32 --out squad.safetensors\n\nmoeopt plan --study boolq-8to4 --trial 57"
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command("show", epilog=SHOW_EXAMPLES)(show)
-    app.command("plan", epilog=PLAN_EXAMPLES)(plan)
-
-
 def show(
     study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="A study; without it, all are listed.")] = None,
-    storage: Storage = DEFAULT_STORAGE,
+    storage: opt.Storage = DEFAULT_STORAGE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """List the studies of a storage, or show one: what it searches, its best trials and the best plan."""
@@ -78,10 +73,10 @@ def plan(
         Path | None, typer.Argument(metavar="[SOURCE]", help="Plan file of moeopt, or an EEP .pth.")
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="MoE layers of the model an EEP .pth is for.")] = None,
-    study: StudyName = None,
-    trial: Annotated[str, typer.Option(help=f"{TRIAL}.")] = "best",
-    storage: Storage = DEFAULT_STORAGE,
-    out: Annotated[Path | None, typer.Option(help="Save the plan to this file.")] = None,
+    study: opt.StudyName = None,
+    trial: opt.Trial = "best",
+    storage: opt.Storage = DEFAULT_STORAGE,
+    out: Annotated[Path | None, OUT(help="Save the plan to this file.")] = None,
 ) -> None:
     """Show a plan layer by layer, and whether an ordinary checkpoint can hold it; read it from a file or a study."""
     shown, title, _ = arguments.chosen_plan("SOURCE", source, layers, storage, study, trial)

@@ -8,23 +8,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from moeopt.cli import arguments
-from moeopt.cli.options import (
-    DEFAULT_STORAGE,
-    GOAL,
-    INTERRUPTED,
-    MACHINE,
-    STUDY,
-    Data,
-    DeviceMap,
-    Storage,
-    TaskOption,
-    interrupted,
-)
+from moeopt.cli import options as opt
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, INTERRUPTED, MACHINE, NAMED, STUDY
 from moeopt.errors import MoeoptError
 
 if TYPE_CHECKING:
@@ -34,7 +24,7 @@ STORED = "every finished trial is stored. To go on:"
 FAILED = 1
 """Exit code after a trial failed for a reason that is neither the plan's nor the user's."""
 
-StudyName = Annotated[str, STUDY("--study", metavar="NAME", help="A study that moeopt search made.")]
+StudyName = Annotated[str, NAMED(help="A study that moeopt search made.")]
 Checkpoint = Annotated[
     str | None,
     MACHINE("--model", metavar="MODEL", help="Its checkpoint, here. Default: the hub id that the study was made with."),
@@ -44,9 +34,14 @@ Dtype = Annotated[
 ]
 Trials = Annotated[
     int | None,
-    STUDY(metavar="N", min=1, help="Finished trials the study shall hold. Default: as many as the search asked for."),
+    STUDY(
+        "--trials",
+        "--n-trials",
+        metavar="N",
+        min=1,
+        help="Finished trials the study shall hold. Default: as many as the search asked for.",
+    ),
 ]
-Timeout = Annotated[float | None, STUDY(metavar="S", min=0, help="Seconds after which no trial starts.")]
 TaskName = Annotated[
     str | None, GOAL("--task", help="As to the search; only where the study cannot hold its task, and says so.")
 ]
@@ -68,23 +63,17 @@ RAY_EXAMPLES = (
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command("worker", epilog=EXAMPLES)(worker)
-    app.command("ray", epilog=RAY_EXAMPLES)(on_ray)
-
-
 def worker(
     ctx: typer.Context,
     study: StudyName,
-    storage: Storage = DEFAULT_STORAGE,
+    storage: opt.Storage = DEFAULT_STORAGE,
     model: Checkpoint = None,
     trials: Trials = None,
-    timeout: Timeout = None,
+    timeout: opt.Timeout = None,
     task: TaskName = None,
-    data: Data = None,
-    task_option: TaskOption = None,
-    device_map: DeviceMap = "auto",
+    data: opt.Data = None,
+    task_option: opt.TaskOption = None,
+    device_map: opt.DeviceMap = "auto",
     dtype: Dtype = None,
     quiet: Annotated[bool, MACHINE("--quiet", help="Print errors only.")] = False,
     while_stdin: Annotated[bool, MACHINE("--while-stdin", hidden=True, help="End when standard input does.")] = False,
@@ -93,12 +82,11 @@ def worker(
 
     The study holds what is searched and how, and the task's examples; a worker needs the checkpoint, which is checked.
     """
-    options = _task_options(task, data, task_option)
+    chosen = arguments.other_task(task, data, task_option)
     if model is not None:
         arguments.quick_shape(model)
     import optuna
 
-    from moeopt import tasks
     from moeopt.report.terminal import SearchProgress, consoles
     from moeopt.study import finished, read_study, recipe
     from moeopt.study.workers.fleet import take
@@ -109,7 +97,6 @@ def worker(
     try:
         with _ending_on_signals(while_stdin):
             target = trials or recipe.wanted(read_study(study, storage))
-            chosen = None if task is None else tasks.get(task, data=data, **options)
             take(threads(device_map))
             with SearchProgress(err, target, timeout, quiet=quiet) as progress:
                 record = run_worker(
@@ -119,7 +106,7 @@ def worker(
     except KeyboardInterrupt:
         if quiet:
             raise typer.Exit(INTERRUPTED) from None
-        raise interrupted(err, STORED, ctx, storage) from None
+        raise opt.interrupted(err, STORED, ctx, storage) from None
     except MoeoptError:
         raise
     except Exception as error:
@@ -134,18 +121,19 @@ def on_ray(
     ctx: typer.Context,
     study: StudyName,
     workers: Annotated[int, MACHINE(metavar="N", min=1, help="Workers; those without a place yet wait for one.")],
-    storage: Storage = DEFAULT_STORAGE,
+    storage: opt.Storage = DEFAULT_STORAGE,
     model: Annotated[
         str | None,
         MACHINE("--model", metavar="MODEL", help="A hub id, or a folder on every node. Default: the study's hub id."),
     ] = None,
     trials: Trials = None,
-    timeout: Timeout = None,
+    timeout: opt.Timeout = None,
     task: TaskName = None,
-    data: Data = None,
-    task_option: TaskOption = None,
+    data: opt.Data = None,
+    task_option: opt.TaskOption = None,
     gpus_per_worker: Annotated[
-        float, MACHINE(metavar="X", min=0, help="GPUs of each: 0.5 for two that share one, 2 for models of that size.")
+        float,
+        MACHINE(metavar="X", min=0, help="GPUs of each: 0.5 for two that share one, 2 for models of that size."),
     ] = 1.0,
     cpus_per_worker: Annotated[float, MACHINE(metavar="X", min=0, help="Cores of each.")] = 1.0,
     address: Annotated[
@@ -154,10 +142,9 @@ def on_ray(
     dtype: Dtype = None,
 ) -> None:
     """Join a study with workers on a Ray cluster, which places them on its devices and restarts those that die."""
-    options = _task_options(task, data, task_option)
+    chosen = arguments.other_task(task, data, task_option)
     import optuna
 
-    from moeopt import tasks
     from moeopt.report.terminal import consoles
     from moeopt.study import finished, recipe
     from moeopt.study.workers.on_ray import run_on_ray
@@ -165,14 +152,13 @@ def on_ray(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     err = consoles()[1]
     try:
-        chosen = None if task is None else tasks.get(task, data=data, **options)
         record = run_on_ray(
             storage, study, workers=workers, gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker,
             address=address, tell=lambda line: err.print(line, markup=False, soft_wrap=True),
             model=model, trials=trials, timeout=timeout, dtype=dtype, task=chosen,
         )  # fmt: skip
     except KeyboardInterrupt:
-        raise interrupted(err, STORED, ctx, storage) from None
+        raise opt.interrupted(err, STORED, ctx, storage) from None
     _print_end(err, ctx, storage, finished(record), trials or recipe.wanted(record))
 
 
@@ -182,14 +168,6 @@ def _print_end(err: Console, ctx: typer.Context, storage: str, done: int, wanted
     if wanted is not None and done < wanted:
         err.print(f"{wanted} are wanted. To go on:")
         err.print(f"  {arguments.command_again(ctx.obj, storage)}", markup=False, soft_wrap=True)
-
-
-def _task_options(task: str | None, data: str | None, given: list[str] | None) -> dict[str, Any]:
-    """The task's options, which need a task."""
-    options = arguments.pairs("--task-option", given)
-    if task is None and (data is not None or options):
-        raise MoeoptError("--data and --task-option belong to --task")
-    return options
 
 
 @contextmanager

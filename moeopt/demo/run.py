@@ -123,11 +123,10 @@ def run(
             search = _of_trial(f"{SEARCH} (trial {best.number})", best, space, model, test)
             calibration = Calibration(model, tokenizer, task, limit=sizes["search"])
             plans = {entry.name: entry.plan for entry in (*one_shot, search)}
-            refits = {of: refit(plan, calibration) for of, plan in plans.items() if plan is not None}
-            seen = objective.evaluator
+            refits = {name: refit(plan, calibration) for name, plan in plans.items() if plan is not None}
             fitted = tuple(
-                _entry(f"{of}{REFIT}", model, made.plan, seen.evaluate(made.plan).loss, test)
-                for of, made in refits.items()
+                _entry(f"{start}{REFIT}", model, made.plan, objective.evaluator.evaluate(made.plan).loss, test)
+                for start, made in refits.items()
             )
             if _is_ours(folder, name):
                 shutil.rmtree(folder)

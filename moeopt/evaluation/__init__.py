@@ -1,4 +1,4 @@
-"""Evaluation: run a plan over a task, compare plans."""
+"""A plan in, losses of a task's examples out, for as few passes as that takes. May import plan/, models/ and tasks/."""
 
 from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.evaluator import Evaluator

@@ -142,6 +142,7 @@ def _batch(rows: Sequence[_Row], requests: Sequence[Request]) -> Batch:
         for i, branch_index in row.members:
             request = requests[i]
             for t in range(request.scored_from, len(request.ids)):
+                # A branch's first token is predicted at the prompt's end, the others within the branch.
                 before = t - 1 if t <= n else starts[branch_index] + t - 1 - n
                 entries.append((r * width + before, request.ids[t], i, t))
     flat, target, request_of, place = torch.tensor(entries).unbind(1)

@@ -46,13 +46,13 @@ def may_branch(runner: LayerMajor | Whole, model: nn.Module, requests: Sequence[
         runner.clear()
         return False
     tokens = torch.tensor([request.scored for request in members])
-    noise, off = (((found - alone).abs() / tokens).max() for found in (padded, together))
+    noise, off = (((packing - alone).abs() / tokens).max() for packing in (padded, together))
     return bool(off <= 4 * noise + ALIKE.get(model.dtype, 5e-3))  # type: ignore[call-overload]
 
 
 def _likelihoods(runner: LayerMajor | Whole, batches: list[Batch], requests: int) -> torch.Tensor:
-    found = torch.zeros(requests)
+    likelihoods = torch.zeros(requests)
     for batch, logits_of in runner.run(-1, batches).outputs:
-        found.index_add_(0, batch.request, score(batch, logits_of)[0])
+        likelihoods.index_add_(0, batch.request, score(batch, logits_of)[0])
     runner.clear()
-    return found
+    return likelihoods

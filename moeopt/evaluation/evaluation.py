@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,3 +41,14 @@ class Evaluation:
     def scores(self) -> NDArray[np.float32]:
         """`losses`, `weights` and `correct`, stacked: float32 (3, examples)."""
         return np.stack([self.losses, self.weights, self.correct])
+
+    def with_earlier(self, earlier: Evaluation | None) -> Evaluation:
+        """These scores, those of the first examples as an earlier evaluation of the same plan found them.
+
+        Metrics, which are of one evaluation, are then left out.
+        """
+        if earlier is None:
+            return self
+        columns, covered = self.scores, min(len(earlier.losses), len(self.losses))
+        columns[:, :covered] = earlier.scores[:, :covered]
+        return replace(self, losses=columns[0], weights=columns[1], correct=columns[2], metrics={})

@@ -3,53 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError, TaskError, got
-from moeopt.evaluation import mixing
-from moeopt.evaluation.batches import Batch, pack
-from moeopt.evaluation.branching import may_branch
+from moeopt.errors import TaskError, got
+from moeopt.evaluation.batches import Batch
 from moeopt.evaluation.checks import check_parts, check_settings
 from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.generating import Generation, Generator
-from moeopt.evaluation.generating import race as race_generated
-from moeopt.evaluation.memory import free_bytes, merged_bytes, ran_out
+from moeopt.evaluation.mixing import Members
+from moeopt.evaluation.passes import Answers, Passes
 from moeopt.evaluation.prompts import decoded
-from moeopt.evaluation.runners import Active, LayerMajor, Run, Whole, state_of
-from moeopt.evaluation.scoring import score
 from moeopt.evaluation.teacher import LABEL_FREE, Compression, Teacher
-from moeopt.models import (
-    MergedCache,
-    Storage,
-    evaluation_mode,
-    layerwise,
-    lock_of,
-    moe_layers,
-    patched,
-    plan_in_force,
-    without_plan,
-)
+from moeopt.models import Storage, without_plan
 from moeopt.plan import Plan
-from moeopt.tasks.generation import GenerationTask
-from moeopt.tasks.mixture import MixtureTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moeopt.tasks import Request, Scores, Task
+    from moeopt.tasks.generation import GenerationTask
 
-PREFIX_MEMORY = 1 << 30
 Score = Literal["likelihood", "choice", "metric", "kl", "acceptance"]
+
+
+class Scorer(Protocol):
+    """One kind of score: forward passes over requests, generated text, or the scorers of a mixture's members."""
+
+    def race(self, plan: Plan | None, earlier: Evaluation | None) -> Iterator[Evaluation]:
+        """As `Evaluator.race`."""
+
+    def clear(self) -> None:
+        """Free what is kept from one plan to the next."""
+
+    def identity(self) -> Iterable[object]:
+        """What decides the scores beside the requests, for `Evaluator.fingerprint`."""
 
 
 class Evaluator:
@@ -93,6 +85,7 @@ class Evaluator:
             examples they are of.
 
     Attributes:
+        requests: the token sequences that are scored, those of an example together.
         examples: how many there are (windows, for text).
         rungs: as given, or one of all examples.
         layers: decoder layers of the model.
@@ -140,66 +133,52 @@ class Evaluator:
         self.split, self.limit, self.max_length = split, limit, max_length
         if requests is None:
             requests = task.requests(split, tokenizer, limit=limit, max_length=max_length)
-        self._requests = sorted(requests, key=lambda request: request.example)
-        numbers = [request.example for request in self._requests]
+        self.requests: Sequence[Request] = sorted(requests, key=lambda request: request.example)
+        numbers = [request.example for request in self.requests]
         distinct = sorted(set(numbers))
         self.examples = len(distinct)
         self.rungs = _checked_rungs(rungs(self.examples) if callable(rungs) else rungs, self.examples)
         ends = [int(np.searchsorted(numbers, distinct[size - 1], side="right")) for size in self.rungs]
-        self._spans = list(zip([0, *ends], ends))
         self.teacher: Teacher | None = None
+        self._answers = Answers(task, split, score)
         if score in LABEL_FREE:
-            rows = [self._requests[first:end] for first, end in self._spans]
-            self.teacher = Teacher(rows, int(config.vocab_size), compression or Compression())
-        self._cache, self._merged_in = MergedCache(), storage
-        self._runner: LayerMajor | Whole = Whole(model, int(config.num_hidden_layers))
-        with lock_of(model), torch.inference_mode(), evaluation_mode(model), without_plan(model):
-            self._moe = moe_layers(model)
-            try:
-                parts = layerwise(model)
-            except ModelError as error:
-                if prefix_memory:
-                    raise ModelError(f"hidden states cannot be reused: {error}") from None
-            else:
-                memory = PREFIX_MEMORY if prefix_memory is None else prefix_memory
-                self._runner = LayerMajor(parts, memory, prefix_device)
-            self._branching = may_branch(self._runner, model, self._requests)
-        self.layers = self._runner.layers
-        self._members: dict[str, mixing.Member] = {}
-        if score == "metric" and isinstance(task, MixtureTask) and task.generates:
-            each = None if prefix_memory is None else prefix_memory // len(task.members)
-            own = task.own(self._requests)
+            by_rung = [self.requests[first:end] for first, end in zip([0, *ends], ends)]
+            self.teacher = Teacher(by_rung, int(config.vocab_size), compression or Compression(), score)
+        self.passes = Passes(
+            model, self.requests, self.rungs, ends, self.teacher or self._answers, teacher=self.teacher,
+            batch_tokens=batch_tokens, prefix_memory=prefix_memory, prefix_device=prefix_device, storage=storage,
+        )  # fmt: skip
+        self.layers = self.passes.runner.layers
+        self._scorer: Scorer = self.passes
+        if score == "metric" and task.generates and not task.members:
+            self._scorer = self._generator
+        elif score == "metric" and task.generates:
             alone = partial(
                 Evaluator, model, tokenizer, split=split, batch_tokens=batch_tokens, max_length=max_length,
-                prefix_memory=each, prefix_device=prefix_device, storage=storage, score=score,
+                prefix_device=prefix_device, storage=storage, score=score,
             )  # fmt: skip
-            for key, (at, scale) in task.places(self._requests).items():
-                counts = np.searchsorted(at, self.rungs)
-                sizes = sorted({int(n) for n in counts if n})
-                evaluator = alone(task.members[key], requests=own[key], limit=len(at), rungs=sizes)
-                self._members[key] = mixing.Member(evaluator, at, scale)
-        self._batches: list[list[Batch]] = []
-        self._pack(batch_tokens)
+            memory = None if prefix_memory is None else prefix_memory // len(task.members)
+            self._scorer = Members(task, self.requests, self.rungs, partial(alone, prefix_memory=memory))
 
     @property
     def batches(self) -> tuple[Batch, ...]:
         """The forward passes of all rungs."""
-        return tuple(batch for rung in self._batches for batch in rung)
-
-    @property
-    def requests(self) -> Sequence[Request]:
-        """The token sequences that are scored, those of an example together."""
-        return self._requests
+        return tuple(batch for rung in self.passes.batches for batch in rung)
 
     @property
     def first_prompt(self) -> tuple[str, str]:
         """The first example's prompt as the model reads it, and what is scored behind it: see `prompts.decoded`."""
-        return decoded(self.tokenizer, self._requests[0])
+        return decoded(self.tokenizer, self.requests[0])
 
     @property
     def branching(self) -> bool:
         """Whether the options of a question share its prompt."""
-        return self._branching
+        return self.passes.branching
+
+    @property
+    def batch_tokens(self) -> int:
+        """Most padded tokens a forward pass: as given, or fewer after memory ran out."""
+        return self.passes.batch_tokens
 
     @property
     def tokens(self) -> int:
@@ -208,16 +187,14 @@ class Evaluator:
 
     def clear(self, *, keep_teacher: bool = False) -> None:
         """Free the hidden states and merged experts of earlier plans, and what is known of the full model."""
-        self._runner.clear()
-        self._cache.clear()
-        for member in self._members.values():
-            member.evaluator.clear()
+        self.passes.clear()
+        self._scorer.clear()
         if self.teacher is not None and not keep_teacher:
             self.teacher.forget()
 
     def clock(self) -> float:
         """Seconds, of which only differences mean something; while the full model is learnt, they stand still."""
-        return time.perf_counter() - (0.0 if self.teacher is None else self.teacher.seconds)
+        return self.passes.clock()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -225,11 +202,9 @@ class Evaluator:
         digest = hashlib.sha256(b"" if self.score == "likelihood" else self.score.encode())
         if self.teacher is not None:
             digest.update(repr((self.teacher.compression.top_p, self.teacher.most)).encode())
-        if self._generates:
-            digest.update(repr((self.task.metric, self._generator.prompts)).encode())
-        for name, member in self._members.items():
-            digest.update(repr((name, member.evaluator.fingerprint)).encode())
-        for request in self._requests:
+        for part in self._scorer.identity():
+            digest.update(repr(part).encode())
+        for request in self.requests:
             digest.update(repr((request.example, request.option, request.ids, request.scored_from)).encode())
         return digest.hexdigest()[:16]
 
@@ -253,52 +228,20 @@ class Evaluator:
         if self.teacher is None:
             with without_plan(self.model):
                 return self.evaluate()
-        scores, metrics = self.teacher.itself(self._requests, "kl" if self.score == "kl" else "acceptance")
-        active = float(np.mean(self._stock()))
+        scores, metrics = self.teacher.itself(self.requests)
+        active = float(np.mean(self.passes.stock()))
         return Evaluation(scores.losses, scores.weights, scores.correct, 0, 0, 0.0, active, metrics)
 
-    def race(self, plan: Plan | None = None, known: Evaluation | None = None) -> Iterator[Evaluation]:
+    def race(self, plan: Plan | None = None, earlier: Evaluation | None = None) -> Iterator[Evaluation]:
         """Scores the model under `plan` rung after rung: after each, what is known of the examples so far.
 
         Nothing is computed before it is asked for. Tokens, layer-tokens and seconds are those of all rungs so far.
 
         Args:
             plan: as for `evaluate`, which also says what is raised.
-            known: what the plan got on the first so many examples before; rungs that it covers are not run.
+            earlier: what the plan got on the first so many examples before; rungs that it covers are not run.
         """
-        if self._generates:
-            yield from race_generated(partial(self._generated, plan), self.rungs, known)
-            return
-        if self._members:
-            yield from mixing.race(self._members, self.rungs, plan, known)
-            return
-        sums = np.zeros((2 if self.teacher is None else 3, len(self._requests)))
-        tokens = layer_tokens = padded = 0
-        seconds = active = 0.0
-        for rung, (size, (first, end)) in enumerate(zip(self.rungs, self._spans)):
-            started = self.clock()
-            run: Run | None = None
-            covered, measured = (0, 0.0) if known is None else (len(known.losses), known.active)
-            if covered < size:
-                with lock_of(self.model):
-                    run = self._run(rung, plan, sums[:, first:end])
-                tokens += sum(batch.tokens for batch in self._batches[rung])
-                layer_tokens += run.layer_tokens
-                measured = run.active()
-            places = sum(batch.ids.numel() for batch in self._batches[rung])
-            padded += places
-            active += places * measured
-            scores, metrics = self._reduce(sums[:, :end])
-            found = np.stack([scores.losses, scores.weights, scores.correct]).astype(np.float32)
-            if known is not None:
-                found[:, :covered] = known.scores[:, :size]
-                metrics = {}
-            seconds += self.clock() - started
-            costs = tokens, layer_tokens, seconds
-            evaluation = Evaluation(found[0], found[1], found[2], *costs, active / padded, metrics)
-            if run is not None and size == self.examples:
-                self._runner.judge(run.trail, evaluation.loss)
-            yield evaluation
+        return self._scorer.race(plan, earlier)
 
     def generate(self, plan: Plan | None = None) -> Generation:
         """What the model writes under `plan` for all examples of a `GenerationTask`; None means the model as it is.
@@ -310,162 +253,22 @@ class Evaluator:
             TaskError: if the task is not one to generate for.
             PlanError, ModelError, NonFiniteLossError, OutOfMemoryError: as `evaluate`.
         """
-        return self._generated(plan, 0, self.examples)
-
-    @property
-    def _generates(self) -> bool:
-        return self.score == "metric" and isinstance(self.task, GenerationTask)
+        return self._generator.run(plan, 0, self.examples)
 
     @cached_property
     def _generator(self) -> Generator:
-        if not isinstance(self.task, GenerationTask):
+        if not self.task.generates or self.task.members:
             raise TaskError(f"task {self.task.name!r} is not answered by generating; a GenerationTask is")
-        prompts = self.task.prompts_of(self._requests)
         return Generator(
-            self.model, self.tokenizer, self.task, prompts, split=self.split, batch_tokens=self.batch_tokens
-        )
-
-    def _generated(self, plan: Plan | None, first: int, end: int) -> Generation:
-        generator = self._generator
-        with lock_of(self.model), self._under(plan) as active:
-            return generator.run(first, end, active)
-
-    def _reduce(self, sums: NDArray[np.float64]) -> tuple[Scores, dict[str, float]]:
-        """Scores and metrics from what the first so many requests got."""
-        requests = self._requests[: sums.shape[1]]
-        if self.teacher is not None:
-            return self.teacher.reduce(requests, sums, "kl" if self.score == "kl" else "acceptance")
-        scores = self.scores_of(requests, sums[0], sums[1].astype(np.int64))
-        return scores, self.task.metrics(self.split, scores)
+            self.model, self.tokenizer, cast("GenerationTask", self.task), self.requests, self.passes.under,
+            split=self.split, rungs=self.rungs, batch_tokens=self.batch_tokens,
+        )  # fmt: skip
 
     def scores_of(
         self, requests: Sequence[Request], log_likelihood: NDArray[np.float64], greedy: NDArray[np.int64]
     ) -> Scores:
         """Per example, the loss that `score` names, from the log-likelihoods of some requests, as `Task.reduce`."""
-        scores = self.task.reduce(self.split, requests, log_likelihood, greedy)
-        if self.score == "metric":
-            return replace(scores, losses=1 - scores.correct)
-        if self.score == "choice":
-            assert scores.choice is not None
-            return replace(scores, losses=scores.choice)
-        return scores
-
-    def _run(self, rung: int, plan: Plan | None, sums: NDArray[np.float64]) -> Run:
-        """Fills in what the requests of a rung got, (values, requests), with smaller batches if memory runs out.
-
-        Where not even the smallest do, it is the plan that is too large: the next one has batches as before.
-        """
-        before = self.batch_tokens, self._branching
-        while True:
-            try:
-                return self._attempt(rung, plan, sums)
-            except (RuntimeError, MemoryError) as error:
-                if not ran_out(error):
-                    raise
-                reason = str(error).partition("\n")[0]
-            try:
-                self._halve_batches(reason)
-            except OutOfMemoryError:
-                batch_tokens, self._branching = before
-                self._pack(batch_tokens)
-                raise
-
-    def _attempt(self, rung: int, plan: Plan | None, sums: NDArray[np.float64]) -> Run:
-        sums[:] = 0
-        with ExitStack() as stack:
-            if self.teacher is not None:
-                self._learn(rung, self.teacher)
-            active = stack.enter_context(self._under(plan))
-            run = self._runner.run(rung, self._batches[rung], active)
-            for batch, logits_of in stack.enter_context(closing(run.outputs)):
-                if self.teacher is not None:
-                    request, values = self.teacher.compare(rung, batch, logits_of)
-                else:
-                    request, values = batch.request.numpy(), np.stack([t.double() for t in score(batch, logits_of)])
-                if not np.isfinite(values).all():
-                    self._raise_non_finite(batch)
-                for total, value in zip(sums, values):
-                    np.add.at(total, request, value)
-            run.keep()
-        return run
-
-    def _learn(self, rung: int, teacher: Teacher) -> None:
-        """Lets the teacher see the model without a plan, unless it has; nothing of that run is kept for plans."""
-        if teacher.knows(rung, state_of(self.model)):
-            return
-        started = time.perf_counter()
-        try:
-            with torch.inference_mode(), evaluation_mode(self.model), without_plan(self.model):
-                run = self._runner.run(rung, self._batches[rung], self._stock)
-                with closing(run.outputs):
-                    teacher.learn(rung, run.outputs)
-            teacher.layer_tokens += run.layer_tokens
-        finally:
-            teacher.seconds += time.perf_counter() - started
-
-    @contextmanager
-    def _under(self, plan: Plan | None) -> Iterator[Active]:
-        """The model ready to run under a plan (None: the one in force); yields what tells its active experts."""
-        plan = plan_in_force(self.model) if plan is None else plan
-        with torch.inference_mode(), evaluation_mode(self.model):
-            if plan is None:
-                yield self._stock
-                return
-            with patched(self.model, plan, storage=self._where_merged(plan), cache=self._cache) as state:
-                yield partial(getattr, state, "active")
-
-    def _stock(self) -> tuple[float, ...]:
-        """Experts that a token runs in each MoE layer of the model as it is."""
-        return tuple(float(layer.k) for layer in self._moe)
-
-    def _where_merged(self, plan: Plan) -> Storage:
-        if self._merged_in != "auto" or not any(layer.makes_experts for layer in plan.layers):
-            return self._merged_in
-        needed = merged_bytes(self._moe, plan) - self._cache.nbytes
-        free = free_bytes(next(self.model.parameters()).device)
-        return "auto" if needed <= free // 2 else "scratch"
-
-    def _pack(self, batch_tokens: int) -> None:
-        self.batch_tokens = batch_tokens
-        self._batches = [
-            pack(self._requests[first:end], batch_tokens, branching=self._branching) for first, end in self._spans
-        ]
-
-    def _halve_batches(self, reason: str) -> None:
-        self.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        largest = max(batch.ids.numel() for batch in self.batches)
-        if self._branching and all(len(batch.ids) == 1 for batch in self.batches):
-            warnings.warn("out of memory: going on with every option in a row of its own", stacklevel=2)
-            self._branching = False
-            self._pack(self.batch_tokens)
-            return
-        if all(len(batch.ids) == 1 for batch in self.batches):
-            raise OutOfMemoryError(f"not even a single sequence, of {largest} tokens, fits into memory: {reason}")
-        smaller = max(1, min(self.batch_tokens, largest) // 2)
-        warnings.warn(f"out of memory: going on with {smaller} tokens a forward pass", stacklevel=2)
-        self._pack(smaller)
-
-    def _raise_non_finite(self, batch: Batch) -> NoReturn:
-        """Runs the batch again, watching the MoE blocks, and raises."""
-        bad: list[int] = []
-        real = batch.mask.bool().flatten()
-
-        def watch(index: int, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if not hidden.reshape(len(real), -1)[real.to(hidden.device)].isfinite().all():
-                bad.append(index)
-
-        with ExitStack() as stack:
-            for layer in self._moe:
-                handle = layer.block.register_forward_hook(lambda _m, _i, out, index=layer.index: watch(index, out))
-                stack.callback(handle.remove)
-            for _ in Whole(self.model, self.layers).run(0, [batch]).outputs:
-                pass
-        if bad:
-            raise NonFiniteLossError(f"the loss is not finite: the MoE output of layer {bad[0]} is not", layer=bad[0])
-        raise NonFiniteLossError("the loss is not finite, though the output of every MoE layer is", layer=None)
+        return self._answers.scores(requests, log_likelihood, greedy)
 
 
 def _checked_rungs(rungs: Sequence[int] | None, examples: int) -> tuple[int, ...]:

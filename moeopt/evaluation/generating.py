@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -22,11 +22,16 @@ from moeopt.errors import NonFiniteLossError, OutOfMemoryError
 from moeopt.evaluation.batches import grouped
 from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.memory import ran_out
+from moeopt.evaluation.runners import Active
+from moeopt.models import lock_of
 from moeopt.models.layerwise import input_device
-from moeopt.tasks.generation import GenerationTask, Prompt
+from moeopt.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from moeopt.tasks import Request
+    from moeopt.tasks.generation import GenerationTask, Prompt
 
 PLACES = 16
 """A batch has so many places for tokens, prompts and answers together, for every one of the evaluator's `batch_tokens`:
@@ -67,8 +72,10 @@ class Generator:
         model: a causal language model, in eval mode while it generates.
         tokenizer: its tokenizer; a pad token is not needed.
         task: gives prompts and judges answers.
-        prompts: what to generate from, in the order of the examples.
+        requests: those of the task, one an example; what to generate from is told by them.
+        under: as `Passes.under`.
         split: the split that they are of.
+        rungs: rising numbers of examples.
         batch_tokens: a batch has `PLACES` times as many places for tokens; a longer sequence runs alone.
     """
 
@@ -77,26 +84,64 @@ class Generator:
         model: PreTrainedModel,
         tokenizer: Any,
         task: GenerationTask,
-        prompts: Sequence[Prompt],
+        requests: Sequence[Request],
+        under: Callable[[Plan | None], AbstractContextManager[Active]],
         *,
         split: str,
+        rungs: Sequence[int],
         batch_tokens: int,
     ) -> None:
-        self.model, self.tokenizer, self.task, self.split = model, tokenizer, task, split
-        self.prompts = prompts
+        self.model, self.tokenizer, self.task, self.split, self.rungs = model, tokenizer, task, split, rungs
+        self.prompts, self.under = task.prompts_of(requests), under
         self.places = PLACES * batch_tokens
         self.layers = int(model.config.get_text_config().num_hidden_layers)
         shipped = getattr(model.generation_config, "eos_token_id", None)
         self._ends = {*([shipped] if isinstance(shipped, int) else shipped or ()), tokenizer.eos_token_id} - {None}
         self._ends |= _special(tokenizer, {text for prompt in self.prompts for text in prompt.stop})
 
-    def run(self, first: int, end: int, active: Callable[[], Sequence[float]]) -> Generation:
-        """Answers to the prompts from `first` up to, not including, `end`; `active()` is asked after them.
+    def race(self, plan: Plan | None, earlier: Evaluation | None) -> Iterator[Evaluation]:
+        """As `Evaluator.race`, by the task's reported metric: the loss is 1 minus that."""
+        covered = at = 0 if earlier is None else len(earlier.losses)
+        done: list[Generation] = []
+        for size in self.rungs:
+            if at < size:
+                done.append(self.run(plan, at, size))
+                at = size
+            names = done[0].metrics if done else ()
+            judged = {name: np.concatenate([g.metrics[name] for g in done]) for name in names}
+            correct = next(iter(judged.values()), np.zeros(0, np.float32))
+            correct = np.concatenate([np.zeros(covered, np.float32), correct])[:size]
+            actives = [(len(g.texts), g.active) for g in done]
+            if earlier is not None:
+                actives.append((covered, earlier.active))
+            yield Evaluation(
+                1 - correct,
+                np.ones_like(correct),
+                correct,
+                sum(g.tokens for g in done),
+                sum(g.layer_tokens for g in done),
+                sum(g.seconds for g in done),
+                sum(n * active for n, active in actives) / sum(n for n, _ in actives),
+                {name: float(values.astype(np.float64).mean()) for name, values in judged.items()},
+            ).with_earlier(earlier)
+
+    def clear(self) -> None:
+        """Nothing to free."""
+
+    def identity(self) -> tuple[object, ...]:
+        return ((self.task.metric, self.prompts),)
+
+    def run(self, plan: Plan | None, first: int, end: int) -> Generation:
+        """Answers under a plan (None: the one in force) to the prompts from `first` up to, not including, `end`.
 
         Raises:
             NonFiniteLossError: if the model's logits are not numbers.
             OutOfMemoryError: if a single sequence does not fit.
         """
+        with lock_of(self.model), self.under(plan) as active:
+            return self._run(first, end, active)
+
+    def _run(self, first: int, end: int, active: Active) -> Generation:
         started = time.perf_counter()
         prompts = self.prompts[first:end]
         answers: dict[int, list[int]] = {}
@@ -166,10 +211,10 @@ class Generator:
                         answers[row] = output[place, width : stops.ends[place]].tolist()
                 on = [place for place in range(len(rows)) if stops.ends[place] is None]
                 if on and cache is not None:
-                    kept = torch.tensor(on, device=device)
-                    cache.batch_select_indices(kept)
-                    ids = output[kept]
-                    mask = torch.cat([mask[kept], mask.new_ones(len(on), ids.shape[1] - mask.shape[1])], dim=1)
+                    unfinished = torch.tensor(on, device=device)
+                    cache.batch_select_indices(unfinished)
+                    ids = output[unfinished]
+                    mask = torch.cat([mask[unfinished], mask.new_ones(len(on), ids.shape[1] - mask.shape[1])], dim=1)
                 rows = [rows[place] for place in on]
         return answers
 
@@ -205,45 +250,6 @@ class Generator:
             raise OutOfMemoryError(f"not even a single sequence, of {max(sizes)} tokens, fits into memory: {reason}")
         self.places = max(1, min(self.places, max(len(batch) * batch[0] for batch in batches)) // 2)
         warnings.warn(f"out of memory: going on with {self.places} tokens a batch to generate", stacklevel=2)
-
-
-def race(
-    generate: Callable[[int, int], Generation], rungs: Sequence[int], known: Evaluation | None
-) -> Iterator[Evaluation]:
-    """What is known of the examples after each rung, by the task's reported metric: the loss is 1 minus that.
-
-    Args:
-        generate: answers to the examples from a first up to, not including, an end.
-        rungs: rising numbers of examples.
-        known: what the plan got on the first so many examples before; nothing is generated for those.
-    """
-    covered = 0 if known is None else len(known.losses)
-    done: list[Generation] = []
-    at = covered
-    for size in rungs:
-        if at < size:
-            done.append(generate(at, size))
-            at = size
-        judged = {name: np.concatenate([g.metrics[name] for g in done]) for name in (done[0].metrics if done else ())}
-        correct = next(iter(judged.values()), np.zeros(0, np.float32))
-        found = np.stack([1 - correct, np.ones_like(correct), correct]).astype(np.float32)
-        actives = [(len(g.texts), g.active) for g in done]
-        if known is not None:
-            found = np.concatenate([known.scores, found], axis=1)[:, :size]
-            actives.append((covered, known.active))
-        evaluation = Evaluation(
-            found[0],
-            found[1],
-            found[2],
-            sum(g.tokens for g in done),
-            sum(g.layer_tokens for g in done),
-            sum(g.seconds for g in done),
-            sum(n * active for n, active in actives) / sum(n for n, _ in actives),
-        )
-        if known is None:
-            means = {name: float(values.astype(np.float64).mean()) for name, values in judged.items()}
-            evaluation = replace(evaluation, metrics=means)
-        yield evaluation
 
 
 class _Stops(StoppingCriteria):  # type: ignore[misc]
@@ -282,12 +288,12 @@ def _special(tokenizer: Any, texts: Iterable[str]) -> set[int]:
 @contextmanager
 def _stock_generation(model: PreTrainedModel) -> Iterator[None]:
     """Greedy and without penalties, whatever the checkpoint's own generation config says; that one is back on exit."""
-    own = model.generation_config
+    shipped = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = shipped
 
 
 def _cache_for(model: PreTrainedModel) -> DynamicCache | None:

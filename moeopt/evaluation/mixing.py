@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from moeopt.evaluation.evaluation import Evaluation
 if TYPE_CHECKING:
     from moeopt.evaluation.evaluator import Evaluator
     from moeopt.plan import Plan
+    from moeopt.tasks import Request
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,39 +31,61 @@ class Member:
     at: NDArray[np.int64]
     scale: NDArray[np.float64]
 
-    def known(self, of: Evaluation | None) -> Evaluation | None:
-        """What is known of its own examples, from what is known of the mixture's."""
-        if of is None:
-            return None
-        n = int(np.searchsorted(self.at, len(of.losses)))
-        losses, weights, correct = of.scores[:, self.at[:n]]
-        return Evaluation(losses, (weights / self.scale[:n]).astype(np.float32), correct, 0, 0, 0.0, of.active)
+    def race(self, plan: Plan | None, earlier: Evaluation | None) -> Iterator[Evaluation]:
+        """The race of its examples, given what is known of the mixture's."""
+        if earlier is not None:
+            n = int(np.searchsorted(self.at, len(earlier.losses)))
+            losses, weights, correct = earlier.scores[:, self.at[:n]]
+            weights = (weights / self.scale[:n]).astype(np.float32)
+            earlier = Evaluation(losses, weights, correct, 0, 0, 0.0, earlier.active)
+        return self.evaluator.race(plan, earlier)
 
 
-def race(
-    members: Mapping[str, Member], rungs: Sequence[int], plan: Plan | None, known: Evaluation | None
-) -> Iterator[Evaluation]:
-    """As `Evaluator.race`, from the races of the members."""
-    races = {name: member.evaluator.race(plan, member.known(known)) for name, member in members.items()}
-    latest: dict[str, Evaluation] = {}
-    for size in rungs:
-        found = np.zeros((3, size), np.float32)
-        for name, member in members.items():
-            n = int(np.searchsorted(member.at, size))
-            if n > (len(latest[name].losses) if name in latest else 0):
-                latest[name] = next(races[name])
-            if n:
-                scores = latest[name].scores
-                scores[1] *= member.scale[:n]
-                found[:, member.at[:n]] = scores
-        if known is not None:
-            covered = min(size, len(known.losses))
-            found[:, :covered] = known.scores[:, :covered]
-        of = latest.values()
-        costs = sum(e.tokens for e in of), sum(e.layer_tokens for e in of), sum(e.seconds for e in of)
-        active = float(np.average([e.active for e in of], weights=[len(e.losses) for e in of]))
-        metrics: dict[str, float] = {}
-        if known is None:
-            metrics["score"] = float(np.average(found[2].astype(np.float64), weights=found[1]))
+class Members:
+    """The scorer of a mixture, from those of its members.
+
+    Args:
+        task: a `MixtureTask`.
+        requests: its own.
+        rungs: rising numbers of its examples.
+        make: gives an evaluator of a task, `requests`, `limit` and `rungs`.
+    """
+
+    def __init__(
+        self, task: Any, requests: Sequence[Request], rungs: Sequence[int], make: Callable[..., Evaluator]
+    ) -> None:
+        self.members: dict[str, Member] = {}
+        self.rungs, requests_of = rungs, task.own(requests)
+        for name, (at, scale) in task.places(requests).items():
+            # A member pauses where the mixture does, unless it has no example yet.
+            sizes = sorted({int(n) for n in np.searchsorted(at, rungs) if n})
+            evaluator = make(task.members[name], requests=requests_of[name], limit=len(at), rungs=sizes)
+            self.members[name] = Member(evaluator, at, scale)
+
+    def race(self, plan: Plan | None, earlier: Evaluation | None) -> Iterator[Evaluation]:
+        """As `Evaluator.race`, from the races of the members."""
+        races = {name: member.race(plan, earlier) for name, member in self.members.items()}
+        latest: dict[str, Evaluation] = {}
+        for size in self.rungs:
+            columns = np.zeros((3, size), np.float32)
+            for name, member in self.members.items():
+                n = int(np.searchsorted(member.at, size))
+                if n > (len(latest[name].losses) if name in latest else 0):
+                    latest[name] = next(races[name])
+                if n:
+                    scores = latest[name].scores
+                    scores[1] *= member.scale[:n]
+                    columns[:, member.at[:n]] = scores
+            parts = latest.values()
+            costs = sum(e.tokens for e in parts), sum(e.layer_tokens for e in parts), sum(e.seconds for e in parts)
+            active = float(np.average([e.active for e in parts], weights=[len(e.losses) for e in parts]))
+            metrics = {"score": float(np.average(columns[2].astype(np.float64), weights=columns[1]))}
             metrics |= {f"{name}/{key}": value for name, e in latest.items() for key, value in e.metrics.items()}
-        yield Evaluation(found[0], found[1], found[2], *costs, active, metrics)
+            yield Evaluation(columns[0], columns[1], columns[2], *costs, active, metrics).with_earlier(earlier)
+
+    def clear(self) -> None:
+        for member in self.members.values():
+            member.evaluator.clear()
+
+    def identity(self) -> Iterator[object]:
+        return ((name, member.evaluator.fingerprint) for name, member in self.members.items())

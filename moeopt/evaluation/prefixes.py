@@ -13,7 +13,7 @@ Key = tuple[int, int, bytes]
 
 
 @dataclass
-class _Kept:
+class _Entry:
     states: list[Tensor]
     active: tuple[float, ...] = ()
     trails: set[bytes] = field(default_factory=set)
@@ -37,7 +37,7 @@ class PrefixCache:
     def __init__(self, budget: int, device: str | None = None) -> None:
         self.budget, self.device = budget, device
         self.nbytes = 0
-        self._kept: dict[Key, _Kept] = {}
+        self._entries: dict[Key, _Entry] = {}
         self._trails: OrderedDict[bytes, set[Key]] = OrderedDict()
         self._best: tuple[float, bytes] | None = None
 
@@ -45,20 +45,20 @@ class PrefixCache:
         """Decoder layer, states, one tensor a batch, and what was noted of the layers before it, of the first of `keys`
         that is kept; None when none is."""
         for key in keys:
-            kept = self._kept.get(key)
-            if kept is not None:
-                for trail in [trail for trail in self._trails if trail in kept.trails]:
+            entry = self._entries.get(key)
+            if entry is not None:
+                for trail in [trail for trail in self._trails if trail in entry.trails]:
                     self._trails.move_to_end(trail)
-                return key[1], kept.states, kept.active
+                return key[1], entry.states, entry.active
         return None
 
     def keep(self, trail: bytes, key: Key, states: Sequence[Tensor], active: tuple[float, ...] = ()) -> None:
         """Keep states under `key` for the plan named `trail`, with the experts a token ran in each MoE layer before."""
-        kept = self._kept.get(key)
-        if kept is None:
-            kept = self._kept[key] = _Kept(self.placed(states), active)
-            self.nbytes += kept.nbytes
-        kept.trails.add(trail)
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _Entry(self.placed(states), active)
+            self.nbytes += entry.nbytes
+        entry.trails.add(trail)
         self._trails.setdefault(trail, set()).add(key)
         self._trails.move_to_end(trail)
         self._shrink()
@@ -70,8 +70,8 @@ class PrefixCache:
     def share(self, trail: bytes, keys: Iterable[Key]) -> None:
         """Let the plan named `trail` hold what is kept under these keys, too."""
         for key in keys:
-            if key in self._kept:
-                self._kept[key].trails.add(trail)
+            if key in self._entries:
+                self._entries[key].trails.add(trail)
                 self._trails.setdefault(trail, set()).add(key)
 
     def judge(self, trail: bytes, loss: float) -> None:
@@ -81,7 +81,7 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Free everything; which plan is best is forgotten, too."""
-        self._kept.clear()
+        self._entries.clear()
         self._trails.clear()
         self.nbytes, self._best = 0, None
 
@@ -91,8 +91,8 @@ class PrefixCache:
             oldest = next((trail for trail in self._trails if trail != best), best)
             assert oldest is not None
             for key in self._trails.pop(oldest):
-                kept = self._kept[key]
-                kept.trails.discard(oldest)
-                if not kept.trails:
-                    self.nbytes -= kept.nbytes
-                    del self._kept[key]
+                entry = self._entries[key]
+                entry.trails.discard(oldest)
+                if not entry.trails:
+                    self.nbytes -= entry.nbytes
+                    del self._entries[key]

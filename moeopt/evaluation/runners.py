@@ -68,8 +68,8 @@ class Whole:
     def _logits_of(self, batch: Batch) -> LogitsOf:
         width = batch.ids.shape[1]
         # An integer, not a tensor of positions: a tensor would have to be on the device of the last layer.
-        kept = width - int((batch.cells % width).min())
-        options = {"logits_to_keep": kept} if self._keeps_logits else {}
+        last = width - int((batch.cells % width).min())
+        options = {"logits_to_keep": last} if self._keeps_logits else {}
         inputs = batch.inputs(input_device(self.model), hidden_dtype(self.model))
         logits: Tensor = self.model(**inputs, use_cache=False, **options).logits
         rows, columns = batch.cells // width, batch.cells % width - (width - logits.shape[1])
@@ -114,9 +114,9 @@ class LayerMajor:
             device, dtype = input_device(self.parts.model), hidden_dtype(self.parts.model)
             self._begun[rung] = [self.parts.begin(batch.inputs(device, dtype)) for batch in batches]
         begun = self._begun[rung]
-        known = self.prefixes.longest(reversed(keys[1:]))
-        start, states, reused = known or (0, [hidden for hidden, _ in begun], ())
+        start, states, reused = self.prefixes.longest(reversed(keys[1:])) or (0, [hidden for hidden, _ in begun], ())
         states = list(states)
+        # Where the states of TRAILS plans between all layers do not fit, those of every so many layers are kept.
         every = max(1, -(-TRAILS * self.layers * self._bytes_a_layer() // max(1, self.prefixes.budget)))
         passed: list[tuple[Any, list[Tensor]]] = []
         for i in range(start, self.layers):
@@ -125,12 +125,12 @@ class LayerMajor:
             with self.parts.loaded(i) as there:
                 for b, (_, calls) in enumerate(begun):
                     states[b] = calls[i](self.parts.layers[i], states[b], there)
-        found = (*reused, *active()[len(reused) :])
+        active_by_layer = (*reused, *active()[len(reused) :])
 
         def keep() -> None:
             self.prefixes.share(trail, keys[: start + 1])
             for key, entering in passed:
-                self.prefixes.keep(trail, key, entering, found[: before[key[1]]])
+                self.prefixes.keep(trail, key, entering, active_by_layer[: before[key[1]]])
 
         def outputs() -> Generator[tuple[Batch, LogitsOf], None, None]:
             with self.parts.head_loaded():
@@ -138,7 +138,7 @@ class LayerMajor:
                     yield batch, self._logits_of(batch, hidden)
 
         layer_tokens = sum(batch.tokens for batch in batches) * (self.layers - start)
-        return Run(outputs(), layer_tokens, keep, lambda: _mean(found), trail)
+        return Run(outputs(), layer_tokens, keep, lambda: _mean(active_by_layer), trail)
 
     def _logits_of(self, batch: Batch, hidden: Tensor) -> LogitsOf:
         scored = hidden.flatten(0, 1)[batch.cells.to(hidden.device)]
@@ -159,8 +159,8 @@ class LayerMajor:
 
 def hidden_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the hidden states."""
-    found: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
-    return found
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
+    return dtype
 
 
 def _mean(active: Sequence[float]) -> float:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ from moeopt.tasks import Request, Scores
 if TYPE_CHECKING:
     from moeopt.evaluation.batches import Batch
 
-LabelFree = Literal["kl", "acceptance"]
-LABEL_FREE: tuple[str, ...] = get_args(LabelFree)
+LABEL_FREE = ("kl", "acceptance")
+"""Scores that need no answers."""
 
 MEMORY = 1 << 30
 FEW = 64
@@ -86,6 +86,7 @@ class Teacher:
         rungs: the requests of each rung, those of an example together.
         vocabulary: tokens that the model knows.
         compression: what is kept.
+        score: which of the two distances is the loss.
 
     Attributes:
         positions: how many there are, in all rungs.
@@ -96,8 +97,12 @@ class Teacher:
         ValueError: if not even one token a position fits into the memory, or not all of them and `top_p` is 1.
     """
 
-    def __init__(self, rungs: Sequence[Sequence[Request]], vocabulary: int, compression: Compression) -> None:
-        self.compression = compression
+    columns = 3
+
+    def __init__(
+        self, rungs: Sequence[Sequence[Request]], vocabulary: int, compression: Compression, score: str
+    ) -> None:
+        self.compression, self.score = compression, score
         self._rungs = [Positions.of(requests) for requests in rungs]
         self._counts = np.concatenate([rung.counts for rung in self._rungs])
         self.positions = int(self._counts.sum())
@@ -111,44 +116,46 @@ class Teacher:
                 f"the compression is {compression.memory}: give more, a smaller top_p or a limit"
             )
         self.layer_tokens, self.seconds, self._vocabulary = 0, 0.0, vocabulary
-        self._known: dict[int, _Known] = {}
+        self._by_rung: dict[int, _Distributions] = {}
         self._state: object = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(known.nbytes for known in self._known.values())
+        return sum(part.nbytes for part in self._by_rung.values())
 
     @property
-    def kept(self) -> float:
+    def tokens_kept(self) -> float:
         """Tokens kept of a position, the mean over the rungs that were run; NaN before."""
-        return _ratio(sum(len(known.tokens) for known in self._known.values()), self._held)
+        return _ratio(sum(len(part.tokens) for part in self._by_rung.values()), self._positions_run)
 
     @property
     def rest(self) -> float:
         """Probability of the tokens of a position that are not kept, the mean over the rungs that were run."""
-        return _ratio(sum(float(known.rest.double().exp().sum()) for known in self._known.values()), self._held)
+        return _ratio(
+            sum(float(part.rest.double().exp().sum()) for part in self._by_rung.values()), self._positions_run
+        )
 
     def __str__(self) -> str:
         return (
-            f"{self._held:,} positions in {self.seconds:.1f} s, {self.kept:.0f} tokens of each kept in "
+            f"{self._positions_run:,} positions in {self.seconds:.1f} s, {self.tokens_kept:.0f} tokens of each kept in "
             f"{self.nbytes / 2**20:.1f} MiB, {self.rest:.2g} of the probability left out"
         )
 
     @property
-    def _held(self) -> int:
-        return sum(len(known.start) for known in self._known.values())
+    def _positions_run(self) -> int:
+        return sum(len(part.start) for part in self._by_rung.values())
 
     def knows(self, rung: int, state: object) -> bool:
         """Whether the rung was learnt from the model in this state; what is of another one is forgotten."""
         if state != self._state:
             self.forget()
             self._state = state
-        return rung in self._known
+        return rung in self._by_rung
 
     def forget(self) -> None:
         """Free everything that is known."""
-        self._known.clear()
+        self._by_rung.clear()
 
     def learn(self, rung: int, outputs: Iterable[tuple[Batch, Callable[[slice], Tensor]]]) -> None:
         """Take what the full model gives for the batches of a rung.
@@ -169,7 +176,7 @@ class Teacher:
         start = length.cumsum(0) - length
         device = self.compression.device
         columns = start[place], length[place].int(), rest[place], tokens.int(), log_p
-        self._known[rung] = _Known(*(column.to(device) for column in columns))
+        self._by_rung[rung] = _Distributions(*(column.to(device) for column in columns))
         if 1 - self.compression.top_p < self.rest and self.most < self._vocabulary:
             warnings.warn(
                 f"the {self.most} likeliest tokens of a position that fit into {self.compression.memory} bytes have "
@@ -177,7 +184,7 @@ class Teacher:
                 stacklevel=2,
             )
 
-    def compare(
+    def read(
         self, rung: int, batch: Batch, logits_of: Callable[[slice], Tensor]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """What a batch under a plan gives at its positions, each once.
@@ -186,7 +193,7 @@ class Teacher:
             The request that each position is counted for, (positions,); KL, total variation distance, and whether the
             full model's first choice is among those of this one, (3, positions).
         """
-        known = self._known[rung]
+        full = self._by_rung[rung]
         position, owned = self._rungs[rung].of_entries(batch)
         requests, values = [batch.request[:0]], [torch.empty(3, 0, dtype=torch.float64)]
         for logits, row, entry in blocks(batch, logits_of):
@@ -194,33 +201,30 @@ class Teacher:
             if mine.any():
                 entry, row = entry[mine], row[mine]
                 requests.append(batch.request[entry])
-                values.append(known.compare(logits, row, position[entry]).cpu())
+                values.append(full.compare(logits, row, position[entry]).cpu())
         return torch.cat(requests).numpy(), torch.cat(values, 1).numpy()
 
-    def reduce(
-        self, requests: Sequence[Request], sums: NDArray[np.float64], score: LabelFree
-    ) -> tuple[Scores, dict[str, float]]:
+    def reduce(self, requests: Sequence[Request], sums: NDArray[np.float64]) -> tuple[Scores, dict[str, float]]:
         """Scores of examples, and the means over their positions by name, from sums over the positions of requests.
 
         Args:
             requests: the first so many of all rungs.
-            sums: (3, requests), of what `compare` gives.
-            score: which of the two is the loss.
+            sums: (3, requests), of what `read` gives.
         """
         counts = self._counts[: len(requests)]
         _, example = np.unique([request.example for request in requests], return_inverse=True)
         kl, distance, agreement = (np.bincount(example, weights=row) for row in sums)
         weights = np.bincount(example, weights=counts)
-        losses = (kl if score == "kl" else distance) / weights
+        losses = (kl if self.score == "kl" else distance) / weights
         means = [float(total.sum() / weights.sum()) for total in (kl, distance, agreement)]
         metrics = {"kl": means[0], "acceptance": 1 - means[1], "agreement": means[2]}
         columns = [column.astype(np.float32) for column in (losses, weights, agreement / weights)]
         return Scores(columns[0], columns[1], columns[2]), metrics
 
-    def itself(self, requests: Sequence[Request], score: LabelFree) -> tuple[Scores, dict[str, float]]:
+    def itself(self, requests: Sequence[Request]) -> tuple[Scores, dict[str, float]]:
         """What `reduce` gives for the full model: it is at no distance from itself, and makes the same choices."""
         none = np.zeros(len(requests))
-        return self.reduce(requests, np.stack([none, none, self._counts[: len(requests)]]), score)
+        return self.reduce(requests, np.stack([none, none, self._counts[: len(requests)]]))
 
     def _noted(self, logits: Tensor, row: Tensor) -> tuple[Tensor, ...]:
         """Of some rows of logits: tokens kept, (rows,), those of all rows, their log-probabilities, the rests'."""
@@ -253,7 +257,7 @@ class Teacher:
 
 
 @dataclass(frozen=True, eq=False)
-class _Known:
+class _Distributions:
     """What is kept of the positions of a rung.
 
     Args:
@@ -274,7 +278,7 @@ class _Known:
         return sum(t.nbytes for t in (self.start, self.length, self.rest, self.tokens, self.log_p))
 
     def compare(self, logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
-        """What `Teacher.compare` gives, (3, rows), for some rows of logits at these positions."""
+        """What `Teacher.read` gives, (3, rows), for some rows of logits at these positions."""
         position = position.to(self.start.device)
         length = self.length[position, None]
         step = torch.arange(int(length.max()), device=length.device)
@@ -295,11 +299,11 @@ def _log_probabilities(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, T
     """Log-probabilities of the tokens `index`, (rows, kept), of all others together, and whether none is likelier than
     the first of `index`, both (rows,). The logits, float32 (rows, vocabulary), are overwritten."""
     logits -= logits.amax(1, keepdim=True)
-    kept = logits.gather(1, index)
+    chosen = logits.gather(1, index)
     mass = logits.exp_()
     total = mass.sum(1, keepdim=True).log()
     rest = mass.scatter_(1, index, 0.0).sum(1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
-    return kept - total, (rest.log() - total).squeeze(1), kept[:, 0] == 0
+    return chosen - total, (rest.log() - total).squeeze(1), chosen[:, 0] == 0
 
 
 def _ratio(total: float, count: int) -> float:

@@ -1,6 +1,6 @@
-"""Optimisers as Optuna samplers over moeopt's spaces."""
+"""Optimisers as Optuna samplers over moeopt's spaces, one file each. May import plan/, trials/ and spaces/."""
 
-from moeopt.samplers.base import GenomeSampler, Proposal, Told, UnknownSampler
+from moeopt.samplers.base import GenomeSampler, Observation, Proposal, StartingSampler, UnknownSampler
 from moeopt.samplers.blockcmaes import BlockCMAESSampler
 from moeopt.samplers.cmaes import CMAESSampler
 from moeopt.samplers.eep import EEPSampler
@@ -20,11 +20,12 @@ __all__ = [
     "GuidedSampler",
     "LocalSampler",
     "NevergradSampler",
+    "Observation",
     "Proposal",
     "RandomSampler",
     "ShadowSampler",
+    "StartingSampler",
     "TPESampler",
-    "Told",
     "UnknownSampler",
     "from_settings",
     "get",

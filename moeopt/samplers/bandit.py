@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from moeopt.samplers.base import Told
+from moeopt.samplers.base import Observation
 from moeopt.spaces.base import Space
 
 A = TypeVar("A", bound=Hashable)
@@ -49,19 +49,19 @@ def choose(
     return arms[int(np.argmax(drawn))]
 
 
-def gain(told: Told, parent: Told | None) -> float:
+def gain(obs: Observation, parent: Observation | None) -> float:
     """How much a trial's loss is below its parent's; 0 where it is not, or one of them is not known."""
-    if parent is None or parent.loss is None or told.loss is None:
+    if parent is None or parent.loss is None or obs.loss is None:
         return 0.0
-    return max(0.0, parent.loss - told.loss)
+    return max(0.0, parent.loss - obs.loss)
 
 
-def most_tokens(history: Iterable[Told]) -> float:
+def most_tokens(history: Iterable[Observation]) -> float:
     """Tokens of a trial that ran all examples; 0 where none says."""
-    return max((float(told.attrs.get("tokens") or 0.0) for told in history), default=0.0)
+    return max((float(obs.attrs.get("tokens") or 0.0) for obs in history), default=0.0)
 
 
-def layers_run(told: Told, space: Space, first: int, whole: float) -> float:
+def layers_run(obs: Observation, space: Space, first: int, whole: float) -> float:
     """What a trial cost, in layers over all examples: those from layer `first` on, over the tokens that it ran.
 
     Not by its own account (`layer_tokens`): what could be reused of earlier trials depends on the process that it ran
@@ -70,5 +70,5 @@ def layers_run(told: Told, space: Space, first: int, whole: float) -> float:
     Args:
         whole: `most_tokens`.
     """
-    tokens = float(told.attrs.get("tokens") or 0.0)
+    tokens = float(obs.attrs.get("tokens") or 0.0)
     return (space.shape.layers - first) * (tokens / whole if tokens and whole else 1.0)

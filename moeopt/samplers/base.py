@@ -48,7 +48,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @dataclass(frozen=True)
-class Told:
+class Observation:
     """One trial as a sampler sees it.
 
     Args:
@@ -84,7 +84,7 @@ class Proposal:
         operator: what made it: ``"initial"``, ``"prune"``, ``"crossover+merge"``, ...
         parents: numbers of the trials it was made from.
         phase: ``"prune"`` or ``"merge"`` where the sampler has phases.
-        notes: JSON facts the sampler wants back in `Told.notes`.
+        notes: JSON facts the sampler wants back in `Observation.notes`.
     """
 
     x: NDArray[np.floating[Any]]
@@ -146,10 +146,10 @@ class GenomeSampler(BaseSampler):
             raise SamplerError(f"seed must be at least 0, got {got(seed)}; it is an integer or None")
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
         self.redraw = redraw
-        self._told: dict[tuple[str, int, datetime | None], Told] = {}
+        self._observations: dict[tuple[str, int, datetime | None], Observation] = {}
 
     @abstractmethod
-    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
+    def propose(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         """A new point, called by `before_trial`.
 
         Args:
@@ -162,14 +162,13 @@ class GenomeSampler(BaseSampler):
     def settings(self) -> dict[str, Any]:
         """The sampler's name and hyperparameters, JSON; a study is resumed only with equal ones."""
 
+    def named_settings(self, name: str, *options: str, **more: Any) -> dict[str, Any]:
+        """Settings of this name: seed, redraw, these attributes of the sampler, and whatever else is given."""
+        return {"name": name, **{option: getattr(self, option) for option in ("seed", "redraw", *options)}, **more}
+
     def rng(self, slot: int, attempt: int = 0) -> np.random.Generator:
         """The random generator of one proposal."""
         return np.random.default_rng([self.seed, slot, attempt])
-
-    def opens(self, history: list[Told], slot: int) -> bool:
-        """Whether this slot is the search's own first: no earlier one, or all earlier ones enqueued by hand."""
-        earlier = [told for told in history if told.slot < slot]
-        return len(earlier) == slot and all(told.operator == ENQUEUED for told in earlier)
 
     def adopt_seed(self, study: Study) -> None:
         """Without a seed of its own, go on with the one that the study's sampler drew."""
@@ -205,21 +204,22 @@ class GenomeSampler(BaseSampler):
         trials = whole.get_trials(deepcopy=False)
         description.check_trial(trial, whole.study_name)
         slot = genome.slot(trial, trials)
-        known = {key: value for key, value in genome.origin(trial).items() if key != "claim"}
-        if known.get("worker") != process.this_worker():  # the storage did not say so
-            genome.write(whole, trial, {genome.ORIGIN: {**known, "slot": slot, "worker": process.this_worker()}})
-        known |= {"slot": slot, "worker": process.this_worker()}
+        recorded = {key: value for key, value in genome.origin(trial).items() if key != "claim"}
+        if recorded.get("worker") != process.this_worker():  # the storage did not say so
+            genome.write(whole, trial, {genome.ORIGIN: {**recorded, "slot": slot, "worker": process.this_worker()}})
+        recorded |= {"slot": slot, "worker": process.this_worker()}
         stored = genome.read(trial)
         try:
             self._check_given(trial, stored)
         except SpaceError as error:
             end_refused(whole, trial, str(error), again=False)
             raise
+        # Another worker may have taken the plan since the history was read: then drawn again, at last as it is.
         for left in range(self.redraw, -1, -1):
             proposal = None if stored is not None else self._proposal(whole, trial, trials, slot)
             x = self.space.snap(proposal.x) if proposal is not None else stored
             assert x is not None
-            origin = {"operator": ENQUEUED, "parents": [], "notes": {}, **known}
+            origin = {"operator": ENQUEUED, "parents": [], "notes": {}, **recorded}
             if proposal is not None:
                 origin |= {"operator": proposal.operator, "parents": list(proposal.parents)}
                 origin["notes"] = dict(proposal.notes)
@@ -273,34 +273,36 @@ class GenomeSampler(BaseSampler):
         limit = self.space.drift_limit
         return {"drift": (min(self.space.drift(x), limit), FloatDistribution(0.0, limit))}
 
-    def _new_plan(self, history: list[Told], slot: int) -> Proposal:
-        taken = {told.fingerprint for told in history}
+    def _new_plan(self, history: list[Observation], slot: int) -> Proposal:
+        taken = {obs.fingerprint for obs in history}
         for attempt in range(self.redraw + 1):
             proposal = self.propose(history, slot, attempt)
             if self.space.decode(proposal.x).fingerprint not in taken:
                 break
         return proposal
 
-    def history(self, study: Study, trials: list[FrozenTrial], *, without: int) -> list[Told]:
+    def history(self, study: Study, trials: list[FrozenTrial], *, without: int) -> list[Observation]:
         """Finished and running trials that hold a genotype, by slot; each slot once, the finished one first."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-        by_slot: dict[int, Told] = {}
+        by_slot: dict[int, Observation] = {}
         retries = [trial for trial in trials if trial.system_attrs.get(genome.RETRIES)]
         for trial in trials:
             if trial.number == without or trial.state == TrialState.WAITING:
                 continue
-            told = self._tell(study.study_name, trial, retries, sign)
-            if told is None:
+            obs = self._observe(study.study_name, trial, retries, sign)
+            if obs is None:
                 continue
-            other = by_slot.get(told.slot)
+            other = by_slot.get(obs.slot)
             if other is None or other.loss is None:
-                by_slot[told.slot] = told
+                by_slot[obs.slot] = obs
         return [by_slot[slot] for slot in sorted(by_slot)]
 
-    def _tell(self, study_name: str, trial: FrozenTrial, retries: list[FrozenTrial], sign: float) -> Told | None:
+    def _observe(
+        self, study_name: str, trial: FrozenTrial, retries: list[FrozenTrial], sign: float
+    ) -> Observation | None:
         key = (study_name, trial.number, trial.datetime_start)
-        if key in self._told:
-            return self._told[key]
+        if key in self._observations:
+            return self._observations[key]
         description.check_trial(trial, study_name)
         origin = genome.origin(trial)
         x = genome.read(trial)
@@ -311,7 +313,7 @@ class GenomeSampler(BaseSampler):
         loss = trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
         if trial.state == TrialState.PRUNED and isinstance(trial.user_attrs.get(genome.ESTIMATE), float):
             loss = trial.user_attrs[genome.ESTIMATE]
-        told = Told(
+        obs = Observation(
             number=trial.number,
             slot=genome.slot(trial, retries),
             x=x,
@@ -324,8 +326,8 @@ class GenomeSampler(BaseSampler):
             guide=guide.read(trial, self.space.shape.layers, self.space.shape.experts),
         )
         if trial.state.is_finished():
-            self._told[key] = told
-        return told
+            self._observations[key] = obs
+        return obs
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -344,6 +346,48 @@ class GenomeSampler(BaseSampler):
         """Nothing to do: proposals of concurrent trials differ by their slot."""
 
 
+class StartingSampler(GenomeSampler):
+    """Base of samplers whose first trial is a start, evaluated as it is; the others come of `search`.
+
+    Args:
+        space, seed, redraw: as for `GenomeSampler`.
+        start: the plan or vector (size,) to start at; by default `space.start()`.
+
+    Attributes:
+        x0: the start's genotype, float32 (size,).
+
+    Raises:
+        SpaceError: when `start` is not of this space.
+    """
+
+    def __init__(
+        self, space: Space, *, seed: int | None = None, redraw: int = 20, start: Plan | ArrayLike | None = None
+    ) -> None:
+        super().__init__(space, seed=seed, redraw=redraw)
+        self.given = start is not None
+        if start is None:
+            self.x0 = space.start()
+        else:
+            self.x0 = space.encode(start) if isinstance(start, Plan) else space.snap(start)
+
+    @abstractmethod
+    def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
+        """As `propose`, once the start was."""
+
+    def propose(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
+        if attempt == 0 and self.opens(history, slot):
+            return Proposal(self.x0, START)
+        return self.search(history, slot, attempt)
+
+    def opens(self, history: list[Observation], slot: int) -> bool:
+        """Whether this slot is the search's own first: no earlier one, or all earlier ones enqueued by hand."""
+        earlier = [obs for obs in history if obs.slot < slot]
+        return len(earlier) == slot and all(obs.operator == ENQUEUED for obs in earlier)
+
+    def named_settings(self, name: str, *options: str, **more: Any) -> dict[str, Any]:
+        return super().named_settings(name, *options, **{"start": digest(self.x0), **more})
+
+
 def end_refused(study: Study, trial: FrozenTrial, reason: str, *, again: bool) -> None:
     """Fail a trial that was started and is not to be run so, with the reason; with `again` it is queued by a resume.
 
@@ -360,9 +404,9 @@ def _fixed(trial: FrozenTrial) -> dict[str, Any]:
     return trial.system_attrs.get("fixed_params") or {}
 
 
-def noted(told: Told, key: str) -> int | None:
+def noted(obs: Observation, key: str) -> int | None:
     """A count that a sampler noted on a trial; None where there is none."""
-    value = told.notes.get(key)
+    value = obs.notes.get(key)
     return value if description.COUNT.holds(value) else None
 
 
@@ -378,13 +422,6 @@ def check_positive(values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if not 0 < value < float("inf"):
             raise SamplerError(f"{name} must be a positive number, got {value!r}")
-
-
-def starting_point(space: Space, start: Plan | ArrayLike | None) -> Vector:
-    """The genotype a sampler starts at: a plan's or a vector's, float32 (size,); by default the space's own start."""
-    if start is None:
-        return space.start()
-    return space.encode(start) if isinstance(start, Plan) else space.snap(start)
 
 
 def digest(x: Vector) -> str:

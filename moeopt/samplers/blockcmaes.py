@@ -22,15 +22,12 @@ from numpy.typing import ArrayLike, NDArray
 from moeopt.plan import Plan
 from moeopt.samplers.bandit import choose, gain, layers_run, most_tokens
 from moeopt.samplers.base import (
-    START,
-    GenomeSampler,
+    Observation,
     Proposal,
-    Told,
+    StartingSampler,
     check_counts,
     check_positive,
-    digest,
     noted,
-    starting_point,
 )
 from moeopt.samplers.cmaes import complete, tell
 from moeopt.spaces.base import Space
@@ -56,11 +53,11 @@ class Visit:
 
     number: int
     block: Block
-    around: Told | None
-    generations: list[list[Told]]
+    around: Observation | None
+    generations: list[list[Observation]]
 
 
-class BlockCMAESSampler(GenomeSampler):
+class BlockCMAESSampler(StartingSampler):
     """CMA-ES in blocks of consecutive layer groups.
 
     Args:
@@ -92,23 +89,20 @@ class BlockCMAESSampler(GenomeSampler):
         prior: float = 10.0,
         memory: float = 200.0,
     ) -> None:
-        super().__init__(space, seed=seed, redraw=redraw)
+        super().__init__(space, seed=seed, redraw=redraw, start=start)
         check_positive({"sigma": sigma, "prior": prior, "memory": memory})
         check_counts({"block_size": block_size, "generations": generations})
         if population_size is not None:
             check_counts({"population_size": population_size}, least=4)
         self.sigma, self.prior, self.memory = float(sigma), float(prior), float(memory)
         self.block_size, self.generations, self.population_size = block_size, generations, population_size
-        self.x0 = starting_point(space, start)
         self.blocks = blocks(space, block_size)
 
     def settings(self) -> dict[str, Any]:
-        names = ("seed", "redraw", "sigma", "block_size", "generations", "population_size", "prior", "memory")
-        return {"name": "blockcmaes", **{name: getattr(self, name) for name in names}, "start": digest(self.x0)}
+        options = ("sigma", "block_size", "generations", "population_size", "prior", "memory")
+        return self.named_settings("blockcmaes", *options)
 
-    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
-        if attempt == 0 and self.opens(history, slot):
-            return Proposal(self.x0, START)
+    def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         rng = self.rng(slot, attempt)
         visit = self.visit(rng, history)
         part, center = self.numbers(visit.block), self.x0 if visit.around is None else visit.around.x
@@ -120,35 +114,35 @@ class BlockCMAESSampler(GenomeSampler):
         notes = {"visit": visit.number, "block": visit.block, "around": around, "generation": len(visit.generations)}
         return Proposal(x, OPERATOR, parents, notes=notes)
 
-    def visit(self, rng: np.random.Generator, history: list[Told]) -> Visit:
+    def visit(self, rng: np.random.Generator, history: list[Observation]) -> Visit:
         """The visit that goes on, or a new one: around the best trial so far, of the block that the bandit chooses."""
-        by_slot = {told.slot: told for told in history}
-        own = [told for told in history if self.is_own(told)]
-        number = max((told.notes["visit"] for told in own), default=-1)
-        latest = [told for told in own if told.notes["visit"] == number]
+        by_slot = {obs.slot: obs for obs in history}
+        ours = [obs for obs in history if self.is_ours(obs)]
+        number = max((obs.notes["visit"] for obs in ours), default=-1)
+        latest = [obs for obs in ours if obs.notes["visit"] == number]
         if latest:
             block, around = latest[0].notes["block"], latest[0].notes["around"]
-            same = [told for told in latest if (told.notes["block"], told.notes["around"]) == (block, around)]
+            same = [obs for obs in latest if (obs.notes["block"], obs.notes["around"]) == (block, around)]
             generations = complete(same, self.trials(block))
             if len(generations) < self.generations:
                 return Visit(number, tuple(block), by_slot.get(around), generations)
-        finished = [told for told in history if told.loss is not None]
-        best = min(finished, key=lambda told: told.loss or 0.0, default=None)
+        finished = [obs for obs in history if obs.loss is not None]
+        best = min(finished, key=lambda obs: obs.loss or 0.0, default=None)
         plays, whole = [], most_tokens(history)
-        for told in own:
-            if told.loss is None and not told.failed:
+        for obs in ours:
+            if obs.loss is None and not obs.failed:
                 continue
-            block, center = tuple(told.notes["block"]), by_slot.get(told.notes["around"])
-            plays.append((block, gain(told, center), layers_run(told, self.space, self.layer(block), whole)))
+            block, center = tuple(obs.notes["block"]), by_slot.get(obs.notes["around"])
+            plays.append((block, gain(obs, center), layers_run(obs, self.space, self.layer(block), whole)))
         return Visit(number + 1, choose(rng, self.blocks, plays, prior=self.prior, memory=self.memory), best, [])
 
-    def is_own(self, told: Told) -> bool:
+    def is_ours(self, obs: Observation) -> bool:
         """Whether a trial is of a visit of this sampler."""
-        if told.operator != OPERATOR or None in (noted(told, "visit"), noted(told, "generation")):
+        if obs.operator != OPERATOR or None in (noted(obs, "visit"), noted(obs, "generation")):
             return False
-        block, around = told.notes.get("block"), told.notes.get("around", ...)
-        known = around is None or noted(told, "around") is not None
-        return known and isinstance(block, list | tuple) and any(list(block) == list(own) for own in self.blocks)
+        block, around = obs.notes.get("block"), obs.notes.get("around", ...)
+        has_centre = around is None or noted(obs, "around") is not None
+        return has_centre and isinstance(block, list | tuple) and tuple(block) in self.blocks
 
     def layer(self, block: Block) -> int:
         """The first layer of a block."""
@@ -163,10 +157,10 @@ class BlockCMAESSampler(GenomeSampler):
 
     def numbers(self, block: Block) -> NDArray[np.intp]:
         """The numbers of a block: of extras, every kind of the same layers."""
-        own, ranges = np.arange(*block), len(self.space.extra_groups)
+        numbers, ranges = np.arange(*block), len(self.space.extra_groups)
         if block[0] < self.space.extras.start:
-            return own
-        return (own + np.arange(0, self.space.size - self.space.extras.start, ranges)[:, None]).reshape(-1)
+            return numbers
+        return (numbers + np.arange(0, self.space.size - self.space.extras.start, ranges)[:, None]).reshape(-1)
 
     def _optimizer(self, visit: Visit, center: Vector) -> Any:
         """The optimiser of a visit, in z = (x - center) / step, told its complete generations."""
@@ -180,7 +174,7 @@ class BlockCMAESSampler(GenomeSampler):
             population_size=self.trials(visit.block),
         )  # fmt: skip
         for generation in visit.generations:
-            tell(optimizer, generation, [(told.x[part] - mean) / step for told in generation])
+            tell(optimizer, generation, [(obs.x[part] - mean) / step for obs in generation])
         return optimizer
 
 
@@ -188,13 +182,13 @@ def blocks(space: Space, size: int) -> tuple[Block, ...]:
     """All numbers of a space in consecutive blocks of about equal size, at most `size`; none ends within a group
     unless it is a part of that group alone."""
     matrices, ranges = space.extras.start, len(space.extra_groups)
-    found: list[Block] = []
+    chosen: list[Block] = []
     if matrices:
-        found += _blocks(len(space.groups), matrices // len(space.groups), size)
+        chosen += _blocks(len(space.groups), matrices // len(space.groups), size)
     if ranges:
         kinds = (space.size - matrices) // ranges
-        found += [(matrices + a, matrices + b) for a, b in _blocks(ranges, 1, max(1, size // kinds))]
-    return tuple(found)
+        chosen += [(matrices + a, matrices + b) for a, b in _blocks(ranges, 1, max(1, size // kinds))]
+    return tuple(chosen)
 
 
 def _blocks(groups: int, per_group: int, size: int) -> list[Block]:

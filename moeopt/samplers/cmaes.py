@@ -18,22 +18,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeopt.plan import Plan
 from moeopt.samplers.base import (
-    START,
-    GenomeSampler,
+    Observation,
     Proposal,
-    Told,
+    StartingSampler,
     check_counts,
     check_positive,
-    digest,
     noted,
-    starting_point,
 )
 from moeopt.spaces.base import Space
 
 OPERATOR = "cmaes"
 
 
-class CMAESSampler(GenomeSampler):
+class CMAESSampler(StartingSampler):
     """Covariance matrix adaptation. The full matrix suits up to about 500 numbers, the separable one any size.
 
     Args:
@@ -60,22 +57,18 @@ class CMAESSampler(GenomeSampler):
         separable: bool = False,
         population_size: int | None = None,
     ) -> None:
-        super().__init__(space, seed=seed, redraw=redraw)
+        super().__init__(space, seed=seed, redraw=redraw, start=start)
         check_positive({"sigma": sigma})
         if population_size is None:
             population_size = 4 + math.floor(3 * math.log(space.size))
         check_counts({"population_size": population_size}, least=3)
         self.sigma, self.separable, self.population_size = float(sigma), bool(separable), population_size
-        self.x0 = starting_point(space, start)
         self._cache: tuple[Any, list[Any], Any] | None = None
 
     def settings(self) -> dict[str, Any]:
-        names = ("seed", "redraw", "sigma", "separable", "population_size")
-        return {"name": "cmaes", **{name: getattr(self, name) for name in names}, "start": digest(self.x0)}
+        return self.named_settings("cmaes", "sigma", "separable", "population_size")
 
-    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
-        if attempt == 0 and self.opens(history, slot):
-            return Proposal(self.x0, START)
+    def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         around, generations = self.center(history), self.generations(history)
         optimizer = self._rebuilt(around, generations)
         optimizer.reseed_rng(int(self.rng(slot, attempt).integers(1 << 32)))
@@ -84,27 +77,27 @@ class CMAESSampler(GenomeSampler):
         notes = {"generation": len(generations), "around": None if around is None else around.slot}
         return Proposal(x, OPERATOR, parents, notes=notes)
 
-    def center(self, history: list[Told]) -> Told | None:
+    def center(self, history: list[Observation]) -> Observation | None:
         """The trial at the first mean: the one that the earliest own proposal notes, else the best so far; None: x0."""
-        own = [told for told in history if told.operator == OPERATOR]
-        if own:
-            return next((told for told in history if told.slot == own[0].notes.get("around")), None)
-        return min((told for told in history if told.loss is not None), key=lambda told: told.loss or 0.0, default=None)
+        ours = [obs for obs in history if obs.operator == OPERATOR]
+        if ours:
+            return next((obs for obs in history if obs.slot == ours[0].notes.get("around")), None)
+        return min((obs for obs in history if obs.loss is not None), key=lambda obs: obs.loss or 0.0, default=None)
 
-    def generations(self, history: list[Told]) -> list[list[Told]]:
+    def generations(self, history: list[Observation]) -> list[list[Observation]]:
         """The finished trials to tell, `population_size` of each complete generation."""
-        return complete((told for told in history if told.operator == OPERATOR), self.population_size)
+        return complete((obs for obs in history if obs.operator == OPERATOR), self.population_size)
 
-    def _rebuilt(self, around: Told | None, generations: list[list[Told]]) -> Any:
+    def _rebuilt(self, around: Observation | None, generations: list[list[Observation]]) -> Any:
         """The optimiser that was told these generations; kept and extended while the history only grows."""
         center = None if around is None else around.slot
-        keys = [[(told.slot, told.loss) for told in generation] for generation in generations]
+        keys = [[(obs.slot, obs.loss) for obs in generation] for generation in generations]
         if self._cache is None or self._cache[0] != center or self._cache[1] != keys[: len(self._cache[1])]:
             self._cache = (center, [], self._new(self.x0 if around is None else around.x))
-        _, known, optimizer = self._cache
-        for generation, key in zip(generations[len(known) :], keys[len(known) :]):
-            tell(optimizer, generation, [self._z(told.x) for told in generation])
-            known.append(key)
+        _, told, optimizer = self._cache
+        for generation, key in zip(generations[len(told) :], keys[len(told) :]):
+            tell(optimizer, generation, [self._z(obs.x) for obs in generation])
+            told.append(key)
         return optimizer
 
     def _new(self, mean: NDArray[np.float32]) -> Any:
@@ -120,20 +113,20 @@ class CMAESSampler(GenomeSampler):
         return (x.astype(np.float64) - self.x0) / self.space.step
 
 
-def complete(members: Iterable[Told], size: int) -> list[list[Told]]:
+def complete(members: Iterable[Observation], size: int) -> list[list[Observation]]:
     """The finished trials to tell, by their noted generation: `size` of each that has so many, up to the first not."""
-    finished: dict[int, list[Told]] = {}
-    for told in members:
-        if told.loss is not None or told.failed:
-            generation = noted(told, "generation")
-            finished.setdefault(-1 if generation is None else generation, []).append(told)
-    found: list[list[Told]] = []
-    while len(finished.get(len(found), [])) >= size:
-        found.append(finished[len(found)][:size])
-    return found
+    finished: dict[int, list[Observation]] = {}
+    for obs in members:
+        if obs.loss is not None or obs.failed:
+            generation = noted(obs, "generation")
+            finished.setdefault(-1 if generation is None else generation, []).append(obs)
+    generations: list[list[Observation]] = []
+    while len(finished.get(len(generations), [])) >= size:
+        generations.append(finished[len(generations)][:size])
+    return generations
 
 
-def tell(optimizer: Any, generation: Sequence[Told], points: Sequence[NDArray[np.float64]]) -> None:
+def tell(optimizer: Any, generation: Sequence[Observation], points: Sequence[NDArray[np.float64]]) -> None:
     """Tell an optimiser of the `cmaes` package a generation at these points; failed trials count as its worst."""
-    worst = max((told.loss for told in generation if told.loss is not None), default=0.0)
-    optimizer.tell([(z, worst if told.loss is None else told.loss) for told, z in zip(generation, points)])
+    worst = max((obs.loss for obs in generation if obs.loss is not None), default=0.0)
+    optimizer.tell([(z, worst if obs.loss is None else obs.loss) for obs, z in zip(generation, points)])

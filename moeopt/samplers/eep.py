@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from moeopt.errors import SamplerError
 from moeopt.plan import Matrix
-from moeopt.samplers.base import GenomeSampler, Proposal, Told, check_counts
+from moeopt.samplers.base import GenomeSampler, Observation, Proposal, check_counts
 from moeopt.spaces.base import Phase, Space
 
 Score = Literal["loss", "accuracy"]
@@ -122,11 +122,10 @@ class EEPSampler(GenomeSampler):
         self.prune_crossover = prune_crossover
 
     def settings(self) -> dict[str, Any]:
-        names = (
-            "seed", "redraw", "initial", "prune_until", "p_change", "p_row", "p_crossover", "p_first", "p_entry",
+        return self.named_settings(
+            "eep", "initial", "prune_until", "p_change", "p_row", "p_crossover", "p_first", "p_entry",
             "sigma", "p_normalise", "score", "band", "crossover_band", "crossover_pool", "prune_crossover",
         )  # fmt: skip
-        return {"name": "eep", **{name: getattr(self, name) for name in names}}
 
     def shortfall(self, trials: int) -> str | None:
         if trials <= self.initial:
@@ -147,9 +146,9 @@ class EEPSampler(GenomeSampler):
             return self.space.phases[0]
         return "prune" if population < self.prune_until else "merge"
 
-    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
+    def propose(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         rng = self.rng(slot, attempt)
-        population = [told for told in history if told.loss is not None]
+        population = [obs for obs in history if obs.loss is not None]
         if not population or len(history) < self.initial:
             return Proposal(self.space.sample(rng), "initial", phase=self.space.phases[0])
         phase, space = self.phase(len(population)), self.space
@@ -157,7 +156,7 @@ class EEPSampler(GenomeSampler):
         while not changed.any():
             changed = rng.random(changed.shape) < (self.p_change or 1.0)
         if phase == "prune" and len(self.space.phases) > 1:
-            population = [told for told in population if _is_pruning(self.space.matrices(told.x))] or population
+            population = [obs for obs in population if _is_pruning(self.space.matrices(obs.x))] or population
         crossing = (phase == "merge" or self.prune_crossover) and len(population) > 1
         if crossing and rng.random() < self.p_crossover:
             pool = self.parents(population, self.crossover_band, self.crossover_pool)
@@ -175,25 +174,25 @@ class EEPSampler(GenomeSampler):
         x[space.extras] += (rng.random(step.size) < self.p_entry) * step * rng.standard_normal(step.size)
         return Proposal(x, operator, parents, phase)
 
-    def parents(self, population: list[Told], band: float, least: int = 1) -> list[Told]:
+    def parents(self, population: list[Observation], band: float, least: int = 1) -> list[Observation]:
         """Solutions within the band of the best, and the `least` best ones at any rate; best first."""
-        scores = np.array([self._badness(told) for told in population])
+        scores = np.array([self._badness(obs) for obs in population])
         spread = 1.0
         if self.score == "loss":
-            first = [told.loss for told in population if told.loss is not None][: self.initial]
+            first = [obs.loss for obs in population if obs.loss is not None][: self.initial]
             spread = float(np.std(first))
         order = np.argsort(scores, kind="stable")
         within = int((scores <= scores.min() + band * spread).sum())
         return [population[i] for i in order[: max(within, least)]]
 
-    def _badness(self, told: Told) -> float:
-        assert told.loss is not None
+    def _badness(self, obs: Observation) -> float:
+        assert obs.loss is not None
         if self.score == "loss":
-            return told.loss
-        accuracy = told.attrs.get("accuracy")
+            return obs.loss
+        accuracy = obs.attrs.get("accuracy")
         if not isinstance(accuracy, (int, float)):
             raise SamplerError(
-                f"score='accuracy' needs trials with an 'accuracy' attribute; trial {told.number} has none"
+                f"score='accuracy' needs trials with an 'accuracy' attribute; trial {obs.number} has none"
             )
         return -100.0 * accuracy
 
@@ -242,17 +241,17 @@ def scaled(trials: int, given: Mapping[str, Any] | None = None) -> dict[str, Any
     >>> scaled(30), scaled(1000), scaled(30, {"initial": 10})
     ({'initial': 2, 'prune_until': 8}, {'initial': 30, 'prune_until': 100}, {'initial': 10, 'prune_until': 11})
     """
-    found = {name: (given or {}).get(name, value) for name, value in PUBLISHED.items()}
+    sizes = {name: (given or {}).get(name, value) for name, value in PUBLISHED.items()}
     if trials >= PUBLISHED_TRIALS:
-        return found
+        return sizes
     initial, prune_until = (round(trials * value / PUBLISHED_TRIALS) for value in PUBLISHED.values())
     if "initial" not in (given or {}):
-        until = found["prune_until"]
-        found["initial"] = max(2, min(initial, until if isinstance(until, int) else initial))
+        until = sizes["prune_until"]
+        sizes["initial"] = max(2, min(initial, until if isinstance(until, int) else initial))
     if "prune_until" not in (given or {}):
-        least = found["initial"] + 1 if isinstance(found["initial"], int) else 1
-        found["prune_until"] = max(least, prune_until)
-    return found
+        least = sizes["initial"] + 1 if isinstance(sizes["initial"], int) else 1
+        sizes["prune_until"] = max(least, prune_until)
+    return sizes
 
 
 def _is_number(value: Any) -> bool:

@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 from moeopt.errors import SpaceError
 from moeopt.plan import Plan
 from moeopt.samplers.bandit import choose, gain, most_tokens
-from moeopt.samplers.base import Proposal, Told, check_counts, digest, noted
+from moeopt.samplers.base import Observation, Proposal, check_counts, noted
 from moeopt.samplers.local import LocalSampler
 from moeopt.spaces.base import Space, kept_rows, one_hot_pair
 
@@ -84,86 +84,83 @@ class GuidedSampler(LocalSampler):
         self._rows: dict[str, NDArray[np.bool_] | None] = {}
 
     def settings(self) -> dict[str, Any]:
-        names = ("seed", "redraw", "radius", "patience", "population", "fade")
-        start = digest(self.x0) if self.given else None
-        return {"name": GUIDED, **{name: getattr(self, name) for name in names}, "moves": [*self.moves], "start": start}
+        return self.named_settings(GUIDED, "radius", "patience", "population", "fade", moves=[*self.moves])
 
-    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
-        if not (attempt == 0 and self.opens(history, slot) and (self.given or not history)):
-            rng = self.rng(slot, attempt)
-            parent, model = self.parent(rng, history), self.model(history)
-            if parent is not None and model is not None and self.trusts(rng, history):
-                # Draws that agree on a plan which the study holds already are made from a wider belief.
-                widen = 1 + WIDER * attempt
-                proposal = self.swapped(rng, parent, model, self.reach(history, model.since), widen)
-                if proposal is not None:
-                    return proposal
-        return super().propose(history, slot, attempt)
+    def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
+        rng = self.rng(slot, attempt)
+        parent, model = self.parent(rng, history), self.model(history)
+        if parent is not None and model is not None and self.trusts(rng, history):
+            # Draws that agree on a plan which the study holds already are made from a wider belief.
+            widen = 1 + WIDER * attempt
+            proposal = self.swapped(rng, parent, model, self.reach(history, model.since), widen)
+            if proposal is not None:
+                return proposal
+        return super().search(history, slot, attempt)
 
-    def is_own(self, told: Told) -> bool:
-        return self.is_guided(told) or super().is_own(told)
+    def is_ours(self, obs: Observation) -> bool:
+        return self.is_guided(obs) or super().is_ours(obs)
 
-    def is_guided(self, told: Told) -> bool:
+    def is_guided(self, obs: Observation) -> bool:
         """Whether a trial came of a guide."""
-        return told.operator == GUIDED and noted(told, "parent") is not None and noted(told, "first") is not None
+        return obs.operator == GUIDED and noted(obs, "parent") is not None and noted(obs, "first") is not None
 
-    def plays(self, history: list[Told]) -> list[tuple[Any, float, float]]:
-        return super().plays([told for told in history if not self.is_guided(told)])
+    def plays(self, history: list[Observation]) -> list[tuple[Any, float, float]]:
+        return super().plays([obs for obs in history if not self.is_guided(obs)])
 
-    def trusts(self, rng: np.random.Generator, history: list[Told]) -> bool:
+    def trusts(self, rng: np.random.Generator, history: list[Observation]) -> bool:
         """Whether the next trial is a guided one."""
-        by_slot, whole = {told.slot: told for told in history}, most_tokens(history)
-        tried = [t for t in history if self.is_own(t) and (t.loss is not None or t.failed)]
+        by_slot, whole = {obs.slot: obs for obs in history}, most_tokens(history)
+        tried = [t for t in history if self.is_ours(t) and (t.loss is not None or t.failed)]
         plays = [(self.is_guided(t), gain(t, by_slot.get(t.notes["parent"])), self.cost(t, whole)) for t in tried]
-        guide = max((told.slot for told in history if told.guide is not None), default=-1)
+        guide = max((obs.slot for obs in history if obs.guide is not None), default=-1)
         fails = 0
-        for told, (guided, won, _) in zip(tried, plays):
-            fails = 0 if told.slot <= guide or won > 0 else fails + guided
+        for obs, (guided, won, _) in zip(tried, plays):
+            fails = 0 if obs.slot <= guide or won > 0 else fails + guided
         return fails < self.patience or choose(rng, [True, False], plays, prior=self.prior, memory=self.memory)
 
-    def rows(self, told: Told) -> NDArray[np.bool_] | None:
+    def rows(self, obs: Observation) -> NDArray[np.bool_] | None:
         """Which experts a trial's groups keep, bool (groups, n); None where it does not keep experts as they are."""
-        if told.fingerprint not in self._rows:
+        if obs.fingerprint not in self._rows:
             try:
-                kept = kept_rows(self.space.matrices(told.x))
+                kept = kept_rows(self.space.matrices(obs.x))
                 rows = np.stack([np.isin(np.arange(self.space.shape.experts), row) for row in kept])
-                self._rows[told.fingerprint] = rows
+                self._rows[obs.fingerprint] = rows
             except SpaceError:
-                self._rows[told.fingerprint] = None
-        return self._rows[told.fingerprint]
+                self._rows[obs.fingerprint] = None
+        return self._rows[obs.fingerprint]
 
-    def model(self, history: list[Told]) -> _Model | None:
+    def model(self, history: list[Observation]) -> _Model | None:
         """What the last guide, and the trials so far, tell of the values of experts; None without a guide."""
         if "prune" not in self.space.phases:
             return None
         rows: dict[str, NDArray[np.bool_]] = {}
         losses: dict[str, float] = {}
-        for told in history:
-            if told.loss is not None and told.fingerprint not in rows and (kept := self.rows(told)) is not None:
-                rows[told.fingerprint], losses[told.fingerprint] = kept, told.loss
-        for told in reversed(history):
-            if told.guide is not None and told.guide.plan in rows:
+        for obs in history:
+            if obs.loss is not None and obs.fingerprint not in rows and (kept := self.rows(obs)) is not None:
+                rows[obs.fingerprint], losses[obs.fingerprint] = kept, obs.loss
+        for obs in reversed(history):
+            if obs.guide is not None and obs.guide.plan in rows:
                 signed, squared = (
                     np.stack([part[first : last + 1].sum(0) for first, last in self.space.groups]).astype(np.float64)
-                    for part in (told.guide.signed, told.guide.squared)
+                    for part in (obs.guide.signed, obs.guide.squared)
                 )
-                base, sign = rows[told.guide.plan], np.where(rows[told.guide.plan], -1.0, 1.0)
-                others = [plan for plan in rows if plan != told.guide.plan]
+                base, sign = rows[obs.guide.plan], np.where(rows[obs.guide.plan], -1.0, 1.0)
+                others = [plan for plan in rows if plan != obs.guide.plan]
                 differing = np.array([rows[plan].astype(float) - base for plan in others])
-                changes = np.array([losses[plan] - losses[told.guide.plan] for plan in others])
+                changes = np.array([losses[plan] - losses[obs.guide.plan] for plan in others])
                 return _Model(
-                    told.slot, sign * signed, sign * squared, differing.reshape(len(others), base.size), changes
+                    obs.slot, sign * signed, sign * squared, differing.reshape(len(others), base.size), changes
                 )
         return None
 
-    def reach(self, history: Sequence[Told], since: int) -> int:
+    def reach(self, history: Sequence[Observation], since: int) -> int:
         """How many groups may change at once."""
-        by_slot = {told.slot: told for told in history}
+        by_slot = {obs.slot: obs for obs in history}
         most = len(self.space.groups)
         radius = max(1, most // 2) if self.radius is None else min(self.radius, most)
-        for told in history:
-            if self.is_guided(told) and told.slot > since and (told.loss is not None or told.failed):
-                won, predicted = gain(told, by_slot.get(told.notes["parent"])), told.notes.get("predicted")
+        for obs in history:
+            if self.is_guided(obs) and obs.slot > since and (obs.loss is not None or obs.failed):
+                won, predicted = gain(obs, by_slot.get(obs.notes["parent"])), obs.notes.get("predicted")
                 if won > 0 and isinstance(predicted, float) and won >= predicted / 4:
                     radius = min(2 * radius, most)
                 elif won == 0:
@@ -171,7 +168,7 @@ class GuidedSampler(LocalSampler):
         return radius
 
     def swapped(
-        self, rng: np.random.Generator, parent: Told, model: _Model, radius: int, widen: float = 1.0
+        self, rng: np.random.Generator, parent: Observation, model: _Model, radius: int, widen: float = 1.0
     ) -> Proposal | None:
         """The parent after the swaps that gain most by a draw; None where it does not keep experts as they are."""
         kept = self.rows(parent)
@@ -253,8 +250,8 @@ class _Model:
         mean, spread, noise = self.prior
         spread = widen * spread
         values = mean + spread * rng.standard_normal(mean.size)
-        told = self.changes + noise * rng.standard_normal(noise.size)
-        drawn: Values = values + self._gain(spread, noise) @ (told - self.differing @ values)
+        simulated = self.changes + noise * rng.standard_normal(noise.size)
+        drawn: Values = values + self._gain(spread, noise) @ (simulated - self.differing @ values)
         return drawn
 
     def _gain(self, spread: Values, noise: Values) -> Values:

@@ -33,15 +33,12 @@ from moeopt.errors import SamplerError
 from moeopt.plan import Matrix, Plan
 from moeopt.samplers.bandit import choose, gain, layers_run, most_tokens
 from moeopt.samplers.base import (
-    START,
-    GenomeSampler,
+    Observation,
     Proposal,
-    Told,
+    StartingSampler,
     check_counts,
     check_positive,
-    digest,
     noted,
-    starting_point,
 )
 from moeopt.spaces.base import Phase, Space
 from moeopt.trials.genome import Vector
@@ -59,7 +56,7 @@ class Arm:
     band: int
 
 
-class LocalSampler(GenomeSampler):
+class LocalSampler(StartingSampler):
     """Hill climbing, or a small population, in windows of consecutive layer groups.
 
     Args:
@@ -101,7 +98,7 @@ class LocalSampler(GenomeSampler):
         prior: float = 3.0,
         memory: float = 50.0,
     ) -> None:
-        super().__init__(space, seed=seed, redraw=redraw)
+        super().__init__(space, seed=seed, redraw=redraw, start=start)
         check_counts({"population": population, "bands": bands, **{f"widths[{i}]": w for i, w in enumerate(widths)}})
         check_positive({"sigma": sigma, "prior": prior, "memory": memory})
         if not 0 <= fade < float("inf"):
@@ -119,17 +116,19 @@ class LocalSampler(GenomeSampler):
         self.fade, self.sigma, self.prior, self.memory = float(fade), float(sigma), float(prior), float(memory)
         most = max(len(self.groups(move)) for move in self.moves)
         self.widths = tuple(sorted({w for w in widths if w <= most})) or (most,)
-        self.x0, self.given = starting_point(space, start), start is not None
 
     def settings(self) -> dict[str, Any]:
-        names = ("seed", "redraw", "population", "fade", "bands", "sigma", "p_entry", "prior", "memory")
-        lists = {"widths": list(self.widths), "moves": list(self.moves)}
-        start = digest(self.x0) if self.given else None
-        return {"name": "local", **{name: getattr(self, name) for name in names}, **lists, "start": start}
+        options = ("population", "fade", "bands", "sigma", "p_entry", "prior", "memory")
+        return self.named_settings("local", *options, widths=list(self.widths), moves=list(self.moves))
 
-    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
-        if attempt == 0 and self.opens(history, slot) and (self.given or not history):
-            return Proposal(self.x0, START)
+    def opens(self, history: list[Observation], slot: int) -> bool:
+        # What was enqueued is a start as well: the space's own is then of no use.
+        return super().opens(history, slot) and (self.given or not history)
+
+    def named_settings(self, name: str, *options: str, **more: Any) -> dict[str, Any]:
+        return super().named_settings(name, *options, **more) | ({} if self.given else {"start": None})
+
+    def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         rng = self.rng(slot, attempt)
         parent = self.parent(rng, history)
         arm = self.arm(rng, history)
@@ -141,28 +140,28 @@ class LocalSampler(GenomeSampler):
         parents = () if parent is None else (parent.number,)
         return Proposal(change(rng, x, arm.move, groups), arm.move, parents, phase, notes)
 
-    def parent(self, rng: np.random.Generator, history: list[Told]) -> Told | None:
+    def parent(self, rng: np.random.Generator, history: list[Observation]) -> Observation | None:
         """One of the best `population` trials with different plans, a trial's loss counting for more with every child
         that it has; None, for the start, while nothing is finished."""
-        finished = {told.slot: told for told in history if told.loss is not None}
-        families = [(told, finished.get(told.notes["parent"])) for told in finished.values() if self.is_own(told)]
-        changes = [(told.loss or 0.0) - (parent.loss or 0.0) for told, parent in families if parent is not None]
-        children = Counter(told.notes["parent"] for told, _ in families)
+        finished = {obs.slot: obs for obs in history if obs.loss is not None}
+        families = [(obs, finished.get(obs.notes["parent"])) for obs in finished.values() if self.is_ours(obs)]
+        changes = [(obs.loss or 0.0) - (parent.loss or 0.0) for obs, parent in families if parent is not None]
+        children = Counter(obs.notes["parent"] for obs, _ in families)
         step = self.fade * float(np.quantile(np.abs(changes), 0.25)) if changes else 0.0
-        ranked = sorted(finished.values(), key=lambda told: (told.loss or 0.0) + step * children[told.slot])
-        by_plan: dict[str, Told] = {}
-        for told in ranked:
-            by_plan.setdefault(told.fingerprint, told)
+        ranked = sorted(finished.values(), key=lambda obs: (obs.loss or 0.0) + step * children[obs.slot])
+        by_plan: dict[str, Observation] = {}
+        for obs in ranked:
+            by_plan.setdefault(obs.fingerprint, obs)
         best = list(by_plan.values())[: self.population]
         return best[rng.integers(len(best))] if best else None
 
-    def is_own(self, told: Told) -> bool:
+    def is_ours(self, obs: Observation) -> bool:
         """Whether a trial is a move of this sampler."""
-        if told.operator not in self.moves or "parent" not in told.notes:
+        if obs.operator not in self.moves or "parent" not in obs.notes:
             return False
-        first, width = noted(told, "first"), noted(told, "width")
-        known = told.notes["parent"] is None or noted(told, "parent") is not None
-        return known and None not in (first, width) and (first or 0) < len(self.groups(told.operator))
+        first, width = noted(obs, "first"), noted(obs, "width")
+        has_parent = obs.notes["parent"] is None or noted(obs, "parent") is not None
+        return has_parent and None not in (first, width) and (first or 0) < len(self.groups(obs.operator))
 
     def groups(self, move: str) -> Sequence[tuple[int, int]]:
         """The layer ranges that the windows of a move are made of."""
@@ -173,38 +172,38 @@ class LocalSampler(GenomeSampler):
         return first * self.bands // len(self.groups(move))
 
     def arms(self) -> list[Arm]:
-        found: list[Arm] = []
+        arms: list[Arm] = []
         for move in self.moves:
             count = len(self.groups(move))
             widths = [width for width in self.widths if width <= count] or [count]
             windows = {(width, self.band(first, move)) for width in widths for first in range(count - width + 1)}
-            found += [Arm(move, *window) for window in sorted(windows)]
-        return found
+            arms += [Arm(move, *window) for window in sorted(windows)]
+        return arms
 
     def begins(self, arm: Arm) -> list[int]:
         """The groups at which a window of the arm may begin."""
         firsts = range(len(self.groups(arm.move)) - arm.width + 1)
         return [first for first in firsts if self.band(first, arm.move) == arm.band]
 
-    def arm(self, rng: np.random.Generator, history: list[Told]) -> Arm:
+    def arm(self, rng: np.random.Generator, history: list[Observation]) -> Arm:
         """The bandit's choice."""
         return choose(rng, self.arms(), self.plays(history), prior=self.prior, memory=self.memory)
 
-    def plays(self, history: list[Told]) -> list[tuple[Arm, float, float]]:
+    def plays(self, history: list[Observation]) -> list[tuple[Arm, float, float]]:
         """Arm, gain and cost (in layers run) of every finished proposal of this sampler, by slot."""
-        by_slot, whole = {told.slot: told for told in history}, most_tokens(history)
-        found = []
-        for told in history:
-            if not self.is_own(told) or (told.loss is None and not told.failed):
+        by_slot, whole = {obs.slot: obs for obs in history}, most_tokens(history)
+        plays = []
+        for obs in history:
+            if not self.is_ours(obs) or (obs.loss is None and not obs.failed):
                 continue
-            parent, first = by_slot.get(told.notes["parent"]), told.notes["first"]
-            arm = Arm(told.operator, told.notes["width"], self.band(first, told.operator))
-            found.append((arm, gain(told, parent), self.cost(told, whole)))
-        return found
+            parent, first = by_slot.get(obs.notes["parent"]), obs.notes["first"]
+            arm = Arm(obs.operator, obs.notes["width"], self.band(first, obs.operator))
+            plays.append((arm, gain(obs, parent), self.cost(obs, whole)))
+        return plays
 
-    def cost(self, told: Told, whole: float) -> float:
+    def cost(self, obs: Observation, whole: float) -> float:
         """What a proposal of this sampler cost, in layers over all examples; `whole` as for `layers_run`."""
-        return layers_run(told, self.space, self.groups(told.operator)[told.notes["first"]][0], whole)
+        return layers_run(obs, self.space, self.groups(obs.operator)[obs.notes["first"]][0], whole)
 
     def moved(self, rng: np.random.Generator, x: Vector, move: str, groups: range) -> Vector:
         """A copy of `x` after the move; numbers of other groups than these stay as they are."""
@@ -212,9 +211,10 @@ class LocalSampler(GenomeSampler):
         scale = self.sigma * float(self.space.step[0]) * 16 ** -rng.random()
         for group in groups:
             MOVES[move][1](rng, matrices[group], scale, self.p_entry)
-        window, own = slice(groups.start, groups.stop), slice(0, self.space.extras.start)
+        window, matrices_part = slice(groups.start, groups.stop), slice(0, self.space.extras.start)
+        # A space may write a group's matrices in other numbers than before; those outside of the window stay.
         child, changed = x.copy(), self.space.with_matrices(x, matrices)
-        parts = [vector[own].reshape(len(self.space.groups), -1) for vector in (child, changed)]
+        parts = [vector[matrices_part].reshape(len(self.space.groups), -1) for vector in (child, changed)]
         parts[0][window] = parts[1][window]
         return self.space.snap(child)
 

@@ -29,7 +29,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeopt.errors import SamplerError, nearest
 from moeopt.plan import Plan
-from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, noted, starting_point
+from moeopt.samplers.base import (
+    START,
+    Observation,
+    Proposal,
+    StartingSampler,
+    check_counts,
+    check_positive,
+    noted,
+)
 from moeopt.spaces.base import Space
 from moeopt.trials.genome import Vector
 
@@ -38,7 +46,7 @@ UNKNOWN = 1e6
 """Told for an unknown loss before any is known."""
 
 
-class NevergradSampler(GenomeSampler):
+class NevergradSampler(StartingSampler):
     """A Nevergrad optimiser, told one trial at a time.
 
     Args:
@@ -66,31 +74,21 @@ class NevergradSampler(GenomeSampler):
         sigma: float = 1.0,
         start: Plan | ArrayLike | None = None,
     ) -> None:
-        super().__init__(space, seed=seed, redraw=redraw)
-        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-            raise SamplerError(f"budget must be an integer of at least 1, got {budget!r}")
-        if not 0 < sigma < float("inf"):
-            raise SamplerError(f"sigma must be a positive number, got {sigma!r}")
-        known = registry()
-        if optimizer not in known:
-            hint = nearest(str(optimizer), known)
-            raise SamplerError(f"Nevergrad has no optimiser {optimizer!r}{hint} (its registry has {len(known)})")
+        super().__init__(space, seed=seed, redraw=redraw, start=start)
+        check_counts({"budget": budget})
+        check_positive({"sigma": sigma})
+        names = registry()
+        if optimizer not in names:
+            hint = nearest(str(optimizer), names)
+            raise SamplerError(f"Nevergrad has no optimiser {optimizer!r}{hint} (its registry has {len(names)})")
         self.optimizer, self.budget, self.sigma = optimizer, budget, float(sigma)
-        self.x0 = starting_point(space, start)
         self._replay: _Replay | None = None
 
     def settings(self) -> dict[str, Any]:
-        names = ("seed", "redraw", "budget", "sigma")
-        return {
-            "name": f"nevergrad:{self.optimizer}",
-            **{name: getattr(self, name) for name in names},
-            "start": digest(self.x0),
-        }
+        return self.named_settings(f"nevergrad:{self.optimizer}", "budget", "sigma")
 
-    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
-        if attempt == 0 and self.opens(history, slot):
-            return Proposal(self.x0, START)
-        keys = [(told.slot, told.operator, told.fingerprint, told.loss, told.failed) for told in history]
+    def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
+        keys = [(obs.slot, obs.operator, obs.fingerprint, obs.loss, obs.failed) for obs in history]
         replay = self._replay
         if replay is None or not replay.leads_to(keys, history, attempt):
             replay = self._replay = _Replay(self)
@@ -137,7 +135,7 @@ class _Replay:
         self._seeds = np.random.SeedSequence([sampler.seed, 0]).generate_state(3)
         self._states = _states(*self._seeds[:2])
 
-    def leads_to(self, keys: list[Any], history: list[Told], attempt: int) -> bool:
+    def leads_to(self, keys: list[Any], history: list[Observation], attempt: int) -> bool:
         """Whether going on from here gives what starting afresh would."""
         if self.keys != keys[: len(self.keys)]:
             return False
@@ -145,14 +143,14 @@ class _Replay:
             return self.asks <= attempt
         return self.asks in (0, self._asked_for(history[len(self.keys)]))
 
-    def propose(self, history: list[Told], keys: list[Any], attempt: int) -> Vector:
+    def propose(self, history: list[Observation], keys: list[Any], attempt: int) -> Vector:
         """Go through the trials not seen yet; the point to evaluate then, (size,)."""
 
         def work() -> Vector:
             if self._optimizer is None:
                 self._optimizer = self._new()
-            for told, key in zip(history[len(self.keys) :], keys[len(self.keys) :]):
-                self._advance(told, key)
+            for obs, key in zip(history[len(self.keys) :], keys[len(self.keys) :]):
+                self._advance(obs, key)
             return self._candidate(attempt)
 
         with _random_states(self._states), _pycma_without_clock(), warnings.catch_warnings():
@@ -172,21 +170,21 @@ class _Replay:
         array.random_state = np.random.RandomState(self._seeds[2])
         return ng.optimizers.registry[self.name](array, budget=self.budget, num_workers=1)
 
-    def _advance(self, told: Told, key: Any) -> None:
+    def _advance(self, obs: Observation, key: Any) -> None:
         """Repeat the asks that led to a trial, and tell its loss."""
-        loss = told.loss
+        loss = obs.loss
         if loss is None:
             loss = UNKNOWN if self._worst is None else self._worst
-        asks = self._asked_for(told)
-        if asks and np.array_equal(self._candidate(asks - 1), told.x):
+        asks = self._asked_for(obs)
+        if asks and np.array_equal(self._candidate(asks - 1), obs.x):
             self._answer(loss)
-        elif told.loss is not None:
-            self._tell_not_asked(told.x, loss)
+        elif obs.loss is not None:
+            self._tell_not_asked(obs.x, loss)
         self.keys.append(key)
         self.asks = 0
-        self._losses[told.fingerprint] = loss
-        if told.loss is not None:
-            self._worst = told.loss if self._worst is None else max(self._worst, told.loss)
+        self._losses[obs.fingerprint] = loss
+        if obs.loss is not None:
+            self._worst = obs.loss if self._worst is None else max(self._worst, obs.loss)
 
     def _candidate(self, attempt: int) -> Vector:
         """The point on offer after `attempt` duplicates."""
@@ -214,10 +212,10 @@ class _Replay:
         with suppress(TellNotAskedNotSupportedError):
             self._optimizer.tell(self._optimizer.parametrization.spawn_child(new_value=self._z(x)), loss)
 
-    def _asked_for(self, told: Told) -> int:
-        if told.operator == START:  # many ask for it first; told twice, it would count as the only point without noise
+    def _asked_for(self, obs: Observation) -> int:
+        if obs.operator == START:  # many ask for it first; told twice, it would count as the only point without noise
             return 1
-        return min(noted(told, "asks") or 0, self.most) if told.operator == self.name else 0
+        return min(noted(obs, "asks") or 0, self.most) if obs.operator == self.name else 0
 
     def _z(self, x: Vector) -> NDArray[np.float64]:
         """What the optimiser works on: (size,), with an idle 0 added to a single number, which its CMA cannot take."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeopt.samplers.base import GenomeSampler, Proposal, Told
+from moeopt.samplers.base import GenomeSampler, Observation, Proposal
 
 
 class RandomSampler(GenomeSampler):
     """Independent draws of `Space.sample`: uniform prunings, or Gaussian steps around a `MergeSpace`'s plan."""
 
-    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
+    def propose(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         return Proposal(self.space.sample(self.rng(slot, attempt)), "random")
 
     def settings(self) -> dict[str, Any]:
-        return {"name": "random", "seed": self.seed, "redraw": self.redraw}
+        return self.named_settings("random")

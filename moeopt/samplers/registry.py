@@ -67,8 +67,8 @@ def get(sampler: str | BaseSampler, space: Space, *, seed: int | None = 0, **opt
         raise SamplerError(f"a sampler is a name or an Optuna sampler object, got {sampler!r}")
     name, colon, optimizer = sampler.partition(":")
     if name not in SAMPLERS or (colon and name != "nevergrad"):
-        known = [*SAMPLERS, "nevergrad:DE", "nevergrad:OnePlusOne", "nevergrad:PSO", "nevergrad:NGOpt"]
-        hint = nearest(sampler, known)
+        names = [*SAMPLERS, "nevergrad:DE", "nevergrad:OnePlusOne", "nevergrad:PSO", "nevergrad:NGOpt"]
+        hint = nearest(sampler, names)
         raise SamplerError(f"unknown sampler {sampler!r}{hint}; there are {', '.join(SAMPLERS)} and any nevergrad:NAME")
     if colon:
         options["optimizer"] = optimizer
@@ -90,11 +90,11 @@ def from_settings(settings: dict[str, Any], space: Space, start: ArrayLike | Non
     Raises:
         SamplerError: when they are not those of a sampler that is known by name.
     """
-    name, *_ = known = str(settings.get("name")).split(":")
+    name, *_ = parts = str(settings.get("name")).split(":")
     inner = settings.get("sampler")
     if isinstance(inner, dict):
         raise SamplerError(f"it is an object of class {inner.get('class')!r:.120}")
-    if name not in SAMPLERS or len(known) > 2:
+    if name not in SAMPLERS or len(parts) > 2:
         raise SamplerError(f"sampler {settings.get('name')!r:.80} is not one of moeopt's")
     for option, value in settings.items():
         if option != "seed" and isinstance(value, (int, float)) and not -MOST <= value <= MOST:

@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from moeopt.errors import SamplerError
 from moeopt.plan import Plan
-from moeopt.samplers.base import START, GenomeSampler, Proposal, Told, digest, starting_point
+from moeopt.samplers.base import GenomeSampler, Observation, Proposal, StartingSampler
 from moeopt.samplers.seeding import reseed
 from moeopt.spaces.base import Space
 from moeopt.trials.genome import Vector
@@ -40,7 +40,7 @@ NOTES_AT_MOST = 16_000
 """Characters of JSON that a sampler may keep per trial."""
 
 
-class ShadowSampler(GenomeSampler):
+class ShadowSampler(StartingSampler):
     """Drives any Optuna sampler; the first trial is the start.
 
     Args:
@@ -64,7 +64,7 @@ class ShadowSampler(GenomeSampler):
         redraw: int = 20,
         start: Plan | ArrayLike | None = None,
     ) -> None:
-        super().__init__(space, seed=seed, redraw=redraw)
+        super().__init__(space, seed=seed, redraw=redraw, start=start)
         if not isinstance(sampler, BaseSampler):
             raise SamplerError(f"expected an Optuna sampler object, got {sampler!r}")
         if isinstance(sampler, GenomeSampler):
@@ -72,21 +72,16 @@ class ShadowSampler(GenomeSampler):
         if any(isinstance(inner, CmaEsSampler) for inner in (sampler, *vars(sampler).values())):
             raise SamplerError("Optuna's CmaEsSampler keeps a pickled optimiser in the study; use sampler='cmaes'")
         self.sampler = self._alone = copy.deepcopy(sampler)
-        self.x0 = starting_point(space, start)
         self._shadow: _Shadow | None = None
 
     def settings(self) -> dict[str, Any]:
-        return {"name": "optuna", "seed": self.seed, "redraw": self.redraw, "sampler": describe(self.sampler)} | {
-            "start": digest(self.x0)
-        }
+        return self.named_settings("optuna", sampler=describe(self.sampler))
 
-    def propose(self, history: list[Told], slot: int, attempt: int) -> Proposal:
-        if attempt == 0 and self.opens(history, slot):
-            return Proposal(self.x0, START)
+    def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         if self._shadow is None or not self._shadow.leads_to(history, slot, attempt):
             self._shadow = _Shadow(self.space)
         self._shadow.tell(history, slot)
-        running = any(told.loss is None and not told.failed for told in history)
+        running = any(obs.loss is None and not obs.failed for obs in history)
         for again in range(self._shadow.asks, attempt + 1):
             sampler = copy.deepcopy(self.sampler if running else self._alone)
             reseed(sampler, int(self.rng(slot, again).integers(1 << 62)))
@@ -130,7 +125,7 @@ class TPESampler(ShadowSampler):
         self._alone = alone  # the same proposals in less time: no lie is told when no other trial runs
 
     def settings(self) -> dict[str, Any]:
-        return {"name": "tpe", "seed": self.seed, "redraw": self.redraw, **self.options, "start": digest(self.x0)}
+        return self.named_settings("tpe", **self.options)
 
 
 class _Shadow:
@@ -145,7 +140,7 @@ class _Shadow:
         self.distributions = _Shared(space.distributions())
         self.storage = InMemoryStorage()
         self.asks = 0
-        self._told: list[Told | None] = []
+        self._observations: list[Observation | None] = []
         self._open: int | None = None
         self._asked: tuple[Vector, dict[str, Any]] | None = None
         self._study_attrs: dict[str, Any] = {}
@@ -157,10 +152,10 @@ class _Shadow:
         finally:
             optuna.logging.set_verbosity(verbosity)
 
-    def leads_to(self, history: list[Told], slot: int, attempt: int) -> bool:
+    def leads_to(self, history: list[Observation], slot: int, attempt: int) -> bool:
         """Whether going on from here gives what building anew would."""
         wanted = _by_index(history, slot)
-        for old, new in zip(self._told, wanted):
+        for old, new in zip(self._observations, wanted):
             if old is new:
                 continue
             settled = old is None or old.loss is not None or old.failed
@@ -169,28 +164,28 @@ class _Shadow:
             if old is not None and new is not None and not np.array_equal(old.x, new.x):
                 return False
         if self._open is None or self._asked is None:
-            return len(wanted) >= len(self._told) and self._open is None
-        if len(wanted) == len(self._told):
+            return len(wanted) >= len(self._observations) and self._open is None
+        if len(wanted) == len(self._observations):
             return self.asks <= attempt
-        taken = wanted[len(self._told)] if len(wanted) > len(self._told) else None
+        taken = wanted[len(self._observations)] if len(wanted) > len(self._observations) else None
         return taken is not None and np.array_equal(taken.x, self._asked[0]) and taken.notes == self._asked[1]
 
-    def tell(self, history: list[Told], slot: int) -> None:
+    def tell(self, history: list[Observation], slot: int) -> None:
         """Bring the shadow up to the history, and open no trial yet."""
-        for i, told in enumerate(_by_index(history, slot)):
-            if i < len(self._told):
-                old = self._told[i]
-                if told is not None and old is not None and _facts(old) != _facts(told):
-                    self._finish(self.storage.get_trial_id_from_study_id_trial_number(self._id, i), told)
-                    self._told[i] = told
+        for i, obs in enumerate(_by_index(history, slot)):
+            if i < len(self._observations):
+                old = self._observations[i]
+                if obs is not None and old is not None and _facts(old) != _facts(obs):
+                    self._finish(self.storage.get_trial_id_from_study_id_trial_number(self._id, i), obs)
+                    self._observations[i] = obs
             else:
-                if told is not None and self._open is not None:
-                    for name, value in self._values(told).items():
+                if obs is not None and self._open is not None:
+                    for name, value in self._values(obs).items():
                         self.storage.set_trial_param(self._open, name, value, self.distributions[name])
-                    self._finish(self._open, told)
+                    self._finish(self._open, obs)
                 else:
-                    self._add(told)
-                self._told.append(told)
+                    self._add(obs)
+                self._observations.append(obs)
                 self._open, self._asked, self.asks = None, None, 0
 
     def ask(self, sampler: BaseSampler) -> tuple[Vector, dict[str, Any]]:
@@ -215,10 +210,10 @@ class _Shadow:
 
     def _notes(self, attrs: Mapping[str, Any], name: str) -> dict[str, Any]:
         # Relative parameters are noted by samplers for other workers only; here those see the parameters themselves.
-        kept = {key: value for key, value in attrs.items() if ":relative_params" not in key}
+        trial_attrs = {key: value for key, value in attrs.items() if ":relative_params" not in key}
         now = self.storage.get_study_system_attrs(self._id)
         changed = {key: value for key, value in now.items() if self._study_attrs.get(key) != value}
-        notes = {key: value for key, value in {"trial": kept, "study": changed}.items() if value}
+        notes = {key: value for key, value in {"trial": trial_attrs, "study": changed}.items() if value}
         try:
             text = json.dumps(notes)
         except (TypeError, ValueError) as error:
@@ -230,29 +225,29 @@ class _Shadow:
             )
         return json.loads(text)  # type: ignore[no-any-return]
 
-    def _add(self, told: Told | None) -> None:
-        if told is None:
+    def _add(self, obs: Observation | None) -> None:
+        if obs is None:
             self.storage.create_new_trial(self._id, create_trial(state=TrialState.FAIL))
             return
-        now, state = datetime.now(), _state(told)
+        now, state = datetime.now(), _state(obs)
         trial = FrozenTrial(
-            number=-1, trial_id=-1, state=state, value=told.loss,
+            number=-1, trial_id=-1, state=state, value=obs.loss,
             datetime_start=now, datetime_complete=now if state.is_finished() else None,
-            params=_Shared(self._values(told)), distributions=self.distributions,
-            system_attrs=dict(told.notes.get("trial", {})) if told.operator == OPERATOR else {},
+            params=_Shared(self._values(obs)), distributions=self.distributions,
+            system_attrs=dict(obs.notes.get("trial", {})) if obs.operator == OPERATOR else {},
             user_attrs={}, intermediate_values={},
         )  # fmt: skip
         self.storage.create_new_trial(self._id, trial)
-        if told.operator == OPERATOR:
-            for key, value in told.notes.get("study", {}).items():
+        if obs.operator == OPERATOR:
+            for key, value in obs.notes.get("study", {}).items():
                 self.storage.set_study_system_attr(self._id, key, value)
 
-    def _values(self, told: Told) -> dict[str, float]:
-        return dict(zip(self.space.names, self.space.values(told.x)))
+    def _values(self, obs: Observation) -> dict[str, float]:
+        return dict(zip(self.space.names, self.space.values(obs.x)))
 
-    def _finish(self, trial_id: int, told: Told) -> None:
-        if _state(told).is_finished():
-            self.storage.set_trial_state_values(trial_id, _state(told), None if told.loss is None else [told.loss])
+    def _finish(self, trial_id: int, obs: Observation) -> None:
+        if _state(obs).is_finished():
+            self.storage.set_trial_state_values(trial_id, _state(obs), None if obs.loss is None else [obs.loss])
 
 
 class _Shared(dict[str, Any]):
@@ -262,32 +257,32 @@ class _Shared(dict[str, Any]):
         return self
 
 
-def _by_index(history: list[Told], slot: int) -> list[Told | None]:
-    by_slot = {told.slot: told for told in history}
+def _by_index(history: list[Observation], slot: int) -> list[Observation | None]:
+    by_slot = {obs.slot: obs for obs in history}
     return [by_slot.get(i) for i in range(max([slot, *(i + 1 for i in by_slot)]))]
 
 
-def _facts(told: Told | None) -> Any:
-    return told and (told.fingerprint, told.operator, told.loss, told.failed)
+def _facts(obs: Observation | None) -> Any:
+    return obs and (obs.fingerprint, obs.operator, obs.loss, obs.failed)
 
 
-def _state(told: Told) -> TrialState:
-    if told.failed:
+def _state(obs: Observation) -> TrialState:
+    if obs.failed:
         return TrialState.FAIL
-    return TrialState.RUNNING if told.loss is None else TrialState.COMPLETE
+    return TrialState.RUNNING if obs.loss is None else TrialState.COMPLETE
 
 
 def describe(sampler: BaseSampler | BasePruner) -> dict[str, Any]:
     """The class of a sampler or pruner, and of its constructor's arguments those that it shows and JSON can hold."""
     kind = type(sampler)
-    found: dict[str, Any] = {"class": f"{kind.__module__}.{kind.__qualname__}"}
+    description: dict[str, Any] = {"class": f"{kind.__module__}.{kind.__qualname__}"}
     for name in inspect.signature(kind.__init__).parameters:
         value = vars(sampler).get(name, vars(sampler).get(f"_{name}", inspect.Parameter.empty))
         if isinstance(value, (BaseSampler, BasePruner)):
-            found[name] = describe(value)
+            description[name] = describe(value)
         elif _is_simple(value):
-            found[name] = value
-    return found
+            description[name] = value
+    return description
 
 
 def _is_simple(value: Any) -> bool:

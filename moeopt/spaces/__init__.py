@@ -1,4 +1,4 @@
-"""Search spaces: numbers on one side, plans on the other."""
+"""Search spaces: numbers on one side, plans on the other. May import plan/ and trials/."""
 
 from moeopt.spaces.active import ActiveSpace
 from moeopt.spaces.base import NAMED_AT_MOST, Space, layer_groups

@@ -127,19 +127,19 @@ class ActiveSpace(Space):
         for g, (first, last) in enumerate(self.extra_groups):
             layers = plan.layers[first : last + 1]
             skipping = [layer.skip for layer in layers if layer.k > 1]
-            for name, found, ends, values in (
+            for name, values, ends, chosen in (
                 ("k", [layer.k for layer in layers], self.k_range, k),
                 ("skip", skipping, self.skip_range, skip),
             ):
-                if ends is None or not found:
+                if ends is None or not values:
                     continue
-                if len(set(found)) > 1:
+                if len(set(values)) > 1:
                     raise SpaceError(f"layers {first}-{last} share one {name} in this space, but differ in the plan")
-                if not np.float32(ends[0]) <= np.float32(found[0]) <= np.float32(ends[1]):
+                if not np.float32(ends[0]) <= np.float32(values[0]) <= np.float32(ends[1]):
                     raise SpaceError(
-                        f"layer {first} of the plan has {name}={found[0]:g}, the space {ends[0]:g} to {ends[1]:g}"
+                        f"layer {first} of the plan has {name}={values[0]:g}, the space {ends[0]:g} to {ends[1]:g}"
                     )
-                values[g] = found[0]
+                chosen[g] = values[0]
         x = self._joined(self.inner.encode(Plan(tuple(self._without(layer) for layer in plan.layers))), k, skip)
         if self.decode(x).fingerprint != plan.fingerprint:
             at = self.decode(x).first_difference(plan)
@@ -187,9 +187,9 @@ class _OnePlan(Space):
         for i, layer in enumerate(plan.layers):
             if layer.experts != shape.experts:
                 raise SpaceError(f"layer {i} of the plan is for {layer.experts} experts, the model has {shape.experts}")
-            if (own := layer.beyond_matrices) is not None:
-                then = "; search k and skipping first, then refit" if own.startswith("down") else ""
-                raise SpaceError(f"layer {i} of the plan has {own}, which no study keeps{then}")
+            if (beyond := layer.beyond_matrices) is not None:
+                then = "; search k and skipping first, then refit" if beyond.startswith("down") else ""
+                raise SpaceError(f"layer {i} of the plan has {beyond}, which no study keeps{then}")
         keep = min(layer.kept_experts for layer in plan.layers)
         super().__init__(shape, keep=keep, groups=groups, k=min(keep, *(layer.k for layer in plan.layers)))
         self._plan = plan
@@ -214,8 +214,8 @@ class _OnePlan(Space):
 
     def encode(self, plan: Plan) -> Vector:
         """No number; SpaceError unless the plan is this one, whatever its k and skip."""
-        for i, (layer, own) in enumerate(zip(plan.layers, self._plan.layers)):
-            if replace(layer, k=1) != replace(own, k=1):
+        for i, (layer, ours) in enumerate(zip(plan.layers, self._plan.layers)):
+            if replace(layer, k=1) != replace(ours, k=1):
                 raise SpaceError(f"layer {i} of the plan is another than that of the plan this space is around")
         return self.start()
 
@@ -265,18 +265,23 @@ def _most_active(layer: LayerPlan) -> int:
 def _k_range(k: Any) -> tuple[int, int] | None:
     if k is None:
         return None
-    ends = tuple(k) if isinstance(k, (tuple, list)) else ()
-    integers = all(isinstance(end, (int, np.integer)) and not isinstance(end, bool) for end in ends)
-    if len(ends) != 2 or not integers or not 1 <= ends[0] < ends[1]:
+    low, high = _ends(k, (int, np.integer))
+    if not 1 <= low < high:
         raise SpaceError(f"k must be a range (low, high) of integers with 1 <= low < high, such as (1, 2), got {k!r}")
-    return int(ends[0]), int(ends[1])
+    return int(low), int(high)
 
 
 def _skip_range(skip: Any) -> tuple[float, float] | None:
     if isinstance(skip, bool):
         return (0.0, 1.0) if skip else None
-    ends = tuple(skip) if isinstance(skip, (tuple, list)) else ()
-    numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends)
-    if len(ends) != 2 or not numbers or not 0 <= ends[0] < ends[1] <= 1:
+    low, high = _ends(skip, (int, float))
+    if not 0 <= low < high <= 1:
         raise SpaceError(f"skip must be True or a range (low, high) with 0 <= low < high <= 1, got {skip!r}")
-    return float(ends[0]), float(ends[1])
+    return float(low), float(high)
+
+
+def _ends(given: Any, kinds: tuple[type, ...]) -> tuple[float, float]:
+    """Both ends of a range; NaN, which lies in no order, where they are not two numbers of these kinds."""
+    ends = tuple(given) if isinstance(given, (tuple, list)) else ()
+    fine = len(ends) == 2 and all(isinstance(end, kinds) and not isinstance(end, bool) for end in ends)
+    return (ends[0], ends[1]) if fine else (float("nan"), float("nan"))

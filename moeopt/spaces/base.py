@@ -135,10 +135,7 @@ class Space(ABC):
 
     def decode(self, x: ArrayLike) -> Plan:
         """The plan that `size` numbers stand for. Numbers out of bounds are clipped, integers rounded, as by `snap`."""
-        layers: list[LayerPlan] = []
-        for (first, last), (w_em, w_rm) in zip(self.groups, self.matrices(self.snap(x))):
-            layers += [self._layer(w_em, w_rm)] * (last - first + 1)
-        return Plan(tuple(layers))
+        return self.decode_matrices(self.matrices(self.snap(x)))
 
     def _layer(self, w_em: Matrix, w_rm: Matrix) -> LayerPlan:
         plain = LayerPlan(self.shape.experts, self.k, w_em=w_em, w_rm=w_rm, router=self.router, negative=self.negative)
@@ -161,9 +158,9 @@ class Space(ABC):
             layer = plan.layers[first]
             if any(other != layer for other in plan.layers[first : last + 1]):
                 raise SpaceError(f"layers {first}-{last} share one choice in this space, but differ in the plan")
-            found, wanted = (layer.experts, layer.kept_experts, layer.k), (shape.experts, self.keep, self.k)
-            if found != wanted:
-                raise SpaceError(f"layer {first} of the plan has (n, r, k) = {found}, the space {wanted}")
+            sizes, wanted = (layer.experts, layer.kept_experts, layer.k), (shape.experts, self.keep, self.k)
+            if sizes != wanted:
+                raise SpaceError(f"layer {first} of the plan has (n, r, k) = {sizes}, the space {wanted}")
             if layer.skip:
                 raise SpaceError(f"layer {first} of the plan skips experts (skip={layer.skip:g}), this space does not")
             if layer.beyond_matrices is not None:
@@ -176,6 +173,7 @@ class Space(ABC):
                     f"{self.negative!r}; build the space with negative={layer.negative!r}"
                 )
             stacked.append(np.stack([layer.expert_matrix, layer.router_matrix]))
+        # A space may only come near these matrices, without an error: what it makes of them is held against the plan.
         x = self.snap(self.from_matrices(np.stack(stacked)))
         if self.decode(x).fingerprint != self.decode_matrices(np.stack(stacked)).fingerprint:
             raise SpaceError(f"the plan lies outside what {type(self).__name__} can express: {self._limits()}")
@@ -225,10 +223,10 @@ class Space(ABC):
         """A genotype as parameters of `distributions`: Python floats, and ints where a number is an integer."""
         if self.integer:
             return x.astype(int).tolist()  # type: ignore[no-any-return]
-        found = x.tolist()
+        values = x.tolist()
         for i in np.flatnonzero(self.whole):
-            found[i] = int(found[i])
-        return found  # type: ignore[no-any-return]
+            values[i] = int(values[i])
+        return values  # type: ignore[no-any-return]
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """The numbers as Optuna distributions, by name, in order."""
@@ -309,6 +307,26 @@ class Space(ABC):
     def group_names(self) -> list[str]:
         """`L00-07`, `L08-15`, ...: the layers of each group."""
         return range_names(self.groups)
+
+
+class EntrySpace(Space):
+    """A space whose numbers are all entries of the matrices, (groups, 2, r, n) flattened."""
+
+    def matrices(self, x: Vector) -> Matrix:
+        return x.reshape(len(self.groups), 2, self.keep, self.shape.experts)
+
+    def from_matrices(self, matrices: Matrix) -> Vector:
+        return np.asarray(matrices, dtype=np.float32).reshape(-1)
+
+    def entry_names(self) -> tuple[str, ...]:
+        """`W_EM.L00-07.0.E3` and so on: one name per entry."""
+        return tuple(
+            f"{matrix}.{group}.{i}.E{e}"
+            for group in self.group_names()
+            for matrix in ("W_EM", "W_RM")
+            for i in range(self.keep)
+            for e in range(self.shape.experts)
+        )
 
 
 def range_names(ranges: Sequence[tuple[int, int]]) -> list[str]:

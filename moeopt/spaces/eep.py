@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from moeopt.plan import Matrix, ModelShape, Negative
-from moeopt.spaces.base import Groups, MapAt, Phase, Space, one_hot_pair, random_rows
-from moeopt.spaces.merge import entry_names
+from moeopt.plan import ModelShape, Negative
+from moeopt.spaces.base import EntrySpace, Groups, MapAt, Phase, one_hot_pair, random_rows
 from moeopt.trials.genome import Vector
 
 LOW, HIGH = -1.0, 2.0
 """Bounds of an entry: one unit beyond the 0 and 1 that a pruning has."""
 
 
-class EEPSpace(Space):
+class EEPSpace(EntrySpace):
     """W_EM and W_RM of every group, all entries in [-1, 2] (EEP, arXiv 2407.00945, section 3.2).
 
     One genotype serves both phases of EEP's search: prunings are the points whose rows are one-hot.
@@ -37,26 +36,20 @@ class EEPSpace(Space):
         negative: Negative = "clamp",
     ) -> None:
         super().__init__(shape, keep=keep, groups=groups, k=k, router=router, negative=negative)
-        self.names = entry_names(self)
+        self.names = self.entry_names()
         self.low = np.full(self.size, LOW, dtype=np.float32)
         self.high = np.full(self.size, HIGH, dtype=np.float32)
         self.step = np.full(self.size, 0.065, dtype=np.float32)
 
-    def matrices(self, x: Vector) -> Matrix:
-        return x.reshape(len(self.groups), 2, self.keep, self.shape.experts)
-
-    def from_matrices(self, matrices: Matrix) -> Vector:
-        return np.asarray(matrices, dtype=np.float32).reshape(-1)
-
     def start(self) -> Vector:
         """The pruning that keeps the first r experts."""
         rows = np.tile(np.arange(self.keep), (len(self.groups), 1))
-        return one_hot_pair(rows, self.shape.experts).reshape(-1)
+        return self.from_matrices(one_hot_pair(rows, self.shape.experts))
 
     def sample(self, rng: np.random.Generator) -> Vector:
         """A random pruning: r distinct experts per group."""
         rows = random_rows(rng, len(self.groups), self.keep, self.shape.experts)
-        return one_hot_pair(rows, self.shape.experts).reshape(-1)
+        return self.from_matrices(one_hot_pair(rows, self.shape.experts))
 
     def describe(self) -> dict[str, Any]:
         return self._description("eep")

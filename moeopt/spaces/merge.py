@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from moeopt.errors import SpaceError
-from moeopt.plan import Matrix, ModelShape, Plan
-from moeopt.spaces.base import Groups, MapAt, Phase, Space
+from moeopt.plan import ModelShape, Plan
+from moeopt.spaces.base import EntrySpace, Groups, MapAt, Phase
 from moeopt.trials import genome
 from moeopt.trials.genome import Vector
 
@@ -16,7 +16,7 @@ REACH = 3.0
 """Entries may move so many scales from the plan they start at."""
 
 
-class MergeSpace(Space):
+class MergeSpace(EntrySpace):
     """Mergings near a plan: every entry of both matrices of every group, at most ``3 * scale`` from the plan's own.
 
     Args:
@@ -43,19 +43,13 @@ class MergeSpace(Space):
         if not 0 < scale < float("inf"):
             raise SpaceError(f"scale must be a positive number, got {scale!r}")
         self.around, self.scale = around, float(scale)
-        self.names = entry_names(self)
+        self.names = self.entry_names()
         self.low = np.full(self.size, -np.inf, dtype=np.float32)
         self.high = -self.low
         center = self.encode(around)
         self.low, self.high = center - np.float32(REACH * scale), center + np.float32(REACH * scale)
         self.step = np.full(self.size, scale, dtype=np.float32)
         self._center = center
-
-    def matrices(self, x: Vector) -> Matrix:
-        return x.reshape(len(self.groups), 2, self.keep, self.shape.experts)
-
-    def from_matrices(self, matrices: Matrix) -> Vector:
-        return np.asarray(matrices, dtype=np.float32).reshape(-1)
 
     def start(self) -> Vector:
         return self._center.copy()
@@ -66,14 +60,3 @@ class MergeSpace(Space):
     def describe(self) -> dict[str, Any]:
         around = genome.pack("around", self._center)
         return self._description("merge", scale=self.scale, **around)
-
-
-def entry_names(space: Space) -> tuple[str, ...]:
-    """`W_EM.L00-07.0.E3` and so on: one name per entry of (groups, 2, r, n)."""
-    return tuple(
-        f"{matrix}.{group}.{i}.E{e}"
-        for group in space.group_names()
-        for matrix in ("W_EM", "W_RM")
-        for i in range(space.keep)
-        for e in range(space.shape.experts)
-    )

@@ -142,6 +142,16 @@ class Task(ABC):
         return False
 
     @property
+    def generates(self) -> bool:
+        """Whether its metric is that of text which the model writes: ``score="metric"`` then lets it."""
+        return False
+
+    @property
+    def members(self) -> Mapping[str, Task]:
+        """The tasks that a mixture is made of, by name; of any other task none."""
+        return {}
+
+    @property
     @abstractmethod
     def splits(self) -> tuple[str, ...]:
         """The splits that have examples, among "search", "dev" and "test"."""

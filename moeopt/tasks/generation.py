@@ -87,6 +87,10 @@ class GenerationTask(PromptedTask):
             raise TaskError(f"task {name!r}: max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
         self.max_new_tokens = max_new_tokens
 
+    @property
+    def generates(self) -> bool:
+        return True
+
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
     ) -> list[Request]:

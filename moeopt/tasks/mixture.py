@@ -38,7 +38,6 @@ import numpy as np
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example, Request, Scores, Task
-from moeopt.tasks.generation import GenerationTask
 from moeopt.tasks.splits import check_apart, checked_limit
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class MixtureTask(Task):
                 raise TaskError(f"the weight of {key!r} must be a number above 0, got {weight!r}")
         total = math.fsum(weight for _, (_, weight) in listed)
         self.name, self.use = name, use
-        self.members = {key: task for key, (task, _) in listed}
+        self._members = {key: task for key, (task, _) in listed}
         self.shares = {key: weight / total for key, (_, weight) in listed}
         self._splits = tuple(s for s in SPLITS if all(s in task.splits for task in self.members.values()))
         if not self._splits:
@@ -107,6 +106,10 @@ class MixtureTask(Task):
         self._check_overlap()
         self.unit = " and ".join(sorted({task.unit for task in self.members.values()}, reverse=True))
         self.origin = "; ".join(f"{key}: {task.summary}" for key, task in self.members.items())
+
+    @property
+    def members(self) -> Mapping[str, Task]:
+        return self._members
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -186,10 +189,7 @@ class MixtureTask(Task):
     @property
     def generates(self) -> bool:
         """Whether a member's metric is that of generated text."""
-        return any(
-            task.generates if isinstance(task, MixtureTask) else isinstance(task, GenerationTask)
-            for task in self.members.values()
-        )
+        return any(task.generates for task in self.members.values())
 
     def places(self, requests: Sequence[Request]) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
         """Of every member with an example among the requests: where its examples stand, and v / w of each."""

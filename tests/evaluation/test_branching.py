@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -110,20 +111,16 @@ def model(request: pytest.FixtureRequest, make_mixtral: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("questions", QUESTIONS.values(), ids=QUESTIONS)
-@pytest.mark.parametrize("memory", [None, 0])
-def test_likelihoods_are_those_of_one_sequence_at_a_time(
-    model: Any, questions: list[Question], plan: Plan | None, memory: int | None
-) -> None:
-    task = Given(questions)
-    losses, greedy = one_at_a_time(model, task, plan)
+@pytest.mark.parametrize(("name", "plan", "memory"), list(zip(QUESTIONS, cycle(PLANS), cycle([None, 0]))))
+def test_likelihoods_are_those_of_one_sequence_at_a_time(model: Any, name: str, plan: str, memory: int | None) -> None:
+    task = Given(QUESTIONS[name])
+    losses, greedy = one_at_a_time(model, task, PLANS[plan])
     for batch_tokens in (1, 30, 4096):
         evaluator = Evaluator(model, unused, task, batch_tokens=batch_tokens, prefix_memory=memory)
-        result = evaluator.evaluate(plan)
+        result = evaluator.evaluate(PLANS[plan])
         np.testing.assert_allclose(result.losses, losses, rtol=1e-5, atol=2e-5)
         np.testing.assert_array_equal(result.correct, greedy)
-        needed = tokens_needed(task, branching=evaluator._branching)
+        needed = tokens_needed(task, branching=evaluator.branching)
         assert result.tokens == needed or (result.tokens < needed and not distinct_prompts(task))
 
 
@@ -131,7 +128,7 @@ def test_likelihoods_are_those_of_one_sequence_at_a_time(
 def test_every_prompt_token_is_run_once(model: Any, name: str) -> None:
     task = Given(QUESTIONS[name])
     evaluator = Evaluator(model, unused, task)
-    assert evaluator._branching
+    assert evaluator.branching
     run: list[int] = []
     hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _m, args: run.append(args[0].shape[:2].numel()))
     result = evaluator.evaluate()
@@ -173,7 +170,7 @@ def test_any_questions(model: Any, questions: list[Question], batch_tokens: int)
     evaluator = Evaluator(model, unused, task, batch_tokens=batch_tokens)
     result = evaluator.evaluate()
     np.testing.assert_allclose(result.losses, losses, rtol=1e-5, atol=2e-5)
-    assert result.tokens <= tokens_needed(task, branching=evaluator._branching)
+    assert result.tokens <= tokens_needed(task, branching=evaluator.branching)
 
 
 @settings(max_examples=60, deadline=None)
@@ -226,7 +223,7 @@ def test_half_precision_is_off_by_rounding_only(make_mixtral: Any, dtype: torch.
     model = make_mixtral(layers=2, experts=4, dtype=dtype, initializer_range=0.05)
     task = Given(QUESTIONS["options of several tokens"])
     evaluator = Evaluator(model, unused, task)
-    assert evaluator._branching
+    assert evaluator.branching
     losses, _ = one_at_a_time(model, task, None)
     np.testing.assert_allclose(evaluator.evaluate().losses, losses, rtol=0.01, atol=0.05)
 
@@ -261,7 +258,7 @@ class Flat(MixtralModel):
 def test_half_precision_does_not_hide_that_a_model_cannot_branch(make_mixtral: Any, kind: Any) -> None:
     model = make_mixtral(layers=2, experts=4, dtype=torch.bfloat16, initializer_range=0.1)
     model.model.__class__ = kind
-    assert not Evaluator(model, unused, Given(QUESTIONS["options of several tokens"]))._branching
+    assert not Evaluator(model, unused, Given(QUESTIONS["options of several tokens"])).branching
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -274,7 +271,7 @@ def test_models_that_cannot_branch_run_options_apart(make_mixtral: Any, attentio
         model.model.__class__ = kind
     task = Given(QUESTIONS[name])
     evaluator = Evaluator(model, unused, task)
-    assert not evaluator._branching
+    assert not evaluator.branching
     losses, _ = one_at_a_time(model, task, None)
     result = evaluator.evaluate()
     np.testing.assert_allclose(result.losses, losses, rtol=1e-5, atol=2e-5)
@@ -283,6 +280,6 @@ def test_models_that_cannot_branch_run_options_apart(make_mixtral: Any, attentio
 
 def test_checking_leaves_nothing_behind(make_mixtral: Any) -> None:
     evaluator = Evaluator(make_mixtral(layers=2, experts=4), unused, Given(QUESTIONS["equal"]))
-    assert evaluator._branching
-    assert evaluator._runner.prefixes.nbytes == 0  # type: ignore[union-attr]
+    assert evaluator.branching
+    assert evaluator.passes.runner.prefixes.nbytes == 0  # type: ignore[union-attr]
     assert evaluator.evaluate().layer_tokens == 2 * evaluator.tokens

@@ -238,7 +238,7 @@ def test_active_counts_the_experts_that_ran(make_mixtral, tiny_tokenizer, questi
     model.set_experts_implementation("eager")
     evaluator = Evaluator(model, tiny_tokenizer, questions, batch_tokens=64, rungs=rungs, prefix_memory=0)
     if whole:
-        evaluator._runner = Whole(model, 3)
+        evaluator.passes.runner = Whole(model, 3)
     plan = skipping((2, 0.9), (3, 0.6), (1, 0.0))
     evaluator.evaluate(plan)  # what it checks first runs experts, too
     pairs, own = [], type(model.model.layers[0].mlp.experts).forward.__wrapped__
@@ -249,7 +249,7 @@ def test_active_counts_the_experts_that_ran(make_mixtral, tiny_tokenizer, questi
 
     monkeypatch.setattr(type(model.model.layers[0].mlp.experts).forward, "__wrapped__", counting)
     places = 0
-    for rung, evaluation in zip(evaluator._batches, evaluator.race(plan)):
+    for rung, evaluation in zip(evaluator.passes.batches, evaluator.race(plan)):
         places += sum(batch.ids.numel() for batch in rung)
         assert evaluation.active == pytest.approx(sum(pairs) / (3 * places))
     assert 1 < evaluation.active < 2
@@ -264,7 +264,7 @@ LAYER_CHOICES = ((2, 0.0), (1, 0.0), (2, 0.5), (2, 0.9), (3, 0.7))
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     chosen=st.lists(st.lists(st.sampled_from(LAYER_CHOICES), min_size=4, max_size=4), min_size=2, max_size=6),
     layers=st.sampled_from([1, 3, 6, 1000]),

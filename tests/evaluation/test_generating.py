@@ -160,6 +160,7 @@ def test_end_tokens_of_the_generation_config_count(make_mixtral, tiny_tokenizer,
     assert ended.tokens < plain.tokens
 
 
+@pytest.mark.slow
 def test_plans_nest_and_leave_the_model_as_it_was(demo):
     evaluator = Evaluator(*demo, skill("roman", 10), split="test")
     full, pruned = evaluator.generate(), evaluator.generate(PLAN)
@@ -179,6 +180,7 @@ def test_offloaded_weights(make_mixtral, tiny_tokenizer, letters, recwarn):
     assert not recwarn
 
 
+@pytest.mark.slow
 def test_text_under_a_plan_is_that_of_the_exported_checkpoint(demo, tmp_path):
     model, tokenizer = demo
     task = skill("roman", 30)

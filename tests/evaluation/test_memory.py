@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.errors import OutOfMemoryError
-from moeopt.evaluation import Evaluator
-from moeopt.evaluation import evaluator as evaluator_module
+from moeopt.evaluation import Evaluator, passes
 from moeopt.evaluation.memory import free_bytes, merged_bytes, ran_out
 from moeopt.models import merging, moe_layers
 from moeopt.plan import LayerPlan, Plan
@@ -73,8 +73,7 @@ class Small:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", [None, ONE_HOT, merging_plan()], ids=["no plan", "one-hot", "dense"])
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(("plan", "error"), list(zip(cycle([None, ONE_HOT, merging_plan()]), ERRORS)))
 def test_batches_are_halved_until_they_fit(
     model: Any, tiny_tokenizer: Any, task: Any, plan: Plan | None, error: BaseException
 ) -> None:
@@ -236,7 +235,7 @@ def test_scratch_makes_a_layer_once_a_rung_and_holds_one(
         assert {size for size, _ in buffers} == {layer}
         buffers.clear()
     gc.collect()
-    assert evaluator._cache.nbytes == 0
+    assert evaluator.passes.cache.nbytes == 0
 
 
 def test_resident_makes_a_layer_once_and_again_only_when_it_changes(
@@ -252,9 +251,9 @@ def test_resident_makes_a_layer_once_and_again_only_when_it_changes(
         evaluator.evaluate(plan)
         made.append(len(buffers) - before)
     assert made == [LAYERS, 0, 1, 1, 0, 0]
-    assert evaluator._cache.nbytes == LAYERS * one_layer(model, first)
+    assert evaluator.passes.cache.nbytes == LAYERS * one_layer(model, first)
     evaluator.clear()
-    assert evaluator._cache.nbytes == 0
+    assert evaluator.passes.cache.nbytes == 0
 
 
 @pytest.mark.parametrize("share", [0.5, 1.9, 2.1, 10.0])
@@ -270,11 +269,11 @@ def test_auto_falls_to_scratch_when_memory_is_short(
         return int(share * needed)
 
     expected = Evaluator(model, tiny_tokenizer, TASKS["text"], storage="resident").evaluate(plan).losses
-    monkeypatch.setattr(evaluator_module, "free_bytes", free)
+    monkeypatch.setattr(passes, "free_bytes", free)
     evaluator = Evaluator(model, tiny_tokenizer, TASKS["text"])
     np.testing.assert_array_equal(evaluator.evaluate(plan).losses, expected)
     assert asked == [torch.device("cpu")]
-    assert evaluator._cache.nbytes == (needed if share > 2 else 0)
+    assert evaluator.passes.cache.nbytes == (needed if share > 2 else 0)
     evaluator.evaluate(ONE_HOT)
     assert len(asked) == 1
 
@@ -285,14 +284,14 @@ def test_what_is_held_already_need_not_be_free(
     plan = merging_plan()
     needed = LAYERS * one_layer(model, plan)
     left = [3 * needed]
-    monkeypatch.setattr(evaluator_module, "free_bytes", lambda device: left[0])
+    monkeypatch.setattr(passes, "free_bytes", lambda device: left[0])
     evaluator = Evaluator(model, tiny_tokenizer, TASKS["text"], prefix_memory=0)
     evaluator.evaluate(plan)
     left[0] = 0
     evaluator.evaluate(plan)
-    assert evaluator._cache.merges == LAYERS
+    assert evaluator.passes.cache.merges == LAYERS
     evaluator.evaluate(merging_plan(1))
-    assert evaluator._cache.merges == 2 * LAYERS
+    assert evaluator.passes.cache.merges == 2 * LAYERS
 
 
 def test_running_out_frees_what_was_kept(model: Any, tiny_tokenizer: Any) -> None:
@@ -303,7 +302,7 @@ def test_running_out_frees_what_was_kept(model: Any, tiny_tokenizer: Any) -> Non
     calls: Iterator[int] = iter(range(1 << 30))
 
     def hook(_module: nn.Module, _args: Any) -> None:
-        held.append((evaluator._cache.nbytes, evaluator._runner.prefixes.nbytes))  # type: ignore[union-attr]
+        held.append((evaluator.passes.cache.nbytes, evaluator.passes.runner.prefixes.nbytes))  # type: ignore[union-attr]
         if next(calls) == 0:
             raise OUT
 
@@ -318,7 +317,7 @@ def test_bytes_of_merged_experts_are_those_of_the_tensors(model: Any, tiny_token
     plan = merging_plan()
     evaluator = Evaluator(model, tiny_tokenizer, TASKS["text"], storage="resident")
     evaluator.evaluate(plan)
-    assert evaluator._cache.nbytes == merged_bytes(moe_layers(model), plan)
+    assert evaluator.passes.cache.nbytes == merged_bytes(moe_layers(model), plan)
     assert merged_bytes(moe_layers(model), ONE_HOT) == 0
 
 

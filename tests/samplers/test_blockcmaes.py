@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from optuna.trial import TrialState
 
 from moeopt.plan import ModelShape, Plan
-from moeopt.samplers import BlockCMAESSampler, Told
+from moeopt.samplers import BlockCMAESSampler, Observation
 from moeopt.samplers.blockcmaes import blocks
-from moeopt.samplers.cmaes import complete
 from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space
 from moeopt.trials import genome
 
@@ -107,7 +105,7 @@ def test_within_a_block_it_is_the_package_itself() -> None:
     part, x0 = slice(first, stop), SPACE.start().astype(np.float64)
     bounds = np.stack([np.full(24, -3.0), np.full(24, 3.0)], axis=1)
     reference = CMA(mean=np.zeros(24), sigma=2.0, bounds=bounds, population_size=6, n_max_resampling=0)
-    told = []
+    obs = []
     for trial in study.trials[1:]:
         rng = sampler.rng(trial.number)
         if trial.number == 1:
@@ -116,10 +114,10 @@ def test_within_a_block_it_is_the_package_itself() -> None:
         x = x0.copy()
         x[part] += reference.ask() * SPACE.step[part]
         assert np.allclose(SPACE.snap(x), genome.read(trial), atol=1e-6)
-        told.append(((genome.read(trial)[part] - x0[part]) / SPACE.step[part], trial.value))
-        if len(told) == 6:
-            reference.tell(told)
-            told = []
+        obs.append(((genome.read(trial)[part] - x0[part]) / SPACE.step[part], trial.value))
+        if len(obs) == 6:
+            reference.tell(obs)
+            obs = []
 
 
 def test_the_start_and_enqueued_trials() -> None:
@@ -133,33 +131,16 @@ def test_the_start_and_enqueued_trials() -> None:
     assert np.array_equal(genome.read(study.trials[1]), SPACE.start())
 
 
-def test_late_trials_of_a_visit_are_ignored_and_failed_ones_are_the_worst() -> None:
-    sampler = BlockCMAESSampler(SPACE, seed=0, block_size=24, population_size=4, generations=1)
-    study = optuna.create_study(sampler=sampler)
-    evaluate(study, SPACE, SPACE.start(), 1)
-    running = [study.ask() for _ in range(6)]
-    assert {note["visit"] for note in notes(study)[1:]} == {0}
-    for trial in running:
-        SPACE.plan(trial)
-    study.tell(running[0], state=TrialState.FAIL)
-    for loss, trial in zip([3.0, 1.0, 2.0], running[1:4]):
-        study.tell(trial, loss)
-    assert genome.origin(study._storage.get_trial(study.ask()._trial_id))["notes"]["visit"] == 1
-    history = sampler.history(study, study.trials, without=-1)
-    members = [told for told in history if told.notes.get("visit") == 0]
-    assert [told.loss for told in complete(members, 4)[0]] == [None, 3.0, 1.0, 2.0]
-
-
 def test_bandit_prefers_the_block_that_gained() -> None:
     """All blocks gain equally often and cost the same by their own account; one gains a hundred times as much."""
     sampler = BlockCMAESSampler(SPACE, seed=0, block_size=24, population_size=4, generations=1, memory=1e6)
-    history = [Told(0, 0, SPACE.start(), 5.0, False, "0", "start", {})]
+    history = [Observation(0, 0, SPACE.start(), 5.0, False, "0", "start", {})]
     for slot in range(1, 161):
         block = sampler.blocks[(slot - 1) // 4 % 4]
         loss = 5.0 - (0.1 if block == sampler.blocks[1] else 0.001)
         note = {"visit": (slot - 1) // 4, "block": list(block), "around": 0, "generation": 0}
         attrs = {"layer_tokens": 20, "tokens": 10}
-        history.append(Told(slot, slot, SPACE.start(), loss, False, str(slot), "blockcmaes", attrs, note))
+        history.append(Observation(slot, slot, SPACE.start(), loss, False, str(slot), "blockcmaes", attrs, note))
     chosen = Counter(tuple(sampler.propose(history, slot, 0).notes["block"]) for slot in range(1000, 1100))
     assert chosen[sampler.blocks[1]] > 80
 
@@ -169,13 +150,6 @@ def test_population_and_settings() -> None:
     assert sampler.trials((0, 24)) == 4 + math.floor(3 * math.log(24))
     assert set(sampler.settings()) == set(inspect.signature(BlockCMAESSampler).parameters) - {"space"} | {"name"}
     assert sampler.settings() != BlockCMAESSampler(SPACE, seed=0, block_size=24, start=SPACE.high).settings()
-
-
-def test_one_number() -> None:
-    space = PruneSpace(ModelShape(2, 8, 2), keep=4, groups=1, encoding="subset")
-    study = optuna.create_study(sampler=BlockCMAESSampler(space, seed=0))
-    evaluate(study, space, np.array([50.0]), 30)
-    assert study.best_value < 25.0
 
 
 @pytest.mark.parametrize(

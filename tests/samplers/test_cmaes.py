@@ -60,15 +60,15 @@ def test_same_as_the_package_itself() -> None:
     x0 = space.start().astype(np.float64)
     bounds = np.stack([(space.low - x0) / space.step, (space.high - x0) / space.step], axis=1)
     reference = CMA(mean=np.zeros(space.size), sigma=2.0, bounds=bounds, population_size=6, n_max_resampling=0)
-    told = []
+    obs = []
     for trial in study.trials[1:]:
         reference.reseed_rng(int(sampler.rng(trial.number).integers(1 << 32)))
         x = space.snap(x0 + reference.ask() * space.step)
         assert np.array_equal(x, genome.read(trial))
-        told.append(((x - x0) / space.step, trial.value))
-        if len(told) == 6:
-            reference.tell(told)
-            told = []
+        obs.append(((x - x0) / space.step, trial.value))
+        if len(obs) == 6:
+            reference.tell(obs)
+            obs = []
 
 
 def test_first_mean_is_the_best_of_start_and_enqueued_trials() -> None:
@@ -108,12 +108,12 @@ def test_failed_trials_are_the_worst_and_late_ones_are_ignored() -> None:
     for loss, trial in zip([3.0, 1.0, 2.0], running[1:4]):
         study.tell(trial, loss)
     history = sampler.history(study, study.trials, without=-1)
-    assert [told.loss for told in sampler.generations(history)[0]] == [None, 3.0, 1.0, 2.0]
+    assert [obs.loss for obs in sampler.generations(history)[0]] == [None, 3.0, 1.0, 2.0]
     assert genome.origin(study._storage.get_trial(study.ask()._trial_id))["notes"]["generation"] == 1
     study.tell(running[4], 0.0)
     study.tell(running[5], 0.0)
     again = sampler.generations(sampler.history(study, study.trials, without=-1))
-    assert [[told.slot for told in generation] for generation in again] == [[1, 2, 3, 4]]
+    assert [[obs.slot for obs in generation] for generation in again] == [[1, 2, 3, 4]]
 
 
 def test_one_number() -> None:

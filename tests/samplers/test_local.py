@@ -11,7 +11,7 @@ import pytest
 
 from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape, Plan
-from moeopt.samplers import LocalSampler, Told
+from moeopt.samplers import LocalSampler, Observation
 from moeopt.samplers.bandit import choose
 from moeopt.samplers.local import ACTIVE, MOVES
 from moeopt.spaces import NAMED_AT_MOST, ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space
@@ -29,15 +29,15 @@ SPACES: dict[str, Space] = {
 EEP = SPACES["eep"]
 
 
-def told(slot: int, loss: float | None, x: np.ndarray | None = None, **more: Any) -> Told:
+def obs(slot: int, loss: float | None, x: np.ndarray | None = None, **more: Any) -> Observation:
     x = EEP.sample(np.random.default_rng(slot)) if x is None else x
     facts: dict[str, Any] = {"failed": False, "fingerprint": str(slot), "operator": "enqueued", "attrs": {}}
-    return Told(number=slot, slot=slot, x=x, loss=loss, **(facts | more))
+    return Observation(number=slot, slot=slot, x=x, loss=loss, **(facts | more))
 
 
-def played(slot: int, move: str, first: int, loss: float | None, parent: int = 0, **more: Any) -> Told:
+def played(slot: int, move: str, first: int, loss: float | None, parent: int = 0, **more: Any) -> Observation:
     notes = {"first": first, "width": 1, "parent": parent}
-    return told(slot, loss, operator=move, notes=notes, failed=loss is None, **more)
+    return obs(slot, loss, operator=move, notes=notes, failed=loss is None, **more)
 
 
 def search(space: Space, n: int, **options: Any) -> optuna.Study:
@@ -108,12 +108,12 @@ def test_swapping_a_merged_row_keeps_what_else_it_has() -> None:
 
 def test_parents_are_the_best_different_plans() -> None:
     history = [
-        told(0, 3.0, operator="start"),
-        told(1, 1.0, fingerprint="a"),
-        told(2, 1.5, fingerprint="b"),
-        told(3, None),
+        obs(0, 3.0, operator="start"),
+        obs(1, 1.0, fingerprint="a"),
+        obs(2, 1.5, fingerprint="b"),
+        obs(3, None),
     ]
-    history += [told(4, 1.0, fingerprint="a"), told(5, None, failed=True), told(6, 1.2, fingerprint="c")]
+    history += [obs(4, 1.0, fingerprint="a"), obs(5, None, failed=True), obs(6, 1.2, fingerprint="c")]
     for population, parents in {1: {1}, 2: {1, 6}, 3: {1, 6, 2}, 9: {1, 6, 2, 0}}.items():
         sampler = LocalSampler(EEP, seed=0, population=population, fade=0.0)
         assert {sampler.propose(history, slot, 0).parents[0] for slot in range(7, 80)} == parents
@@ -135,7 +135,7 @@ def test_enqueued_trials_are_members_of_the_population(given: bool) -> None:
 
 def test_a_parent_fades_with_every_child() -> None:
     """Six children, of which the lower quartile differs from the parent by 0.3."""
-    history = [told(0, 3.0, operator="start"), told(1, 5.0), told(2, 3.15)]
+    history = [obs(0, 3.0, operator="start"), obs(1, 5.0), obs(2, 3.15)]
     for slot in range(3, 9):
         loss = 3.0 + 2.0 * (slot % 2)
         history.append(played(slot, "swap", 0, loss + 0.3))
@@ -143,7 +143,7 @@ def test_a_parent_fades_with_every_child() -> None:
         assert LocalSampler(EEP, seed=0, fade=fade).propose(history, 9, 0).parents == (number,)
 
 
-def arms_played(history: list[Told], **options: Any) -> Counter[tuple[str, int]]:
+def arms_played(history: list[Observation], **options: Any) -> Counter[tuple[str, int]]:
     sampler = LocalSampler(EEP, seed=0, bands=4, widths=[1], **{"moves": list(MOVES), **options})
     proposals = [sampler.propose(history, slot, 0) for slot in range(1000, 1200)]
     return Counter((p.operator, sampler.band(p.notes["first"])) for p in proposals)
@@ -151,7 +151,7 @@ def arms_played(history: list[Told], **options: Any) -> Counter[tuple[str, int]]
 
 def test_bandit_prefers_the_arm_with_more_gain() -> None:
     """The same cost everywhere; only routing changes in the second band of depth ever gained."""
-    history = [told(0, 5.0)]
+    history = [obs(0, 5.0)]
     for slot in range(1, 200):
         move, band = list(MOVES)[slot % len(MOVES)], slot // len(MOVES) % 4
         won = (move, band) == ("route", 1)
@@ -165,7 +165,7 @@ def test_bandit_counts_gain_per_layer_token() -> None:
     What they say they ran, which depends on what their process could reuse, changes nothing.
     """
     for dear in (0, 4):
-        history = [told(0, 5.0)]
+        history = [obs(0, 5.0)]
         for slot in range(1, 200):
             first = slot % 8
             attrs = {"layer_tokens": slot**3 % 1009, "tokens": 1000 if first // 4 == dear // 4 else 1}
@@ -176,7 +176,7 @@ def test_bandit_counts_gain_per_layer_token() -> None:
 
 
 def test_late_windows_are_cheaper() -> None:
-    history = [told(0, 5.0), *(played(slot, "swap", slot % 8, 4.9) for slot in range(1, 200))]
+    history = [obs(0, 5.0), *(played(slot, "swap", slot % 8, 4.9) for slot in range(1, 200))]
     bands = arms_played(history, moves=["swap"], memory=1e6)
     assert bands["swap", 3] > 150
 
@@ -186,17 +186,17 @@ def test_old_gains_are_forgotten() -> None:
     late, soon = {"tokens": 4}, {"tokens": 1}
     late_dry = [played(slot, "swap", 6, 4.9 if slot < 30 else 5.1, attrs=late) for slot in range(1, 60)]
     early = [played(slot, "swap", 0, 4.9 if slot % 3 == 0 else 5.1, attrs=soon) for slot in range(60, 80)]
-    history = [told(0, 5.0), *late_dry, *early]
+    history = [obs(0, 5.0), *late_dry, *early]
     assert arms_played(history, moves=["swap"], memory=1e6)["swap", 3] > 45
     assert arms_played(history, moves=["swap"], memory=10.0)["swap", 3] < 40
 
 
 def test_failed_and_running_trials() -> None:
     sampler = LocalSampler(EEP, seed=0)
-    history = [told(0, 5.0), played(1, "swap", 3, None), played(2, "route", 3, 4.0), told(3, None)]
+    history = [obs(0, 5.0), played(1, "swap", 3, None), played(2, "route", 3, 4.0), obs(3, None)]
     assert [(arm.move, gain) for arm, gain, _ in sampler.plays(history)] == [("swap", 0.0), ("route", 1.0)]
     assert [cost for _, _, cost in sampler.plays(history)] == [5.0, 5.0]
-    running = [told(0, None), told(1, None)]
+    running = [obs(0, None), obs(1, None)]
     assert sampler.propose(running, 2, 0).parents == ()
 
 
@@ -261,7 +261,7 @@ def test_the_active_move_changes_k_and_betas_of_its_window() -> None:
     inner = PruneSpace(SHAPE, keep=3, groups=2)
     space = ActiveSpace(inner, k=(1, 3), skip=True, groups=4)
     sampler = LocalSampler(space, seed=0, moves=[ACTIVE], widths=[1, 2], p_entry=0.3)
-    history = [told(0, 5.0, space.sample(np.random.default_rng(0)))]
+    history = [obs(0, 5.0, space.sample(np.random.default_rng(0)))]
     before, seen = history[0].x[inner.size :].reshape(2, 4), set()
     for slot in range(1, 120):
         proposal = sampler.propose(history, slot, 0)
@@ -279,7 +279,7 @@ def test_the_active_move_changes_k_and_betas_of_its_window() -> None:
 
 def test_other_moves_leave_k_and_betas_alone() -> None:
     space = ActiveSpace(EEPSpace(SHAPE, keep=3, groups=4), k=(1, 2), skip=True, groups=2)
-    history = [told(0, 5.0, space.sample(np.random.default_rng(0)))]
+    history = [obs(0, 5.0, space.sample(np.random.default_rng(0)))]
     sampler = LocalSampler(space, seed=0, moves=list(MOVES))
     for slot in range(1, 60):
         x = sampler.propose(history, slot, 0).x
@@ -292,7 +292,7 @@ def test_active_moves_cost_the_layers_from_their_window_on() -> None:
     sampler = LocalSampler(space, seed=0)
     assert sampler.moves == ("swap", ACTIVE)
     x = space.start()
-    history = [told(0, 5.0, x), played(1, ACTIVE, 1, 4.5, x=x), played(2, "swap", 1, 4.0, x=x)]
+    history = [obs(0, 5.0, x), played(1, ACTIVE, 1, 4.5, x=x), played(2, "swap", 1, 4.0, x=x)]
     assert [(arm.move, gain, cost) for arm, gain, cost in sampler.plays(history)] == [
         (ACTIVE, 0.5, 2.0),
         ("swap", 1.0, 7.0),

@@ -109,6 +109,7 @@ def test_running_trials_of_other_workers_do_not_block() -> None:
     assert len(study.trials) == 7
 
 
+@pytest.mark.slow
 def test_no_thread_keeps_the_process_alive(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -129,7 +130,7 @@ def test_no_thread_keeps_the_process_alive(tmp_path: Path) -> None:
 def test_two_processes_agree() -> None:
     code = (
         "import hashlib, numpy as np, optuna\n"
-        "from moeopt import genome\n"
+        "from moeopt.trials import genome\n"
         "from moeopt.plan import ModelShape\n"
         "from moeopt.samplers import NevergradSampler\n"
         "from moeopt.spaces import PruneSpace\n"

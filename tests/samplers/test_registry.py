@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -19,8 +18,7 @@ from moeopt.samplers import (
     get,
     operators,
 )
-from moeopt.spaces import ActiveSpace, EEPSpace, PruneSpace
-from moeopt.trials import genome
+from moeopt.spaces import PruneSpace
 
 SPACE = PruneSpace(ModelShape(layers=4, experts=6, k=2), keep=3, groups=2)
 
@@ -95,20 +93,6 @@ def test_optional_packages_are_imported_when_used() -> None:
 
 def test_every_name_is_documented_by_its_class() -> None:
     assert all(getattr(make, "func", make).__doc__ for make in SAMPLERS.values())
-
-
-@pytest.mark.parametrize("name", [*(name for name in SAMPLERS if name != "nevergrad"), "nevergrad:DE", "object"])
-@pytest.mark.parametrize("kind", ["eep", "prune", "active"])
-def test_what_makes_trials_is_known_by_the_settings(name: str, kind: str) -> None:
-    shape = ModelShape(layers=3, experts=6, k=2)
-    space = {"eep": EEPSpace(shape, keep=3), "prune": PruneSpace(shape, keep=3), "active": ActiveSpace(shape, k=(1, 2))}
-    options = {"initial": 3, "prune_until": 6, "prune_crossover": True} if name == "eep" else {}
-    sampler = get(optuna.samplers.RandomSampler() if name == "object" else name, space[kind], seed=0, **options)
-    study = optuna.create_study(sampler=sampler)
-    study.optimize(lambda trial: float(abs(space[kind].vector(trial)).sum()), n_trials=14)
-    known = operators(json.loads(json.dumps(sampler.settings())))
-    assert known is not None
-    assert {genome.origin(trial)["operator"] for trial in study.trials} <= known
 
 
 def test_code_of_a_users_own_makes_anything() -> None:

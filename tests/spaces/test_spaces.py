@@ -241,30 +241,16 @@ def test_fewer_active_experts() -> None:
     assert PruneSpace(ModelShape(32, 8, 2), keep=4, groups=4).group_names() == ["L00-07", "L08-15", "L16-23", "L24-31"]
 
 
-@each_space
-def test_live_and_frozen_trials_hold_the_same_plan(space: Space) -> None:
-    study = optuna.create_study(sampler=RandomSampler(space, seed=0))
-    live = []
-
-    def objective(trial: optuna.Trial) -> float:
-        live.append(space.plan(trial))
-        assert space.plan(trial) == live[-1]
-        return 0.0
-
-    study.optimize(objective, n_trials=3)
-    assert [space.plan(trial) for trial in study.trials] == live
-    assert len({plan.fingerprint for plan in live}) == 3
-    assert all(len(trial.params) == (space.size if space.size <= 48 else 1) for trial in study.trials)
-
-
-@pytest.mark.parametrize("encoding", ["scores", "rows", "subset"])
-def test_small_spaces_work_with_a_plain_optuna_sampler(encoding: Any) -> None:
-    space = PruneSpace(SHAPE, keep=3, groups=2, encoding=encoding)
+@pytest.mark.parametrize("name", ["scores", "rows", "subset", "active scores", "active alone"])
+def test_small_spaces_work_with_a_plain_optuna_sampler(name: str) -> None:
+    space, live = SPACES[name], []
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-    live = []
-    study.optimize(lambda trial: live.append(space.plan(trial)) or 0.0, n_trials=4)  # type: ignore[func-returns-value]
+    study.optimize(lambda trial: live.append(space.plan(trial)) or 0.0, n_trials=6)  # type: ignore[func-returns-value]
     assert [space.plan(trial) for trial in study.trials] == live
     assert all(genome.read(trial) is None for trial in study.trials)
+    if name.startswith("active"):
+        assert {type(trial.params["k.L0"]) for trial in study.trials} == {int}
+        assert len({trial.params["k.L0"] for trial in study.trials}) > 1
 
 
 def test_large_spaces_refuse_a_plain_optuna_sampler() -> None:
@@ -352,16 +338,6 @@ def test_numbers_of_an_active_space_are_rounded_where_they_are_stored() -> None:
     assert kinds == ["FloatDistribution"] * 12 + ["IntDistribution"] * 3 + ["FloatDistribution"] * 3
     assert [type(value) for value in space.values(space.snap(x))] == [float] * 12 + [int] * 3 + [float] * 3
     assert SPACES["active subset"].integer
-
-
-@pytest.mark.parametrize("name", ["active scores", "active alone"])
-def test_a_plain_optuna_sampler_searches_active_experts(name: str) -> None:
-    space, live = SPACES[name], []
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-    study.optimize(lambda trial: live.append(space.plan(trial)) or 0.0, n_trials=6)  # type: ignore[func-returns-value]
-    assert [space.plan(trial) for trial in study.trials] == live
-    assert all(type(trial.params["k.L0"]) is int for trial in study.trials)
-    assert len({trial.params["k.L0"] for trial in study.trials}) > 1
 
 
 @pytest.mark.parametrize("name", SPACES)

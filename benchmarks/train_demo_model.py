@@ -1,4 +1,4 @@
-"""Train the demo model: ``python -m moeopt.demo.train OUT_DIR``.
+"""Train the demo model that comes with moeopt: ``python benchmarks/train_demo_model.py OUT_DIR``.
 
 A real Mixtral, small (see `config`): 6 layers of 8 experts, 2 of them active, 3,514,368 parameters, 7.1 MB in
 bfloat16. Each step sees 2,048 bytes, a quarter of them windows of Python's documentation, the rest questions of the
