@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import moeopt
-from moeopt import methods
+from moeopt import methods, report
 from moeopt.cli import main
 from moeopt.demo import MODEL
 from moeopt.demo import task as demo_task
@@ -30,8 +30,9 @@ from moeopt.errors import MethodError, StudyError
 from moeopt.evaluation import Evaluator, paired_bootstrap
 from moeopt.exporting import export
 from moeopt.plan import LayerPlan, Plan
+from moeopt.report.method_comparison import sentences, table, view
 from moeopt.results import method_comparison as comparing
-from moeopt.results.method_comparison import Comparison, ComparisonError, Row, compare, view
+from moeopt.results.method_comparison import ComparisonError, MethodComparison, Row, compare
 from moeopt.tasks import MultipleChoiceTask
 
 KEEP, DRAWS, TEST_DRAWS, SEED = 4, 3, 2, 3
@@ -59,7 +60,7 @@ class Demo:
     tokenizer: Any
     task: Any
 
-    def compare(self, **options: Any) -> Comparison:
+    def compare(self, **options: Any) -> MethodComparison:
         options = SMALL | options
         return compare(self.model, self.tokenizer, options.pop("task", self.task), **options)
 
@@ -90,8 +91,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(demo: Demo, study: optuna.Study, folder: Path) -> Comparison:
-    return demo.compare(methods=NAMES, active=[2, 1], skipping=True, study=study, out=folder)
+def found(demo: Demo, study: optuna.Study, folder: Path) -> MethodComparison:
+    made = demo.compare(methods=NAMES, active=[2, 1], skipping=True, study=study, out=folder)
+    report.save(made, folder)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +107,10 @@ def evaluators(demo: Demo) -> dict[str, Evaluator]:
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of the time; `found` has them."""
-    monkeypatch.setattr("moeopt.results.method_comparison.saving.find_spec", lambda name: None)
+    monkeypatch.setattr("moeopt.report.method_comparison.find_spec", lambda name: None)
 
 
-def row(found: Comparison, name: str, k: int = 2) -> Row:
+def row(found: MethodComparison, name: str, k: int = 2) -> Row:
     return next(row for row in found.rows if (row.name, row.k) == (name, k))
 
 
@@ -140,7 +143,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 1])
 def test_methods_are_those_of_the_methods_room_and_scored_as_the_evaluator_does(
-    demo: Demo, found: Comparison, evaluators: dict[str, Evaluator], k: int
+    demo: Demo, found: MethodComparison, evaluators: dict[str, Evaluator], k: int
 ) -> None:
     calibration = methods.Calibration(demo.model, demo.tokenizer, demo.task, limit=LIMITS["search"])
     expected = methods.plans(NAMES, calibration, keep=KEEP, k=k)
@@ -157,7 +160,7 @@ def test_methods_are_those_of_the_methods_room_and_scored_as_the_evaluator_does(
 
 
 def test_skipping_is_calibrated_for_every_plan_of_two_active_experts(
-    demo: Demo, found: Comparison, evaluators: dict[str, Evaluator]
+    demo: Demo, found: MethodComparison, evaluators: dict[str, Evaluator]
 ) -> None:
     calibration = methods.Calibration(demo.model, demo.tokenizer, demo.task, limit=LIMITS["search"])
     plain = [line for line in found.rows if line.k == 2 and not line.skips and line.kind != "random"]
@@ -173,7 +176,7 @@ def test_skipping_is_calibrated_for_every_plan_of_two_active_experts(
 
 
 def test_the_full_model_comes_first_and_with_fewer_active_experts(
-    found: Comparison, evaluators: dict[str, Evaluator]
+    found: MethodComparison, evaluators: dict[str, Evaluator]
 ) -> None:
     assert found.rows[0] is found.full
     assert found.full.plan is None
@@ -187,7 +190,7 @@ def test_the_full_model_comes_first_and_with_fewer_active_experts(
 
 @pytest.mark.parametrize("k", [2, 1])
 def test_random_prunings_are_drawn_and_the_best_is_chosen_on_search(
-    found: Comparison, evaluators: dict[str, Evaluator], k: int
+    found: MethodComparison, evaluators: dict[str, Evaluator], k: int
 ) -> None:
     plans = []
     for draw in range(DRAWS):
@@ -207,7 +210,7 @@ def test_random_prunings_are_drawn_and_the_best_is_chosen_on_search(
     assert mean.against_full is None
 
 
-def test_intervals_are_those_of_the_paired_bootstrap_on_test(found: Comparison) -> None:
+def test_intervals_are_those_of_the_paired_bootstrap_on_test(found: MethodComparison) -> None:
     full = found.full.evaluations["test"]
     for line in found.rows[1:]:
         if line.kind == "random":
@@ -221,7 +224,7 @@ def test_intervals_are_those_of_the_paired_bootstrap_on_test(found: Comparison) 
             assert line.against_best == paired_bootstrap(line.evaluations["test"], best.evaluations["test"])
 
 
-def test_sizes_are_those_of_the_exported_checkpoint(demo: Demo, found: Comparison, tmp_path: Path) -> None:
+def test_sizes_are_those_of_the_exported_checkpoint(demo: Demo, found: MethodComparison, tmp_path: Path) -> None:
     line = row(found, "naee")
     assert line.plan is not None
     small = AutoModelForCausalLM.from_pretrained(export(line.plan, tmp_path / "small", model=demo.model))
@@ -258,7 +261,7 @@ def test_without_dev_search_chooses_and_without_test_nothing_is_claimed(demo: De
     best = found.best_one_shot(KEEP, 2)
     assert best is min((row(found, name) for name in ("naee", "reap")), key=lambda line: line.loss["search"])
     assert all(line.against_full is None and line.against_best is None for line in found.rows)
-    assert "no test split" in found.sentences(KEEP)[0]
+    assert "no test split" in sentences(found, KEEP)[0]
     assert "Interval" not in printed(found, 120)
 
 
@@ -274,10 +277,11 @@ def test_task_agnostic_methods_look_at_another_task(demo: Demo) -> None:
 
 
 def test_a_second_run_evaluates_and_calibrates_nothing(
-    demo: Demo, study: optuna.Study, found: Comparison, folder: Path, calls: Calls
+    demo: Demo, study: optuna.Study, found: MethodComparison, folder: Path, calls: Calls
 ) -> None:
     files = {name: (folder / name).read_bytes() for name in ("table.csv", "table.json", "records.jsonl")}
     again = demo.compare(methods=NAMES, active=[2, 1], skipping=True, study=study, out=folder)
+    report.save(again, folder)
     assert (calls.evaluated, calls.passes) == (0, 0)
     assert {name: (folder / name).read_bytes() for name in files} == files
     assert [line.plan for line in again.rows] == [line.plan for line in found.rows]
@@ -336,7 +340,9 @@ def test_plans_and_records_that_are_damaged_are_made_again(demo: Demo, tmp_path:
     assert [line.loss for line in again.rows] == [line.loss for line in first.rows]
 
 
-def test_the_folder_of_something_else_is_refused_by_what_differs(demo: Demo, folder: Path, found: Comparison) -> None:
+def test_the_folder_of_something_else_is_refused_by_what_differs(
+    demo: Demo, folder: Path, found: MethodComparison
+) -> None:
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     with pytest.raises(ComparisonError, match=r"task\.name: it has 'demo:caesar', now 'demo:dates'"):
         demo.compare(task=skill_task("dates"), calibration=demo.task, out=folder)
@@ -367,8 +373,8 @@ def test_folders_that_cannot_serve_are_refused(demo: Demo, tmp_path: Path) -> No
         demo.compare(out=tmp_path)
 
 
-def test_files_hold_every_row(found: Comparison, tmp_path: Path) -> None:
-    found.save(tmp_path)
+def test_files_hold_every_row(found: MethodComparison, tmp_path: Path) -> None:
+    report.save(found, tmp_path)
     record = json.loads((tmp_path / "table.json").read_text())
     with (tmp_path / "table.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
@@ -397,16 +403,16 @@ def test_files_hold_every_row(found: Comparison, tmp_path: Path) -> None:
     assert str(MODEL) not in (tmp_path / "table.json").read_text()
 
 
-def test_there_are_figures_where_something_can_draw_them(found: Comparison, folder: Path, tmp_path: Path) -> None:
+def test_there_are_figures_where_something_can_draw_them(found: MethodComparison, folder: Path, tmp_path: Path) -> None:
     assert (folder / "methods.html").stat().st_size > 1000
     assert (folder / "methods.png").read_bytes().startswith(b"\x89PNG")
-    found.save(tmp_path)
+    report.save(found, tmp_path)
     assert (tmp_path / "table.json").is_file()
     assert not list(tmp_path.glob("methods.*"))
 
 
 def test_the_study_joins_with_its_best_trial_and_its_best_pruning(
-    study: optuna.Study, found: Comparison, evaluators: dict[str, Evaluator]
+    study: optuna.Study, found: MethodComparison, evaluators: dict[str, Evaluator]
 ) -> None:
     space = moeopt.study.space_of(study)
     ranked = sorted(study.trials, key=lambda trial: trial.value)
@@ -419,7 +425,7 @@ def test_the_study_joins_with_its_best_trial_and_its_best_pruning(
         assert line.evaluations["test"].loss == evaluators["test"].evaluate(line.plan).loss
         assert line.layer_tokens == sum(trial.user_attrs["layer_tokens"] for trial in study.trials)
         assert line.against_best is not None
-    assert any("search is worse" in s or "search beats" in s or "no difference" in s for s in found.sentences(KEEP))
+    assert any("search is worse" in s or "search beats" in s or "no difference" in s for s in sentences(found, KEEP))
 
 
 def test_a_study_says_which_method_it_started_from(demo: Demo) -> None:
@@ -497,7 +503,7 @@ def test_bad_arguments_are_named(demo: Demo, options: dict[str, Any], error: typ
         demo.compare(**options)
 
 
-def printed(found: Comparison, width: int) -> str:
+def printed(found: MethodComparison, width: int) -> str:
     console = Console(width=width, file=io.StringIO())
     console.print(view(found))
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -505,7 +511,7 @@ def printed(found: Comparison, width: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["metric", "choice", "kl"])
-def test_another_score_is_that_of_the_evaluator(demo: Demo, score: Any, folder: Path, found: Comparison) -> None:
+def test_another_score_is_that_of_the_evaluator(demo: Demo, score: Any, folder: Path, found: MethodComparison) -> None:
     other = demo.compare(score=score, methods=["reap"], draws=0, out=folder)
     for split, n in LIMITS.items():
         evaluator = Evaluator(demo.model, demo.tokenizer, demo.task, split=split, limit=n, score=score)
@@ -517,7 +523,7 @@ def test_another_score_is_that_of_the_evaluator(demo: Demo, score: Any, folder: 
 
 
 @pytest.mark.parametrize("width", [120, 160])
-def test_the_table_fits_and_tells_the_sizes(found: Comparison, width: int) -> None:
+def test_the_table_fits_and_tells_the_sizes(found: MethodComparison, width: int) -> None:
     text = printed(found, width)
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
@@ -528,8 +534,8 @@ def test_the_table_fits_and_tells_the_sizes(found: Comparison, width: int) -> No
     assert f"test {size.examples} examples ({size.tokens:,} tokens)" in text
     assert "chosen on dev" in text
     assert f"{DRAWS} on search, the first {TEST_DRAWS} of them on dev and test" in text
-    assert all(sentence in text for sentence in found.sentences(KEEP))
-    assert found.table(KEEP).row_count == len(found.rows) + 2
+    assert all(sentence in text for sentence in sentences(found, KEEP))
+    assert table(found, KEEP).row_count == len(found.rows) + 2
 
 
 @pytest.mark.parametrize(
@@ -542,7 +548,7 @@ def test_the_table_fits_and_tells_the_sizes(found: Comparison, width: int) -> No
         ),
         (
             (-0.001, -0.004, 0.002),
-            "no difference on test between search and the best one-shot method (naee): -0.0010 [-0.0040, 0.0020].",
+            "no difference on test between search and the best one-shot method (naee): -0.0010 [-0.0040, +0.0020].",
         ),
     ],
 )
@@ -556,8 +562,8 @@ def test_the_sentence_follows_the_interval(interval: tuple[float, ...], said: st
     rows = line("full model", "full"), line("naee", "method"), line("search", "search", against_best=against)
     sizes = {split: comparing.Size(1, 1) for split in ("search", "dev", "test")}
     shape = moeopt.ModelShape(1, 4, 1)
-    found = Comparison({}, {"name": "t"}, shape, sizes, None, rows, "dev", draws=0, test_draws=0, seed=0)
-    assert found.sentences(2) == [f"Keep 2: {said}"]
+    found = MethodComparison({}, {"name": "t"}, shape, sizes, None, rows, "dev", draws=0, test_draws=0, seed=0)
+    assert sentences(found, 2) == [f"Keep 2: {said}"]
 
 
 # The command line.

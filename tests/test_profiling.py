@@ -23,12 +23,12 @@ from rich.console import Console
 from torch import Tensor
 
 import moeopt
+from moeopt import report
 from moeopt.cli import main
 from moeopt.demo import MODEL
 from moeopt.errors import ModelError
 from moeopt.models import moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
-from moeopt.results import profiling
 from moeopt.results.profiling import LayerLoad, Profile, ProfileError, Ratio, Row, Setting, Speed, measuring, run
 from moeopt.results.profiling.checks import check_length, check_plan
 from moeopt.results.profiling.worker import Host
@@ -185,7 +185,7 @@ def test_ratios_are_paired_and_rates_are_medians(found: Profile) -> None:
 
 def shown(found: Profile) -> str:
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(profiling.view(found))
+    console.print(report.view(found))
     return " ".join(console.export_text().split())
 
 
@@ -247,12 +247,12 @@ def check_json(file: Path, names: list[str]) -> dict[str, Any]:
 
 
 def test_everything_is_saved(found: Profile, tmp_path: Path) -> None:
-    found.save(tmp_path / "profile.json")
+    report.save(found, tmp_path / "profile.json")
     record = check_json(tmp_path / "profile.json", [each.name for each in found.rows])
     assert record["rows"][1]["plan"] == PRUNED.fingerprint
     assert [each["memory"] for each in record["rows"]] == ["measured", *["computed"] * 3, "measured"]
     with pytest.raises(ProfileError, match="cannot write"):
-        found.save(tmp_path / "no" / "profile.json")
+        report.save(found, tmp_path / "no" / "profile.json")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from moeopt.demo import MODEL
 from moeopt.evaluation import Evaluator
 from moeopt.methods import Calibration, refitting
 from moeopt.plan import Plan
+from moeopt.report.selection import refit_lines
 from moeopt.results.method_comparison import compare
 from moeopt.results.selection import judged_refit
 
@@ -126,13 +127,14 @@ def test_it_is_judged_on_dev() -> None:
     task = moeopt.demo.skill_task("caesar")
     plan = Plan.one_hot([[0, 1]] * 6, experts=8, k=2)
     fitted = moeopt.refit(plan, Calibration(model, tokenizer, task, limit=16)).plan
-    said = judged_refit(plan, fitted, model, tokenizer, task, dev_limit=24)
+    said = refit_lines(judged_refit(plan, fitted, model, tokenizer, task, dev_limit=24))
     evaluator = Evaluator(model, tokenizer, task, split="dev", limit=24)
     assert f"refitted plan {evaluator.evaluate(fitted).loss:.4f}" in said[0]
     assert said[1].endswith("better")
-    assert judged_refit(fitted, plan, model, tokenizer, task, dev_limit=24)[1].endswith("keep the plan as it was")
+    worse = judged_refit(fitted, plan, model, tokenizer, task, dev_limit=24)
+    assert refit_lines(worse)[1].endswith("keep the plan as it was")
     without = moeopt.tasks.TextTask("text", search=["some text"] * 4, window=16)
-    assert judged_refit(plan, fitted, model, tokenizer, without) == ["the task has no dev split to judge it on"]
+    assert judged_refit(plan, fitted, model, tokenizer, without) is None
 
 
 def test_what_a_refit_cannot_do_is_said_before_the_search(

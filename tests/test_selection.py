@@ -25,11 +25,12 @@ import moeopt
 from moeopt.cli import main
 from moeopt.errors import NonFiniteLossError, StudyError, TaskError
 from moeopt.evaluation import Compression, Evaluation, Evaluator, Interval, paired_bootstrap
+from moeopt.evaluation.store import Scored, StudyStore
 from moeopt.exporting import why_not_stock
 from moeopt.plan import LayerPlan, Plan
+from moeopt.report.selection import view
 from moeopt.results.method_comparison.searched import searched
-from moeopt.results.selection import SELECTION, check, on_test, recorded, selected_trial, verdict, view
-from moeopt.results.selection.kept import Kept
+from moeopt.results.selection import SELECTION, check, on_test, recorded, selected_trial, verdict
 from moeopt.results.selection.record import sentence
 from moeopt.tasks import MultipleChoiceTask, TextTask
 from moeopt.tasks.base import Example
@@ -186,13 +187,14 @@ def test_evaluations_of_any_length_are_kept_whole(objective: moeopt.Objective, p
     study = moeopt.create_study(name, objective=objective, storage=url, sampler="random")
     losses = np.random.default_rng(0).random((3, 12_000), dtype=np.float32)
     given = Evaluation(losses[0], losses[1], losses[2], 5, 7, 0.5, 1.25, {"f1": 0.25})
-    Kept(study).put(given, "test", "of", "plan")
-    found = Kept(moeopt.load_study(name, url)).get("test", "of", "plan")
+    on = Scored("test", "of")
+    StudyStore(study).put("plan", on, given)
+    found = StudyStore(moeopt.load_study(name, url)).get("plan", on)
     assert found is not None
     assert np.array_equal(found.scores, given.scores)
     assert (found.tokens, found.layer_tokens, found.seconds, found.active) == (5, 7, 0.5, 1.25)
     assert found.metrics == {"f1": 0.25}
-    assert Kept(study).get("test", "of", "another") is None
+    assert StudyStore(study).get("another", on) is None
 
 
 def test_every_new_run_on_test_is_a_look(objective: moeopt.Objective) -> None:
@@ -348,7 +350,7 @@ def test_a_candidate_without_a_finite_loss_does_not_win(objective: moeopt.Object
     study = searched_study(objective, 3)
     best = objective.space.plan(study.best_trial).fingerprint
     for split in ("dev", "test"):
-        Kept(study).put_not_finite("overflow", split, of[split], best)
+        StudyStore(study).put(best, Scored(split, of[split]), NonFiniteLossError("overflow", layer=0))
     found = moeopt.select(study, objective)
     assert found.search_best is found.candidates[-1]
     assert found.search_best.trial == study.best_trial.number
@@ -357,7 +359,8 @@ def test_a_candidate_without_a_finite_loss_does_not_win(objective: moeopt.Object
     assert found.record["candidates"]["dev_loss"][-1] is None
     assert set(on_test(study)) == {"full", "winner"}
     assert moeopt.select(study, objective).evaluated == 0
-    Kept(study).put_not_finite("overflow", "test", of["test"], found.winner.plan.fingerprint)
+    winner = found.winner.plan.fingerprint
+    StudyStore(study).put(winner, Scored("test", of["test"]), NonFiniteLossError("overflow", layer=0))
     with pytest.raises(NonFiniteLossError, match=f"trial {found.winner.trial}, the winner, on test: overflow"):
         moeopt.select(study, objective)
     with pytest.raises(NonFiniteLossError, match="no candidate has a finite loss on dev"):

@@ -106,7 +106,7 @@ def compare_methods(
     names = None if methods is None else arguments.words("--methods", methods)
     options = arguments.pairs("--task-option", task_option)
     other_options = arguments.pairs("--calibration-option", calibration_option)
-    from moeopt import tasks
+    from moeopt import report, tasks
     from moeopt.results import method_comparison as comparing
 
     comparing.check_methods(names)
@@ -133,11 +133,11 @@ def compare_methods(
         err.print(f"task {chosen.name}: {chosen.summary}", markup=False, soft_wrap=True)
         err.print(f"loading {model}", markup=False)
         early = load_tokenizer(model)
-        for one in (chosen, other or chosen):
-            one.check(early)
+        for looked_at in (chosen, other or chosen):
+            looked_at.check(early)
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         with Steps(err) as progress:
-            found = comparing.compare(
+            compared = comparing.compare(
                 loaded,
                 tokenizer,
                 chosen,
@@ -159,6 +159,7 @@ def compare_methods(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        raise interrupted(err, "all that was found is kept. To go on:", ctx, storage) from None
-    console.print(comparing.view(found))
+        raise interrupted(err, "all that was scored is kept. To go on:", ctx, storage) from None
+    report.save(compared, out)
+    console.print(report.view(compared))
     console.print(f"\n{out} holds table.csv, table.json and the plans.", markup=False, soft_wrap=True)

@@ -80,6 +80,7 @@ def profile(
     ] = None,
 ) -> None:
     """Measure parameters, memory, speed and expert load balance of models and plans, side by side."""
+    from moeopt import report
     from moeopt.results import profiling
 
     batches, lengths = arguments.numbers("--batch", batch), arguments.numbers("--prompt-length", prompt_length)
@@ -108,7 +109,7 @@ def profile(
     console, err = consoles()
     try:
         with Steps(err) as progress:
-            found = profiling.profile(
+            made = profiling.profile(
                 models,
                 plans=profiling.unique(plans),
                 batch=batches,
@@ -129,7 +130,7 @@ def profile(
         err.print("Interrupted; nothing is kept of a profile that is not finished.")
         raise typer.Exit(INTERRUPTED) from None
     if out is not None:
-        found.save(out)
-    console.print(profiling.view(found))
+        report.save(made, out)
+    console.print(report.view(made))
     if out is not None:
         console.print(f"\nsaved to {out} and {out.with_suffix('.csv')}", markup=False, soft_wrap=True)

@@ -146,6 +146,7 @@ def written(plan: Plan, out: Path, *given: Any, err: Console, rank: int | None, 
     """
     from moeopt.methods import Calibration
     from moeopt.methods import refit as fit
+    from moeopt.report.selection import refit_lines
     from moeopt.report.terminal import Steps
     from moeopt.results.selection import judged_refit
 
@@ -159,7 +160,7 @@ def written(plan: Plan, out: Path, *given: Any, err: Console, rank: int | None, 
     shutil.rmtree(folder, ignore_errors=True)
     lines = [*made.lines(), f"{out} holds the refitted plan"]
     with err.status("judging it on dev"):
-        return [*lines, *judged_refit(plan, made.plan, model, tokenizer, task, **options)]
+        return [*lines, *refit_lines(judged_refit(plan, made.plan, model, tokenizer, task, **options))]
 
 
 def export_again(model: str, out: Path) -> str:

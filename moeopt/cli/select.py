@@ -80,6 +80,7 @@ def select(
     from moeopt.trials.description import described as stored
 
     opened = read_study(study, storage)
+    from moeopt import report
     from moeopt.results import selection
 
     selection.check(opened, chosen)
@@ -96,7 +97,7 @@ def select(
             check_can(loaded, tokenizer, chosen, limit)
         with Steps(err) as progress, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The test split has now")  # the record says so too
-            found = selection.select(
+            selected = selection.select(
                 opened,
                 loaded,
                 tokenizer,
@@ -111,9 +112,9 @@ def select(
             )
     except KeyboardInterrupt:
         raise interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None
-    if not found.evaluated:
+    if not selected.evaluated:
         console.print("All of it was on record; nothing was evaluated.")
-    console.print(selection.view(found))
+    console.print(report.view(selected))
     place = shlex.join([*arguments.storage_again(storage), "--study", study])
     console.print(
         f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --trial selected", markup=False, soft_wrap=True
@@ -121,8 +122,8 @@ def select(
     if refit is not None:
         try:
             lines = written(
-                found.winner.plan, refit, loaded, tokenizer, chosen, err=err, rank=refit_rank, limit=limit,
-                dev_limit=dev_limit, score=found.settings["score"], batch_tokens=batch_tokens,
+                selected.winner.plan, refit, loaded, tokenizer, chosen, err=err, rank=refit_rank, limit=limit,
+                dev_limit=dev_limit, score=selected.settings["score"], batch_tokens=batch_tokens,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None

@@ -18,7 +18,6 @@ _HOMES = {
     "check_out": "checks",
     "profile": "run",
     "unique": "run",
-    "view": "table",
 }
 
 __all__ = [
@@ -33,14 +32,12 @@ __all__ = [
     "check_out",
     "profile",
     "unique",
-    "view",
 ]
 
 if TYPE_CHECKING:
     from moeopt.results.profiling.checks import ProfileError, Setting, check, check_out
     from moeopt.results.profiling.result import LayerLoad, Profile, Ratio, Row, Speed
     from moeopt.results.profiling.run import profile, unique
-    from moeopt.results.profiling.table import view
 
 
 __getattr__ = lazily(__name__, _HOMES)

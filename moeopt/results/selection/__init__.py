@@ -14,18 +14,19 @@ _HOMES = {
     "check": "checks",
     "held": "gains",
     "recorded": "record",
+    "JudgedRefit": "refits",
     "judged_refit": "refits",
     "select": "run",
     "selected_trial": "record",
-    "on_test": "kept",
+    "on_test": "evaluating",
     "verdict": "record",
-    "view": "table",
 }
 
 __all__ = [
     "SELECTION",
     "Candidate",
     "Held",
+    "JudgedRefit",
     "Selection",
     "check",
     "held",
@@ -35,17 +36,15 @@ __all__ = [
     "select",
     "selected_trial",
     "verdict",
-    "view",
 ]
 
 if TYPE_CHECKING:
     from moeopt.results.selection.checks import check
+    from moeopt.results.selection.evaluating import on_test
     from moeopt.results.selection.gains import Held, held
-    from moeopt.results.selection.kept import on_test
     from moeopt.results.selection.record import SELECTION, Candidate, Selection, recorded, selected_trial, verdict
-    from moeopt.results.selection.refits import judged_refit
+    from moeopt.results.selection.refits import JudgedRefit, judged_refit
     from moeopt.results.selection.run import select
-    from moeopt.results.selection.table import view
 
 
 __getattr__ = lazily(__name__, _HOMES)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from moeopt.errors import StudyError
+from moeopt.results.differences import difference, reversed_difference
 from moeopt.trials.description import HELD, held_facts
 from moeopt.trials.genome import WARM_START
 
@@ -64,8 +65,7 @@ def held(study: optuna.Study, objective: Objective) -> Held | None:
         StudyError: when the task has no dev split.
         NonFiniteLossError: when a loss on dev is not finite.
     """
-    from moeopt.evaluation import paired_bootstrap
-    from moeopt.results.selection.run import Bench
+    from moeopt.results.selection.evaluating import StudyEvaluators
 
     if "dev" not in objective.task.splits:
         raise StudyError(f"task {objective.task.name!r} has no dev split to hold a gain against")
@@ -75,11 +75,11 @@ def held(study: optuna.Study, objective: Objective) -> Held | None:
     facts = held_facts(study.user_attrs, study.study_name)
     if facts is not None and (facts["trial"], facts["start"]) == (best.number, start.number):
         return Held(**facts)
-    bench = Bench.for_study(study, objective, dev_limit=objective.settings["limit"])
-    before, after = (bench.evaluate(objective.space.plan(trial), "dev", "") for trial in (start, best))
-    change = paired_bootstrap(after, before)
-    gain = (start.value or 0.0) - (best.value or 0.0)
-    made = Held(best.number, start.number, gain, -change.mean, -change.high, -change.low, len(before.losses))
+    evaluators = StudyEvaluators.by(objective, study, {"dev": objective.settings["limit"]})
+    before, after = (evaluators.evaluate(objective.space.plan(trial), "dev") for trial in (start, best))
+    gained = reversed_difference(difference(after, before))
+    searched = (start.value or 0.0) - (best.value or 0.0)
+    made = Held(best.number, start.number, searched, gained.mean, gained.low, gained.high, len(before.losses))
     study.set_user_attr(HELD, asdict(made))
     return made
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moeopt.evaluation import Evaluator, paired_bootstrap
+from moeopt.evaluation import Evaluation, Evaluator, Interval
+from moeopt.results.differences import difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -12,6 +14,21 @@ if TYPE_CHECKING:
     from moeopt.evaluation.evaluator import Score
     from moeopt.plan import Plan
     from moeopt.tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedRefit:
+    """A refit on dev.
+
+    Args:
+        metric: what `Evaluation.accuracy` is called.
+        evaluations: of ``"full model"``, ``"plan"`` and ``"refitted plan"``.
+        change: loss of the refitted plan minus the plan's; below 0 is better.
+    """
+
+    metric: str
+    evaluations: dict[str, Evaluation]
+    change: Interval
 
 
 def judged_refit(
@@ -24,8 +41,8 @@ def judged_refit(
     dev_limit: int | None = None,
     score: Score = "likelihood",
     batch_tokens: int = 1024,
-) -> list[str]:
-    """Loss and metric of the full model, a plan and the refitted plan on dev, and the paired difference, in words.
+) -> JudgedRefit | None:
+    """What the full model, a plan and the refitted plan give on dev; None where the task has no dev split.
 
     Args:
         plan, refitted: what `moeopt.refit` took and gave.
@@ -40,15 +57,9 @@ def judged_refit(
         NonFiniteLossError: when a loss is not finite.
     """
     if "dev" not in task.splits:
-        return ["the task has no dev split to judge it on"]
+        return None
     evaluator = Evaluator(model, tokenizer, task, split="dev", limit=dev_limit, batch_tokens=batch_tokens, score=score)
-    full, without, fitted = (evaluator.evaluate(each) for each in (None, plan, refitted))
+    plans = {"full model": None, "plan": plan, "refitted plan": refitted}
+    evaluations = {name: evaluator.evaluate(each) for name, each in plans.items()}
     metric = "agreement" if evaluator.teacher is not None else task.metric
-    names = {"full model": full, "plan": without, "refitted plan": fitted}
-    scores = [f"{name} {e.loss:.4f}, {metric} {100 * e.accuracy:.1f}%" for name, e in names.items()]
-    change = paired_bootstrap(fitted, without)
-    verdict = "better" if change.high < 0 else "worse: keep the plan as it was" if change.low > 0 else "no difference"
-    return [
-        f"loss on {len(full.losses):,} dev examples: {'; '.join(scores)}",
-        f"refitted - plan: {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}], {verdict}",
-    ]
+    return JudgedRefit(metric, evaluations, difference(evaluations["refitted plan"], evaluations["plan"]))
