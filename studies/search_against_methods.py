@@ -117,8 +117,7 @@ def main() -> None:
         study=study,
         out=args.out,
     )
-    if args.out is not None:
-        report.save(comparison, args.out)
+    report.save(comparison, args.out)
     Console(width=140).print(report.view(comparison))
 
 

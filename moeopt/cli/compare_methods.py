@@ -8,23 +8,8 @@ from typing import Annotated
 
 import typer
 
-from moeopt.cli import arguments
-from moeopt.cli.options import (
-    DEFAULT_STORAGE,
-    GOAL,
-    STUDY,
-    BatchTokens,
-    Data,
-    DeviceMap,
-    Dtype,
-    Limit,
-    Model,
-    Score,
-    Storage,
-    Task,
-    TaskOption,
-    interrupted,
-)
+from moeopt.cli import arguments, options
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, STUDY
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -48,13 +33,13 @@ def register(app: typer.Typer) -> None:
 
 def compare_methods(
     ctx: typer.Context,
-    model: Model,
-    task: Task,
+    model: options.Model,
+    task: options.Task,
     keep: Annotated[str, COMPARED(metavar="R,R,...", help="Experts each layer keeps, such as 6,4,2.")],
-    data: Data = None,
-    task_option: TaskOption = None,
-    limit: Limit = None,
-    score: Score = "likelihood",
+    data: options.Data = None,
+    task_option: options.TaskOption = None,
+    limit: options.Limit = None,
+    score: options.Score = "likelihood",
     test_limit: Annotated[
         int | None, GOAL(metavar="N", min=1, help="Use N dev and N test examples. Default: all.")
     ] = None,
@@ -92,19 +77,19 @@ def compare_methods(
     study: Annotated[
         str | None, STUDY(metavar="NAME", help="A study of this model and task, whose best trials join the table.")
     ] = None,
-    storage: Storage = DEFAULT_STORAGE,
+    storage: options.Storage = DEFAULT_STORAGE,
     out: Annotated[Path, typer.Option(help="Folder for the table, the plans and all that is known.")] = Path(
         "compare-out"
     ),
-    device_map: DeviceMap = "auto",
-    dtype: Dtype = "auto",
-    batch_tokens: BatchTokens = 1024,
+    device_map: options.DeviceMap = "auto",
+    dtype: options.Dtype = "auto",
+    batch_tokens: options.BatchTokens = 1024,
 ) -> None:
     """Compare one-shot methods with the full model, random prunings and a search, on examples that none has seen."""
     keeps = arguments.numbers("--keep", keep)
     actives = None if active is None else arguments.numbers("--active", active)
     names = None if methods is None else arguments.words("--methods", methods)
-    options = arguments.pairs("--task-option", task_option)
+    task_options = arguments.pairs("--task-option", task_option)
     other_options = arguments.pairs("--calibration-option", calibration_option)
     from moeopt import report, tasks
     from moeopt.results import method_comparison as comparing
@@ -113,9 +98,9 @@ def compare_methods(
     shape = arguments.quick_shape(model)
     if shape is not None:
         comparing.check(shape, keeps, actives)
-    chosen = tasks.get(task, data=data, **options)
+    chosen = tasks.get(task, data=data, **task_options)
     chosen.examples("search")
-    other = arguments.calibration_task(task, options, calibration_task, calibration_data, other_options)
+    other = arguments.calibration_task(task, task_options, calibration_task, calibration_data, other_options)
     comparing.check_folder(out, {"task": chosen.describe(), "calibration": (other or chosen).describe()})
     opened = None
     if study is not None:
@@ -138,28 +123,13 @@ def compare_methods(
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         with Steps(err) as progress:
             compared = comparing.compare(
-                loaded,
-                tokenizer,
-                chosen,
-                keep=keeps,
-                methods=names,
-                active=actives,
-                skipping=skip,
-                refits=refit,
-                draws=draws,
-                calibration=other,
-                limit=limit,
-                test_limit=test_limit,
-                calibration_limit=calibration_limit,
-                study=opened,
-                seed=seed,
-                score=score,
-                batch_tokens=batch_tokens,
-                out=out,
-                progress=progress,
-            )
+                loaded, tokenizer, chosen, keep=keeps, methods=names, active=actives, skipping=skip, refits=refit,
+                draws=draws, calibration=other, limit=limit, test_limit=test_limit,
+                calibration_limit=calibration_limit, study=opened, seed=seed, score=score, batch_tokens=batch_tokens,
+                out=out, progress=progress,
+            )  # fmt: skip
     except KeyboardInterrupt:
-        raise interrupted(err, "all that was scored is kept. To go on:", ctx, storage) from None
+        raise options.interrupted(err, "all that was scored is kept. To go on:", ctx, storage) from None
     report.save(compared, out)
     console.print(report.view(compared))
     console.print(f"\n{out} holds table.csv, table.json and the plans.", markup=False, soft_wrap=True)

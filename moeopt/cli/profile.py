@@ -8,18 +8,8 @@ from typing import Annotated
 
 import typer
 
-from moeopt.cli import arguments
-from moeopt.cli.options import (
-    DEFAULT_STORAGE,
-    GOAL,
-    INTERRUPTED,
-    MACHINE,
-    DeviceMap,
-    Dtype,
-    Storage,
-    TaskOption,
-    TrustRemoteCode,
-)
+from moeopt.cli import arguments, options
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE
 from moeopt.errors import MoeoptError
 
 EXAMPLES = (
@@ -52,7 +42,7 @@ def profile(
         str | None, PROFILED(metavar="NAME", help="A study of the first model, for the plan of a trial.")
     ] = None,
     trial: Annotated[str, PROFILED(help="The study's trial: its number, best or best-stock.")] = "best",
-    storage: Storage = DEFAULT_STORAGE,
+    storage: options.Storage = DEFAULT_STORAGE,
     batch: Annotated[str, TIMED(metavar="N,N,...", help="Prompts run at once.")] = "1,8",
     prompt_length: Annotated[str, TIMED(metavar="N,N,...", help="Tokens a prompt.")] = "256",
     new_tokens: Annotated[int, TIMED(metavar="N", min=1, help="Tokens to decode after each prefill.")] = 32,
@@ -63,18 +53,18 @@ def profile(
     data: Annotated[
         str | None, GOAL(metavar="DATA", help="The task's data. Default: without --task, random token ids.")
     ] = None,
-    task_option: TaskOption = None,
+    task_option: options.TaskOption = None,
     balance_tokens: Annotated[
         int, GOAL(metavar="N", min=1, help="Tokens that load balance and active experts are counted on.")
     ] = 2048,
     seed: Annotated[int, GOAL(metavar="N", min=0, help="Seed of random token ids.")] = 0,
-    device_map: DeviceMap = "auto",
-    dtype: Dtype = "auto",
+    device_map: options.DeviceMap = "auto",
+    dtype: options.Dtype = "auto",
     experts: Annotated[
         str | None, MACHINE(metavar="NAME", help="Experts implementation of transformers. Default: the model's own.")
     ] = None,
     threads: Annotated[int | None, MACHINE(metavar="N", min=1, help="Threads of torch. Default: torch's own.")] = None,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write all numbers here, and as .csv beside it.")
     ] = None,
@@ -84,7 +74,7 @@ def profile(
     from moeopt.results import profiling
 
     batches, lengths = arguments.numbers("--batch", batch), arguments.numbers("--prompt-length", prompt_length)
-    options = arguments.pairs("--task-option", task_option)
+    task_options = arguments.pairs("--task-option", task_option)
     if out is not None:
         profiling.check_out(out)
     for model in models:
@@ -100,9 +90,9 @@ def profile(
     if task is not None or data is not None:
         from moeopt import tasks
 
-        goal = tasks.get(task or "text", data=data, **options)
+        goal = tasks.get(task or "text", data=data, **task_options)
         goal.examples(goal.splits[-1])
-    elif options:
+    elif task_options:
         raise MoeoptError("--task-option needs --task or --data")
     from moeopt.report.terminal import Steps, consoles
 
@@ -110,25 +100,14 @@ def profile(
     try:
         with Steps(err) as progress:
             made = profiling.profile(
-                models,
-                plans=profiling.unique(plans),
-                batch=batches,
-                prompt_length=lengths,
-                new_tokens=new_tokens,
-                repeats=repeats,
-                task=goal,
-                balance_tokens=balance_tokens,
-                seed=seed,
-                device_map=device_map,
-                dtype=dtype,
-                experts_implementation=experts,
-                trust_remote_code=trust_remote_code,
-                threads=threads,
+                models, plans=profiling.unique(plans), batch=batches, prompt_length=lengths, new_tokens=new_tokens,
+                repeats=repeats, task=goal, balance_tokens=balance_tokens, seed=seed, device_map=device_map,
+                dtype=dtype, experts_implementation=experts, trust_remote_code=trust_remote_code, threads=threads,
                 progress=progress,
-            )
+            )  # fmt: skip
     except KeyboardInterrupt:
         err.print("Interrupted; nothing is kept of a profile that is not finished.")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(options.INTERRUPTED) from None
     if out is not None:
         report.save(made, out)
     console.print(report.view(made))

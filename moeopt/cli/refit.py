@@ -11,25 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeopt.cli import arguments
-from moeopt.cli.options import (
-    DEFAULT_STORAGE,
-    GOAL,
-    STUDY,
-    TRIAL,
-    BatchTokens,
-    Data,
-    DeviceMap,
-    Dtype,
-    Limit,
-    Model,
-    Score,
-    Storage,
-    StudyName,
-    Task,
-    TaskOption,
-    interrupted,
-)
+from moeopt.cli import arguments, options
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, STUDY, TRIAL
 from moeopt.errors import PlanError
 
 if TYPE_CHECKING:
@@ -57,17 +40,17 @@ def register(app: typer.Typer) -> None:
 
 def refit(
     ctx: typer.Context,
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The plan file to write.")],
-    task: Task,
+    task: options.Task,
     plan: Annotated[Path | None, FITTED(help="Plan file of moeopt, or an EEP .pth.")] = None,
-    study: StudyName = None,
+    study: options.StudyName = None,
     trial: Annotated[str, STUDY(help=f"{TRIAL}.")] = "best",
-    data: Data = None,
-    task_option: TaskOption = None,
-    limit: Limit = None,
+    data: options.Data = None,
+    task_option: options.TaskOption = None,
+    limit: options.Limit = None,
     dev_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Judge on N dev examples. Default: all.")] = None,
-    score: Score = "likelihood",
+    score: options.Score = "likelihood",
     rank: Annotated[
         int | None, FITTED(metavar="Q", min=1, help="Rank of each expert's change, for a small file. Default: any.")
     ] = None,
@@ -77,13 +60,13 @@ def refit(
     calibration_data: Annotated[
         str | None, FITTED(metavar="DATA", help="Its data, as --data; alone, other data of the same task.")
     ] = None,
-    storage: Storage = DEFAULT_STORAGE,
-    device_map: DeviceMap = "auto",
-    dtype: Dtype = "auto",
-    batch_tokens: BatchTokens = 1024,
+    storage: options.Storage = DEFAULT_STORAGE,
+    device_map: options.DeviceMap = "auto",
+    dtype: options.Dtype = "auto",
+    batch_tokens: options.BatchTokens = 1024,
 ) -> None:
     """Fit what a smaller model's experts give to the full model, in closed form, and judge it on dev."""
-    options = arguments.pairs("--task-option", task_option)
+    task_options = arguments.pairs("--task-option", task_option)
     shape = arguments.quick_shape(model)
     check_file(out)
     layers = shape.layers if shape else None
@@ -91,9 +74,9 @@ def refit(
     arguments.check_layers(chosen, shape)
     from moeopt import tasks
 
-    goal = tasks.get(task, data=data, **options)
+    goal = tasks.get(task, data=data, **task_options)
     goal.examples("search")
-    other = arguments.calibration_task(task, options, calibration_task, calibration_data, {})
+    other = arguments.calibration_task(task, task_options, calibration_task, calibration_data, {})
     from moeopt.models import load
     from moeopt.report.terminal import consoles
 
@@ -107,7 +90,7 @@ def refit(
             dev_limit=dev_limit, score=score, batch_tokens=batch_tokens,
         )  # fmt: skip
     except KeyboardInterrupt:
-        raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
+        raise options.interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
     console.print("\n".join(lines), markup=False, soft_wrap=True)
     console.print(f"  {export_again(model, out)}", markup=False, soft_wrap=True)
 
@@ -133,7 +116,7 @@ def check_can(model: PreTrainedModel, tokenizer: Any, task: AnyTask, limit: int 
     check_refit(Calibration(model, tokenizer, task, limit=limit))
 
 
-def written(plan: Plan, out: Path, *given: Any, err: Console, rank: int | None, **options: Any) -> list[str]:
+def written(plan: Plan, out: Path, *given: Any, err: Console, rank: int | None, **settings: Any) -> list[str]:
     """Refit a plan, write it to `out`, and say what that gave.
 
     Args:
@@ -142,7 +125,7 @@ def written(plan: Plan, out: Path, *given: Any, err: Console, rank: int | None, 
         given: model, tokenizer and task.
         err: for progress.
         rank: as for `refit`.
-        options: of `judged_refit`.
+        settings: of `judged_refit`.
     """
     from moeopt.methods import Calibration
     from moeopt.methods import refit as fit
@@ -152,15 +135,15 @@ def written(plan: Plan, out: Path, *given: Any, err: Console, rank: int | None, 
 
     model, tokenizer, task = given
     folder = out.with_name(f".{out.name}.layers")
-    source, limit = options.pop("calibration", None) or task, options.pop("limit")
-    sequences = Calibration(model, tokenizer, source, limit=limit, batch_tokens=options["batch_tokens"])
+    source, limit = settings.pop("calibration", None) or task, settings.pop("limit")
+    sequences = Calibration(model, tokenizer, source, limit=limit, batch_tokens=settings["batch_tokens"])
     with Steps(err) as progress:
         made = fit(plan, sequences, rank=rank, parts=folder, progress=progress)
     made.save(out)
     shutil.rmtree(folder, ignore_errors=True)
     lines = [*made.lines(), f"{out} holds the refitted plan"]
     with err.status("judging it on dev"):
-        return [*lines, *refit_lines(judged_refit(plan, made.plan, model, tokenizer, task, **options))]
+        return [*lines, *refit_lines(judged_refit(plan, made.plan, model, tokenizer, task, **settings))]
 
 
 def export_again(model: str, out: Path) -> str:

@@ -8,24 +8,8 @@ from typing import Annotated
 
 import typer
 
-from moeopt.cli import arguments
-from moeopt.cli.options import (
-    DEFAULT_STORAGE,
-    GOAL,
-    STUDY,
-    BatchTokens,
-    Data,
-    DeviceMap,
-    Dtype,
-    Model,
-    RefitFile,
-    RefitRank,
-    ScoreName,
-    Storage,
-    Task,
-    TaskOption,
-    interrupted,
-)
+from moeopt.cli import arguments, options
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, STUDY
 from moeopt.cli.refit import check_can, check_file, export_again, written
 from moeopt.results.selection.checks import MOST, TOP
 
@@ -46,34 +30,34 @@ def register(app: typer.Typer) -> None:
 
 def select(
     ctx: typer.Context,
-    model: Model,
-    task: Task,
+    model: options.Model,
+    task: options.Task,
     study: Annotated[str, STUDY(metavar="NAME", help="A study of this model and task.")],
-    data: Data = None,
-    task_option: TaskOption = None,
+    data: options.Data = None,
+    task_option: options.TaskOption = None,
     top: Annotated[
         int, GOAL(metavar="N", min=1, max=MOST, help="Judge so many of the best distinct plans on dev.")
     ] = TOP,
     dev_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N dev examples. Default: all.")] = None,
     test_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N test examples. Default: all.")] = None,
     score: Annotated[
-        ScoreName | None,
+        options.ScoreName | None,
         GOAL(help="What the plan is chosen by on dev. Default: what the study minimised."),
     ] = None,
-    refit: RefitFile = None,
-    refit_rank: RefitRank = None,
+    refit: options.RefitFile = None,
+    refit_rank: options.RefitRank = None,
     stock: Annotated[bool, GOAL("--stock", help="Only plans that an ordinary checkpoint can hold.")] = False,
-    storage: Storage = DEFAULT_STORAGE,
-    device_map: DeviceMap = "auto",
-    dtype: Dtype = "auto",
-    batch_tokens: BatchTokens = 1024,
+    storage: options.Storage = DEFAULT_STORAGE,
+    device_map: options.DeviceMap = "auto",
+    dtype: options.Dtype = "auto",
+    batch_tokens: options.BatchTokens = 1024,
 ) -> None:
     """Judge a study's best plans on dev, and the winner once on test: does what the search gained hold there?"""
     from moeopt import tasks
 
-    options = arguments.pairs("--task-option", task_option)
+    task_options = arguments.pairs("--task-option", task_option)
     arguments.quick_shape(model)
-    chosen = tasks.get(task, data=data, **options)
+    chosen = tasks.get(task, data=data, **task_options)
     if refit is not None:
         check_file(refit)
     from moeopt.study import read_study
@@ -98,20 +82,11 @@ def select(
         with Steps(err) as progress, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The test split has now")  # the record says so too
             selected = selection.select(
-                opened,
-                loaded,
-                tokenizer,
-                chosen,
-                top=top,
-                dev_limit=dev_limit,
-                test_limit=test_limit,
-                score=score,
-                stock_only=stock,
-                batch_tokens=batch_tokens,
-                progress=progress,
-            )
+                opened, loaded, tokenizer, chosen, top=top, dev_limit=dev_limit, test_limit=test_limit, score=score,
+                stock_only=stock, batch_tokens=batch_tokens, progress=progress,
+            )  # fmt: skip
     except KeyboardInterrupt:
-        raise interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None
+        raise options.interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None
     if not selected.evaluated:
         console.print("All of it was on record; nothing was evaluated.")
     console.print(report.view(selected))
@@ -126,5 +101,5 @@ def select(
                 dev_limit=dev_limit, score=selected.settings["score"], batch_tokens=batch_tokens,
             )  # fmt: skip
         except KeyboardInterrupt:
-            raise interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
+            raise options.interrupted(err, "every layer that was fitted is kept. To go on:", ctx, storage) from None
         console.print("\n".join([*lines, f"  {export_again(model, refit)}"]), markup=False, soft_wrap=True)

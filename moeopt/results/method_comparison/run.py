@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from moeopt.evaluation import Evaluation, Evaluator, Interval
 from moeopt.evaluation.evaluator import Score
 from moeopt.evaluation.store import StoredEvaluators
-from moeopt.methods import Calibration
 from moeopt.models import Sizes, describe, shape_of, without_plan
 from moeopt.results.differences import difference
 from moeopt.results.method_comparison.checks import ComparisonError, check, check_methods
 from moeopt.results.method_comparison.comparison import MethodComparison, Row, Size, best_one_shot
 from moeopt.results.method_comparison.folder import Workspace
-from moeopt.results.method_comparison.making import Maker, Source, kept_experts
+from moeopt.results.method_comparison.making import Maker, kept_experts
 from moeopt.results.method_comparison.searched import Searched, searched
 from moeopt.results.steps import Progress, Steps
 
@@ -101,36 +100,24 @@ def compare(
         source = task if calibration is None else calibration
         splits = [split for split in ("search", "dev", "test") if split in task.splits]
         about = {"model": describe(model), "task": task.describe(), "calibration": source.describe()}
-        options: dict[str, Any] = {"batch_tokens": batch_tokens, "score": score}
         evaluators: dict[str, Evaluator] = {
             split: Evaluator(
                 model, tokenizer, task, split=split, limit=limit if split == "search" else test_limit, prefix_memory=0,
-                **options,
+                batch_tokens=batch_tokens, score=score,
             )
             for split in splits
         }  # fmt: skip
-        calibration_limit = limit if calibration_limit is None else calibration_limit
-        options |= {"limit": calibration_limit, "score": score if source.chooses else "likelihood"}
-        looked_at = Source(
-            source, calibration_limit, source.fingerprint("search") == task.fingerprint("search"),
-            lambda: Calibration(model, tokenizer, source, **options),
-        )  # fmt: skip
-        workspace = Workspace(None if out is None else Path(out), about)
+        workspace, test_draws = Workspace(None if out is None else Path(out), about), min(draws, test_draws)
         try:
             maker = Maker(
-                StoredEvaluators(evaluators, workspace.evaluations), workspace, looked_at, about["model"], shape,
-                Sizes(model), seed, skipping, refits, Steps(progress),
+                StoredEvaluators(evaluators, workspace.evaluations), workspace, source,
+                limit if calibration_limit is None else calibration_limit, about["model"], shape, Sizes(model), seed,
+                skipping, refits, Steps(progress),
             )  # fmt: skip
-            test_draws = min(draws, test_draws)
-            maker.steps.total = maker.count_steps(keep, ks, names, draws, test_draws, trials)
-            maker.full(ks)
-            for r in dict.fromkeys(keep):
-                for k in ks:
-                    maker.random(r, k, draws, test_draws)
-                    maker.methods(names, r, k, strict=methods is not None)
-                for trial in trials:
-                    if kept_experts(trial.plan) == r:
-                        maker.search(trial)
+            jobs = list(maker.jobs(keep, ks, names, draws, test_draws, methods is not None, trials))
+            maker.steps.total = sum(steps for steps, _ in jobs)
+            for _, job in jobs:
+                job()
         finally:
             workspace.close()
     maker.steps.finish()
