@@ -32,7 +32,7 @@ from moeopt.plan import LayerPlan, Plan
 from moeopt.results.profiling import LayerLoad, Profile, ProfileError, Ratio, Row, Setting, Speed, measuring, run
 from moeopt.results.profiling.checks import check_length, check_plan
 from moeopt.results.profiling.worker import Host
-from moeopt.results.profiling.workers import Worker
+from moeopt.results.profiling.workers import Checkpoint
 
 LAYERS, N, K, R = 6, 8, 2, 4
 PRUNED = Plan.one_hot([[1, 4, 6, 7]] * LAYERS, experts=N, k=K)
@@ -422,10 +422,12 @@ def test_names_are_their_own() -> None:
 
 @pytest.mark.slow
 def test_a_worker_passes_errors_on_and_its_end_is_one(tmp_path: Path) -> None:
-    worker = Worker(str(MODEL), **OPTIONS)
+    worker = Checkpoint("model", str(MODEL), OPTIONS)
     try:
+        worker.open()
         with pytest.raises(ModelError, match="no checkpoint folder"):
             worker.ask("open", source="./missing", **OPTIONS)
+        assert worker._process is not None
         worker._process.kill()
         with pytest.raises(ProfileError, match="ended with code -9; was there too little memory"):
             worker.ask("load", stream=[1, 2, 3])

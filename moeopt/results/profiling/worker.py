@@ -102,11 +102,11 @@ class Host:
             ids = self._prompts(batch, prompt_length)
             with measuring.peak_memory(self.model, self.before) as peak:
                 measuring.seconds(self.model, ids, new_tokens)
-            found = measuring.expert_loads(self.model, self.layers, self._rows(batch, prompt_length, balance_tokens))
-        kept = [range(x.n) for x in self.layers] if chosen is None else [experts_of(x) for x in chosen.layers]
+            ran = measuring.expert_loads(self.model, self.layers, self._rows(batch, prompt_length, balance_tokens))
+        experts = [range(x.n) for x in self.layers] if chosen is None else [experts_of(x) for x in chosen.layers]
         loads: list[dict[str, Any]] = [
-            {"layer": layer.name, "experts": list(own), "counts": [counts[e] for e in own], "tokens": tokens}
-            for layer, own, (counts, tokens) in zip(self.layers, kept, found)
+            {"layer": layer.name, "experts": list(numbers), "counts": [counts[e] for e in numbers], "tokens": tokens}
+            for layer, numbers, (counts, tokens) in zip(self.layers, experts, ran)
         ]
         if not all(load["tokens"] for load in loads):
             loads = []
@@ -129,15 +129,15 @@ class Host:
             rehearse: run each setting whole, untimed, before it is timed.
         """
         chosen = self._plan(plan)
-        found = []
+        timed = []
         with patched(self.model, chosen) if chosen is not None else nullcontext():
             for batch, length in settings:
                 ids = self._prompts(batch, length)
                 measuring.warm_up(self.model, ids)
                 if rehearse:
                     measuring.seconds(self.model, ids, new_tokens)
-                found.append(measuring.seconds(self.model, ids, new_tokens))
-        return found
+                timed.append(measuring.seconds(self.model, ids, new_tokens))
+        return timed
 
     def _prompts(self, batch: int, length: int) -> Tensor:
         """(batch, length) token ids, the stream from its start, again and again."""
