@@ -1,11 +1,8 @@
 """One store of evaluations: what a plan gave on a split is run once, and kept as soon as it is there.
 
-A study keeps evaluations beside its trials, which are closed once they have ended, in system attributes
-`moeopt:<split>:<model and examples>:<plan>`. The folder of a comparison keeps them in `records.jsonl`, a line each::
-
-    {"kind": "evaluation", "plan": "9f...", "split": "dev", "examples": "4c...", "model": "77...", "scores": {...}}
-
-Both pack losses, weights and correctness as a trial's are packed, with what they cost beside them.
+A study keeps them beside its trials, which are closed once they have ended, in system attributes
+`moeopt:<split>:<model and examples>:<plan>`; the folder of a comparison in `records.jsonl`, a line each. Both pack
+losses, weights and correctness as a trial's are packed, with what they cost beside them.
 """
 
 from __future__ import annotations
@@ -14,10 +11,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -41,8 +37,7 @@ COSTS = ("tokens", "layer_tokens", "seconds", "active")
 LOOK, NOT_FINITE = "moeopt:look:", "not_finite"
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(NamedTuple):
     """What plans are scored on: a split of a task, and a name of model, examples and score, as a store writes it."""
 
     split: str
@@ -56,11 +51,8 @@ def scores_name(evaluator: Evaluator, model: str | None = None) -> str:
         evaluator: it.
         model: `moeopt.models.fingerprint` of its model, where that is known.
     """
-    return digest(*_examples(evaluator), model or fingerprint(evaluator.model))
-
-
-def _examples(evaluator: Evaluator) -> tuple[str, str]:
-    return evaluator.fingerprint, evaluator.task.fingerprint(evaluator.split)
+    task = evaluator.task.fingerprint(evaluator.split)
+    return digest(evaluator.fingerprint, task, model or fingerprint(evaluator.model))
 
 
 def digest(*parts: object) -> str:
@@ -146,82 +138,69 @@ class StudyStore(EvaluationStore):
         super()._write(plan, on, attributes)
 
 
-class Records:
-    """A file of JSON objects, a line each, appended by one write, so that two processes keep each other's.
+class FolderStore(EvaluationStore):
+    """The evaluations in a file of JSON objects, a line each, among records of other kinds.
 
-    A line that cannot be read, such as the last after a crash, counts as not written.
+    Lines are appended by one write, so that two processes keep each other's. One that cannot be read, such as the last
+    after a crash, counts as not written, and so does a damaged evaluation.
 
     Args:
         path: the file; made if it is not there.
 
     Attributes:
-        lines: what was there.
+        records: those of other kinds that were there.
 
     Raises:
         OSError: when it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         content = path.read_bytes() if path.exists() else b""
         self._file = path.open("ab", buffering=0)
         if content and not content.endswith(b"\n"):
             self._file.write(b"\n")
-        self.lines: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []
         for text in content.splitlines():
             try:
                 record = json.loads(text)
-            except MALFORMED:
+                if record["kind"] == "evaluation":
+                    self._take(record)
+                else:
+                    self.records.append(record)
+            except (*MALFORMED, MoeoptError):
                 continue
-            if isinstance(record, dict):
-                self.lines.append(record)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line."""
+        """Add a record, which says its kind."""
         self._file.write(json.dumps(record).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-
-class FolderStore(EvaluationStore):
-    """The evaluations among the records of a folder; those that are damaged count as not made.
-
-    Args:
-        records: they, and those added here.
-    """
-
-    def __init__(self, records: Records) -> None:
-        super().__init__()
-        self._records = records
-        for record in records.lines:
-            try:
-                if record.get("kind") == "evaluation":
-                    self._take(record)
-            except (*MALFORMED, MoeoptError):
-                continue
+    def scored(self, model: nn.Module, evaluators: Mapping[str, Evaluator]) -> dict[str, Scored]:
+        about = describe(model)
+        name = digest(about["config_hash"], about["weights"])
+        examples = {split: digest(e.fingerprint, e.task.fingerprint(split)) for split, e in evaluators.items()}
+        return {split: Scored(split, f"{examples[split]}:{name}") for split in evaluators}
 
     def _take(self, record: dict[str, Any]) -> None:
-        on = Scored(record["split"], f"{record['examples']}:{record['model']}")
-        key, head = self._key(record["plan"], on), record["scores"]
+        key = self._key(record["plan"], Scored(record["split"], f"{record['examples']}:{record['model']}"))
+        head = record["scores"]
         if "z" in head and "v" not in head:  # as the first versions wrote it: of two dimensions, costs beside it
             costs = {cost: record[cost] for cost in COSTS}
             head = {"v": 1, "dtype": "<f4", "metrics": {}, **costs, **head, "shape": [math.prod(head["shape"])]}
-        pieces = {name: piece for name, piece in record.items() if name.startswith("scores.")}
-        attributes = {key: head, **{f"{key}{name.removeprefix('scores')}": piece for name, piece in pieces.items()}}
+        pieces = {name.removeprefix("scores"): record[name] for name in record if name.startswith("scores.")}
+        attributes = {key: head, **{key + piece: text for piece, text in pieces.items()}}
         if NOT_FINITE not in head:
             _unpacked(key, attributes)
         self._attributes |= attributes
 
-    def scored(self, model: nn.Module, evaluators: Mapping[str, Evaluator]) -> dict[str, Scored]:
-        about = describe(model)
-        name = digest(about["config_hash"], about["weights"])
-        return {split: Scored(split, f"{digest(*_examples(each))}:{name}") for split, each in evaluators.items()}
-
     def _write(self, plan: str, on: Scored, attributes: Mapping[str, Any]) -> None:
         key, (examples, model) = self._key(plan, on), on.name.split(":")
         named = {"kind": "evaluation", "plan": plan, "split": on.split, "examples": examples, "model": model}
-        self._records.append(named | {f"scores{name.removeprefix(key)}": value for name, value in attributes.items()})
+        self.append(named | {f"scores{name.removeprefix(key)}": value for name, value in attributes.items()})
         super()._write(plan, on, attributes)
 
 

@@ -1,27 +1,27 @@
 """The folder of a comparison: every evaluation and every method's plan, kept as soon as it is there.
 
-`comparison.json` says of which model and tasks the folder is, `plans/` holds the plans, and `records.jsonl` beside the
-evaluations (`moeopt.evaluation.store`) a line for each plan::
-
-    {"kind": "plan", "of": "a0...", "fingerprint": "9f...", "file": "naee-keep4-k2.safetensors", "layer_tokens": ...}
+`comparison.json` says of which model and tasks the folder is, `plans/` holds the plans, and `records.jsonl` a line for
+each evaluation (`moeopt.evaluation.store`) and for each plan: which question it answers, its file, what it cost.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeopt import __version__
 from moeopt.errors import PlanError
-from moeopt.evaluation.store import EvaluationStore, FolderStore, Records
+from moeopt.evaluation.store import EvaluationStore, FolderStore
 from moeopt.files import MALFORMED, write_atomically
 from moeopt.plan import Plan
 from moeopt.results.method_comparison.checks import FORMAT, MANIFEST, VERSION, ComparisonError, check_folder
 
 RECORDS, PLANS = "records.jsonl", "plans"
+COSTS = ("layer_tokens", "sequences", "tokens")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Workspace:
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
         self._folder, self._plans = folder, dict[str, MadePlan]()
-        self.evaluations = EvaluationStore()
+        self.evaluations: EvaluationStore = EvaluationStore()
         if folder is None:
             return
         check_folder(folder, about)
@@ -59,21 +59,18 @@ class Workspace:
             if not (folder / MANIFEST).exists():
                 manifest = {"format": FORMAT, "version": VERSION, "moeopt": __version__, **about}
                 write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-            self._records = Records(folder / RECORDS)
+            self.evaluations = FolderStore(folder / RECORDS)
         except OSError as error:
             raise ComparisonError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from None
-        self.evaluations = FolderStore(self._records)
-        for record in self._records.lines:
-            try:
-                if record.get("kind") == "plan":
+        for record in self.evaluations.records:
+            with suppress(*MALFORMED, PlanError):  # damaged, or its plan is deleted
+                if record["kind"] == "plan":
                     self._take(folder, record)
-            except MALFORMED:
-                continue
 
     def close(self) -> None:
         """Close the file of records."""
-        if self._folder is not None:
-            self._records.close()
+        if isinstance(self.evaluations, FolderStore):
+            self.evaluations.close()
 
     def plan(self, question: str) -> MadePlan | None:
         """The plan that was made in answer to this question."""
@@ -82,19 +79,14 @@ class Workspace:
     def keep_plan(self, made: MadePlan, question: str, file: str, about: Mapping[str, Any] | None = None) -> None:
         """Keep a plan, with what its file says about it."""
         self._plans[question] = made
-        if self._folder is not None:
+        if self._folder is not None and isinstance(self.evaluations, FolderStore):
             made.plan.save(self._folder / PLANS / file, about=about)
-            cost = {name: getattr(made, name) for name in ("layer_tokens", "sequences", "tokens")}
+            cost = {name: getattr(made, name) for name in COSTS}
             named = {"kind": "plan", "of": question, "fingerprint": made.plan.fingerprint, "file": file}
-            self._records.append(named | cost)
+            self.evaluations.append(named | cost)
 
     def _take(self, folder: Path, record: dict[str, Any]) -> None:
         self._plans.pop(record["of"], None)
-        try:
-            plan = Plan.load(folder / PLANS / Path(record["file"]).name)
-        except PlanError:  # deleted
-            return
+        plan, costs = Plan.load(folder / PLANS / Path(record["file"]).name), map(record.__getitem__, COSTS)
         if plan.fingerprint == record["fingerprint"]:
-            self._plans[record["of"]] = MadePlan(
-                plan, int(record["layer_tokens"]), int(record["sequences"]), int(record["tokens"])
-            )
+            self._plans[record["of"]] = MadePlan(plan, *map(int, costs))

@@ -18,15 +18,14 @@ __all__ = [
 if TYPE_CHECKING:
     from moeopt.results.selection.checks import check
     from moeopt.results.selection.evaluating import on_test
-    from moeopt.results.selection.gains import Held, held
+    from moeopt.results.selection.gains import Held, JudgedRefit, held, judged_refit
     from moeopt.results.selection.record import SELECTION, Candidate, Selection, recorded, selected_trial, verdict
-    from moeopt.results.selection.refits import JudgedRefit, judged_refit
     from moeopt.results.selection.run import select
 
 __getattr__ = lazily(
     __name__,
     homes(
-        checks="check", evaluating="on_test", gains="Held held", refits="JudgedRefit judged_refit", run="select",
+        checks="check", evaluating="on_test", gains="Held JudgedRefit held judged_refit", run="select",
         record="SELECTION Candidate Selection recorded selected_trial verdict",
     ),
 )  # fmt: skip

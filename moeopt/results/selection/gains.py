@@ -1,4 +1,4 @@
-"""What became, on examples that a search never saw, of what it gained over what it began with.
+"""What became, on examples that a search never saw, of what it, or a refit, gained.
 
 A search's best trial is the best of many on the examples that it searched: partly by luck. Two evaluations on dev, of
 it and of the plan that the search began with, tell how much of the gain is left there. `moeopt.select` chooses among
@@ -8,7 +8,7 @@ the best trials on dev and reports on test; this only says what the search's own
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeopt.errors import StudyError
 from moeopt.results.differences import difference, reversed_difference
@@ -18,8 +18,13 @@ from moeopt.trials.genome import WARM_START
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
+    from transformers import PreTrainedModel
 
+    from moeopt.evaluation import Evaluation, Interval
+    from moeopt.evaluation.evaluator import Score
+    from moeopt.plan import Plan
     from moeopt.study.objective import Objective
+    from moeopt.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -92,3 +97,54 @@ def _ends(study: optuna.Study) -> tuple[FrozenTrial | None, FrozenTrial | None]:
     starts = [trial for trial in done if WARM_START in trial.user_attrs]
     first = min(starts, key=lambda t: (t.value, t.number)) if starts else next(iter(done), None)
     return first, best_trial(study)
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedRefit:
+    """A refit on dev.
+
+    Args:
+        metric: what `Evaluation.accuracy` is called.
+        evaluations: of ``"full model"``, ``"plan"`` and ``"refitted plan"``.
+        change: loss of the refitted plan minus the plan's; below 0 is better.
+    """
+
+    metric: str
+    evaluations: dict[str, Evaluation]
+    change: Interval
+
+
+def judged_refit(
+    plan: Plan,
+    refitted: Plan,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    task: Task,
+    *,
+    dev_limit: int | None = None,
+    score: Score = "likelihood",
+    batch_tokens: int = 1024,
+) -> JudgedRefit | None:
+    """What the full model, a plan and the refitted plan give on dev; None where the task has no dev split.
+
+    Args:
+        plan, refitted: what `moeopt.refit` took and gave.
+        model, tokenizer: the full model, as `moeopt.load` returns them.
+        task: what to be good at.
+        dev_limit: of its dev examples; None: all.
+        score: what a loss is, as for `Evaluator`.
+        batch_tokens: padded tokens a forward pass.
+
+    Raises:
+        TaskError: as for `Evaluator`.
+        NonFiniteLossError: when a loss is not finite.
+    """
+    if "dev" not in task.splits:
+        return None
+    from moeopt.evaluation import Evaluator
+
+    evaluator = Evaluator(model, tokenizer, task, split="dev", limit=dev_limit, batch_tokens=batch_tokens, score=score)
+    plans = {"full model": None, "plan": plan, "refitted plan": refitted}
+    evaluations = {name: evaluator.evaluate(each) for name, each in plans.items()}
+    metric = "agreement" if evaluator.teacher is not None else task.metric
+    return JudgedRefit(metric, evaluations, difference(evaluations["refitted plan"], evaluations["plan"]))
