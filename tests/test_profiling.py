@@ -88,15 +88,13 @@ def test_active_parameters_follow_the_experts_that_ran(found: Profile) -> None:
 
 
 def test_memory_and_time_are_measured(found: Profile) -> None:
-    assert found.resident
-    assert found.tokens["balance"] == 200
+    assert (found.resident, found.tokens["balance"], found.largest) == (True, 200, Setting(3, 8))
     for each in found.rows:
         assert each.peak_bytes > 0
         assert [speed.setting for speed in each.speeds] == [Setting(1, 8), Setting(3, 8)]
         for speed in each.speeds:
             assert len(speed.prefill) == len(speed.decode) == 2
             assert min(speed.prefill + speed.decode) > 0
-    assert found.largest == Setting(3, 8)
     assert found.rows[0].peak_bytes > found.rows[0].weight_bytes
 
 
@@ -297,11 +295,6 @@ def test_what_cannot_be_profiled_is_refused_at_once(name: str, capsys: pytest.Ca
     assert all(text in message for text in named), message
 
 
-def test_a_dense_model_takes_no_plan(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    PRUNED.save(tmp_path / "plan.safetensors")
-    assert "dense" in refused([str(dense), "--plan", str(tmp_path / "plan.safetensors")], capsys)
-
-
 def test_what_the_configs_tell_is_checked_before_weights_are_read() -> None:
     with pytest.raises(ProfileError, match="plan 'short' is for 2 MoE layers, the first model has 6"):
         check_plan("short", Plan.identity(2, N, K), [(N, K)] * LAYERS)
@@ -321,7 +314,9 @@ def test_numbers_are_checked_first(bad: dict[str, Any]) -> None:
         moeopt.profile(MODEL, **bad)
 
 
-def test_a_dense_model_is_profiled_without_loads(dense: Path, tiny_llama: Any) -> None:
+def test_a_dense_model_is_profiled_without_loads_and_takes_no_plan(
+    dense: Path, tiny_llama: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     host = Host()
     facts = host.open(str(dense), **OPTIONS)
     assert (facts["layers"], facts["reason"]) == ([], "a dense model")
@@ -330,6 +325,8 @@ def test_a_dense_model_is_profiled_without_loads(dense: Path, tiny_llama: Any) -
     whole = sum(p.numel() for p in tiny_llama.parameters())
     assert (answer["parameters"], answer["active_parameters"], answer["loads"]) == (whole, whole, [])
     assert min(host.time(None, [(2, 8)], new_tokens=2, rehearse=True)[0]) > 0
+    PRUNED.save(tmp_path / "plan.safetensors")
+    assert "dense" in refused([str(dense), "--plan", str(tmp_path / "plan.safetensors")], capsys)
 
 
 W = [[0.5, 0.5, 0, 0, 0, 0, 0, 0], [0, 0, 0.25, 0.25, 0.25, 0.25, 0, 0], [0, 0, 0, 0, 0, 0, 1, 0.5]]
@@ -393,13 +390,6 @@ def test_code_in_a_checkpoint_runs_only_when_trusted(make_mixtral: Any, tmp_path
     host.open(str(tmp_path), **{**OPTIONS, "trust_remote_code": True})
     assert host.load(list(range(64)))["architecture"] == "Own"
     assert host.inspect(None, batch=1, prompt_length=8, new_tokens=1, balance_tokens=32)["loads"]
-
-
-def test_names_are_their_own() -> None:
-    assert list(run.named(["org/small", "out/small", "org/large"])) == ["small", "small (2)", "large"]
-    assert list(run.named(Path("a/b"))) == ["b"]
-    with pytest.raises(ProfileError, match="at least one"):
-        run.named([])
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from moeopt.study.objective import Objective, penalty, remembered
 from moeopt.trials.description import described
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import optuna
     from optuna.trial import FrozenTrial
     from transformers import PreTrainedModel
@@ -30,39 +32,32 @@ class StudyEvaluators(StoredEvaluators):
 
     Args:
         study: of moeopt.
-        model, tokenizer, task: as for `Evaluator`.
+        model, tokenizer, task, batch_tokens: as for `Evaluator`; or the study's objective as `model`.
         limits: examples of further splits; None for all.
         score: what losses are; None: the study's.
-        batch_tokens: padded tokens a forward pass.
-        compression: of the full model's distributions; None: the study's.
-
-    Attributes:
-        score: what losses are.
-        store: what the study holds.
     """
 
     store: StudyStore
 
     def __init__(
-        self,
-        study: optuna.Study,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        task: Task,
-        limits: dict[str, int | None],
-        *,
-        score: Score | None = None,
-        batch_tokens: int = 1024,
-        compression: Compression | None = None,
-    ) -> None:
+        self, study: optuna.Study, model: PreTrainedModel | Objective, tokenizer: Any = None, task: Task | None = None,
+        *, limits: Mapping[str, int | None], score: Score | None = None, batch_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         about = described(study)
         searched, evaluation = about["task"], about.get("evaluation") or {}
         self.score: Score = score or evaluation.get("score") or "likelihood"
+        self._active_weight = float(evaluation.get("active_weight") or 0.0)
+        compression = None
+        if isinstance(model, Objective):
+            tokenizer, task, batch_tokens = model.tokenizer, model.task, batch_tokens or model.evaluator.batch_tokens
+            teacher, model = model.evaluator.teacher, model.model
+            compression = None if teacher is None else teacher.compression
+        if task is None or tokenizer is None:
+            raise StudyError("give either an Objective, or model, tokenizer and task")
         if self.score in LABEL_FREE and compression is None:
             compression = Compression(top_p=evaluation.get("top_p") or Compression.top_p)
-        self._active_weight = float(evaluation.get("active_weight") or 0.0)
         options: dict[str, Any] = {
-            "batch_tokens": batch_tokens, "max_length": searched.get("max_length"), "score": self.score,
+            "batch_tokens": batch_tokens or 1024, "max_length": searched.get("max_length"), "score": self.score,
             "compression": compression,
         }  # fmt: skip
         limits = {searched["split"]: searched.get("limit"), **limits}
@@ -71,15 +66,6 @@ class StudyEvaluators(StoredEvaluators):
             for split, limit in limits.items()
         }
         super().__init__(evaluators, StudyStore(study))
-
-    @classmethod
-    def by(cls, objective: Objective, study: optuna.Study, limits: dict[str, int | None]) -> StudyEvaluators:
-        """Those of a study's own objective."""
-        teacher, parts = objective.evaluator.teacher, (objective.model, objective.tokenizer, objective.task)
-        compression = None if teacher is None else teacher.compression
-        return cls(
-            study, *parts, limits, batch_tokens=objective.evaluator.batch_tokens, compression=compression
-        )  # fmt: skip
 
     def evaluate(self, plan: Plan | None, split: str) -> Evaluation:
         """What a plan gives on a split, with the active experts in the losses as the study's objective has them."""
@@ -115,10 +101,7 @@ def on_test(study: optuna.Study) -> dict[str, Evaluation]:
         raise StudyError(f"nothing was selected from study {study.study_name!r} yet")
     check_record(record, f"study {study.study_name!r}: {SELECTION}")
     store, on = StudyStore(study), Scored("test", record["examples"]["test"]["of"])
-    evaluations = {}
-    for name, plan in {FULL: FULL, **record["plans"]}.items():
-        evaluation = store.get(plan, on)
-        if evaluation is None:
-            raise StorageError(f"study {study.study_name!r} has lost scores of its selection; select again")
-        evaluations[name] = evaluation
-    return evaluations
+    evaluations = {name: store.get(plan, on) for name, plan in {FULL: FULL, **record["plans"]}.items()}
+    if None in evaluations.values():
+        raise StorageError(f"study {study.study_name!r} has lost scores of its selection; select again")
+    return {name: evaluation for name, evaluation in evaluations.items() if evaluation is not None}

@@ -80,7 +80,7 @@ def held(study: optuna.Study, objective: Objective) -> Held | None:
     facts = held_facts(study.user_attrs, study.study_name)
     if facts is not None and (facts["trial"], facts["start"]) == (best.number, start.number):
         return Held(**facts)
-    evaluators = StudyEvaluators.by(objective, study, {"dev": objective.settings["limit"]})
+    evaluators = StudyEvaluators(study, objective, limits={"dev": objective.settings["limit"]})
     before, after = (evaluators.evaluate(objective.space.plan(trial), "dev") for trial in (start, best))
     gained = reversed_difference(difference(after, before))
     searched = (start.value or 0.0) - (best.value or 0.0)

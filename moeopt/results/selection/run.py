@@ -11,7 +11,7 @@ from moeopt.evaluation import Evaluation
 from moeopt.evaluation.store import plan_name
 from moeopt.evaluation.teacher import LABEL_FREE
 from moeopt.models import without_plan
-from moeopt.results.selection.checks import TOP, UNSEEN, check, check_arguments
+from moeopt.results.selection.checks import TOP, check, check_arguments
 from moeopt.results.selection.evaluating import StudyEvaluators
 from moeopt.results.selection.record import FULL, SEARCH_BEST, SELECTION, WINNER, Candidate, Selection, look_warning
 from moeopt.results.steps import Progress, Steps
@@ -70,22 +70,17 @@ def select(
         TaskError: when the task has no dev or no test split.
         NonFiniteLossError: when no candidate has a finite loss on dev, or the winner has none on test.
     """
-    compression = None
-    if isinstance(model, Objective):
-        tokenizer, task, batch_tokens = model.tokenizer, model.task, batch_tokens or model.evaluator.batch_tokens
-        teacher, model = model.evaluator.teacher, model.model
-        compression = None if teacher is None else teacher.compression
-    if task is None or tokenizer is None:
-        raise StudyError("give either an Objective, or model, tokenizer and task")
     limits = {"dev": dev_limit, "test": test_limit}
-    check_arguments(top=top, score=score, **{f"{split}_limit": limit for split, limit in limits.items()})
-    with without_plan(model):
-        check(study, task, model)
+    check_arguments(top=top, score=score, dev_limit=dev_limit, test_limit=test_limit)
+    whole, task = (model.model, model.task) if isinstance(model, Objective) else (model, task)
+    if task is None:
+        raise StudyError("give either an Objective, or model, tokenizer and task")
+    with without_plan(whole):
+        check(study, task, whole)
         ranked = _ranked(study, top, stock_only)
         evaluators = StudyEvaluators(
-            study, model, tokenizer, task, {split: limits[split] for split in UNSEEN}, score=score,
-            batch_tokens=batch_tokens or 1024, compression=compression,
-        )  # fmt: skip
+            study, model, tokenizer, task, limits=limits, score=score, batch_tokens=batch_tokens
+        )
         judging = _Judging(evaluators, Steps(progress, len(ranked) + 7))
         candidates = judging.candidates(ranked)
         winner, best = candidates[0], min(candidates, key=lambda candidate: (candidate.search_loss, candidate.trial))
