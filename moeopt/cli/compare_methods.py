@@ -39,7 +39,7 @@ def compare_methods(
     data: options.Data = None,
     task_option: options.TaskOption = None,
     limit: options.Limit = None,
-    score: options.Score = "likelihood",
+    score: options.ScoreOption = "likelihood",
     test_limit: Annotated[
         int | None, GOAL(metavar="N", min=1, help="Use N dev and N test examples. Default: all.")
     ] = None,

@@ -50,7 +50,7 @@ def refit(
     task_option: options.TaskOption = None,
     limit: options.Limit = None,
     dev_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Judge on N dev examples. Default: all.")] = None,
-    score: options.Score = "likelihood",
+    score: options.ScoreOption = "likelihood",
     rank: Annotated[
         int | None, FITTED(metavar="Q", min=1, help="Rank of each expert's change, for a small file. Default: any.")
     ] = None,

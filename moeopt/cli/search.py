@@ -26,7 +26,7 @@ from moeopt.cli.options import (
     Model,
     RefitFile,
     RefitRank,
-    Score,
+    ScoreOption,
     Storage,
     Task,
     TaskOption,
@@ -71,7 +71,7 @@ def search(
     data: Data = None,
     task_option: TaskOption = None,
     limit: Limit = None,
-    score: Score = "likelihood",
+    score: ScoreOption = "likelihood",
     keep: Annotated[int | None, SPACE(metavar="R", min=1, help="Experts each layer keeps.")] = None,
     active: Annotated[
         str | None,

@@ -41,7 +41,7 @@ def select(
     dev_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N dev examples. Default: all.")] = None,
     test_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N test examples. Default: all.")] = None,
     score: Annotated[
-        options.ScoreName | None,
+        options.Score | None,
         GOAL(help="What the plan is chosen by on dev. Default: what the study minimised."),
     ] = None,
     refit: options.RefitFile = None,

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moeopt.defaults import Score as Score
 from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError, TaskError, got
 from moeopt.evaluation import mixing
 from moeopt.evaluation.batches import Batch, pack
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from moeopt.tasks import Request, Scores, Task
 
 PREFIX_MEMORY = 1 << 30
-Score = Literal["likelihood", "choice", "metric", "kl", "acceptance"]
 
 
 class Evaluator:

@@ -177,8 +177,8 @@ def save(comparison: MethodComparison, folder: Path) -> None:
     except OSError as error:
         raise ComparisonError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from None
     whole = record(comparison)
-    rows = [{**{key: value for key, value in row.items() if key != "scores"}, **row["scores"]} for row in whole["rows"]]
-    write({folder / "table.csv": csv_of(rows), folder / "table.json": json_text(whole) + "\n"}, ComparisonError)
+    table_csv = csv_of(whole["rows"], lifted=("scores",))
+    write({folder / "table.csv": table_csv, folder / "table.json": json_text(whole) + "\n"}, ComparisonError)
 
 
 def record(comparison: MethodComparison) -> dict[str, Any]:

@@ -72,9 +72,14 @@ def json_text(record: Any) -> str:
     return json.dumps(finite(record), indent=2, allow_nan=False)
 
 
-def csv_of(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records of JSON as CSV: an object within one becomes columns of its own, lists are left out."""
-    flat = [_flat(record) for record in records]
+def csv_of(records: Sequence[Mapping[str, Any]], *, lifted: Collection[str] = ()) -> str:
+    """Records of JSON as CSV: an object within one becomes columns of its own, lists are left out.
+
+    Args:
+        records: a line each.
+        lifted: keys of objects whose columns do not begin with the key.
+    """
+    flat = [_flat(record, lifted) for record in records]
     columns = dict.fromkeys(name for record in flat for name in record)
     grouped = {name for name in columns if any(other.startswith(f"{name}_") for other in columns)}
     empty = {name for name in grouped if all(record.get(name) is None for record in flat)}
@@ -84,11 +89,12 @@ def csv_of(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(record: Mapping[str, Any], lifted: Collection[str] = ()) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
-            flat |= {f"{name}_{part}": inner for part, inner in _flat(value).items()}
+            prefix = "" if name in lifted else f"{name}_"
+            flat |= {f"{prefix}{part}": inner for part, inner in _flat(value).items()}
         elif not isinstance(value, (list, tuple)):
             flat[name] = value
     return flat

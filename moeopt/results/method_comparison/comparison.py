@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from moeopt.defaults import Score
 from moeopt.evaluation import Evaluation, Interval
-from moeopt.evaluation.evaluator import Score
 from moeopt.plan import ModelShape, Plan
 
 Kind = Literal["full", "random", "best random", "method", "search"]

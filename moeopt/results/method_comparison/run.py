@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeopt.defaults import Score
 from moeopt.evaluation import Evaluation, Evaluator, Interval
-from moeopt.evaluation.evaluator import Score
 from moeopt.evaluation.store import StoredEvaluators
 from moeopt.models import Sizes, describe, shape_of, without_plan
 from moeopt.results.differences import difference

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from transformers import PreTrainedModel
 
+    from moeopt.defaults import Score
     from moeopt.evaluation import Evaluation, Interval
-    from moeopt.evaluation.evaluator import Score
     from moeopt.plan import Plan
     from moeopt.study.objective import Objective
     from moeopt.tasks import Task

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from transformers import PreTrainedModel
 
-    from moeopt.evaluation.evaluator import Score
+    from moeopt.defaults import Score
     from moeopt.plan import Plan
     from moeopt.tasks import Task
 
