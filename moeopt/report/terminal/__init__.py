@@ -1,4 +1,7 @@
-"""What moeopt shows on a terminal: the progress of a search, tables of plans and of studies."""
+"""What moeopt shows on a terminal: the progress of a search, tables of plans and of studies.
+
+It may import all below `moeopt.report`, and its tables and formatting.
+"""
 
 from moeopt.report.terminal.plans import layer_rows, plan_table, short
 from moeopt.report.terminal.progress import SearchProgress, Steps

@@ -34,33 +34,21 @@ RAM_PEAK = "RAM of the process beyond that before loading, mapped files apart"
 class Host:
     """A checkpoint in this process; each public method answers one kind of request."""
 
-    def open(
-        self,
-        source: str,
-        device_map: str | None,
-        dtype: str,
-        trust_remote_code: bool,
-        experts_implementation: str | None,
-        threads: int | None,
-    ) -> dict[str, Any]:
-        """Check the checkpoint's config; no weight is read."""
+    def open(self, source: str, threads: int | None, **options: Any) -> dict[str, Any]:
+        """Check the checkpoint's config; no weight is read. Options are those of `moeopt.models.load_model`."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         if threads is not None:
             torch.set_num_threads(threads)
-        self.source = source
-        self.options: dict[str, Any] = {
-            "device_map": device_map, "dtype": dtype, "trust_remote_code": trust_remote_code,
-            "experts_implementation": experts_implementation,
-        }  # fmt: skip
-        empty = empty_model(source, trust_remote_code=trust_remote_code)
+        self.source, self.options, dtype = source, options, options["dtype"]
+        empty = empty_model(source, trust_remote_code=options["trust_remote_code"])
         config = empty.config.get_text_config()
         layers, reason = usable_layers(empty)
         width = getattr(torch, dtype) if dtype != "auto" else getattr(empty.config, "dtype", None) or torch.float32
         return {
             "bytes": sum(p.numel() for p in empty.parameters()) * width.itemsize,
-            "free_bytes": free_bytes(device_map),
+            "free_bytes": free_bytes(options["device_map"]),
             "layers": [(layer.n, layer.k) for layer in layers],
             "reason": reason,
             "vocabulary": config.vocab_size,
