@@ -61,9 +61,8 @@ import torch
 from rich.console import Console
 
 import moeopt
-from moeopt import methods
+from moeopt import methods, report
 from moeopt.plan import Plan
-from moeopt.results import profiling
 
 
 def main() -> None:
@@ -82,7 +81,7 @@ def main() -> None:
         task=task,
         threads=args.threads,
     )
-    Console(width=130).print(profiling.view(found))
+    Console(width=130).print(report.view(found))
 
 
 def variants(args: argparse.Namespace, task: moeopt.tasks.Task) -> dict[str, Plan]:

@@ -22,3 +22,12 @@ def lazily(package: str, homes: Mapping[str, str], rooms: Collection[str] = ()) 
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return attribute
+
+
+def homes(**modules: str) -> dict[str, str]:
+    """For `lazily`, the module of each name, of the names in each module.
+
+    >>> homes(record="Candidate Selection", run="select")
+    {'Candidate': 'record', 'Selection': 'record', 'select': 'run'}
+    """
+    return {name: module for module, names in modules.items() for name in names.split()}

@@ -19,7 +19,8 @@ import argparse
 from rich.console import Console
 
 import moeopt
-from moeopt.results.selection import selected_trial, view
+from moeopt import report
+from moeopt.results.selection import selected_trial
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     moeopt.optimize(study, objective, trials=args.trials)
 
     limits = {"dev_limit": args.dev_limit, "test_limit": args.test_limit}
-    Console(width=130).print(view(moeopt.select(study, objective, stock_only=bool(args.export), **limits)))
+    Console(width=130).print(report.view(moeopt.select(study, objective, stock_only=bool(args.export), **limits)))
     if args.export:
         moeopt.export(selected_trial(study), args.export, study=study, model=model)
 

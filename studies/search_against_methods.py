@@ -83,7 +83,8 @@ import optuna
 from rich.console import Console
 
 import moeopt
-from moeopt.results.method_comparison import compare, view
+from moeopt import report
+from moeopt.results.method_comparison import compare
 
 
 def main() -> None:
@@ -105,7 +106,7 @@ def main() -> None:
     )
     moeopt.optimize(study, objective, trials=args.trials)
     objective.evaluator.clear()
-    found = compare(
+    comparison = compare(
         model,
         tokenizer,
         task,
@@ -116,7 +117,8 @@ def main() -> None:
         study=study,
         out=args.out,
     )
-    Console(width=140).print(view(found))
+    report.save(comparison, args.out)
+    Console(width=140).print(report.view(comparison))
 
 
 def arguments() -> argparse.Namespace:

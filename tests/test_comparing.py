@@ -19,33 +19,27 @@ import numpy as np
 import optuna
 import pytest
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 import moeopt
-from moeopt import methods
+from moeopt import methods, report
 from moeopt.cli import main
 from moeopt.demo import MODEL
 from moeopt.demo import task as demo_task
 from moeopt.errors import MethodError, StudyError
-from moeopt.evaluation import Evaluator, paired_bootstrap
-from moeopt.exporting import export
+from moeopt.evaluation import Evaluator, Interval, paired_bootstrap
 from moeopt.plan import LayerPlan, Plan
+from moeopt.report.method_comparison import sentences, table, view
 from moeopt.results import method_comparison as comparing
-from moeopt.results.method_comparison import Comparison, ComparisonError, Row, compare, view
+from moeopt.results.method_comparison import ComparisonError, MethodComparison, Row, compare
 from moeopt.tasks import MultipleChoiceTask
 
 KEEP, DRAWS, TEST_DRAWS, SEED = 4, 3, 2, 3
 LIMITS = {"search": 4, "dev": 3, "test": 3}
 NAMES = ("reap", "naee", "naee_progressive")
 SMALL: dict[str, Any] = {
-    "keep": [KEEP],
-    "methods": ["reap", "naee"],
-    "draws": DRAWS,
-    "test_draws": TEST_DRAWS,
-    "limit": LIMITS["search"],
-    "test_limit": LIMITS["test"],
-    "seed": SEED,
-}
+    "keep": [KEEP], "methods": ["reap", "naee"], "draws": DRAWS, "test_draws": TEST_DRAWS, "seed": SEED,
+    "limit": LIMITS["search"], "test_limit": LIMITS["test"],
+}  # fmt: skip
 
 
 skill_task = cache(demo_task.skill_task)
@@ -59,7 +53,7 @@ class Demo:
     tokenizer: Any
     task: Any
 
-    def compare(self, **options: Any) -> Comparison:
+    def compare(self, **options: Any) -> MethodComparison:
         options = SMALL | options
         return compare(self.model, self.tokenizer, options.pop("task", self.task), **options)
 
@@ -90,8 +84,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(demo: Demo, study: optuna.Study, folder: Path) -> Comparison:
-    return demo.compare(methods=NAMES, active=[2, 1], skipping=True, study=study, out=folder)
+def found(demo: Demo, study: optuna.Study, folder: Path) -> MethodComparison:
+    made = demo.compare(methods=NAMES, active=[2, 1], skipping=True, study=study, out=folder)
+    report.save(made, folder)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +100,10 @@ def evaluators(demo: Demo) -> dict[str, Evaluator]:
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of the time; `found` has them."""
-    monkeypatch.setattr("moeopt.results.method_comparison.saving.find_spec", lambda name: None)
+    monkeypatch.setattr("moeopt.report.method_comparison.find_spec", lambda name: None)
 
 
-def row(found: Comparison, name: str, k: int = 2) -> Row:
+def row(found: MethodComparison, name: str, k: int = 2) -> Row:
     return next(row for row in found.rows if (row.name, row.k) == (name, k))
 
 
@@ -137,57 +133,60 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return counted
 
 
+@pytest.fixture(scope="module")
+def calibration(demo: Demo) -> methods.Calibration:
+    return methods.Calibration(demo.model, demo.tokenizer, demo.task, limit=LIMITS["search"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("k", [2, 1])
-def test_methods_are_those_of_the_methods_room_and_scored_as_the_evaluator_does(
-    demo: Demo, found: Comparison, evaluators: dict[str, Evaluator], k: int
-) -> None:
-    calibration = methods.Calibration(demo.model, demo.tokenizer, demo.task, limit=LIMITS["search"])
-    expected = methods.plans(NAMES, calibration, keep=KEEP, k=k)
-    for name in NAMES:
-        line = row(found, name, k)
-        assert line.plan == expected[name].plan
-        assert (line.keep, line.kind, line.layer_tokens) == (KEEP, "method", expected[name].layer_tokens)
-        assert line.active == k
+def test_every_row_is_scored_as_the_evaluator_does(found: MethodComparison, evaluators: dict[str, Evaluator]) -> None:
+    for line in found.rows:
         for split, evaluator in evaluators.items():
-            scores = evaluator.evaluate(line.plan)
-            assert np.array_equal(line.evaluations[split].scores, scores.scores)
-            assert (line.loss[split], line.accuracy[split]) == (scores.loss, scores.accuracy)
+            if line.kind != "random":
+                scores = evaluator.evaluate(line.plan)
+                assert np.array_equal(line.evaluations[split].scores, scores.scores)
+                assert (line.loss[split], line.accuracy[split]) == (scores.loss, scores.accuracy)
+                assert line.active == line.evaluations["test"].active
+
+
+@pytest.mark.parametrize("k", [2, 1])
+def test_methods_are_those_of_the_methods_room(
+    found: MethodComparison, calibration: methods.Calibration, k: int
+) -> None:
+    for name, expected in methods.plans(NAMES, calibration, keep=KEEP, k=k).items():
+        line = row(found, name, k)
+        assert (line.plan, line.layer_tokens) == (expected.plan, expected.layer_tokens)
+        assert (line.keep, line.kind, line.active) == (KEEP, "method", k)
     assert found.calibrated == comparing.Calibrated("demo:caesar", True, calibration.sequences, calibration.tokens)
 
 
 def test_skipping_is_calibrated_for_every_plan_of_two_active_experts(
-    demo: Demo, found: Comparison, evaluators: dict[str, Evaluator]
+    found: MethodComparison, calibration: methods.Calibration
 ) -> None:
-    calibration = methods.Calibration(demo.model, demo.tokenizer, demo.task, limit=LIMITS["search"])
     plain = [line for line in found.rows if line.k == 2 and not line.skips and line.kind != "random"]
-    pairs = [(line, row(found, f"{line.name} + skipping")) for line in plain]
-    assert len(pairs) == 1 + 1 + len(NAMES) + 2
+    assert len(plain) == 1 + 1 + len(NAMES) + 2
     assert not any(line.skips for line in found.rows if line.k == 1)
-    for line, skipped in pairs:
+    for line in plain:
+        skipped = row(found, f"{line.name} + skipping")
         plan = Plan.identity(6, 8, 2) if line.plan is None else line.plan
         assert skipped.plan == methods.skipping(plan, calibration)
         assert skipped.layer_tokens == line.layer_tokens + 6 * calibration.tokens
         assert 1 < skipped.active < 2
-        assert skipped.active == evaluators["test"].evaluate(skipped.plan).active
 
 
 def test_the_full_model_comes_first_and_with_fewer_active_experts(
-    found: Comparison, evaluators: dict[str, Evaluator]
+    found: MethodComparison, evaluators: dict[str, Evaluator]
 ) -> None:
     assert found.rows[0] is found.full
-    assert found.full.plan is None
-    assert found.full.against_full is None
-    assert found.full.loss == {split: evaluator.evaluate().loss for split, evaluator in evaluators.items()}
+    assert (found.full.plan, found.full.against_full) == (None, None)
     fewer = row(found, "full model", 1)
-    assert fewer.loss["test"] == evaluators["test"].evaluate(Plan.identity(6, 8, 1)).loss
-    assert fewer.active == 1
+    assert (fewer.plan, fewer.active) == (Plan.identity(6, 8, 1), 1)
     assert found.splits == {s: comparing.Size(e.examples, e.tokens) for s, e in evaluators.items()}
 
 
 @pytest.mark.parametrize("k", [2, 1])
 def test_random_prunings_are_drawn_and_the_best_is_chosen_on_search(
-    found: Comparison, evaluators: dict[str, Evaluator], k: int
+    found: MethodComparison, evaluators: dict[str, Evaluator], k: int
 ) -> None:
     plans = []
     for draw in range(DRAWS):
@@ -207,7 +206,7 @@ def test_random_prunings_are_drawn_and_the_best_is_chosen_on_search(
     assert mean.against_full is None
 
 
-def test_intervals_are_those_of_the_paired_bootstrap_on_test(found: Comparison) -> None:
+def test_intervals_are_those_of_the_paired_bootstrap_on_test(found: MethodComparison) -> None:
     full = found.full.evaluations["test"]
     for line in found.rows[1:]:
         if line.kind == "random":
@@ -219,15 +218,6 @@ def test_intervals_are_those_of_the_paired_bootstrap_on_test(found: Comparison) 
         else:
             assert best is not None
             assert line.against_best == paired_bootstrap(line.evaluations["test"], best.evaluations["test"])
-
-
-def test_sizes_are_those_of_the_exported_checkpoint(demo: Demo, found: Comparison, tmp_path: Path) -> None:
-    line = row(found, "naee")
-    assert line.plan is not None
-    small = AutoModelForCausalLM.from_pretrained(export(line.plan, tmp_path / "small", model=demo.model))
-    assert line.parameters == sum(p.numel() for p in small.parameters())
-    assert line.gib * 2**30 == sum(p.numel() * p.element_size() for p in small.parameters())
-    assert found.full.parameters == sum(p.numel() for p in demo.model.parameters())
 
 
 def mixed_task(*, dev: bool = True, test: bool = True) -> MultipleChoiceTask:
@@ -253,12 +243,11 @@ def test_the_best_one_shot_method_is_chosen_on_dev_never_on_test(demo: Demo) -> 
 
 def test_without_dev_search_chooses_and_without_test_nothing_is_claimed(demo: Demo) -> None:
     found = demo.compare(task=mixed_task(dev=False, test=False), methods=["naee", "reap"])
-    assert list(found.splits) == ["search"]
-    assert found.chosen_on == "search"
+    assert (list(found.splits), found.chosen_on) == (["search"], "search")
     best = found.best_one_shot(KEEP, 2)
     assert best is min((row(found, name) for name in ("naee", "reap")), key=lambda line: line.loss["search"])
     assert all(line.against_full is None and line.against_best is None for line in found.rows)
-    assert "no test split" in found.sentences(KEEP)[0]
+    assert "no test split" in sentences(found, KEEP)[0]
     assert "Interval" not in printed(found, 120)
 
 
@@ -274,10 +263,11 @@ def test_task_agnostic_methods_look_at_another_task(demo: Demo) -> None:
 
 
 def test_a_second_run_evaluates_and_calibrates_nothing(
-    demo: Demo, study: optuna.Study, found: Comparison, folder: Path, calls: Calls
+    demo: Demo, study: optuna.Study, found: MethodComparison, folder: Path, calls: Calls
 ) -> None:
     files = {name: (folder / name).read_bytes() for name in ("table.csv", "table.json", "records.jsonl")}
     again = demo.compare(methods=NAMES, active=[2, 1], skipping=True, study=study, out=folder)
+    report.save(again, folder)
     assert (calls.evaluated, calls.passes) == (0, 0)
     assert {name: (folder / name).read_bytes() for name in files} == files
     assert [line.plan for line in again.rows] == [line.plan for line in found.rows]
@@ -298,116 +288,84 @@ def test_steps_are_counted_beforehand(demo: Demo, study: optuna.Study) -> None:
     assert seen[-1][2] == "done"
 
 
-@pytest.mark.slow
-def test_a_run_that_was_cut_off_goes_on_where_it_stopped(demo: Demo, tmp_path: Path, calls: Calls) -> None:
-    whole = demo.compare()
-    evaluated, passes = calls.evaluated, calls.passes
-    calls.evaluated = calls.passes = 0
-
-    def stop(done: int, total: int, what: str) -> None:
-        if done == 17:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        demo.compare(out=tmp_path, progress=stop)
-    assert 0 < calls.evaluated < evaluated
-    with (tmp_path / "records.jsonl").open("rb+") as file:  # and the last line was torn
-        file.truncate(file.seek(0, os.SEEK_END) - 20)
-    rest = demo.compare(out=tmp_path)
-    assert (calls.evaluated, calls.passes) == (evaluated + 1, passes)
-    assert [line.loss for line in rest.rows] == [line.loss for line in whole.rows]
-    demo.compare(out=tmp_path)
-    assert calls.evaluated == evaluated + 1
-
-
-def test_plans_and_records_that_are_damaged_are_made_again(demo: Demo, tmp_path: Path, calls: Calls) -> None:
+def test_plans_that_are_gone_or_others_are_made_again(demo: Demo, tmp_path: Path, calls: Calls) -> None:
     options: dict[str, Any] = {"methods": ["naee", "reap"], "draws": 0, "out": tmp_path}
     first = demo.compare(**options)
     (tmp_path / "plans" / "naee-keep4-k2.safetensors").unlink()
     row(first, "naee").plan.save(tmp_path / "plans" / "reap-keep4-k2.safetensors")  # type: ignore[union-attr]
-    lines = (tmp_path / "records.jsonl").read_text().splitlines()
-    at = next(i for i, line in enumerate(lines) if '"evaluation"' in line)
-    lines[at] = lines[at].replace('"z": "', '"z": "AAAA')
-    (tmp_path / "records.jsonl").write_text("\n".join([*lines, "17", "[]", "{}", "\x00"]) + "\n")
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write('17\n[]\n{}\n\x00\n{"kind": "plan"}\n{"kind": "evaluation", "scores": 3}\n')
     calls.evaluated = calls.passes = 0
     again = demo.compare(**options)
-    assert (calls.evaluated, calls.passes) == (1, 1)
+    assert (calls.evaluated, calls.passes) == (0, 1)
     assert [line.plan for line in again.rows] == [line.plan for line in first.rows]
-    assert [line.loss for line in again.rows] == [line.loss for line in first.rows]
 
 
-def test_the_folder_of_something_else_is_refused_by_what_differs(demo: Demo, folder: Path, found: Comparison) -> None:
+def test_the_folder_of_something_else_is_refused_by_what_differs(
+    demo: Demo, folder: Path, found: MethodComparison, make_mixtral: Any
+) -> None:
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     with pytest.raises(ComparisonError, match=r"task\.name: it has 'demo:caesar', now 'demo:dates'"):
         demo.compare(task=skill_task("dates"), calibration=demo.task, out=folder)
     with pytest.raises(ComparisonError, match=r"calibration\.name: it has 'demo:caesar', now 'demo:text'"):
         demo.compare(calibration=skill_task("text"), out=folder)
-    weight = demo.model.model.layers[0].mlp.gate.weight.data
-    kept = weight.clone()
-    try:
-        weight.mul_(2)
-        with pytest.raises(ComparisonError, match=r"model\.weights"):
-            demo.compare(out=folder)
-    finally:
-        weight.copy_(kept)
+    with pytest.raises(ComparisonError, match=r"model\.weights"):
+        Demo(make_mixtral(experts=8), demo.tokenizer, demo.task).compare(out=folder)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
-def test_folders_that_cannot_serve_are_refused(demo: Demo, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ComparisonError, match="is a file"):
-        demo.compare(out=tmp_path / "file")
-    with pytest.raises(ComparisonError, match="not empty"):
-        demo.compare(out=tmp_path)
-    (tmp_path / "comparison.json").write_text("{")
-    with pytest.raises(ComparisonError, match="cannot be read"):
-        demo.compare(out=tmp_path)
-    (tmp_path / "comparison.json").write_text('{"format": "songs"}')
-    with pytest.raises(ComparisonError, match="another program"):
-        demo.compare(out=tmp_path)
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("other", "x", "not empty"), ("comparison.json", "{", "cannot be read"),
+        ("comparison.json", '{"format": "songs"}', "another program"), (None, "x", "is a file"),
+    ],
+)  # fmt: skip
+def test_folders_that_cannot_serve_are_refused(
+    demo: Demo, tmp_path: Path, file: str | None, content: str, named: str
+) -> None:
+    folder = tmp_path / "out"
+    if file is not None:
+        folder.mkdir()
+    (folder / file if file is not None else folder).write_text(content)
+    with pytest.raises(ComparisonError, match=named):
+        demo.compare(out=folder)
 
 
-def test_files_hold_every_row(found: Comparison, tmp_path: Path) -> None:
-    found.save(tmp_path)
+def test_files_hold_every_row(found: MethodComparison, tmp_path: Path) -> None:
+    report.save(found, tmp_path)
     record = json.loads((tmp_path / "table.json").read_text())
     with (tmp_path / "table.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(record["rows"]) == len(found.rows)
-    best = {(line["keep"], line["k"]): line["name"] for line in record["best_one_shot"]["methods"]}
+    best = {(line["keep"], line["k"], line["name"]) for line in record["best_one_shot"]["methods"]}
     for line, cells, entry in zip(found.rows, table, record["rows"]):
-        assert (cells["name"], int(cells["keep"]), int(cells["k"])) == (line.name, line.keep, line.k)
-        assert entry["name"] == line.name
+        assert entry["name"] == cells["name"] == line.name
+        assert (int(cells["keep"]), int(cells["k"])) == (line.keep, line.k)
+        assert int(cells["parameters"]) == entry["parameters"] == line.parameters
         for split in line.loss:
             assert float(cells[f"{split}_loss"]) == entry["scores"][split]["loss"] == line.loss[split]
             assert float(cells[f"{split}_accuracy"]) == line.accuracy[split]
-        assert int(cells["parameters"]) == entry["parameters"] == line.parameters
-        if line.against_full is None:
-            assert cells["test_minus_full_low"] == ""
-            assert entry["test_minus_full"] is None
-        else:
-            assert float(cells["test_minus_full_low"]) == entry["test_minus_full"]["low"] == line.against_full.low
+        against = entry["test_minus_full"] or {}
+        assert against.get("low") == (line.against_full and line.against_full.low)
+        assert cells["test_minus_full_low"] == str(against.get("low", ""))
         if line.plan is not None:
             assert Plan.load(tmp_path / entry["file"]) == line.plan
             assert entry["plan"] == cells["plan"] == line.plan.fingerprint
-        assert (
-            entry["best_one_shot"] == (cells["best_one_shot"] == "True") == (best.get((line.keep, line.k)) == line.name)
-        )
+        assert entry["best_one_shot"] == (cells["best_one_shot"] == "True") == ((line.keep, line.k, line.name) in best)
     assert record["splits"]["test"] == {"examples": 3, "tokens": found.splits["test"].tokens}
-    assert record["random"] == {"draws": DRAWS, "test_draws": TEST_DRAWS, "seed": SEED}
     assert str(MODEL) not in (tmp_path / "table.json").read_text()
 
 
-def test_there_are_figures_where_something_can_draw_them(found: Comparison, folder: Path, tmp_path: Path) -> None:
+def test_there_are_figures_where_something_can_draw_them(found: MethodComparison, folder: Path, tmp_path: Path) -> None:
     assert (folder / "methods.html").stat().st_size > 1000
     assert (folder / "methods.png").read_bytes().startswith(b"\x89PNG")
-    found.save(tmp_path)
+    report.save(found, tmp_path)
     assert (tmp_path / "table.json").is_file()
     assert not list(tmp_path.glob("methods.*"))
 
 
-def test_the_study_joins_with_its_best_trial_and_its_best_pruning(
-    study: optuna.Study, found: Comparison, evaluators: dict[str, Evaluator]
-) -> None:
+def test_the_study_joins_with_its_best_trial_and_its_best_pruning(study: optuna.Study, found: MethodComparison) -> None:
     space = moeopt.study.space_of(study)
     ranked = sorted(study.trials, key=lambda trial: trial.value)
     pruned = next(trial for trial in ranked if space.plan(trial).is_one_hot)
@@ -416,10 +374,9 @@ def test_the_study_joins_with_its_best_trial_and_its_best_pruning(
         line = row(found, name)
         assert line.plan == space.plan(trial)
         assert line.loss["search"] == pytest.approx(trial.value, abs=1e-12)
-        assert line.evaluations["test"].loss == evaluators["test"].evaluate(line.plan).loss
         assert line.layer_tokens == sum(trial.user_attrs["layer_tokens"] for trial in study.trials)
         assert line.against_best is not None
-    assert any("search is worse" in s or "search beats" in s or "no difference" in s for s in found.sentences(KEEP))
+    assert any("search is worse" in s or "search beats" in s or "no difference" in s for s in sentences(found, KEEP))
 
 
 def test_a_study_says_which_method_it_started_from(demo: Demo) -> None:
@@ -439,19 +396,15 @@ def test_studies_of_something_else_are_refused(demo: Demo, study: optuna.Study) 
         demo.compare(task=skill_task("dates"), study=study)
     with pytest.raises(ComparisonError, match=r"keeps 4 experts.*6, 3"):
         demo.compare(keep=[6, 3], study=study)
-    with pytest.raises(StudyError, match="moeopt did not make it"):
-        demo.compare(study=optuna.create_study())
-    empty = optuna.create_study(study_name="empty")
-    description = study.user_attrs["moeopt"]
-    empty.set_user_attr("moeopt", description)
-    with pytest.raises(StudyError, match="'empty' has no completed trial"):
-        demo.compare(study=empty)
-    empty.set_user_attr("moeopt", {**description, "task": {**description["task"], "split": "test"}})
-    with pytest.raises(StudyError, match="test split"):
-        demo.compare(study=empty)
-    empty.set_user_attr("moeopt", {**description, "model": {**description["model"], "weights": "f" * 32}})
-    with pytest.raises(StudyError, match=r"another model.*weights 'f"):
-        demo.compare(study=empty)
+    empty, description = optuna.create_study(study_name="empty"), study.user_attrs["moeopt"]
+    for changed, named in (
+        ({}, "'empty' has no completed trial"),
+        ({"task": {**description["task"], "split": "test"}}, "test split"),
+        ({"model": {**description["model"], "weights": "f" * 32}}, r"another model.*weights 'f"),
+    ):
+        empty.set_user_attr("moeopt", description | changed)
+        with pytest.raises(StudyError, match=named):
+            demo.compare(study=empty)
 
 
 class Impossible(methods.Method):
@@ -482,13 +435,9 @@ def test_what_a_method_cannot_do_is_said_and_only_a_named_one_stops_the_rest(
     ("options", "error", "named"),
     [
         ({"keep": [9]}, ComparisonError, "keep.*8 experts.*9"),
-        ({"keep": [0]}, ComparisonError, "keep.*8 experts.*0"),
         ({"keep": []}, ComparisonError, "at least one"),
-        ({"keep": [4, 1]}, ComparisonError, "keep=1.*k=2.*active=1"),
         ({"active": [5]}, ComparisonError, "keep=4.*k=5"),
-        ({"draws": -1}, ComparisonError, "draws.*-1"),
         ({"test_draws": 1.5}, ComparisonError, r"test_draws.*1\.5"),
-        ({"methods": ["nae"]}, MethodError, "'nae'.*did you mean 'naee'"),
         ({"methods": ["random"]}, MethodError, "draws"),
     ],
 )
@@ -497,7 +446,7 @@ def test_bad_arguments_are_named(demo: Demo, options: dict[str, Any], error: typ
         demo.compare(**options)
 
 
-def printed(found: Comparison, width: int) -> str:
+def printed(found: MethodComparison, width: int) -> str:
     console = Console(width=width, file=io.StringIO())
     console.print(view(found))
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -505,7 +454,7 @@ def printed(found: Comparison, width: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["metric", "choice", "kl"])
-def test_another_score_is_that_of_the_evaluator(demo: Demo, score: Any, folder: Path, found: Comparison) -> None:
+def test_another_score_is_that_of_the_evaluator(demo: Demo, score: Any, folder: Path, found: MethodComparison) -> None:
     other = demo.compare(score=score, methods=["reap"], draws=0, out=folder)
     for split, n in LIMITS.items():
         evaluator = Evaluator(demo.model, demo.tokenizer, demo.task, split=split, limit=n, score=score)
@@ -517,47 +466,39 @@ def test_another_score_is_that_of_the_evaluator(demo: Demo, score: Any, folder: 
 
 
 @pytest.mark.parametrize("width", [120, 160])
-def test_the_table_fits_and_tells_the_sizes(found: Comparison, width: int) -> None:
+def test_the_table_fits_and_tells_the_sizes(found: MethodComparison, width: int) -> None:
     text = printed(found, width)
-    lines = text.splitlines()
-    assert max(map(len, lines)) <= width
+    assert max(map(len, text.splitlines())) <= width
     for line in found.rows:
         name = "+ skipping" if line.name.endswith(" + skipping") else line.name
-        assert any(text.strip().startswith(name) and f"{line.loss['test']:.4f}" in text for text in lines), name
+        loss = f"{line.loss['test']:.4f}"
+        assert any(text.strip().startswith(name) and loss in text for text in text.splitlines()), name
     size = found.splits["test"]
-    assert f"test {size.examples} examples ({size.tokens:,} tokens)" in text
-    assert "chosen on dev" in text
+    for said in (f"test {size.examples} examples ({size.tokens:,} tokens)", "chosen on dev", *sentences(found, KEEP)):
+        assert said in text
     assert f"{DRAWS} on search, the first {TEST_DRAWS} of them on dev and test" in text
-    assert all(sentence in text for sentence in found.sentences(KEEP))
-    assert found.table(KEEP).row_count == len(found.rows) + 2
+    assert table(found, KEEP).row_count == len(found.rows) + 2
 
 
 @pytest.mark.parametrize(
     ("interval", "said"),
     [
-        ((-0.012, -0.021, -0.003), "search beats the best one-shot method (naee) on test by 0.0120 [0.0030, 0.0210]."),
-        (
-            (0.01, 0.003, 0.02),
-            "search is worse than the best one-shot method (naee) on test by 0.0100 [0.0030, 0.0200].",
-        ),
-        (
-            (-0.001, -0.004, 0.002),
-            "no difference on test between search and the best one-shot method (naee): -0.0010 [-0.0040, 0.0020].",
-        ),
+        ((-0.012, -0.021, -0.003), "search beats {} on test by 0.0120 [0.0030, 0.0210]."),
+        ((0.01, 0.003, 0.02), "search is worse than {} on test by 0.0100 [0.0030, 0.0200]."),
+        ((-0.001, -0.004, 0.002), "no difference on test between search and {}: -0.0010 [-0.0040, +0.0020]."),
     ],
 )
-def test_the_sentence_follows_the_interval(interval: tuple[float, ...], said: str) -> None:
+def test_the_sentence_follows_the_interval(interval: tuple[float, float, float], said: str) -> None:
     def line(name: str, kind: Any, **more: Any) -> Row:
-        plan = Plan.one_hot([[0, 1]], experts=4, k=1)
-        scores = {"search": 1.0, "dev": 1.0, "test": 1.0}
+        plan, scores = Plan.one_hot([[0, 1]], experts=4, k=1), dict.fromkeys(("search", "dev", "test"), 1.0)
         return Row(2, 1, name, kind, plan, scores, scores, parameters=1, gib=1.0, active=1.0, **more)
 
-    against = comparing.comparison.Interval(*interval)
-    rows = line("full model", "full"), line("naee", "method"), line("search", "search", against_best=against)
-    sizes = {split: comparing.Size(1, 1) for split in ("search", "dev", "test")}
-    shape = moeopt.ModelShape(1, 4, 1)
-    found = Comparison({}, {"name": "t"}, shape, sizes, None, rows, "dev", draws=0, test_draws=0, seed=0)
-    assert found.sentences(2) == [f"Keep 2: {said}"]
+    best = line("search", "search", against_best=Interval(*interval))
+    sizes = dict.fromkeys(("search", "dev", "test"), comparing.Size(1, 1))
+    about: Any = {}, {"name": "t"}, moeopt.ModelShape(1, 4, 1), sizes, None
+    rows = line("full model", "full"), line("naee", "method"), best
+    made = MethodComparison(*about, rows, "dev", draws=0, test_draws=0, seed=0)
+    assert sentences(made, 2) == [f"Keep 2: {said.format('the best one-shot method (naee)')}"]
 
 
 # The command line.
@@ -611,11 +552,9 @@ def test_the_command_prints_and_saves_and_does_nothing_twice(
 
 
 def test_the_command_takes_another_task_to_look_at(place: Place, tmp_path: Path) -> None:
-    text = tmp_path / "texts"
-    text.mkdir()
     for i in range(40):
-        (text / f"{i}.txt").write_text(f"The {i}th of these stories is about a fox, and it is the {i}th only. " * 3)
-    other = ["--calibration-task", "text", "--calibration-data", str(text), "--calibration-option", "window=32"]
+        (tmp_path / f"{i}.txt").write_text(f"The {i}th of these stories is about a fox, and it is the {i}th only. " * 3)
+    other = ["--calibration-task", "text", "--calibration-data", str(tmp_path), "--calibration-option", "window=32"]
     assert main(place.arguments(*other, "--calibration-limit", "5", out=tmp_path / "out")) == 0
     record = json.loads((tmp_path / "out" / "table.json").read_text())
     assert record["calibration"] | {"tokens": 0} == {"task": "text", "own": False, "sequences": 5, "tokens": 0}
@@ -623,20 +562,14 @@ def test_the_command_takes_another_task_to_look_at(place: Place, tmp_path: Path)
 
 BAD = {
     "unknown method": (["--methods", "reap,nae"], "'nae'", "did you mean 'naee'"),
-    "random among the methods": (["--methods", "random"], "draws"),
     "no name": (["--methods", "reap,,naee"], "--methods", "'reap,,naee'"),
-    "more experts than there are": (["--keep", "9,4"], "keep", "8 experts", "9"),
     "more active than kept": (["--keep", "4,1"], "keep=1", "k=2"),
-    "no number": (["--keep", "4,x"], "--keep", "'4,x'"),
     "no active expert": (["--active", "0"], "--active", "'0'"),
     "unknown study": (["--study", "z"], "no study 'z'"),
     "study of other examples": (["--study", "s", "--task-option", "fractions=[0.4,0.3,0.3]"], "another task"),
-    "unknown task": (["--task", "bolq"], "'bolq'", "did you mean 'boolq'"),
     "unknown task to look at": (["--calibration-task", "txt"], "'txt'", "did you mean 'text'"),
     "option of no task": (["--calibration-option", "window=32"], "--calibration-task"),
     "missing data": (["--data", "missing.jsonl"], "missing.jsonl"),
-    "misspelt option": (["--drawz", "3"], "--drawz", "--draws"),
-    "negative draws": (["--draws", "-1"], "--draws", "'-1'"),
 }
 
 
@@ -661,7 +594,7 @@ def test_bad_arguments_are_one_line_before_the_model_loads(
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_says_how_to_go_on_and_loses_one_evaluation_at_most(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     race = Evaluator.race
@@ -682,6 +615,8 @@ def test_ctrl_c_says_how_to_go_on(
     resumed = calls.evaluated
     assert main([*given, "--out", str(tmp_path / "fresh")]) == 0
     assert calls.evaluated == resumed + resumed + 4
+    tables = [(tmp_path / folder / "table.json").read_bytes() for folder in ("out", "fresh")]
+    assert tables[0] == tables[1]
 
 
 def test_help_and_light_errors_import_nothing_slow(place: Place, tmp_path: Path) -> None:

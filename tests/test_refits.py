@@ -14,6 +14,7 @@ from moeopt.demo import MODEL
 from moeopt.evaluation import Evaluator
 from moeopt.methods import Calibration, refitting
 from moeopt.plan import Plan
+from moeopt.report.selection import refit_lines
 from moeopt.results.method_comparison import compare
 from moeopt.results.selection import judged_refit
 
@@ -54,9 +55,7 @@ def test_the_command_writes_a_better_plan_that_exports(
     assert Plan.load(out).is_refitted
     assert list(tmp_path.iterdir()) == [out]
     assert main(["export", str(MODEL), str(tmp_path / "small"), "--plan", str(out)]) == 0
-    card = (tmp_path / "small" / "README.md").read_text()
-    assert "24 sequences of `multiple_choice`" in card
-    assert main(["verify", str(tmp_path / "small"), "--length", "8", "--new-tokens", "2"]) == 0
+    assert "24 sequences of `multiple_choice`" in (tmp_path / "small" / "README.md").read_text()
     capsys.readouterr()
     assert main(given) == 2
     assert "is there already" in capsys.readouterr().err
@@ -84,23 +83,17 @@ def test_a_cut_off_command_goes_on(
 
 
 def test_searches_and_selections_end_with_it(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    searched, selected = tmp_path / "searched.safetensors", tmp_path / "selected.safetensors"
-    more = ["--keep", "2", "--space", "prune", *SEARCH, *study(place, "other"), "--refit", str(searched)]
-    assert main(["search", str(MODEL), *goal(place), *more]) == 0
-    printed = capsys.readouterr().out
-    assert "refitted - plan:" in printed
-    assert f"--plan {searched}" in printed
-    best = moeopt.load_study("other", storage=f"sqlite:///{place / 'studies.db'}").best_trial
-    about = Plan.about(searched)["refit"]
-    assert about["sequences"] == 24
-    assert about["task"]["name"] == "multiple_choice"
-    assert Plan.load(searched).layers[0].kept is not None
-    assert best.value is not None
-    given = [word for word in goal(place) if word not in ("--limit", "24")]
-    limits = ["--dev-limit", "6", "--test-limit", "6", "--refit", str(selected)]
-    assert main(["select", str(MODEL), *given, *study(place), *limits]) == 0
-    assert f"--plan {selected}" in capsys.readouterr().out
-    assert Plan.about(selected)["refit"]["sequences"] == 24
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("search", "select")}
+    search = ["--keep", "2", "--space", "prune", *SEARCH, *study(place, "other"), "--limit", "24"]
+    select = [*study(place), "--dev-limit", "6", "--test-limit", "6"]
+    for command, more in (("search", search), ("select", select)):
+        assert main([command, str(MODEL), *goal(place)[:-2], *more, "--refit", str(files[command])]) == 0
+        printed = capsys.readouterr().out
+        assert "refitted - plan:" in printed
+        assert f"--plan {files[command]}" in printed
+        about = Plan.about(files[command])["refit"]
+        assert (about["sequences"], about["task"]["name"]) == (24, "multiple_choice")
+        assert Plan.load(files[command]).is_refitted
 
 
 @pytest.mark.parametrize(
@@ -126,13 +119,14 @@ def test_it_is_judged_on_dev() -> None:
     task = moeopt.demo.skill_task("caesar")
     plan = Plan.one_hot([[0, 1]] * 6, experts=8, k=2)
     fitted = moeopt.refit(plan, Calibration(model, tokenizer, task, limit=16)).plan
-    said = judged_refit(plan, fitted, model, tokenizer, task, dev_limit=24)
+    said = refit_lines(judged_refit(plan, fitted, model, tokenizer, task, dev_limit=24))
     evaluator = Evaluator(model, tokenizer, task, split="dev", limit=24)
     assert f"refitted plan {evaluator.evaluate(fitted).loss:.4f}" in said[0]
     assert said[1].endswith("better")
-    assert judged_refit(fitted, plan, model, tokenizer, task, dev_limit=24)[1].endswith("keep the plan as it was")
+    worse = judged_refit(fitted, plan, model, tokenizer, task, dev_limit=24)
+    assert refit_lines(worse)[1].endswith("keep the plan as it was")
     without = moeopt.tasks.TextTask("text", search=["some text"] * 4, window=16)
-    assert judged_refit(plan, fitted, model, tokenizer, without) == ["the task has no dev split to judge it on"]
+    assert judged_refit(plan, fitted, model, tokenizer, without) is None
 
 
 def test_what_a_refit_cannot_do_is_said_before_the_search(
@@ -147,27 +141,26 @@ def test_what_a_refit_cannot_do_is_said_before_the_search(
 
 @pytest.mark.slow
 def test_a_comparison_has_every_plan_refitted_too(tmp_path: Path) -> None:
-    task = moeopt.demo.skill_task("caesar")
-    model, tokenizer = moeopt.load(MODEL)
+    task, (model, tokenizer) = moeopt.demo.skill_task("caesar"), moeopt.load(MODEL)
     steps: list[tuple[int, int]] = []
-    options: dict[str, Any] = {"keep": [2], "methods": ["naee", "reap"], "draws": 2, "limit": 16, "test_limit": 24}
-    made = compare(
-        model, tokenizer, task, refits=True, out=tmp_path / "out", **options,
-        progress=lambda done, total, what: steps.append((done, total)),
-    )  # fmt: skip
-    names = [row.name for row in made.rows]
+    options: dict[str, Any] = {
+        "keep": [2], "methods": ["naee", "reap"], "draws": 2, "limit": 16, "test_limit": 24, "refits": True,
+        "out": tmp_path / "out",
+    }  # fmt: skip
+    made = compare(model, tokenizer, task, progress=lambda *step: steps.append(step[:2]), **options)
+    rows = {row.name: row for row in made.rows}
     for name in ("best of 2 random", "naee", "reap"):
-        plain, fitted = (made.rows[names.index(each)] for each in (name, f"{name} + refit"))
+        plain, fitted = rows[name], rows[f"{name} + refit"]
         assert fitted.loss["test"] < plain.loss["test"]
         assert fitted.layer_tokens > plain.layer_tokens
         assert fitted.parameters == plain.parameters
-        expected = moeopt.refit(plain.plan, Calibration(model, tokenizer, task, limit=16)).plan
-        assert fitted.plan == expected
+        assert plain.plan is not None
+        assert fitted.plan == moeopt.refit(plain.plan, Calibration(model, tokenizer, task, limit=16)).plan
     assert steps[-1][0] == steps[-1][1]
     best = made.best_one_shot(2, 2)
     assert best is not None
     assert not best.refitted
-    again = compare(model, tokenizer, task, refits=True, out=tmp_path / "out", **options)
+    again = compare(model, tokenizer, task, **options)
     assert [row.loss for row in again.rows] == [row.loss for row in made.rows]
     about = Plan.about(tmp_path / "out" / "plans" / "naee-refit-keep2-k2.safetensors")
     assert about["refit"]["sequences"] == 16

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
+import sqlite3
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +20,18 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 import moeopt
+from moeopt import report
 from moeopt.cli import main
 from moeopt.errors import NonFiniteLossError, StudyError, TaskError
-from moeopt.evaluation import Compression, Evaluation, Evaluator, Interval, paired_bootstrap
+from moeopt.evaluation import Compression, Evaluator, Interval, paired_bootstrap
+from moeopt.evaluation.store import Scored, StudyStore
 from moeopt.exporting import why_not_stock
 from moeopt.plan import LayerPlan, Plan
 from moeopt.results.method_comparison.searched import searched
-from moeopt.results.selection import SELECTION, check, on_test, recorded, selected_trial, verdict, view
-from moeopt.results.selection.kept import Kept
+from moeopt.results.selection import SELECTION, check, on_test, recorded, selected_trial, verdict
 from moeopt.results.selection.record import sentence
 from moeopt.tasks import MultipleChoiceTask, TextTask
 from moeopt.tasks.base import Example
-from moeopt.trials import genome
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 pytestmark = pytest.mark.filterwarnings("ignore:The test split has now")
@@ -98,35 +96,28 @@ def test_the_winner_is_the_one_found_by_hand() -> None:
     ranked = sorted(study.trials[:7], key=lambda t: t.value)[:5]
     dev = Evaluator(model, tokenizer, task, split="dev", limit=8)
     losses = {t.number: dev.evaluate(space.plan(t)).loss for t in ranked}
-    assert {c.trial: (c.search_loss, c.dev and c.dev.loss) for c in found.candidates} == {
-        t.number: (t.value, losses[t.number]) for t in ranked
-    }
-    assert [c.trial for c in found.candidates] == sorted(losses, key=lambda n: losses[n])
+    assert [(c.trial, c.dev and c.dev.loss) for c in found.candidates] == sorted(losses.items(), key=lambda x: x[1])
+    assert all(c.search_loss == study.trials[c.trial].value for c in found.candidates)
     winner = study.trials[min(losses, key=lambda n: losses[n])]
-    assert found.winner.trial == winner.number
-    assert found.search_best.trial == ranked[0].number
+    assert (found.winner.trial, found.search_best.trial) == (winner.number, ranked[0].number)
 
     test = Evaluator(model, tokenizer, task, split="test", limit=12)
     full, best = test.evaluate(None), test.evaluate(space.plan(winner))
     assert np.array_equal(found.evaluations["test"]["winner"].scores, best.scores)
-    assert found.intervals["full"] == {
-        "loss": paired_bootstrap(best, full),
-        "accuracy": paired_bootstrap(best, full, of="accuracy"),
-    }
+    of_metric = paired_bootstrap(best, full, of="accuracy")
+    assert found.intervals["full"] == {"loss": paired_bootstrap(best, full), "accuracy": of_metric}
     if found.search_best is not found.winner:
         other = test.evaluate(space.plan(ranked[0]))
         assert found.intervals["search_best"]["loss"] == paired_bootstrap(best, other)
     assert found.gain("search") == objective.evaluator.evaluate(None).loss - winner.value
     assert found.gain("test") == pytest.approx(full.loss - best.loss)
-    assert found.record["scores"]["test"]["winner"] == {
-        "loss": best.loss, "accuracy": best.accuracy, "active": best.active,
-    }  # fmt: skip
+    scores = {"loss": best.loss, "accuracy": best.accuracy, "active": best.active}
+    assert found.record["scores"]["test"]["winner"] == scores
     assert json.loads(json.dumps(found.record)) == found.record == recorded(study)
-    console = Console(width=130, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(view(found))
-    text = console.export_text()
-    assert found.sentence in text
-    assert f"winner, trial {winner.number}" in text
+    console = Console(width=130, file=io.StringIO())
+    console.print(report.view(found))
+    for text in (found.sentence, f"winner, trial {winner.number}"):
+        assert text in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_equal_plans_and_failed_trials_are_no_candidates(objective: moeopt.Objective) -> None:
@@ -154,45 +145,28 @@ def test_a_study_keeps_its_selections_and_runs_nothing_twice(
 ) -> None:
     name, url = place
     searched_study(objective, study_name=name, storage=url)
-    first = moeopt.select(moeopt.load_study(name, url), objective, top=3, dev_limit=3, test_limit=4)
+    options: dict[str, Any] = {"dev_limit": 3, "test_limit": 4}
+    first = moeopt.select(moeopt.load_study(name, url), objective, top=3, **options)
     assert (first.evaluated, first.looks) == (1 + 4 + len(first.evaluations["test"]), 1)
-    passes = first.layer_tokens
-    assert passes > 0
+    assert first.layer_tokens > 0
     before = forwards.count
     assert before > 0
 
     study = moeopt.load_study(name, url)
-    again = moeopt.select(study, objective.model, objective.tokenizer, objective.task, top=3, dev_limit=3, test_limit=4)
+    again = moeopt.select(study, objective.model, objective.tokenizer, objective.task, top=3, **options)
     assert (again.evaluated, again.layer_tokens, again.looks, forwards.count) == (0, 0, 1, before)
     assert again.record == first.record == recorded(study)
     assert selected_trial(study).number == first.winner.trial
 
-    more = moeopt.select(study, objective, top=5, dev_limit=3, test_limit=4)
+    more = moeopt.select(study, objective, top=5, **options)
     changed = {c.plan.fingerprint for c in (more.winner, more.search_best)}
     changed -= {c.plan.fingerprint for c in (first.winner, first.search_best)}
-    assert more.evaluated == 2 + len(changed)
-    assert more.looks == 1 + bool(changed)
+    assert (more.evaluated, more.looks) == (2 + len(changed), 1 + bool(changed))
     assert {c.trial for c in first.candidates} < {c.trial for c in more.candidates}
-
-    for split, kept in (("full", first.evaluations["test"]["full"]), ("winner", more.evaluations["test"]["winner"])):
-        found = on_test(moeopt.load_study(name, url))[split]
-        assert np.array_equal(found.scores, kept.scores)
-        assert found.metrics == kept.metrics
+    tested = on_test(moeopt.load_study(name, url))
+    for plan in ("full", "winner"):
+        assert np.array_equal(tested[plan].scores, more.evaluations["test"][plan].scores)
     assert len(json.dumps(study.user_attrs[SELECTION])) < 4000
-
-
-def test_evaluations_of_any_length_are_kept_whole(objective: moeopt.Objective, place: tuple[str, str]) -> None:
-    name, url = place
-    study = moeopt.create_study(name, objective=objective, storage=url, sampler="random")
-    losses = np.random.default_rng(0).random((3, 12_000), dtype=np.float32)
-    given = Evaluation(losses[0], losses[1], losses[2], 5, 7, 0.5, 1.25, {"f1": 0.25})
-    Kept(study).put(given, "test", "of", "plan")
-    found = Kept(moeopt.load_study(name, url)).get("test", "of", "plan")
-    assert found is not None
-    assert np.array_equal(found.scores, given.scores)
-    assert (found.tokens, found.layer_tokens, found.seconds, found.active) == (5, 7, 0.5, 1.25)
-    assert found.metrics == {"f1": 0.25}
-    assert Kept(study).get("test", "of", "another") is None
 
 
 def test_every_new_run_on_test_is_a_look(objective: moeopt.Objective) -> None:
@@ -212,73 +186,44 @@ def test_every_new_run_on_test_is_a_look(objective: moeopt.Objective) -> None:
     assert recorded(study) == back.record
 
 
-def test_ctrl_c_loses_no_plan_that_was_judged(objective: moeopt.Objective) -> None:
-    study, steps = searched_study(objective), []
+def test_a_selection_that_was_cut_off_goes_on_where_it_was(objective: moeopt.Objective, tmp_path: Path) -> None:
+    """Every evaluation is committed when the next begins, so that whatever ends it, kill -9 too, loses one at most."""
+    study = searched_study(objective, study_name="s", storage=f"sqlite:///{tmp_path}/study.db")
+    committed = "SELECT COUNT(*) FROM study_system_attributes WHERE key LIKE 'moeopt:dev:%'"
 
     def interrupt(done: int, total: int, what: str) -> None:
-        steps.append(what)
-        if len(steps) == 4:
+        with closing(sqlite3.connect(tmp_path / "study.db")) as other:
+            assert other.execute(committed).fetchone() == (done,)
+        if done == 3:
+            assert what.startswith("candidate 4 of 5 (trial ")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         moeopt.select(study, objective, top=5, progress=interrupt)
-    assert steps[3].startswith("candidate 4 of 5 (trial ")
     assert recorded(study) is None
     resumed = moeopt.select(study, objective, top=5)
     assert resumed.evaluated == 2 + 2 + len(resumed.evaluations["test"])
     assert resumed.looks == 1
-    whole = moeopt.select(searched_study(objective), objective, top=5)
-    assert resumed.record == whole.record
-
-
-KILLED = """
-    import os, signal, sys
-    sys.path.insert(0, sys.argv[2])
-    from conftest import build_mixtral, build_tokenizer
-    from test_selection import text_task
-    import moeopt
-
-    def progress(done, total, what):
-        if done == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    model = build_mixtral(layers=3, experts=6, hidden=16, intermediate=16)
-    moeopt.select(moeopt.load_study("s", sys.argv[1]), model, build_tokenizer(), text_task(), top=5, progress=progress)
-"""
-
-
-@pytest.mark.slow
-def test_kill_9_loses_one_evaluation_at_most(objective: moeopt.Objective, tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/study.db"
-    study = searched_study(objective, study_name="s", storage=url)
-    given = [sys.executable, "-c", textwrap.dedent(KILLED), url, str(Path(__file__).parent)]
-    assert subprocess.run(given, check=False).returncode == -signal.SIGKILL
-    kept = [key for key in genome.study_attributes(study) if key.startswith("moeopt:dev:")]
-    assert len(kept) == 4
-    resumed = moeopt.select(study, objective, top=5)
-    whole = moeopt.select(searched_study(objective), objective, top=5)
-    assert resumed.evaluated == whole.evaluated - 4
-    assert resumed.record == whole.record
+    assert resumed.record == moeopt.select(searched_study(objective), objective, top=5).record
 
 
 @pytest.mark.parametrize(
-    ("search", "low", "mean", "high", "found", "said"),
+    ("search", "interval", "became", "said"),
     [
-        (0.0, 0.1, 0.2, 0.3, "none", "No gain on search to lose: winner - full is -0.0000 there"),
-        (-0.5, -0.6, -0.4, -0.2, "none", "winner - full is +0.5000 there, +0.4000 [+0.2000, +0.6000] on test."),
-        (0.5, -0.3, -0.2, -0.1, "reversed", "(0.5000) reversed on test (-0.2000 [-0.3000, -0.1000])"),
-        (0.5, -0.1, 0.0, 0.1, "vanished", "(0.5000) vanished on test (0.0000 [-0.1000, 0.1000])."),
-        (0.5, 0.0, 0.3, 0.6, "vanished", "excludes neither 0 nor the gain on search"),
-        (0.5, -0.3, -0.1, 0.0, "vanished", "vanished"),
-        (0.5, 0.1, 0.2, 0.4, "shrank", "(0.5000) shrank to 0.2000 [0.1000, 0.4000] on test."),
-        (0.5, 0.1, 0.3, 0.5, "holds", "(0.5000) holds on test (0.3000 [0.1000, 0.5000])."),
-        (0.5, 0.6, 0.7, 0.8, "holds", "holds"),
+        (0.0, (0.2, 0.1, 0.3), "none", "No gain on search to lose: winner - full is -0.0000 there"),
+        (-0.5, (-0.4, -0.6, -0.2), "none", "+0.5000 there, +0.4000 [+0.2000, +0.6000] on test."),
+        (0.5, (-0.2, -0.3, -0.1), "reversed", "(0.5000) reversed on test (-0.2000 [-0.3000, -0.1000])"),
+        (0.5, (0.0, -0.1, 0.1), "vanished", "(0.5000) vanished on test (0.0000 [-0.1000, 0.1000])."),
+        (0.5, (0.3, 0.0, 0.6), "vanished", "excludes neither 0 nor the gain on search"),
+        (0.5, (-0.1, -0.3, 0.0), "vanished", "vanished"),
+        (0.5, (0.2, 0.1, 0.4), "shrank", "(0.5000) shrank to 0.2000 [0.1000, 0.4000] on test."),
+        (0.5, (0.3, 0.1, 0.5), "holds", "(0.5000) holds on test (0.3000 [0.1000, 0.5000])."),
+        (0.5, (0.7, 0.6, 0.8), "holds", "holds"),
     ],
 )
-def test_the_verdict(search: float, low: float, mean: float, high: float, found: str, said: str) -> None:
-    interval = Interval(mean, low, high)
-    assert verdict(search, interval) == found
-    assert said in sentence(search, interval)
+def test_the_verdict(search: float, interval: tuple[float, float, float], became: str, said: str) -> None:
+    assert verdict(search, Interval(*interval)) == became
+    assert said in sentence(search, Interval(*interval))
 
 
 def choice_task(count: int = 40) -> MultipleChoiceTask:
@@ -292,15 +237,12 @@ def test_a_study_of_a_metric_selects_by_it(model: Any, tiny_tokenizer: Any) -> N
     study = searched_study(objective)
     found = moeopt.select(study, objective)
     dev = Evaluator(model, tiny_tokenizer, objective.task, split="dev")
-    right = {c.trial: dev.evaluate(c.plan).accuracy for c in found.candidates}
-    assert [c.dev and pytest.approx(c.dev.loss) for c in found.candidates] == sorted(1 - a for a in right.values())
-    keys = [(round(1 - right[c.trial], 6), c.search_loss, c.trial) for c in found.candidates]
-    assert keys == sorted(keys)
+    wrong = [1 - dev.evaluate(c.plan).accuracy for c in found.candidates]
+    assert [c.dev and pytest.approx(c.dev.loss) for c in found.candidates] == sorted(wrong) == wrong
     assert found.settings["score"] == "metric"
     smooth = moeopt.select(study, objective, score="likelihood")
-    assert [c.dev and c.dev.loss for c in smooth.candidates] == sorted(
-        dev.evaluate(c.plan).loss for c in found.candidates
-    )
+    losses = sorted(dev.evaluate(c.plan).loss for c in found.candidates)
+    assert [c.dev and c.dev.loss for c in smooth.candidates] == losses
     likelihood = Evaluator(model, tiny_tokenizer, objective.task).evaluate(smooth.winner.plan)
     assert np.array_equal(smooth.evaluations["search"]["winner"].scores, likelihood.scores)
 
@@ -342,13 +284,12 @@ def merged(scale: float) -> Plan:
 
 
 def test_a_candidate_without_a_finite_loss_does_not_win(objective: moeopt.Objective) -> None:
-    of = {
-        split: about["of"] for split, about in moeopt.select(searched_study(objective, 3), objective).examples.items()
-    }
-    study = searched_study(objective, 3)
+    about = moeopt.select(searched_study(objective, 3), objective).examples
+    on = {split: Scored(split, facts["of"]) for split, facts in about.items()}
+    study, overflow = searched_study(objective, 3), NonFiniteLossError("overflow", layer=0)
     best = objective.space.plan(study.best_trial).fingerprint
     for split in ("dev", "test"):
-        Kept(study).put_not_finite("overflow", split, of[split], best)
+        StudyStore(study).put(best, on[split], overflow)
     found = moeopt.select(study, objective)
     assert found.search_best is found.candidates[-1]
     assert found.search_best.trial == study.best_trial.number
@@ -357,7 +298,7 @@ def test_a_candidate_without_a_finite_loss_does_not_win(objective: moeopt.Object
     assert found.record["candidates"]["dev_loss"][-1] is None
     assert set(on_test(study)) == {"full", "winner"}
     assert moeopt.select(study, objective).evaluated == 0
-    Kept(study).put_not_finite("overflow", "test", of["test"], found.winner.plan.fingerprint)
+    StudyStore(study).put(found.winner.plan.fingerprint, on["test"], overflow)
     with pytest.raises(NonFiniteLossError, match=f"trial {found.winner.trial}, the winner, on test: overflow"):
         moeopt.select(study, objective)
     with pytest.raises(NonFiniteLossError, match="no candidate has a finite loss on dev"):
@@ -395,22 +336,17 @@ def test_what_was_selected_joins_a_comparison(objective: moeopt.Objective) -> No
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"top": 0}, "top .* got 0"),
-        ({"top": 1001}, "at most 1000, got 1001"),
-        ({"top": None}, "top .* got None"),
-        ({"top": True}, "top .* got True"),
-        ({"dev_limit": 0}, "dev_limit .* got 0"),
-        ({"test_limit": 1.5}, "test_limit .* got 1.5"),
-        ({"score": "kll"}, "score .* got 'kll'"),
+        ({"top": 0}, "top .* got 0"), ({"top": 1001}, "at most 1000, got 1001"), ({"top": True}, "top .* got True"),
+        ({"test_limit": 1.5}, "test_limit .* got 1.5"), ({"score": "kll"}, "score .* got 'kll'"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_are_named(objective: moeopt.Objective, given: dict[str, Any], named: str) -> None:
     study = moeopt.create_study(objective=objective, storage=None)
     with pytest.raises(StudyError, match=named):
         moeopt.select(study, objective, **given)
 
 
-def test_studies_that_cannot_serve_are_refused(objective: moeopt.Objective, make_mixtral: Any) -> None:
+def test_studies_that_cannot_serve_are_refused(objective: moeopt.Objective) -> None:
     study = moeopt.create_study(study_name="s", objective=objective, storage=None)
     model, tokenizer, task = objective.model, objective.tokenizer, objective.task
     for call in (lambda: moeopt.select(study, objective), lambda: check(study, task)):  # the command's, before loading
@@ -422,10 +358,8 @@ def test_studies_that_cannot_serve_are_refused(objective: moeopt.Objective, make
         moeopt.select(optuna.create_study(), objective)
     with pytest.raises(StudyError, match=r"another task: 'toy'.*'sums'"):
         moeopt.select(study, model, tokenizer, choice_task())
-    with pytest.raises(StudyError, match=r"another model.*weights"):
-        moeopt.select(study, make_mixtral(layers=3, experts=6, hidden=16, intermediate=16, seed=1), tokenizer, task)
     with pytest.raises(StudyError, match="an Objective, or model, tokenizer and task"):
-        moeopt.select(study, model)  # type: ignore[call-overload]
+        moeopt.select(study, model)
     for split in ("dev", "test"):
         other = moeopt.Objective(model, tokenizer, task, objective.space, split=split)
         with pytest.raises(StudyError, match=f"searched the {split} split"):
@@ -469,24 +403,16 @@ def test_the_command_selects_shows_and_exports(shop: Path, tmp_path: Path, capsy
     record = json.loads(capsys.readouterr().out)["selection"]
     assert main(["show", "s", *study[2:]]) == 0
     shown = capsys.readouterr().out
-    assert all(text in shown for text in record["sentences"])
-    assert f"winner, trial {record['winner']}" in shown
-
+    assert all(text in shown for text in [*record["sentences"], f"winner, trial {record['winner']}"])
     assert main(["export", str(shop / "model"), str(tmp_path / "out"), *study, "--trial", "selected"]) == 0
-    assert f"trial {record['winner']} of s" in capsys.readouterr().out
     exported = json.loads((tmp_path / "out" / "moeopt.json").read_text())
     assert exported["fingerprint"] == record["plans"]["winner"]
-
-    assert main([*given[:-1], "--test-limit", "7"]) == 0
-    assert "looked at 2 times" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--top", "0"], ("--top", "'0'")),
-        (["--dev-limit", "x"], ("--dev-limit", "'x'")),
-        (["--score", "loss"], ("--score", "'loss'")),
         (["--study", "z"], ("no study 'z'",)),
         (["--task-option", "fractions=[0.4,0.3,0.3]"], ("another task",)),
         (["--data", "missing.jsonl"], ("missing.jsonl",)),
@@ -502,13 +428,3 @@ def test_the_command_refuses_in_one_line(
     assert err.startswith("Error: ")
     assert err.count("\n") == 1
     assert all(text in err for text in named), err
-
-
-def test_nothing_selected_yet_is_said(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    storage = f"sqlite:///{tmp_path / 'other.db'}"
-    words = [word if "studies.db" not in word else storage for word in where(shop)]
-    assert main(["search", *words, "--limit", "2", "--keep", "3", "--trials", "1"]) == 0
-    capsys.readouterr()
-    again = ["export", str(shop / "model"), str(tmp_path / "out"), "--study", "s", "--storage", storage]
-    assert main([*again, "--trial", "selected"]) == 2
-    assert "moeopt select" in capsys.readouterr().err

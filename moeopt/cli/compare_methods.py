@@ -35,7 +35,7 @@ def compare_methods(
     data: opt.Data = None,
     task_option: opt.TaskOption = None,
     limit: opt.Limit = None,
-    score: opt.Score = "likelihood",
+    score: opt.ScoreOption = "likelihood",
     test_limit: Annotated[
         int | None, GOAL(metavar="N", min=1, help="Use N dev and N test examples. Default: all.")
     ] = None,
@@ -83,6 +83,7 @@ def compare_methods(
     names = None if methods is None else arguments.words("--methods", methods)
     for option, given in {"--task-option": task_option, "--calibration-option": calibration_option}.items():
         arguments.pairs(option, given)
+    from moeopt import report
     from moeopt.results import method_comparison as comparing
 
     comparing.check_methods(names)
@@ -108,32 +109,18 @@ def compare_methods(
         err.print(f"task {chosen.name}: {chosen.summary}", markup=False, soft_wrap=True)
         err.print(f"loading {model}", markup=False)
         early = load_tokenizer(model)
-        for one in (chosen, other or chosen):
-            one.check(early)
+        for looked_at in (chosen, other or chosen):
+            looked_at.check(early)
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         with Steps(err) as progress:
-            found = comparing.compare(
-                loaded,
-                tokenizer,
-                chosen,
-                keep=keeps,
-                methods=names,
-                active=actives,
-                skipping=skip,
-                refits=refit,
-                draws=draws,
-                calibration=other,
-                limit=limit,
-                test_limit=test_limit,
-                calibration_limit=calibration_limit,
-                study=opened,
-                seed=seed,
-                score=score,
-                batch_tokens=batch_tokens,
-                out=out,
-                progress=progress,
-            )
+            compared = comparing.compare(
+                loaded, tokenizer, chosen, keep=keeps, methods=names, active=actives, skipping=skip, refits=refit,
+                draws=draws, calibration=other, limit=limit, test_limit=test_limit,
+                calibration_limit=calibration_limit, study=opened, seed=seed, score=score, batch_tokens=batch_tokens,
+                out=out, progress=progress,
+            )  # fmt: skip
     except KeyboardInterrupt:
         raise opt.interrupted(err, "all that was found is kept. To go on:", ctx, storage) from None
-    console.print(comparing.view(found))
+    report.save(compared, out)
+    console.print(report.view(compared))
     console.print(f"\n{out} holds table.csv, table.json and the plans.", markup=False, soft_wrap=True)

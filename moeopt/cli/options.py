@@ -14,6 +14,7 @@ import typer
 from moeopt.cli import arguments
 from moeopt.defaults import DEFAULT_STORAGE as DEFAULT_STORAGE
 from moeopt.defaults import STORAGE_VARIABLE as STORAGE_VARIABLE
+from moeopt.defaults import Score as Score
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,9 +39,8 @@ Data = Annotated[
 TaskOption = Annotated[
     list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as shots=5; repeatable.")
 ]
-ScoreName = Literal["likelihood", "choice", "metric", "kl", "acceptance"]
-Score = Annotated[
-    ScoreName,
+ScoreOption = Annotated[
+    Score,
     GOAL(
         help="What is minimised. likelihood: minus the answers' log-likelihood. choice: minus the log of the right "
         "option's share among the options. metric: 1 minus the task's metric. "

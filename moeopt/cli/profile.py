@@ -63,6 +63,7 @@ def profile(
     out: Annotated[Path | None, OUT(metavar="FILE.json", help="Write all numbers here, and as .csv beside it.")] = None,
 ) -> None:
     """Measure parameters, memory, speed and expert load balance of models and plans, side by side."""
+    from moeopt import report
     from moeopt.results import profiling
 
     batches, lengths = arguments.numbers("--batch", batch), arguments.numbers("--prompt-length", prompt_length)
@@ -88,28 +89,17 @@ def profile(
     console, err = consoles()
     try:
         with Steps(err) as progress:
-            found = profiling.profile(
-                models,
-                plans=profiling.unique(plans),
-                batch=batches,
-                prompt_length=lengths,
-                new_tokens=new_tokens,
-                repeats=repeats,
-                task=goal,
-                balance_tokens=balance_tokens,
-                seed=seed,
-                device_map=device_map,
-                dtype=dtype,
-                experts_implementation=experts,
-                trust_remote_code=trust_remote_code,
-                threads=threads,
+            made = profiling.profile(
+                models, plans=profiling.unique(plans), batch=batches, prompt_length=lengths, new_tokens=new_tokens,
+                repeats=repeats, task=goal, balance_tokens=balance_tokens, seed=seed, device_map=device_map,
+                dtype=dtype, experts_implementation=experts, trust_remote_code=trust_remote_code, threads=threads,
                 progress=progress,
-            )
+            )  # fmt: skip
     except KeyboardInterrupt:
         err.print("Interrupted; nothing is kept of a profile that is not finished.")
         raise typer.Exit(INTERRUPTED) from None
     if out is not None:
-        found.save(out)
-    console.print(profiling.view(found))
+        report.save(made, out)
+    console.print(report.view(made))
     if out is not None:
         console.print(f"\nsaved to {out} and {out.with_suffix('.csv')}", markup=False, soft_wrap=True)

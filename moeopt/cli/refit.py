@@ -46,7 +46,7 @@ def refit(
     task_option: opt.TaskOption = None,
     limit: opt.Limit = None,
     dev_limit: opt.DevLimit = None,
-    score: opt.Score = "likelihood",
+    score: opt.ScoreOption = "likelihood",
     rank: Annotated[
         int | None, FITTED(metavar="Q", min=1, help="Rank of each expert's change, for a small file. Default: any.")
     ] = None,
@@ -135,6 +135,7 @@ def run_refit(
     """
     from moeopt.methods import Calibration
     from moeopt.methods import refit as fit
+    from moeopt.report.selection import refit_lines
     from moeopt.report.terminal import Steps, consoles
     from moeopt.results.selection import judged_refit
 
@@ -151,5 +152,5 @@ def run_refit(
     except KeyboardInterrupt:
         raise opt.interrupted(err, FITTED_SO_FAR, ctx, storage) from None
     export = f"moeopt export {shlex.quote(name)} OUT_DIR --plan {shlex.quote(str(out))}"
-    lines = [*made.lines(), f"{out} holds the refitted plan", *verdict, f"  {export}"]
+    lines = [*made.lines(), f"{out} holds the refitted plan", *refit_lines(verdict), f"  {export}"]
     console.print("\n".join(lines), markup=False, soft_wrap=True)

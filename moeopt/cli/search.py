@@ -49,7 +49,7 @@ def search(
     data: opt.Data = None,
     task_option: opt.TaskOption = None,
     limit: opt.Limit = None,
-    score: opt.Score = "likelihood",
+    score: opt.ScoreOption = "likelihood",
     keep: Annotated[int | None, SPACE(metavar="R", min=1, help="Experts each layer keeps.")] = None,
     active: Annotated[
         str | None,

@@ -37,7 +37,7 @@ def select(
     dev_limit: opt.DevLimit = None,
     test_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N test examples. Default: all.")] = None,
     score: Annotated[
-        opt.ScoreName | None,
+        opt.Score | None,
         GOAL(help="What the plan is chosen by on dev. Default: what the study minimised."),
     ] = None,
     refit: opt.RefitFile = None,
@@ -51,15 +51,16 @@ def select(
     """Judge a study's best plans on dev, and the winner once on test: does what the search gained hold there?"""
     from moeopt import tasks
 
-    options = arguments.pairs("--task-option", task_option)
+    task_options = arguments.pairs("--task-option", task_option)
     arguments.quick_shape(model)
-    chosen = tasks.get(task, data=data, **options)
+    chosen = tasks.get(task, data=data, **task_options)
     if refit is not None:
         check_file(refit)
     from moeopt.study import read_study
     from moeopt.trials.description import described as stored
 
     opened = read_study(study, storage)
+    from moeopt import report
     from moeopt.results import selection
 
     selection.check(opened, chosen)
@@ -76,30 +77,21 @@ def select(
             check_can(loaded, tokenizer, chosen, limit)
         with Steps(err) as progress, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The test split has now")  # the record says so too
-            found = selection.select(
-                opened,
-                loaded,
-                tokenizer,
-                chosen,
-                top=top,
-                dev_limit=dev_limit,
-                test_limit=test_limit,
-                score=score,
-                stock_only=stock,
-                batch_tokens=batch_tokens,
-                progress=progress,
-            )
+            selected = selection.select(
+                opened, loaded, tokenizer, chosen, top=top, dev_limit=dev_limit, test_limit=test_limit, score=score,
+                stock_only=stock, batch_tokens=batch_tokens, progress=progress,
+            )  # fmt: skip
     except KeyboardInterrupt:
         raise opt.interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None
-    if not found.evaluated:
+    if not selected.evaluated:
         console.print("All of it was on record; nothing was evaluated.")
-    console.print(selection.view(found))
+    console.print(report.view(selected))
     place = shlex.join([*arguments.storage_again(storage), "--study", study])
     console.print(
         f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --trial selected", markup=False, soft_wrap=True
     )
     if refit is not None:
         run_refit(
-            ctx, storage, found.winner.plan, refit, model, loaded, tokenizer, chosen, rank=refit_rank, limit=limit,
-            dev_limit=dev_limit, score=found.settings["score"], batch_tokens=batch_tokens,
+            ctx, storage, selected.winner.plan, refit, model, loaded, tokenizer, chosen, rank=refit_rank, limit=limit,
+            dev_limit=dev_limit, score=selected.settings["score"], batch_tokens=batch_tokens,
         )  # fmt: skip

@@ -26,9 +26,9 @@ def show(
 ) -> None:
     """List the studies of a storage, or show one: what it searches, its best trials and the best plan."""
     from moeopt import study as room
+    from moeopt.report.tables import json_text
     from moeopt.report.terminal import (
         consoles,
-        json_text,
         layer_rows,
         studies_table,
         study_record,
@@ -48,11 +48,11 @@ def show(
             for name in study_names(opened):
                 try:
                     with reading(name):
-                        found = optuna.load_study(study_name=name, storage=opened)
+                        loaded = optuna.load_study(study_name=name, storage=opened)
                 except MoeoptError as error:
                     records.append({"name": name, "unreadable": str(error)})
                 else:
-                    records.append(study_summary(found))
+                    records.append(study_summary(loaded))
         if as_json:
             print(json_text(records))
         else:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from moeopt.evaluation import Evaluation, Interval
 from moeopt.plan import Plan
-from moeopt.report.terminal import number, percent
+from moeopt.report.formatting import number, percent
 
 FULL, RANDOM, SEARCH, REFIT = "full model", "mean random pruning", "guided search", " + refit"
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeopt.defaults import Score as Score
 from moeopt.errors import TaskError, got
 from moeopt.evaluation.batches import Batch
 from moeopt.evaluation.checks import check_parts, check_settings
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
     from moeopt.tasks import Request, Scores, Task
     from moeopt.tasks.generation import GenerationTask
-
-Score = Literal["likelihood", "choice", "metric", "kl", "acceptance"]
 
 
 class Scorer(Protocol):

@@ -1,4 +1,7 @@
-"""Results of studies and models, as arrays and dataclasses: selection, comparisons, profiles."""
+"""Results of studies and models, as arrays and dataclasses: selection, comparisons, profiles.
+
+It may import rooms up to `study` and `exporting`; `moeopt.report` shows and saves what is here.
+"""
 
 from typing import TYPE_CHECKING
 

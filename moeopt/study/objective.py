@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -18,7 +17,8 @@ from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError, Spac
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
 from moeopt.evaluation.checks import check_parts
 from moeopt.evaluation.memory import ran_out
-from moeopt.models import Storage, describe, fingerprint, lock_of, shape_of
+from moeopt.evaluation.store import scores_name
+from moeopt.models import Storage, describe, lock_of, shape_of
 from moeopt.plan import Plan
 from moeopt.samplers import racing
 from moeopt.spaces import Space
@@ -494,12 +494,6 @@ def _guiding(evaluator: Evaluator, of: str) -> Guiding:
         return Guiding(evaluator, of)
     except ModelError as error:
         raise StudyError(f"no guide: its derivatives need a model that runs layer by layer: {error}") from error
-
-
-def scores_name(evaluator: Evaluator) -> str:
-    """16 hex digits that name model, task, examples and score of what an evaluator gives."""
-    parts = evaluator.fingerprint, evaluator.task.fingerprint(evaluator.split), fingerprint(evaluator.model)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def remembered(trial: optuna.trial.BaseTrial, plan: Plan, of: str) -> Evaluation | None:

@@ -20,9 +20,10 @@ from moeopt import tasks
 from moeopt.cli import arguments
 from moeopt.errors import TaskError
 from moeopt.evaluation import Evaluation
+from moeopt.evaluation.store import Scored
 from moeopt.exporting import verify
 from moeopt.results.method_comparison.checks import ComparisonError, check_folder
-from moeopt.results.method_comparison.ledger import Ledger
+from moeopt.results.method_comparison.folder import Workspace
 
 ROWS: dict[str, dict[str, Any]] = {
     "multiple_choice": {"prompt": "1+1=", "options": ["2", "3"], "answer": 0},
@@ -119,12 +120,15 @@ def test_mixtures_of_any_form(folder: Path, data: st.DataObject) -> None:
     reads("mixture", path)
 
 
+ON = Scored("dev", "e:m")
+
+
 def ledger(folder: Path) -> dict[str, Any]:
     of = {"model": {"name": "m"}, "task": {"name": "t"}, "calibration": {"name": "t"}}
     one = np.ones(3, dtype=np.float32)
-    kept = Ledger(folder, of)
-    kept.keep_evaluation(Evaluation(one, one, one, 3, 6, 0.1, 2.0), "p", "dev", "e", "m")
-    kept.close()
+    workspace = Workspace(folder, of)
+    workspace.evaluations.put("p", ON, Evaluation(one, one, one, 3, 6, 0.1, 2.0))
+    workspace.close()
     return of
 
 
@@ -136,10 +140,10 @@ def test_ledgers_of_any_form(tmp_path_factory: pytest.TempPathFactory, data: st.
     record = json.loads((folder / "records.jsonl").read_text())
     text = json.dumps(data.draw(changed(record))).encode()
     (folder / "records.jsonl").write_bytes(data.draw(damaged(text)) if data.draw(st.booleans()) else text)
-    found = Ledger(folder, of)
-    evaluation = found.evaluation("p", "dev", "e", "m")
+    workspace = Workspace(folder, of)
+    evaluation = workspace.evaluations.get("p", ON)
     assert evaluation is None or evaluation.loss is not None
-    found.close()
+    workspace.close()
 
 
 @pytest.mark.slow
@@ -150,8 +154,8 @@ def test_a_ledger_bomb_counts_as_not_written(tmp_path: Path) -> None:
         z = base64.b64encode(zlib.compress(b"\0" * (1 << 28), 9)).decode()
         line = json.dumps({**record, "scores": {"shape": shape, "z": z}})
         (tmp_path / "records.jsonl").write_text("[" * 100_000 + "\n" + line)
-        refused(lambda: Ledger(tmp_path, of).close(), "")
-        assert Ledger(tmp_path, of).evaluation("p", "dev", "e", "m") is None
+        refused(lambda: Workspace(tmp_path, of).close(), "")
+        assert Workspace(tmp_path, of).evaluations.get("p", ON) is None
 
 
 def test_a_newer_comparison_is_refused_naming_both_versions(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""What moeopt shows on a terminal: the progress of a search, tables of plans and of studies."""
+"""What moeopt shows on a terminal: the progress of a search, tables of plans and of studies.
 
-from moeopt.report.terminal.formatting import number, percent
+It may import all below `moeopt.report`, and its tables and formatting.
+"""
+
 from moeopt.report.terminal.plans import layer_rows, plan_table, short
 from moeopt.report.terminal.progress import SearchProgress, Steps
 from moeopt.report.terminal.studies import (
-    json_text,
     studies_table,
     study_record,
     study_summary,
@@ -18,10 +19,7 @@ __all__ = [
     "Steps",
     "Terminal",
     "consoles",
-    "json_text",
     "layer_rows",
-    "number",
-    "percent",
     "plan_table",
     "short",
     "studies_table",

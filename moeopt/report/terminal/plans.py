@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from moeopt.plan import LayerPlan, Matrix, Plan
+from moeopt.report.tables import table
 
 
 def layer_rows(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -56,22 +57,30 @@ def _routing(layer: LayerPlan) -> str:
     return f"{where}, dense" + (" (negatives as EEP)" if layer.router == "prob" and layer.negative == "eep" else "")
 
 
+TEXT = ("experts", "router map", "negative entries", "beyond the matrices")
+
+
 def plan_table(plan: Plan, title: str | None = None) -> Table:
     """One row for every run of equal layers."""
-    first, rows = plan.layers[0], list(layer_rows(plan))
-    more = ["beyond the matrices"] if any(row["beyond_matrices"] for row in rows) else []
-    table = Table(
-        "layers", "experts", "r", "merged rows", "router map", "k", "negative entries", *more,
-        title=title, title_justify="left",
-        caption=f"n = {first.experts} experts; a ~ marks an expert that others are mixed into", caption_justify="left",
-    )  # fmt: skip
-    for row in rows:
-        negative = f"{row['negative_w_em']} W_EM, {row['negative_w_rm']} W_RM"
-        merged = f"{row['merged_rows']} of {row['kept']}"
-        active = f"{row['k']}, skip {row['skip']:.2f}" if row["skip"] else str(row["k"])
-        table.add_row(
-            row["layers"], row["experts"], str(row["kept"]), merged, row["routing"], active,
-            negative if row["negative_w_em"] or row["negative_w_rm"] else "none",
-            *([row["beyond_matrices"] or "none"] if more else []),
-        )  # fmt: skip
-    return table
+    rows = list(layer_rows(plan))
+
+    def active(row: dict[str, Any]) -> str:
+        return f"{row['k']}, skip {row['skip']:.2f}" if row["skip"] else str(row["k"])
+
+    def negative(row: dict[str, Any]) -> str:
+        entries = row["negative_w_em"], row["negative_w_rm"]
+        return "{} W_EM, {} W_RM".format(*entries) if any(entries) else "none"
+
+    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("layers", lambda row: row["layers"]),
+        ("experts", lambda row: row["experts"]),
+        ("r", lambda row: str(row["kept"])),
+        ("merged rows", lambda row: f"{row['merged_rows']} of {row['kept']}"),
+        ("router map", lambda row: row["routing"]),
+        ("k", active),
+        ("negative entries", negative),
+    ]
+    if any(row["beyond_matrices"] for row in rows):
+        columns.append(("beyond the matrices", lambda row: row["beyond_matrices"] or "none"))
+    caption = f"n = {plan.layers[0].experts} experts; a ~ marks an expert that others are mixed into"
+    return table(title, columns, rows, caption=caption, text=TEXT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from moeopt.showing import line
 from moeopt.trials.genome import ESTIMATE
@@ -13,35 +13,31 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
     from rich.console import Console
+    from rich.progress import ProgressColumn
 
 LINE_EVERY = 10.0
 """Seconds between progress lines where there is no terminal to draw on."""
 
 
-class SearchProgress:
-    """An Optuna callback that shows trial, phase, loss, best and time left: one live line, or a line now and then.
+class LiveLine:
+    """A line that is drawn again and again, and vanishes at the end; without a terminal, one every 10 s.
 
     Args:
-        console: where to draw; the live line vanishes at the end.
-        trials: finished trials the study shall hold, for the time left; None when it is not known.
-        timeout: seconds this run may take.
+        console: where to draw.
+        columns: of rich, before the text.
+        last: when the last line was written, on the clock of `time.monotonic`.
         quiet: show nothing.
     """
 
-    def __init__(
-        self, console: Console, trials: int | None, timeout: float | None = None, *, quiet: bool = False
-    ) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+    def __init__(self, console: Console, *columns: ProgressColumn, last: float, quiet: bool = False) -> None:
+        from rich.progress import Progress, TextColumn
 
-        self.console, self.trials, self.timeout, self.quiet = console, trials, timeout, quiet
+        self.console, self.quiet, self.shown = console, quiet, last
         text = TextColumn("{task.description}", markup=False)
-        self.live = Progress(SpinnerColumn(), BarColumn(20), text, console=console, transient=True)
-        self.bar = self.live.add_task("first trial", total=trials)
-        self.before: int | None = None
-        self.started = self.since = time.monotonic()
-        self.shown = -LINE_EVERY
+        self.live = Progress(*columns, text, console=console, transient=True)
+        self.bar = self.live.add_task("", total=None)
 
-    def __enter__(self) -> SearchProgress:
+    def __enter__(self) -> Self:
         if self.console.is_terminal and not self.quiet:
             self.live.start()
         return self
@@ -50,9 +46,52 @@ class SearchProgress:
         if self.console.is_terminal and not self.quiet:
             self.live.stop()
 
-    def say(self, line: str) -> None:
+    def draw(self, text: str, done: int, total: int | None, *, plain: str | None = None, at_once: bool = False) -> None:
+        """Draw a text after `done` of `total`; without a terminal `plain`, if it is time or `at_once`."""
+        if self.console.is_terminal:
+            self.live.update(self.bar, completed=done, total=total, description=text)
+        elif at_once or time.monotonic() - self.shown >= LINE_EVERY:
+            self.shown = time.monotonic()
+            self.console.print(text if plain is None else plain, markup=False, soft_wrap=True)
+
+
+class Steps(LiveLine):
+    """How many steps of something are done, as `moeopt.results.steps.Progress` is told."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+
+        columns = BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()
+        super().__init__(console, *columns, last=time.monotonic())
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.draw(what, done, total, plain=f"{done} of {total} steps · {what}")
+
+
+class SearchProgress(LiveLine):
+    """An Optuna callback that shows trial, phase, loss, best and time left.
+
+    Args:
+        console: where to draw.
+        trials: finished trials the study shall hold, for the time left; None when it is not known.
+        timeout: seconds this run may take.
+        quiet: show nothing.
+    """
+
+    def __init__(
+        self, console: Console, trials: int | None, timeout: float | None = None, *, quiet: bool = False
+    ) -> None:
+        from rich.progress import BarColumn, SpinnerColumn
+
+        super().__init__(console, SpinnerColumn(), BarColumn(20), last=-LINE_EVERY, quiet=quiet)
+        self.live.update(self.bar, description="first trial", total=trials)
+        self.trials, self.timeout = trials, timeout
+        self.before: int | None = None
+        self.started = self.since = time.monotonic()
+
+    def say(self, text: str) -> None:
         """A line above the live one."""
-        self.console.print(line, style="yellow", markup=False, soft_wrap=True)
+        self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
         from moeopt.study import finished
@@ -66,23 +105,19 @@ class SearchProgress:
         if trial.state.name == "FAIL":
             reason = trial.user_attrs.get("failure", "its loss is not a number")
             self.say(f"trial {trial.number} failed: {line(reason, 1000)}")
-        text = self.line(study, trial, done)
-        if self.console.is_terminal:
-            self.live.update(self.bar, completed=done, description=text)
-        elif time.monotonic() - self.shown >= LINE_EVERY or done == self.trials:
-            self.shown = time.monotonic()
-            self.console.print(text, markup=False, soft_wrap=True)
+        self.draw(self.line(study, trial, done), done, self.trials, at_once=done == self.trials)
 
     def line(self, study: optuna.Study, trial: FrozenTrial, done: int) -> str:
+        """What is said of a trial."""
         from moeopt.study import best_trial
 
-        best = best_trial(study)
+        best, left = best_trial(study), self.left(done)
         parts = [
             f"trial {done}" + (f"/{self.trials}" if self.trials else ""),
             line(trial.user_attrs.get("phase") or trial.user_attrs.get("operator") or "", 40),
             _outcome(trial),
             f"best {best.value:.4f} (trial {best.number})" if best is not None else "",
-            f"{timedelta(seconds=round(left))} left" if (left := self.left(done)) is not None else "",
+            f"{timedelta(seconds=round(left))} left" if left is not None else "",
         ]
         return " · ".join(part for part in parts if part)
 
@@ -101,36 +136,3 @@ def _outcome(trial: FrozenTrial) -> str:
         estimate = trial.user_attrs.get(ESTIMATE)
         return f"pruned, about {estimate:.4f}" if isinstance(estimate, float) else "pruned"
     return "failed" if trial.value is None else f"loss {trial.value:.4f}"
-
-
-class Steps:
-    """How many steps are done: one live line, or where there is no terminal a line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console, self.shown = console, time.monotonic()
-        columns = (
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-        )
-        self.live = Progress(*columns, console=console, transient=True)
-        self.bar = self.live.add_task("")
-
-    def __enter__(self) -> Steps:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        if self.console.is_terminal:
-            self.live.update(self.bar, completed=done, total=total, description=what)
-        elif time.monotonic() - self.shown >= LINE_EVERY:
-            self.shown = time.monotonic()
-            self.console.print(f"{done} of {total} steps · {what}", markup=False, soft_wrap=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -13,10 +12,11 @@ from rich.text import Text
 
 from moeopt.errors import MoeoptError
 from moeopt.plan import Plan
-from moeopt.report.terminal.formatting import number, percent
+from moeopt.report.formatting import DASH, number, percent
+from moeopt.report.tables import Columns, table
 from moeopt.report.terminal.plans import plan_table
 from moeopt.showing import line
-from moeopt.study.reference import MOST_SHOWN, of_facts
+from moeopt.study.reference import MOST_SHOWN, Reference, of_facts
 from moeopt.trials.description import COUNT, check_whole, full_model, held_facts
 from moeopt.trials.description import number as numeric
 
@@ -78,19 +78,6 @@ def study_summary(study: optuna.Study) -> dict[str, Any]:
         return {"name": study.study_name, "unreadable": str(error)}
 
 
-def json_text(record: Any) -> str:
-    """JSON of ASCII characters; numbers that are not finite, which JSON does not have, become null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(record), indent=2, allow_nan=False)
-
-
 def trial_record(trial: FrozenTrial) -> dict[str, Any]:
     """Number, loss and attributes of a completed trial."""
     attrs, parents = trial.user_attrs, trial.user_attrs.get("parents")
@@ -105,35 +92,31 @@ def trial_record(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def studies_table(records: Sequence[dict[str, Any]], title: str) -> Table:
-    """One row a study."""
-    table = Table(
-        "study",
-        "done",
-        "pruned",
-        "failed",
-        "running",
-        "best loss",
-        "sampler",
-        "task",
-        "model",
-        title=title,
-        title_justify="left",
+    """One row a study; of one that cannot be read, the reason."""
+
+    def of_readable(cell: Callable[[dict[str, Any]], str], otherwise: str = DASH) -> Callable[[dict[str, Any]], str]:
+        return lambda record: cell(record) if "unreadable" not in record else otherwise
+
+    def state(name: str) -> Callable[[dict[str, Any]], str]:
+        return of_readable(lambda record: str(record["trials"][name]))
+
+    def about(part: str, key: str) -> Callable[[dict[str, Any]], str]:
+        return of_readable(lambda record: line(record["description"][part].get(key) or "?", 80), "")
+
+    sampler = about("sampler", "name")
+    return table(
+        title,
+        [
+            ("study", lambda record: line(record["name"], 80)),
+            *((name, state(name)) for name in ("done", "pruned", "failed", "running")),
+            ("best loss", of_readable(lambda record: number(record["best"] and record["best"]["loss"]))),
+            ("sampler", lambda record: line(record["unreadable"]) if "unreadable" in record else sampler(record)),
+            ("task", about("task", "name")),
+            ("model", about("model", "name_or_path")),
+        ],
+        records,
+        text=("sampler", "task", "model"),
     )
-    for record in records:
-        name, about = line(record["name"], 80), record.get("description")
-        if about is None:
-            table.add_row(name, *["–"] * 5, line(record["unreadable"]), "", "")
-            continue
-        table.add_row(
-            name,
-            *(str(record["trials"][state]) for state in ("done", "pruned", "failed", "running")),
-            number(record["best"] and record["best"]["loss"]),
-            *(
-                line(about[part].get(key) or "?", 80)
-                for part, key in (("sampler", "name"), ("task", "name"), ("model", "name_or_path"))
-            ),
-        )
-    return table
 
 
 def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
@@ -164,36 +147,39 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         facts.add_row(Text("foreign", style="bold"), Text(f"another sampler than the study's made trials {numbers}"))
     if record["best"] is None:
         return Group(facts, Text("no trial is finished yet"))
-    phases = Table("phase", "trials", "best loss", "layer-tokens", "seconds", title="phases", title_justify="left")
-    for phase in record["phases"]:
-        phases.add_row(
-            phase["phase"], str(phase["trials"]), number(phase["best_loss"]), f"{phase['layer_tokens']:,}",
-            number(phase["seconds"], 1),
-        )  # fmt: skip
+    phases: Columns = [
+        ("phase", itemgetter("phase")),
+        ("trials", lambda phase: str(phase["trials"])),
+        ("best loss", lambda phase: number(phase["best_loss"])),
+        ("layer-tokens", lambda phase: f"{phase['layer_tokens']:,}"),
+        ("seconds", lambda phase: number(phase["seconds"], 1)),
+    ]
     label_free = _evaluation(about).get("score") in ("kl", "acceptance")
-    top = Table(
-        "trial", "loss", "agreement" if label_free else "accuracy", "operator", "parents", "layer-tokens", "seconds",
-        title="best trials", title_justify="left",
-    )  # fmt: skip
-    if full is not None:
-        top.add_row(
-            "full model", number(full.loss + full.penalty), percent(full.accuracy), "", "", f"{full.layer_tokens:,}",
-            number(full.seconds, 2),
-        )  # fmt: skip
-    for trial in record["top"]:
-        top.add_row(
-            str(trial["number"]), number(trial["loss"]), percent(trial["accuracy"]),
-            str(trial["method"] or trial["operator"] or ""),
-            " ".join(map(str, trial["parents"] or ())), f"{trial['layer_tokens'] or 0:,}", number(trial["seconds"], 2),
-        )  # fmt: skip
-    shown: list[RenderableType] = [facts, phases, top]
+    trials: Columns = [
+        ("trial", lambda trial: str(trial["number"])),
+        ("loss", lambda trial: number(trial["loss"])),
+        ("agreement" if label_free else "accuracy", lambda trial: percent(trial["accuracy"])),
+        ("operator", lambda trial: str(trial["method"] or trial["operator"] or "")),
+        ("parents", lambda trial: " ".join(map(str, trial["parents"] or ()))),
+        ("layer-tokens", lambda trial: f"{trial['layer_tokens'] or 0:,}"),
+        ("seconds", lambda trial: number(trial["seconds"], 2)),
+    ]
+    top = [] if full is None else [_as_trial(full)]
+    best = table("best trials", trials, [*top, *record["top"]], text=("operator", "parents"))
+    shown: list[RenderableType] = [facts, table("phases", phases, record["phases"]), best]
     if plan is not None:
         shown.append(plan_table(plan, f"plan of the best trial, {record['best']['number']}"))
     if record["selection"] is not None:
-        from moeopt.results.selection import view
+        from moeopt.report.selection import view
 
         shown.append(view(record["selection"]))
     return Group(*shown)
+
+
+def _as_trial(full: Reference) -> dict[str, Any]:
+    facts = {"number": "full model", "loss": full.loss + full.penalty, "accuracy": full.accuracy}
+    none = dict.fromkeys(("method", "operator", "parents"))
+    return {**facts, **none, "layer_tokens": full.layer_tokens, "seconds": full.seconds}
 
 
 def _task_line(task: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from moeopt import __version__
 from moeopt.errors import MethodError, MoeoptError
 from moeopt.files import MALFORMED
-from moeopt.methods import names as known
+from moeopt.methods import names as method_names
 from moeopt.plan import ModelShape
 from moeopt.showing import shown
 
@@ -52,20 +52,20 @@ def check_methods(names: Sequence[str] | None) -> tuple[str, ...]:
         MethodError: for an unknown one, the nearest name being suggested, or for random.
     """
     if names is None:
-        return tuple(name for name in known.ROUTERS if name != "random")
+        return tuple(name for name in method_names.ROUTERS if name != "random")
     for name in names:
-        known.check(name)
+        method_names.check(name)
     if "random" in names:
         raise MethodError("random prunings are always compared; say how many with draws, and leave out 'random'")
     return tuple(dict.fromkeys(names))
 
 
-def check_folder(folder: Path, of: Mapping[str, Any]) -> None:
+def check_folder(folder: Path, about: Mapping[str, Any]) -> None:
     """Raise ComparisonError unless a folder is new, empty, or of a comparison of the same model and tasks.
 
     Args:
-        folder: it.
-        of: descriptions of model, task and calibration task, or of some of these.
+        folder: the folder.
+        about: descriptions of model, task and calibration task, or of some of these.
     """
     if folder.exists() and not folder.is_dir():
         raise ComparisonError(f"{str(folder)!r} is a file; give a folder for the comparison")
@@ -90,8 +90,8 @@ def check_folder(folder: Path, of: Mapping[str, Any]) -> None:
 
     differences = [
         f"{path}: it has {shown(old)}, now {shown(new)}"
-        for key in of
-        for path, old, new in differences_of(there.get(key), json.loads(json.dumps(of[key])), key)
+        for key in about
+        for path, old, new in differences_of(there.get(key), json.loads(json.dumps(about[key])), key)
         if path not in MAY_DIFFER
     ]
     if differences:

@@ -1,18 +1,14 @@
-"""What a comparison found: one row a plan, with its scores on every split and its intervals on test."""
+"""What a comparison gives: one row a plan, with its scores on every split and its intervals on test."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from moeopt.defaults import Score
 from moeopt.evaluation import Evaluation, Interval
-from moeopt.evaluation.evaluator import Score
 from moeopt.plan import ModelShape, Plan
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Kind = Literal["full", "random", "best random", "method", "search"]
 SKIPPING, REFIT = " + skipping", " + refit"
@@ -31,11 +27,11 @@ class Size:
 class Calibrated:
     """What the one-shot methods looked at: the search split of a task, and how many sequences and tokens of it.
 
-    `own`: the task that is compared on; else the methods are task-agnostic.
+    Task-specific, where that is the task that is compared on; else the methods are task-agnostic.
     """
 
     task: str
-    own: bool
+    task_specific: bool
     sequences: int
     tokens: int
 
@@ -101,7 +97,7 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class MethodComparison:
     """What `compare` returns.
 
     Args:
@@ -144,30 +140,12 @@ class Comparison:
         """The one-shot method, without skipping and refit, of least loss on `chosen_on`."""
         return best_one_shot(self.rows, keep, k, self.chosen_on)
 
-    def table(self, keep: int) -> Table:
-        """The rows of one keep as a rich table, the full model on top; the caption says what the numbers are."""
-        from moeopt.results.method_comparison.table import table
-
-        return table(self, keep)
-
-    def sentences(self, keep: int) -> list[str]:
-        """For each k, whether the search, or else the best random pruning, differs from the best one-shot method."""
-        from moeopt.results.method_comparison.table import sentences
-
-        return sentences(self, keep)
-
-    def save(self, folder: str | Path) -> None:
-        """Write table.csv, table.json and plans/, and where plotly and matplotlib are installed the figures."""
-        from moeopt.results.method_comparison.saving import save
-
-        save(self, Path(folder))
-
 
 def best_one_shot(rows: Iterable[Row], keep: int, k: int, split: str) -> Row | None:
     """The row of a one-shot method, without skipping and refit, of least loss on a split; the first of equals."""
     plain = (row for row in rows if not row.skips and not row.refitted)
-    found = [row for row in plain if row.kind == "method" and (row.keep, row.k) == (keep, k)]
-    return min(found, key=lambda row: row.loss[split], default=None)
+    methods = [row for row in plain if row.kind == "method" and (row.keep, row.k) == (keep, k)]
+    return min(methods, key=lambda row: row.loss[split], default=None)
 
 
 def plan_file(name: str, keep: int, k: int) -> str:

@@ -7,16 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeopt.evaluation import Evaluation, paired_bootstrap
-from moeopt.evaluation.evaluator import Score
+from moeopt.defaults import Score
+from moeopt.evaluation import Evaluation, Evaluator, Interval
+from moeopt.evaluation.store import StoredEvaluators
 from moeopt.models import Sizes, describe, shape_of, without_plan
-from moeopt.plan import ModelShape
-from moeopt.results.method_comparison.bench import Bench, Progress, groups
+from moeopt.results.differences import difference
 from moeopt.results.method_comparison.checks import ComparisonError, check, check_methods
-from moeopt.results.method_comparison.comparison import Comparison, Row, best_one_shot
-from moeopt.results.method_comparison.ledger import Ledger
-from moeopt.results.method_comparison.making import Maker, kept
+from moeopt.results.method_comparison.comparison import MethodComparison, Row, Size, best_one_shot
+from moeopt.results.method_comparison.folder import Workspace
+from moeopt.results.method_comparison.making import Maker, kept_experts
 from moeopt.results.method_comparison.searched import Searched, searched
+from moeopt.results.steps import Progress, Steps
 
 if TYPE_CHECKING:
     import optuna
@@ -49,7 +50,7 @@ def compare(
     batch_tokens: int = 1024,
     out: str | Path | None = None,
     progress: Progress | None = None,
-) -> Comparison:
+) -> MethodComparison:
     """The full model, random prunings, one-shot methods and a search on the same examples (EEP, Table 1).
 
     Every plan is scored on each split that the task has. What is not the full model gets an interval of its test loss
@@ -77,7 +78,8 @@ def compare(
         seed: of the random prunings.
         score: what a loss is, as for `Evaluator`; it also says which one-shot method is best.
         batch_tokens: padded tokens a forward pass.
-        out: a folder. Everything found is kept in it at once and never computed again; the table is saved at the end.
+        out: a folder. Everything found is kept in it at once and never computed again; `moeopt.report.save` writes the
+            tables and figures there.
         progress: called before every step with the steps done, all of them, and what comes.
 
     Raises:
@@ -94,116 +96,73 @@ def compare(
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ComparisonError(f"{name} must be an integer of at least 0, got {value!r}")
         task.examples("search")
-        found = [] if study is None else _searched(study, task, model, keep)
+        trials = [] if study is None else _searched(study, task, model, keep)
         source = task if calibration is None else calibration
         splits = [split for split in ("search", "dev", "test") if split in task.splits]
-        of = {"model": describe(model), "task": task.describe(), "calibration": source.describe()}
-        ledger = Ledger(None if out is None else Path(out), of)
+        about = {"model": describe(model), "task": task.describe(), "calibration": source.describe()}
+        evaluators: dict[str, Evaluator] = {
+            split: Evaluator(
+                model, tokenizer, task, split=split, limit=limit if split == "search" else test_limit, prefix_memory=0,
+                batch_tokens=batch_tokens, score=score,
+            )
+            for split in splits
+        }  # fmt: skip
+        workspace, test_draws = Workspace(None if out is None else Path(out), about), min(draws, test_draws)
         try:
             maker = Maker(
-                Bench(
-                    model,
-                    tokenizer,
-                    task,
-                    splits=splits,
-                    limits={split: limit if split == "search" else test_limit for split in splits},
-                    calibration=source,
-                    calibration_limit=limit if calibration_limit is None else calibration_limit,
-                    score=score,
-                    batch_tokens=batch_tokens,
-                    ledger=ledger,
-                    steps=_steps(len(splits), shape, keep, ks, names, draws, test_draws, skipping, refits, found),
-                    progress=progress or (lambda done, steps, what: None),
-                ),
-                shape,
-                Sizes(model),
-                seed,
-                skipping,
-                refits,
-            )
-            maker.full(ks)
-            for r in dict.fromkeys(keep):
-                for k in ks:
-                    maker.random(r, k, draws, min(draws, test_draws))
-                    maker.methods(names, r, k, strict=methods is not None)
-                for one in found:
-                    if kept(one.plan) == r:
-                        maker.search(one)
+                StoredEvaluators(evaluators, workspace.evaluations), workspace, source,
+                limit if calibration_limit is None else calibration_limit, about["model"], shape, Sizes(model), seed,
+                skipping, refits, Steps(progress),
+            )  # fmt: skip
+            jobs = list(maker.jobs(keep, ks, names, draws, test_draws, methods is not None, trials))
+            maker.steps.total = sum(steps for steps, _ in jobs)
+            for _, job in jobs:
+                job()
         finally:
-            ledger.close()
+            workspace.close()
+    maker.steps.finish()
     chosen_on = "dev" if "dev" in splits else "search"
-    comparison = Comparison(
-        model=of["model"],
-        task=of["task"],
+    return MethodComparison(
+        model=about["model"],
+        task=about["task"],
         shape=shape,
-        splits=maker.bench.sizes,
-        calibrated=maker.bench.calibrated,
+        splits={split: Size(evaluator.examples, evaluator.tokens) for split, evaluator in evaluators.items()},
+        calibrated=maker.calibrated,
         rows=tuple(_with_intervals(maker.rows, chosen_on)),
         chosen_on=chosen_on,
         score=score,
         draws=draws,
-        test_draws=min(draws, test_draws),
+        test_draws=test_draws,
         seed=seed,
         left_out=tuple(maker.left_out),
     )
-    if out is not None:
-        comparison.save(out)
-    maker.bench.finish()
-    return comparison
 
 
 def _searched(study: optuna.Study, task: Task, model: PreTrainedModel, keep: Sequence[int]) -> list[Searched]:
     from moeopt.study import check_study
 
     check_study(study, task, model)
-    found = searched(study)
-    for one in found:
-        if kept(one.plan) not in keep:
+    trials = searched(study)
+    for trial in trials:
+        if kept_experts(trial.plan) not in keep:
             raise ComparisonError(
-                f"study {study.study_name!r} keeps {kept(one.plan)} experts, which is not among those to compare: "
-                f"{', '.join(map(str, keep))}"
+                f"study {study.study_name!r} keeps {kept_experts(trial.plan)} experts, which is not among those to "
+                f"compare: {', '.join(map(str, keep))}"
             )
-    return found
+    return trials
 
 
 def _with_intervals(rows: Sequence[Row], chosen_on: str) -> list[Row]:
     full = rows[0].evaluations
 
-    def against(row: Row, other: Mapping[str, Evaluation]) -> Any:
+    def against(row: Row, other: Mapping[str, Evaluation]) -> Interval | None:
         if "test" not in row.evaluations or row.evaluations is other:
             return None
-        return paired_bootstrap(row.evaluations["test"], other["test"])
+        return difference(row.evaluations["test"], other["test"])
 
-    found = []
+    judged = []
     for row in rows:
         best = best_one_shot(rows, row.keep, row.k, chosen_on) if row.kind != "full" else None
         against_best = None if best is None else against(row, best.evaluations)
-        found.append(replace(row, against_full=against(row, full), against_best=against_best))
-    return found
-
-
-def _steps(
-    splits: int,
-    shape: ModelShape,
-    keep: Sequence[int],
-    ks: Sequence[int],
-    names: Sequence[str],
-    draws: int,
-    test_draws: int,
-    skipping: bool,
-    refits: bool,
-    found: Sequence[Searched],
-) -> int:
-    """How often `Bench` will be asked for something, if no method is left out."""
-    skipped, refitted = (1 + splits) * skipping, (1 + splits) * refits
-    steps = splits * len({shape.k, *ks}) + sum(skipped for k in ks if k > 1)
-    for k in ks:
-        more = refitted + (skipped if k > 1 else 0)
-        each = len(groups(names)) + len(names) * (splits + more)
-        if draws:
-            each += draws + min(draws, test_draws) * (splits - 1) + splits + more
-        steps += each * len(set(keep))
-    for one in found:
-        skips = any(layer.skip for layer in one.plan.layers)
-        steps += splits + refitted + (skipped if max(layer.k for layer in one.plan.layers) > 1 and not skips else 0)
-    return steps
+        judged.append(replace(row, against_full=against(row, full), against_best=against_best))
+    return judged

@@ -1,4 +1,4 @@
-"""What a study found, to compare: what was selected, its best trial, and where it merged also its best pruning."""
+"""What a study gave, to compare: what was selected, its best trial, and where it merged also its best pruning."""
 
 from __future__ import annotations
 

@@ -23,27 +23,20 @@ class Setting:
 
 
 def check(
-    *,
-    batch: Sequence[int],
-    prompt_length: Sequence[int],
-    new_tokens: int,
-    repeats: int,
-    balance_tokens: int,
-    threads: int | None,
+    *, batch: Sequence[int], prompt_length: Sequence[int], threads: int | None, **counts: int
 ) -> tuple[Setting, ...]:
     """Every prompt length with every batch size.
 
     Raises:
         ProfileError: naming a number that is none, or less than 1.
     """
-    for name, values in (("batch", batch), ("prompt_length", prompt_length)):
+    named = {"batch": batch, "prompt_length": prompt_length, "threads": [1 if threads is None else threads]}
+    for name, values in {**named, **{name: [value] for name, value in counts.items()}}.items():
         if not values:
             raise ProfileError(f"{name} must name at least one number")
         for value in values:
-            _positive(name, value)
-    numbers = {"new_tokens": new_tokens, "repeats": repeats, "balance_tokens": balance_tokens}
-    for name, value in numbers.items() if threads is None else {**numbers, "threads": threads}.items():
-        _positive(name, value)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ProfileError(f"{name} must be a number of at least 1, got {value!r}")
     return tuple(dict.fromkeys(Setting(size, length) for length in prompt_length for size in batch))
 
 
@@ -75,8 +68,3 @@ def check_out(out: Path) -> None:
         raise ProfileError(f"--out must be a .json file (a .csv is written beside it), got {str(out)!r}")
     if not out.parent.is_dir():
         raise ProfileError(f"no folder {str(out.parent)!r} to write {out.name!r} to")
-
-
-def _positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ProfileError(f"{name} must be a number of at least 1, got {value!r}")

@@ -67,14 +67,14 @@ def accelerators(model: nn.Module) -> list[torch.device]:
 
 
 def settled_bytes() -> int:
-    """Bytes of RAM that are this process's own, once it gave back what it no longer uses."""
+    """Bytes of RAM that this process holds alone, once it gave back what it no longer uses."""
     gc.collect()
     with suppress(AttributeError, OSError, TypeError):  # where the C library is not glibc, which keeps much
         ctypes.CDLL(None).malloc_trim(0)
-    return _own_bytes()
+    return _private_bytes()
 
 
-def _own_bytes() -> int:
+def _private_bytes() -> int:
     """Resident bytes but those of mapped files: the system drops these as it likes, and a read checkpoint is one."""
     memory = psutil.Process().memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))
@@ -95,31 +95,31 @@ def peak_memory(model: nn.Module, before: int) -> Iterator[Peak]:
     memory that this process was seen to hold, every 2 ms, less `before`: its `settled_bytes` before the model was
     loaded.
     """
-    found = Peak()
+    peak = Peak()
     devices = [device for device in accelerators(model) if device.type == "cuda"]
     settled_bytes()
     if devices:
         torch.cuda.empty_cache()
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
-        yield found
+        yield peak
         synchronise(model)
-        found.bytes = sum(torch.cuda.max_memory_allocated(device) for device in devices)
+        peak.bytes = sum(torch.cuda.max_memory_allocated(device) for device in devices)
         return
-    seen, done = [_own_bytes()], threading.Event()
+    seen, done = [_private_bytes()], threading.Event()
 
     def look() -> None:
         while not done.wait(SAMPLE_EVERY):
-            seen[0] = max(seen[0], _own_bytes())
+            seen[0] = max(seen[0], _private_bytes())
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     try:
-        yield found
+        yield peak
     finally:
         done.set()
         thread.join()
-    found.bytes = max(seen[0], _own_bytes()) - before
+    peak.bytes = max(seen[0], _private_bytes()) - before
 
 
 @torch.inference_mode()

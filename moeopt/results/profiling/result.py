@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from moeopt.plan import Plan
@@ -192,18 +190,8 @@ class Profile:
 
     def ratio(self, row: Row, setting: Setting, part: Part) -> Ratio:
         """The row's speed over the first row's, each repeat held against the same repeat; above 1 is faster."""
-        full, own = (self._seconds(each, setting, part) for each in (self.rows[0], row))
-        return Ratio.of([theirs / mine for theirs, mine in zip(full, own)])
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to a JSON file, and a line a row and setting to a CSV file beside it.
-
-        Raises:
-            ProfileError: when they cannot be written.
-        """
-        from moeopt.results.profiling.saving import save
-
-        save(self, Path(path))
+        first, others = (self._seconds(each, setting, part) for each in (self.rows[0], row))
+        return Ratio.of([theirs / mine for theirs, mine in zip(first, others)])
 
     def _tokens(self, setting: Setting, part: Part) -> int:
         return setting.batch * (setting.prompt_length if part == "prefill" else self.new_tokens)

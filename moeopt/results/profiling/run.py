@@ -6,7 +6,7 @@ import os
 import platform
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import count
@@ -17,14 +17,13 @@ from moeopt import __version__
 from moeopt.plan import Plan
 from moeopt.results.profiling.checks import ProfileError, Setting, check, check_length, check_plan
 from moeopt.results.profiling.result import LayerLoad, Profile, Row, Speed, largest
-from moeopt.results.profiling.workers import Worker
+from moeopt.results.profiling.workers import Checkpoint
+from moeopt.results.steps import Progress, Steps
 
 if TYPE_CHECKING:
     from moeopt.tasks import Task
 
 Source = str | os.PathLike[str]
-Progress = Callable[[int, int, str], None]
-"""Called with steps done, steps in all, and what comes next."""
 HEADROOM = 1.25
 """Memory that models must find free to be loaded together, over that of their weights."""
 RANDOM_TOKENS = "random token ids"
@@ -83,11 +82,11 @@ def profile(
         "device_map": device_map, "dtype": dtype, "experts_implementation": experts_implementation,
         "trust_remote_code": trust_remote_code, "threads": threads,
     }  # fmt: skip
-    show = _Steps(progress or (lambda done, total, what: None))
+    show = Steps(progress)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="moeopt-"))
         checkpoints = [
-            stack.enter_context(closing(_Checkpoint(name, str(source), options))) for name, source in sources.items()
+            stack.enter_context(closing(Checkpoint(name, str(source), options))) for name, source in sources.items()
         ]
         show.total = len(checkpoints)
         for checkpoint in checkpoints:
@@ -106,13 +105,13 @@ def profile(
             for other in checkpoints:
                 if not resident and other is not subject.checkpoint:
                     other.close()
-            worker = subject.checkpoint.loaded(stream)
-            return worker.ask(what, plan=subject.file, new_tokens=new_tokens, **arguments)
+            subject.checkpoint.load(stream)
+            return subject.checkpoint.ask(what, plan=subject.file, new_tokens=new_tokens, **arguments)
 
         most = largest(settings)
         for subject in subjects:
             show(f"{subject.name}: memory and load balance")
-            subject.found = ask(
+            subject.measured = ask(
                 subject, "inspect", batch=most.batch, prompt_length=most.prompt_length, balance_tokens=balance_tokens
             )
         for repeat in range(0 if resident else 1, repeats + 1):
@@ -129,82 +128,37 @@ def profile(
     return Profile(rows, settings, new_tokens, repeats, resident, tokens, machine)
 
 
-class _Checkpoint:
-    """A checkpoint and, while it is open, the worker that holds it."""
-
-    def __init__(self, name: str, source: str, options: dict[str, Any]) -> None:
-        self.name, self.source, self._options = name, source, options
-        self._worker: Worker | None = None
-        self.facts: dict[str, Any] = {}
-        self.weights: dict[str, Any] = {}
-        self._is_loaded = False
-
-    def open(self) -> Worker:
-        """The worker, once it has read the config."""
-        if self._worker is None:
-            self._worker = Worker(self.source, **self._options)
-            self.facts = self._worker.facts
-        return self._worker
-
-    def loaded(self, stream: list[int]) -> Worker:
-        """The worker, once it has loaded the weights."""
-        worker = self.open()
-        if not self._is_loaded:
-            self.weights = worker.ask("load", stream=stream)
-            self._is_loaded = True
-        return worker
-
-    def close(self) -> None:
-        """End the worker, if there is one."""
-        if self._worker is not None:
-            self._worker.close()
-        self._worker, self._is_loaded = None, False
-
-
 @dataclass
 class _Subject:
     """What becomes a row: a checkpoint, with a plan or without."""
 
     name: str
-    checkpoint: _Checkpoint
+    checkpoint: Checkpoint
     plan: Plan | None = None
     file: str | None = None
-    found: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
     seconds: dict[Setting, list[tuple[float, float]]] = field(default_factory=dict)
 
     def row(self) -> Row:
-        facts, weights, found = self.checkpoint.facts, self.checkpoint.weights, self.found
+        facts, weights, measured = self.checkpoint.facts, self.checkpoint.weights, self.measured
         loads = tuple(
             LayerLoad(load["layer"], tuple(load["experts"]), tuple(load["counts"]), load["tokens"])
-            for load in found["loads"]
+            for load in measured["loads"]
         )
         planned = None if self.plan is None else tuple(layer.kept_experts for layer in self.plan.layers)
+        sizes = {key: measured[key] for key in ("parameters", "active_parameters", "weight_bytes", "peak_bytes")}
         return Row(
             name=self.name,
             source=self.checkpoint.source,
             plan=self.plan,
             experts=planned or tuple(n for n, _ in facts["layers"]),
-            parameters=found["parameters"],
-            active_parameters=found["active_parameters"],
-            weight_bytes=found["weight_bytes"],
-            peak_bytes=found["peak_bytes"],
+            **sizes,
             dtype=weights["dtype"],
             devices=tuple(weights["devices"]),
             loads=loads,
             without_loads=None if loads else facts["reason"] or "its routers are not called as modules",
             speeds=tuple(Speed(setting, *zip(*both)) for setting, both in self.seconds.items()),
         )
-
-
-class _Steps:
-    """Counts steps, and tells `progress` what comes next."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._done, self.total = progress, 0, 0
-
-    def __call__(self, what: str) -> None:
-        self._progress(self._done, self.total, what)
-        self._done += 1
 
 
 def named(models: Source | Sequence[Source] | Mapping[str, Source]) -> dict[str, Source]:
@@ -226,14 +180,14 @@ def named(models: Source | Sequence[Source] | Mapping[str, Source]) -> dict[str,
 
 def unique(given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Values by name; a name that is taken gets a number."""
-    found: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     for name, value in given:
         free = (f"{name} ({i})" if i > 1 else name for i in count(1))
-        found[next(each for each in free if each not in found)] = value
-    return found
+        named[next(each for each in free if each not in named)] = value
+    return named
 
 
-def _subjects(checkpoints: Sequence[_Checkpoint], plans: Mapping[str, Plan], folder: Path) -> list[_Subject]:
+def _subjects(checkpoints: Sequence[Checkpoint], plans: Mapping[str, Plan], folder: Path) -> list[_Subject]:
     """The first checkpoint, the plans on it, the other checkpoints."""
     first, *others = [_Subject(checkpoint.name, checkpoint) for checkpoint in checkpoints]
     planned = []
@@ -249,7 +203,7 @@ def _subjects(checkpoints: Sequence[_Checkpoint], plans: Mapping[str, Plan], fol
 
 
 def _stream(
-    checkpoints: Sequence[_Checkpoint], task: Task | None, needed: int, seed: int, trust_remote_code: bool
+    checkpoints: Sequence[Checkpoint], task: Task | None, needed: int, seed: int, trust_remote_code: bool
 ) -> tuple[list[int], dict[str, Any]]:
     """Token ids for prompts and load balance, and what they are."""
     vocabulary = min(checkpoint.facts["vocabulary"] for checkpoint in checkpoints)
@@ -260,19 +214,19 @@ def _stream(
 
     tokenizer = load_tokenizer(checkpoints[0].source, trust_remote_code=trust_remote_code)
     split = task.splits[-1]
-    found: list[int] = []
+    ids: list[int] = []
     for request in task.requests(split, tokenizer, limit=needed):
-        if request.option == 0 and len(found) < needed:
-            found += request.ids
-    if max(found) >= vocabulary:
+        if request.option == 0 and len(ids) < needed:
+            ids += request.ids
+    if max(ids) >= vocabulary:
         raise ProfileError(
-            f"token {max(found)} of {checkpoints[0].source!r} is none of the {vocabulary} of the smallest vocabulary; "
+            f"token {max(ids)} of {checkpoints[0].source!r} is none of the {vocabulary} of the smallest vocabulary; "
             "profile models of different tokenizers on random token ids"
         )
-    return found[:needed], {"kind": "task", "task": task.describe(), "split": split}
+    return ids[:needed], {"kind": "task", "task": task.describe(), "split": split}
 
 
-def _fit_together(checkpoints: Sequence[_Checkpoint]) -> bool:
+def _fit_together(checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether all weights find memory at the same time."""
     free = min(checkpoint.facts["free_bytes"] for checkpoint in checkpoints)
     return len(checkpoints) == 1 or HEADROOM * sum(checkpoint.facts["bytes"] for checkpoint in checkpoints) <= free
@@ -280,9 +234,9 @@ def _fit_together(checkpoints: Sequence[_Checkpoint]) -> bool:
 
 def _machine(weights: Mapping[str, Any]) -> dict[str, Any]:
     """What ran it, as far as speed depends on it."""
-    kept = ("threads", "device_names", "experts_implementation", "peak_from", "torch")
+    facts = ("threads", "device_names", "experts_implementation", "peak_from", "torch")
     return {
-        **{key: weights[key] for key in kept},
+        **{key: weights[key] for key in facts},
         "cpus": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
         "moeopt": __version__,

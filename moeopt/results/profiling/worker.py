@@ -34,33 +34,21 @@ RAM_PEAK = "RAM of the process beyond that before loading, mapped files apart"
 class Host:
     """A checkpoint in this process; each public method answers one kind of request."""
 
-    def open(
-        self,
-        source: str,
-        device_map: str | None,
-        dtype: str,
-        trust_remote_code: bool,
-        experts_implementation: str | None,
-        threads: int | None,
-    ) -> dict[str, Any]:
-        """Check the checkpoint's config; no weight is read."""
+    def open(self, source: str, threads: int | None, **options: Any) -> dict[str, Any]:
+        """Check the checkpoint's config; no weight is read. Options are those of `moeopt.models.load_model`."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         if threads is not None:
             torch.set_num_threads(threads)
-        self.source = source
-        self.options: dict[str, Any] = {
-            "device_map": device_map, "dtype": dtype, "trust_remote_code": trust_remote_code,
-            "experts_implementation": experts_implementation,
-        }  # fmt: skip
-        empty = empty_model(source, trust_remote_code=trust_remote_code)
+        self.source, self.options, dtype = source, options, options["dtype"]
+        empty = empty_model(source, trust_remote_code=options["trust_remote_code"])
         config = empty.config.get_text_config()
         layers, reason = usable_layers(empty)
         width = getattr(torch, dtype) if dtype != "auto" else getattr(empty.config, "dtype", None) or torch.float32
         return {
             "bytes": sum(p.numel() for p in empty.parameters()) * width.itemsize,
-            "free_bytes": free_bytes(device_map),
+            "free_bytes": free_bytes(options["device_map"]),
             "layers": [(layer.n, layer.k) for layer in layers],
             "reason": reason,
             "vocabulary": config.vocab_size,
@@ -102,11 +90,11 @@ class Host:
             ids = self._prompts(batch, prompt_length)
             with measuring.peak_memory(self.model, self.before) as peak:
                 measuring.seconds(self.model, ids, new_tokens)
-            found = measuring.expert_loads(self.model, self.layers, self._rows(batch, prompt_length, balance_tokens))
-        kept = [range(x.n) for x in self.layers] if chosen is None else [experts_of(x) for x in chosen.layers]
+            ran = measuring.expert_loads(self.model, self.layers, self._rows(batch, prompt_length, balance_tokens))
+        experts = [range(x.n) for x in self.layers] if chosen is None else [experts_of(x) for x in chosen.layers]
         loads: list[dict[str, Any]] = [
-            {"layer": layer.name, "experts": list(own), "counts": [counts[e] for e in own], "tokens": tokens}
-            for layer, own, (counts, tokens) in zip(self.layers, kept, found)
+            {"layer": layer.name, "experts": list(numbers), "counts": [counts[e] for e in numbers], "tokens": tokens}
+            for layer, numbers, (counts, tokens) in zip(self.layers, experts, ran)
         ]
         if not all(load["tokens"] for load in loads):
             loads = []
@@ -129,15 +117,15 @@ class Host:
             rehearse: run each setting whole, untimed, before it is timed.
         """
         chosen = self._plan(plan)
-        found = []
+        timed = []
         with patched(self.model, chosen) if chosen is not None else nullcontext():
             for batch, length in settings:
                 ids = self._prompts(batch, length)
                 measuring.warm_up(self.model, ids)
                 if rehearse:
                     measuring.seconds(self.model, ids, new_tokens)
-                found.append(measuring.seconds(self.model, ids, new_tokens))
-        return found
+                timed.append(measuring.seconds(self.model, ids, new_tokens))
+        return timed
 
     def _prompts(self, batch: int, length: int) -> Tensor:
         """(batch, length) token ids, the stream from its start, again and again."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,39 @@ from moeopt.errors import ModelError, PlanError
 from moeopt.results.profiling.checks import ProfileError
 
 
-class Worker:
-    """A process of its own for a checkpoint, so that one model's memory does not count for another.
+class Checkpoint:
+    """A checkpoint and, while it is open, a process of its own, so that one model's memory does not count for another.
 
-    It is out of reach of the terminal's Ctrl-C, and ends when it is closed, or with this process.
+    The process is out of reach of the terminal's Ctrl-C, and ends when it is closed, or with this one.
 
     Args:
+        name: what tables call it.
         source: checkpoint folder or hub id.
         options: of `Host.open`.
 
     Attributes:
-        facts: what the checkpoint's config tells.
-
-    Raises:
-        MoeoptError: what the worker raised.
+        facts: what its config tells, once it was opened.
+        weights: how its weights lie, once they were loaded.
     """
 
-    def __init__(self, source: str, **options: Any) -> None:
-        self.source = source
-        paths = [str(Path(moeopt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        threads = {} if options["threads"] is None else {"OMP_NUM_THREADS": str(options["threads"])}
+    def __init__(self, name: str, source: str, options: dict[str, Any]) -> None:
+        self.name, self.source, self._options = name, source, options
+        self._process: subprocess.Popen[str] | None = None
+        self.facts: dict[str, Any] = {}
+        self.weights: dict[str, Any] = {}
+        self._is_loaded = False
+
+    def open(self) -> None:
+        """Start the process and read the config.
+
+        Raises:
+            MoeoptError: what the process raised.
+        """
+        if self._process is not None:
+            return
+        paths, threads = [str(Path(moeopt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")], {}
+        if self._options["threads"] is not None:
+            threads["OMP_NUM_THREADS"] = str(self._options["threads"])
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "moeopt.results.profiling.worker"],
             stdin=subprocess.PIPE,
@@ -42,23 +56,26 @@ class Worker:
             text=True,
             start_new_session=True,
         )
-        try:
-            self.facts: dict[str, Any] = self.ask("open", source=source, **options)
-        except BaseException:
-            self.close()
-            raise
+        self.facts = self.ask("open", source=self.source, **self._options)
+
+    def load(self, stream: list[int]) -> None:
+        """Load the weights; `stream` is the token ids that prompts are cut from."""
+        self.open()
+        if not self._is_loaded:
+            self.weights, self._is_loaded = self.ask("load", stream=stream), True
 
     def ask(self, what: str, **arguments: Any) -> Any:
         """The answer to one request; waits for it."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            print(json.dumps({"do": what, **arguments}), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        line = ""
+        with suppress(BrokenPipeError):
+            print(json.dumps({"do": what, **arguments}), file=process.stdin, flush=True)
+            line = process.stdout.readline()
         if not line:
-            code = self._process.wait()
+            code = process.wait()
             hint = "; was there too little memory?" if code == -9 else ""
             raise ProfileError(f"the process that measures {self.source!r} ended with code {code}{hint}")
         answer = json.loads(line)
@@ -68,12 +85,13 @@ class Worker:
         return answer["answer"]
 
     def close(self) -> None:
-        """End the process and free what it holds."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        """End the process, if there is one, and free what it holds."""
+        process, self._process, self._is_loaded = self._process, None, False
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
             assert pipe is not None
-            try:
+            with suppress(BrokenPipeError):
                 pipe.close()
-            except BrokenPipeError:
-                continue

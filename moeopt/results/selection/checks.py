@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, get_args
 
+from moeopt.defaults import Score
 from moeopt.errors import StudyError, TaskError
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ def check(study: optuna.Study, task: Task, model: nn.Module | None = None) -> No
 
 def check_arguments(*, top: int, score: str | None, **limits: int | None) -> None:
     """Raise StudyError unless `select` can take these."""
-    from moeopt.evaluation.evaluator import Score
-
     for name, value in {"top": top, **limits}.items():
         if (value is not None or name == "top") and (
             isinstance(value, bool) or not isinstance(value, int) or value < 1

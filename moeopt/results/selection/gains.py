@@ -1,4 +1,4 @@
-"""What became, on examples that a search never saw, of what it gained over what it began with.
+"""What became, on examples that a search never saw, of what it, or a refit, gained.
 
 A search's best trial is the best of many on the examples that it searched: partly by luck. Two evaluations on dev, of
 it and of the plan that the search began with, tell how much of the gain is left there. `moeopt.select` chooses among
@@ -8,17 +8,23 @@ the best trials on dev and reports on test; this only says what the search's own
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeopt.errors import StudyError
+from moeopt.results.differences import difference, reversed_difference
 from moeopt.trials.description import HELD, held_facts
 from moeopt.trials.genome import WARM_START
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
+    from transformers import PreTrainedModel
 
+    from moeopt.defaults import Score
+    from moeopt.evaluation import Evaluation, Interval
+    from moeopt.plan import Plan
     from moeopt.study.objective import Objective
+    from moeopt.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,7 @@ def held(study: optuna.Study, objective: Objective) -> Held | None:
         StudyError: when the task has no dev split.
         NonFiniteLossError: when a loss on dev is not finite.
     """
-    from moeopt.evaluation import paired_bootstrap
-    from moeopt.results.selection.run import Bench
+    from moeopt.results.selection.evaluating import StudyEvaluators
 
     if "dev" not in objective.task.splits:
         raise StudyError(f"task {objective.task.name!r} has no dev split to hold a gain against")
@@ -75,11 +80,11 @@ def held(study: optuna.Study, objective: Objective) -> Held | None:
     facts = held_facts(study.user_attrs, study.study_name)
     if facts is not None and (facts["trial"], facts["start"]) == (best.number, start.number):
         return Held(**facts)
-    bench = Bench.for_study(study, objective, dev_limit=objective.settings["limit"])
-    before, after = (bench.evaluate(objective.space.plan(trial), "dev", "") for trial in (start, best))
-    change = paired_bootstrap(after, before)
-    gain = (start.value or 0.0) - (best.value or 0.0)
-    made = Held(best.number, start.number, gain, -change.mean, -change.high, -change.low, len(before.losses))
+    evaluators = StudyEvaluators(study, objective, limits={"dev": objective.settings["limit"]})
+    before, after = (evaluators.evaluate(objective.space.plan(trial), "dev") for trial in (start, best))
+    gained = reversed_difference(difference(after, before))
+    searched = (start.value or 0.0) - (best.value or 0.0)
+    made = Held(best.number, start.number, searched, gained.mean, gained.low, gained.high, len(before.losses))
     study.set_user_attr(HELD, asdict(made))
     return made
 
@@ -92,3 +97,54 @@ def _ends(study: optuna.Study) -> tuple[FrozenTrial | None, FrozenTrial | None]:
     starts = [trial for trial in done if WARM_START in trial.user_attrs]
     first = min(starts, key=lambda t: (t.value, t.number)) if starts else next(iter(done), None)
     return first, best_trial(study)
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedRefit:
+    """A refit on dev.
+
+    Args:
+        metric: what `Evaluation.accuracy` is called.
+        evaluations: of ``"full model"``, ``"plan"`` and ``"refitted plan"``.
+        change: loss of the refitted plan minus the plan's; below 0 is better.
+    """
+
+    metric: str
+    evaluations: dict[str, Evaluation]
+    change: Interval
+
+
+def judged_refit(
+    plan: Plan,
+    refitted: Plan,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    task: Task,
+    *,
+    dev_limit: int | None = None,
+    score: Score = "likelihood",
+    batch_tokens: int = 1024,
+) -> JudgedRefit | None:
+    """What the full model, a plan and the refitted plan give on dev; None where the task has no dev split.
+
+    Args:
+        plan, refitted: what `moeopt.refit` took and gave.
+        model, tokenizer: the full model, as `moeopt.load` returns them.
+        task: what to be good at.
+        dev_limit: of its dev examples; None: all.
+        score: what a loss is, as for `Evaluator`.
+        batch_tokens: padded tokens a forward pass.
+
+    Raises:
+        TaskError: as for `Evaluator`.
+        NonFiniteLossError: when a loss is not finite.
+    """
+    if "dev" not in task.splits:
+        return None
+    from moeopt.evaluation import Evaluator
+
+    evaluator = Evaluator(model, tokenizer, task, split="dev", limit=dev_limit, batch_tokens=batch_tokens, score=score)
+    plans = {"full model": None, "plan": plan, "refitted plan": refitted}
+    evaluations = {name: evaluator.evaluate(each) for name, each in plans.items()}
+    metric = "agreement" if evaluator.teacher is not None else task.metric
+    return JudgedRefit(metric, evaluations, difference(evaluations["refitted plan"], evaluations["plan"]))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from moeopt import __version__
 from moeopt.errors import StudyError
+from moeopt.results.differences import difference, reversed_difference, signed
 from moeopt.showing import line, shown
 from moeopt.trials.description import (
     COUNT,
@@ -43,7 +44,7 @@ class Candidate:
 
     Args:
         trial: number of the first trial that had the plan.
-        plan: it.
+        plan: the plan.
         search_loss: the trial's value.
         dev: what it gives on dev; None where the loss is not finite there.
     """
@@ -91,23 +92,20 @@ class Selection:
     @property
     def search_best(self) -> Candidate:
         """The candidate of least loss on search."""
-        return min(self.candidates, key=lambda one: (one.search_loss, one.trial))
+        return min(self.candidates, key=lambda candidate: (candidate.search_loss, candidate.trial))
 
     def gain(self, split: str) -> float:
         """Loss of the full model minus that of the winner: above 0, the winner is better."""
-        found = self.evaluations[split]
-        return found[FULL].loss - found[WINNER].loss
+        return self.evaluations[split][FULL].loss - self.evaluations[split][WINNER].loss
 
     @cached_property
     def intervals(self) -> dict[str, dict[str, Interval]]:
         """On test, the winner minus ``"full"`` and ``"search_best"``: of ``"loss"``, and of the metric by its name."""
-        from moeopt.evaluation import paired_bootstrap
-
         test = self.evaluations["test"]
         return {
             name: {
-                "loss": paired_bootstrap(test[WINNER], test[name]),
-                self.metric: paired_bootstrap(test[WINNER], test[name], of="accuracy"),
+                "loss": difference(test[WINNER], test[name]),
+                self.metric: difference(test[WINNER], test[name], of="accuracy"),
             }
             for name in (FULL, SEARCH_BEST)
             if name in test
@@ -116,7 +114,7 @@ class Selection:
     @property
     def test_gain(self) -> Interval:
         """`gain("test")` with its 95% interval."""
-        return _negated(self.intervals[FULL]["loss"])
+        return reversed_difference(self.intervals[FULL]["loss"])
 
     @property
     def verdict(self) -> Verdict:
@@ -131,32 +129,30 @@ class Selection:
     @property
     def warnings(self) -> list[str]:
         """Why not to trust the result; empty when nothing speaks against it."""
-        found = [self.sentence] if self.verdict in ("vanished", "reversed") else []
-        return [*found, *([look_warning(self.looks)] if self.looks > 1 else [])]
+        lost = [self.sentence] if self.verdict in ("vanished", "reversed") else []
+        return [*lost, *([look_warning(self.looks)] if self.looks > 1 else [])]
 
     @property
     def sentences(self) -> list[str]:
         """The verdict, and how the winner stands to the full model in the metric and to the best plan of the search."""
-        i = self.intervals[FULL][self.metric]
-        found = [self.sentence, f"Winner - full model on test, {self.metric}: {_signed(i)}."]
-        best = self.search_best
+        best, changed = self.search_best, signed(self.intervals[FULL][self.metric])
+        sentences = [self.sentence, f"Winner - full model on test, {self.metric}: {changed}."]
         if best is self.winner:
-            found.append("The best plan of the search is also the best on dev.")
-        elif SEARCH_BEST in self.intervals:
-            i = self.intervals[SEARCH_BEST]["loss"]
-            found.append(f"Winner - best of the search (trial {best.trial}) on test, loss: {_signed(i)}.")
-        else:
-            found.append(f"The best of the search (trial {best.trial}) has no finite loss on test.")
-        return found
+            return [*sentences, "The best plan of the search is also the best on dev."]
+        if SEARCH_BEST not in self.intervals:
+            return [*sentences, f"The best of the search (trial {best.trial}) has no finite loss on test."]
+        changed = signed(self.intervals[SEARCH_BEST]["loss"])
+        return [*sentences, f"Winner - best of the search (trial {best.trial}) on test, loss: {changed}."]
 
     @cached_property
     def record(self) -> dict[str, Any]:
         """All but plans and examples' scores, as JSON of at most about 50 kB; candidates' losses in 6 digits."""
+        dev = [candidate.dev for candidate in self.candidates]
         candidates = {
-            "trial": [one.trial for one in self.candidates],
-            "search_loss": [_short(one.search_loss) for one in self.candidates],
-            "dev_loss": [None if one.dev is None else _short(one.dev.loss) for one in self.candidates],
-            f"dev_{self.metric}": [None if one.dev is None else _short(one.dev.accuracy) for one in self.candidates],
+            "trial": [candidate.trial for candidate in self.candidates],
+            "search_loss": [_short(candidate.search_loss) for candidate in self.candidates],
+            "dev_loss": [None if e is None else _short(e.loss) for e in dev],
+            f"dev_{self.metric}": [None if e is None else _short(e.accuracy) for e in dev],
         }
         return {
             "moeopt": __version__,
@@ -169,12 +165,13 @@ class Selection:
             SEARCH_BEST: self.search_best.trial,
             "plans": {name: plan.fingerprint for name, plan in self._tested.items()},
             "scores": {
-                split: {name: self._scores(e) for name, e in found.items()} for split, found in self.evaluations.items()
+                split: {name: self._scores(e) for name, e in by_name.items()}
+                for split, by_name in self.evaluations.items()
             },
             "test_minus": {
-                name: {what: _json(i) for what, i in of.items()} for name, of in self.intervals.items()
+                name: {what: asdict(i) for what, i in changes.items()} for name, changes in self.intervals.items()
             },
-            "gain": {split: self.gain(split) for split in self.evaluations} | {"test_interval": _json(self.test_gain)},
+            "gain": {split: self.gain(split) for split in self.evaluations} | {"test_interval": asdict(self.test_gain)},
             "verdict": self.verdict,
             "sentences": self.sentences,
             "warnings": self.warnings,
@@ -212,19 +209,19 @@ def verdict(search: float, test: Interval) -> Verdict:
 def sentence(search: float, test: Interval) -> str:
     """`verdict` in words, with the numbers that it rests on."""
     there = f"{test.mean:.4f} [{test.low:.4f}, {test.high:.4f}]"
-    gained = f"The gain on search ({search:.4f})"
+    gained, changed = f"The gain on search ({search:.4f})", signed(reversed_difference(test))
     words = {
-        "none": f"No gain on search to lose: winner - full is {-search:+.4f} there, {_signed(_negated(test))} on test.",
+        "none": f"No gain on search to lose: winner - full is {-search:+.4f} there, {changed} on test.",
         "reversed": f"{gained} reversed on test ({there}): the winner is worse than the full model.",
         "vanished": f"{gained} vanished on test ({there})",
         "shrank": f"{gained} shrank to {there} on test.",
         "holds": f"{gained} holds on test ({there}).",
     }
-    found = verdict(search, test)
-    if found != "vanished":
-        return words[found]
+    became = verdict(search, test)
+    if became != "vanished":
+        return words[became]
     unclear = ", which excludes neither 0 nor the gain on search: more test examples would tell"
-    return words[found] + (unclear if search <= test.high else "") + "."
+    return words[became] + (unclear if search <= test.high else "") + "."
 
 
 def look_warning(looks: int) -> str:
@@ -254,23 +251,23 @@ def recorded(study: optuna.Study) -> dict[str, Any] | None:
         StudyError: when a newer moeopt wrote it, or it is of another form.
     """
     with reading(study.study_name):
-        found = study.user_attrs.get(SELECTION)
-    if found is None:
+        record = study.user_attrs.get(SELECTION)
+    if record is None:
         return None
     where = f"study {shown(study.study_name)}: its attribute {SELECTION!r}"
-    check(found, {}, where)
-    check_format(found, where, found.get("moeopt"))
-    check_depth(found, where)
-    check(found, {WINNER: COUNT}, where)
-    return dict(found)
+    check(record, {}, where)
+    check_format(record, where, record.get("moeopt"))
+    check_depth(record, where)
+    check(record, {WINNER: COUNT}, where)
+    return dict(record)
 
 
-def check_record(found: Mapping[str, Any], where: str = SELECTION) -> None:
+def check_record(record: Mapping[str, Any], where: str = SELECTION) -> None:
     """Raise StudyError, naming the place, unless a record is of the form that `Selection.record` has."""
-    check(found, RECORD, where)
-    check(found["examples"].get("test"), SPLIT, f"{where}.examples.test")
-    scores = f"dev_{found['metric']}"
-    check(found["candidates"].get(scores), [Maybe(NUMBER)], f"{where}.candidates.{line(scores, 40)}")
+    check(record, RECORD, where)
+    check(record["examples"].get("test"), SPLIT, f"{where}.examples.test")
+    scores = f"dev_{record['metric']}"
+    check(record["candidates"].get(scores), [Maybe(NUMBER)], f"{where}.candidates.{line(scores, 40)}")
 
 
 def selected_trial(study: optuna.Study) -> FrozenTrial:
@@ -279,27 +276,15 @@ def selected_trial(study: optuna.Study) -> FrozenTrial:
     Raises:
         StudyError: when there was none, or as `recorded`.
     """
-    found = recorded(study)
-    if found is None:
+    record = recorded(study)
+    if record is None:
         raise StudyError(f"nothing was selected from study {study.study_name!r} yet; `moeopt select` does it")
     with reading(study.study_name):
         trials = study.get_trials(deepcopy=False)
-    winner = next((trial for trial in trials if trial.number == found[WINNER]), None)
+    winner = next((trial for trial in trials if trial.number == record[WINNER]), None)
     if winner is None:
-        raise StudyError(f"study {shown(study.study_name)} has no trial {found[WINNER]}, which its selection names")
+        raise StudyError(f"study {shown(study.study_name)} has no trial {record[WINNER]}, which its selection names")
     return winner
-
-
-def _negated(i: Interval) -> Interval:
-    return replace(i, mean=-i.mean, low=-i.high, high=-i.low)
-
-
-def _json(i: Interval) -> dict[str, float]:
-    return {"mean": i.mean, "low": i.low, "high": i.high}
-
-
-def _signed(i: Interval) -> str:
-    return f"{i.mean:+.4f} [{i.low:+.4f}, {i.high:+.4f}]"
 
 
 def _short(value: float) -> float:

@@ -4,64 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, overload
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from moeopt.errors import NonFiniteLossError, StudyError
-from moeopt.evaluation import Compression, Evaluation, Evaluator
+from moeopt.evaluation import Evaluation
+from moeopt.evaluation.store import plan_name
 from moeopt.evaluation.teacher import LABEL_FREE
 from moeopt.models import without_plan
-from moeopt.plan import Plan
-from moeopt.results.selection.checks import TOP, UNSEEN, check, check_arguments
-from moeopt.results.selection.kept import Kept, name_of
+from moeopt.results.selection.checks import TOP, check, check_arguments
+from moeopt.results.selection.evaluating import StudyEvaluators
 from moeopt.results.selection.record import FULL, SEARCH_BEST, SELECTION, WINNER, Candidate, Selection, look_warning
-from moeopt.study.objective import Objective, penalty, remembered, scores_name
-from moeopt.trials.description import described
+from moeopt.results.steps import Progress, Steps
+from moeopt.study.objective import Objective
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
     from transformers import PreTrainedModel
 
-    from moeopt.evaluation.evaluator import Score
+    from moeopt.defaults import Score
+    from moeopt.plan import Plan
     from moeopt.tasks import Task
-
-Progress = Callable[[int, int, str], None]
-Ranked = list[tuple["FrozenTrial", Plan]]
-
-
-@overload
-def select(
-    study: optuna.Study,
-    model: Objective,
-    *,
-    top: int = ...,
-    dev_limit: int | None = ...,
-    test_limit: int | None = ...,
-    score: Score | None = ...,
-    stock_only: bool = ...,
-    progress: Progress | None = ...,
-) -> Selection: ...
-
-
-@overload
-def select(
-    study: optuna.Study,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    task: Task,
-    *,
-    top: int = ...,
-    dev_limit: int | None = ...,
-    test_limit: int | None = ...,
-    score: Score | None = ...,
-    stock_only: bool = ...,
-    batch_tokens: int | None = ...,
-    progress: Progress | None = ...,
-) -> Selection: ...
 
 
 def select(
@@ -107,54 +70,46 @@ def select(
         TaskError: when the task has no dev or no test split.
         NonFiniteLossError: when no candidate has a finite loss on dev, or the winner has none on test.
     """
-    teacher = None
-    if isinstance(model, Objective):
-        tokenizer, task, batch_tokens = model.tokenizer, model.task, batch_tokens or model.evaluator.batch_tokens
-        teacher, model = model.evaluator.teacher, model.model
-    if task is None or tokenizer is None:
+    limits = {"dev": dev_limit, "test": test_limit}
+    check_arguments(top=top, score=score, dev_limit=dev_limit, test_limit=test_limit)
+    whole, task = (model.model, model.task) if isinstance(model, Objective) else (model, task)
+    if task is None:
         raise StudyError("give either an Objective, or model, tokenizer and task")
-    settings = {
-        "top": top, "dev_limit": dev_limit, "test_limit": test_limit, "score": score, "stock_only": stock_only,
-    }  # fmt: skip
-    check_arguments(top=top, dev_limit=dev_limit, test_limit=test_limit, score=score)
-    with without_plan(model):
-        check(study, task, model)
+    with without_plan(whole):
+        check(study, task, whole)
         ranked = _ranked(study, top, stock_only)
-        compression = None if teacher is None else teacher.compression
-        bench = Bench(study, model, tokenizer, task, settings, batch_tokens or 1024, compression, len(ranked), progress)
-        candidates = _judged(bench, ranked)
-        trials = {trial.number: trial for trial, _ in ranked}
-        winner, best = candidates[0], min(candidates, key=lambda one: (one.search_loss, one.trial))
+        evaluators = StudyEvaluators(
+            study, model, tokenizer, task, limits=limits, score=score, batch_tokens=batch_tokens
+        )
+        judging = _Judging(evaluators, Steps(progress, len(ranked) + 7))
+        candidates = judging.candidates(ranked)
+        winner, best = candidates[0], min(candidates, key=lambda candidate: (candidate.search_loss, candidate.trial))
         compared = {WINNER: winner} if winner is best else {WINNER: winner, SEARCH_BEST: best}
-        found = {
-            "search": {
-                FULL: bench.evaluate(None, "search", "full model"),
-                **{name: bench.search(trials[one.trial], one.plan) for name, one in compared.items()},
-            },
-            "dev": {
-                FULL: bench.evaluate(None, "dev", "full model"),
-                **{name: one.dev for name, one in compared.items() if one.dev is not None},
-            },
-            "test": _tested(bench, compared),
-        }
+        evaluations = judging.compared(compared, {trial.number: trial for trial, _ in ranked})
     selection = Selection(
         study=study.study_name,
-        metric="agreement" if bench.score in LABEL_FREE else task.metric,
-        settings={**settings, "score": bench.score},
-        examples={s: {"count": e.examples, "of": bench.of[s]} for s, e in bench.evaluators.items()},
+        metric="agreement" if evaluators.score in LABEL_FREE else task.metric,
+        settings={
+            "top": top, "dev_limit": dev_limit, "test_limit": test_limit, "score": evaluators.score,
+            "stock_only": stock_only,
+        },
+        examples={
+            split: {"count": evaluator.examples, "of": evaluators.on[split].name}
+            for split, evaluator in evaluators.evaluators.items()
+        },
         candidates=tuple(candidates),
-        evaluations=found,
-        looks=bench.kept.looks,
-        evaluated=bench.evaluated,
-        layer_tokens=bench.layer_tokens,
-    )
+        evaluations=evaluations,
+        looks=evaluators.store.looks,
+        evaluated=evaluators.evaluated,
+        layer_tokens=evaluators.layer_tokens,
+    )  # fmt: skip
     if study.user_attrs.get(SELECTION) != selection.record:
         study.set_user_attr(SELECTION, selection.record)
-    bench.finish()
+    judging.steps.finish()
     return selection
 
 
-def _ranked(study: optuna.Study, top: int, stock_only: bool) -> Ranked:
+def _ranked(study: optuna.Study, top: int, stock_only: bool) -> list[tuple[FrozenTrial, Plan]]:
     """The best distinct plans by search loss, each with the first trial of least loss that had it."""
     from optuna.trial import TrialState
 
@@ -163,150 +118,71 @@ def _ranked(study: optuna.Study, top: int, stock_only: bool) -> Ranked:
 
     space = space_of(study)
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    found: dict[str, tuple[FrozenTrial, Plan]] = {}
+    ranked: dict[str, tuple[FrozenTrial, Plan]] = {}
     finite = (t for t in done if t.value is not None and math.isfinite(t.value))
     for trial in sorted(finite, key=lambda t: (t.value, t.number)):
-        if len(found) == top:
+        if len(ranked) == top:
             break
         plan = space.plan(trial)
         if not (stock_only and why_not_stock(plan)):
-            found.setdefault(plan.fingerprint, (trial, plan))
-    if not found:
+            ranked.setdefault(plan.fingerprint, (trial, plan))
+    if not ranked:
         raise StudyError(f"study {study.study_name!r} has no completed trial that an ordinary checkpoint can hold")
-    return list(found.values())
+    return list(ranked.values())
 
 
-class Bench:
-    """Evaluates plans on the splits as the study did on its own, each once.
+class _Judging:
+    """Evaluates candidates on dev, and what is compared on all three splits."""
 
-    Attributes:
-        kept: what the study knows.
-        of: names model and examples of each split.
-        evaluated, layer_tokens: evaluations made here, and their cost.
-    """
+    def __init__(self, evaluators: StudyEvaluators, steps: Steps) -> None:
+        self.evaluators, self.steps = evaluators, steps
 
-    def __init__(
-        self,
-        study: optuna.Study,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        task: Task,
-        settings: dict[str, Any],
-        batch_tokens: int,
-        compression: Compression | None,
-        candidates: int,
-        progress: Progress | None,
-    ) -> None:
-        about = described(study)
-        searched, evaluation = about["task"], about.get("evaluation") or {}
-        self.score: Score = settings["score"] or evaluation.get("score") or "likelihood"
-        if self.score in LABEL_FREE and compression is None:
-            compression = Compression(top_p=evaluation.get("top_p") or Compression.top_p)
-        self._active_weight = float(evaluation.get("active_weight") or 0.0)
-        unseen = {split: settings.get(f"{split}_limit") for split in UNSEEN if split in task.splits}
-        limits = {searched["split"]: searched.get("limit"), **unseen}
-        self.evaluators = {
-            split: Evaluator(
-                model,
-                tokenizer,
-                task,
-                split=split,
-                limit=limit,
-                batch_tokens=batch_tokens,
-                max_length=searched.get("max_length"),
-                score=self.score,
-                compression=compression,
-            )
-            for split, limit in limits.items()
-        }
-        self.of = {split: scores_name(evaluator) for split, evaluator in self.evaluators.items()}
-        self.kept = Kept(study)
-        self.evaluated = self.layer_tokens = self._done = 0
-        self._progress = progress or (lambda done, steps, what: None)
-        self._steps = candidates + 5
-
-    @classmethod
-    def for_study(cls, study: optuna.Study, objective: Objective, **limits: int | None) -> Bench:
-        """For a study's own objective, with a limit for each split."""
-        evaluator = objective.evaluator
-        compression = None if evaluator.teacher is None else evaluator.teacher.compression
-        parts = objective.model, objective.tokenizer, objective.task
-        return cls(study, *parts, {"score": None, **limits}, evaluator.batch_tokens, compression, 0, None)
-
-    def evaluate(self, plan: Plan | None, split: str, what: str) -> Evaluation:
-        """What a plan gives on a split.
-
-        Raises:
-            NonFiniteLossError: when that is no finite loss.
-        """
-        self._progress(min(self._done, self._steps), self._steps, f"{what}: {split}")
-        self._done += 1
-        of = split, self.of[split], name_of(plan)
-        known = self.kept.get(*of)
-        if known is None:
-            for other, evaluator in self.evaluators.items():
-                if other != split:
-                    evaluator.clear()
-            self.evaluated += 1
+    def candidates(self, ranked: list[tuple[FrozenTrial, Plan]]) -> list[Candidate]:
+        """The candidates, the best on dev first; those without a finite loss there come last."""
+        candidates, errors = [], []
+        for i, (trial, plan) in enumerate(ranked, start=1):
+            dev = None
             try:
-                known = self.evaluators[split].evaluate(plan)
+                dev = self._evaluate(plan, "dev", f"candidate {i} of {len(ranked)} (trial {trial.number})")
             except NonFiniteLossError as error:
-                self.kept.put_not_finite(str(error), *of)
-                raise
-            self.kept.put(known, *of)
-            self.layer_tokens += known.layer_tokens
-        return self._weighed(known)
+                errors.append(error)
+            assert trial.value is not None
+            candidates.append(Candidate(trial.number, plan, trial.value, dev))
+        if len(errors) == len(candidates):
+            first = errors[0]
+            raise NonFiniteLossError(f"no candidate has a finite loss on dev; the best: {first}", layer=first.layer)
+        return sorted(candidates, key=lambda c: (math.inf if c.dev is None else c.dev.loss, c.search_loss, c.trial))
 
-    def search(self, trial: FrozenTrial, plan: Plan) -> Evaluation:
-        """What a trial's plan gave on search, from the trial where it says so."""
-        known = remembered(trial, plan, self.of["search"])
-        if known is None or len(known.losses) != self.evaluators["search"].examples:
-            return self.evaluate(plan, "search", f"trial {trial.number}")
-        return self._weighed(known)
+    def compared(
+        self, compared: dict[str, Candidate], trials: dict[int, FrozenTrial]
+    ) -> dict[str, dict[str, Evaluation]]:
+        """By split, what the full model and some candidates give."""
+        search = {FULL: self._evaluate(None, "search", "full model")}
+        for name, candidate in compared.items():
+            self.steps(f"trial {candidate.trial}: search")
+            search[name] = self.evaluators.searched(trials[candidate.trial], candidate.plan)
+        dev = {FULL: self._evaluate(None, "dev", "full model")}
+        dev |= {name: candidate.dev for name, candidate in compared.items() if candidate.dev is not None}
+        return {"search": search, "dev": dev, "test": self._tested(compared)}
 
-    def finish(self) -> None:
-        """Say that every step is done."""
-        self._progress(self._steps, self._steps, "done")
+    def _tested(self, compared: dict[str, Candidate]) -> dict[str, Evaluation]:
+        """What they give on test; only the winner must give a finite loss there."""
+        store, on = self.evaluators.store, self.evaluators.on["test"]
+        plans, looks = [plan_name(candidate.plan) for candidate in compared.values()], store.looks
+        if not all(store.has(plan, on) for plan in (FULL, *plans)):
+            store.look(plans, on)
+        tested = {FULL: self._evaluate(None, "test", "full model")}
+        for name, candidate in compared.items():
+            try:
+                tested[name] = self._evaluate(candidate.plan, "test", f"trial {candidate.trial}")
+            except NonFiniteLossError as error:
+                if name == WINNER:
+                    message = f"trial {candidate.trial}, the winner, on test: {error}"
+                    raise NonFiniteLossError(message, layer=error.layer) from None
+        if 1 < store.looks != looks:
+            warnings.warn(look_warning(store.looks), stacklevel=4)
+        return tested
 
-    def _weighed(self, evaluation: Evaluation) -> Evaluation:
-        """With the active experts in the losses, as the study's objective has them."""
-        if not self._active_weight:
-            return evaluation
-        added = np.float32(penalty(self._active_weight, evaluation))
-        return replace(evaluation, losses=evaluation.losses + added)
-
-
-def _judged(bench: Bench, ranked: Ranked) -> list[Candidate]:
-    """The candidates, the best on dev first; those without a finite loss there come last."""
-    found, errors = [], []
-    for i, (trial, plan) in enumerate(ranked, start=1):
-        dev = None
-        try:
-            dev = bench.evaluate(plan, "dev", f"candidate {i} of {len(ranked)} (trial {trial.number})")
-        except NonFiniteLossError as error:
-            errors.append(error)
-        assert trial.value is not None
-        found.append(Candidate(trial.number, plan, trial.value, dev))
-    if len(errors) == len(found):
-        raise NonFiniteLossError(f"no candidate has a finite loss on dev; the best: {errors[0]}", layer=errors[0].layer)
-    return sorted(found, key=lambda c: (math.inf if c.dev is None else c.dev.loss, c.search_loss, c.trial))
-
-
-def _tested(bench: Bench, compared: dict[str, Candidate]) -> dict[str, Evaluation]:
-    """What the full model and the candidates give on test; only the winner must give a finite loss there."""
-    of, looks = bench.of["test"], bench.kept.looks
-    plans = [one.plan for one in compared.values()]
-    if not all(bench.kept.has("test", of, name_of(plan)) for plan in (None, *plans)):
-        bench.kept.look(of, *map(name_of, plans))
-    found = {FULL: bench.evaluate(None, "test", "full model")}
-    for name, one in compared.items():
-        try:
-            found[name] = bench.evaluate(one.plan, "test", f"trial {one.trial}")
-        except NonFiniteLossError as error:
-            if name == WINNER:
-                raise NonFiniteLossError(
-                    f"trial {one.trial}, the winner, on test: {error}", layer=error.layer
-                ) from None
-    if 1 < bench.kept.looks != looks:
-        warnings.warn(look_warning(bench.kept.looks), stacklevel=3)
-    return found
+    def _evaluate(self, plan: Plan | None, split: str, what: str) -> Evaluation:
+        self.steps(f"{what}: {split}")
+        return self.evaluators.evaluate(plan, split)
