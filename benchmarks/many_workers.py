@@ -242,7 +242,7 @@ def work(args: argparse.Namespace) -> None:
 
     if args.role == "forked":
         os.fork()
-    moeopt.optimize(study, objective, trials=args.trials, callbacks=[told])
+    moeopt.optimize(study, objective, n_trials=args.trials, callbacks=[told])
 
 
 @contextmanager

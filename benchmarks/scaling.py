@@ -284,7 +284,7 @@ def measured(url: str, name: str, sampler: str, space: Space, args: argparse.Nam
     study = opened(name, url, sampler, space)
     with Statements() as counted:
         told[0] = resumed = time.perf_counter()
-        moeopt.optimize(study, objective, trials=moeopt.study.finished(study) + args.timed + 1, callbacks=[note])
+        moeopt.optimize(study, objective, n_trials=moeopt.study.finished(study) + args.timed + 1, callbacks=[note])
     asks = np.subtract(objective.begun, told[:-1])
     times = asks, np.subtract(objective.ended, objective.begun), np.subtract(told[1:], objective.ended), np.diff(worked)
     parts = [1000 * float(np.median(part[1:])) for part in times]

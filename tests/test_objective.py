@@ -227,7 +227,7 @@ def test_a_retried_trial_goes_on_from_its_scores(make: Any, model: Any, url: str
         study.optimize(objective, n_trials=1)
     objective.evaluator.race = race
     resumed = moeopt.create_study("s", objective=objective, storage=url, load_if_exists=True)
-    moeopt.optimize(resumed, objective, trials=1)
+    moeopt.optimize(resumed, objective, n_trials=1)
     dead, retried = resumed.trials[:2]
     assert (dead.state, retried.state) == (TrialState.FAIL, TrialState.COMPLETE)
     tokens = [sum(batch.tokens for batch in rung) for rung in objective.evaluator._batches]
@@ -380,7 +380,7 @@ KILLED = """
 
     model.model.layers[-1].mlp.register_forward_hook(kill)
     objective, study = t.raced(model, conftest.build_tokenizer(), sys.argv[1])
-    t.moeopt.optimize(study, objective, trials=16)
+    t.moeopt.optimize(study, objective, n_trials=16)
 """
 
 
@@ -405,7 +405,7 @@ def test_a_study_killed_in_the_middle_of_a_race_goes_on_as_if_it_had_not_been(
     found = []
     for storage in urls:
         objective, study = raced(model, tiny_tokenizer, storage)
-        moeopt.optimize(study, objective, trials=16)
+        moeopt.optimize(study, objective, n_trials=16)
         done = [t for t in study.trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
         assert sorted(genome.origin(t)["slot"] for t in done) == list(range(16))
         found.append(
@@ -632,7 +632,7 @@ def test_a_search_of_the_demo_model_ends_with_fewer_active_experts() -> None:
     task, weight = moeopt.demo.skill_task("caesar"), 0.05
     objective = moeopt.Objective(model, tokenizer, task, space, limit=32, active_weight=weight)
     study = moeopt.create_study("s", objective=objective, storage=None, sampler="local", seed=0)
-    moeopt.optimize(study, objective, trials=20)
+    moeopt.optimize(study, objective, n_trials=20)
     start, best = study.trials[0], study.best_trial
     assert space.plan(start) == Plan.identity(6, 8, 2)
     assert best.value < start.value - 0.02

@@ -187,7 +187,7 @@ def test_a_model_that_lies_in_a_folder_is_never_named(
 def test_the_number_of_trials_wanted_is_what_was_last_said(objective: moeopt.Objective, url: str) -> None:
     study = create(objective, url)
     assert recipe.wanted(study) is None
-    moeopt.optimize(study, objective, trials=2)
+    moeopt.optimize(study, objective, n_trials=2)
     assert recipe.wanted(study) == 2
     recipe.want(study, 5)
     assert recipe.wanted(moeopt.load_study(study.study_name, url)) == 5

@@ -146,11 +146,11 @@ def test_where_losses_are_distances_from_the_full_model_it_is_at_none_and_not_ru
 def test_who_goes_on_with_a_study_does_not_score_the_full_model_again(make: Any, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     first, second = make(), make()
-    moeopt.optimize(moeopt.create_study("s", objective=first, storage=url, sampler="random"), first, trials=2)
+    moeopt.optimize(moeopt.create_study("s", objective=first, storage=url, sampler="random"), first, n_trials=2)
     before = load_study("s", url).user_attrs["full_model"]
     plans = counted(second)
     resumed = moeopt.create_study("s", objective=second, storage=url, sampler="random", load_if_exists=True)
-    moeopt.optimize(resumed, second, trials=4)
+    moeopt.optimize(resumed, second, n_trials=4)
     assert len(plans) == 2
     assert None not in plans
     assert load_study("s", url).user_attrs["full_model"] == before
@@ -172,7 +172,7 @@ def test_interrupted_while_the_full_model_is_scored_no_trial_is_lost(make: Any, 
             assert reference.read(study) is None
             objective.evaluator.full_model = full_model
             study = moeopt.create_study("s", objective=objective, storage=url, sampler="random", load_if_exists=True)
-        moeopt.optimize(study, objective, trials=4)
+        moeopt.optimize(study, objective, n_trials=4)
         done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
         keys = ("layer_tokens", "spent", "accuracy")
         studies.append([(trial.value, *(trial.user_attrs[key] for key in keys)) for trial in done])
@@ -210,7 +210,7 @@ def test_workers_that_begin_at_once_leave_one(
         study = load_study("s", url)
         study.sampler = get("random", space, seed=0)
         barrier.wait()
-        moeopt.optimize(study, objective, trials=6)
+        moeopt.optimize(study, objective, n_trials=6)
         studies.append(study)
 
     both = [make_mixtral(layers=LAYERS, experts=EXPERTS, hidden=16, intermediate=16) for _ in range(2)]

@@ -87,12 +87,12 @@ def test_a_study_keeps_what_every_trial_was(objective: moeopt.Objective, storage
 @pytest.mark.slow
 def test_a_resumed_study_equals_an_uninterrupted_one(objective: moeopt.Objective, tmp_path: Path) -> None:
     whole = moeopt.create_study("s", objective=objective, storage=f"sqlite:///{tmp_path}/a.db", **SMALL)
-    moeopt.optimize(whole, objective, trials=16)
+    moeopt.optimize(whole, objective, n_trials=16)
     for trials in (5, 11, 16):
         part = moeopt.create_study(
             "s", objective=objective, storage=f"sqlite:///{tmp_path}/b.db", load_if_exists=True, **SMALL
         )
-        moeopt.optimize(part, objective, trials=trials)
+        moeopt.optimize(part, objective, n_trials=trials)
         assert finished(part) == trials
     assert [t.value for t in part.trials] == [t.value for t in whole.trials]
     assert [genome.origin(t)["plan"] for t in part.trials] == [genome.origin(t)["plan"] for t in whole.trials]
@@ -230,7 +230,7 @@ KILLED = """
         load_if_exists=True,
     )
     moeopt.study.reclaim(study)
-    moeopt.optimize(study, objective, trials=25)
+    moeopt.optimize(study, objective, n_trials=25)
 """
 
 
@@ -276,7 +276,7 @@ def test_an_interrupted_trial_is_queued_again_once(objective: moeopt.Objective, 
     for _ in range(2):
         study = moeopt.create_study("s", objective=objective, storage=url, load_if_exists=True, **SMALL)
     assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "WAITING"]
-    moeopt.optimize(study, objective, trials=4)
+    moeopt.optimize(study, objective, n_trials=4)
     assert finished(study) == 4
     assert np.array_equal(genome.read(study.trials[2]), genome.read(study.trials[3]))  # type: ignore[arg-type]
 
@@ -399,7 +399,7 @@ def test_a_trial_whose_worker_died_before_proposing_is_run_again(objective: moeo
     dead = {**genome.origin(running), "worker": {**genome.origin(running)["worker"], "pid": 2**22 - 1}}
     genome.write(study, running, {genome.ORIGIN: dead})
     resumed = moeopt.create_study("s", objective=objective, storage=url, load_if_exists=True, **SMALL)
-    moeopt.optimize(resumed, objective, trials=4)
+    moeopt.optimize(resumed, objective, n_trials=4)
     done = [t for t in resumed.trials if t.state == TrialState.COMPLETE]
     assert [genome.origin(t)["slot"] for t in done] == [0, 1, 2, 3]
 
@@ -449,12 +449,12 @@ def test_passwords_are_never_shown() -> None:
 
 def test_optimize_stops_by_patience_and_needs_a_limit(objective: moeopt.Objective) -> None:
     study = moeopt.create_study("s", objective=objective, storage=None, sampler="random")
-    moeopt.optimize(study, objective, trials=60, patience=3)
+    moeopt.optimize(study, objective, n_trials=60, patience=3)
     assert finished(study) < 60
     assert stalled(study) == 3
     with pytest.raises(StudyError, match="when to stop"):
         moeopt.optimize(study, objective)
-    for limit in ({"trials": 0}, {"trials": 2.5}, {"patience": True}, {"timeout": -1}, {"timeout": float("nan")}):
+    for limit in ({"n_trials": 0}, {"n_trials": 2.5}, {"patience": True}, {"timeout": -1}, {"timeout": float("nan")}):
         with pytest.raises(StudyError, match=f"{next(iter(limit))} must be .* at least [01], got"):
             moeopt.optimize(study, objective, **limit)  # type: ignore[arg-type]
 

@@ -143,11 +143,11 @@ def test_workers_give_the_trials_asked_for_exactly_though_one_is_killed_in_a_tri
 
 def test_a_worker_ends_by_the_patience_that_the_study_was_searched_with(place: Place, sqlite: str, name: str) -> None:
     study = moeopt.create_study(name, objective=place.objective(), storage=sqlite, sampler="random")
-    moeopt.optimize(study, place.objective(), trials=1, patience=2)
-    moeopt.run_worker(sqlite, name, model=place.folder / "model", device_map="cpu", trials=60)
+    moeopt.optimize(study, place.objective(), n_trials=1, patience=2)
+    moeopt.run_worker(sqlite, name, model=place.folder / "model", device_map="cpu", n_trials=60)
     assert stalled(study) == 2
     assert finished(study) < 60
-    moeopt.optimize(study, place.objective(), trials=finished(study) + 1)
+    moeopt.optimize(study, place.objective(), n_trials=finished(study) + 1)
     assert recipe.patience_of(study) is None
 
 

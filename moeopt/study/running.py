@@ -39,15 +39,15 @@ def optimize(
     study: optuna.Study,
     objective: Callable[[optuna.Trial], float],
     *,
-    trials: int | None = None,
+    n_trials: int | None = None,
     timeout: float | None = None,
     patience: int | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> None:
-    """`study.optimize` until the study as a whole holds `trials` finished trials, so that a resumed run does the rest.
+    """`study.optimize` until the whole study holds `n_trials` finished trials, so that a resumed run does the rest.
 
     Any number of workers may call it for one study, whose storage is of `open_storage`: each starts the next trial
-    while fewer than `trials` were started, so that none is one too many. A worker that finds no trial to start waits
+    while fewer than `n_trials` were started, so that none is one too many. A worker that finds no trial to start waits
     for those that run elsewhere, as their workers may die, and returns when they have ended.
 
     The first Ctrl-C lets the running trial finish and returns; a second one interrupts it, and the trial is queued
@@ -55,7 +55,7 @@ def optimize(
     of the timeout: what was evaluated is stored by the next worker of this host.
 
     Args:
-        trials: finished trials the study shall hold, those of earlier runs included.
+        n_trials: finished trials the study shall hold, those of earlier runs included.
         timeout: seconds for this run.
         patience: stop after so many trials without a better one.
 
@@ -66,14 +66,14 @@ def optimize(
             made (`Objective.check`), before a trial starts.
         StorageError: when the database was away for longer than its storage waits, or the study was deleted.
     """
-    check_limits(trials, timeout, patience)
+    check_limits(n_trials, timeout, patience)
     callbacks = _checked(study, objective, callbacks)
-    left_out = study.sampler.shortfall(trials) if trials and isinstance(study.sampler, GenomeSampler) else None
+    left_out = study.sampler.shortfall(n_trials) if n_trials and isinstance(study.sampler, GenomeSampler) else None
     until = None if timeout is None else time.monotonic() + timeout
     team = genome.shared(study)
 
     def enough() -> bool:
-        return (trials is not None and finished(study) >= trials) or (
+        return (n_trials is not None and finished(study) >= n_trials) or (
             patience is not None and stalled(study) >= patience
         )
 
@@ -92,16 +92,16 @@ def optimize(
         if left_out is not None and not finished(study):  # of a study that goes on, it was said
             warnings.warn(left_out, stacklevel=3)
         left_out = None
-        if trials is not None or patience is not None:
-            recipe.want(study, trials, patience)
+        if n_trials is not None or patience is not None:
+            recipe.want(study, n_trials, patience)
         reclaim(study)
         while not stop.asked and not enough():
             try:
-                with nullcontext() if team is None else team[0].slots(trials):
+                with nullcontext() if team is None else team[0].slots(n_trials):
                     study.optimize(_held(study, objective), timeout=left(), callbacks=[*callbacks, stop_when_done])
                 return
             except NoSlotLeft:
-                if not _wait_for_others(study, trials, stop, left):
+                if not _wait_for_others(study, n_trials, stop, left):
                     return
 
     with _stoppable(study, stop, until):
@@ -130,11 +130,11 @@ def _checked(study: Any, objective: Any, callbacks: Any) -> list[Callback]:
     return list(callbacks)
 
 
-def check_limits(trials: Any = None, timeout: Any = None, patience: Any = None) -> None:
+def check_limits(n_trials: Any = None, timeout: Any = None, patience: Any = None) -> None:
     """Raise StudyError unless these, of `optimize`, say when to stop."""
-    if trials is None and timeout is None and patience is None:
-        raise StudyError("say when to stop: trials, timeout or patience")
-    for name, count in (("trials", trials), ("patience", patience)):
+    if n_trials is None and timeout is None and patience is None:
+        raise StudyError("say when to stop: n_trials, timeout or patience")
+    for name, count in (("n_trials", n_trials), ("patience", patience)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1):
             raise StudyError(f"{name} must be an integer of at least 1, got {count!r}")
     if timeout is not None and (not isinstance(timeout, numbers.Real) or not float(timeout) >= 0):
@@ -163,7 +163,7 @@ def _held(study: optuna.Study, objective: Callable[[optuna.Trial], float]) -> Ca
     return evaluated
 
 
-def _wait_for_others(study: optuna.Study, trials: int | None, stop: _Stop, left: Callable[[], float | None]) -> bool:
+def _wait_for_others(study: optuna.Study, n_trials: int | None, stop: _Stop, left: Callable[[], float | None]) -> bool:
     """Wait until there is a trial to start; False when there will be none, or it is time to stop."""
     team = genome.shared(study)
     assert team is not None
@@ -173,9 +173,9 @@ def _wait_for_others(study: optuna.Study, trials: int | None, stop: _Stop, left:
         time.sleep(stop.delay * random.uniform(0.5, 1.0) if remaining is None else min(stop.delay, remaining))
         stop.delay = min(2 * stop.delay, LONGEST_LOOK)
         reclaim(study)
-        if trials is not None and finished(study) >= trials:
+        if n_trials is not None and finished(study) >= n_trials:
             return False
-        with storage.slots(trials):
+        with storage.slots(n_trials):
             if storage.claimable(study_id):
                 return True
     return False

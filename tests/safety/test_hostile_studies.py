@@ -270,7 +270,7 @@ def test_rows_that_optuna_never_wrote(
     resumed = tried(lambda: moeopt.load_study("s", place[1]))
     if not isinstance(resumed, MoeoptError) and what != "no trials":  # whose heartbeats are left
         resumed.sampler = moeopt.samplers.get("eep", objective.space, initial=2, prune_until=3)
-        tried(lambda: moeopt.optimize(resumed, objective, trials=5))
+        tried(lambda: moeopt.optimize(resumed, objective, n_trials=5))
     assert {file.name for file in tmp_path.iterdir()} == {"study.db"}
 
 

@@ -68,7 +68,7 @@ def freezes(url: str, name: str, step: str) -> None:
         return result
 
     setattr(storage, step, freeze)
-    moeopt.optimize(study, loss, trials=3)
+    moeopt.optimize(study, loss, n_trials=3)
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_a_worker_frozen_with_a_lock_stops_the_others_for_a_bounded_time(
     with caplog.at_level(logging.WARNING, "moeopt"):
         if url.startswith("sqlite"):  # nothing breaks its lock
             threading.Timer(3.0, process.resume).start()
-        moeopt.optimize(study, loss, trials=3)
+        moeopt.optimize(study, loss, n_trials=3)
     with suppress(psutil.NoSuchProcess):
         process.resume()
     frozen.join()
@@ -107,7 +107,7 @@ def test_a_link_without_a_word_is_an_outage(wire: Wire, wired: str, name: str, h
             threading.Timer(3.0, setattr, (wire, "silent", False)).start()
         return loss(trial)
 
-    moeopt.optimize(study, objective, trials=3)
+    moeopt.optimize(study, objective, n_trials=3)
     assert slots(study) == list(range(3))
     assert [trial.number for trial in study.trials] == list(range(3))
 
@@ -178,10 +178,10 @@ def forks(url: str, name: str, said: str) -> None:
 
     def outside() -> None:
         until(Path(said).exists)
-        moeopt.optimize(study, loss, trials=12)
+        moeopt.optimize(study, loss, n_trials=12)
 
     fork(outside)
-    moeopt.optimize(study, objective, trials=11)
+    moeopt.optimize(study, objective, n_trials=11)
     study.tell(0, 0.5)
     assert os.waitpid(children[0], 0)[1] == 0
 
@@ -220,7 +220,7 @@ def forks_amid(url: str, name: str, said: str) -> None:
     child = os.fork()
     if not child:
         try:
-            moeopt.optimize(study, loss, trials=3)
+            moeopt.optimize(study, loss, n_trials=3)
         except StorageError as error:
             Path(said).write_text(str(error))
         os._exit(0)
@@ -230,7 +230,7 @@ def forks_amid(url: str, name: str, said: str) -> None:
     thread.join()
     if not url.startswith("sqlite"):
         os.waitpid(child, 0)
-    moeopt.optimize(study, loss, trials=4)
+    moeopt.optimize(study, loss, n_trials=4)
 
 
 def test_a_process_forked_amid_a_transaction_works_or_says_why_not(url: str, name: str, tmp_path: Path) -> None:

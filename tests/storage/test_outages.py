@@ -52,7 +52,7 @@ def test_a_search_goes_on_after_an_outage(
         return value
 
     with caplog.at_level(logging.WARNING, "moeopt"):
-        moeopt.optimize(study, objective, trials=3)
+        moeopt.optimize(study, objective, n_trials=3)
     assert slots(study) == list(range(3))
     assert all(t.state == TrialState.COMPLETE and t.user_attrs["note"] == t.value for t in study.trials)
     assert kept(spool) == []
@@ -116,7 +116,7 @@ def test_patience_ends_with_one_error_and_the_result_is_stored_later(
         return loss(trial)
 
     with pytest.raises(StorageError, match="did not answer for 1 s") as error:
-        moeopt.optimize(study, objective, trials=3)
+        moeopt.optimize(study, objective, n_trials=3)
     assert "\n" not in str(error.value)
     (result,) = kept(spool)
     assert (result["number"], result["state"]) == (1, "COMPLETE")
@@ -126,7 +126,7 @@ def test_patience_ends_with_one_error_and_the_result_is_stored_later(
     file = next(spool.rglob("*.json"))
     result["worker"]["started"] = 1.0
     file.write_text(json.dumps(result))
-    moeopt.optimize(later, objective, trials=3)
+    moeopt.optimize(later, objective, n_trials=3)
     assert slots(later) == [0, 1, 2]
     assert calls == [0, 1, 2]
     assert kept(spool) == []
@@ -151,7 +151,7 @@ def worker_on_full_disk(url: str, name: str, at: str, said: str) -> None:
         return value
 
     try:
-        moeopt.optimize(study, objective, trials=3)
+        moeopt.optimize(study, objective, n_trials=3)
     except StorageError as error:
         Path(said).write_text(str(error))
 
@@ -172,7 +172,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path: Path, name: str, s
         calls.append(trial.number)
         return loss(trial)
 
-    moeopt.optimize(later, objective, trials=3)
+    moeopt.optimize(later, objective, n_trials=3)
     assert slots(later) == [0, 1, 2]
     assert calls == ([2, 3] if at == "attrs" else [2])
     assert kept(spool) == []
@@ -192,7 +192,7 @@ def worker_at_outage(url: str, name: str, ready: str) -> None:
         assert trial.number != 1
         return loss(trial)
 
-    moeopt.optimize(study, objective, trials=3)
+    moeopt.optimize(study, objective, n_trials=3)
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ def test_what_a_worker_had_evaluated_outlives_it(
     else:  # not evaluated to the end: what is known goes to the trial that repeats it
         assert [t.state.name for t in later.trials] == ["COMPLETE", "FAIL", "WAITING"]
         assert later.trials[1].user_attrs["note"] == result["user_attrs"]["note"]
-    moeopt.optimize(later, loss, trials=3)
+    moeopt.optimize(later, loss, n_trials=3)
     assert slots(later) == [0, 1, 2]
     assert kept(spool) == []
 
@@ -244,7 +244,7 @@ def test_a_trial_taken_over_while_its_worker_lives_ends_once(url: str, name: str
         assert mine.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING
         return value
 
-    moeopt.optimize(mine, objective, trials=2)
+    moeopt.optimize(mine, objective, n_trials=2)
     first, second, third = mine.trials
     assert (first.state, first.user_attrs["failure"]) == (TrialState.FAIL, "looked dead")
     assert second.state == third.state == TrialState.COMPLETE
@@ -282,7 +282,7 @@ def test_timeout_and_ctrl_c_end_the_wait(wire: Wire, wired: str, name: str, spoo
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        moeopt.optimize(again, interrupted, trials=5)
+        moeopt.optimize(again, interrupted, n_trials=5)
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(kept(spool)) == 2

@@ -35,9 +35,9 @@ def content(url: str, name: str, sampler: Any) -> list[Any]:
             return float("nan")
         return loss
 
-    moeopt.optimize(study, objective, trials=5)
+    moeopt.optimize(study, objective, n_trials=5)
     study = opened(url, name, sampler)
-    moeopt.optimize(study, objective, trials=9)
+    moeopt.optimize(study, objective, n_trials=9)
     found = []
     for trial in opened(url, name, sampler).trials:
         system = dict(trial.system_attrs)

@@ -96,7 +96,7 @@ def test_a_result_of_another_plan_or_of_a_trial_that_ended_is_dropped(study: opt
     other = orphan(study, plan="f" * 32, state="COMPLETE", values=[0.5])
     other.save()
     assert moeopt.study.reclaim(study) == [0]
-    moeopt.optimize(study, loss, trials=1)
+    moeopt.optimize(study, loss, n_trials=1)
     value = study.trials[1].value
     late = Result(identity(study), 0, DEAD, state="COMPLETE", values=[0.5])
     late.save()
@@ -169,6 +169,6 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_search_goes_on(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv(spool.VARIABLE, str(tmp_path / "file"))
-    moeopt.optimize(study, loss, trials=2)
+    moeopt.optimize(study, loss, n_trials=2)
     assert slots(study) == [0, 1]
     assert "cannot keep the result of trial 0" in caplog.text

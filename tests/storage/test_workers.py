@@ -66,7 +66,7 @@ def works(url: str, name: str, trials: int) -> None:
         time.sleep(0.02)
         return loss(trial)
 
-    moeopt.optimize(study, objective, trials=trials)
+    moeopt.optimize(study, objective, n_trials=trials)
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_what_was_kept_of_a_trial_is_stored_while_its_worker_writes_the_same(url
 
 
 def dies(url: str, name: str) -> None:
-    moeopt.optimize(opened(url, name), lambda trial: os.kill(os.getpid(), signal.SIGKILL) or 0.0, trials=1)
+    moeopt.optimize(opened(url, name), lambda trial: os.kill(os.getpid(), signal.SIGKILL) or 0.0, n_trials=1)
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_a_trial_is_retried_so_often_and_then_failed_with_the_reason(url: str, n
     assert study.trials[2].user_attrs["failure"] == "its worker died; not tried again, as 3 workers died with it"
     assert moeopt.study.finished(study) == 1
     assert moeopt.study.reclaim(study) == []
-    moeopt.optimize(study, loss, trials=2)
+    moeopt.optimize(study, loss, n_trials=2)
     assert slots(study) == [1]
 
 
@@ -189,9 +189,9 @@ def test_ctrl_c_does_not_count_as_a_death(url: str, name: str) -> None:
 
     for _ in range(4):  # one more than a worker may die of a trial
         with pytest.raises(KeyboardInterrupt):
-            moeopt.optimize(opened(url, name), interrupted, trials=1)
+            moeopt.optimize(opened(url, name), interrupted, n_trials=1)
     study = opened(url, name)
-    moeopt.optimize(study, loss, trials=1)
+    moeopt.optimize(study, loss, n_trials=1)
     assert slots(study) == [0]
     assert len(study.trials) == 5
 
@@ -202,13 +202,13 @@ def last_one(url: str, name: str, ready: str) -> None:
         time.sleep(600)
         return 0.0
 
-    moeopt.optimize(opened(url, name), objective, trials=2)
+    moeopt.optimize(opened(url, name), objective, n_trials=2)
 
 
 @pytest.mark.slow
 def test_a_worker_waits_for_the_last_trial_of_one_that_dies(url: str, name: str, tmp_path: Path) -> None:
     study = opened(url, name)
-    moeopt.optimize(study, loss, trials=1)
+    moeopt.optimize(study, loss, n_trials=1)
     (other,) = processes(1, last_one, url, name, str(tmp_path / "ready"))
     until((tmp_path / "ready").exists)
     (waiting,) = processes(1, works, url, name, 2)
@@ -227,12 +227,12 @@ def test_waiting_for_others_ends_with_the_time_and_with_ctrl_c(url: str, name: s
     study = opened(url, name)
     (other,) = processes(1, last_one, url, name, str(tmp_path / "ready"))
     until((tmp_path / "ready").exists)
-    moeopt.optimize(study, loss, trials=2, timeout=0.5)
+    moeopt.optimize(study, loss, n_trials=2, timeout=0.5)
     before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     outer = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, 1.0)
-        moeopt.optimize(study, loss, trials=2)
+        moeopt.optimize(study, loss, n_trials=2)
     finally:
         signal.signal(signal.SIGALRM, before)
         signal.signal(signal.SIGINT, outer)
@@ -244,7 +244,7 @@ def test_waiting_for_others_ends_with_the_time_and_with_ctrl_c(url: str, name: s
 def test_a_trial_that_was_asked_for_and_left_does_not_block_its_own_process(url: str, name: str) -> None:
     study = opened(url, name)
     study.ask()
-    moeopt.optimize(study, loss, trials=2)
+    moeopt.optimize(study, loss, n_trials=2)
     assert len(slots(study)) == 2
 
 
@@ -253,9 +253,9 @@ def test_enqueued_trials_count_as_slots_and_none_is_one_too_many(url: str, name:
     study = opened(url, name)
     for _ in range(3):
         moeopt.enqueue(study, SPACE, SPACE.decode(SPACE.sample(np.random.default_rng())))
-    moeopt.optimize(study, loss, trials=2)
+    moeopt.optimize(study, loss, n_trials=2)
     assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "WAITING"]
-    moeopt.optimize(study, loss, trials=5)
+    moeopt.optimize(study, loss, n_trials=5)
     assert slots(study) == list(range(5))
 
 
@@ -318,7 +318,7 @@ def test_only_what_was_seen_unchanged_for_long_enough_is_silent(looks: list[tupl
 def draws(url: str, name: str, trials: int) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = opened(url, name, samplers.get("random", TINY, seed=0, redraw=400))
-    moeopt.optimize(study, lambda trial: float(TINY.vector(trial).sum()), trials=trials)
+    moeopt.optimize(study, lambda trial: float(TINY.vector(trial).sum()), n_trials=trials)
 
 
 @pytest.mark.slow
@@ -390,7 +390,7 @@ def searches(url: str, name: str, trials: int) -> None:
         time.sleep(0.01)
         return float(((TWO_PHASES.vector(trial) - 0.25) ** 2).sum())
 
-    moeopt.optimize(opened(url, name, sampler), objective, trials=trials)
+    moeopt.optimize(opened(url, name, sampler), objective, n_trials=trials)
 
 
 @pytest.mark.slow
@@ -441,7 +441,7 @@ def test_a_worker_of_a_deleted_study_ends_and_leaves_the_next_one_alone(
             delete()
 
     with pytest.raises(StorageError, match="the study was deleted while it was searched"):
-        moeopt.optimize(study, objective, trials=9, callbacks=[then])
+        moeopt.optimize(study, objective, n_trials=9, callbacks=[then])
     for new in made:
         assert [trial.state for trial in new.trials] == [TrialState.RUNNING] * 3
     assert not [*spool.rglob("*.json")]
