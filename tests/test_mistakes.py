@@ -322,4 +322,4 @@ def test_refresh_prints_nothing(objective: moeopt.Objective, capfd: pytest.Captu
         assert "A new study created" in capfd.readouterr().err
     finally:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-    assert "moeopt-1-progress" in str(moeopt.trials.genome.study_attributes(study).keys())
+    assert "moeopt-1-progress" in str(moeopt.study.storage.attributes.study_attributes(study).keys())

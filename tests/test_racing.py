@@ -24,6 +24,7 @@ from moeopt.samplers.racing import (
     mean_difference,
     rung_sizes,
 )
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 
 N = 64
@@ -48,7 +49,7 @@ class FakeObjective:
         for before, n in zip((0, *self.rungs), self.rungs):
             scores = np.stack([losses, weights, np.zeros(len(losses))])[:, :n]
             if self.write:
-                genome.write(trial.study, trial, genome.pack(genome.SCORES, scores.reshape(-1)))
+                attributes.write(trial.study, trial, genome.pack(genome.SCORES, scores.reshape(-1)))
             shown = slice(before if self.block else 0, n)
             trial.report(float(np.average(losses[shown], weights=weights[shown])), n)
             if n < len(losses) and trial.should_prune():
@@ -261,7 +262,7 @@ def test_studies_of_other_objectives_are_never_pruned():
 
     def scores_without_examples_as_steps(trial):
         x = trial.suggest_int("x", 0, 2)
-        genome.write(trial.study, trial, genome.pack(genome.SCORES, np.full(3 * 16, float(x))))
+        attributes.write(trial.study, trial, genome.pack(genome.SCORES, np.full(3 * 16, float(x))))
         trial.report(float(x), 1)
         assert not trial.should_prune()
         return float(x)

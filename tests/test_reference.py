@@ -30,6 +30,7 @@ from moeopt.models import patched
 from moeopt.plan import Plan
 from moeopt.samplers import get
 from moeopt.study import load_study, recipe, reference
+from moeopt.study.storage import attributes
 from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, Request, TextTask
 from moeopt.tasks.generation import GenerationTask
 from moeopt.tasks.record import Query, RecordTask
@@ -588,8 +589,8 @@ def test_damaged_scores_are_one_error(make: Any, damage: dict[str, Any]) -> None
     objective = make()
     study = plain(objective)
     objective.reference(study)
-    head = genome.study_attributes(study)[reference.SCORES]
-    genome.write_study(study, {reference.SCORES: {**head, **damage}})
+    head = attributes.study_attributes(study)[reference.SCORES]
+    attributes.write_study(study, {reference.SCORES: {**head, **damage}})
     with pytest.raises(StorageError, match="moeopt:full_model"):
         reference.read(study)
 
@@ -599,7 +600,7 @@ def test_scores_that_are_none_are_one_error(make: Any, head: Any) -> None:
     objective = make()
     study = plain(objective)
     objective.reference(study)
-    genome.write_study(study, {reference.SCORES: head})
+    attributes.write_study(study, {reference.SCORES: head})
     with pytest.raises(StorageError, match="moeopt:full_model"):
         reference.read(study)
 
@@ -609,6 +610,6 @@ def test_scores_of_something_else_are_left_out(make: Any) -> None:
     study = plain(objective)
     study.optimize(objective, n_trials=1)
     assert objective.reference(study).difference(study.trials[0]) is not None
-    head = genome.study_attributes(study)[reference.SCORES]
-    genome.write_study(study, {reference.SCORES: {**head, "of": "another"}})
+    head = attributes.study_attributes(study)[reference.SCORES]
+    attributes.write_study(study, {reference.SCORES: {**head, "of": "another"}})
     assert objective.reference(study).difference(study.trials[0]) is None

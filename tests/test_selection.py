@@ -31,9 +31,9 @@ from moeopt.results.method_comparison.searched import searched
 from moeopt.results.selection import SELECTION, check, on_test, recorded, selected_trial, verdict, view
 from moeopt.results.selection.kept import Kept
 from moeopt.results.selection.record import sentence
+from moeopt.study.storage import attributes
 from moeopt.tasks import MultipleChoiceTask, TextTask
 from moeopt.tasks.base import Example
-from moeopt.trials import genome
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 pytestmark = pytest.mark.filterwarnings("ignore:The test split has now")
@@ -253,7 +253,7 @@ def test_kill_9_loses_one_evaluation_at_most(objective: moeopt.Objective, tmp_pa
     study = searched_study(objective, study_name="s", storage=url)
     given = [sys.executable, "-c", textwrap.dedent(KILLED), url, str(Path(__file__).parent)]
     assert subprocess.run(given, check=False).returncode == -signal.SIGKILL
-    kept = [key for key in genome.study_attributes(study) if key.startswith("moeopt:dev:")]
+    kept = [key for key in attributes.study_attributes(study) if key.startswith("moeopt:dev:")]
     assert len(kept) == 4
     resumed = moeopt.select(study, objective, top=5)
     whole = moeopt.select(searched_study(objective), objective, top=5)

@@ -24,7 +24,7 @@ from moeopt import methods, samplers
 from moeopt.errors import MethodError, SamplerError, SpaceError, StorageError, StudyError
 from moeopt.samplers import EEPSampler
 from moeopt.study import finished, reclaim, space_of, stalled
-from moeopt.study.storage import hidden
+from moeopt.study.storage import attributes, hidden
 from moeopt.tasks import MultipleChoiceTask, TextTask
 from moeopt.trials import genome, process
 
@@ -397,7 +397,7 @@ def test_a_trial_whose_worker_died_before_proposing_is_run_again(objective: moeo
     running = study.trials[2]
     assert running.state == TrialState.RUNNING
     dead = {**genome.origin(running), "worker": {**genome.origin(running)["worker"], "pid": 2**22 - 1}}
-    genome.write(study, running, {genome.ORIGIN: dead})
+    attributes.write(study, running, {genome.ORIGIN: dead})
     resumed = moeopt.create_study("s", objective=objective, storage=url, load_if_exists=True, **SMALL)
     moeopt.optimize(resumed, objective, n_trials=4)
     done = [t for t in resumed.trials if t.state == TrialState.COMPLETE]
@@ -416,7 +416,7 @@ def test_a_worker_elsewhere_is_taken_for_dead_only_on_request(
     study.ask()
     (running,) = study.trials
     away = {**genome.origin(running), "worker": {**process.this_worker(), **elsewhere}}
-    genome.write(study, running, {genome.ORIGIN: away})
+    attributes.write(study, running, {genome.ORIGIN: away})
     assert reclaim(study) == []
     assert reclaim(study, other_hosts=True) == [0]
 

@@ -110,7 +110,7 @@ class RacingPruner(BasePruner):
 
 def penalty(trial: FrozenTrial) -> float:
     """What the trial's objective adds to the mean of its scores' losses, as noted with the scores; 0 by default."""
-    head = genome.attributes(trial).get(genome.SCORES)
+    head = trial.system_attrs.get(genome.SCORES)
     return float(head.get(PENALTY, 0.0)) if isinstance(head, dict) else 0.0
 
 

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 from moeopt.lazily import lazily
 
 if TYPE_CHECKING:
+    from moeopt.spaces import space_of
     from moeopt.study.checks import check_goes_on, check_study, description_of
     from moeopt.study.creating import COMMAND, create_study
     from moeopt.study.foreign import foreign_trials
-    from moeopt.study.opening import check_name, find, load_study, read_study, space_of
+    from moeopt.study.opening import check_name, find, load_study, read_study
     from moeopt.study.progress import best_trial, finished, stalled
     from moeopt.study.reclaiming import reclaim
     from moeopt.study.running import LONGEST_LOOK, Callback, check_limits, optimize
@@ -81,7 +82,7 @@ __getattr__ = lazily(
         "optimize": "running",
         "read_study": "opening",
         "reclaim": "reclaiming",
-        "space_of": "opening",
+        "space_of": "moeopt.spaces",
         "stalled": "progress",
         "summary": "moeopt.trials.description",
     },

@@ -13,15 +13,8 @@ from moeopt.samplers import GenomeSampler, UnknownSampler
 from moeopt.samplers.shadow import describe
 from moeopt.showing import shown
 from moeopt.spaces import Space
-from moeopt.trials.description import (
-    DESCRIPTION,
-    check_same,
-    check_sampler,
-    described,
-    go_on,
-    record_sampler,
-    recorded_sampler,
-)
+from moeopt.study.storage.attributes import check_sampler, record_sampler, recorded_sampler
+from moeopt.trials.description import DESCRIPTION, check_same, described, go_on
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler

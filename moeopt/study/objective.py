@@ -24,6 +24,7 @@ from moeopt.samplers import racing
 from moeopt.spaces import Space
 from moeopt.study import reference
 from moeopt.study.reference import Reference
+from moeopt.study.storage import attributes
 from moeopt.trials import genome, guide
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ class Objective:
         started = self.evaluator.clock()
         x = self.space.vector(trial)
         plan = self.space.decode(x)
-        facts = _facts(genome.origin(trial))
+        facts = _facts(genome.origin(attributes.frozen_trial(trial)))
         attrs: dict[str, Any] = {}
         evaluation: Evaluation | None = None
         pruned, examples = False, self.evaluator.examples
@@ -234,7 +235,7 @@ class Objective:
                 n = len(evaluation.losses)
                 if len(self.evaluator.rungs) > 1:
                     if study is not None and n < examples:
-                        genome.write(study, trial, attrs)  # for the pruner
+                        attributes.write(study, trial, attrs)  # for the pruner
                     self._report(trial, evaluation)
                     finished = n == examples or (known is not None and len(known.losses) == examples)
                     if not finished and trial.should_prune():
@@ -320,7 +321,7 @@ class Objective:
         if study is not None:
             ended = study.get_trials(deepcopy=False, states=FINISHED)
             spent = self._spent(ended) + facts.get("layer_tokens", 0)
-            genome.write(study, trial, attrs, facts | {SPENT: spent})
+            attributes.write(study, trial, attrs, facts | {SPENT: spent})
             return
         for key, value in facts.items():
             trial.set_user_attr(key, value)
@@ -370,13 +371,13 @@ class Objective:
         """What the trial that knows most knows of the plan on the first examples; noted in `facts`."""
         if study is None:
             return None
-        found = remembered(trial, plan, self._of)
-        origin, name = genome.origin(trial), plan.fingerprint
+        frozen, name = attributes.frozen_trial(trial), plan.fingerprint
+        found, origin = remembered(frozen, plan, self._of), genome.origin(frozen)
         if "plan" not in origin:
-            genome.write(study, trial, {genome.ORIGIN: {**origin, "plan": name}})
+            attributes.write(study, trial, {genome.ORIGIN: {**origin, "plan": name}})
         for other in study.get_trials(deepcopy=False, states=FINISHED):
             if genome.origin(other).get("plan") == name:
-                if genome.attributes(other).get(genome.NOT_FINITE) == self._of:
+                if other.system_attrs.get(genome.NOT_FINITE) == self._of:
                     facts[COPIED_FROM] = other.number
                     raise NonFiniteLossError(str(other.user_attrs.get(genome.FAILURE)), layer=None)
                 seen = remembered(other, plan, self._of)
@@ -502,12 +503,12 @@ def scores_name(evaluator: Evaluator) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def remembered(trial: optuna.trial.BaseTrial, plan: Plan, of: str) -> Evaluation | None:
+def remembered(trial: FrozenTrial, plan: Plan, of: str) -> Evaluation | None:
     """What a trial's scores say of its plan; None where they are of something else than `scores_name` names."""
     scores = genome.read_scores(trial) if genome.scores_of(trial) == of else None
     if scores is None:
         return None
-    active = genome.attributes(trial)[genome.SCORES].get(ACTIVE)
+    active = trial.system_attrs[genome.SCORES].get(ACTIVE)
     if active is None:  # scores of an older version, which searched no skipping
         if any(layer.skip for layer in plan.layers):
             return None

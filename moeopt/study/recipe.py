@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeopt.errors import MoeoptError, SamplerError, StudyError, TaskError
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 
 if TYPE_CHECKING:
@@ -127,8 +128,8 @@ def of(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Reci
 
 def write(study: optuna.Study, objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> None:
     """Keep the recipe in a study, unless it has one."""
-    if RECIPE not in genome.study_attributes(study):
-        genome.write_study(study, _packed(of(objective, sampler, pruner))[0])
+    if RECIPE not in attributes.study_attributes(study):
+        attributes.write_study(study, _packed(of(objective, sampler, pruner))[0])
 
 
 def read(study: optuna.Study) -> Recipe:
@@ -137,7 +138,7 @@ def read(study: optuna.Study) -> Recipe:
     Raises:
         StudyError: when it has none, or one that is damaged, hostile, or of a newer moeopt.
     """
-    attrs, named = genome.study_attributes(study), f"study {study.study_name!r}"
+    attrs, named = attributes.study_attributes(study), f"study {study.study_name!r}"
     head = attrs.get(RECIPE)
     if head is None:
         raise StudyError(f"{named} was made by an older moeopt, or not by create_study: resume it with moeopt search")
@@ -161,7 +162,7 @@ def read(study: optuna.Study) -> Recipe:
 
 def kept(study: optuna.Study) -> Recipe | None:
     """`read`; None for a study that has none."""
-    return read(study) if RECIPE in genome.study_attributes(study) else None
+    return read(study) if RECIPE in attributes.study_attributes(study) else None
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -246,7 +247,7 @@ def pruner_from(described: Any) -> BasePruner:
 def want(study: optuna.Study, trials: int | None, patience: int | None = None) -> None:
     """Note when a study is done, for the workers that join it: `trials` and `patience` of `moeopt.optimize`."""
     if (wanted(study), patience_of(study)) != (trials, patience):
-        genome.write_study(study, {WANTED: trials, PATIENCE: patience})
+        attributes.write_study(study, {WANTED: trials, PATIENCE: patience})
 
 
 def wanted(study: optuna.Study) -> int | None:
@@ -260,7 +261,7 @@ def patience_of(study: optuna.Study) -> int | None:
 
 
 def _count(study: optuna.Study, key: str) -> int | None:
-    found = genome.study_attributes(study).get(key)
+    found = attributes.study_attributes(study).get(key)
     return found if type(found) is int and found > 0 else None
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from moeopt.errors import NonFiniteLossError, StorageError
 from moeopt.showing import line, shown
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 from moeopt.trials.description import FULL_MODEL, full_model, reading
 
@@ -118,7 +119,7 @@ class Reference:
         if self.scores is not None:
             attrs = genome.pack(SCORES, self.scores.reshape(-1))
             attrs[SCORES]["of"] = self.of
-            genome.write_study(study, attrs)
+            attributes.write_study(study, attrs)
         study.set_user_attr(FULL_MODEL, self.facts)
 
 
@@ -170,7 +171,7 @@ def read(study: optuna.Study) -> Reference | None:
         facts = full_model(study.user_attrs, study.study_name)
         if facts is None:
             return None
-        attrs = genome.study_attributes(study)
+        attrs = attributes.study_attributes(study)
     packed = genome.unpack(SCORES, attrs)
     scores = None
     if packed is not None and attrs[SCORES].get("of") == facts["of"]:

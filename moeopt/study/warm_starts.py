@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 from moeopt.errors import MoeoptError, SpaceError, got
 from moeopt.plan import Plan
 from moeopt.spaces import Space
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 from moeopt.trials.genome import CALIBRATION, METHOD, WARM_START
 
@@ -113,7 +114,7 @@ def enqueue_new(
     study: optuna.Study, space: Space, starts: list[tuple[str | None, Plan | Found]], held: list[dict[str, Any]]
 ) -> None:
     """Queue the warm starts that the study does not hold yet, each once however many workers do so at the same time."""
-    team = genome.shared(study)
+    team = attributes.team(study)
     for name, found in starts:
         plan = found if isinstance(found, Plan) else found.plan
         attrs: dict[str, Any] = {WARM_START: plan.fingerprint}
@@ -125,7 +126,7 @@ def enqueue_new(
         if team is None:
             enqueue(study, space, plan, **attrs, **cost)
         else:
-            team[0].create_once(team[1], _waiting(space, plan, {**attrs, **cost}), attrs)
+            team.storage.create_once(team.study_id, _waiting(space, plan, {**attrs, **cost}), attrs)
 
 
 def enqueue(study: optuna.Study, space: Space, plan: Plan, **user_attrs: Any) -> None:

@@ -21,6 +21,7 @@ from moeopt.errors import PlanError, StudyError
 from moeopt.report.terminal import study_record, study_view
 from moeopt.results.selection import on_test, selected_trial
 from moeopt.study import check_same, space_of
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 from moeopt.trials.description import DESCRIPTION, FORMAT
 
@@ -32,7 +33,7 @@ def restored(name: str) -> optuna.Study:
     study = optuna.create_study(study_name="old", storage=storage)
     for key, value in held["user"].items():
         study.set_user_attr(key, value)
-    genome.write_study(study, held["system"])
+    attributes.write_study(study, held["system"])
     for trial in held["trials"]:
         study.add_trial(
             optuna.trial.create_trial(

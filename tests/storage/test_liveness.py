@@ -21,14 +21,13 @@ from sqlalchemy.engine import make_url
 import moeopt
 from moeopt.errors import StorageError
 from moeopt.samplers import base
-from moeopt.study.storage import links, open_storage, rows
-from moeopt.trials import genome
+from moeopt.study.storage import attributes, links, open_storage, rows
 
 from .conftest import SPACE, Wire, loss, opened, processes, slots, until
 
 
 def backend(study: optuna.Study) -> tuple[Any, int]:
-    team = genome.shared(study)
+    team = attributes.team(study)
     assert team is not None
     return team
 

@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 
 import moeopt
 from moeopt.errors import StorageError
-from moeopt.study.storage import open_storage
+from moeopt.study.storage import attributes, open_storage
 from moeopt.study.storage.outages import is_outage
 from moeopt.trials import genome
 
@@ -27,9 +27,9 @@ from .conftest import Wire, loss, opened, processes, slots, until
 
 
 def backend(study: optuna.Study) -> Any:
-    team = genome.shared(study)
+    team = attributes.team(study)
     assert team is not None
-    return team[0]
+    return team.storage
 
 
 def kept(spool: Path) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def test_a_search_goes_on_after_an_outage(
             wire.cut()
             threading.Timer(2.5, wire.mend).start()
         value = loss(trial)
-        genome.write(study, trial, {}, {"note": value})
+        attributes.write(study, trial, {}, {"note": value})
         return value
 
     with caplog.at_level(logging.WARNING, "moeopt"):
@@ -71,7 +71,7 @@ def test_a_commit_whose_answer_was_lost_is_done_once(wire: Wire, wired: str, nam
     if step in ("start", "add"):
         study.enqueue_trial({"x": 0.5})
     team = backend(study)
-    team.identity(genome.shared(study)[1])  # type: ignore[index]
+    team.identity(attributes.team(study).study_id)  # type: ignore[union-attr]
     if step in ("create", "start"):
         wire.losing = True
     trial = study.ask()
@@ -86,9 +86,9 @@ def test_a_commit_whose_answer_was_lost_is_done_once(wire: Wire, wired: str, nam
     trial.set_user_attr("note", 1)
     if step == "take over":
         other = opened(wired, name)
-        backend(other).identity(genome.shared(other)[1])  # type: ignore[index]
+        backend(other).identity(attributes.team(other).study_id)  # type: ignore[union-attr]
         wire.losing = True
-        backend(other).take_over(genome.shared(other)[1], genome.key(study.trials[0]), "test")  # type: ignore[index]
+        backend(other).take_over(attributes.team(other).study_id, attributes.key(study.trials[0]), "test")  # type: ignore[union-attr]
         assert [t.state.name for t in other.trials] == ["FAIL", "WAITING"]
         assert other.trials[1].params == {"x": x}
         assert not wire.losing
@@ -147,7 +147,7 @@ def worker_on_full_disk(url: str, name: str, at: str, said: str) -> None:
         if trial.number == 1:
             fill()
             if at == "attrs":
-                genome.write(study, trial, {}, {"note": value})
+                attributes.write(study, trial, {}, {"note": value})
         return value
 
     try:
@@ -187,7 +187,7 @@ def worker_at_outage(url: str, name: str, ready: str) -> None:
             until(lambda: Path(ready + ".cut").exists())
             value = loss(trial)
             if ready.endswith("attrs"):
-                genome.write(study, trial, {}, {"note": value})
+                attributes.write(study, trial, {}, {"note": value})
             return value
         assert trial.number != 1
         return loss(trial)
@@ -232,15 +232,15 @@ def test_a_trial_taken_over_while_its_worker_lives_ends_once(url: str, name: str
 
     def objective(trial: optuna.Trial) -> float:
         if trial.number == 0:
-            team = genome.shared(other)
+            team = attributes.team(other)
             assert team is not None
-            assert team[0].take_over(team[1], genome.key(trial), "looked dead") == 1
+            assert team.storage.take_over(team.study_id, attributes.key(trial), "looked dead") == 1
             if repeated != "waiting":
                 again = other.ask()
                 if repeated == "complete":
                     other.tell(again, -1.0)
         value = loss(trial)
-        genome.write(mine, trial, {genome.SCORES: {"of": "x"}}, {"note": value})
+        attributes.write(mine, trial, {genome.SCORES: {"of": "x"}}, {"note": value})
         assert mine.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING
         return value
 

@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 import moeopt
 from benchmarks.servers import TABLES, Own
 from moeopt.errors import StorageError
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 
 from .conftest import loss, opened, slots
@@ -86,7 +87,7 @@ def test_a_trial_that_has_the_number_of_another_one_now_is_not_written_to(
             if others == "complete":
                 tell()
             if step == "attribute":
-                genome.write(mine, trial, {}, {"note": "mine"})
+                attributes.write(mine, trial, {}, {"note": "mine"})
             if step == "report":
                 trial.report(1.0, 0)
         elif len(calls) > 3:
@@ -110,7 +111,7 @@ def test_a_trial_that_is_gone_between_two_steps_of_optuna_s_is_run_again(
     mine = opened(own.url, name)
     moeopt.optimize(mine, loss, n_trials=2)
     restores = [own.backup()]
-    backend = genome.shared(mine)[0]  # type: ignore[index]
+    backend = attributes.team(mine).storage  # type: ignore[union-attr]
     call = "write_trial" if step == "proposed" else "_end"
     original = getattr(backend, call)
 
@@ -166,7 +167,7 @@ def test_a_trial_that_lost_what_was_written_to_it_is_run_again(own: Own, name: s
             trial.report(1.0, 0)
         if first and lost != "proposal":
             backups.append(own.backup())
-        genome.write(mine, trial, {}, {"note": trial.number})
+        attributes.write(mine, trial, {}, {"note": trial.number})
         trial.report(2.0, 1)
         if first:
             backups[-1]()
@@ -224,7 +225,7 @@ def test_a_database_that_was_dropped_is_waited_for_until_it_is_back(
 @pytest.mark.parametrize("what", ["dropped", "made anew", "tables made anew"])
 def test_a_database_that_does_not_come_back_is_one_error(own: Own, name: str, what: str) -> None:
     study = opened(own.url, name, patience=1)
-    backend = genome.shared(study)[0]  # type: ignore[index]
+    backend = attributes.team(study).storage  # type: ignore[union-attr]
 
     def objective(trial: optuna.Trial) -> float:
         engine = own.engine()

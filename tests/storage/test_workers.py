@@ -28,7 +28,7 @@ import moeopt
 from moeopt import samplers
 from moeopt.errors import StorageError
 from moeopt.samplers import EEPSampler
-from moeopt.study.storage import open_storage, staleness
+from moeopt.study.storage import attributes, open_storage, staleness
 from moeopt.study.storage.spool import Result
 from moeopt.study.storage.staleness import Watch
 from moeopt.study.warm_starts import enqueue_new
@@ -41,7 +41,7 @@ TWO_PHASES = moeopt.EEPSpace(moeopt.ModelShape(4, 6, k=2), keep=3, groups=2)
 
 
 def backend(study: optuna.Study) -> tuple[Any, int]:
-    team = genome.shared(study)
+    team = attributes.team(study)
     assert team is not None
     return team
 
@@ -335,14 +335,14 @@ def test_a_plan_is_taken_that_another_worker_wrote_while_this_one_waited(url: st
     study = opened(url, name)
     mine, other = study.ask(), study.ask()
     storage, _ = backend(study)
-    plan = {genome.ORIGIN: {**genome.origin(other), "plan": "p"}}
-    unless = genome.taken(study, "p", [t for t in study.trials if t.number != other.number])
+    plan = {genome.ORIGIN: {**genome.origin(attributes.frozen_trial(other)), "plan": "p"}}
+    unless = attributes.taken(study, "p", [t for t in study.trials if t.number != other.number])
     with ThreadPoolExecutor() as pool, storage.engine.connect() as connection:
         if storage.engine.name == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         studies = models.StudyModel.__table__
         connection.execute(studies.select().where(studies.c.study_id == study._study_id).with_for_update())
-        writing = pool.submit(genome.write, study, mine, plan, unless=unless)
+        writing = pool.submit(attributes.write, study, mine, plan, unless=unless)
         time.sleep(0.3)  # it waits for the lock
         attrs = models.TrialSystemAttributeModel.__table__
         row = attrs.c.trial_id == other._trial_id, attrs.c.key == genome.ORIGIN
@@ -379,7 +379,8 @@ def drawn_again(url: str, name: str, sampler: str) -> None:
     mine.sampler._new_plan = slow  # type: ignore[attr-defined]
     trial = mine.ask()
     assert trial.number < taken[0].number
-    assert genome.origin(trial)["plan"] != genome.origin(taken[0])["plan"]
+    plans = {genome.origin(attributes.frozen_trial(each))["plan"] for each in (trial, taken[0])}
+    assert len(plans) == 2
 
 
 def searches(url: str, name: str, trials: int) -> None:

@@ -15,6 +15,7 @@ from moeopt.errors import NonFiniteLossError, StorageError, StudyError
 from moeopt.evaluation import Evaluation
 from moeopt.results.selection.record import FULL, SELECTION, check_record, recorded
 from moeopt.showing import line
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Kept:
 
     def __init__(self, study: optuna.Study) -> None:
         self._study = study
-        self._attrs = dict(genome.study_attributes(study))
+        self._attrs = dict(attributes.study_attributes(study))
 
     def get(self, split: str, of: str, plan: str) -> Evaluation | None:
         """What a plan gave, None where that is not known.
@@ -95,7 +96,7 @@ class Kept:
         return sum(key.startswith(LOOK) for key in self._attrs)
 
     def _write(self, attrs: dict[str, Any]) -> None:
-        genome.write_study(self._study, attrs)
+        attributes.write_study(self._study, attrs)
         self._attrs |= attrs
 
 

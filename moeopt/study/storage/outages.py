@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from moeopt.errors import StorageError
 from moeopt.study.storage import links
+from moeopt.study.storage.failures import StudyIsGone
 from moeopt.study.storage.urls import reason
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ def holders(url: str | None) -> str:
     return f", by {' and '.join(said)}" if said else ""
 
 
-class Waiting:
+class Outages:
     """Repeats calls while a database is away, with exponential backoff and jitter.
 
     Args:
@@ -151,11 +152,14 @@ class Waiting:
         self._missing, self._renew = missing, renew
         self._lock = threading.Lock()
 
-    def __call__(self, call: Callable[[], T], failed: Callable[[], Any] | None = None) -> T:
+    def __call__(
+        self, call: Callable[[], T], failed: Callable[[], Any] | None = None, again: Callable[[], T] | None = None
+    ) -> T:
         """What `call` returns, repeated while the database is away.
 
         Args:
             failed: called once, when the first try failed.
+            again: what is called in place of `call` then, as the first try may have been done; None: the same.
 
         Raises:
             StorageError: when patience or deadline ended, `stopped` was set, or the database says what will not pass,
@@ -168,7 +172,7 @@ class Waiting:
         while True:
             began = time.monotonic()
             try:
-                result = call()
+                result = call() if again is None or tries == 0 else again()
             except Exception as error:
                 passes = is_outage(error) or self._may_return(error)
                 if not passes and not isinstance(error, (DBAPIError, StorageInternalError)):
@@ -190,8 +194,6 @@ class Waiting:
 
     def _may_return(self, error: Exception) -> bool:
         """Whether it is a part of the database that is not there, and may be restored."""
-        from moeopt.study.storage.rows import StudyIsGone
-
         if self._missing is None or self._renew is None:
             return False
         if is_gone(error):

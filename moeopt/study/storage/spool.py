@@ -14,11 +14,9 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
-
-from moeopt.study.storage.transaction import same_start
 
 logger = logging.getLogger("moeopt.study.storage")
 
@@ -93,6 +91,16 @@ class Result:
             self.file.parent.rmdir()
         except OSError:  # not empty, or not there
             pass
+
+
+def same_start(started: datetime | None, stored: datetime | None) -> bool:
+    """Whether a trial is the one that was started then; another gets its key when a database is set back.
+
+    MySQL rounds to whole seconds, MariaDB down to them.
+    """
+    if started is None or stored is None or stored.microsecond:
+        return started in (None, stored)
+    return abs(stored - started) < timedelta(seconds=1)
 
 
 def _private(path: str, flags: int) -> int:
