@@ -151,8 +151,8 @@ def test_code_of_the_user_s_is_missing_with_a_reason(model: Any, tiny_tokenizer:
         recipe.task_of(held)
     racing = moeopt.RacingPruner()
     own = type("OwnRacing", (moeopt.RacingPruner,), {})()
-    assert recipe.of(objective, samplers.get("eep", space), racing).pruner is not None
-    assert "OwnRacing" in recipe.of(objective, samplers.get("eep", space), own).missing["pruner"]
+    assert recipe.made(objective, samplers.get("eep", space), racing).pruner is not None
+    assert "OwnRacing" in recipe.made(objective, samplers.get("eep", space), own).missing["pruner"]
 
 
 def test_a_task_that_is_too_large_is_missing_with_a_reason(

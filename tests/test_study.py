@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import sqlite3
-import subprocess
-import sys
-import textwrap
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +18,9 @@ from optuna.trial import TrialState
 import moeopt
 from moeopt import methods, samplers
 from moeopt.errors import MethodError, SamplerError, SpaceError, StorageError, StudyError
-from moeopt.samplers import EEPSampler
 from moeopt.study import finished, reclaim, space_of, stalled
-from moeopt.study.storage import attributes, hidden
-from moeopt.tasks import MultipleChoiceTask, TextTask
+from moeopt.study.storage import attributes
+from moeopt.tasks import TextTask
 from moeopt.trials import genome, process
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -96,14 +91,6 @@ def test_a_resumed_study_equals_an_uninterrupted_one(objective: moeopt.Objective
         assert finished(part) == trials
     assert [t.value for t in part.trials] == [t.value for t in whole.trials]
     assert [genome.origin(t)["plan"] for t in part.trials] == [genome.origin(t)["plan"] for t in whole.trials]
-
-
-def test_plain_optuna_gives_the_same_study(objective: moeopt.Objective) -> None:
-    ours = moeopt.create_study("s", objective=objective, storage=None, seed=5, **SMALL)
-    ours.optimize(objective, n_trials=12)
-    plain = optuna.create_study(sampler=EEPSampler(objective.space, seed=5, **SMALL))
-    plain.optimize(objective, n_trials=12)
-    assert [t.value for t in plain.trials] == [t.value for t in ours.trials]
 
 
 def changed_weights(model: Any) -> Any:
@@ -204,64 +191,6 @@ def test_a_loss_that_is_not_finite_fails_the_trial_and_the_search_goes_on(model:
     assert all("layer 2" in t.user_attrs["failure"] for t in failed)
     assert all(4 in space.plan(t).layers[2].kept for t in failed)  # type: ignore[operator]
     assert finished(study) == 20
-
-
-KILLED = """
-    import os, signal, sys
-    import optuna
-    import moeopt
-    from moeopt.plan import ModelShape
-    from moeopt.samplers import get
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = moeopt.EEPSpace(ModelShape(6, 6, 2), keep=3, groups=3)
-    target = space.matrices(space.start())[:, :, ::-1]
-
-    def objective(trial):
-        x = space.vector(trial)
-        if trial.number == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return float(((space.matrices(x) - target) ** 2).mean())
-
-    study = optuna.create_study(
-        study_name="s",
-        storage=sys.argv[1],
-        sampler=get("eep", space, seed=1, initial=5, prune_until=15),
-        load_if_exists=True,
-    )
-    moeopt.study.reclaim(study)
-    moeopt.optimize(study, objective, n_trials=25)
-"""
-
-
-def test_a_killed_study_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = textwrap.dedent(KILLED)
-
-    def url(database: str) -> str:
-        return f"sqlite:///{tmp_path}/{database}.db"
-
-    def run_here(database: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["-c", url(database), "-1"])
-        exec(code, {})
-
-    run_here("whole")
-    killed = subprocess.run([sys.executable, "-c", code, url("killed"), "17"], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    run_here("killed")
-
-    def by_slot(database: str) -> dict[int, tuple[str, float]]:
-        study = optuna.load_study(study_name="s", storage=url(database))
-        done = study.get_trials(states=(TrialState.COMPLETE,))
-        return {genome.origin(t)["slot"]: (genome.origin(t)["plan"], t.value) for t in done}  # type: ignore[dict-item]
-
-    assert by_slot("killed") == by_slot("whole")
-    assert sorted(by_slot("killed")) == list(range(25))
-
-
-def test_a_running_trial_of_a_living_worker_is_left_alone(objective: moeopt.Objective) -> None:
-    study = moeopt.create_study("s", objective=objective, storage=None, **SMALL)
-    study.ask()
-    assert reclaim(study) == []
 
 
 def test_an_interrupted_trial_is_queued_again_once(objective: moeopt.Objective, tmp_path: Path) -> None:
@@ -442,11 +371,6 @@ def test_an_objective_is_minimised_and_takes_fixed_trials(model: Any, tiny_token
         upwards.optimize(objective, n_trials=1)
 
 
-def test_passwords_are_never_shown() -> None:
-    for url in ("mysql+pymysql://h/db?user=u&passwd=secret", "postgresql://u:p@ss-secret@h/x", "u://u:p@secret@h:bad"):
-        assert "secret" not in hidden(url)
-
-
 def test_optimize_stops_by_patience_and_needs_a_limit(objective: moeopt.Objective) -> None:
     study = moeopt.create_study("s", objective=objective, storage=None, sampler="random")
     moeopt.optimize(study, objective, n_trials=60, patience=3)
@@ -502,29 +426,3 @@ def test_an_objective_refuses_a_space_of_another_model(model: Any, tiny_tokenize
     space = moeopt.EEPSpace(moeopt.ModelShape(5, 6, 2), keep=3)
     with pytest.raises(SpaceError, match="the model has"):
         moeopt.Objective(model, tiny_tokenizer, text_task(), space)
-
-
-def test_any_optuna_sampler_drives_a_study(objective: moeopt.Objective) -> None:
-    study = moeopt.create_study(
-        "s", objective=objective, storage=None, sampler=optuna.samplers.TPESampler(n_startup_trials=3)
-    )
-    study.optimize(objective, n_trials=6)
-    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 6
-    assert samplers.get("random", objective.space).settings()["name"] == "random"
-
-
-def test_multiple_choice_keeps_accuracy(model: Any, tiny_tokenizer: Any) -> None:
-    rows = [
-        {"prompt": f"{a}+{b}=", "options": [str(a + b), str(a + b + 1)], "answer": 0}
-        for a in range(4)
-        for b in range(4)
-    ]
-    task = MultipleChoiceTask.from_rows(
-        "sums",
-        rows,
-        lambda row: moeopt.tasks.Example(row["prompt"], row["prompt"], tuple(row["options"]), row["answer"]),
-    )
-    objective = moeopt.Objective(model, tiny_tokenizer, task, moeopt.PruneSpace.of(model, keep=3, groups=2))
-    study = moeopt.create_study("s", objective=objective, storage=None, score="accuracy", **SMALL)
-    study.optimize(objective, n_trials=12)
-    assert all(0 <= t.user_attrs["accuracy"] <= 1 for t in study.trials)

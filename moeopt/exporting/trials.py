@@ -49,12 +49,12 @@ def check_model(model: PreTrainedModel | str | Path, study: optuna.Study) -> Non
 
     about = described(study)
     if isinstance(model, (str, Path)):
-        found_shape, shape = vars(check_checkpoint(model)), about["space"]["shape"]
-        if found_shape != shape:
-            raise ExportError(f"{str(model)!r} has {found_shape}, the study searched {shape}")
+        its_shape, shape = vars(check_checkpoint(model)), about["space"]["shape"]
+        if its_shape != shape:
+            raise ExportError(f"{str(model)!r} has {its_shape}, the study searched {shape}")
         return
-    searched, found = about["model"], describe(model)
-    differing = [key for key in ("config_hash", "weights") if searched[key] != found[key]]
+    searched, here = about["model"], describe(model)
+    differing = [key for key in ("config_hash", "weights") if searched[key] != here[key]]
     if differing:
         name = shown(searched["name_or_path"])
         raise ExportError(f"study {study.study_name!r} searched another model ({name}): {', '.join(differing)} differ")

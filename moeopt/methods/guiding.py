@@ -19,7 +19,7 @@ class Guiding:
 
     Args:
         evaluator: model, task, examples and score.
-        of: names them (`moeopt.study.objective.scores_name`).
+        of: names them (`moeopt.study.scores.scores_name`).
 
     Attributes:
         layer_tokens: what one guide costs.

@@ -45,7 +45,7 @@ def load_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
     """
     study = read_study(study_name, storage)
     with readable_errors(storage):
-        study.sampler, study.pruner = _own(study)
+        study.sampler, study.pruner = _rebuilt(study)
     return study
 
 
@@ -80,23 +80,23 @@ def check_name(study_name: object) -> None:
         raise StudyError(f"a study's name has at most {LONGEST_NAME} characters, got {len(study_name)}")
 
 
-def _pruner(told: dict[str, Any] | None) -> BasePruner:
-    """The pruner that a description tells of; the first versions had none."""
+def _described_pruner(description: dict[str, Any] | None) -> BasePruner:
+    """The pruner of a description; the first versions had none."""
     from moeopt.study import recipe
 
-    return NopPruner() if told is None else recipe.pruner_from(told)
+    return NopPruner() if description is None else recipe.pruner_from(description)
 
 
-def _own(study: optuna.Study) -> tuple[BaseSampler, BasePruner]:
+def _rebuilt(study: optuna.Study) -> tuple[BaseSampler, BasePruner]:
     """The study's sampler and pruner, rebuilt; a sampler that starts nothing, with the reason, where one cannot be."""
     from moeopt.study import recipe as recipes
 
     name = study.study_name
     try:
-        about, kept = described(study), recipes.kept(study)
+        about, recipe = described(study), recipes.stored(study)
         space = space_of(study)
-        sampler = recipes.sampler_of(kept, space) if kept else from_settings(about["sampler"], space)
-        pruner = recipes.pruner_of(kept) if kept else _pruner(about.get("pruner"))
+        sampler = recipes.sampler_of(recipe, space) if recipe else from_settings(about["sampler"], space)
+        pruner = recipes.pruner_of(recipe) if recipe else _described_pruner(about.get("pruner"))
         attributes.check_sampler(study, sampler.settings())
     except MoeoptError as error:
         why = (

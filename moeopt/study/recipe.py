@@ -8,12 +8,9 @@ takes 4 ms a MiB longer (SQLite, PostgreSQL and MariaDB on the same machine); 64
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import re
-import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +53,13 @@ SETTINGS: dict[str, tuple[type | tuple[type, ...], float]] = {
     "guide": ((int, float), 1),
 }
 """Settings of an objective that a recipe holds: their types, and the largest numbers that are believed."""
-
-
 COMPRESSION = ("top_p", "memory")
+_OBJECT = (dict, type(None))
+FIELDS: dict[str, Any] = {
+    "model": (str, type(None)), "dtype": str, "objective": dict, "scored": str, "missing": dict, "task": _OBJECT,
+    "sampler": _OBJECT, "pruner": _OBJECT,
+}  # fmt: skip
+"""The types of a recipe's fields."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Recipe:
     missing: dict[str, str]
 
 
-def of(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Recipe:
+def made(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Recipe:
     """The recipe of a study that is about to be made."""
     from moeopt.samplers import from_settings
     from moeopt.samplers.shadow import describe
@@ -99,15 +100,15 @@ def of(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Reci
         task = keep(objective.task, use)
     except TaskError as error:
         missing["task"] = str(error)
-    kept: dict[str, Any] | None = {"settings": sampler.settings()}
+    chosen: dict[str, Any] | None = {"settings": sampler.settings()}
     start = getattr(sampler, "x0", None)
     if start is not None:
-        kept |= genome.pack("start", start)  # type: ignore[operator]
+        chosen |= genome.pack("start", start)  # type: ignore[operator]
     try:
         if type(from_settings(sampler.settings(), objective.space, start)) is not type(sampler):
             raise SamplerError(f"sampler {type(sampler).__name__} is code of its own")
     except SamplerError as error:
-        kept, missing["sampler"] = None, str(error)
+        chosen, missing["sampler"] = None, str(error)
     described: dict[str, Any] | None = describe(pruner)
     try:
         json.dumps(described, allow_nan=False)
@@ -119,17 +120,17 @@ def of(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Reci
     missing |= {} if hub else {"model": "it was a folder of the machine that made the study"}
     dtype = str(next(objective.model.parameters()).dtype).removeprefix("torch.")
     scored = objective.evaluator.fingerprint
-    recipe = Recipe(name if hub else None, dtype, settings, scored, task, kept, described, missing)
-    if task is not None and _too_large(recipe):
-        missing["task"] = f"its examples are too many to keep (over {LARGEST >> 20} MiB): set a limit"
-        recipe = Recipe(name if hub else None, dtype, settings, scored, None, kept, described, missing)
-    return recipe
+    recipe = Recipe(name if hub else None, dtype, settings, scored, task, chosen, described, missing)
+    if task is None or not _too_large(recipe):
+        return recipe
+    missing["task"] = f"its examples are too many to keep (over {LARGEST >> 20} MiB): set a limit"
+    return replace(recipe, task=None)
 
 
 def write(study: optuna.Study, objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> None:
     """Keep the recipe in a study, unless it has one."""
     if RECIPE not in attributes.study_attributes(study):
-        attributes.write_study(study, _packed(of(objective, sampler, pruner))[0])
+        attributes.write_study(study, _packed(made(objective, sampler, pruner)))
 
 
 def read(study: optuna.Study) -> Recipe:
@@ -146,21 +147,15 @@ def read(study: optuna.Study) -> Recipe:
         version = head.get("v") if isinstance(head, dict) else head
         raise StudyError(f"the recipe of {named} is of version {version!r:.40}; this moeopt reads {VERSION}")
     try:
-        size, chunks = head["bytes"], head["chunks"]
-        if type(size) is not int or not 0 < size <= UNPACKED or type(chunks) is not int:
-            raise ValueError(f"{size!r:.40} bytes in {chunks!r:.40} pieces")
-        if not 1 <= chunks <= LARGEST // genome.CHUNK + 1:
-            raise ValueError(f"{chunks} pieces")
-        text = "".join([head["z"], *(attrs[f"{RECIPE}.{i}"] for i in range(1, chunks))])
-        data = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
-        if len(data) != size:
-            raise ValueError(f"{size} bytes announced, {len(data)} found")
-        return _checked(json.loads(data, parse_constant=_no_constant))
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, binascii.Error, zlib.error) as error:
+        size = head["bytes"]
+        if type(size) is not int or not 0 < size <= UNPACKED:
+            raise ValueError(f"{size!r:.40} bytes")
+        return _checked(json.loads(genome.unpack_bytes(RECIPE, attrs, size), parse_constant=_no_constant))
+    except genome.DAMAGE as error:
         raise StudyError(f"the recipe of {named} is damaged: {type(error).__name__}: {error!s:.200}") from None
 
 
-def kept(study: optuna.Study) -> Recipe | None:
+def stored(study: optuna.Study) -> Recipe | None:
     """`read`; None for a study that has none."""
     return read(study) if RECIPE in attributes.study_attributes(study) else None
 
@@ -186,9 +181,9 @@ def arguments(recipe: Recipe) -> dict[str, Any]:
     """The keyword arguments of the objective."""
     from moeopt.evaluation import Compression
 
-    found = {key: value for key, value in recipe.objective.items() if key not in COMPRESSION}
+    given = {key: value for key, value in recipe.objective.items() if key not in COMPRESSION}
     compression = {key: recipe.objective[key] for key in COMPRESSION if key in recipe.objective}
-    return {**found, "compression": Compression(**compression)} if compression else found
+    return {**given, "compression": Compression(**compression)} if compression else given
 
 
 def sampler_of(recipe: Recipe, space: Space) -> GenomeSampler:
@@ -199,11 +194,9 @@ def sampler_of(recipe: Recipe, space: Space) -> GenomeSampler:
     """
     from moeopt.samplers import from_settings
 
-    if recipe.sampler is None:
-        why = recipe.missing.get("sampler", "for no reason given")
-        raise StudyError(f"the study does not hold its sampler ({why}); moeopt.run_worker(sampler=...) takes it")
+    settings = _given(recipe, "sampler")
     try:
-        return from_settings(recipe.sampler["settings"], space, genome.unpack("start", recipe.sampler))
+        return from_settings(settings["settings"], space, genome.unpack("start", settings))
     except (MoeoptError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StudyError(f"the sampler kept in the study cannot be used: {error!s:.300}") from None
 
@@ -214,10 +207,15 @@ def pruner_of(recipe: Recipe) -> BasePruner:
     Raises:
         StudyError: when it names none, with the reason, or what it says is not a pruner's settings.
     """
-    if recipe.pruner is None:
-        why = recipe.missing.get("pruner", "for no reason given")
-        raise StudyError(f"the study does not hold its pruner ({why}); moeopt.run_worker(pruner=...) takes it")
-    return pruner_from(recipe.pruner)
+    return pruner_from(_given(recipe, "pruner"))
+
+
+def _given(recipe: Recipe, part: str) -> Any:
+    value = getattr(recipe, part)
+    if value is None:
+        why = recipe.missing.get(part, "for no reason given")
+        raise StudyError(f"the study does not hold its {part} ({why}); moeopt.run_worker({part}=...) takes it")
+    return value
 
 
 def pruner_from(described: Any) -> BasePruner:
@@ -232,9 +230,9 @@ def pruner_from(described: Any) -> BasePruner:
     from moeopt.samplers.shadow import describe
 
     kinds = [RacingPruner, *(getattr(optuna.pruners, name) for name in optuna.pruners.__all__)]
-    known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds if kind is not optuna.pruners.BasePruner}
+    named = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds if kind is not optuna.pruners.BasePruner}
     try:
-        kind = known[described["class"]]
+        kind = named[described["class"]]
         given = {key: pruner_from(v) if isinstance(v, dict) else v for key, v in described.items() if key != "class"}
         pruner: BasePruner = kind(**given)
         if describe(pruner) == described:
@@ -261,35 +259,25 @@ def patience_of(study: optuna.Study) -> int | None:
 
 
 def _count(study: optuna.Study, key: str) -> int | None:
-    found = attributes.study_attributes(study).get(key)
-    return found if type(found) is int and found > 0 else None
+    count = attributes.study_attributes(study).get(key)
+    return count if type(count) is int and count > 0 else None
 
 
-def _packed(recipe: Recipe) -> tuple[dict[str, Any], int]:
-    """Attributes that hold a recipe, its head last, and how many characters they are."""
-    data = json.dumps({one.name: getattr(recipe, one.name) for one in fields(recipe)}, allow_nan=False).encode()
-    text = base64.b64encode(zlib.compress(data, 9)).decode()
-    pieces = [text[i : i + genome.CHUNK] for i in range(0, len(text), genome.CHUNK)]
-    head = {"v": VERSION, "bytes": len(data), "chunks": len(pieces), "z": pieces[0]}
-    size = len(text) if len(data) <= UNPACKED else LARGEST + 1
-    return {**{f"{RECIPE}.{i}": piece for i, piece in enumerate(pieces[1:], start=1)}, RECIPE: head}, size
+def _packed(recipe: Recipe) -> dict[str, Any]:
+    """Attributes that hold a recipe, its head last."""
+    data = json.dumps(vars(recipe), allow_nan=False).encode()
+    return genome.pack_bytes(RECIPE, data, {"v": VERSION, "bytes": len(data)}, level=9)
 
 
 def _too_large(recipe: Recipe) -> bool:
-    return _packed(recipe)[1] > LARGEST
+    attrs = _packed(recipe)
+    head = attrs.pop(RECIPE)
+    return head["bytes"] > UNPACKED or sum(map(len, attrs.values())) + len(head["z"]) > LARGEST
 
 
 def _checked(body: Any) -> Recipe:
     recipe = Recipe(**body)
-    kinds: dict[str, Any] = {
-        "model": (str, type(None)),
-        "dtype": str,
-        "objective": dict,
-        "scored": str,
-        "missing": dict,
-    }
-    kinds |= dict.fromkeys(("task", "sampler", "pruner"), (dict, type(None)))
-    for name, kind in kinds.items():
+    for name, kind in FIELDS.items():
         if not isinstance(getattr(recipe, name), kind):
             raise ValueError(f"{name!r} of the wrong form")
     if recipe.model is not None and not _HUB_ID.fullmatch(recipe.model):

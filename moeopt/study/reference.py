@@ -47,7 +47,7 @@ class Reference:
     """The full model on the examples that a study searches.
 
     Args:
-        of: names model, task, examples and score (`moeopt.study.objective.scores_name`).
+        of: names model, task, examples and score (`moeopt.study.scores.scores_name`).
         score: as of `Evaluator`; where it is a distance from the full model, the loss is 0 by definition.
         loss: mean loss, as trials' without what active experts add.
         penalty: what the objective adds to it for the active experts.
@@ -79,7 +79,7 @@ class Reference:
     @property
     def facts(self) -> dict[str, Any]:
         """All but the scores, as JSON."""
-        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "scores"}
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "scores"}
         return {**values, "metrics": dict(self.metrics), "warnings": list(self.warnings)}
 
     @property
@@ -128,7 +128,7 @@ def measure(evaluator: Evaluator, of: str, active_weight: float = 0.0) -> Refere
 
     Args:
         evaluator: of the study's examples.
-        of: its `moeopt.study.objective.scores_name`.
+        of: its `moeopt.study.scores.scores_name`.
         active_weight: what the objective adds to a loss for an active expert.
 
     Raises:
@@ -205,7 +205,7 @@ def doubts(evaluator: Evaluator, evaluation: Evaluation, chances: NDArray[np.flo
     """
     from moeopt.tasks.mixture import MixtureTask
 
-    task, found = evaluator.task, []
+    task, lines = evaluator.task, []
     parts = {"": np.arange(len(chances))}
     if isinstance(task, MixtureTask):
         parts = {f" of {name}": at for name, (at, _) in task.places(evaluator.requests).items()}
@@ -216,13 +216,13 @@ def doubts(evaluator: Evaluator, evaluation: Evaluation, chances: NDArray[np.flo
             continue
         if chance.any():
             above = right > chance.sum()
-            found.append(
+            lines.append(
                 f"the full model's accuracy{name}, {100 * right / len(at):.1f}% of {len(at)} examples, is "
                 f"{'not surely' if above else 'no'} better than guessing, {100 * chance.mean():.1f}%: "
                 f"{'take more examples, or ' if above else ''}{ADVICE}"
             )
         else:
-            found.append(
+            lines.append(
                 f"the full model gets none of {len(at)} examples{name} right: where answers are short, {ADVICE}"
             )
-    return found
+    return lines

@@ -21,19 +21,9 @@ from sqlalchemy.engine import make_url
 import moeopt
 from moeopt.errors import StorageError
 from moeopt.samplers import base
-from moeopt.study.storage import attributes, links, open_storage, rows
+from moeopt.study.storage import links, open_storage, rows
 
-from .conftest import SPACE, Wire, loss, opened, processes, slots, until
-
-
-def backend(study: optuna.Study) -> tuple[Any, int]:
-    team = attributes.team(study)
-    assert team is not None
-    return team
-
-
-def loss_of(trial: optuna.trial.FrozenTrial) -> float:
-    return float(((SPACE.vector(trial) - 0.25) ** 2).sum())
+from .conftest import Wire, backend, loss, opened, processes, said, slots, until
 
 
 def hasten() -> None:
@@ -88,12 +78,12 @@ def test_a_worker_frozen_with_a_lock_stops_the_others_for_a_bounded_time(
     frozen.join()
     assert frozen.exitcode == 0
     assert slots(study) == list(range(3))
-    said = [record.getMessage() for record in caplog.records if record.name == "moeopt.study.storage"]
+    told = said(caplog)
     if url.startswith("sqlite"):
-        assert f"is locked (database is locked, by process {frozen.pid}, which is stopped); waiting up to" in said[0]
-        assert len([text for text in said if "is locked" in text]) == 1
+        assert f"is locked (database is locked, by process {frozen.pid}, which is stopped); waiting up to" in told[0]
+        assert len([text for text in told if "is locked" in text]) == 1
     elif step == "_get_prepared_new_trial":
-        assert "is locked (" in said[0]
+        assert "is locked (" in told[0]
 
 
 @pytest.mark.slow
@@ -133,19 +123,6 @@ def test_what_a_connection_waits_for_is_bounded_but_for_what_the_url_says(direct
     given = links.options(named)["connect_args"]
     assert not set(given) & set(own)
     assert given["connect_timeout"] == 10
-
-
-@pytest.mark.parametrize(
-    ("driver", "names"),
-    [
-        ("postgresql+psycopg2", {"tcp_user_timeout", "keepalives_idle"}),
-        ("mysql+mysqldb", {"read_timeout", "write_timeout"}),
-        ("mariadb+pymysql", {"read_timeout", "write_timeout"}),
-        ("sqlite", {"timeout"}),
-    ],
-)
-def test_every_driver_is_bounded_by_what_it_takes(driver: str, names: set[str]) -> None:
-    assert names <= set(links.options(make_url(f"{driver}://host/name"))["connect_args"])
 
 
 def forks(url: str, name: str, said: str) -> None:
@@ -197,7 +174,7 @@ def test_a_forked_process_gets_connections_of_its_own_and_ends_no_trial_of_its_p
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 12
     assert study.trials[0].value == 0.5
     (forked,) = [trial for trial in study.trials if trial.user_attrs]
-    assert forked.value == loss_of(forked)
+    assert forked.value == loss(forked)
     said = f"trial {forked.number} is ended by the process that runs it, not by one forked from that"
     assert (tmp_path / "said").read_text() == said
 

@@ -23,13 +23,7 @@ from moeopt.study.storage import attributes, open_storage
 from moeopt.study.storage.outages import is_outage
 from moeopt.trials import genome
 
-from .conftest import Wire, loss, opened, processes, slots, until
-
-
-def backend(study: optuna.Study) -> Any:
-    team = attributes.team(study)
-    assert team is not None
-    return team.storage
+from .conftest import Wire, backend, loss, opened, processes, said, slots, until
 
 
 def kept(spool: Path) -> list[dict[str, Any]]:
@@ -56,8 +50,7 @@ def test_a_search_goes_on_after_an_outage(
     assert slots(study) == list(range(3))
     assert all(t.state == TrialState.COMPLETE and t.user_attrs["note"] == t.value for t in study.trials)
     assert kept(spool) == []
-    said = [record.getMessage() for record in caplog.records if record.name == "moeopt.study.storage"]
-    assert ["answers again" in text for text in said] == [False, True]
+    assert ["answers again" in text for text in said(caplog)] == [False, True]
     assert "hush" not in caplog.text
 
 
@@ -71,7 +64,7 @@ def test_a_commit_whose_answer_was_lost_is_done_once(wire: Wire, wired: str, nam
     if step in ("start", "add"):
         study.enqueue_trial({"x": 0.5})
     team = backend(study)
-    team.identity(attributes.team(study).study_id)  # type: ignore[union-attr]
+    team.storage.identity(team.study_id)
     if step in ("create", "start"):
         wire.losing = True
     trial = study.ask()
@@ -86,9 +79,10 @@ def test_a_commit_whose_answer_was_lost_is_done_once(wire: Wire, wired: str, nam
     trial.set_user_attr("note", 1)
     if step == "take over":
         other = opened(wired, name)
-        backend(other).identity(attributes.team(other).study_id)  # type: ignore[union-attr]
+        theirs = backend(other)
+        theirs.storage.identity(theirs.study_id)
         wire.losing = True
-        backend(other).take_over(attributes.team(other).study_id, attributes.key(study.trials[0]), "test")  # type: ignore[union-attr]
+        theirs.storage.take_over(theirs.study_id, attributes.key(study.trials[0]), "test")
         assert [t.state.name for t in other.trials] == ["FAIL", "WAITING"]
         assert other.trials[1].params == {"x": x}
         assert not wire.losing
@@ -138,7 +132,7 @@ def worker_on_full_disk(url: str, name: str, at: str, said: str) -> None:
     study = opened(url, name)
 
     def fill() -> None:
-        @event.listens_for(backend(study).engine, "commit")
+        @event.listens_for(backend(study).storage.engine, "commit")
         def full(connection: Any) -> None:
             raise OperationalError("x", {}, sqlite3.OperationalError("database or disk is full"))
 
@@ -232,8 +226,7 @@ def test_a_trial_taken_over_while_its_worker_lives_ends_once(url: str, name: str
 
     def objective(trial: optuna.Trial) -> float:
         if trial.number == 0:
-            team = attributes.team(other)
-            assert team is not None
+            team = backend(other)
             assert team.storage.take_over(team.study_id, attributes.key(trial), "looked dead") == 1
             if repeated != "waiting":
                 again = other.ask()
@@ -252,14 +245,10 @@ def test_a_trial_taken_over_while_its_worker_lives_ends_once(url: str, name: str
     if repeated == "complete":
         assert second.value == -1.0
     else:
-        assert second.value == second.user_attrs["note"] == loss_of(second)
+        assert second.value == second.user_attrs["note"] == loss(second)
         assert second.system_attrs[genome.SCORES] == {"of": "x"}
         assert genome.read(second) is not None
         assert second.params == first.params
-
-
-def loss_of(trial: optuna.trial.FrozenTrial) -> float:
-    return float(((genome.read(trial) - 0.25) ** 2).sum())  # type: ignore[operator]
 
 
 @pytest.mark.slow

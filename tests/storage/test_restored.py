@@ -20,7 +20,7 @@ from moeopt.errors import StorageError
 from moeopt.study.storage import attributes
 from moeopt.trials import genome
 
-from .conftest import loss, opened, slots
+from .conftest import backend, loss, opened, said, slots
 
 
 @pytest.fixture
@@ -28,10 +28,6 @@ def own(database: str, tmp_path: Path) -> Iterator[Own]:
     made = Own(database, tmp_path)
     yield made
     made.drop()
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "moeopt.study.storage"]
 
 
 def facts(study: optuna.Study) -> list[tuple[Any, ...]]:
@@ -111,9 +107,9 @@ def test_a_trial_that_is_gone_between_two_steps_of_optuna_s_is_run_again(
     mine = opened(own.url, name)
     moeopt.optimize(mine, loss, n_trials=2)
     restores = [own.backup()]
-    backend = attributes.team(mine).storage  # type: ignore[union-attr]
+    storage = backend(mine).storage
     call = "write_trial" if step == "proposed" else "_end"
-    original = getattr(backend, call)
+    original = getattr(storage, call)
 
     def restored(*arguments: Any, **options: Any) -> Any:
         if step == "proposed" and restores and arguments[4] is not None:
@@ -123,7 +119,7 @@ def test_a_trial_that_is_gone_between_two_steps_of_optuna_s_is_run_again(
             restores.pop()()
         return done
 
-    monkeypatch.setattr(backend, call, restored)
+    monkeypatch.setattr(storage, call, restored)
     moeopt.optimize(mine, loss, n_trials=4)
     assert not restores
     assert slots(mine) == list(range(4))
@@ -225,7 +221,7 @@ def test_a_database_that_was_dropped_is_waited_for_until_it_is_back(
 @pytest.mark.parametrize("what", ["dropped", "made anew", "tables made anew"])
 def test_a_database_that_does_not_come_back_is_one_error(own: Own, name: str, what: str) -> None:
     study = opened(own.url, name, patience=1)
-    backend = attributes.team(study).storage  # type: ignore[union-attr]
+    storage = backend(study).storage
 
     def objective(trial: optuna.Trial) -> float:
         engine = own.engine()
@@ -247,4 +243,4 @@ def test_a_database_that_does_not_come_back_is_one_error(own: Own, name: str, wh
     with pytest.raises(StorageError, match=wanted) as error:
         moeopt.optimize(study, objective, n_trials=4)
     assert "\n" not in str(error.value)
-    assert time.monotonic() - began >= backend.waiting.patience
+    assert time.monotonic() - began >= storage.waiting.patience

@@ -20,7 +20,7 @@ from moeopt.study.storage.spool import Result
 from moeopt.trials import genome
 from moeopt.trials.process import this_worker
 
-from .conftest import loss, opened, slots
+from .conftest import backend, loss, opened, slots
 
 DEAD: dict[str, Any] = {**this_worker(), "pid": 2**22 - 1}
 
@@ -31,17 +31,14 @@ def study(tmp_path: Path, name: str) -> optuna.Study:
 
 
 def identity(study: optuna.Study) -> str:
-    team = attributes.team(study)
-    assert team is not None
+    team = backend(study)
     return team.storage.identity(team.study_id)
 
 
 def orphan(study: optuna.Study, **fields: Any) -> Result:
     """A running trial whose worker is dead, and what that kept."""
     trial = study.ask()
-    team = attributes.team(study)
-    assert team is not None
-    team.storage._owned.clear()
+    backend(study).storage._owned.clear()
     origin = genome.origin(attributes.frozen_trial(trial))
     attributes.write(study, trial, {genome.ORIGIN: {**origin, "worker": DEAD}})
     plan = origin["plan"]
@@ -61,8 +58,7 @@ def test_a_kept_result_is_stored_and_removed(study: optuna.Study) -> None:
 
 def test_a_pruned_trial_gets_its_last_report(study: optuna.Study) -> None:
     result = orphan(study, state="PRUNED")
-    team = attributes.team(study)
-    assert team is not None
+    team = backend(study)
     for step, value in ((1, 0.9), (2, 0.7)):
         team.storage.set_trial_intermediate_value(attributes.key(study.trials[0]), step, value)
     result.save()
@@ -86,8 +82,7 @@ def test_what_a_container_kept_that_was_started_anew_is_stored_once_its_trial_wa
     attributes.write(study, study.trials[0], {genome.ORIGIN: noted})
     assert moeopt.study.reclaim(study) == []
     assert study.trials[0].state == TrialState.RUNNING
-    team = attributes.team(study)
-    assert team is not None
+    team = backend(study)
     assert team.storage.take_over(team.study_id, attributes.key(study.trials[0]), "its worker was not heard of") == 1
     moeopt.study.reclaim(study)
     assert (study.trials[1].state, study.trials[1].value) == (TrialState.COMPLETE, 0.5)

@@ -22,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
-from sqlalchemy import text
 
 import moeopt
 from moeopt import samplers
@@ -34,28 +33,10 @@ from moeopt.study.storage.staleness import Watch
 from moeopt.study.warm_starts import enqueue_new
 from moeopt.trials import genome
 
-from .conftest import SPACE, loss, opened, processes, slots, until
+from .conftest import SPACE, backend, loss, opened, processes, slots, until
 
 TINY = moeopt.PruneSpace(moeopt.ModelShape(1, 6, k=2), keep=3)  # of 20 plans
 TWO_PHASES = moeopt.EEPSpace(moeopt.ModelShape(4, 6, k=2), keep=3, groups=2)
-
-
-def backend(study: optuna.Study) -> tuple[Any, int]:
-    team = attributes.team(study)
-    assert team is not None
-    return team
-
-
-def age(study: optuna.Study, seconds: int = 3600) -> None:
-    """Let the heartbeats of all trials be so old, as if of a machine whose clock is behind."""
-    storage, _ = backend(study)
-    ago = {
-        "sqlite": f"datetime(heartbeat, '{-seconds} seconds')",
-        "postgresql": f"heartbeat - interval '{seconds} seconds'",
-        "mysql": f"heartbeat - interval {seconds} second",
-    }[storage.engine.name]
-    with storage.engine.begin() as connection:
-        connection.execute(text(f"UPDATE trial_heartbeats SET heartbeat = {ago}"))
 
 
 def works(url: str, name: str, trials: int) -> None:
@@ -269,31 +250,6 @@ def test_heartbeats_of_a_trial_go_on_until_it_is_told(url: str, name: str) -> No
     assert other.trials[0].state == TrialState.RUNNING
     study.tell(trial, 1.0)
     assert other.trials[0].value == 1.0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("behind", [3600, -3600, 0])
-def test_staleness_is_told_by_the_observers_own_clock(
-    url: str, name: str, behind: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study, other = opened(url, name), opened(url, name, heartbeat_interval=60, grace_period=180)
-    trial = study.ask()
-    backend(study)[0]._owned.clear()  # as if this process were dead
-    now = [0.0]
-    monkeypatch.setattr(staleness, "clock", lambda: now[0])
-
-    def state_after(seconds: float) -> TrialState:
-        now[0] += seconds
-        optuna.storages.fail_stale_trials(other)
-        return other.trials[trial.number].state
-
-    assert state_after(1000) == TrialState.RUNNING  # whoever has just begun to look knows nothing
-    age(study, behind + 1)
-    assert [state_after(100), state_after(100)] == [TrialState.RUNNING] * 2
-    age(study, 1)  # another heartbeat
-    assert [state_after(100), state_after(80), state_after(80)] == [TrialState.RUNNING] * 3
-    assert state_after(30) == TrialState.FAIL
-    assert [t.state for t in other.trials] == [TrialState.FAIL, TrialState.WAITING]
 
 
 @given(st.lists(st.tuples(st.floats(0, 500), st.booleans()), max_size=30), st.integers(1, 300))

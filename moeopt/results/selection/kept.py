@@ -44,7 +44,7 @@ class Kept:
 
         Args:
             split: what it was evaluated on.
-            of: `moeopt.study.objective.scores_name` of the evaluator.
+            of: `moeopt.study.scores.scores_name` of the evaluator.
             plan: its fingerprint, or ``"full"``.
 
         Raises:

@@ -18,7 +18,8 @@ from moeopt.plan import Plan
 from moeopt.results.selection.checks import TOP, UNSEEN, check, check_arguments
 from moeopt.results.selection.kept import Kept, name_of
 from moeopt.results.selection.record import FULL, SEARCH_BEST, SELECTION, WINNER, Candidate, Selection, look_warning
-from moeopt.study.objective import Objective, penalty, remembered, scores_name
+from moeopt.study.objective import Objective
+from moeopt.study.scores import penalty, remembered, scores_name
 from moeopt.trials.description import described
 
 if TYPE_CHECKING:

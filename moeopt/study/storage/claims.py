@@ -69,8 +69,8 @@ def claimed(session: Session, study_id: int, claim: str) -> int | None:
     """The trial that a call created or started whose answer was lost."""
     mine = SystemAttr.value_json.contains(f'"{CLAIM}": "{claim}"', autoescape=True)
     trials = models.TrialModel
-    found = session.query(trials.trial_id).join(SystemAttr).filter(trials.study_id == study_id, mine)
-    trial_id: int | None = found.filter(SystemAttr.key == genome.ORIGIN).scalar()
+    claims = session.query(trials.trial_id).join(SystemAttr).filter(trials.study_id == study_id, mine)
+    trial_id: int | None = claims.filter(SystemAttr.key == genome.ORIGIN).scalar()
     return trial_id
 
 

@@ -79,8 +79,8 @@ def _holds(session: Session, trial_id: int, plan: str | None, written: Mapping[s
     ]
     origin = select(SystemAttr.value_json).where(SystemAttr.trial_id == trial_id, SystemAttr.key == genome.ORIGIN)
     *there, noted = session.execute(select(*counts, origin.scalar_subquery())).one()
-    known = plan is None or (noted is not None and json.loads(noted).get("plan") == plan)
-    return known and all(count >= len(written.get(kind, ())) for kind, count in zip(KINDS, there))
+    same_plan = plan is None or (noted is not None and json.loads(noted).get("plan") == plan)
+    return same_plan and all(count >= len(written.get(kind, ())) for kind, count in zip(KINDS, there))
 
 
 def _end(
@@ -155,8 +155,8 @@ def deliver(storage: Any, study_id: int, result: Result) -> int | None:
 
 def _delivered(storage: Any, session: Session, result: Result, first: Any, trial: Any) -> int | None:
     """Store a result in a running or waiting trial, which is locked; `first` is the one that it was kept of."""
-    known = attributes(session, SystemAttr, trial.trial_id)
-    plan = (known.get(genome.ORIGIN) or {}).get("plan")
+    attrs = attributes(session, SystemAttr, trial.trial_id)
+    plan = (attrs.get(genome.ORIGIN) or {}).get("plan")
     if (result.plan != plan) if result.plan is not None else not result.is_of(first._datetime_start_utc):
         return None
     if trial is not first:
@@ -181,8 +181,8 @@ def _delivered(storage: Any, session: Session, result: Result, first: Any, trial
 def _with_facts(storage: Any, first: Any, result: Result) -> Result:
     """The result for a trial that repeats the first: with what that one had stored, but for what is its own."""
     had = frozen(storage, first)
-    own = {genome.ORIGIN, genome.RETRIES, SUCCESSOR, "failed_trial"}
-    attrs = {key: value for key, value in {**had.system_attrs, **result.attrs}.items() if key not in own}
+    not_copied = {genome.ORIGIN, genome.RETRIES, SUCCESSOR, "failed_trial"}
+    attrs = {key: value for key, value in {**had.system_attrs, **result.attrs}.items() if key not in not_copied}
     user = {**had.user_attrs, **result.user_attrs}
     user.pop(genome.INTERRUPTED, None)
     if genome.FAILURE not in result.user_attrs:

@@ -48,10 +48,10 @@ def is_outage(error: BaseException | None) -> bool:
     """Whether a database error will pass: the server went away or is busy, rather than refuses what it is asked."""
     from sqlalchemy import exc
 
-    said = _said(error)
-    if isinstance(said, exc.DBAPIError):
-        return said.connection_invalidated or _passes(said.orig)
-    return said is not None
+    cause = _said(error)
+    if isinstance(cause, exc.DBAPIError):
+        return cause.connection_invalidated or _passes(cause.orig)
+    return cause is not None
 
 
 def is_locked(error: BaseException | None) -> bool:
@@ -105,16 +105,16 @@ def holders(url: str | None) -> str:
     parsed = None if url is None else make_url(url)
     if parsed is None or parsed.get_backend_name() != "sqlite" or not parsed.database:
         return ""
-    said = []
+    processes = []
     try:
         inode = f":{Path(parsed.database).stat().st_ino}"
-        held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]  # Linux
-        for pid in sorted({int(lock[4]) for lock in held if lock[5].endswith(inode)} - {os.getpid()}):
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]  # Linux
+        for pid in sorted({int(lock[4]) for lock in locks if lock[5].endswith(inode)} - {os.getpid()}):
             stopped = psutil.Process(pid).status() == psutil.STATUS_STOPPED
-            said.append(f"process {pid}, which is stopped" if stopped else f"process {pid}")
+            processes.append(f"process {pid}, which is stopped" if stopped else f"process {pid}")
     except (OSError, ValueError, IndexError, psutil.Error):
         pass
-    return f", by {' and '.join(said)}" if said else ""
+    return f", by {' and '.join(processes)}" if processes else ""
 
 
 class Outages:

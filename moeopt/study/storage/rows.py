@@ -165,8 +165,8 @@ def check_there(session: Session, study_id: int, identity: str) -> None:
     What must see what others committed has its lock before: a transaction of MySQL sees what was at its first read.
     """
     kind = StudyAttr
-    found = session.query(kind.value_json).filter_by(study_id=study_id, key=IDENTITY).scalar()
-    if found is None or json.loads(found) != identity:
+    stored = session.query(kind.value_json).filter_by(study_id=study_id, key=IDENTITY).scalar()
+    if stored is None or json.loads(stored) != identity:
         raise StudyIsGone
 
 
@@ -204,8 +204,8 @@ def identity(storage: Any, study_id: int) -> str:
 def study_names(storage: Any) -> list[str]:
     """Names of all studies, the oldest first; nothing else of them is read, as it may be damaged."""
     with Session(storage.engine) as session:
-        found = session.query(models.StudyModel.study_name).order_by(models.StudyModel.study_id)
-        return [name for (name,) in found]
+        names = session.query(models.StudyModel.study_name).order_by(models.StudyModel.study_id)
+        return [name for (name,) in names]
 
 
 def study_of(storage: Any, trial_id: int) -> int:

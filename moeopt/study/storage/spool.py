@@ -128,7 +128,7 @@ def results(study: str) -> Iterator[Result]:
         return
     for file in files:
         try:
-            found = _read(file, study)
+            result = _read(file, study)
         except FileNotFoundError:  # stored by another worker in the meantime
             continue
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -136,7 +136,7 @@ def results(study: str) -> Iterator[Result]:
                 _damaged.add(file)
                 logger.warning("%s is not a result of moeopt's and is left alone: %s", file, error)
             continue
-        yield found
+        yield result
 
 
 _damaged: set[Path] = set()
@@ -148,23 +148,23 @@ def _read(file: Path, study: str) -> Result:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.pop("v", None) != 1:
         raise ValueError("another version wrote it")
-    found = Result(**content)
-    values = found.values
+    result = Result(**content)
+    values = result.values
     numbers = values is None or (isinstance(values, list) and all(type(v) is float and v == v for v in values))
     good = (
-        found.study == study
-        and type(found.number) is int
-        and isinstance(found.worker, dict)
-        and type(found.worker.get("pid")) is int
-        and found.file == file
-        and (found.state is None or found.state in STATES)
-        and isinstance(found.plan, (str, type(None)))
-        and (found.started is None or datetime.fromisoformat(found.started).tzinfo is None)
-        and isinstance(found.attrs, dict)
-        and isinstance(found.user_attrs, dict)
+        result.study == study
+        and type(result.number) is int
+        and isinstance(result.worker, dict)
+        and type(result.worker.get("pid")) is int
+        and result.file == file
+        and (result.state is None or result.state in STATES)
+        and isinstance(result.plan, (str, type(None)))
+        and (result.started is None or datetime.fromisoformat(result.started).tzinfo is None)
+        and isinstance(result.attrs, dict)
+        and isinstance(result.user_attrs, dict)
         and numbers
-        and (found.state == "COMPLETE") == bool(values)
+        and (result.state == "COMPLETE") == bool(values)
     )
     if not good:
         raise ValueError("its fields are not of a result")
-    return found
+    return result
