@@ -54,6 +54,10 @@ def shown(study: optuna.Study) -> None:
     consoles()[0].print(study_view(record, plan))
 
 
+def short(text: str) -> None:
+    assert len(text) < 10_000
+
+
 READERS = {
     "show": shown,
     "list": study_summary,
@@ -62,6 +66,8 @@ READERS = {
     "selected": selected_trial,
     "on test": on_test,
     "best stock": lambda study: arguments.plan_of(study, "best-stock"),
+    "reference": moeopt.study.reference.read,
+    "note": lambda study: short(note(digest(study), None, "sqlite:///x.db")),
     "exported": lambda study: trial_record(study.get_trials(deepcopy=False)[0], study),
     "resumed": lambda study: moeopt.study.check_same(study, hostile.Distance(hostile.SPACES["eep"]()).describe()),
 }
@@ -110,28 +116,28 @@ def test_descriptions_of_any_form(space: str, capsys: pytest.CaptureFixture[str]
             raise AssertionError(what) from error
 
 
-@pytest.mark.slow
-def test_selections_of_any_form(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("key", "form", "readers"),
+    [
+        pytest.param(
+            SELECTION,
+            hostile.RECORD,
+            ("show", "selected", "on test", "searched"),
+            id="selection",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("full_model", hostile.FULL_MODEL, ("show", "list", "reference", "note"), id="full model"),
+    ],
+)
+def test_attributes_of_any_form(
+    key: str, form: Any, readers: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     study = hostile.honest()
-    for what, mutated in hostile.mutations(hostile.RECORD):
-        study.set_user_attr(SELECTION, mutated)
+    for what, mutated in (("as written", form), *hostile.mutations(form)):
+        study.set_user_attr(key, mutated)
         try:
-            for name in ("show", "selected", "on test", "searched"):
-                tried(READERS[name], study)
-            assert visible_only(capsys.readouterr().out)
-        except BaseException as error:
-            raise AssertionError(what) from error
-
-
-def test_full_models_of_any_form(capsys: pytest.CaptureFixture[str]) -> None:
-    study = hostile.honest()
-    for what, mutated in (("as written", hostile.FULL_MODEL), *hostile.mutations(hostile.FULL_MODEL)):
-        study.set_user_attr("full_model", mutated)
-        try:
-            found = {name: tried(READERS[name], study) for name in ("show", "list")}
-            assert what != "as written" or not isinstance(found["show"], MoeoptError)
-            tried(moeopt.study.reference.read, study)
-            assert len(note(digest(study), None, "sqlite:///x.db")) < 10_000
+            results = [tried(READERS[name], study) for name in readers]
+            assert what != "as written" or not isinstance(results[0], MoeoptError)
             assert visible_only(capsys.readouterr().out)
         except BaseException as error:
             raise AssertionError(what) from error

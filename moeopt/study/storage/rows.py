@@ -34,11 +34,8 @@ IDENTITY = "moeopt:identity"
 SUCCESSOR = "moeopt:successor"
 """System attribute of a trial that was taken over: the number of the one trial that repeats it."""
 models: Any = _models  # SQLAlchemy's columns have no types there
-StudyAttr, SystemAttr, UserAttr = (
-    models.StudySystemAttributeModel,
-    models.TrialSystemAttributeModel,
-    models.TrialUserAttributeModel,
-)
+StudyAttr = models.StudySystemAttributeModel
+SystemAttr, UserAttr = models.TrialSystemAttributeModel, models.TrialUserAttributeModel
 
 
 @contextmanager
@@ -164,8 +161,7 @@ def check_there(session: Session, study_id: int, identity: str) -> None:
 
     What must see what others committed has its lock before: a transaction of MySQL sees what was at its first read.
     """
-    kind = StudyAttr
-    stored = session.query(kind.value_json).filter_by(study_id=study_id, key=IDENTITY).scalar()
+    stored = session.query(StudyAttr.value_json).filter_by(study_id=study_id, key=IDENTITY).scalar()
     if stored is None or json.loads(stored) != identity:
         raise StudyIsGone
 
@@ -192,11 +188,10 @@ def tables(storage: Any) -> Any:
 
 def identity(storage: Any, study_id: int) -> str:
     """The study's random identity; a study without gets one."""
-    kind = StudyAttr
     with transaction(storage, study_id) as session:
-        row = session.query(kind).filter_by(study_id=study_id, key=IDENTITY).one_or_none()
+        row = session.query(StudyAttr).filter_by(study_id=study_id, key=IDENTITY).one_or_none()
         if row is None:
-            row = kind(study_id=study_id, key=IDENTITY, value_json=json.dumps(uuid.uuid4().hex))
+            row = StudyAttr(study_id=study_id, key=IDENTITY, value_json=json.dumps(uuid.uuid4().hex))
             session.add(row)
         return str(json.loads(row.value_json))
 
