@@ -12,11 +12,10 @@ from typing import Any
 import hostile
 import optuna
 import pytest
-from optuna.storages import InMemoryStorage
 
 import moeopt
 from moeopt.cli import arguments, main
-from moeopt.errors import MoeoptError, StudyError
+from moeopt.errors import MoeoptError
 from moeopt.exporting.trials import trial_record
 from moeopt.report.dashboard.digest import digest
 from moeopt.report.dashboard.note import note
@@ -361,19 +360,3 @@ def test_no_escape_reaches_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
     out = capsys.readouterr().out
     assert "\x1b[" in out
     assert visible_only(re.sub(r"\x1b\[[0-9;]*m", "", out))
-
-
-def test_a_newer_study_is_refused_naming_both_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = hostile.honest(f"sqlite:///{tmp_path}/study.db")
-    newer = {"version": "7.8.9", "format": 2, "everything": "else"}
-    study.set_user_attr(DESCRIPTION, newer)
-    code, text = run(capsys, "show", "s", "--storage", f"sqlite:///{tmp_path}/study.db")
-    assert code == 2
-    assert "7.8.9" in text
-    assert moeopt.__version__ in text
-    with pytest.raises(StudyError, match=r"7\.8\.9.*format 2"):
-        space_of(study)
-    selection = hostile.honest(InMemoryStorage())
-    selection.set_user_attr(SELECTION, {"moeopt": "7.8.9", "format": 2})
-    with pytest.raises(StudyError, match=r"7\.8\.9.*format 2"):
-        selected_trial(selection)

@@ -78,6 +78,12 @@ def test_what_is_newer_is_refused_naming_both_versions(tmp_path: Path) -> None:
     for call in (space_of, lambda study: check_same(study, {}), study_record):
         with pytest.raises(StudyError, match=named):
             call(study)
+    with pytest.raises(StudyError, match=named):
+        moeopt.load_study("old", study._storage)
+    selected = restored("eep")
+    selected.set_user_attr("selection", {"moeopt": "7.8.9", "format": 2})
+    with pytest.raises(StudyError, match=r"7\.8\.9.*format 2"):
+        selected_trial(selected)
     from safetensors.numpy import save_file
 
     facts = {"format": "moeopt-plan", "version": "4", "moeopt": "7.8.9", "layers": "[]"}

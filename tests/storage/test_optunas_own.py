@@ -88,6 +88,12 @@ def test_a_trial_whose_worker_is_silent_is_tried_again(other_optuna: str, tmp_pa
     assert slots(study) == [0, 1, 2]
 
 
+def test_a_cache_that_hides_the_storage_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert internals.missing.__wrapped__() is None
+    monkeypatch.setattr(optuna.storages, "_CachedStorage", type("Other", (), {}))
+    assert "_CachedStorage._backend" in str(internals.missing.__wrapped__())
+
+
 def test_nothing_imports_the_models_where_they_moved(tmp_path: Path) -> None:
     code = f"""
 import sys, warnings, optuna

@@ -42,8 +42,12 @@ DIALECTS = {"sqlite": "sqlite", "postgresql": "postgresql", "mysql": "mysql", "m
 @cache
 def missing() -> str | None:
     """The first private part that this Optuna lacks, or has otherwise; None where it has all."""
+    from optuna import storages
     from optuna.storages import RDBStorage
 
+    cache = getattr(getattr(storages, "_CachedStorage", None), "__init__", None)
+    if "_backend" not in getattr(getattr(cache, "__code__", None), "co_names", ()):  # set there, and read by `team`
+        return "this Optuna has no _CachedStorage._backend"
     try:
         models: Any = import_module(MODELS)
     except ImportError:
