@@ -66,30 +66,7 @@ class Steps(GenomeSampler):
         return {"name": "steps", "seed": self.seed}
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "eep": {"sampler": "eep", "initial": 2, "prune_until": 4},
-    "cmaes from a plan": {"sampler": "cmaes", "start": moeopt.Plan.one_hot([[1, 3, 5]] * 3, experts=6, k=2)},
-    "tpe": {"sampler": "tpe", "n_startup_trials": 2},
-    "nevergrad": {"sampler": "nevergrad:DE"},
-    "raced": {"sampler": "random", "pruner": "racing"},
-    "a pruner of Optuna": {"sampler": "random", "pruner": optuna.pruners.MedianPruner(n_startup_trials=2)},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIONS)
-def test_a_loaded_study_goes_on_as_if_it_had_not_been_left(name: str, make: Make, url: str) -> None:
-    objective = make(rungs=2 if "pruner" in OPTIONS[name] else 1)
-    for study_name, parts in (("whole", [6]), ("part", [3, 6])):
-        moeopt.create_study(study_name, objective=objective, storage=url, seed=3, **OPTIONS[name])
-        for trials in parts:
-            study = moeopt.load_study(study_name, url)
-            assert isinstance(study.sampler, GenomeSampler)
-            moeopt.optimize(study, objective, n_trials=trials)
-    whole, part = (moeopt.load_study(study_name, url) for study_name in ("whole", "part"))
-    assert by_slot(part) == by_slot(whole)
-    assert len(by_slot(whole)) == 6
-    assert foreign_trials(part) == []
+EEP: dict[str, Any] = {"sampler": "eep", "initial": 2, "prune_until": 4}
 
 
 def opened(name: str, url: str, **options: Any) -> optuna.Study:
@@ -130,7 +107,7 @@ def uninterrupted(make: Make) -> Callable[[str | None], dict[int, Any]]:
     @cache
     def found(pruner: str | None) -> dict[int, Any]:
         objective = make(rungs=1 if pruner is None else 2)
-        study = moeopt.create_study("whole", objective=objective, storage=None, seed=3, pruner=pruner, **OPTIONS["eep"])
+        study = moeopt.create_study("whole", objective=objective, storage=None, seed=3, pruner=pruner, **EEP)
         moeopt.optimize(study, objective, n_trials=6)
         return by_slot(study)
 
@@ -147,7 +124,7 @@ def test_another_optimiser_is_refused_and_leaves_no_trace_in_the_search(
     open_it, named = WAYS[way]
     objective = make(rungs=2 if way == "another pruner" else 1)
     pruner = "racing" if way == "another pruner" else None
-    options: dict[str, Any] = {"objective": objective, "seed": 3, "pruner": pruner, **OPTIONS["eep"]}
+    options: dict[str, Any] = {"objective": objective, "seed": 3, "pruner": pruner, **EEP}
     whole = uninterrupted(pruner)
     moeopt.optimize(moeopt.create_study("s", storage=url, **options), objective, n_trials=2)
     with pytest.raises(StudyError, match=named) as refusal:
@@ -183,7 +160,7 @@ def test_another_objective_is_refused(make: Make, url: str) -> None:
 
 
 def test_the_same_optimiser_goes_on_under_plain_optuna(objective: Objective, url: str) -> None:
-    made: dict[str, Any] = {"seed": 3, **OPTIONS["eep"]}
+    made: dict[str, Any] = {"seed": 3, **EEP}
     moeopt.optimize(moeopt.create_study("whole", objective=objective, storage=url, **made), objective, n_trials=6)
     moeopt.optimize(moeopt.create_study("s", objective=objective, storage=url, **made), objective, n_trials=2)
     opened("s", url, sampler=get(space=objective.space, **made)).optimize(objective, n_trials=2)

@@ -599,30 +599,6 @@ def test_scores_of_an_older_version_are_taken_where_their_k_says_what_ran(make: 
     assert skipped.value == study.trials[1].value
 
 
-@pytest.mark.slow
-def test_a_search_of_the_demo_model_ends_with_fewer_active_experts() -> None:
-    """One expert a token in almost every layer is worth it, and one layer is better off with two."""
-    model, tokenizer = moeopt.load(moeopt.demo.MODEL)
-    space = moeopt.ActiveSpace.of(model, k=(1, 2))
-    task, weight = moeopt.demo.skill_task("caesar"), 0.05
-    objective = moeopt.Objective(model, tokenizer, task, space, limit=32, active_weight=weight)
-    study = moeopt.create_study("s", objective=objective, storage=None, sampler="local", seed=0)
-    moeopt.optimize(study, objective, n_trials=20)
-    start, best = study.trials[0], study.best_trial
-    assert space.plan(start) == Plan.identity(6, 8, 2)
-    assert best.value < start.value - 0.02
-    assert best.user_attrs["active"] < 1.5
-    for trial in (start, best):
-        plan = space.plan(trial)
-        assert trial.user_attrs["active"] == round(sum(layer.k for layer in plan.layers) / 6, 4)
-        assert trial.value == pytest.approx(
-            objective.evaluator.evaluate(plan).loss + weight * trial.user_attrs["active"]
-        )
-    least = objective.evaluator.evaluate(Plan.identity(6, 8, 1))
-    assert best.value <= least.loss + weight * least.active
-    assert best.user_attrs["accuracy"] == pytest.approx(1.0, abs=0.05)
-
-
 # Too little data ----------------------------------------------------------------------------------------------------
 
 

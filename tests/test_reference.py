@@ -543,25 +543,6 @@ def test_search_without_it(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "Full model: loss" in capsys.readouterr().out
 
 
-def test_a_delimiter_that_the_model_does_not_know_is_hinted_at(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The demo's model writes all answers right where nothing stands before them, and none behind a space."""
-    rows = moeopt.demo.skills.rows("caesar", "search", 60)
-    lines = [json.dumps({"prompt": row["prompt"], "answer": row["options"][row["answer"]]}) for row in rows]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    for delimiter, share in (("_", "0.0%"), ("", "100.0%")):
-        task = ["--task", "generation", "--data", str(tmp_path / "rows.jsonl"), "--limit", "16"]
-        options = ["--task-option", f"delimiter={delimiter}", "--sampler", "random", "--trials", "1", "--keep", "6"]
-        where = ["--storage", f"sqlite:///{tmp_path}/study.db", "--study", f"s{delimiter}"]
-        assert main(["search", str(moeopt.demo.MODEL), *task, *options, *where]) == 0
-        out, err = capsys.readouterr()
-        assert f"accuracy {share} of 16 examples" in err
-        assert ("none of 16 examples right" in err) == (share == "0.0%")
-        assert re.search(rf'first prompt.*=" \+ "{delimiter}\w+"', err)
-        assert f"accuracy {share} of 16 examples" in out
-
-
 # Of others ----------------------------------------------------------------------------------------------------------
 
 

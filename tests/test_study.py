@@ -177,22 +177,6 @@ def test_warm_starts_are_the_first_trials(objective: moeopt.Objective) -> None:
         moeopt.enqueue(study, objective.space, moeopt.Plan.one_hot([[0, 1, 2], *kept[1:]], experts=6, k=2))
 
 
-def test_a_loss_that_is_not_finite_fails_the_trial_and_the_search_goes_on(model: Any, tiny_tokenizer: Any) -> None:
-    with torch.no_grad():
-        model.model.layers[2].mlp.experts.down_proj[4] = float("nan")
-    space = moeopt.PruneSpace.of(model, keep=3, groups=[(0, 1), (2, 2), (3, 3)], encoding="rows")
-    objective = moeopt.Objective(model, tiny_tokenizer, text_task(), space)
-    study = moeopt.create_study("s", objective=objective, storage=None, sampler="random")
-    study.optimize(objective, n_trials=20)
-    failed = [t for t in study.trials if t.state == TrialState.FAIL]
-    complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
-    assert failed
-    assert complete
-    assert all("layer 2" in t.user_attrs["failure"] for t in failed)
-    assert all(4 in space.plan(t).layers[2].kept for t in failed)  # type: ignore[operator]
-    assert finished(study) == 20
-
-
 def test_an_interrupted_trial_is_queued_again_once(objective: moeopt.Objective, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     study = moeopt.create_study("s", objective=objective, storage=url, **SMALL)
@@ -215,18 +199,6 @@ def test_threads_record_the_losses_of_their_own_plans(objective: moeopt.Objectiv
     study.optimize(objective, n_trials=12, n_jobs=3)
     for trial in study.trials:
         assert trial.value == objective.evaluator.evaluate(objective.space.plan(trial)).loss
-
-
-def test_warm_starts_survive_a_kill_at_any_point(objective: moeopt.Objective, tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/study.db"
-    plans = [moeopt.Plan.one_hot([kept] * 4, experts=6, k=2) for kept in ([0, 1, 2], [3, 4, 5], [1, 3, 5])]
-    for present in (1, 2, 3, 3):
-        study = moeopt.create_study(
-            "s", objective=objective, storage=url, warm_starts=plans[:present], load_if_exists=True
-        )
-        assert len(study.trials) == present
-    study.optimize(objective, n_trials=3)
-    assert [objective.space.plan(t) for t in study.trials] == plans
 
 
 def test_methods_are_warm_starts(objective: moeopt.Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moeopt.errors import MoeoptError, SamplerError, StudyError, TaskError
 from moeopt.study.storage import attributes
 from moeopt.trials import genome
+from moeopt.trials.description import FLAG, TEXT, Maybe, Of, check
 
 if TYPE_CHECKING:
     import optuna
@@ -36,30 +37,28 @@ LARGEST = 8 << 20
 UNPACKED = 64 << 20
 """Bytes of its JSON."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_OPTIONAL = (int, type(None))
-SETTINGS: dict[str, tuple[type | tuple[type, ...], float]] = {
-    "split": (str, 0),
-    "limit": (_OPTIONAL, 1 << 30),
-    "max_length": (_OPTIONAL, 1 << 24),
-    "batch_tokens": (int, 1 << 24),
-    "rungs": (int, 1 << 12),
-    "report": (str, 0),
-    "active_weight": ((int, float), 1e9),
-    "prefix_memory": (_OPTIONAL, 1 << 44),
-    "score": (str, 0),
-    "top_p": ((int, float), 1),
-    "memory": (int, 1 << 44),
-    "reference": (bool, 1),
-    "guide": ((int, float), 1),
-}
-"""Settings of an objective that a recipe holds: their types, and the largest numbers that are believed."""
-COMPRESSION = ("top_p", "memory")
-_OBJECT = (dict, type(None))
-FIELDS: dict[str, Any] = {
-    "model": (str, type(None)), "dtype": str, "objective": dict, "scored": str, "missing": dict, "task": _OBJECT,
-    "sampler": _OBJECT, "pruner": _OBJECT,
+
+
+def _at_most(largest: float, *kinds: type) -> Of:
+    """A number of these types that is believed; a flag is none."""
+    return Of(f"a number from 0 to {largest:g}", lambda value: type(value) in kinds and 0 <= value <= largest)
+
+
+SETTINGS: dict[str, Any] = {
+    "split": TEXT, "limit": Maybe(_at_most(1 << 30, int)), "max_length": Maybe(_at_most(1 << 24, int)),
+    "batch_tokens": Maybe(_at_most(1 << 24, int)), "rungs": Maybe(_at_most(1 << 12, int)), "report": Maybe(TEXT),
+    "active_weight": Maybe(_at_most(1e9, int, float)), "prefix_memory": Maybe(_at_most(1 << 44, int)),
+    "score": Maybe(TEXT), "top_p": Maybe(_at_most(1, int, float)), "memory": Maybe(_at_most(1 << 44, int)),
+    "reference": Maybe(FLAG), "guide": Maybe(_at_most(1, int, float)),
 }  # fmt: skip
-"""The types of a recipe's fields."""
+"""Settings of an objective that a recipe holds."""
+FORM = {
+    "model": Maybe(Of("a hub id", lambda value: isinstance(value, str) and bool(_HUB_ID.fullmatch(value)))),
+    "dtype": TEXT, "objective": SETTINGS, "scored": TEXT, "missing": {TEXT: TEXT}, "task": Maybe({}),
+    "sampler": Maybe({}), "pruner": Maybe({}),
+}  # fmt: skip
+MAY_BE_NONE = ("limit", "max_length", "prefix_memory")
+COMPRESSION = ("top_p", "memory")
 
 
 @dataclass(frozen=True)
@@ -276,21 +275,11 @@ def _too_large(recipe: Recipe) -> bool:
 
 
 def _checked(body: Any) -> Recipe:
-    recipe = Recipe(**body)
-    for name, kind in FIELDS.items():
-        if not isinstance(getattr(recipe, name), kind):
-            raise ValueError(f"{name!r} of the wrong form")
-    if recipe.model is not None and not _HUB_ID.fullmatch(recipe.model):
-        raise ValueError("'model' is no hub id")
-    if not all(isinstance(why, str) for why in recipe.missing.values()):
-        raise ValueError("'missing' of the wrong form")
-    for name, value in recipe.objective.items():
-        kind, most = SETTINGS[name]
-        if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-            raise ValueError(f"{name!r} of the wrong form")
-        if isinstance(value, (int, float)) and not 0 <= value <= most:
-            raise ValueError(f"{name!r} is {value!r:.40}")
-    return recipe
+    check(body, FORM, "it")
+    for name, value in body["objective"].items():
+        if name not in SETTINGS or (value is None and name not in MAY_BE_NONE):
+            raise ValueError(f"objective.{name:.40} is {value!r:.40}")
+    return Recipe(**body)
 
 
 def _no_constant(name: str) -> Any:

@@ -26,7 +26,6 @@ from optuna.trial import TrialState
 import moeopt
 from moeopt import samplers
 from moeopt.errors import StorageError
-from moeopt.samplers import EEPSampler
 from moeopt.study.storage import attributes, open_storage, staleness
 from moeopt.study.storage.spool import Result
 from moeopt.study.storage.staleness import Watch
@@ -36,7 +35,6 @@ from moeopt.trials import genome
 from .conftest import SPACE, backend, loss, opened, processes, slots, until
 
 TINY = moeopt.PruneSpace(moeopt.ModelShape(1, 6, k=2), keep=3)  # of 20 plans
-TWO_PHASES = moeopt.EEPSpace(moeopt.ModelShape(4, 6, k=2), keep=3, groups=2)
 
 
 def works(url: str, name: str, trials: int) -> None:
@@ -309,17 +307,7 @@ def test_a_plan_is_taken_that_another_worker_wrote_while_this_one_waited(url: st
 
 @pytest.mark.slow
 def test_a_plan_that_another_worker_took_meanwhile_is_drawn_again(url: str, name: str) -> None:
-    drawn_again(url, name, "random")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["local", "cmaes", "blockcmaes", "tpe", "nevergrad:DE", "eep"])
-def test_every_sampler_draws_a_plan_again_that_was_taken(tmp_path: Path, name: str, sampler: str) -> None:
-    drawn_again(f"sqlite:///{tmp_path}/study.db", name, sampler)
-
-
-def drawn_again(url: str, name: str, sampler: str) -> None:
-    mine, other = opened(url, name, sampler), opened(url, name)
+    mine, other = opened(url, name, "local"), opened(url, name)
     mine.optimize(loss, n_trials=2)
     own, taken = mine.sampler._new_plan, []  # type: ignore[attr-defined]
 
@@ -337,35 +325,6 @@ def drawn_again(url: str, name: str, sampler: str) -> None:
     assert trial.number < taken[0].number
     plans = {genome.origin(attributes.frozen_trial(each))["plan"] for each in (trial, taken[0])}
     assert len(plans) == 2
-
-
-def searches(url: str, name: str, trials: int) -> None:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = EEPSampler(TWO_PHASES, seed=0, initial=4, prune_until=10)
-
-    def objective(trial: optuna.Trial) -> float:
-        time.sleep(0.01)
-        return float(((TWO_PHASES.vector(trial) - 0.25) ** 2).sum())
-
-    moeopt.optimize(opened(url, name, sampler), objective, n_trials=trials)
-
-
-@pytest.mark.slow
-def test_eep_goes_from_pruning_to_merging_once_by_population(url: str, name: str) -> None:
-    opened(url, name)
-    for process in processes(3, searches, url, name, 18):
-        process.join()
-        assert process.exitcode == 0
-    trials = opened(url, name).trials
-    assert slots(opened(url, name)) == list(range(18))
-    switch = sorted(t.datetime_complete for t in trials)[9]  # the population holds 10
-    rounding = timedelta(seconds=1 if url.startswith("mysql") else 0)
-    phases = {t.number: genome.origin(t)["phase"] for t in trials}
-    assert all(phases[t.number] == "merge" for t in trials if t.datetime_start > switch + rounding)
-    assert all(phases[t.number] == "prune" for t in trials if t.datetime_complete < switch - rounding)
-    merges = [number for number, phase in phases.items() if phase == "merge"]
-    prunes = [number for number, phase in phases.items() if phase == "prune"]
-    assert max(prunes) - min(merges) < 3  # but for those that were proposed at that moment
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from moeopt.trials.description import COUNT, TEXT, Maybe, Of, check
+
 logger = logging.getLogger("moeopt.study.storage")
 
 VARIABLE = "MOEOPT_SPOOL"
@@ -27,6 +29,12 @@ TRIES = 5
 """How often a file is written anew whose folder another process removed in the meantime."""
 LARGEST = 1 << 28
 """Bytes of one file; anything larger is not one of ours."""
+FORM = {
+    "study": TEXT, "number": COUNT, "worker": {"pid": COUNT}, "plan": Maybe(TEXT),
+    "state": Maybe(Of("a state", STATES.__contains__)),
+    "values": Maybe([Of("a float", lambda value: type(value) is float and value == value)]), "started": Maybe(TEXT),
+    "attrs": {}, "user_attrs": {},
+}  # fmt: skip
 
 
 @dataclass
@@ -148,23 +156,10 @@ def _read(file: Path, study: str) -> Result:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.pop("v", None) != 1:
         raise ValueError("another version wrote it")
+    check(content, FORM, "it")
     result = Result(**content)
-    values = result.values
-    numbers = values is None or (isinstance(values, list) and all(type(v) is float and v == v for v in values))
-    good = (
-        result.study == study
-        and type(result.number) is int
-        and isinstance(result.worker, dict)
-        and type(result.worker.get("pid")) is int
-        and result.file == file
-        and (result.state is None or result.state in STATES)
-        and isinstance(result.plan, (str, type(None)))
-        and (result.started is None or datetime.fromisoformat(result.started).tzinfo is None)
-        and isinstance(result.attrs, dict)
-        and isinstance(result.user_attrs, dict)
-        and numbers
-        and (result.state == "COMPLETE") == bool(values)
-    )
-    if not good:
+    since = result.since
+    same = result.study == study and result.file == file and (since is None or since.tzinfo is None)
+    if not same or (result.state == "COMPLETE") != bool(result.values):
         raise ValueError("its fields are not of a result")
     return result
