@@ -5,7 +5,9 @@ TORCH := torch==2.13.0
 # pip takes the CPU build of torch where the index offers one; set TORCH_INDEX to choose a CUDA build.
 TORCH_INDEX ?=
 
-.PHONY: demo test test-slow test-all lint types readme studies clean
+LOWEST := .venv-lowest
+
+.PHONY: demo test test-slow test-all lowest lint types readme studies clean
 
 demo: $(VENV)/installed
 	$(BIN)/moeopt demo --out demo-out
@@ -17,6 +19,12 @@ test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-all: test test-slow
+
+# The lowest versions that pyproject.toml states, in an environment of their own.
+lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/python -m pytest -q -m "not slow" tests/test_genome.py tests/test_racing.py tests/test_study.py \
+		tests/test_recipe.py tests/storage/test_spool.py tests/storage/test_optunas_own.py tests/samplers/test_registry.py \
+		tests/exporting/test_stock.py tests/test_plan.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check moeopt studies benchmarks tests
@@ -37,5 +45,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(LOWEST)/installed: pyproject.toml tests/lowest.py
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/lowest.txt --editable . pytest hypothesis
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info demo-out

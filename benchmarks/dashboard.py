@@ -41,7 +41,7 @@ from moeopt.report.dashboard import Refresher, server
 from moeopt.report.dashboard.refreshing import EVERY
 from moeopt.spaces import EEPSpace
 from moeopt.study import DESCRIPTION
-from moeopt.study.storage import open_storage
+from moeopt.study.storage import attributes, open_storage
 from moeopt.trials import genome
 
 CACHED = 11.0
@@ -64,7 +64,7 @@ def main() -> int:
         refreshes["one more trial"] = cpu(refresher.refresh)
         ours = opening(optuna.storages.get_storage(open_storage(url)), args.browser)
         study = optuna.load_study(study_name="large", storage=url)
-        attrs = {k: v for k, v in genome.study_attributes(study).items() if k.startswith("dashboard:")}
+        attrs = {k: v for k, v in attributes.study_attributes(study).items() if k.startswith("dashboard:")}
     size = len(json.dumps(attrs))
     table = Table("", "optuna-dashboard", "moeopt dashboard", "ratio", title="seconds")
     for name, mine in ours.items():

@@ -42,7 +42,7 @@ def main() -> None:
         prune_until=args.prune_until,
     )
     started = time.perf_counter()
-    moeopt.optimize(study, objective, trials=args.trials)
+    moeopt.optimize(study, objective, n_trials=args.trials)
     seconds = time.perf_counter() - started
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

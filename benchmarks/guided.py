@@ -215,7 +215,7 @@ class Bench:
         budget = args.evaluations * self.full["search"].layer_tokens
         curve: list[tuple[int, float]] = [(0, math.inf)]
         while len(study.trials) < args.eep_trials if eep else curve[-1][0] < budget:
-            moeopt.optimize(study, objective, trials=1 + sum(t.state.is_finished() for t in study.trials))
+            moeopt.optimize(study, objective, n_trials=1 + sum(t.state.is_finished() for t in study.trials))
             done = [t for t in study.trials if t.state.is_finished()]
             spent = sum(t.user_attrs.get(key, 0) for t in done for key in ("layer_tokens", CALIBRATION))
             curve.append((spent, study.best_value))

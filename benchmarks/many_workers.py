@@ -57,7 +57,7 @@ from sqlalchemy.exc import SQLAlchemyError
 import moeopt
 from moeopt import samplers
 from moeopt.study import finished
-from moeopt.study.storage import open_storage
+from moeopt.study.storage import attributes, open_storage
 from moeopt.study.storage.spool import VARIABLE
 from moeopt.trials import genome
 
@@ -232,7 +232,7 @@ def work(args: argparse.Namespace) -> None:
     def objective(trial: optuna.Trial) -> float:
         time.sleep(args.seconds)
         value = loss(SPACE.vector(trial))
-        genome.write(study, trial, {}, {"note": value})
+        attributes.write(study, trial, {}, {"note": value})
         return value
 
     def told(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
@@ -242,7 +242,7 @@ def work(args: argparse.Namespace) -> None:
 
     if args.role == "forked":
         os.fork()
-    moeopt.optimize(study, objective, trials=args.trials, callbacks=[told])
+    moeopt.optimize(study, objective, n_trials=args.trials, callbacks=[told])
 
 
 @contextmanager

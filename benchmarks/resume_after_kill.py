@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
             objective.evaluator.race = kill  # type: ignore[method-assign, assignment]
         return objective(trial)
 
-    moeopt.optimize(study, killed_inside, trials=args.trials)
+    moeopt.optimize(study, killed_inside, n_trials=args.trials)
 
 
 def finished(database: str) -> dict[int, tuple[str, float | None]]:

@@ -84,6 +84,7 @@ from moeopt.report import terminal as console
 from moeopt.samplers import SAMPLERS
 from moeopt.spaces import EEPSpace, PruneSpace, Space
 from moeopt.study import DESCRIPTION
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 from moeopt.trials.genome import Vector
 
@@ -124,12 +125,12 @@ class Synthetic:
 
     def __call__(self, trial: optuna.Trial) -> float:
         self.begun.append(time.perf_counter())
-        x, origin = self.space.vector(trial), genome.origin(trial)
+        x, origin = self.space.vector(trial), genome.origin(attributes.frozen_trial(trial))
         fingerprint = self.space.decode(x).fingerprint
         same: int = sum(
             genome.origin(other).get("plan") == fingerprint for other in trial.study.get_trials(deepcopy=False)
         )
-        genome.write(trial.study, trial, *self.stored(trial.number, x, origin))
+        attributes.write(trial.study, trial, *self.stored(trial.number, x, origin))
         self.ended.append(time.perf_counter())
         return self.loss(x) + 0.01 * (same > 1)
 
@@ -240,7 +241,7 @@ def fill(url: str, name: str, trials: list[FrozenTrial]) -> None:
                     for k, d in trial.distributions.items()
                 ],
             }
-            for kind, attrs in (("user", trial.user_attrs), ("system", genome.attributes(trial))):
+            for kind, attrs in (("user", trial.user_attrs), ("system", trial.system_attrs)):
                 rows[f"trial_{kind}_attributes"] = [{"key": k, "value_json": json.dumps(v)} for k, v in attrs.items()]
             for table, values in rows.items():
                 if values:
@@ -284,7 +285,7 @@ def measured(url: str, name: str, sampler: str, space: Space, args: argparse.Nam
     study = opened(name, url, sampler, space)
     with Statements() as counted:
         told[0] = resumed = time.perf_counter()
-        moeopt.optimize(study, objective, trials=moeopt.study.finished(study) + args.timed + 1, callbacks=[note])
+        moeopt.optimize(study, objective, n_trials=moeopt.study.finished(study) + args.timed + 1, callbacks=[note])
     asks = np.subtract(objective.begun, told[:-1])
     times = asks, np.subtract(objective.ended, objective.begun), np.subtract(told[1:], objective.ended), np.diff(worked)
     parts = [1000 * float(np.median(part[1:])) for part in times]

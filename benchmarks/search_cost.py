@@ -139,7 +139,7 @@ def main() -> None:
             run = Run(study, method, full_trial)
             objectives[method.rungs].evaluator.clear()
             if method.full:
-                moeopt.optimize(study, objectives[method.rungs], trials=args.trials)
+                moeopt.optimize(study, objectives[method.rungs], n_trials=args.trials)
             else:
                 run.spend(objectives[method.rungs], args.share * args.trials * full_trial, args.most)
             runs[name, seed] = run
@@ -212,7 +212,7 @@ class Run:
                 study.stop()
 
         if self.spent() < budget:
-            moeopt.optimize(self.study, objective, trials=most, callbacks=[stop])
+            moeopt.optimize(self.study, objective, n_trials=most, callbacks=[stop])
 
     def spent(self) -> int:
         costs = [cost for _, cost, _ in self.costs()]

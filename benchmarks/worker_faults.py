@@ -46,7 +46,8 @@ from sqlalchemy import create_engine, func, literal, text
 from sqlalchemy.engine import make_url
 
 import moeopt
-from moeopt.study.storage import ResilientStorage, rows
+from moeopt.study.storage import rows
+from moeopt.study.storage.resilient import ResilientStorage
 from moeopt.study.storage.spool import VARIABLE
 from moeopt.trials import genome
 

@@ -43,7 +43,7 @@ def main() -> None:
         initial=min(30, args.trials // 3),
         prune_until=min(100, args.trials * 2 // 3),
     )
-    moeopt.optimize(study, objective, trials=args.trials)
+    moeopt.optimize(study, objective, n_trials=args.trials)
 
     limits = {"dev_limit": args.dev_limit, "test_limit": args.test_limit}
     Console(width=130).print(report.view(moeopt.select(study, objective, stock_only=bool(args.export), **limits)))

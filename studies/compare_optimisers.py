@@ -69,7 +69,7 @@ def main() -> None:
                 load_if_exists=True,
                 **({"budget": args.trials} if name.startswith("nevergrad:") else {}),
             )
-            moeopt.optimize(study, objective, trials=args.trials)
+            moeopt.optimize(study, objective, n_trials=args.trials)
             moeopt.select(study, objective, top=args.top, dev_limit=args.test_limit, test_limit=args.test_limit)
             console.print(f"{study.study_name}: {study.best_value:.4f}", markup=False, soft_wrap=True)
             studies.append(study)

@@ -104,7 +104,7 @@ def main() -> None:
         load_if_exists=True,
         **({"initial": len(starts), "prune_until": max(len(starts) + 1, args.trials // 4)} if starts else {}),
     )
-    moeopt.optimize(study, objective, trials=args.trials)
+    moeopt.optimize(study, objective, n_trials=args.trials)
     objective.evaluator.clear()
     comparison = compare(
         model,

@@ -74,7 +74,7 @@ def main() -> None:
         sampler="tpe",
         load_if_exists=True,
     )
-    moeopt.optimize(study, objective, trials=args.trials, callbacks=[tracker])
+    moeopt.optimize(study, objective, n_trials=args.trials, callbacks=[tracker])
     print(f"{len(study.trials)} trials, best {study.best_value:.4f}, tracked by {args.to} in {args.out}")
 
 

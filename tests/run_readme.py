@@ -26,10 +26,8 @@ def main(path: Path) -> int:
             done = subprocess.run(
                 [sys.executable, "-c", block], cwd=folder, env=environment, capture_output=True, text=True, check=False
             )
-            print(
-                f"{path.name}, block {i} of {len(blocks)}: exit {done.returncode}, {time.perf_counter() - started:.0f} s",
-                flush=True,
-            )
+            seconds = time.perf_counter() - started
+            print(f"{path.name}, block {i} of {len(blocks)}: exit {done.returncode}, {seconds:.0f} s", flush=True)
             if done.returncode:
                 print(block, done.stdout, done.stderr, sep="\n")
                 return 1

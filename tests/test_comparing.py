@@ -74,7 +74,7 @@ def study(demo: Demo) -> optuna.Study:
     found = moeopt.create_study(
         "s", objective=objective, storage=None, sampler="eep", warm_starts=[Plan(tuple(merged))], initial=8
     )
-    moeopt.optimize(found, objective, trials=4)
+    moeopt.optimize(found, objective, n_trials=4)
     return found
 
 
@@ -385,7 +385,7 @@ def test_a_study_says_which_method_it_started_from(demo: Demo) -> None:
     study = moeopt.create_study("warm", objective=objective, storage=None, sampler="random")
     plan = Plan.one_hot([range(KEEP)] * 6, experts=8, k=2)
     moeopt.enqueue(study, space, plan, method="naee")
-    moeopt.optimize(study, objective, trials=1)
+    moeopt.optimize(study, objective, n_trials=1)
     found = demo.compare(methods=["reap"], study=study, draws=0)
     assert row(found, "search (from naee)").plan == plan
     assert [line.kind for line in found.rows].count("search") == 1

@@ -31,7 +31,7 @@ from moeopt.report.dashboard.note import MARK, code, note
 from moeopt.samplers import get as get_sampler
 from moeopt.spaces import ActiveSpace, EEPSpace, PruneSpace, Space
 from moeopt.study import DESCRIPTION
-from moeopt.study.storage import open_storage
+from moeopt.study.storage import attributes, open_storage
 from moeopt.trials import genome
 
 SHAPE = ModelShape(layers=4, experts=6, k=2)
@@ -62,8 +62,9 @@ def searched(
 
     def loss(trial: optuna.Trial) -> float:
         plan = space.plan(trial)
-        genome.write(study, trial, {}, {"operator": genome.origin(trial).get("operator", ""), "layer_tokens": 100})
-        trial.set_user_attr("parents", genome.origin(trial).get("parents", []))
+        origin = genome.origin(attributes.frozen_trial(trial))
+        attributes.write(study, trial, {}, {"operator": origin.get("operator", ""), "layer_tokens": 100})
+        trial.set_user_attr("parents", origin.get("parents", []))
         trial.set_user_attr("accuracy", 0.5)
         trial.report(1.0, 8)
         if trial.number % 7 == 6:
@@ -78,7 +79,7 @@ def searched(
 
 def shown(study: optuna.Study) -> dict[str, Any]:
     """The figures that a dashboard would draw, parsed."""
-    found = get_plotly_graph_objects(dict(genome.study_attributes(study)))
+    found = get_plotly_graph_objects(dict(attributes.study_attributes(study)))
     return {name: json.loads(text) for name, text in found.items()}
 
 
@@ -153,9 +154,9 @@ def test_what_a_user_writes_above_the_mark_stays() -> None:
 def test_nothing_is_written_where_nothing_changed() -> None:
     study = searched(trials=4)
     refreshed(study)
-    before = dict(genome.study_attributes(study))
+    before = dict(attributes.study_attributes(study))
     assert attach(study, digest(study), "sqlite:///x.db", {}) == 0
-    assert genome.study_attributes(study) == before
+    assert attributes.study_attributes(study) == before
 
 
 def test_shorter_figures_leave_no_rest_of_longer_ones(tmp_path: Path) -> None:
@@ -270,7 +271,7 @@ def hostile(storage: Any) -> list[str]:
                 )
             )
         study.add_trial(optuna.trial.create_trial(value=math.inf))
-    genome.write_study(study, {"dashboard:note_ver": "seven", "dashboard:note_str:0": 3})
+    attributes.write_study(study, {"dashboard:note_ver": "seven", "dashboard:note_str:0": 3})
     study = optuna.create_study(study_name="two", storage=storage, directions=["minimize", "maximize"])
     study.set_user_attr(DESCRIPTION, good)
     study.add_trial(optuna.trial.create_trial(values=[1.0, 2.0]))
@@ -306,7 +307,7 @@ def test_hostile_studies_are_said_to_be_and_keep_no_other_from_its_figures(mixed
     assert mixed.said == []
     assert set(mixed.done) == {*mixed.hostile, "good", "other"}
     foreign = optuna.load_study(study_name="foreign", storage=url)
-    assert not any(key.startswith("dashboard:") for key in genome.study_attributes(foreign))
+    assert not any(key.startswith("dashboard:") for key in attributes.study_attributes(foreign))
     for name in mixed.hostile:
         study = optuna.load_study(study_name=name, storage=url)
         text = get_note(study)

@@ -20,6 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from moeopt.errors import StorageError
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -87,17 +88,17 @@ def test_reading_live_and_finished_trials() -> None:
     x = np.arange(5, dtype=np.float32)
     study.add_trial(genome.waiting(genome.pack(genome.GENOME, x) | {genome.ORIGIN: {"operator": "a"}}, {"why": "b"}))
     live = study.ask()
-    genome.write(study, live, {"more": 1})
-    assert np.array_equal(genome.read(live), x)
-    assert genome.origin(live) == {"operator": "a"}
+    attributes.write(study, live, {"more": 1})
+    assert np.array_equal(genome.read(attributes.frozen_trial(live)), x)
+    assert genome.origin(attributes.frozen_trial(live)) == {"operator": "a"}
     study.tell(live, 1.0)
     frozen = study.trials[0]
     assert np.array_equal(genome.read(frozen), x)
     assert frozen.system_attrs["more"] == 1
     assert frozen.user_attrs == {"why": "b"}
     other = study.ask()
-    assert genome.read(other) is None
-    assert genome.origin(other) == {}
+    assert genome.read(attributes.frozen_trial(other)) is None
+    assert genome.origin(attributes.frozen_trial(other)) == {}
 
 
 def test_slots_do_not_count_retries() -> None:
@@ -109,7 +110,7 @@ def test_slots_do_not_count_retries() -> None:
             assert trial.number == number
             frozen = study.trials[number]
             if remember:
-                genome.write(study, trial, {genome.ORIGIN: {"slot": genome.slot(frozen, study.trials)}})
+                attributes.write(study, trial, {genome.ORIGIN: {"slot": genome.slot(frozen, study.trials)}})
             study.tell(trial, state=TrialState.FAIL)
             if number == 2:
                 study.add_trial(genome.retry(study.trials[1]))
@@ -150,9 +151,9 @@ def test_writing_gives_what_optuna_reads(storage: Any) -> None:
     live = study.ask()
     attrs, user = {"a": {"b": [1, None, "ü"]}, **genome.pack("x", np.ones(3, np.float32))}, {"c": 1.5, "d": "text"}
     params = {"f": (0.25, FloatDistribution(0, 1)), "i": (3, IntDistribution(0, 5))}
-    genome.write(study, live, attrs, user, params)
-    genome.write(study, live, {"a": 2}, {"c": [1]})
-    assert genome.attributes(live) == attrs | {"a": 2}
+    attributes.write(study, live, attrs, user, params)
+    attributes.write(study, live, {"a": 2}, {"c": [1]})
+    assert attributes.frozen_trial(live).system_attrs == attrs | {"a": 2}
     assert (live.user_attrs, live.params) == (user | {"c": [1]}, {"f": 0.25, "i": 3})
     assert live.suggest_float("f", 0, 1) == 0.25
     live.suggest_float("own", 0, 1)
@@ -162,15 +163,15 @@ def test_writing_gives_what_optuna_reads(storage: Any) -> None:
     assert trial.params == {"f": 0.25, "i": 3, "own": live.params["own"]}
     assert trial.distributions == {"own": FloatDistribution(0, 1), "f": params["f"][1], "i": params["i"][1]}
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
-        genome.write(study, live, {"late": 1})
+        attributes.write(study, live, {"late": 1})
 
 
 def test_a_database_gets_one_transaction(tmp_path: Path) -> None:
     study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db")
     live, engine, committed = study.ask(), study._storage._backend.engine, []
     sqlalchemy.event.listen(engine, "commit", committed.append)
-    genome.write(study, live, {"a": 1, "b": 2}, {"c": 3, "d": 4}, {"f": (0.25, FloatDistribution(0, 1))})
+    attributes.write(study, live, {"a": 1, "b": 2}, {"c": 3, "d": 4}, {"f": (0.25, FloatDistribution(0, 1))})
     assert len(committed) == 1
     with pytest.raises(TypeError):
-        genome.write(study, live, {"e": 5}, {"f": object()})
+        attributes.write(study, live, {"e": 5}, {"f": object()})
     assert "e" not in study.trials[0].system_attrs

@@ -66,30 +66,7 @@ class Steps(GenomeSampler):
         return {"name": "steps", "seed": self.seed}
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "eep": {"sampler": "eep", "initial": 2, "prune_until": 4},
-    "cmaes from a plan": {"sampler": "cmaes", "start": moeopt.Plan.one_hot([[1, 3, 5]] * 3, experts=6, k=2)},
-    "tpe": {"sampler": "tpe", "n_startup_trials": 2},
-    "nevergrad": {"sampler": "nevergrad:DE"},
-    "raced": {"sampler": "random", "pruner": "racing"},
-    "a pruner of Optuna": {"sampler": "random", "pruner": optuna.pruners.MedianPruner(n_startup_trials=2)},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIONS)
-def test_a_loaded_study_goes_on_as_if_it_had_not_been_left(name: str, make: Make, url: str) -> None:
-    objective = make(rungs=2 if "pruner" in OPTIONS[name] else 1)
-    for study_name, parts in (("whole", [6]), ("part", [3, 6])):
-        moeopt.create_study(study_name, objective=objective, storage=url, seed=3, **OPTIONS[name])
-        for trials in parts:
-            study = moeopt.load_study(study_name, url)
-            assert isinstance(study.sampler, GenomeSampler)
-            moeopt.optimize(study, objective, trials=trials)
-    whole, part = (moeopt.load_study(study_name, url) for study_name in ("whole", "part"))
-    assert by_slot(part) == by_slot(whole)
-    assert len(by_slot(whole)) == 6
-    assert foreign_trials(part) == []
+EEP: dict[str, Any] = {"sampler": "eep", "initial": 2, "prune_until": 4}
 
 
 def opened(name: str, url: str, **options: Any) -> optuna.Study:
@@ -130,8 +107,8 @@ def uninterrupted(make: Make) -> Callable[[str | None], dict[int, Any]]:
     @cache
     def found(pruner: str | None) -> dict[int, Any]:
         objective = make(rungs=1 if pruner is None else 2)
-        study = moeopt.create_study("whole", objective=objective, storage=None, seed=3, pruner=pruner, **OPTIONS["eep"])
-        moeopt.optimize(study, objective, trials=6)
+        study = moeopt.create_study("whole", objective=objective, storage=None, seed=3, pruner=pruner, **EEP)
+        moeopt.optimize(study, objective, n_trials=6)
         return by_slot(study)
 
     return found
@@ -147,20 +124,20 @@ def test_another_optimiser_is_refused_and_leaves_no_trace_in_the_search(
     open_it, named = WAYS[way]
     objective = make(rungs=2 if way == "another pruner" else 1)
     pruner = "racing" if way == "another pruner" else None
-    options: dict[str, Any] = {"objective": objective, "seed": 3, "pruner": pruner, **OPTIONS["eep"]}
+    options: dict[str, Any] = {"objective": objective, "seed": 3, "pruner": pruner, **EEP}
     whole = uninterrupted(pruner)
-    moeopt.optimize(moeopt.create_study("s", storage=url, **options), objective, trials=2)
+    moeopt.optimize(moeopt.create_study("s", storage=url, **options), objective, n_trials=2)
     with pytest.raises(StudyError, match=named) as refusal:
         open_it("s", url, objective).optimize(objective, n_trials=6, n_jobs=jobs)  # Optuna loses the last errors
     assert "moeopt.load_study('s', storage)" in str(refusal.value)
     with pytest.raises(StudyError, match=named):
-        moeopt.optimize(open_it("s", url, objective), objective, trials=6)
+        moeopt.optimize(open_it("s", url, objective), objective, n_trials=6)
     study = moeopt.load_study("s", url)
     refused = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     assert 1 <= len(refused) <= (1 if jobs == 1 else 6)
     assert all("cannot be resumed with something else" in trial.user_attrs["failure"] for trial in refused)
     assert foreign_trials(study) == []
-    moeopt.optimize(study, objective, trials=6)
+    moeopt.optimize(study, objective, n_trials=6)
     if way == "another pruner" and jobs == 2:  # the study's own sampler proposed two trials at once
         assert by_slot(study).keys() == whole.keys()
     else:
@@ -176,16 +153,16 @@ def test_another_objective_is_refused(make: Make, url: str) -> None:
         with pytest.raises(StudyError, match=named):
             study.optimize(other, n_trials=1)
         with pytest.raises(StudyError, match=named):
-            moeopt.optimize(study, other, trials=1)
+            moeopt.optimize(study, other, n_trials=1)
     assert all(trial.state == TrialState.FAIL for trial in study.trials)
-    moeopt.optimize(study, objective, trials=2)
+    moeopt.optimize(study, objective, n_trials=2)
     assert len(by_slot(study)) == 2
 
 
 def test_the_same_optimiser_goes_on_under_plain_optuna(objective: Objective, url: str) -> None:
-    made: dict[str, Any] = {"seed": 3, **OPTIONS["eep"]}
-    moeopt.optimize(moeopt.create_study("whole", objective=objective, storage=url, **made), objective, trials=6)
-    moeopt.optimize(moeopt.create_study("s", objective=objective, storage=url, **made), objective, trials=2)
+    made: dict[str, Any] = {"seed": 3, **EEP}
+    moeopt.optimize(moeopt.create_study("whole", objective=objective, storage=url, **made), objective, n_trials=6)
+    moeopt.optimize(moeopt.create_study("s", objective=objective, storage=url, **made), objective, n_trials=2)
     opened("s", url, sampler=get(space=objective.space, **made)).optimize(objective, n_trials=2)
     again = optuna.create_study(
         study_name="s", storage=url, load_if_exists=True, sampler=get(space=objective.space, **made)
@@ -208,23 +185,23 @@ def test_what_cannot_be_rebuilt_is_read_and_starts_nothing(kind: str, make: Make
         "pruner": {"sampler": "random", "seed": 3, "pruner": Never()},
     }[kind]
     whole = moeopt.create_study("whole", objective=objective, storage=url, **made)
-    moeopt.optimize(whole, objective, trials=6)
-    moeopt.optimize(moeopt.create_study("s", objective=objective, storage=url, **made), objective, trials=2)
+    moeopt.optimize(whole, objective, n_trials=6)
+    moeopt.optimize(moeopt.create_study("s", objective=objective, storage=url, **made), objective, n_trials=2)
     study = moeopt.load_study("s", url)
     assert study.best_trial.value == min(value for value, _ in by_slot(study).values())
     assert main(["show", "s", "--storage", url]) == 0
     for call in (
         lambda: study.optimize(objective, n_trials=1),
         lambda: study.optimize(lambda trial: 0.0, n_trials=1),
-        lambda: moeopt.optimize(study, objective, trials=3),
-        lambda: moeopt.optimize(study, lambda trial: 0.0, trials=3),
+        lambda: moeopt.optimize(study, objective, n_trials=3),
+        lambda: moeopt.optimize(study, lambda trial: 0.0, n_trials=3),
         lambda: study.ask(),
     ):
         with pytest.raises(StudyError, match=r"cannot be rebuilt .*moeopt\.create_study\('s', .*load_if_exists=True"):
             call()
     assert len(by_slot(study)) == 2
     study = moeopt.create_study("s", objective=objective, storage=url, load_if_exists=True, **made)
-    moeopt.optimize(study, objective, trials=6)
+    moeopt.optimize(study, objective, n_trials=6)
     assert by_slot(study) == by_slot(whole)
     if kind == "object":  # driven by a ShadowSampler, which plain optuna may be given, too
         opened("s", url, sampler=get(space=objective.space, **made)).optimize(objective, n_trials=1)
@@ -239,7 +216,7 @@ def test_what_was_enqueued_survives_a_refusal(objective: Objective, url: str) ->
         with pytest.raises(StudyError, match=r"sampler\.name"):
             opened("s", url, sampler=other).optimize(objective, n_trials=1)
         reclaim(study)
-    moeopt.optimize(moeopt.load_study("s", url), objective, trials=2)
+    moeopt.optimize(moeopt.load_study("s", url), objective, n_trials=2)
     first = next(trial for trial in study.trials if trial.value is not None)
     assert objective.space.plan(first) == plan
     assert first.user_attrs["method"] == "mine"
@@ -294,7 +271,7 @@ def test_compare_leaves_out_what_another_sampler_made(
         for seed in range(2):
             name = f"{sampler}-{seed}"
             study = moeopt.create_study(name, objective=objective, storage=url, sampler=sampler, seed=seed)
-            moeopt.optimize(study, objective, trials=3)
+            moeopt.optimize(study, objective, n_trials=3)
     turned = opened("random-1", url)  # as optuna.load_study gave it, and whose objective did not ask
     turned.optimize(lambda trial: objective._evaluate(trial, turned), n_trials=2)
     study = opened("local-1", url)
@@ -302,7 +279,7 @@ def test_compare_leaves_out_what_another_sampler_made(
     study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={"layer_tokens": 1}, system_attrs=moved))
     added = opened("local-0", url)
     moeopt.enqueue(added, objective.space, moeopt.Plan.one_hot([[1, 3, 5]] * 3, experts=6, k=2))
-    moeopt.optimize(moeopt.load_study("local-0", url), objective, trials=4)
+    moeopt.optimize(moeopt.load_study("local-0", url), objective, n_trials=4)
     assert {name: foreign_trials(opened(name, url)) for name in ("random-0", "random-1", "local-0", "local-1")} == {
         "random-0": [], "random-1": [3, 4], "local-0": [], "local-1": [3],
     }  # fmt: skip

@@ -49,7 +49,7 @@ def guides(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 def test_the_best_pruning_so_far_gets_a_guide_once_all_warm_starts_are_tried(make: Any) -> None:
     objective = make()
     study = study_of(objective, warm_starts=PLANS)
-    moeopt.optimize(study, objective, trials=3)
+    moeopt.optimize(study, objective, n_trials=3)
     (held,) = guides(study)
     best = objective.space.plan(study.best_trial)
     assert held.number == 2
@@ -64,7 +64,7 @@ def test_the_best_pruning_so_far_gets_a_guide_once_all_warm_starts_are_tried(mak
 def test_what_guides_cost_is_counted_and_bounded(make: Any) -> None:
     alone, objective = make(guide=0.0), make(guide=0.7)
     study = study_of(objective)
-    moeopt.optimize(study, objective, trials=30)
+    moeopt.optimize(study, objective, n_trials=30)
     made = guides(study)
     assert len({guide.plan_of(trial) for trial in made}) == len(made) > 1
     total = sum(trial.user_attrs["layer_tokens"] for trial in study.trials)
@@ -86,7 +86,7 @@ def test_other_samplers_leave_it_aside(make: Any, sampler: str) -> None:
     for share in (0.0, 0.9):
         objective = make(guide=share)
         studies.append(study_of(objective, sampler=sampler))
-        moeopt.optimize(studies[-1], objective, trials=6)
+        moeopt.optimize(studies[-1], objective, n_trials=6)
     assert [t.value for t in studies[0].trials] == [t.value for t in studies[1].trials]
     assert (len(guides(studies[0])), bool(guides(studies[1]))) == (0, True)
 
@@ -94,12 +94,12 @@ def test_other_samplers_leave_it_aside(make: Any, sampler: str) -> None:
 @pytest.mark.slow
 def test_a_resumed_search_and_a_worker_s_go_on_with_the_guides(make: Any, tmp_path: Path) -> None:
     whole = study_of(objective := make())
-    moeopt.optimize(whole, objective, trials=12)
+    moeopt.optimize(whole, objective, n_trials=12)
     url = f"sqlite:///{tmp_path}/study.db"
     for trials in (3, 7, 12):
         objective = make()
         part = study_of(objective, url, load_if_exists=True)
-        moeopt.optimize(part, objective, trials=trials)
+        moeopt.optimize(part, objective, n_trials=trials)
     for a, b in zip(whole.trials, part.trials):
         assert np.array_equal(genome.read(a), genome.read(b))
         assert (a.value, a.user_attrs.get(COST)) == (b.value, b.user_attrs.get(COST))
@@ -133,10 +133,10 @@ def test_what_a_process_could_reuse_changes_no_proposal(sampler: str, rungs: int
         return study, objective
 
     whole, objective = begun(None)
-    moeopt.optimize(whole, objective, trials=trials)
+    moeopt.optimize(whole, objective, n_trials=trials)
     for reached in (4, 5, 10, trials):
         part, objective = begun(url)
-        moeopt.optimize(part, objective, trials=reached)
+        moeopt.optimize(part, objective, n_trials=reached)
     costs = [[trial.user_attrs["layer_tokens"] for trial in study.trials] for study in (whole, part)]
     assert costs[0] != costs[1]
     assert [trial.value for trial in whole.trials] == [trial.value for trial in part.trials]
@@ -150,7 +150,7 @@ def test_plans_that_merge_get_none(make: Any, model: Any) -> None:
     merged = space.decode(space.start() + 0.1)
     assert any(layer.kept is None for layer in merged.layers)
     study = moeopt.create_study(objective=objective, storage=None, sampler="local", warm_starts=[merged])
-    moeopt.optimize(study, objective, trials=1)
+    moeopt.optimize(study, objective, n_trials=1)
     assert not guides(study)
 
 
@@ -163,7 +163,7 @@ def test_memory_that_runs_out_for_a_guide_ends_no_trial(make: Any, monkeypatch: 
     monkeypatch.setattr(Guiding, "guide", runs_out)
     study = study_of(objective)
     with pytest.warns(UserWarning, match="there is no guide, as memory ran out"):
-        moeopt.optimize(study, objective, trials=2)
+        moeopt.optimize(study, objective, n_trials=2)
     assert all(trial.state.name == "COMPLETE" for trial in study.trials)
 
 

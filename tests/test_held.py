@@ -31,7 +31,7 @@ def make(make_mixtral: Any, tiny_tokenizer: Any) -> Any:
 def test_it_is_the_difference_of_both_plans_on_dev(make: Any, warm: bool) -> None:
     objective = make(limit=8)
     study = moeopt.create_study(objective=objective, storage=None, sampler="random", warm_starts=PLANS if warm else ())
-    moeopt.optimize(study, objective, trials=14)
+    moeopt.optimize(study, objective, n_trials=14)
     made = held(study, objective)
     assert made is not None
     start = min(study.trials[: 3 if warm else 1], key=lambda trial: trial.value)
@@ -49,7 +49,7 @@ def test_it_is_the_difference_of_both_plans_on_dev(make: Any, warm: bool) -> Non
 def test_what_is_there_is_not_run_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = make()
     study = moeopt.create_study(objective=objective, storage=None, sampler="random")
-    moeopt.optimize(study, objective, trials=8)
+    moeopt.optimize(study, objective, n_trials=8)
     made = held(study, objective)
     monkeypatch.setattr(moeopt.Evaluator, "evaluate", None)
     assert made is not None
@@ -60,7 +60,7 @@ def test_what_is_there_is_not_run_again(make: Any, monkeypatch: pytest.MonkeyPat
 def test_without_a_gain_nothing_is_said_and_without_dev_why(make: Any) -> None:
     objective = make()
     study = moeopt.create_study(objective=objective, storage=None, sampler="random")
-    moeopt.optimize(study, objective, trials=1)
+    moeopt.optimize(study, objective, n_trials=1)
     assert held(study, objective) is None
     assert "held" not in study.user_attrs
     with pytest.raises(StudyError, match="'questions' has no dev split"):

@@ -111,11 +111,11 @@ NO_CALL: dict[str, tuple[Call, str]] = {
     "a sampler's class": (lambda o, url: created(o, url, sampler=moeopt.samplers.EEPSampler), "sampler"),
     "a pruner's class": (lambda o, url: created(o, url, pruner=moeopt.RacingPruner), "pruner"),
     "a number for a name": (lambda o, url: created(o, url, study_name=3), "name .*3"),
-    "a study by its name": (lambda o, url: moeopt.optimize("s", o, trials=1), "optuna.Study.*'s'"),
-    "objective and study": (lambda o, url: moeopt.optimize(o, created(o, None), trials=1), "optuna.Study.*Objective"),
-    "a loss": (lambda o, url: moeopt.optimize(created(o, None), 0.5, trials=1), "objective .*0.5"),
+    "a study by its name": (lambda o, url: moeopt.optimize("s", o, n_trials=1), "optuna.Study.*'s'"),
+    "objective and study": (lambda o, url: moeopt.optimize(o, created(o, None), n_trials=1), "optuna.Study.*Objective"),
+    "a loss": (lambda o, url: moeopt.optimize(created(o, None), 0.5, n_trials=1), "objective .*0.5"),
     "one callback": (
-        lambda o, url: moeopt.optimize(created(o, None), o, trials=1, callbacks=moeopt.report.dashboard.Refresh()),
+        lambda o, url: moeopt.optimize(created(o, None), o, n_trials=1, callbacks=moeopt.report.dashboard.Refresh()),
         "callbacks is a list",
     ),
     "loading a Path": (lambda o, url: moeopt.load_study("s", Path(url[10:])), "sqlite:///"),
@@ -146,9 +146,9 @@ def test_a_worker_takes_a_checkpoint_and_no_model(
     url = f"sqlite:///{tmp_path}/s.db"
     created(objective, url)
     with pytest.raises(ModelError, match=r"folder, or a hub id .*MixtralForCausalLM"):
-        moeopt.run_worker(url, "s", model=objective.model, trials=1)
+        moeopt.run_worker(url, "s", model=objective.model, n_trials=1)
     with pytest.raises(MoeoptError, match="unknown sampler 'eepp'"):
-        moeopt.run_worker(url, "s", model=str(checkpoint / "model"), sampler="eepp", trials=1)
+        moeopt.run_worker(url, "s", model=str(checkpoint / "model"), sampler="eepp", n_trials=1)
 
 
 # Names --------------------------------------------------------------------------------------------------------------
@@ -308,4 +308,4 @@ def test_refresh_prints_nothing(objective: moeopt.Objective, capfd: pytest.Captu
         assert "A new study created" in capfd.readouterr().err
     finally:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-    assert "moeopt-1-progress" in str(moeopt.trials.genome.study_attributes(study).keys())
+    assert "moeopt-1-progress" in str(moeopt.study.storage.attributes.study_attributes(study).keys())

@@ -19,7 +19,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 import moeopt
-from moeopt.errors import OutOfMemoryError, StudyError
+from moeopt.errors import StudyError
 from moeopt.plan import Plan
 from moeopt.samplers import get
 from moeopt.samplers.racing import RacingPruner, blocks, rung_sizes
@@ -167,8 +167,10 @@ def test_what_a_pruned_trial_knows_is_taken_and_the_rest_is_run(make: Any, model
     assert again.user_attrs["layer_tokens"] == 0
 
 
-@pytest.mark.parametrize("other", ["limit", "examples", "answers", "max_length", "text"])
-def test_nothing_is_taken_from_other_examples(make: Any, model: Any, other: str) -> None:
+@pytest.mark.parametrize("other", ["limit", "examples", "answers", "max_length", "text", "model"])
+def test_nothing_is_taken_from_other_examples_or_another_model(
+    make: Any, model: Any, make_mixtral: Any, other: str
+) -> None:
     options: dict[str, Any] = {"space": ungrouped(model)}
     first = make(**options)
     shifted = [Example(f"x{e.id}", e.prompt + "?", e.options, e.answer) for e in QUESTIONS]
@@ -179,6 +181,9 @@ def test_nothing_is_taken_from_other_examples(make: Any, model: Any, other: str)
         "answers": lambda: make(MultipleChoiceTask("turned", search=turned), **options),
         "max_length": lambda: make(max_length=9, **options),
         "text": lambda: make(TEXT, **options),
+        "model": lambda: make(
+            model=make_mixtral(layers=LAYERS, experts=EXPERTS, hidden=16, intermediate=16, seed=3), **options
+        ),
     }[other]
     with pytest.warns(UserWarning, match="cut at") if other == "max_length" else contextlib.nullcontext():
         objective = second()
@@ -187,16 +192,6 @@ def test_nothing_is_taken_from_other_examples(make: Any, model: Any, other: str)
     (trial,) = enqueue(study, objective, one_hot())
     assert "copied_from" not in trial.user_attrs
     assert trial.value == objective.evaluator.evaluate(one_hot()).loss
-
-
-def test_nothing_is_taken_from_another_model(make: Any, make_mixtral: Any, model: Any) -> None:
-    objective = make(space=ungrouped(model))
-    study = plain_study(objective)
-    enqueue(study, objective, one_hot())
-    other = make_mixtral(layers=LAYERS, experts=EXPERTS, hidden=16, intermediate=16, seed=3)
-    changed = make(model=other, space=ungrouped(model))
-    (trial,) = enqueue(study, changed, one_hot())
-    assert trial.value == changed.evaluator.evaluate(one_hot()).loss
 
 
 def test_nothing_is_paired_with_trials_of_other_examples(make: Any, model: Any) -> None:
@@ -227,7 +222,7 @@ def test_a_retried_trial_goes_on_from_its_scores(make: Any, model: Any, url: str
         study.optimize(objective, n_trials=1)
     objective.evaluator.race = race
     resumed = moeopt.create_study("s", objective=objective, storage=url, load_if_exists=True)
-    moeopt.optimize(resumed, objective, trials=1)
+    moeopt.optimize(resumed, objective, n_trials=1)
     dead, retried = resumed.trials[:2]
     assert (dead.state, retried.state) == (TrialState.FAIL, TrialState.COMPLETE)
     tokens = [sum(batch.tokens for batch in rung) for rung in objective.evaluator.passes.batches]
@@ -356,9 +351,15 @@ def test_one_rung_reports_nothing(make: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"rungs": 0}, {"rungs": True}, {"rungs": 1.5}, {"report": "median"}, {"rungs": -3}], ids=str
+    "options",
+    [
+        *({"rungs": rungs} for rungs in (0, True, 1.5, -3)),
+        {"report": "median"},
+        *({"active_weight": weight} for weight in (-0.1, math.nan, math.inf, "1", True)),
+    ],
+    ids=str,
 )
-def test_bad_rungs_are_refused(make: Any, options: Any) -> None:
+def test_settings_out_of_range_are_refused(make: Any, options: Any) -> None:
     with pytest.raises(StudyError, match=next(iter(options))):
         make(**options)
 
@@ -380,7 +381,7 @@ KILLED = """
 
     model.model.layers[-1].mlp.register_forward_hook(kill)
     objective, study = t.raced(model, conftest.build_tokenizer(), sys.argv[1])
-    t.moeopt.optimize(study, objective, trials=16)
+    t.moeopt.optimize(study, objective, n_trials=16)
 """
 
 
@@ -405,7 +406,7 @@ def test_a_study_killed_in_the_middle_of_a_race_goes_on_as_if_it_had_not_been(
     found = []
     for storage in urls:
         objective, study = raced(model, tiny_tokenizer, storage)
-        moeopt.optimize(study, objective, trials=16)
+        moeopt.optimize(study, objective, n_trials=16)
         done = [t for t in study.trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
         assert sorted(genome.origin(t)["slot"] for t in done) == list(range(16))
         found.append(
@@ -511,18 +512,6 @@ def test_memory_that_runs_out_in_a_later_rung_fails_the_trial_and_the_search_goe
     assert_copied(again, first)
 
 
-def test_without_a_study_memory_that_ran_out_is_raised_by_the_evaluator(make: Any, make_mixtral: Any) -> None:
-    model = make_mixtral(layers=LAYERS, experts=EXPERTS, hidden=16, intermediate=16)
-    objective = make(TEXT, model=model, space=ungrouped(model))
-
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model.model.layers[-1].mlp.register_forward_pre_hook(full)
-    with pytest.warns(UserWarning, match="out of memory"), pytest.raises(OutOfMemoryError):
-        objective.evaluator.evaluate(one_hot())
-
-
 # Active experts -----------------------------------------------------------------------------------------------------
 
 FULL = Plan.identity(LAYERS, EXPERTS, 2)
@@ -603,49 +592,11 @@ def test_scores_of_an_older_version_are_taken_where_their_k_says_what_ran(make: 
     enqueue(study, objective, FULL, HALF_SKIPPED)
     for trial in study.get_trials(deepcopy=False):
         for key in ("active", "penalty"):
-            del genome.attributes(trial)[genome.SCORES][key]
+            del trial.system_attrs[genome.SCORES][key]
     full, skipped = enqueue(study, objective, FULL, HALF_SKIPPED)
     assert (full.user_attrs["active"], full.user_attrs["copied_from"]) == (2.0, 0)
     assert "copied_from" not in skipped.user_attrs
     assert skipped.value == study.trials[1].value
-
-
-def test_a_study_is_not_resumed_with_another_weight(make: Any, model: Any, url: str) -> None:
-    space = active_space(model)
-    moeopt.create_study("s", objective=make(space=space, active_weight=0.5), storage=url)
-    moeopt.create_study("s", objective=make(space=space, active_weight=0.5), storage=url, load_if_exists=True)
-    with pytest.raises(StudyError, match=r"evaluation.active_weight: study has 0.5, now None"):
-        moeopt.create_study("s", objective=make(space=space), storage=url, load_if_exists=True)
-
-
-@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf, "1", True])
-def test_bad_weights_are_refused(make: Any, weight: Any) -> None:
-    with pytest.raises(StudyError, match="active_weight must be a number of at least 0, got"):
-        make(active_weight=weight)
-
-
-@pytest.mark.slow
-def test_a_search_of_the_demo_model_ends_with_fewer_active_experts() -> None:
-    """One expert a token in almost every layer is worth it, and one layer is better off with two."""
-    model, tokenizer = moeopt.load(moeopt.demo.MODEL)
-    space = moeopt.ActiveSpace.of(model, k=(1, 2))
-    task, weight = moeopt.demo.skill_task("caesar"), 0.05
-    objective = moeopt.Objective(model, tokenizer, task, space, limit=32, active_weight=weight)
-    study = moeopt.create_study("s", objective=objective, storage=None, sampler="local", seed=0)
-    moeopt.optimize(study, objective, trials=20)
-    start, best = study.trials[0], study.best_trial
-    assert space.plan(start) == Plan.identity(6, 8, 2)
-    assert best.value < start.value - 0.02
-    assert best.user_attrs["active"] < 1.5
-    for trial in (start, best):
-        plan = space.plan(trial)
-        assert trial.user_attrs["active"] == round(sum(layer.k for layer in plan.layers) / 6, 4)
-        assert trial.value == pytest.approx(
-            objective.evaluator.evaluate(plan).loss + weight * trial.user_attrs["active"]
-        )
-    least = objective.evaluator.evaluate(Plan.identity(6, 8, 1))
-    assert best.value <= least.loss + weight * least.active
-    assert best.user_attrs["accuracy"] == pytest.approx(1.0, abs=0.05)
 
 
 # Too little data ----------------------------------------------------------------------------------------------------

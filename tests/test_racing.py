@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from optuna.pruners import HyperbandPruner, NopPruner, WilcoxonPruner
+from optuna.pruners import NopPruner
 from optuna.trial import TrialState
 from scipy.stats import norm, t
 
@@ -24,6 +24,7 @@ from moeopt.samplers.racing import (
     mean_difference,
     rung_sizes,
 )
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 
 N = 64
@@ -48,7 +49,7 @@ class FakeObjective:
         for before, n in zip((0, *self.rungs), self.rungs):
             scores = np.stack([losses, weights, np.zeros(len(losses))])[:, :n]
             if self.write:
-                genome.write(trial.study, trial, genome.pack(genome.SCORES, scores.reshape(-1)))
+                attributes.write(trial.study, trial, genome.pack(genome.SCORES, scores.reshape(-1)))
             shown = slice(before if self.block else 0, n)
             trial.report(float(np.average(losses[shown], weights=weights[shown])), n)
             if n < len(losses) and trial.should_prune():
@@ -164,15 +165,6 @@ def test_looks_spend_the_error_of_a_random_walk(looks, population):
     np.testing.assert_allclose(crossed.mean(0), 0.05 * np.array(looks) / population, rtol=0.06, atol=5e-4)
 
 
-def test_means_of_growing_samples_are_correlated_like_the_walk():
-    population = np.random.default_rng(0).exponential(1, 64)
-    rng = np.random.default_rng(1)
-    drawn = np.array([rng.permutation(population) for _ in range(20_000)])
-    early, late = drawn[:, :8].mean(1), drawn[:, :32].mean(1)
-    expected = np.sqrt((8 * 64 / 56) / (32 * 64 / 32))
-    assert np.corrcoef(early, late)[0, 1] == pytest.approx(expected, abs=0.02)
-
-
 # Error rate
 
 
@@ -261,7 +253,7 @@ def test_studies_of_other_objectives_are_never_pruned():
 
     def scores_without_examples_as_steps(trial):
         x = trial.suggest_int("x", 0, 2)
-        genome.write(trial.study, trial, genome.pack(genome.SCORES, np.full(3 * 16, float(x))))
+        attributes.write(trial.study, trial, genome.pack(genome.SCORES, np.full(3 * 16, float(x))))
         trial.report(float(x), 1)
         assert not trial.should_prune()
         return float(x)
@@ -296,46 +288,6 @@ def test_honest_estimate_of_all_examples_is_the_trials_own_mean():
         honest_estimate(a, b[:, :16])
     with pytest.raises(StudyError, match="not paired"):
         honest_estimate(a[:, :0], b)
-
-
-def test_a_resumed_study_decides_as_an_uninterrupted_one(tmp_path):
-    table = plans(*np.random.default_rng(5).normal(0, 0.1, 12))
-    whole = run(table, list(range(12)))
-    url = f"sqlite:///{tmp_path / 'race.db'}"
-    for start in (0, 5):
-        study = optuna.create_study(storage=url, study_name="race", load_if_exists=True, pruner=RacingPruner())
-        for x in range(start, 5 if start == 0 else 12):
-            study.enqueue_trial({"x": x})
-            study.optimize(FakeObjective(table), n_trials=1)
-    assert ends(study) == ends(whole)
-    assert None in ends(whole)[1:]
-    assert {8, 16} & set(ends(whole))
-
-
-def test_threads_race_against_the_incumbent_of_the_moment():
-    table = plans(0.0, *[1.0] * 20, -0.2)
-    study = optuna.create_study(pruner=RacingPruner(), sampler=optuna.samplers.RandomSampler(seed=0))
-    study.enqueue_trial({"x": 0})
-    study.optimize(FakeObjective(table), n_trials=1)
-    for x in range(1, 22):
-        study.enqueue_trial({"x": x})
-    study.optimize(FakeObjective(table), n_trials=21, n_jobs=4)
-    assert study.best_trial.params["x"] == 21
-    assert all(
-        (trial.state == TrialState.PRUNED) == (trial.params["x"] in range(1, 21)) for trial in study.get_trials()
-    )
-
-
-def test_optunas_own_pruners_work_with_the_same_objective():
-    table = plans(0.0, 1.5, -0.3, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5)
-    wilcoxon = run(table, list(range(9)), WilcoxonPruner(p_threshold=0.05), rungs=blocks(N, 16), block=True)
-    hyperband = run(table, list(range(9)), HyperbandPruner(min_resource=8, max_resource=N))
-    for study in (wilcoxon, hyperband):
-        assert study.best_trial.params["x"] == 2
-        pruned = study.get_trials(states=(TrialState.PRUNED,))
-        assert pruned
-        for trial in pruned:
-            assert trial.user_attrs[genome.ESTIMATE] == pytest.approx(table[trial.params["x"]].mean(), abs=0.2)
 
 
 def test_bad_arguments_are_refused():

@@ -19,6 +19,7 @@ from moeopt.errors import StudyError
 from moeopt.samplers.shadow import describe
 from moeopt.study import recipe
 from moeopt.study.recipe import RECIPE, Recipe
+from moeopt.study.storage import attributes
 from moeopt.tasks import Example, MultipleChoiceTask
 from moeopt.trials import genome
 
@@ -54,7 +55,7 @@ def told(study: optuna.Study, space: moeopt.EEPSpace) -> list[Any]:
     for i in range(6):
         trial = study.ask()
         space.vector(trial)
-        found.append(genome.read(trial))
+        found.append(genome.read(attributes.frozen_trial(trial)))
         study.tell(trial, float(i % 3))
     return found
 
@@ -150,8 +151,8 @@ def test_code_of_the_user_s_is_missing_with_a_reason(model: Any, tiny_tokenizer:
         recipe.task_of(held)
     racing = moeopt.RacingPruner()
     own = type("OwnRacing", (moeopt.RacingPruner,), {})()
-    assert recipe.of(objective, samplers.get("eep", space), racing).pruner is not None
-    assert "OwnRacing" in recipe.of(objective, samplers.get("eep", space), own).missing["pruner"]
+    assert recipe.made(objective, samplers.get("eep", space), racing).pruner is not None
+    assert "OwnRacing" in recipe.made(objective, samplers.get("eep", space), own).missing["pruner"]
 
 
 def test_a_task_that_is_too_large_is_missing_with_a_reason(
@@ -169,7 +170,7 @@ def test_a_recipe_is_small_and_in_pieces_that_every_database_holds(model: Any, t
         model, tiny_tokenizer, MultipleChoiceTask("n", examples), moeopt.EEPSpace.of(model, keep=2), max_length=16
     )
     study = create(objective, url)
-    attrs = genome.study_attributes(study)
+    attrs = attributes.study_attributes(study)
     pieces = [key for key in attrs if key.startswith(RECIPE)]
     assert len(pieces) > 1
     assert all(len(json.dumps(attrs[key])) < 65_535 for key in pieces)
@@ -187,12 +188,12 @@ def test_a_model_that_lies_in_a_folder_is_never_named(
 def test_the_number_of_trials_wanted_is_what_was_last_said(objective: moeopt.Objective, url: str) -> None:
     study = create(objective, url)
     assert recipe.wanted(study) is None
-    moeopt.optimize(study, objective, trials=2)
+    moeopt.optimize(study, objective, n_trials=2)
     assert recipe.wanted(study) == 2
     recipe.want(study, 5)
     assert recipe.wanted(moeopt.load_study(study.study_name, url)) == 5
     for strange in ("5", -1, True, 2.5, [5]):
-        genome.write_study(study, {recipe.WANTED: strange})
+        attributes.write_study(study, {recipe.WANTED: strange})
         assert recipe.wanted(study) is None
 
 
@@ -244,9 +245,9 @@ def whole(objective: moeopt.Objective, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_or_hostile_recipe_is_one_clear_error(damage: str, whole: tuple[optuna.Study, Recipe]) -> None:
     study, held = whole
-    genome.write_study(study, {RECIPE: packed(body_of(held))})
+    attributes.write_study(study, {RECIPE: packed(body_of(held))})
     assert recipe.read(study) == held
-    genome.write_study(study, {RECIPE: DAMAGE[damage](held)})
+    attributes.write_study(study, {RECIPE: DAMAGE[damage](held)})
     with pytest.raises(StudyError) as caught:
         recipe.read(study)
     message = str(caught.value)

@@ -30,6 +30,7 @@ from moeopt.models import patched
 from moeopt.plan import Plan
 from moeopt.samplers import get
 from moeopt.study import load_study, recipe, reference
+from moeopt.study.storage import attributes
 from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, Request, TextTask
 from moeopt.tasks.generation import GenerationTask
 from moeopt.tasks.record import Query, RecordTask
@@ -146,11 +147,11 @@ def test_where_losses_are_distances_from_the_full_model_it_is_at_none_and_not_ru
 def test_who_goes_on_with_a_study_does_not_score_the_full_model_again(make: Any, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     first, second = make(), make()
-    moeopt.optimize(moeopt.create_study("s", objective=first, storage=url, sampler="random"), first, trials=2)
+    moeopt.optimize(moeopt.create_study("s", objective=first, storage=url, sampler="random"), first, n_trials=2)
     before = load_study("s", url).user_attrs["full_model"]
     plans = counted(second)
     resumed = moeopt.create_study("s", objective=second, storage=url, sampler="random", load_if_exists=True)
-    moeopt.optimize(resumed, second, trials=4)
+    moeopt.optimize(resumed, second, n_trials=4)
     assert len(plans) == 2
     assert None not in plans
     assert load_study("s", url).user_attrs["full_model"] == before
@@ -172,7 +173,7 @@ def test_interrupted_while_the_full_model_is_scored_no_trial_is_lost(make: Any, 
             assert reference.read(study) is None
             objective.evaluator.full_model = full_model
             study = moeopt.create_study("s", objective=objective, storage=url, sampler="random", load_if_exists=True)
-        moeopt.optimize(study, objective, trials=4)
+        moeopt.optimize(study, objective, n_trials=4)
         done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
         keys = ("layer_tokens", "spent", "accuracy")
         studies.append([(trial.value, *(trial.user_attrs[key] for key in keys)) for trial in done])
@@ -210,7 +211,7 @@ def test_workers_that_begin_at_once_leave_one(
         study = load_study("s", url)
         study.sampler = get("random", space, seed=0)
         barrier.wait()
-        moeopt.optimize(study, objective, trials=6)
+        moeopt.optimize(study, objective, n_trials=6)
         studies.append(study)
 
     both = [make_mixtral(layers=LAYERS, experts=EXPERTS, hidden=16, intermediate=16) for _ in range(2)]
@@ -542,36 +543,6 @@ def test_search_without_it(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "Full model: loss" in capsys.readouterr().out
 
 
-def test_a_delimiter_that_the_model_does_not_know_is_hinted_at(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The demo's model writes all answers right where nothing stands before them, and none behind a space."""
-    rows = moeopt.demo.skills.rows("caesar", "search", 60)
-    lines = [json.dumps({"prompt": row["prompt"], "answer": row["options"][row["answer"]]}) for row in rows]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    for delimiter, share in (("_", "0.0%"), ("", "100.0%")):
-        task = ["--task", "generation", "--data", str(tmp_path / "rows.jsonl"), "--limit", "16"]
-        options = ["--task-option", f"delimiter={delimiter}", "--sampler", "random", "--trials", "1", "--keep", "6"]
-        where = ["--storage", f"sqlite:///{tmp_path}/study.db", "--study", f"s{delimiter}"]
-        assert main(["search", str(moeopt.demo.MODEL), *task, *options, *where]) == 0
-        out, err = capsys.readouterr()
-        assert f"accuracy {share} of 16 examples" in err
-        assert ("none of 16 examples right" in err) == (share == "0.0%")
-        assert re.search(rf'first prompt.*=" \+ "{delimiter}\w+"', err)
-        assert f"accuracy {share} of 16 examples" in out
-
-
-def test_the_figure_has_a_line_for_it() -> None:
-    from moeopt.report import figures
-
-    figure = figures.search_progress([1, 2, 3], [3.0, 2.0, 1.0], full_model=1.5)
-    (line,) = [trace for trace in figure.data if trace.name == "full model"]
-    assert tuple(line.y) == (1.5, 1.5)
-    far = figures.search_progress([1, 2, 3], [3.0, 2.0, 1.0], full_model=0.001)
-    assert not [trace for trace in far.data if trace.name == "full model"]
-    assert "full model 0.001" in far.layout.title.text
-
-
 # Of others ----------------------------------------------------------------------------------------------------------
 
 
@@ -583,23 +554,14 @@ def test_one_that_moeopt_did_not_write_is_one_error(make: Any) -> None:
         study.optimize(objective, n_trials=1)
 
 
-@pytest.mark.parametrize("damage", [{"z": "x"}, {"shape": [3]}, {"v": 2}, {"chunks": 9}])
-def test_damaged_scores_are_one_error(make: Any, damage: dict[str, Any]) -> None:
+@pytest.mark.parametrize("damage", [{"z": "x"}, {"shape": [3]}, {"v": 2}, {"chunks": 9}, None, 3, "x"])
+def test_damaged_scores_are_one_error(make: Any, damage: Any) -> None:
     objective = make()
     study = plain(objective)
     objective.reference(study)
-    head = genome.study_attributes(study)[reference.SCORES]
-    genome.write_study(study, {reference.SCORES: {**head, **damage}})
-    with pytest.raises(StorageError, match="moeopt:full_model"):
-        reference.read(study)
-
-
-@pytest.mark.parametrize("head", [None, 3, "x"])
-def test_scores_that_are_none_are_one_error(make: Any, head: Any) -> None:
-    objective = make()
-    study = plain(objective)
-    objective.reference(study)
-    genome.write_study(study, {reference.SCORES: head})
+    head = attributes.study_attributes(study)[reference.SCORES]
+    damaged = {**head, **damage} if isinstance(damage, dict) else damage
+    attributes.write_study(study, {reference.SCORES: damaged})
     with pytest.raises(StorageError, match="moeopt:full_model"):
         reference.read(study)
 
@@ -609,6 +571,6 @@ def test_scores_of_something_else_are_left_out(make: Any) -> None:
     study = plain(objective)
     study.optimize(objective, n_trials=1)
     assert objective.reference(study).difference(study.trials[0]) is not None
-    head = genome.study_attributes(study)[reference.SCORES]
-    genome.write_study(study, {reference.SCORES: {**head, "of": "another"}})
+    head = attributes.study_attributes(study)[reference.SCORES]
+    attributes.write_study(study, {reference.SCORES: {**head, "of": "another"}})
     assert objective.reference(study).difference(study.trials[0]) is None

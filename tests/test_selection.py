@@ -58,7 +58,7 @@ def objective(model: Any, tiny_tokenizer: Any) -> moeopt.Objective:
 
 def searched_study(objective: moeopt.Objective, trials: int = 8, **options: Any) -> optuna.Study:
     study = moeopt.create_study(objective=objective, sampler="random", **{"storage": None, **options})
-    moeopt.optimize(study, objective, trials=trials)
+    moeopt.optimize(study, objective, n_trials=trials)
     return study
 
 
@@ -88,7 +88,7 @@ def test_the_winner_is_the_one_found_by_hand() -> None:
     objective = moeopt.Objective(model, tokenizer, task, space, limit=6)
     study = searched_study(objective, 7)
     moeopt.enqueue(study, space, space.plan(study.best_trial))
-    moeopt.optimize(study, objective, trials=8)
+    moeopt.optimize(study, objective, n_trials=8)
     assert study.trials[7].value == study.best_value  # a plan twice
 
     found = moeopt.select(study, objective, top=5, dev_limit=8, test_limit=12)
@@ -124,7 +124,7 @@ def test_equal_plans_and_failed_trials_are_no_candidates(objective: moeopt.Objec
     study = searched_study(objective, 4)
     for trial in study.trials:
         moeopt.enqueue(study, objective.space, objective.space.plan(trial))
-    moeopt.optimize(study, objective, trials=8)
+    moeopt.optimize(study, objective, n_trials=8)
     study.add_trial(create_trial(state=TrialState.FAIL))
     study.add_trial(create_trial(state=TrialState.PRUNED, system_attrs=study.trials[0].system_attrs))
     found = moeopt.select(study, objective)
@@ -311,14 +311,14 @@ def test_stock_only_selects_what_exports(model: Any, tiny_tokenizer: Any) -> Non
     study = moeopt.create_study(objective=objective, storage=None, initial=3, prune_until=4)
     for scale in (0.1, 0.2):
         moeopt.enqueue(study, space, merged(scale))
-    moeopt.optimize(study, objective, trials=5)
+    moeopt.optimize(study, objective, n_trials=5)
     every = moeopt.select(study, objective)
     stock = moeopt.select(study, objective, stock_only=True)
     assert [c.trial for c in stock.candidates] == [c.trial for c in every.candidates if why_not_stock(c.plan) is None]
     assert 0 < len(stock.candidates) < len(every.candidates)
     only_merged = moeopt.create_study(objective=objective, storage=None)
     moeopt.enqueue(only_merged, space, merged(0.1))
-    moeopt.optimize(only_merged, objective, trials=1)
+    moeopt.optimize(only_merged, objective, n_trials=1)
     with pytest.raises(StudyError, match="no completed trial that an ordinary checkpoint can hold"):
         moeopt.select(only_merged, objective, stock_only=True)
 

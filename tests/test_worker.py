@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -143,11 +142,11 @@ def test_workers_give_the_trials_asked_for_exactly_though_one_is_killed_in_a_tri
 
 def test_a_worker_ends_by_the_patience_that_the_study_was_searched_with(place: Place, sqlite: str, name: str) -> None:
     study = moeopt.create_study(name, objective=place.objective(), storage=sqlite, sampler="random")
-    moeopt.optimize(study, place.objective(), trials=1, patience=2)
-    moeopt.run_worker(sqlite, name, model=place.folder / "model", device_map="cpu", trials=60)
+    moeopt.optimize(study, place.objective(), n_trials=1, patience=2)
+    moeopt.run_worker(sqlite, name, model=place.folder / "model", device_map="cpu", n_trials=60)
     assert stalled(study) == 2
     assert finished(study) < 60
-    moeopt.optimize(study, place.objective(), trials=finished(study) + 1)
+    moeopt.optimize(study, place.objective(), n_trials=finished(study) + 1)
     assert recipe.patience_of(study) is None
 
 
@@ -166,19 +165,6 @@ def test_sigterm_hands_the_trial_on_at_once(place: Place, sqlite: str, name: str
     task = moeopt.tasks.get(f"{place.folder}/slow.py:Slow")
     moeopt.run_worker(sqlite, name, model=place.folder / "model", device_map="cpu", task=task)
     assert finished(study) == 2
-
-
-@pytest.mark.slow
-def test_the_first_ctrl_c_lets_the_trial_finish(place: Place, sqlite: str, name: str) -> None:
-    study = slow_study(place, sqlite, name, 9)
-    (place.folder / "hold").touch()
-    first = place.worker(sqlite, name, "--task", "slow.py:Slow")
-    until(lambda: (place.folder / f"held.{first.pid}").exists())
-    first.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    (place.folder / "hold").unlink()
-    ended(first)
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE"]
 
 
 def changed(place: Place, folder: Path, change: str, make_mixtral: Any) -> Path:

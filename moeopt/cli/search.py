@@ -283,7 +283,7 @@ def search(
             fleet.Fleet(shares[1:], again, storage, progress.say),
         ):
             warnings.filterwarnings("ignore", message=re.escape(str(missing)))  # it is said above
-            optimize(record, objective, trials=trials, timeout=timeout, patience=patience, callbacks=[progress])
+            optimize(record, objective, n_trials=trials, timeout=timeout, patience=patience, callbacks=[progress])
         teacher = objective.evaluator.teacher
         if teacher is not None and teacher.nbytes:
             err.print(f"full model: {teacher}", markup=False)

@@ -100,7 +100,7 @@ def worker(
             take(threads(device_map))
             with SearchProgress(err, target, timeout, quiet=quiet) as progress:
                 record = run_worker(
-                    storage, study, model=model, device_map=device_map, dtype=dtype, trials=target, timeout=timeout,
+                    storage, study, model=model, device_map=device_map, dtype=dtype, n_trials=target, timeout=timeout,
                     task=chosen, callbacks=[progress],
                 )  # fmt: skip
     except KeyboardInterrupt:
@@ -155,7 +155,7 @@ def on_ray(
         record = run_on_ray(
             storage, study, workers=workers, gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker,
             address=address, tell=lambda line: err.print(line, markup=False, soft_wrap=True),
-            model=model, trials=trials, timeout=timeout, dtype=dtype, task=chosen,
+            model=model, n_trials=trials, timeout=timeout, dtype=dtype, task=chosen,
         )  # fmt: skip
     except KeyboardInterrupt:
         raise opt.interrupted(err, STORED, ctx, storage) from None

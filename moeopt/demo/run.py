@@ -106,7 +106,7 @@ def run(
             markup=False,
         )
         with SearchProgress(console, trials) as progress:
-            optimize(study, objective, trials=trials, callbacks=[progress])
+            optimize(study, objective, n_trials=trials, callbacks=[progress])
         if finished(study) < trials:
             console.print("Interrupted; the same command goes on from here.")
             raise KeyboardInterrupt

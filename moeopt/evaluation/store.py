@@ -22,6 +22,7 @@ from moeopt.evaluation.evaluation import Evaluation
 from moeopt.files import MALFORMED
 from moeopt.models import describe, fingerprint
 from moeopt.showing import line
+from moeopt.study.storage.attributes import study_attributes, write_study
 from moeopt.trials import genome
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class StudyStore(EvaluationStore):
     def __init__(self, study: optuna.Study) -> None:
         super().__init__()
         self._study = study
-        self._attributes |= genome.study_attributes(study)
+        self._attributes |= study_attributes(study)
 
     def look(self, plans: list[str], on: Scored) -> None:
         """Note, before it is done, that test is looked at for the sake of these plans."""
@@ -134,7 +135,7 @@ class StudyStore(EvaluationStore):
         return sum(key.startswith(LOOK) for key in self._attributes)
 
     def _write(self, plan: str, on: Scored, attributes: Mapping[str, Any]) -> None:
-        genome.write_study(self._study, attributes)
+        write_study(self._study, attributes)
         super()._write(plan, on, attributes)
 
 

@@ -9,6 +9,8 @@ from moeopt.errors import ExportError
 from moeopt.exporting.stock import why_not_stock
 from moeopt.plan import Plan
 from moeopt.showing import shown
+from moeopt.spaces import space_of
+from moeopt.trials.description import described
 
 if TYPE_CHECKING:
     import optuna
@@ -22,8 +24,6 @@ def plan_of(trial: FrozenTrial, study: optuna.Study) -> Plan:
     Raises:
         ExportError: when the study does not say what it searched.
     """
-    from moeopt.study import space_of
-
     return space_of(study).plan(trial)
 
 
@@ -34,8 +34,6 @@ def best_stock_trial(study: optuna.Study) -> FrozenTrial:
         ExportError: when the study has none.
     """
     from optuna.trial import TrialState
-
-    from moeopt.study import space_of
 
     space = space_of(study)
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -48,16 +46,15 @@ def best_stock_trial(study: optuna.Study) -> FrozenTrial:
 def check_model(model: PreTrainedModel | str | Path, study: optuna.Study) -> None:
     """Raise ExportError unless the study searched this model; of a mere path only the shape is compared."""
     from moeopt.models import check_checkpoint, describe
-    from moeopt.trials.description import described
 
     about = described(study)
     if isinstance(model, (str, Path)):
-        found_shape, shape = vars(check_checkpoint(model)), about["space"]["shape"]
-        if found_shape != shape:
-            raise ExportError(f"{str(model)!r} has {found_shape}, the study searched {shape}")
+        its_shape, shape = vars(check_checkpoint(model)), about["space"]["shape"]
+        if its_shape != shape:
+            raise ExportError(f"{str(model)!r} has {its_shape}, the study searched {shape}")
         return
-    searched, found = about["model"], describe(model)
-    differing = [key for key in ("config_hash", "weights") if searched[key] != found[key]]
+    searched, here = about["model"], describe(model)
+    differing = [key for key in ("config_hash", "weights") if searched[key] != here[key]]
     if differing:
         name = shown(searched["name_or_path"])
         raise ExportError(f"study {study.study_name!r} searched another model ({name}): {', '.join(differing)} differ")
@@ -65,8 +62,6 @@ def check_model(model: PreTrainedModel | str | Path, study: optuna.Study) -> Non
 
 def trial_record(trial: FrozenTrial, study: optuna.Study) -> dict[str, Any]:
     """What moeopt.json says of a trial and its study."""
-    from moeopt.trials.description import described
-
     attrs = {key: trial.user_attrs[key] for key in ("accuracy", "operator", "phase") if key in trial.user_attrs}
     return {
         "study": {"name": study.study_name, **described(study)},

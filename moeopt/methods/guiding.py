@@ -19,7 +19,7 @@ class Guiding:
 
     Args:
         evaluator: model, task, examples and score.
-        scores_name: names them (`moeopt.study.objective.scores_name`).
+        scores_name: names them (`moeopt.evaluation.store.scores_name`).
 
     Attributes:
         layer_tokens: what one guide costs.

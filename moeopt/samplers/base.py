@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from moeopt.errors import SamplerError, SpaceError, StudyError, got
 from moeopt.plan import Plan
 from moeopt.spaces.base import NAMED_AT_MOST, Space
+from moeopt.study.storage import attributes
 from moeopt.trials import description, genome, guide, process
 from moeopt.trials.description import ENQUEUED
 from moeopt.trials.genome import Vector
@@ -105,7 +106,7 @@ class UnknownSampler(BaseSampler):
         self.why = why
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        end_refused(genome.whole_study(study), trial, self.why, again=True)
+        end_refused(attributes.whole_study(study), trial, self.why, again=True)
         raise StudyError(self.why)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -172,7 +173,7 @@ class GenomeSampler(BaseSampler):
 
     def adopt_seed(self, study: Study) -> None:
         """Without a seed of its own, go on with the one that the study's sampler drew."""
-        stored = (description.recorded_sampler(study) or {}) if self._drawn else {}
+        stored = (attributes.recorded_sampler(study) or {}) if self._drawn else {}
         if description.COUNT.holds(stored.get("seed")):
             self.seed = stored["seed"]
 
@@ -188,10 +189,10 @@ class GenomeSampler(BaseSampler):
                 again once the study goes on with its own (`moeopt.study.reclaim`).
             SpaceError: when the trial was enqueued with numbers that are out of range; it has failed.
         """
-        whole = genome.whole_study(study)
+        whole = attributes.whole_study(study)
         try:
             self.adopt_seed(whole)
-            description.check_sampler(whole, self.settings())
+            attributes.check_sampler(whole, self.settings())
         except StudyError as error:
             end_refused(whole, trial, str(error), again=True)
             raise
@@ -206,7 +207,7 @@ class GenomeSampler(BaseSampler):
         slot = genome.slot(trial, trials)
         recorded = {key: value for key, value in genome.origin(trial).items() if key != "claim"}
         if recorded.get("worker") != process.this_worker():  # the storage did not say so
-            genome.write(whole, trial, {genome.ORIGIN: {**recorded, "slot": slot, "worker": process.this_worker()}})
+            attributes.write(whole, trial, {genome.ORIGIN: {**recorded, "slot": slot, "worker": process.this_worker()}})
         recorded |= {"slot": slot, "worker": process.this_worker()}
         stored = genome.read(trial)
         try:
@@ -229,8 +230,8 @@ class GenomeSampler(BaseSampler):
             packed = genome.pack(genome.GENOME, x) if proposal is not None else {}
             params = {name: number for name, number in self.parameters(x).items() if name not in trial.params}
             drawn = proposal is not None and proposal.operator != ENQUEUED
-            unless = genome.taken(whole, origin["plan"], trials) if drawn and left else None
-            if genome.write(whole, trial, {genome.ORIGIN: origin, **packed}, params=params, unless=unless):
+            unless = attributes.taken(whole, origin["plan"], trials) if drawn and left else None
+            if attributes.write(whole, trial, {genome.ORIGIN: origin, **packed}, params=params, unless=unless):
                 return
             trials = whole.get_trials(deepcopy=False)  # another worker was faster
 
@@ -395,7 +396,7 @@ def end_refused(study: Study, trial: FrozenTrial, reason: str, *, again: bool) -
     """
     if threading.current_thread() is not threading.main_thread():
         warnings.warn(reason, stacklevel=3)
-    genome.write(study, trial, {}, {genome.FAILURE: reason, **({genome.INTERRUPTED: True} if again else {})})
+    attributes.write(study, trial, {}, {genome.FAILURE: reason, **({genome.INTERRUPTED: True} if again else {})})
     study.tell(trial.number, state=TrialState.FAIL)
 
 

@@ -110,7 +110,7 @@ class RacingPruner(BasePruner):
 
 def penalty(trial: FrozenTrial) -> float:
     """What the trial's objective adds to the mean of its scores' losses, as noted with the scores; 0 by default."""
-    head = genome.attributes(trial).get(genome.SCORES)
+    head = trial.system_attrs.get(genome.SCORES)
     return float(head.get(PENALTY, 0.0)) if isinstance(head, dict) else 0.0
 
 
@@ -122,10 +122,10 @@ def incumbent(study: Study, scores: Array | None = None, of: str | None = None) 
     """
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     for trial in sorted((t for t in done if t.value is not None), key=lambda t: (t.value, t.number)):
-        found = genome.read_scores(trial)
-        if found is None:
+        theirs = genome.read_scores(trial)
+        if theirs is None:
             continue
-        paired = scores is None or (found.shape[1] > scores.shape[1] and _paired(scores, found))
+        paired = scores is None or (theirs.shape[1] > scores.shape[1] and _paired(scores, theirs))
         if paired and (scores is None or genome.scores_of(trial) == of):
             return trial
     return None
@@ -194,8 +194,8 @@ def mean_difference(losses: Array, reference: Array, weights: Array) -> tuple[fl
     if spread == 0 or n == population:
         return mean, 0.0, 0.0
     seen, everything = _residuals(m[:n], w[:n])[1], _residuals(m, w)[1]
-    known, whole = float(seen @ seen) / (n - 1), float(everything @ everything) / (population - 1)
-    unseen = max(1.0, whole / known if known else math.inf if whole else 1.0)
+    sampled, whole = float(seen @ seen) / (n - 1), float(everything @ everything) / (population - 1)
+    unseen = max(1.0, whole / sampled if sampled else math.inf if whole else 1.0)
     return mean, (1 - n / population) * spread / n * unseen, float(np.mean(u**3)) / spread**1.5
 
 

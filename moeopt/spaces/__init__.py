@@ -2,7 +2,7 @@
 
 from moeopt.spaces.active import ActiveSpace
 from moeopt.spaces.base import NAMED_AT_MOST, Space, layer_groups
-from moeopt.spaces.described import from_description
+from moeopt.spaces.described import from_description, space_of
 from moeopt.spaces.eep import EEPSpace
 from moeopt.spaces.merge import MergeSpace
 from moeopt.spaces.prune import PruneSpace
@@ -16,4 +16,5 @@ __all__ = [
     "Space",
     "from_description",
     "layer_groups",
+    "space_of",
 ]

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from moeopt.errors import SpaceError
 from moeopt.plan import LayerPlan, Matrix, ModelShape, Negative, Plan, one_hot
 from moeopt.showing import shown
+from moeopt.study.storage.attributes import frozen_trial
 from moeopt.trials import genome
 from moeopt.trials.genome import Vector
 
@@ -250,7 +251,7 @@ class Space(ABC):
 
     def vector(self, trial: optuna.trial.BaseTrial) -> Vector:
         """The numbers of a trial, as `plan` decodes them."""
-        x = genome.read(trial)
+        x = genome.read(frozen_trial(trial))
         if x is not None and x.size != self.size:
             raise SpaceError(f"trial {trial.number} holds {x.size} numbers, this space has {self.size}")  # type: ignore[attr-defined]
         frozen = hasattr(trial, "state")

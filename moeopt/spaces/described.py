@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moeopt.errors import SpaceError, StorageError
+from moeopt.errors import SpaceError, StorageError, StudyError
 from moeopt.plan import ModelShape
-from moeopt.showing import shown
+from moeopt.showing import line, shown
 from moeopt.spaces.active import ActiveSpace, plan_described
 from moeopt.spaces.base import Space
 from moeopt.spaces.eep import EEPSpace
 from moeopt.spaces.merge import MergeSpace
 from moeopt.spaces.prune import PruneSpace
 from moeopt.trials import genome
+from moeopt.trials.description import DESCRIPTION, described
+
+if TYPE_CHECKING:
+    import optuna
 
 MOST_LAYERS = 4096
 """Of a described space; with more, the numbers of a hostile description would fill the memory."""
@@ -64,3 +68,18 @@ def from_description(description: Mapping[str, Any]) -> Space:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, StorageError) as error:
         raise SpaceError(f"not the description of a space: {shown(error)}") from None
+
+
+def space_of(study: optuna.Study) -> Space:
+    """The space that a study of moeopt searches, rebuilt from its description.
+
+    Raises:
+        StudyError: when moeopt did not make the study, a newer one did, or no space is described so.
+    """
+    description = described(study)["space"]
+    try:
+        return from_description(description)
+    except SpaceError as error:
+        raise StudyError(
+            f"study {study.study_name!r}: its attribute {DESCRIPTION!r}.space: {line(str(error), 500)}"
+        ) from None

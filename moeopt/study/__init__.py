@@ -1,14 +1,15 @@
-"""Studies: create, resume, reclaim, run."""
+"""Studies: the objective, the recipe, create, load, run. Imports `samplers`, `methods`, `study.storage` and below."""
 
 from typing import TYPE_CHECKING
 
 from moeopt.lazily import lazily
 
 if TYPE_CHECKING:
+    from moeopt.spaces import space_of
     from moeopt.study.checks import check_goes_on, check_study, description_of
     from moeopt.study.creating import COMMAND, create_study
     from moeopt.study.foreign import foreign_trials
-    from moeopt.study.opening import check_name, find, load_study, read_study, space_of
+    from moeopt.study.opening import check_name, find, load_study, read_study
     from moeopt.study.progress import best_trial, finished, stalled
     from moeopt.study.reclaiming import reclaim
     from moeopt.study.running import LONGEST_LOOK, Callback, check_limits, optimize
@@ -50,39 +51,17 @@ __all__ = [
     "summary",
 ]
 
-__getattr__ = lazily(
-    __name__,
-    {
-        "CALIBRATION": "moeopt.trials.genome",
-        "COMMAND": "creating",
-        "Callback": "running",
-        "DESCRIPTION": "moeopt.trials.description",
-        "LONGEST_LOOK": "running",
-        "MAY_DIFFER": "moeopt.trials.description",
-        "METHOD": "moeopt.trials.genome",
-        "WARM_START": "moeopt.trials.genome",
-        "WarmStarts": "warm_starts",
-        "automatic": "warm_starts",
-        "best_trial": "progress",
-        "check_expressible": "warm_starts",
-        "check_goes_on": "checks",
-        "check_limits": "running",
-        "check_name": "opening",
-        "check_same": "moeopt.trials.description",
-        "check_study": "checks",
-        "create_study": "creating",
-        "description_of": "checks",
-        "differences_of": "moeopt.trials.description",
-        "enqueue": "warm_starts",
-        "find": "opening",
-        "finished": "progress",
-        "foreign_trials": "foreign",
-        "load_study": "opening",
-        "optimize": "running",
-        "read_study": "opening",
-        "reclaim": "reclaiming",
-        "space_of": "opening",
-        "stalled": "progress",
-        "summary": "moeopt.trials.description",
-    },
-)
+_HOMES = {
+    "moeopt.spaces": ("space_of",),
+    "moeopt.trials.description": ("DESCRIPTION", "MAY_DIFFER", "check_same", "differences_of", "summary"),
+    "moeopt.trials.genome": ("CALIBRATION", "METHOD", "WARM_START"),
+    "checks": ("check_goes_on", "check_study", "description_of"),
+    "creating": ("COMMAND", "create_study"),
+    "foreign": ("foreign_trials",),
+    "opening": ("check_name", "find", "load_study", "read_study"),
+    "progress": ("best_trial", "finished", "stalled"),
+    "reclaiming": ("reclaim",),
+    "running": ("LONGEST_LOOK", "Callback", "check_limits", "optimize"),
+    "warm_starts": ("WarmStarts", "automatic", "check_expressible", "enqueue"),
+}
+__getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})

@@ -13,15 +13,8 @@ from moeopt.samplers import GenomeSampler, UnknownSampler
 from moeopt.samplers.shadow import describe
 from moeopt.showing import shown
 from moeopt.spaces import Space
-from moeopt.trials.description import (
-    DESCRIPTION,
-    check_same,
-    check_sampler,
-    described,
-    go_on,
-    record_sampler,
-    recorded_sampler,
-)
+from moeopt.study.storage.attributes import check_sampler, record_sampler, recorded_sampler
+from moeopt.trials.description import DESCRIPTION, check_same, described, go_on
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -81,25 +74,27 @@ def check_study(
         model: None: not loaded yet, not compared.
         unseen: splits that the study must not have searched.
     """
-    found = described(study)
-    about, own = found["task"], task.describe()
-    if about["fingerprint"] != own["fingerprint"]:
+    description = described(study)
+    searched, here = description["task"], task.describe()
+    if searched["fingerprint"] != here["fingerprint"]:
         raise StudyError(
-            f"study {study.study_name!r} searched another task: {shown(about['name'])} with examples "
-            f"{shown(about['fingerprint'][:16])}, here is {own['name']!r} with {own['fingerprint'][:16]}"
+            f"study {study.study_name!r} searched another task: {shown(searched['name'])} with examples "
+            f"{shown(searched['fingerprint'][:16])}, here is {here['name']!r} with {here['fingerprint'][:16]}"
         )
-    if about["split"] in unseen:
+    if searched["split"] in unseen:
         raise StudyError(
-            f"study {study.study_name!r} searched the {about['split']} split: its result there would mean nothing"
+            f"study {study.study_name!r} searched the {searched['split']} split: its result there would mean nothing"
         )
     if model is not None:
         from moeopt.models import describe
 
         ours = describe(model)
-        differing = [key for key in ("config_hash", "weights") if found["model"][key] != ours[key]]
+        differing = [key for key in ("config_hash", "weights") if description["model"][key] != ours[key]]
         if differing:
             raise StudyError(
-                f"study {study.study_name!r} searched another model ({shown(found['model']['name_or_path'])}): "
-                + ", ".join(f"{key} {shown(found['model'][key][:16])}, here {ours[key][:16]}" for key in differing)
+                f"study {study.study_name!r} searched another model ({shown(description['model']['name_or_path'])}): "
+                + ", ".join(
+                    f"{key} {shown(description['model'][key][:16])}, here {ours[key][:16]}" for key in differing
+                )
                 + ("; the same weights in another dtype count as others" if differing == ["weights"] else "")
             )

@@ -96,8 +96,8 @@ def create_study(
     if existing is not None:
         with readable_errors(storage):
             check_same(existing, description)
-    held = [] if existing is None else [trial.user_attrs for trial in existing.get_trials(deepcopy=False)]
-    found = calibrated(starts, objective, held, optional=warm_starts == AUTO)
+    existing_attrs = [] if existing is None else [trial.user_attrs for trial in existing.get_trials(deepcopy=False)]
+    planned = calibrated(starts, objective, existing_attrs, optional=warm_starts == AUTO)
     if opened is None and isinstance(storage, str):
         opened = open_storage(storage)
     with readable_errors(storage):
@@ -120,7 +120,7 @@ def create_study(
             study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
         if opened is not None:
             recipe.write(study, objective, chosen, racer)
-        enqueue_new(study, objective.space, found, held)
+        enqueue_new(study, objective.space, planned, existing_attrs)
         reclaim(study)
     return study
 

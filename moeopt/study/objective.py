@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from moeopt.errors import ModelError, NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError, got
+from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError, got
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
 from moeopt.evaluation.checks import check_parts
 from moeopt.evaluation.memory import ran_out
@@ -23,8 +23,11 @@ from moeopt.plan import Plan
 from moeopt.samplers import racing
 from moeopt.spaces import Space
 from moeopt.study import reference
+from moeopt.study.guides import Guides
 from moeopt.study.reference import Reference
-from moeopt.trials import genome, guide
+from moeopt.study.scores import active_experts, packed, penalty, remembered
+from moeopt.study.storage import attributes
+from moeopt.trials import genome
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -33,15 +36,12 @@ if TYPE_CHECKING:
     from moeopt.evaluation import Compression
     from moeopt.evaluation.evaluator import Score
     from moeopt.methods import MethodPlan
-    from moeopt.methods.guiding import Guiding
     from moeopt.tasks import Task
 
 Report = Literal["mean", "block"]
 
 COPIED_FROM = "copied_from"
 SPENT = "spent"
-ACTIVE = "active"
-"""Key, in the head of a trial's scores, of the experts active per token and layer over the same examples."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -171,10 +171,10 @@ class Objective:
             self.settings |= {"top_p": compression.top_p, "memory": compression.memory}
         if not reference:
             self.settings["reference"] = False
-        self._guiding: Guiding | None = None
+        self._guides: Guides | None = None
         if guide:
             self.settings["guide"] = self.guide
-            self._guiding = _guiding(self.evaluator, self._of)
+            self._guides = Guides(self.evaluator, space, self._of, self.guide)
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> float:
         """The loss of the trial's plan, active experts weighed in, NaN where there is none.
@@ -223,20 +223,20 @@ class Objective:
         started = self.evaluator.clock()
         x = self.space.vector(trial)
         plan = self.space.decode(x)
-        facts = _facts(genome.origin(trial))
+        facts = _facts(genome.origin(attributes.frozen_trial(trial)))
         attrs: dict[str, Any] = {}
         evaluation: Evaluation | None = None
         pruned, examples = False, self.evaluator.examples
         try:
-            known = self._known(study, trial, plan, facts)
-            for evaluation in self.evaluator.race(plan, known):
-                attrs = self._packed(evaluation)
+            earlier = self._earlier(study, trial, plan, facts)
+            for evaluation in self.evaluator.race(plan, earlier):
+                attrs = packed(evaluation, self._of, self.active_weight)
                 n = len(evaluation.losses)
                 if len(self.evaluator.rungs) > 1:
                     if study is not None and n < examples:
-                        genome.write(study, trial, attrs)  # for the pruner
+                        attributes.write(study, trial, attrs)  # for the pruner
                     self._report(trial, evaluation)
-                    finished = n == examples or (known is not None and len(known.losses) == examples)
+                    finished = n == examples or (earlier is not None and len(earlier.losses) == examples)
                     if not finished and trial.should_prune():
                         pruned = True
                         break
@@ -248,9 +248,10 @@ class Objective:
             self._note(study, trial, attrs, facts | {genome.FAILURE: str(error).partition("\n")[0]})
             return float("nan")
         assert evaluation is not None
+        loss = evaluation.loss + penalty(self.active_weight, evaluation)
         facts |= {
             "accuracy": evaluation.accuracy,
-            "active": _active(evaluation),
+            "active": active_experts(evaluation),
             "seconds": round(self.evaluator.clock() - started, 4),
             "tokens": evaluation.tokens,
             "layer_tokens": evaluation.layer_tokens,
@@ -258,12 +259,12 @@ class Objective:
         }
         if pruned:
             facts[genome.ESTIMATE] = self._estimate(study, evaluation)
-        elif study is not None:
-            attrs |= self._guide(study, plan, evaluation.loss + self._penalty(evaluation), facts)
+        elif study is not None and self._guides is not None:
+            attrs |= self._guides.next(study, plan, loss, facts)
         self._note(study, trial, attrs, facts)
         if pruned:
             raise optuna.TrialPruned
-        return evaluation.loss + self._penalty(evaluation)
+        return loss
 
     def _begin(self, study: optuna.Study) -> None:
         """Once a study, before its first trial here: it gets its reference, and forgets what was run for it or others.
@@ -275,8 +276,8 @@ class Objective:
         with lock_of(self.model):
             if self._searched() is study:  # another thread did it meanwhile
                 return
-            self._reference = reference.read(study)
-            if self._refers and not self._refers_to(self._reference):
+            self._reference = self._stored_reference(study) if self._refers else reference.read(study)
+            if self._refers and self._reference is None:
                 try:
                     self._reference = self.reference(study)
                     for warning in self._reference.warnings:
@@ -295,24 +296,22 @@ class Objective:
             StudyError, StorageError: when what the study holds is damaged.
         """
         with lock_of(self.model):
-            held = reference.read(study)
-            if held is None or not self._refers_to(held):
-                self.evaluator.clear(keep_teacher=True)
-                made = reference.measure(self.evaluator, self._of, self.active_weight)
-                self.evaluator.clear(keep_teacher=True)  # what trials cost does not depend on where this was run
-                held = reference.read(study)  # another process may have made it meanwhile
-                if held is None or not self._refers_to(held):
-                    made.keep(study)
-                    held = made
-            return held
+            stored = self._stored_reference(study)
+            if stored is not None:
+                return stored
+            self.evaluator.clear(keep_teacher=True)
+            measured = reference.measure(self.evaluator, self._of, self.active_weight)
+            self.evaluator.clear(keep_teacher=True)  # what trials cost does not depend on where this was run
+            stored = self._stored_reference(study)  # another process may have made it meanwhile
+            if stored is None:
+                measured.keep(study)
+            return stored or measured
 
-    def _refers_to(self, held: Reference | None) -> bool:
-        """Whether a reference is of what this objective scores."""
-        return held is not None and held.of == self._of and held.penalty == self.active_weight * held.active
-
-    def _penalty(self, evaluation: Evaluation) -> float:
-        """What the active experts of an evaluation add to the loss."""
-        return penalty(self.active_weight, evaluation)
+    def _stored_reference(self, study: optuna.Study) -> Reference | None:
+        """The reference that a study holds, where it is of what this objective scores."""
+        stored = reference.read(study)
+        same = stored is not None and stored.of == self._of and stored.penalty == self.active_weight * stored.active
+        return stored if same else None
 
     def _note(
         self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, attrs: dict[str, Any], facts: dict[str, Any]
@@ -320,93 +319,53 @@ class Objective:
         if study is not None:
             ended = study.get_trials(deepcopy=False, states=FINISHED)
             spent = self._spent(ended) + facts.get("layer_tokens", 0)
-            genome.write(study, trial, attrs, facts | {SPENT: spent})
+            attributes.write(study, trial, attrs, facts | {SPENT: spent})
             return
         for key, value in facts.items():
             trial.set_user_attr(key, value)
 
-    def _guide(self, study: optuna.Study, plan: Plan, loss: float, facts: dict[str, Any]) -> dict[str, Any]:
-        """Attributes for a trial that hold a guide of the study's best pruning so far, which may be the trial's own.
-
-        There is none where that has a guide, where warm starts wait to be tried, and where guides would take more than
-        their share of the layer-tokens. The trial's `layer_tokens`, in `facts`, come to count it.
-        """
-        if self._guiding is None:
-            return {}
-        trials = study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.WAITING))
-        if any(trial.state == TrialState.WAITING for trial in trials):
-            return {}
-        done = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None and t.value <= loss]
-        if done:
-            plan = self.space.decode(self.space.vector(min(done, key=lambda trial: (trial.value, trial.number))))
-        cost, guides = self._guiding.layer_tokens, guide.cost(trials)
-        held = (plan.fingerprint, self._of) in {guide.plan_of(trial) for trial in trials}
-        if held or not all(layer.kept is not None for layer in plan.layers):
-            return {}
-        # As if nothing were reused: whether there is a guide must not depend on the process that a trial ran in.
-        tokens = facts["tokens"] + sum(int(trial.user_attrs.get("tokens", 0)) for trial in trials)
-        if guides and guides + cost > self.guide * (tokens * self.evaluator.layers + guides + cost):
-            return {}
-        try:
-            made = self._guiding.guide(plan)
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            warnings.warn(f"there is no guide, as memory ran out: {str(error).partition(chr(10))[0]}", stacklevel=2)
-            return {}
-        facts["layer_tokens"] += cost
-        facts[guide.COST] = cost
-        return made.packed()
-
     def _spent(self, trials: Iterable[FrozenTrial]) -> int:
         """Layer-tokens of these trials, and of the reference."""
         costs = (trial.user_attrs.get("layer_tokens") for trial in trials)
-        own = 0 if self._reference is None else self._reference.layer_tokens
-        return own + sum(cost for cost in costs if isinstance(cost, int))
+        reference = 0 if self._reference is None else self._reference.layer_tokens
+        return reference + sum(cost for cost in costs if isinstance(cost, int))
 
-    def _known(
+    def _earlier(
         self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, plan: Plan, facts: dict[str, Any]
     ) -> Evaluation | None:
         """What the trial that knows most knows of the plan on the first examples; noted in `facts`."""
         if study is None:
             return None
-        found = remembered(trial, plan, self._of)
-        origin, name = genome.origin(trial), plan.fingerprint
+        frozen, name = attributes.frozen_trial(trial), plan.fingerprint
+        most, origin = remembered(frozen, plan, self._of), genome.origin(frozen)
         if "plan" not in origin:
-            genome.write(study, trial, {genome.ORIGIN: {**origin, "plan": name}})
+            attributes.write(study, trial, {genome.ORIGIN: {**origin, "plan": name}})
         for other in study.get_trials(deepcopy=False, states=FINISHED):
             if genome.origin(other).get("plan") == name:
-                if genome.attributes(other).get(genome.NOT_FINITE) == self._of:
+                if other.system_attrs.get(genome.NOT_FINITE) == self._of:
                     facts[COPIED_FROM] = other.number
                     raise NonFiniteLossError(str(other.user_attrs.get(genome.FAILURE)), layer=None)
-                seen = remembered(other, plan, self._of)
-                if seen is not None and (found is None or len(seen.losses) > len(found.losses)):
-                    found = seen
+                evaluation = remembered(other, plan, self._of)
+                if evaluation is not None and (most is None or len(evaluation.losses) > len(most.losses)):
+                    most = evaluation
                     facts[COPIED_FROM] = other.number
-        return found
+        return most
 
     @cached_property
     def _of(self) -> str:
         return scores_name(self.evaluator)
 
-    def _packed(self, evaluation: Evaluation) -> dict[str, Any]:
-        attrs = genome.pack(genome.SCORES, evaluation.scores.reshape(-1))
-        attrs[genome.SCORES] |= {"of": self._of, ACTIVE: evaluation.active}
-        if self.active_weight:
-            attrs[genome.SCORES][racing.PENALTY] = self._penalty(evaluation)
-        return attrs
-
     def _report(self, trial: optuna.trial.BaseTrial, evaluation: Evaluation) -> None:
         n, rungs = len(evaluation.losses), self.evaluator.rungs
         first = ([0, *rungs])[rungs.index(n)] if self.report == "block" else 0
         losses, weights = evaluation.losses[first:].astype(np.float64), evaluation.weights[first:]
-        trial.report(float(np.average(losses, weights=weights)) + self._penalty(evaluation), n)
+        trial.report(float(np.average(losses, weights=weights)) + penalty(self.active_weight, evaluation), n)
 
     def _estimate(self, study: optuna.Study | None, evaluation: Evaluation) -> float:
         best = None if study is None else racing.incumbent(study, evaluation.scores, self._of)
         reference = None if best is None else genome.read_scores(best)
         loss = evaluation.loss if reference is None else racing.honest_estimate(evaluation.scores, reference)
-        return loss + self._penalty(evaluation)
+        return loss + penalty(self.active_weight, evaluation)
 
     def calibrated(self, names: Iterable[str], *, seed: int = 0) -> dict[str, MethodPlan]:
         """What one-shot methods make of the objective's examples, for its space, with k and skip as at its start.
@@ -421,12 +380,12 @@ class Objective:
         calibration = methods.Calibration(self.model, self.tokenizer, self.task, **options)
         space, start = self.space, self.space.decode(self.space.start()).layers
         most = max(layer.k for layer in start)
-        found = methods.plans(names, calibration, keep=space.keep, k=most, groups=space.groups, seed=seed)
+        made = methods.plans(names, calibration, keep=space.keep, k=most, groups=space.groups, seed=seed)
 
         def started(plan: Plan) -> Plan:
             return Plan(tuple(replace(a, k=b.k, skip=b.skip) for a, b in zip(plan.layers, start)))
 
-        return {name: replace(one, plan=started(one.plan)) for name, one in found.items()}
+        return {name: replace(found, plan=started(found.plan)) for name, found in made.items()}
 
     def noise_floor(self) -> NoiseFloor:
         """How much the full model's loss on the first rung moves with experts backend and batch size.
@@ -475,7 +434,7 @@ def _warn_of_too_little(task: Task, split: str, limit: int | None, examples: int
         )
     distinct = examples
     if task.unit == "examples":  # not windows
-        examples, distinct = len(task.examples(split)), len({one.likeness for one in task.examples(split)})
+        examples, distinct = len(task.examples(split)), len({example.likeness for example in task.examples(split)})
     if limit is not None and distinct < limit:
         repeats = f", {distinct:,} of them distinct" if distinct < examples else ""
         warnings.warn(
@@ -485,40 +444,7 @@ def _warn_of_too_little(task: Task, split: str, limit: int | None, examples: int
         )
 
 
-def _guiding(evaluator: Evaluator, of: str) -> Guiding:
-    from moeopt.methods.guiding import Guiding
-
-    if evaluator.score == "metric":
-        raise StudyError("guides are derivatives of the loss, and score='metric' has none: search score='choice'")
-    try:
-        return Guiding(evaluator, of)
-    except ModelError as error:
-        raise StudyError(f"no guide: its derivatives need a model that runs layer by layer: {error}") from error
-
-
-def remembered(trial: optuna.trial.BaseTrial, plan: Plan, of: str) -> Evaluation | None:
-    """What a trial's scores say of its plan; None where they are of something else than `scores_name` names."""
-    scores = genome.read_scores(trial) if genome.scores_of(trial) == of else None
-    if scores is None:
-        return None
-    active = genome.attributes(trial)[genome.SCORES].get(ACTIVE)
-    if active is None:  # scores of an older version, which searched no skipping
-        if any(layer.skip for layer in plan.layers):
-            return None
-        active = sum(layer.k for layer in plan.layers) / len(plan.layers)
-    return Evaluation(scores[0], scores[1], scores[2], 0, 0, 0.0, float(active))
-
-
 BACKENDS = {"attention": "attn", "experts": "experts"}
-
-
-def penalty(active_weight: float, evaluation: Evaluation) -> float:
-    """What the active experts of an evaluation add to its loss, at `active_weight` an expert."""
-    return active_weight * _active(evaluation) if active_weight else 0.0
-
-
-def _active(evaluation: Evaluation) -> float:
-    return round(evaluation.active, 4)
 
 
 def _facts(origin: dict[str, Any]) -> dict[str, Any]:

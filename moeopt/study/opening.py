@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.pruners import BasePruner, NopPruner
 
-from moeopt.errors import MoeoptError, SpaceError, StudyError, got
+from moeopt.errors import MoeoptError, StudyError, got, nearest
 from moeopt.samplers import UnknownSampler, from_settings
 from moeopt.showing import line, shown
-from moeopt.spaces import Space, from_description
-from moeopt.study.storage import check_storage, hidden, open_storage, readable_errors, study_names
-from moeopt.trials.description import DESCRIPTION, check_sampler, check_whole, described, go_on, reading
+from moeopt.spaces import space_of
+from moeopt.study.storage import attributes, check_storage, hidden, open_storage, readable_errors, study_names
+from moeopt.trials.description import check_whole, described, go_on, reading
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -45,14 +45,12 @@ def load_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
     """
     study = read_study(study_name, storage)
     with readable_errors(storage):
-        study.sampler, study.pruner = _own(study)
+        study.sampler, study.pruner = _rebuilt(study)
     return study
 
 
 def read_study(study_name: str, storage: str | BaseStorage) -> optuna.Study:
     """Open a study of moeopt to read it, as `load_study` does; nothing of it is rebuilt, and it starts no trials."""
-    from moeopt.errors import nearest
-
     check_storage(storage)
     if not isinstance(study_name, str):
         raise StudyError(f"a study has a name, a text, got {got(study_name)}")
@@ -82,24 +80,24 @@ def check_name(study_name: object) -> None:
         raise StudyError(f"a study's name has at most {LONGEST_NAME} characters, got {len(study_name)}")
 
 
-def _pruner(told: dict[str, Any] | None) -> BasePruner:
-    """The pruner that a description tells of; the first versions had none."""
+def _described_pruner(description: dict[str, Any] | None) -> BasePruner:
+    """The pruner of a description; the first versions had none."""
     from moeopt.study import recipe
 
-    return NopPruner() if told is None else recipe.pruner_from(told)
+    return NopPruner() if description is None else recipe.pruner_from(description)
 
 
-def _own(study: optuna.Study) -> tuple[BaseSampler, BasePruner]:
+def _rebuilt(study: optuna.Study) -> tuple[BaseSampler, BasePruner]:
     """The study's sampler and pruner, rebuilt; a sampler that starts nothing, with the reason, where one cannot be."""
     from moeopt.study import recipe as recipes
 
     name = study.study_name
     try:
-        about, kept = described(study), recipes.kept(study)
+        about, recipe = described(study), recipes.stored(study)
         space = space_of(study)
-        sampler = recipes.sampler_of(kept, space) if kept else from_settings(about["sampler"], space)
-        pruner = recipes.pruner_of(kept) if kept else _pruner(about.get("pruner"))
-        check_sampler(study, sampler.settings())
+        sampler = recipes.sampler_of(recipe, space) if recipe else from_settings(about["sampler"], space)
+        pruner = recipes.pruner_of(recipe) if recipe else _described_pruner(about.get("pruner"))
+        attributes.check_sampler(study, sampler.settings())
     except MoeoptError as error:
         why = (
             f"the sampler or the pruner of study {name!r} cannot be rebuilt from it: {line(str(error), 300)}. Pass the "
@@ -108,18 +106,3 @@ def _own(study: optuna.Study) -> tuple[BaseSampler, BasePruner]:
         )
         return UnknownSampler(why), NopPruner()
     return sampler, pruner
-
-
-def space_of(study: optuna.Study) -> Space:
-    """The space that a study of moeopt searches, rebuilt from its description.
-
-    Raises:
-        StudyError: when moeopt did not make the study, a newer one did, or no space is described so.
-    """
-    description = described(study)["space"]
-    try:
-        return from_description(description)
-    except SpaceError as error:
-        raise StudyError(
-            f"study {study.study_name!r}: its attribute {DESCRIPTION!r}.space: {line(str(error), 500)}"
-        ) from None

@@ -8,17 +8,16 @@ takes 4 ms a MiB longer (SQLite, PostgreSQL and MariaDB on the same machine); 64
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import re
-import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeopt.errors import MoeoptError, SamplerError, StudyError, TaskError
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
+from moeopt.trials.description import FLAG, TEXT, Maybe, Of, check
 
 if TYPE_CHECKING:
     import optuna
@@ -38,25 +37,27 @@ LARGEST = 8 << 20
 UNPACKED = 64 << 20
 """Bytes of its JSON."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_OPTIONAL = (int, type(None))
-SETTINGS: dict[str, tuple[type | tuple[type, ...], float]] = {
-    "split": (str, 0),
-    "limit": (_OPTIONAL, 1 << 30),
-    "max_length": (_OPTIONAL, 1 << 24),
-    "batch_tokens": (int, 1 << 24),
-    "rungs": (int, 1 << 12),
-    "report": (str, 0),
-    "active_weight": ((int, float), 1e9),
-    "prefix_memory": (_OPTIONAL, 1 << 44),
-    "score": (str, 0),
-    "top_p": ((int, float), 1),
-    "memory": (int, 1 << 44),
-    "reference": (bool, 1),
-    "guide": ((int, float), 1),
-}
-"""Settings of an objective that a recipe holds: their types, and the largest numbers that are believed."""
 
 
+def _at_most(largest: float, *kinds: type) -> Of:
+    """A number of these types that is believed; a flag is none."""
+    return Of(f"a number from 0 to {largest:g}", lambda value: type(value) in kinds and 0 <= value <= largest)
+
+
+SETTINGS: dict[str, Any] = {
+    "split": TEXT, "limit": Maybe(_at_most(1 << 30, int)), "max_length": Maybe(_at_most(1 << 24, int)),
+    "batch_tokens": Maybe(_at_most(1 << 24, int)), "rungs": Maybe(_at_most(1 << 12, int)), "report": Maybe(TEXT),
+    "active_weight": Maybe(_at_most(1e9, int, float)), "prefix_memory": Maybe(_at_most(1 << 44, int)),
+    "score": Maybe(TEXT), "top_p": Maybe(_at_most(1, int, float)), "memory": Maybe(_at_most(1 << 44, int)),
+    "reference": Maybe(FLAG), "guide": Maybe(_at_most(1, int, float)),
+}  # fmt: skip
+"""Settings of an objective that a recipe holds."""
+FORM = {
+    "model": Maybe(Of("a hub id", lambda value: isinstance(value, str) and bool(_HUB_ID.fullmatch(value)))),
+    "dtype": TEXT, "objective": SETTINGS, "scored": TEXT, "missing": {TEXT: TEXT}, "task": Maybe({}),
+    "sampler": Maybe({}), "pruner": Maybe({}),
+}  # fmt: skip
+MAY_BE_NONE = ("limit", "max_length", "prefix_memory")
 COMPRESSION = ("top_p", "memory")
 
 
@@ -85,7 +86,7 @@ class Recipe:
     missing: dict[str, str]
 
 
-def of(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Recipe:
+def made(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Recipe:
     """The recipe of a study that is about to be made."""
     from moeopt.samplers import from_settings
     from moeopt.samplers.shadow import describe
@@ -98,15 +99,15 @@ def of(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Reci
         task = keep(objective.task, use)
     except TaskError as error:
         missing["task"] = str(error)
-    kept: dict[str, Any] | None = {"settings": sampler.settings()}
+    chosen: dict[str, Any] | None = {"settings": sampler.settings()}
     start = getattr(sampler, "x0", None)
     if start is not None:
-        kept |= genome.pack("start", start)  # type: ignore[operator]
+        chosen |= genome.pack("start", start)  # type: ignore[operator]
     try:
         if type(from_settings(sampler.settings(), objective.space, start)) is not type(sampler):
             raise SamplerError(f"sampler {type(sampler).__name__} is code of its own")
     except SamplerError as error:
-        kept, missing["sampler"] = None, str(error)
+        chosen, missing["sampler"] = None, str(error)
     described: dict[str, Any] | None = describe(pruner)
     try:
         json.dumps(described, allow_nan=False)
@@ -118,17 +119,17 @@ def of(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Reci
     missing |= {} if hub else {"model": "it was a folder of the machine that made the study"}
     dtype = str(next(objective.model.parameters()).dtype).removeprefix("torch.")
     scored = objective.evaluator.fingerprint
-    recipe = Recipe(name if hub else None, dtype, settings, scored, task, kept, described, missing)
-    if task is not None and _too_large(recipe):
-        missing["task"] = f"its examples are too many to keep (over {LARGEST >> 20} MiB): set a limit"
-        recipe = Recipe(name if hub else None, dtype, settings, scored, None, kept, described, missing)
-    return recipe
+    recipe = Recipe(name if hub else None, dtype, settings, scored, task, chosen, described, missing)
+    if task is None or not _too_large(recipe):
+        return recipe
+    missing["task"] = f"its examples are too many to keep (over {LARGEST >> 20} MiB): set a limit"
+    return replace(recipe, task=None)
 
 
 def write(study: optuna.Study, objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> None:
     """Keep the recipe in a study, unless it has one."""
-    if RECIPE not in genome.study_attributes(study):
-        genome.write_study(study, _packed(of(objective, sampler, pruner))[0])
+    if RECIPE not in attributes.study_attributes(study):
+        attributes.write_study(study, _packed(made(objective, sampler, pruner)))
 
 
 def read(study: optuna.Study) -> Recipe:
@@ -137,7 +138,7 @@ def read(study: optuna.Study) -> Recipe:
     Raises:
         StudyError: when it has none, or one that is damaged, hostile, or of a newer moeopt.
     """
-    attrs, named = genome.study_attributes(study), f"study {study.study_name!r}"
+    attrs, named = attributes.study_attributes(study), f"study {study.study_name!r}"
     head = attrs.get(RECIPE)
     if head is None:
         raise StudyError(f"{named} was made by an older moeopt, or not by create_study: resume it with moeopt search")
@@ -145,23 +146,17 @@ def read(study: optuna.Study) -> Recipe:
         version = head.get("v") if isinstance(head, dict) else head
         raise StudyError(f"the recipe of {named} is of version {version!r:.40}; this moeopt reads {VERSION}")
     try:
-        size, chunks = head["bytes"], head["chunks"]
-        if type(size) is not int or not 0 < size <= UNPACKED or type(chunks) is not int:
-            raise ValueError(f"{size!r:.40} bytes in {chunks!r:.40} pieces")
-        if not 1 <= chunks <= LARGEST // genome.CHUNK + 1:
-            raise ValueError(f"{chunks} pieces")
-        text = "".join([head["z"], *(attrs[f"{RECIPE}.{i}"] for i in range(1, chunks))])
-        data = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
-        if len(data) != size:
-            raise ValueError(f"{size} bytes announced, {len(data)} found")
-        return _checked(json.loads(data, parse_constant=_no_constant))
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, binascii.Error, zlib.error) as error:
+        size = head["bytes"]
+        if type(size) is not int or not 0 < size <= UNPACKED:
+            raise ValueError(f"{size!r:.40} bytes")
+        return _checked(json.loads(genome.unpack_bytes(RECIPE, attrs, size), parse_constant=_no_constant))
+    except genome.DAMAGE as error:
         raise StudyError(f"the recipe of {named} is damaged: {type(error).__name__}: {error!s:.200}") from None
 
 
-def kept(study: optuna.Study) -> Recipe | None:
+def stored(study: optuna.Study) -> Recipe | None:
     """`read`; None for a study that has none."""
-    return read(study) if RECIPE in genome.study_attributes(study) else None
+    return read(study) if RECIPE in attributes.study_attributes(study) else None
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -185,9 +180,9 @@ def arguments(recipe: Recipe) -> dict[str, Any]:
     """The keyword arguments of the objective."""
     from moeopt.evaluation import Compression
 
-    found = {key: value for key, value in recipe.objective.items() if key not in COMPRESSION}
+    given = {key: value for key, value in recipe.objective.items() if key not in COMPRESSION}
     compression = {key: recipe.objective[key] for key in COMPRESSION if key in recipe.objective}
-    return {**found, "compression": Compression(**compression)} if compression else found
+    return {**given, "compression": Compression(**compression)} if compression else given
 
 
 def sampler_of(recipe: Recipe, space: Space) -> GenomeSampler:
@@ -198,11 +193,9 @@ def sampler_of(recipe: Recipe, space: Space) -> GenomeSampler:
     """
     from moeopt.samplers import from_settings
 
-    if recipe.sampler is None:
-        why = recipe.missing.get("sampler", "for no reason given")
-        raise StudyError(f"the study does not hold its sampler ({why}); moeopt.run_worker(sampler=...) takes it")
+    settings = _given(recipe, "sampler")
     try:
-        return from_settings(recipe.sampler["settings"], space, genome.unpack("start", recipe.sampler))
+        return from_settings(settings["settings"], space, genome.unpack("start", settings))
     except (MoeoptError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StudyError(f"the sampler kept in the study cannot be used: {error!s:.300}") from None
 
@@ -213,10 +206,15 @@ def pruner_of(recipe: Recipe) -> BasePruner:
     Raises:
         StudyError: when it names none, with the reason, or what it says is not a pruner's settings.
     """
-    if recipe.pruner is None:
-        why = recipe.missing.get("pruner", "for no reason given")
-        raise StudyError(f"the study does not hold its pruner ({why}); moeopt.run_worker(pruner=...) takes it")
-    return pruner_from(recipe.pruner)
+    return pruner_from(_given(recipe, "pruner"))
+
+
+def _given(recipe: Recipe, part: str) -> Any:
+    value = getattr(recipe, part)
+    if value is None:
+        why = recipe.missing.get(part, "for no reason given")
+        raise StudyError(f"the study does not hold its {part} ({why}); moeopt.run_worker({part}=...) takes it")
+    return value
 
 
 def pruner_from(described: Any) -> BasePruner:
@@ -231,9 +229,9 @@ def pruner_from(described: Any) -> BasePruner:
     from moeopt.samplers.shadow import describe
 
     kinds = [RacingPruner, *(getattr(optuna.pruners, name) for name in optuna.pruners.__all__)]
-    known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds if kind is not optuna.pruners.BasePruner}
+    named = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds if kind is not optuna.pruners.BasePruner}
     try:
-        kind = known[described["class"]]
+        kind = named[described["class"]]
         given = {key: pruner_from(v) if isinstance(v, dict) else v for key, v in described.items() if key != "class"}
         pruner: BasePruner = kind(**given)
         if describe(pruner) == described:
@@ -246,7 +244,7 @@ def pruner_from(described: Any) -> BasePruner:
 def want(study: optuna.Study, trials: int | None, patience: int | None = None) -> None:
     """Note when a study is done, for the workers that join it: `trials` and `patience` of `moeopt.optimize`."""
     if (wanted(study), patience_of(study)) != (trials, patience):
-        genome.write_study(study, {WANTED: trials, PATIENCE: patience})
+        attributes.write_study(study, {WANTED: trials, PATIENCE: patience})
 
 
 def wanted(study: optuna.Study) -> int | None:
@@ -260,48 +258,28 @@ def patience_of(study: optuna.Study) -> int | None:
 
 
 def _count(study: optuna.Study, key: str) -> int | None:
-    found = genome.study_attributes(study).get(key)
-    return found if type(found) is int and found > 0 else None
+    count = attributes.study_attributes(study).get(key)
+    return count if type(count) is int and count > 0 else None
 
 
-def _packed(recipe: Recipe) -> tuple[dict[str, Any], int]:
-    """Attributes that hold a recipe, its head last, and how many characters they are."""
-    data = json.dumps({one.name: getattr(recipe, one.name) for one in fields(recipe)}, allow_nan=False).encode()
-    text = base64.b64encode(zlib.compress(data, 9)).decode()
-    pieces = [text[i : i + genome.CHUNK] for i in range(0, len(text), genome.CHUNK)]
-    head = {"v": VERSION, "bytes": len(data), "chunks": len(pieces), "z": pieces[0]}
-    size = len(text) if len(data) <= UNPACKED else LARGEST + 1
-    return {**{f"{RECIPE}.{i}": piece for i, piece in enumerate(pieces[1:], start=1)}, RECIPE: head}, size
+def _packed(recipe: Recipe) -> dict[str, Any]:
+    """Attributes that hold a recipe, its head last."""
+    data = json.dumps(vars(recipe), allow_nan=False).encode()
+    return genome.pack_bytes(RECIPE, data, {"v": VERSION, "bytes": len(data)}, level=9)
 
 
 def _too_large(recipe: Recipe) -> bool:
-    return _packed(recipe)[1] > LARGEST
+    attrs = _packed(recipe)
+    head = attrs.pop(RECIPE)
+    return head["bytes"] > UNPACKED or sum(map(len, attrs.values())) + len(head["z"]) > LARGEST
 
 
 def _checked(body: Any) -> Recipe:
-    recipe = Recipe(**body)
-    kinds: dict[str, Any] = {
-        "model": (str, type(None)),
-        "dtype": str,
-        "objective": dict,
-        "scored": str,
-        "missing": dict,
-    }
-    kinds |= dict.fromkeys(("task", "sampler", "pruner"), (dict, type(None)))
-    for name, kind in kinds.items():
-        if not isinstance(getattr(recipe, name), kind):
-            raise ValueError(f"{name!r} of the wrong form")
-    if recipe.model is not None and not _HUB_ID.fullmatch(recipe.model):
-        raise ValueError("'model' is no hub id")
-    if not all(isinstance(why, str) for why in recipe.missing.values()):
-        raise ValueError("'missing' of the wrong form")
-    for name, value in recipe.objective.items():
-        kind, most = SETTINGS[name]
-        if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-            raise ValueError(f"{name!r} of the wrong form")
-        if isinstance(value, (int, float)) and not 0 <= value <= most:
-            raise ValueError(f"{name!r} is {value!r:.40}")
-    return recipe
+    check(body, FORM, "it")
+    for name, value in body["objective"].items():
+        if name not in SETTINGS or (value is None and name not in MAY_BE_NONE):
+            raise ValueError(f"objective.{name:.40} is {value!r:.40}")
+    return Recipe(**body)
 
 
 def _no_constant(name: str) -> Any:

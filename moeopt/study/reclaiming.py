@@ -5,6 +5,7 @@ from __future__ import annotations
 import optuna
 from optuna.trial import TrialState
 
+from moeopt.study.storage import attributes
 from moeopt.trials import genome, process
 
 
@@ -20,9 +21,9 @@ def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:
         other_hosts: also take running trials of other hosts for dead, where it cannot be seen. Say so only when no
             worker runs there (a container that was started anew has another host name).
     """
-    team = genome.shared(study)
+    team = attributes.team(study)
     if team is not None:
-        team[0].recover(team[1], other_hosts)
+        team.storage.recover(team.study_id, other_hosts)
     trials = study.get_trials(deepcopy=False)
     before = len(trials)
     retried = {number for trial in trials for number in trial.system_attrs.get(genome.RETRIES, [])}
@@ -35,11 +36,11 @@ def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:
         if not dead and not (trial.state == TrialState.FAIL and trial.user_attrs.get(genome.INTERRUPTED)):
             continue
         if team is not None:
-            if team[0].take_over(team[1], genome.key(trial), "its worker died") is not None:
+            if team.storage.take_over(team.study_id, attributes.key(trial), "its worker died") is not None:
                 reclaimed.append(trial.number)
             continue
         if dead:
-            genome.mark_interrupted(study, trial)
+            attributes.mark_interrupted(study, trial)
             try:
                 study.tell(trial.number, state=TrialState.FAIL)
             except ValueError:  # it ended, or another worker reclaimed it, in the meantime
@@ -47,7 +48,7 @@ def reclaim(study: optuna.Study, *, other_hosts: bool = False) -> list[int]:
         study.add_trial(genome.retry(trial))
         reclaimed.append(trial.number)
     if team is not None:
-        team[0].take_over_stale(team[1])
+        team.storage.take_over_stale(team.study_id)
         now = study.get_trials(deepcopy=False)[before:]
         stale = {t.system_attrs[genome.RETRIES][-1] for t in now if t.system_attrs.get(genome.RETRIES)}
         reclaimed += sorted(stale - set(reclaimed))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from moeopt.errors import NonFiniteLossError, StorageError
 from moeopt.showing import line, shown
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 from moeopt.trials.description import FULL_MODEL, full_model, reading
 
@@ -46,7 +47,7 @@ class Reference:
     """The full model on the examples that a study searches.
 
     Args:
-        of: names model, task, examples and score (`moeopt.study.objective.scores_name`).
+        of: names model, task, examples and score (`moeopt.evaluation.store.scores_name`).
         score: as of `Evaluator`; where it is a distance from the full model, the loss is 0 by definition.
         loss: mean loss, as trials' without what active experts add.
         penalty: what the objective adds to it for the active experts.
@@ -78,7 +79,7 @@ class Reference:
     @property
     def facts(self) -> dict[str, Any]:
         """All but the scores, as JSON."""
-        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "scores"}
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "scores"}
         return {**values, "metrics": dict(self.metrics), "warnings": list(self.warnings)}
 
     @property
@@ -118,7 +119,7 @@ class Reference:
         if self.scores is not None:
             attrs = genome.pack(SCORES, self.scores.reshape(-1))
             attrs[SCORES]["of"] = self.of
-            genome.write_study(study, attrs)
+            attributes.write_study(study, attrs)
         study.set_user_attr(FULL_MODEL, self.facts)
 
 
@@ -127,7 +128,7 @@ def measure(evaluator: Evaluator, of: str, active_weight: float = 0.0) -> Refere
 
     Args:
         evaluator: of the study's examples.
-        of: its `moeopt.study.objective.scores_name`.
+        of: its `moeopt.evaluation.store.scores_name`.
         active_weight: what the objective adds to a loss for an active expert.
 
     Raises:
@@ -170,7 +171,7 @@ def read(study: optuna.Study) -> Reference | None:
         facts = full_model(study.user_attrs, study.study_name)
         if facts is None:
             return None
-        attrs = genome.study_attributes(study)
+        attrs = attributes.study_attributes(study)
     packed = genome.unpack(SCORES, attrs)
     scores = None
     if packed is not None and attrs[SCORES].get("of") == facts["of"]:
@@ -204,7 +205,7 @@ def doubts(evaluator: Evaluator, evaluation: Evaluation, chances: NDArray[np.flo
     """
     from moeopt.tasks.mixture import MixtureTask
 
-    task, found = evaluator.task, []
+    task, lines = evaluator.task, []
     parts = {"": np.arange(len(chances))}
     if isinstance(task, MixtureTask):
         parts = {f" of {name}": at for name, (at, _) in task.places(evaluator.requests).items()}
@@ -215,13 +216,13 @@ def doubts(evaluator: Evaluator, evaluation: Evaluation, chances: NDArray[np.flo
             continue
         if chance.any():
             above = right > chance.sum()
-            found.append(
+            lines.append(
                 f"the full model's accuracy{name}, {100 * right / len(at):.1f}% of {len(at)} examples, is "
                 f"{'not surely' if above else 'no'} better than guessing, {100 * chance.mean():.1f}%: "
                 f"{'take more examples, or ' if above else ''}{ADVICE}"
             )
         else:
-            found.append(
+            lines.append(
                 f"the full model gets none of {len(at)} examples{name} right: where answers are short, {ADVICE}"
             )
-    return found
+    return lines

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any
 
 import optuna
@@ -24,14 +23,11 @@ from moeopt.samplers import GenomeSampler, UnknownSampler
 from moeopt.study import recipe
 from moeopt.study.progress import finished, stalled
 from moeopt.study.reclaiming import reclaim
-from moeopt.study.storage import presence
-from moeopt.study.storage.rows import NoSlotLeft, SetBack, StudyIsGone
-from moeopt.trials import genome
+from moeopt.study.storage import attributes
+from moeopt.study.storage.failures import NoSlotLeft, SetBack, StudyIsGone
 
 SHORTEST_LOOK, LONGEST_LOOK = 0.05, 1.0
 """Seconds between two looks for a trial to start, while others run elsewhere."""
-STUMBLES = (StorageError, UnboundLocalError, AssertionError, KeyError)
-"""What Optuna raises when a storage fails while it ends a trial."""
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 
@@ -39,15 +35,15 @@ def optimize(
     study: optuna.Study,
     objective: Callable[[optuna.Trial], float],
     *,
-    trials: int | None = None,
+    n_trials: int | None = None,
     timeout: float | None = None,
     patience: int | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> None:
-    """`study.optimize` until the study as a whole holds `trials` finished trials, so that a resumed run does the rest.
+    """`study.optimize` until the whole study holds `n_trials` finished trials, so that a resumed run does the rest.
 
     Any number of workers may call it for one study, whose storage is of `open_storage`: each starts the next trial
-    while fewer than `trials` were started, so that none is one too many. A worker that finds no trial to start waits
+    while fewer than `n_trials` were started, so that none is one too many. A worker that finds no trial to start waits
     for those that run elsewhere, as their workers may die, and returns when they have ended.
 
     The first Ctrl-C lets the running trial finish and returns; a second one interrupts it, and the trial is queued
@@ -55,7 +51,7 @@ def optimize(
     of the timeout: what was evaluated is stored by the next worker of this host.
 
     Args:
-        trials: finished trials the study shall hold, those of earlier runs included.
+        n_trials: finished trials the study shall hold, those of earlier runs included.
         timeout: seconds for this run.
         patience: stop after so many trials without a better one.
 
@@ -66,14 +62,14 @@ def optimize(
             made (`Objective.check`), before a trial starts.
         StorageError: when the database was away for longer than its storage waits, or the study was deleted.
     """
-    check_limits(trials, timeout, patience)
+    check_limits(n_trials, timeout, patience)
     callbacks = _checked(study, objective, callbacks)
-    left_out = study.sampler.shortfall(trials) if trials and isinstance(study.sampler, GenomeSampler) else None
+    left_out = study.sampler.shortfall(n_trials) if n_trials and isinstance(study.sampler, GenomeSampler) else None
     until = None if timeout is None else time.monotonic() + timeout
-    team = genome.shared(study)
+    team = attributes.team(study)
 
     def enough() -> bool:
-        return (trials is not None and finished(study) >= trials) or (
+        return (n_trials is not None and finished(study) >= n_trials) or (
             patience is not None and stalled(study) >= patience
         )
 
@@ -92,24 +88,26 @@ def optimize(
         if left_out is not None and not finished(study):  # of a study that goes on, it was said
             warnings.warn(left_out, stacklevel=3)
         left_out = None
-        if trials is not None or patience is not None:
-            recipe.want(study, trials, patience)
+        if n_trials is not None or patience is not None:
+            recipe.want(study, n_trials, patience)
         reclaim(study)
         while not stop.asked and not enough():
             try:
-                with nullcontext() if team is None else team[0].slots(trials):
-                    study.optimize(_held(study, objective), timeout=left(), callbacks=[*callbacks, stop_when_done])
+                with nullcontext() if team is None else team.storage.slots(n_trials):
+                    study.optimize(
+                        _on_disk_first(study, objective), timeout=left(), callbacks=[*callbacks, stop_when_done]
+                    )
                 return
             except NoSlotLeft:
-                if not _wait_for_others(study, trials, stop, left):
+                if not _wait_for_others(study, n_trials, stop, left):
                     return
 
     with _stoppable(study, stop, until):
         while True:
             try:
                 return run()
-            except STUMBLES as error:
-                if not _set_back(study, error):
+            except Exception as error:
+                if not _goes_on_from_earlier(study, error):
                     raise
                 time.sleep(SHORTEST_LOOK)
 
@@ -130,74 +128,72 @@ def _checked(study: Any, objective: Any, callbacks: Any) -> list[Callback]:
     return list(callbacks)
 
 
-def check_limits(trials: Any = None, timeout: Any = None, patience: Any = None) -> None:
+def check_limits(n_trials: Any = None, timeout: Any = None, patience: Any = None) -> None:
     """Raise StudyError unless these, of `optimize`, say when to stop."""
-    if trials is None and timeout is None and patience is None:
-        raise StudyError("say when to stop: trials, timeout or patience")
-    for name, count in (("trials", trials), ("patience", patience)):
+    if n_trials is None and timeout is None and patience is None:
+        raise StudyError("say when to stop: n_trials, timeout or patience")
+    for name, count in (("n_trials", n_trials), ("patience", patience)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1):
             raise StudyError(f"{name} must be an integer of at least 1, got {count!r}")
     if timeout is not None and (not isinstance(timeout, numbers.Real) or not float(timeout) >= 0):
         raise StudyError(f"timeout must be a number of seconds of at least 0, got {timeout!r}")
 
 
-def _held(study: optuna.Study, objective: Callable[[optuna.Trial], float]) -> Callable[[optuna.Trial], float]:
+def _on_disk_first(study: optuna.Study, objective: Callable[[optuna.Trial], float]) -> Callable[[optuna.Trial], float]:
     """The objective; what it gives is on this host's disk before Optuna tells the storage, which may be away."""
-    team = genome.shared(study)
+    team = attributes.team(study)
     if team is None:
         return objective
-    storage = team[0]
+    storage = team.storage
 
     def evaluated(trial: optuna.Trial) -> float:
         try:
             value = objective(trial)
         except optuna.TrialPruned:
-            storage.hold(genome.key(trial), TrialState.PRUNED)
+            storage.hold(attributes.key(trial), TrialState.PRUNED)
             raise
         if isinstance(value, numbers.Real) and not math.isnan(value):
-            storage.hold(genome.key(trial), TrialState.COMPLETE, [float(value)])
+            storage.hold(attributes.key(trial), TrialState.COMPLETE, [float(value)])
         else:
-            storage.hold(genome.key(trial), TrialState.FAIL)
+            storage.hold(attributes.key(trial), TrialState.FAIL)
         return value
 
     return evaluated
 
 
-def _wait_for_others(study: optuna.Study, trials: int | None, stop: _Stop, left: Callable[[], float | None]) -> bool:
+def _wait_for_others(study: optuna.Study, n_trials: int | None, stop: _Stop, left: Callable[[], float | None]) -> bool:
     """Wait until there is a trial to start; False when there will be none, or it is time to stop."""
-    team = genome.shared(study)
+    team = attributes.team(study)
     assert team is not None
-    storage, study_id = team
     while not stop.asked and (remaining := left()) != 0.0:
         # First, and longer as long as nothing is run: however the others' trials look, nobody turns in circles.
         time.sleep(stop.delay * random.uniform(0.5, 1.0) if remaining is None else min(stop.delay, remaining))
         stop.delay = min(2 * stop.delay, LONGEST_LOOK)
         reclaim(study)
-        if trials is not None and finished(study) >= trials:
+        if n_trials is not None and finished(study) >= n_trials:
             return False
-        with storage.slots(trials):
-            if storage.claimable(study_id):
+        with team.storage.slots(n_trials):
+            if team.storage.claimable(team.study_id):
                 return True
     return False
 
 
-def _set_back(study: optuna.Study, error: BaseException) -> bool:
+def _goes_on_from_earlier(study: optuna.Study, error: BaseException) -> bool:
     """Whether an error is that the database was set back to an earlier state; then the study is read anew from there.
 
     Raises:
         StudyIsGone: where the study is not there any more.
     """
-    team = genome.shared(study)
-    said = _storage_error(error)
-    if team is None or not isinstance(said, (SetBack, NoneType)):
+    team, failure = attributes.team(study), _storage_failure(error)
+    if team is None or failure is None or (isinstance(failure, StorageError) and not isinstance(failure, SetBack)):
         return False
     try:
-        presence.check_there(*team)
-    except SetBack as other:
-        said = other
-    if said is None:
+        team.storage.check_there(team.study_id)
+    except SetBack as set_back:
+        failure = set_back
+    if not isinstance(failure, SetBack):
         return False
-    presence.start_over(study)
+    team.storage.start_over(study)
     return True
 
 
@@ -209,11 +205,19 @@ class _Stop:
     delay: float = SHORTEST_LOOK
 
 
-def _storage_error(error: BaseException | None) -> StorageError | None:
-    """The StorageError behind an error: Optuna stumbles when a storage fails while it ends a trial."""
-    while error is not None and not isinstance(error, StorageError):
-        error = error.__context__
-    return error
+def _storage_failure(error: BaseException | None) -> StorageError | KeyError | AssertionError | None:
+    """What a storage raised that is behind an error, or else Optuna, which read there what cannot be.
+
+    Where a storage fails while Optuna ends a trial, Optuna stumbles over that, and raises anything.
+    """
+    stumble: KeyError | AssertionError | None = None
+    while error is not None:
+        if isinstance(error, StorageError):
+            return error
+        if stumble is None and isinstance(error, (KeyError, AssertionError)):
+            stumble = error
+        error = None if error.__suppress_context__ else error.__context__
+    return stumble
 
 
 @contextmanager
@@ -222,7 +226,7 @@ def _stoppable(study: optuna.Study, stop: _Stop, until: float | None) -> Iterato
 
     While the database is away, neither it nor the end of the time (`until`, `time.monotonic`) is waited out.
     """
-    team = genome.shared(study)
+    team = attributes.team(study)
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT) if main else None
 
@@ -230,27 +234,28 @@ def _stoppable(study: optuna.Study, stop: _Stop, until: float | None) -> Iterato
         signal.signal(signal.SIGINT, before)
         stop.asked = True
         if team is not None:
-            team[0].waiting.stopped = True
+            team.storage.waiting.stopped = True
         with suppress(RuntimeError):  # before the first trial, or while others run the last ones
             study.stop()
 
     if team is not None:
-        team[0].waiting.deadline = until
+        team.storage.waiting.deadline = until
     if main:
         signal.signal(signal.SIGINT, finish_trial)
     try:
         yield
-    except STUMBLES as error:
-        found = _storage_error(error)
-        if team is not None and (found is None or isinstance(found, StudyIsGone)):
-            presence.check_there(*team)
-        if found is None:
+    except Exception as error:
+        failure = _storage_failure(error)
+        unclear = failure is not None and not isinstance(failure, StorageError)
+        if team is not None and (unclear or isinstance(failure, StudyIsGone)):
+            team.storage.check_there(team.study_id)
+        if not isinstance(failure, StorageError):
             raise
         if not stop.asked and (until is None or time.monotonic() < until):
-            raise found from None
+            raise failure from None
     finally:
         if main:
             signal.signal(signal.SIGINT, before)
         if team is not None:
-            team[0].waiting.deadline = None
-            team[0].waiting.stopped = False
+            team.storage.waiting.deadline = None
+            team.storage.waiting.stopped = False

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 from moeopt.errors import MoeoptError, SpaceError, got
 from moeopt.plan import Plan
 from moeopt.spaces import Space
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 from moeopt.trials.genome import CALIBRATION, METHOD, WARM_START
 
@@ -46,11 +47,11 @@ def checked(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Me
         starts: list[tuple[str | None, Plan | MethodPlan | None]] = list(given.items())
     else:
         starts = [(start, None) if isinstance(start, str) else (None, start) for start in given]
-    for name, found in starts:
-        if found is not None:
-            plan = found if isinstance(found, Plan) else getattr(found, "plan", None)
+    for name, start in starts:
+        if start is not None:
+            plan = start if isinstance(start, Plan) else getattr(start, "plan", None)
             if not isinstance(plan, Plan):
-                raise SpaceError(f"a warm start is a plan or a method's name, got {got(found)}")
+                raise SpaceError(f"a warm start is a plan or a method's name, got {got(start)}")
             space.encode(plan)
         else:
             assert name is not None
@@ -83,7 +84,7 @@ def check_expressible(method: str, space: Space) -> None:
 def calibrated(
     starts: list[tuple[str | None, Plan | MethodPlan | None]],
     objective: Objective,
-    held: list[dict[str, Any]],
+    existing_attrs: list[dict[str, Any]],
     *,
     optional: bool,
 ) -> list[tuple[str | None, Plan | MethodPlan]]:
@@ -92,8 +93,8 @@ def calibrated(
     Args:
         optional: whether a method that cannot be run here is left out, with a warning, as nobody asked for it.
     """
-    run = {attrs.get(METHOD) for attrs in held}
-    new = [name for name, found in starts if found is None and name is not None and name not in run]
+    run = {attrs.get(METHOD) for attrs in existing_attrs}
+    new = [name for name, start in starts if start is None and name is not None and name not in run]
     made: dict[str, MethodPlan] = {}
     try:
         made = objective.calibrated(new) if new else {}
@@ -105,27 +106,30 @@ def calibrated(
                 made |= objective.calibrated([name])
             except MoeoptError as error:
                 warnings.warn(f"the search does not start from {name}: {error}", stacklevel=3)
-    found = [(name, made.get(name or "") if start is None else start) for name, start in starts]
-    return [(name, start) for name, start in found if start is not None]
+    planned = [(name, made.get(name or "") if start is None else start) for name, start in starts]
+    return [(name, start) for name, start in planned if start is not None]
 
 
 def enqueue_new(
-    study: optuna.Study, space: Space, starts: list[tuple[str | None, Plan | MethodPlan]], held: list[dict[str, Any]]
+    study: optuna.Study,
+    space: Space,
+    starts: list[tuple[str | None, Plan | MethodPlan]],
+    existing_attrs: list[dict[str, Any]],
 ) -> None:
     """Queue the warm starts that the study does not hold yet, each once however many workers do so at the same time."""
-    team = genome.shared(study)
-    for name, found in starts:
-        plan = found if isinstance(found, Plan) else found.plan
+    team = attributes.team(study)
+    for name, start in starts:
+        plan = start if isinstance(start, Plan) else start.plan
         attrs: dict[str, Any] = {WARM_START: plan.fingerprint}
         if name is not None:
             attrs[METHOD] = name
-        if any(attrs.items() <= known.items() for known in held):
+        if any(attrs.items() <= attrs_there.items() for attrs_there in existing_attrs):
             continue
-        cost = {} if isinstance(found, Plan) else {CALIBRATION: found.layer_tokens}
+        cost = {} if isinstance(start, Plan) else {CALIBRATION: start.layer_tokens}
         if team is None:
             enqueue(study, space, plan, **attrs, **cost)
         else:
-            team[0].create_once(team[1], _waiting(space, plan, {**attrs, **cost}), attrs)
+            team.storage.create_once(team.study_id, _waiting(space, plan, {**attrs, **cost}), attrs)
 
 
 def enqueue(study: optuna.Study, space: Space, plan: Plan, **user_attrs: Any) -> None:

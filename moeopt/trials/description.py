@@ -34,8 +34,6 @@ DEEPEST = 64
 """Levels of objects and lists in a description."""
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 """What Optuna raises on rows that hold something else than it wrote."""
-SAMPLER = "moeopt:sampler"
-"""System attribute of a study of plain `optuna.create_study`: settings of the sampler that it goes on with."""
 ENQUEUED = "enqueued"
 """Operator, in a trial's origin, of one whose genotype, or part of it, a person gave."""
 MAY_DIFFER = ("version", "format", "model.name_or_path")
@@ -151,9 +149,9 @@ def check_depth(value: Any, where: str, deepest: int = DEEPEST) -> None:
         ]
 
 
-def check_format(found: Mapping[str, Any], where: str, version: Any) -> None:
+def check_format(record: Mapping[str, Any], where: str, version: Any) -> None:
     """Raise StudyError, naming the version that wrote it and this one, when something is of a newer format."""
-    written = found.get("format", 1)
+    written = record.get("format", 1)
     if type(written) is not int or written < 1:
         raise StudyError(f"{where}.format must be an integer of at least 1, got {shown(written)}")
     if written > FORMAT:
@@ -184,17 +182,17 @@ def described(study: optuna.Study) -> dict[str, Any]:
         StorageError: when the study cannot be read.
     """
     with reading(study.study_name):
-        found = study.user_attrs.get(DESCRIPTION)
+        description = study.user_attrs.get(DESCRIPTION)
     name = f"study {shown(study.study_name)}"
-    if found is None:
+    if description is None:
         raise StudyError(f"{name} does not say what it searched; moeopt did not make it")
     where = f"{name}: its attribute {DESCRIPTION!r}"
-    if not isinstance(found, dict):
-        raise StudyError(f"{where} must be an object, got {shown(found)}")
-    check_format(found, where, found.get("version"))
-    check_depth(found, where)
-    check(found, STUDY, where)
-    return found
+    if not isinstance(description, dict):
+        raise StudyError(f"{where} must be an object, got {shown(description)}")
+    check_format(description, where, description.get("version"))
+    check_depth(description, where)
+    check(description, STUDY, where)
+    return description
 
 
 def check_whole(study: optuna.Study) -> dict[str, Any]:
@@ -207,7 +205,7 @@ def check_whole(study: optuna.Study) -> dict[str, Any]:
         StudyError: as `described`, when it does not minimise one value, or a trial is not of that form.
         StorageError: when it cannot be read.
     """
-    found = described(study)
+    description = described(study)
     with reading(study.study_name):
         directions, trials, attrs = study.directions, study.get_trials(deepcopy=False), study.user_attrs
     if [direction.name for direction in directions] != ["MINIMIZE"]:
@@ -216,7 +214,7 @@ def check_whole(study: optuna.Study) -> dict[str, Any]:
         check_trial(trial, study.study_name)
     full_model(attrs, study.study_name)
     held_facts(attrs, study.study_name)
-    return found
+    return description
 
 
 def full_model(attrs: Mapping[str, Any], study_name: str) -> dict[str, Any] | None:
@@ -308,36 +306,7 @@ def check_same(study: optuna.Study, description: Mapping[str, Any], hint: str = 
         if not empty:
             raise StudyError(f"study {study.study_name!r} was not made by moeopt; choose another name")
         return
-    _check_parts(study, check_whole(study), description, hint)
-
-
-def recorded_sampler(study: optuna.Study) -> dict[str, Any] | None:
-    """The settings of the sampler that a study goes on with; None where it does not say.
-
-    Raises:
-        StudyError: when they are of another form than moeopt writes.
-    """
-    with reading(study.study_name):
-        attrs = study.user_attrs
-        noted = None if DESCRIPTION in attrs else genome.study_attributes(study).get(SAMPLER)
-    if DESCRIPTION in attrs:
-        return described(study)["sampler"]  # type: ignore[no-any-return]
-    where = f"study {shown(study.study_name)}: {SAMPLER!r}"
-    check_depth(noted, where)
-    check(noted, Maybe({"name": TEXT}), where)
-    return noted
-
-
-def record_sampler(study: optuna.Study, settings: Mapping[str, Any]) -> None:
-    """Note the sampler of a study of plain `optuna.create_study`, which says nothing of what it searches."""
-    genome.write_study(study, {SAMPLER: settings})
-
-
-def check_sampler(study: optuna.Study, settings: Mapping[str, Any]) -> None:
-    """Raise StudyError, naming what differs, unless a study's sampler, if it says so, has these settings."""
-    stored = recorded_sampler(study)
-    if stored is not None:
-        _check_parts(study, {"sampler": stored}, {"sampler": settings}, go_on(study))
+    check_parts(study, check_whole(study), description, hint)
 
 
 def go_on(study: optuna.Study) -> str:
@@ -349,8 +318,9 @@ def go_on(study: optuna.Study) -> str:
     return f". {how}; others need a study of their own"
 
 
-def _check_parts(study: optuna.Study, stored: Mapping[str, Any], description: Mapping[str, Any], hint: str) -> None:
-    differences = [found for found in differences_of(stored, description) if found[0] not in MAY_DIFFER]
+def check_parts(study: optuna.Study, stored: Mapping[str, Any], description: Mapping[str, Any], hint: str) -> None:
+    """Raise StudyError, naming what differs, unless what is stored of a study agrees with parts of a description."""
+    differences = [each for each in differences_of(stored, description) if each[0] not in MAY_DIFFER]
     for part, kind in (("sampler", "name"), ("pruner", "class")):
         if any(path == f"{part}.{kind}" for path, _, _ in differences):  # its hyperparameters differ, too
             differences = [d for d in differences if d[0] == f"{part}.{kind}" or not d[0].startswith(f"{part}.")]

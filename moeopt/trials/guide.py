@@ -33,7 +33,7 @@ class Guide:
 
     Args:
         plan: fingerprint of the pruning.
-        of: names model, task, examples and score (`moeopt.study.objective.scores_name`).
+        of: names model, task, examples and score (`moeopt.evaluation.store.scores_name`).
         signed: sum over tokens of the first-order change d_t, over the examples' weights, float32 (layers, n).
         squared: the same of d_t^2, half of which is the change by curvature, Fisher-estimated.
     """

@@ -5,18 +5,28 @@ from __future__ import annotations
 import math
 import os
 import socket
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+STARTED = 19
+"""Where the start stands in `/proc/<pid>/stat`, after the name (proc(5): field 22)."""
 
 
 @cache
 def _started(pid: int) -> float | None:
     """When a process was started, in seconds that no correction of the clock moves; None where there is no such."""
+    if sys.platform == "linux":  # what the kernel counts since the boot; psutil adds the time of that, which moves
+        try:
+            after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        except OSError:
+            return None
+        return round(int(after_name.split()[STARTED]) / os.sysconf("SC_CLK_TCK"), 2)
     import psutil
 
     try:
-        # On Linux, psutil adds the time of boot, which moves with the clock, to what the kernel counts since then.
-        return round(float(psutil.Process(pid).create_time() - (psutil.boot_time() if psutil.LINUX else 0.0)), 2)
+        return round(float(psutil.Process(pid).create_time()), 2)
     except psutil.Error:
         return None
 

@@ -114,7 +114,7 @@ def raced(make_mixtral, tiny_tokenizer) -> moeopt.Objective:
 
 def test_races_and_studies_take_it(raced: moeopt.Objective) -> None:
     study = moeopt.create_study(objective=raced, storage=None, sampler="random", pruner="racing", seed=0)
-    moeopt.optimize(study, raced, trials=6)
+    moeopt.optimize(study, raced, n_trials=6)
     best = study.best_trial
     assert best.value == pytest.approx(raced.evaluator.evaluate(raced.space.plan(best)).loss)
     assert raced.describe()["evaluation"]["score"] == "choice"

@@ -263,7 +263,7 @@ def test_the_reported_metric_is_searched_raced_and_resumed(demo, tmp_path):
             study = moeopt.create_study(
                 "s", objective=objective, storage=url, sampler="local", pruner="racing", seed=0, load_if_exists=True
             )
-            moeopt.optimize(study, objective, trials=n)
+            moeopt.optimize(study, objective, n_trials=n)
         return study
 
     whole = run(None, 5)

@@ -345,7 +345,7 @@ def test_a_search_without_answers_gets_closer(demo: Any) -> None:
     assert objective.describe()["evaluation"]["score"] == score
     assert objective.describe()["evaluation"]["top_p"] == Compression().top_p
     study = moeopt.create_study(objective=objective, storage=None, sampler="random", pruner="racing", seed=0)
-    moeopt.optimize(study, objective, trials=8)
+    moeopt.optimize(study, objective, n_trials=8)
     first = study.trials[0]
     assert study.best_value < first.value
     assert first.user_attrs["layer_tokens"] == 6 * objective.evaluator.tokens

@@ -17,7 +17,7 @@ import optuna
 import moeopt
 from moeopt.plan import ModelShape
 from moeopt.results.selection import SELECTION
-from moeopt.study.storage import open_storage
+from moeopt.study.storage import attributes, open_storage
 from moeopt.trials import genome
 from moeopt.trials.description import DESCRIPTION
 
@@ -75,7 +75,7 @@ class Distance:
         attrs = genome.pack(genome.SCORES, scores.reshape(-1))
         attrs[genome.SCORES] |= {"of": "me", "active": 2.0}
         facts = {"accuracy": 0.5, "seconds": 0.1, "tokens": 8, "layer_tokens": 16, "drift": 0.1, "operator": "prune"}
-        genome.write(trial.study, trial, attrs, facts | {"parents": [0]})
+        attributes.write(trial.study, trial, attrs, facts | {"parents": [0]})
         return loss
 
 

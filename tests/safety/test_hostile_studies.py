@@ -12,11 +12,10 @@ from typing import Any
 import hostile
 import optuna
 import pytest
-from optuna.storages import InMemoryStorage
 
 import moeopt
 from moeopt.cli import arguments, main
-from moeopt.errors import MoeoptError, StudyError
+from moeopt.errors import MoeoptError
 from moeopt.exporting.trials import trial_record
 from moeopt.report.dashboard.digest import digest
 from moeopt.report.dashboard.note import note
@@ -54,6 +53,10 @@ def shown(study: optuna.Study) -> None:
     consoles()[0].print(study_view(record, plan))
 
 
+def short(text: str) -> None:
+    assert len(text) < 10_000
+
+
 READERS = {
     "show": shown,
     "list": study_summary,
@@ -62,6 +65,8 @@ READERS = {
     "selected": selected_trial,
     "on test": on_test,
     "best stock": lambda study: arguments.plan_of(study, "best-stock"),
+    "reference": moeopt.study.reference.read,
+    "note": lambda study: short(note(digest(study), None, "sqlite:///x.db")),
     "exported": lambda study: trial_record(study.get_trials(deepcopy=False)[0], study),
     "resumed": lambda study: moeopt.study.check_same(study, hostile.Distance(hostile.SPACES["eep"]()).describe()),
 }
@@ -110,28 +115,28 @@ def test_descriptions_of_any_form(space: str, capsys: pytest.CaptureFixture[str]
             raise AssertionError(what) from error
 
 
-@pytest.mark.slow
-def test_selections_of_any_form(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("key", "form", "readers"),
+    [
+        pytest.param(
+            SELECTION,
+            hostile.RECORD,
+            ("show", "selected", "on test", "searched"),
+            id="selection",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("full_model", hostile.FULL_MODEL, ("show", "list", "reference", "note"), id="full model"),
+    ],
+)
+def test_attributes_of_any_form(
+    key: str, form: Any, readers: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     study = hostile.honest()
-    for what, mutated in hostile.mutations(hostile.RECORD):
-        study.set_user_attr(SELECTION, mutated)
+    for what, mutated in (("as written", form), *hostile.mutations(form)):
+        study.set_user_attr(key, mutated)
         try:
-            for name in ("show", "selected", "on test", "searched"):
-                tried(READERS[name], study)
-            assert visible_only(capsys.readouterr().out)
-        except BaseException as error:
-            raise AssertionError(what) from error
-
-
-def test_full_models_of_any_form(capsys: pytest.CaptureFixture[str]) -> None:
-    study = hostile.honest()
-    for what, mutated in (("as written", hostile.FULL_MODEL), *hostile.mutations(hostile.FULL_MODEL)):
-        study.set_user_attr("full_model", mutated)
-        try:
-            found = {name: tried(READERS[name], study) for name in ("show", "list")}
-            assert what != "as written" or not isinstance(found["show"], MoeoptError)
-            tried(moeopt.study.reference.read, study)
-            assert len(note(digest(study), None, "sqlite:///x.db")) < 10_000
+            results = [tried(READERS[name], study) for name in readers]
+            assert what != "as written" or not isinstance(results[0], MoeoptError)
             assert visible_only(capsys.readouterr().out)
         except BaseException as error:
             raise AssertionError(what) from error
@@ -270,7 +275,7 @@ def test_rows_that_optuna_never_wrote(
     resumed = tried(lambda: moeopt.load_study("s", place[1]))
     if not isinstance(resumed, MoeoptError) and what != "no trials":  # whose heartbeats are left
         resumed.sampler = moeopt.samplers.get("eep", objective.space, initial=2, prune_until=3)
-        tried(lambda: moeopt.optimize(resumed, objective, trials=5))
+        tried(lambda: moeopt.optimize(resumed, objective, n_trials=5))
     assert {file.name for file in tmp_path.iterdir()} == {"study.db"}
 
 
@@ -355,19 +360,3 @@ def test_no_escape_reaches_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
     out = capsys.readouterr().out
     assert "\x1b[" in out
     assert visible_only(re.sub(r"\x1b\[[0-9;]*m", "", out))
-
-
-def test_a_newer_study_is_refused_naming_both_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = hostile.honest(f"sqlite:///{tmp_path}/study.db")
-    newer = {"version": "7.8.9", "format": 2, "everything": "else"}
-    study.set_user_attr(DESCRIPTION, newer)
-    code, text = run(capsys, "show", "s", "--storage", f"sqlite:///{tmp_path}/study.db")
-    assert code == 2
-    assert "7.8.9" in text
-    assert moeopt.__version__ in text
-    with pytest.raises(StudyError, match=r"7\.8\.9.*format 2"):
-        space_of(study)
-    selection = hostile.honest(InMemoryStorage())
-    selection.set_user_attr(SELECTION, {"moeopt": "7.8.9", "format": 2})
-    with pytest.raises(StudyError, match=r"7\.8\.9.*format 2"):
-        selected_trial(selection)

@@ -21,6 +21,7 @@ from moeopt.errors import PlanError, StudyError
 from moeopt.report.terminal import study_record, study_view
 from moeopt.results.selection import on_test, selected_trial
 from moeopt.study import check_same, space_of
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 from moeopt.trials.description import DESCRIPTION, FORMAT
 
@@ -32,7 +33,7 @@ def restored(name: str) -> optuna.Study:
     study = optuna.create_study(study_name="old", storage=storage)
     for key, value in held["user"].items():
         study.set_user_attr(key, value)
-    genome.write_study(study, held["system"])
+    attributes.write_study(study, held["system"])
     for trial in held["trials"]:
         study.add_trial(
             optuna.trial.create_trial(
@@ -77,6 +78,12 @@ def test_what_is_newer_is_refused_naming_both_versions(tmp_path: Path) -> None:
     for call in (space_of, lambda study: check_same(study, {}), study_record):
         with pytest.raises(StudyError, match=named):
             call(study)
+    with pytest.raises(StudyError, match=named):
+        moeopt.load_study("old", study._storage)
+    selected = restored("eep")
+    selected.set_user_attr("selection", {"moeopt": "7.8.9", "format": 2})
+    with pytest.raises(StudyError, match=r"7\.8\.9.*format 2"):
+        selected_trial(selected)
     from safetensors.numpy import save_file
 
     facts = {"format": "moeopt-plan", "version": "4", "moeopt": "7.8.9", "layers": "[]"}

@@ -319,7 +319,7 @@ def test_a_search_that_is_too_short_for_the_settings_is_told() -> None:
 def test_optimize_warns_once_of_a_search_that_is_too_short() -> None:
     study = optuna.create_study(sampler=EEPSampler(SPACE, seed=0, initial=3, prune_until=4))
     with pytest.warns(UserWarning, match="all 2 trials of EEP are random"):
-        moeopt.optimize(study, lambda trial: float(SPACE.vector(trial).sum()), trials=2)
+        moeopt.optimize(study, lambda trial: float(SPACE.vector(trial).sum()), n_trials=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        moeopt.optimize(study, lambda trial: float(SPACE.vector(trial).sum()), trials=3)
+        moeopt.optimize(study, lambda trial: float(SPACE.vector(trial).sum()), n_trials=3)

@@ -15,6 +15,7 @@ from moeopt.samplers import GuidedSampler, Observation, get
 from moeopt.samplers.guided import GUIDED, INTERACTION, SPREAD, SQUARED, _Model
 from moeopt.samplers.local import MOVES
 from moeopt.spaces import ActiveSpace, EEPSpace, PruneSpace, Space
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 from moeopt.trials.guide import GUIDE, Guide
 
@@ -43,7 +44,7 @@ def loss_of(plan: Plan) -> float:
 def leave_guide(study: optuna.Study, trial: optuna.Trial, plan: Plan, truth: float) -> None:
     """The derivative of the linear part, times `truth`."""
     signed = (np.where(membership(plan), -VALUES, VALUES) * truth).astype(np.float32)
-    genome.write(study, trial, Guide(plan.fingerprint, "test", signed, np.zeros_like(signed)).packed())
+    attributes.write(study, trial, Guide(plan.fingerprint, "test", signed, np.zeros_like(signed)).packed())
 
 
 def search(sampler: optuna.samplers.BaseSampler, trials: int, *, truth: float = 1.0, study: Any = None) -> optuna.Study:
@@ -186,7 +187,7 @@ def test_a_damaged_guide_is_said_to_be() -> None:
     sampler = GuidedSampler(SPACES["eep"], seed=0)
     study = optuna.create_study(sampler=sampler)
     trial = study.ask()
-    genome.write(study, trial, Guide("plan", "of", *np.zeros((2, 5, 16), np.float32)).packed())
+    attributes.write(study, trial, Guide("plan", "of", *np.zeros((2, 5, 16), np.float32)).packed())
     study.tell(trial, 1.0)
     with pytest.raises(StorageError, match=r"moeopt:guide.* of trial 0 is damaged"):
         study.ask()

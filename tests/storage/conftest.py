@@ -19,7 +19,7 @@ from sqlalchemy.engine import make_url
 import moeopt
 from benchmarks.servers import Wire
 from moeopt import samplers
-from moeopt.study.storage import open_storage
+from moeopt.study.storage import attributes, open_storage
 from moeopt.trials import genome
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -27,8 +27,20 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 SPACE = moeopt.PruneSpace(moeopt.ModelShape(4, 6, k=2), keep=3)
 
 
-def loss(trial: optuna.Trial) -> float:
+def loss(trial: optuna.trial.BaseTrial) -> float:
     return float(((SPACE.vector(trial) - 0.25) ** 2).sum())
+
+
+def backend(study: optuna.Study) -> attributes.Team:
+    """The study's storage of moeopt's, and its key there."""
+    team = attributes.team(study)
+    assert team is not None
+    return team
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the storage logged."""
+    return [record.getMessage() for record in caplog.records if record.name == "moeopt.study.storage"]
 
 
 @pytest.fixture(autouse=True)

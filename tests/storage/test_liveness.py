@@ -22,19 +22,8 @@ import moeopt
 from moeopt.errors import StorageError
 from moeopt.samplers import base
 from moeopt.study.storage import links, open_storage, rows
-from moeopt.trials import genome
 
-from .conftest import SPACE, Wire, loss, opened, processes, slots, until
-
-
-def backend(study: optuna.Study) -> tuple[Any, int]:
-    team = genome.shared(study)
-    assert team is not None
-    return team
-
-
-def loss_of(trial: optuna.trial.FrozenTrial) -> float:
-    return float(((SPACE.vector(trial) - 0.25) ** 2).sum())
+from .conftest import Wire, backend, loss, opened, processes, said, slots, until
 
 
 def hasten() -> None:
@@ -68,7 +57,7 @@ def freezes(url: str, name: str, step: str) -> None:
         return result
 
     setattr(storage, step, freeze)
-    moeopt.optimize(study, loss, trials=3)
+    moeopt.optimize(study, loss, n_trials=3)
 
 
 @pytest.mark.slow
@@ -83,18 +72,18 @@ def test_a_worker_frozen_with_a_lock_stops_the_others_for_a_bounded_time(
     with caplog.at_level(logging.WARNING, "moeopt"):
         if url.startswith("sqlite"):  # nothing breaks its lock
             threading.Timer(3.0, process.resume).start()
-        moeopt.optimize(study, loss, trials=3)
+        moeopt.optimize(study, loss, n_trials=3)
     with suppress(psutil.NoSuchProcess):
         process.resume()
     frozen.join()
     assert frozen.exitcode == 0
     assert slots(study) == list(range(3))
-    said = [record.getMessage() for record in caplog.records if record.name == "moeopt.study.storage"]
+    told = said(caplog)
     if url.startswith("sqlite"):
-        assert f"is locked (database is locked, by process {frozen.pid}, which is stopped); waiting up to" in said[0]
-        assert len([text for text in said if "is locked" in text]) == 1
+        assert f"is locked (database is locked, by process {frozen.pid}, which is stopped); waiting up to" in told[0]
+        assert len([text for text in told if "is locked" in text]) == 1
     elif step == "_get_prepared_new_trial":
-        assert "is locked (" in said[0]
+        assert "is locked (" in told[0]
 
 
 @pytest.mark.slow
@@ -107,7 +96,7 @@ def test_a_link_without_a_word_is_an_outage(wire: Wire, wired: str, name: str, h
             threading.Timer(3.0, setattr, (wire, "silent", False)).start()
         return loss(trial)
 
-    moeopt.optimize(study, objective, trials=3)
+    moeopt.optimize(study, objective, n_trials=3)
     assert slots(study) == list(range(3))
     assert [trial.number for trial in study.trials] == list(range(3))
 
@@ -134,19 +123,6 @@ def test_what_a_connection_waits_for_is_bounded_but_for_what_the_url_says(direct
     given = links.options(named)["connect_args"]
     assert not set(given) & set(own)
     assert given["connect_timeout"] == 10
-
-
-@pytest.mark.parametrize(
-    ("driver", "names"),
-    [
-        ("postgresql+psycopg2", {"tcp_user_timeout", "keepalives_idle"}),
-        ("mysql+mysqldb", {"read_timeout", "write_timeout"}),
-        ("mariadb+pymysql", {"read_timeout", "write_timeout"}),
-        ("sqlite", {"timeout"}),
-    ],
-)
-def test_every_driver_is_bounded_by_what_it_takes(driver: str, names: set[str]) -> None:
-    assert names <= set(links.options(make_url(f"{driver}://host/name"))["connect_args"])
 
 
 def forks(url: str, name: str, said: str) -> None:
@@ -178,10 +154,10 @@ def forks(url: str, name: str, said: str) -> None:
 
     def outside() -> None:
         until(Path(said).exists)
-        moeopt.optimize(study, loss, trials=12)
+        moeopt.optimize(study, loss, n_trials=12)
 
     fork(outside)
-    moeopt.optimize(study, objective, trials=11)
+    moeopt.optimize(study, objective, n_trials=11)
     study.tell(0, 0.5)
     assert os.waitpid(children[0], 0)[1] == 0
 
@@ -198,7 +174,7 @@ def test_a_forked_process_gets_connections_of_its_own_and_ends_no_trial_of_its_p
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 12
     assert study.trials[0].value == 0.5
     (forked,) = [trial for trial in study.trials if trial.user_attrs]
-    assert forked.value == loss_of(forked)
+    assert forked.value == loss(forked)
     said = f"trial {forked.number} is ended by the process that runs it, not by one forked from that"
     assert (tmp_path / "said").read_text() == said
 
@@ -220,7 +196,7 @@ def forks_amid(url: str, name: str, said: str) -> None:
     child = os.fork()
     if not child:
         try:
-            moeopt.optimize(study, loss, trials=3)
+            moeopt.optimize(study, loss, n_trials=3)
         except StorageError as error:
             Path(said).write_text(str(error))
         os._exit(0)
@@ -230,7 +206,7 @@ def forks_amid(url: str, name: str, said: str) -> None:
     thread.join()
     if not url.startswith("sqlite"):
         os.waitpid(child, 0)
-    moeopt.optimize(study, loss, trials=4)
+    moeopt.optimize(study, loss, n_trials=4)
 
 
 def test_a_process_forked_amid_a_transaction_works_or_says_why_not(url: str, name: str, tmp_path: Path) -> None:

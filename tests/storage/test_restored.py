@@ -17,9 +17,10 @@ from optuna.trial import TrialState
 import moeopt
 from benchmarks.servers import TABLES, Own
 from moeopt.errors import StorageError
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 
-from .conftest import loss, opened, slots
+from .conftest import backend, loss, opened, said, slots
 
 
 @pytest.fixture
@@ -27,10 +28,6 @@ def own(database: str, tmp_path: Path) -> Iterator[Own]:
     made = Own(database, tmp_path)
     yield made
     made.drop()
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "moeopt.study.storage"]
 
 
 def facts(study: optuna.Study) -> list[tuple[Any, ...]]:
@@ -42,17 +39,17 @@ def test_a_worker_goes_on_from_the_state_that_was_restored(
     own: Own, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Others run more trials meanwhile than were lost, none, and fewer; each time a worker that saw no restore yet."""
-    moeopt.optimize(opened(own.url, name), loss, trials=2)
+    moeopt.optimize(opened(own.url, name), loss, n_trials=2)
     restore = own.backup()
     for lost, others, trials in ((2, 3, 6), (5, 0, 4), (3, 1, 4)):
         mine = opened(own.url, name)
-        moeopt.optimize(mine, loss, trials=2 + lost)
+        moeopt.optimize(mine, loss, n_trials=2 + lost)
         restore()
         if others:
-            moeopt.optimize(opened(own.url, name), lambda trial: loss(trial) + 100, trials=2 + others)
+            moeopt.optimize(opened(own.url, name), lambda trial: loss(trial) + 100, n_trials=2 + others)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "moeopt"):
-            moeopt.optimize(mine, loss, trials=trials)
+            moeopt.optimize(mine, loss, n_trials=trials)
         assert slots(mine) == list(range(trials))
         assert facts(mine) == facts(opened(own.url, name))
         assert [trial.value >= 100 for trial in mine.trials] == [2 <= i < 2 + others for i in range(trials)]
@@ -69,7 +66,7 @@ def test_a_trial_that_has_the_number_of_another_one_now_is_not_written_to(
     own: Own, name: str, others: str, step: str
 ) -> None:
     mine, other = opened(own.url, name), opened(own.url, name)
-    moeopt.optimize(mine, loss, trials=2)
+    moeopt.optimize(mine, loss, n_trials=2)
     restore = own.backup()
     calls: list[int] = []
     theirs: list[optuna.Trial] = []
@@ -86,14 +83,14 @@ def test_a_trial_that_has_the_number_of_another_one_now_is_not_written_to(
             if others == "complete":
                 tell()
             if step == "attribute":
-                genome.write(mine, trial, {}, {"note": "mine"})
+                attributes.write(mine, trial, {}, {"note": "mine"})
             if step == "report":
                 trial.report(1.0, 0)
         elif len(calls) > 3:
             tell()
         return loss(trial)
 
-    moeopt.optimize(mine, objective, trials=6)
+    moeopt.optimize(mine, objective, n_trials=6)
     assert facts(mine) == facts(opened(own.url, name))
     assert slots(mine) == list(range(6))
     assert [trial.value >= 100 for trial in mine.trials] == [others != "none" and i in (2, 3, 4) for i in range(6)]
@@ -108,11 +105,11 @@ def test_a_trial_that_is_gone_between_two_steps_of_optuna_s_is_run_again(
 ) -> None:
     """Before it is asked whether its plan is taken; and after it was told, when it is read once more."""
     mine = opened(own.url, name)
-    moeopt.optimize(mine, loss, trials=2)
+    moeopt.optimize(mine, loss, n_trials=2)
     restores = [own.backup()]
-    backend = genome.shared(mine)[0]  # type: ignore[index]
+    storage = backend(mine).storage
     call = "write_trial" if step == "proposed" else "_end"
-    original = getattr(backend, call)
+    original = getattr(storage, call)
 
     def restored(*arguments: Any, **options: Any) -> Any:
         if step == "proposed" and restores and arguments[4] is not None:
@@ -122,8 +119,8 @@ def test_a_trial_that_is_gone_between_two_steps_of_optuna_s_is_run_again(
             restores.pop()()
         return done
 
-    monkeypatch.setattr(backend, call, restored)
-    moeopt.optimize(mine, loss, trials=4)
+    monkeypatch.setattr(storage, call, restored)
+    moeopt.optimize(mine, loss, n_trials=4)
     assert not restores
     assert slots(mine) == list(range(4))
     assert facts(mine) == facts(opened(own.url, name))
@@ -142,7 +139,7 @@ def test_a_trial_that_ran_when_the_backup_was_made_is_done_once(own: Own, name: 
             backups[0]()
         return loss(trial)
 
-    moeopt.optimize(mine, objective, trials=5)
+    moeopt.optimize(mine, objective, n_trials=5)
     trials = opened(own.url, name).trials
     assert slots(mine) == list(range(5))
     assert [trial.state for trial in trials if trial.number != 1] == [TrialState.COMPLETE] * (len(trials) - 1)
@@ -166,7 +163,7 @@ def test_a_trial_that_lost_what_was_written_to_it_is_run_again(own: Own, name: s
             trial.report(1.0, 0)
         if first and lost != "proposal":
             backups.append(own.backup())
-        genome.write(mine, trial, {}, {"note": trial.number})
+        attributes.write(mine, trial, {}, {"note": trial.number})
         trial.report(2.0, 1)
         if first:
             backups[-1]()
@@ -174,7 +171,7 @@ def test_a_trial_that_lost_what_was_written_to_it_is_run_again(own: Own, name: s
 
     if lost == "proposal":
         mine.sampler.before_trial = before_trial  # type: ignore[method-assign]
-    moeopt.optimize(mine, objective, trials=3)
+    moeopt.optimize(mine, objective, n_trials=3)
     assert slots(mine) == list(range(3))
     for trial in opened(own.url, name).trials:
         if trial.state == TrialState.COMPLETE:
@@ -190,7 +187,7 @@ def test_a_database_that_was_dropped_is_waited_for_until_it_is_back(
     own: Own, name: str, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     study = opened(own.url, name)
-    moeopt.optimize(study, loss, trials=2)
+    moeopt.optimize(study, loss, n_trials=2)
     restore = own.backup()
 
     def bring_back() -> None:
@@ -213,7 +210,7 @@ def test_a_database_that_was_dropped_is_waited_for_until_it_is_back(
 
     threads = [threading.Timer(1.0, bring_back)]
     with caplog.at_level(logging.WARNING, "moeopt"):
-        moeopt.optimize(study, objective, trials=4)
+        moeopt.optimize(study, objective, n_trials=4)
     threads[0].join()
     assert slots(study) == list(range(4))
     assert facts(study) == facts(opened(own.url, name))
@@ -224,7 +221,7 @@ def test_a_database_that_was_dropped_is_waited_for_until_it_is_back(
 @pytest.mark.parametrize("what", ["dropped", "made anew", "tables made anew"])
 def test_a_database_that_does_not_come_back_is_one_error(own: Own, name: str, what: str) -> None:
     study = opened(own.url, name, patience=1)
-    backend = genome.shared(study)[0]  # type: ignore[index]
+    storage = backend(study).storage
 
     def objective(trial: optuna.Trial) -> float:
         engine = own.engine()
@@ -244,6 +241,6 @@ def test_a_database_that_does_not_come_back_is_one_error(own: Own, name: str, wh
     wanted = "dropped or is being restored" if what == "dropped" else "the study is not in it any more"
     began = time.monotonic()
     with pytest.raises(StorageError, match=wanted) as error:
-        moeopt.optimize(study, objective, trials=4)
+        moeopt.optimize(study, objective, n_trials=4)
     assert "\n" not in str(error.value)
-    assert time.monotonic() - began >= backend.waiting.patience
+    assert time.monotonic() - began >= storage.waiting.patience

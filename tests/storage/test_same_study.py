@@ -14,6 +14,7 @@ from databases import SERVERS
 
 import moeopt
 from moeopt import samplers
+from moeopt.study.storage import attributes
 from moeopt.trials import genome
 
 from .conftest import opened
@@ -30,14 +31,14 @@ def content(url: str, name: str, sampler: Any) -> list[Any]:
         x = SPACE.vector(trial)
         loss = float(((x - 0.3) ** 2).sum())
         scores = genome.pack(genome.SCORES, x)
-        genome.write(study, trial, scores, {"accuracy": 1 / (1 + loss), "unicode": "τ <b>"})
+        attributes.write(study, trial, scores, {"accuracy": 1 / (1 + loss), "unicode": "τ <b>"})
         if trial.number == 3:
             return float("nan")
         return loss
 
-    moeopt.optimize(study, objective, trials=5)
+    moeopt.optimize(study, objective, n_trials=5)
     study = opened(url, name, sampler)
-    moeopt.optimize(study, objective, trials=9)
+    moeopt.optimize(study, objective, n_trials=9)
     found = []
     for trial in opened(url, name, sampler).trials:
         system = dict(trial.system_attrs)

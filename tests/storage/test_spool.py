@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 import moeopt
-from moeopt.study.storage import spool
+from moeopt.study.storage import attributes, spool
 from moeopt.study.storage.spool import Result
 from moeopt.trials import genome
 from moeopt.trials.process import this_worker
 
-from .conftest import loss, opened, slots
+from .conftest import backend, loss, opened, slots
 
 DEAD: dict[str, Any] = {**this_worker(), "pid": 2**22 - 1}
 
@@ -31,19 +31,17 @@ def study(tmp_path: Path, name: str) -> optuna.Study:
 
 
 def identity(study: optuna.Study) -> str:
-    team = genome.shared(study)
-    assert team is not None
-    return team[0].identity(team[1])
+    team = backend(study)
+    return team.storage.identity(team.study_id)
 
 
 def orphan(study: optuna.Study, **fields: Any) -> Result:
     """A running trial whose worker is dead, and what that kept."""
     trial = study.ask()
-    team = genome.shared(study)
-    assert team is not None
-    team[0]._owned.clear()
-    genome.write(study, trial, {genome.ORIGIN: {**genome.origin(trial), "worker": DEAD}})
-    plan = genome.origin(trial)["plan"]
+    backend(study).storage._owned.clear()
+    origin = genome.origin(attributes.frozen_trial(trial))
+    attributes.write(study, trial, {genome.ORIGIN: {**origin, "worker": DEAD}})
+    plan = origin["plan"]
     return Result(**{"study": identity(study), "number": trial.number, "worker": DEAD, "plan": plan} | fields)
 
 
@@ -60,10 +58,9 @@ def test_a_kept_result_is_stored_and_removed(study: optuna.Study) -> None:
 
 def test_a_pruned_trial_gets_its_last_report(study: optuna.Study) -> None:
     result = orphan(study, state="PRUNED")
-    team = genome.shared(study)
-    assert team is not None
+    team = backend(study)
     for step, value in ((1, 0.9), (2, 0.7)):
-        team[0].set_trial_intermediate_value(genome.key(study.trials[0]), step, value)
+        team.storage.set_trial_intermediate_value(attributes.key(study.trials[0]), step, value)
     result.save()
     moeopt.study.reclaim(study)
     assert (study.trials[0].state, study.trials[0].value) == (TrialState.PRUNED, 0.7)
@@ -81,12 +78,12 @@ def test_what_a_container_kept_that_was_started_anew_is_stored_once_its_trial_wa
 ) -> None:
     result = orphan(study, worker={**DEAD, "namespace": 1}, state="COMPLETE", values=[0.5])
     result.save()
-    genome.write(study, study.trials[0], {genome.ORIGIN: {**genome.origin(study.trials[0]), "worker": result.worker}})
+    noted = {**genome.origin(study.trials[0]), "worker": result.worker}
+    attributes.write(study, study.trials[0], {genome.ORIGIN: noted})
     assert moeopt.study.reclaim(study) == []
     assert study.trials[0].state == TrialState.RUNNING
-    team = genome.shared(study)
-    assert team is not None
-    assert team[0].take_over(team[1], genome.key(study.trials[0]), "its worker was not heard of") == 1
+    team = backend(study)
+    assert team.storage.take_over(team.study_id, attributes.key(study.trials[0]), "its worker was not heard of") == 1
     moeopt.study.reclaim(study)
     assert (study.trials[1].state, study.trials[1].value) == (TrialState.COMPLETE, 0.5)
     assert not result.file.exists()
@@ -96,7 +93,7 @@ def test_a_result_of_another_plan_or_of_a_trial_that_ended_is_dropped(study: opt
     other = orphan(study, plan="f" * 32, state="COMPLETE", values=[0.5])
     other.save()
     assert moeopt.study.reclaim(study) == [0]
-    moeopt.optimize(study, loss, trials=1)
+    moeopt.optimize(study, loss, n_trials=1)
     value = study.trials[1].value
     late = Result(identity(study), 0, DEAD, state="COMPLETE", values=[0.5])
     late.save()
@@ -169,6 +166,6 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_search_goes_on(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv(spool.VARIABLE, str(tmp_path / "file"))
-    moeopt.optimize(study, loss, trials=2)
+    moeopt.optimize(study, loss, n_trials=2)
     assert slots(study) == [0, 1]
     assert "cannot keep the result of trial 0" in caplog.text

@@ -19,8 +19,7 @@ from moeopt.report.dashboard.drawing import Curve, best_curve, draw
 from moeopt.report.dashboard.note import joined, note
 from moeopt.spaces.base import NAMED_AT_MOST
 from moeopt.study import COMMAND
-from moeopt.study.storage import anywhere, hidden, readable_errors, study_names
-from moeopt.trials import genome
+from moeopt.study.storage import anywhere, attributes, hidden, readable_errors, study_names
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -154,8 +153,8 @@ class Refresh:
             self._last[name] = time.monotonic()
             try:
                 if is_ours(study.user_attrs):
-                    team = genome.shared(study)
-                    place = "..." if team is None else hidden(anywhere(str(team[0].url)))
+                    team = attributes.team(study)
+                    place = "..." if team is None else hidden(anywhere(str(team.storage.url)))
                     attach(study, digest(study, self._rows.setdefault(name, {})), place, {})
             except Exception as error:  # a figure must not end a search
                 if not self._warned:
@@ -184,24 +183,24 @@ def attach(study: optuna.Study, read: Digest, url: str, others: Mapping[str, Cur
     for _ in range(TRIES):
         there = {
             key: value
-            for key, value in genome.study_attributes(study).items()
+            for key, value in attributes.study_attributes(study).items()
             if key.startswith("dashboard:") and isinstance(value, int if key.endswith("note_ver") else str)
         }
         memory = optuna.storages.InMemoryStorage()
         with _unsaid():
             memory.create_new_study([optuna.study.StudyDirection.MINIMIZE], "desk")
         desk = optuna.load_study(study_name="desk", storage=memory)
-        genome.write_study(desk, there)
+        attributes.write_study(desk, there)
         before = _note(get_note, desk)
         body = joined(before, note(read, command, url, wanted))
         if body != before:
             save_note(desk, body)
         for name, figure in about.items():
             save_plotly_graph_object(desk, figure, graph_object_id=name)
-        changed = {key: value for key, value in genome.study_attributes(desk).items() if there.get(key) != value}
+        changed = {key: value for key, value in attributes.study_attributes(desk).items() if there.get(key) != value}
         if not changed:
             break
-        genome.write_study(study, changed)
+        attributes.write_study(study, changed)
         written += len(changed)
     return written
 

@@ -25,7 +25,7 @@ def resuming(digest: Digest, command: Any, storage: str, trials: int | None) -> 
     run = (
         "study.optimize(objective, n_trials=10)"
         if trials is None
-        else (f"moeopt.optimize(study, objective, trials={trials})")
+        else (f"moeopt.optimize(study, objective, n_trials={trials})")
     )
     told = "Run the Python that made `objective` again" + (f", and `{object_of}`, as it was" if object_of else "")
     return f"{told}, then\n\n" + _fenced(f"{opened}\n{run}", "python")

@@ -12,7 +12,8 @@ from moeopt.evaluation import Compression, Evaluation, Evaluator
 from moeopt.evaluation.store import FULL, Scored, StoredEvaluators, StudyStore
 from moeopt.evaluation.teacher import LABEL_FREE
 from moeopt.results.selection.record import SELECTION, check_record, recorded
-from moeopt.study.objective import Objective, penalty, remembered
+from moeopt.study.objective import Objective
+from moeopt.study.scores import penalty, remembered
 from moeopt.trials.description import described
 
 if TYPE_CHECKING:

@@ -1,11 +1,17 @@
-"""Storages that a team of workers can trust: outages are waited for, nothing evaluated is lost, slots are exact."""
+"""The database of a study, and all access to what Optuna keeps private. Imports `trials` and below.
 
-from moeopt.study.storage.opening import check_storage, in_memory, is_new, open_storage
-from moeopt.study.storage.resilient import ResilientStorage, study_names
-from moeopt.study.storage.urls import anywhere, hidden, readable_errors, scrub
+A team of workers can trust it: outages are waited for, nothing evaluated is lost, slots are exact.
+"""
+
+from typing import TYPE_CHECKING
+
+from moeopt.lazily import lazily
+
+if TYPE_CHECKING:
+    from moeopt.study.storage.opening import check_storage, in_memory, is_new, open_storage, study_names
+    from moeopt.study.storage.urls import anywhere, hidden, readable_errors, scrub
 
 __all__ = [
-    "ResilientStorage",
     "anywhere",
     "check_storage",
     "hidden",
@@ -16,3 +22,8 @@ __all__ = [
     "scrub",
     "study_names",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {name: "urls" if name in ("anywhere", "hidden", "readable_errors", "scrub") else "opening" for name in __all__},
+)

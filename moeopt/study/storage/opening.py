@@ -7,16 +7,17 @@ import re
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 
 from moeopt.errors import MoeoptError, StorageError, got
-from moeopt.study.storage import links, transaction
-from moeopt.study.storage.outages import Waiting
-from moeopt.study.storage.resilient import ResilientStorage
+from moeopt.study.storage import internals, links
+from moeopt.study.storage.outages import Outages
 from moeopt.study.storage.urls import hidden, readable_errors, reason
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def open_storage(
     """An Optuna storage for an SQLAlchemy URL, checked: reachable, writable, and Optuna's own or empty.
 
     On SQLite, PostgreSQL, MySQL and MariaDB it is a `ResilientStorage`: workers may be killed, and the database may go
-    away for as long as `patience`. Any other database gets Optuna's own `RDBStorage`, and so does another schema than
-    that of Optuna 5.
+    away for as long as `patience`. Any other database gets Optuna's own `RDBStorage` with its heartbeats and retries,
+    and so does an Optuna whose private parts are not as in Optuna 5.0.
 
     Args:
         create: whether a missing SQLite file may be created.
@@ -54,41 +55,70 @@ def open_storage(
         retries: how often a trial whose worker died is tried again; then it has failed, with the reason as its user
             attribute ``failure``.
 
+    Warns:
+        UserWarning: once, when it is Optuna's own: what is weaker then.
+
     Raises:
         StorageError: saying which of these fails. Passwords never appear in it.
     """
     _check(heartbeat_interval, grace_period, patience, retries)
     parsed = _parsed(url)
-    backend, memory = parsed.get_backend_name(), in_memory(url)
+    backend = parsed.get_backend_name()
     if not create and is_new(url):
         raise StorageError(f"no database at {hidden(url)}")
-    known = backend in transaction.DIALECTS and transaction.known_schema()
+    beats: dict[str, Any] = {
+        "heartbeat_interval": None if in_memory(url) else heartbeat_interval,
+        "grace_period": grace_period,
+    }
+    lacking = internals.missing() if backend in internals.DIALECTS else f"the database is {backend}"
 
     def opened() -> BaseStorage:
         _check_database(parsed, url)
         options = links.options(parsed)
-        if not known:
-            return RDBStorage(url, engine_kwargs={**options, "pool_pre_ping": True})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            return ResilientStorage(
-                url,
-                options,
-                heartbeat_interval=None if memory else heartbeat_interval,
-                grace_period=grace_period,
-                patience=PATIENCE if patience is None else patience,
-                retries=retries,
-            )
+        if lacking is not None:
+            return _optunas_own(lacking, url, options, beats, retries)
+        from moeopt.study.storage.resilient import ResilientStorage
+
+        return ResilientStorage(
+            url, options, **beats, patience=PATIENCE if patience is None else patience, retries=retries
+        )
 
     with readable_errors(url):
         try:
             if patience is None:
                 return _with_tables(opened)
-            return Waiting(hidden(url), patience, url)(lambda: _with_tables(opened))
+            return Outages(hidden(url), patience, url)(lambda: _with_tables(opened))
         except (TypeError, ValueError, LookupError) as error:  # a driver's, of an option in the URL
             if isinstance(error, MoeoptError):
                 raise
             raise StorageError(f"cannot use the storage {hidden(url)}: {reason(error, url)}") from None
+
+
+def _optunas_own(lacking: str, url: str, options: dict[str, Any], beats: dict[str, Any], retries: int) -> BaseStorage:
+    """Optuna's storage with heartbeats and retries, where what a `ResilientStorage` builds on is missing."""
+    _tell_of_weaker_promises(lacking)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        retry = RetryHeartbeatStaleTrialCallback(max_retry=retries)
+        engine = {**options, "pool_pre_ping": True}
+        return RDBStorage(url, engine_kwargs=engine, heartbeat_stale_trial_callback=retry, **beats)
+
+
+@cache
+def _tell_of_weaker_promises(lacking: str) -> None:
+    warnings.warn(
+        f"{lacking}, so that the storage is Optuna's own. Trials of dead workers are tried again, but several workers "
+        "may run a few trials more than asked for, and one plan twice; and an outage of the database is not waited "
+        "for: it ends the worker, and the trial that ran is run again",
+        stacklevel=4,
+    )
+
+
+def study_names(storage: BaseStorage) -> list[str]:
+    """Names of all studies of a storage; in one of moeopt's, a damaged study does not hide the others."""
+    database = getattr(storage, "_backend", storage)
+    names = getattr(database, "study_names", None)
+    return optuna.study.get_all_study_names(storage) if names is None else names()  # type: ignore[no-any-return]
 
 
 def check_storage(storage: object) -> None:
@@ -182,7 +212,7 @@ def _check_database(parsed: URL, url: str) -> None:
     links.limit(engine)
     try:
         tables = set(inspect(engine).get_table_names())
-        ours = {"studies", "trials", "version_info"} <= tables or tables <= transaction.tables()
+        ours = {"studies", "trials", "version_info"} <= tables or tables <= internals.TABLES
         if not ours and (sqlite or {"studies", "trials"} & tables):
             raise StorageError(f"{hidden(url)} is a database of something else: it has tables {sorted(tables)[:5]}")
         if sqlite:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from moeopt.errors import StorageError
 from moeopt.study.storage import links
+from moeopt.study.storage.failures import StudyIsGone
 from moeopt.study.storage.urls import reason
 
 T = TypeVar("T")
@@ -47,10 +48,10 @@ def is_outage(error: BaseException | None) -> bool:
     """Whether a database error will pass: the server went away or is busy, rather than refuses what it is asked."""
     from sqlalchemy import exc
 
-    said = _said(error)
-    if isinstance(said, exc.DBAPIError):
-        return said.connection_invalidated or _passes(said.orig)
-    return said is not None
+    cause = _said(error)
+    if isinstance(cause, exc.DBAPIError):
+        return cause.connection_invalidated or _passes(cause.orig)
+    return cause is not None
 
 
 def is_locked(error: BaseException | None) -> bool:
@@ -104,19 +105,19 @@ def holders(url: str | None) -> str:
     parsed = None if url is None else make_url(url)
     if parsed is None or parsed.get_backend_name() != "sqlite" or not parsed.database:
         return ""
-    said = []
+    processes = []
     try:
         inode = f":{Path(parsed.database).stat().st_ino}"
-        held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]  # Linux
-        for pid in sorted({int(lock[4]) for lock in held if lock[5].endswith(inode)} - {os.getpid()}):
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]  # Linux
+        for pid in sorted({int(lock[4]) for lock in locks if lock[5].endswith(inode)} - {os.getpid()}):
             stopped = psutil.Process(pid).status() == psutil.STATUS_STOPPED
-            said.append(f"process {pid}, which is stopped" if stopped else f"process {pid}")
+            processes.append(f"process {pid}, which is stopped" if stopped else f"process {pid}")
     except (OSError, ValueError, IndexError, psutil.Error):
         pass
-    return f", by {' and '.join(said)}" if said else ""
+    return f", by {' and '.join(processes)}" if processes else ""
 
 
-class Waiting:
+class Outages:
     """Repeats calls while a database is away, with exponential backoff and jitter.
 
     Args:
@@ -151,11 +152,14 @@ class Waiting:
         self._missing, self._renew = missing, renew
         self._lock = threading.Lock()
 
-    def __call__(self, call: Callable[[], T], failed: Callable[[], Any] | None = None) -> T:
+    def __call__(
+        self, call: Callable[[], T], failed: Callable[[], Any] | None = None, again: Callable[[], T] | None = None
+    ) -> T:
         """What `call` returns, repeated while the database is away.
 
         Args:
             failed: called once, when the first try failed.
+            again: what is called in place of `call` then, as the first try may have been done; None: the same.
 
         Raises:
             StorageError: when patience or deadline ended, `stopped` was set, or the database says what will not pass,
@@ -168,7 +172,7 @@ class Waiting:
         while True:
             began = time.monotonic()
             try:
-                result = call()
+                result = call() if again is None or tries == 0 else again()
             except Exception as error:
                 passes = is_outage(error) or self._may_return(error)
                 if not passes and not isinstance(error, (DBAPIError, StorageInternalError)):
@@ -190,8 +194,6 @@ class Waiting:
 
     def _may_return(self, error: Exception) -> bool:
         """Whether it is a part of the database that is not there, and may be restored."""
-        from moeopt.study.storage.rows import StudyIsGone
-
         if self._missing is None or self._renew is None:
             return False
         if is_gone(error):

@@ -1,13 +1,10 @@
-"""Optuna's SQL storage for workers that die and databases that go away.
+"""The storage of a team of workers, any of which may die.
 
-* A call waits while the database is away (`Waiting`), and one whose answer was lost is not done twice.
 * What is evaluated is kept on the local disk until it is stored (`Result`).
 * A trial gets its first heartbeat with its claim, and one thread beats for all trials that this process runs, also for
-  those of `study.ask`. A dead worker's trial is failed and repeated in one transaction (`rows.take_over`).
+  those of `study.ask`. A dead worker's trial is failed and repeated in one transaction (`ends.take_over`).
 * A trial that was taken over while its worker lived stays running for that worker until it tells; then its result goes
   to the trial that repeats it, unless that has ended.
-
-Everything here that is private to Optuna is what its `_CachedStorage` and `Study.optimize` call on a storage.
 """
 
 from __future__ import annotations
@@ -18,38 +15,28 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, RDBStorage
-from optuna.study import get_all_study_names
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from moeopt.errors import StorageError
-from moeopt.study.storage import forks, links, presence, rows, spool, transaction
-from moeopt.study.storage.outages import LONGEST_DELAY, Waiting
+from moeopt.study.storage import claims, ends, rows, spool
+from moeopt.study.storage.attributes import Attrs, Params, Taken
+from moeopt.study.storage.failures import SetBack, StudyIsGone
+from moeopt.study.storage.outages import LONGEST_DELAY
 from moeopt.study.storage.spool import Result
 from moeopt.study.storage.staleness import Watch, beat
-from moeopt.study.storage.urls import hidden
+from moeopt.study.storage.waiting import WaitingStorage
 from moeopt.trials import genome, process
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.study import StudyDirection
-    from sqlalchemy import Engine
-
 logger = logging.getLogger("moeopt.study.storage")
-
-REPEATED = (
-    "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name", "get_study_name_from_id",
-    "get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "get_all_studies", "get_trial_param",
-    "get_trial_user_attrs", "get_trial_system_attrs", "get_trial_id_from_study_id_trial_number", "_get_best_trial_id",
-)  # fmt: skip
-"""Calls that may be done twice."""
 
 
 @dataclass
@@ -62,143 +49,32 @@ class _Owned:
     written: dict[str, set[Any]]
 
 
-class ResilientStorage(RDBStorage):
-    """An `RDBStorage` for the schema of Optuna 5 on SQLite, PostgreSQL, MySQL or MariaDB.
+class ResilientStorage(WaitingStorage):
+    """A `WaitingStorage` whose trials are claimed, kept and taken over.
 
     Args:
-        url, engine_kwargs: as for `RDBStorage`.
-        heartbeat_interval, grace_period: as for `RDBStorage`, in seconds; without an interval no trial is stale.
-        patience: seconds to wait for a database that went away.
+        url, engine_kwargs, heartbeat_interval, grace_period, patience: as for `WaitingStorage`.
         retries: how often a trial whose worker died is tried again.
     """
 
-    def __init__(
-        self,
-        url: str,
-        engine_kwargs: dict[str, Any] | None = None,
-        *,
-        heartbeat_interval: int | None,
-        grace_period: int | None,
-        patience: float,
-        retries: int,
-    ) -> None:
-        self._patience, self.retries = patience, retries
-        self._begin(url)
-        super().__init__(url, engine_kwargs, heartbeat_interval=heartbeat_interval, grace_period=grace_period)
-        links.keep_file(self.engine)
-
-    def _begin(self, url: str) -> None:
-        missing, renew = functools.partial(presence.is_missing, self), lambda: self.engine.dispose()
-        self.waiting = Waiting(hidden(url), self._patience, url, missing, renew)
+    def __init__(self, url: str, engine_kwargs: dict[str, Any] | None = None, *, retries: int, **settings: Any) -> None:
+        self.retries = retries
         self._owned: dict[int, _Owned] = {}
         self._inherited: dict[int, int] = {}
+        super().__init__(url, engine_kwargs, **settings)
+
+    def _begin(self, url: str) -> None:
+        super()._begin(url)
+        self._inherited |= {trial_id: owned.result.number for trial_id, owned in self._owned.items()}
+        self._owned = {}
         self._ended: set[int] = set()
-        self._identities: dict[int, str] = {}
-        self._made: Any = None
-        self._ends = presence.Ends()
         self._watches: dict[int, Watch] = {}
         self._local = threading.local()
         self._beating: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    @property
-    def engine(self) -> Engine:
-        engine: Engine = self.__dict__["engine"]
-        return engine
-
-    @engine.setter
-    def engine(self, engine: Engine) -> None:  # which Optuna makes, and uses at once, also of a pickle
-        links.limit(engine)
-        self.__dict__["engine"] = engine
-        forks.follow(self)
-
-    def forked(self) -> None:
-        """In a process that was forked from the one that opened this storage; that one's trials are not this one's."""
-        inherited = {trial_id: owned.result.number for trial_id, owned in self._owned.items()} | self._inherited
-        identities, made = self._identities, self._made
-        self._begin(self.url)
-        self._identities, self._made, self._inherited = identities, made, inherited
-        forks.connect_anew(self)
-
-    def __getstate__(self) -> dict[Any, Any]:
-        begun = (
-            "waiting", "_owned", "_inherited", "_ended", "_identities", "_made", "_ends", "_watches", "_local",
-            "_beating", "_lock",
-        )  # fmt: skip
-        return {name: value for name, value in super().__getstate__().items() if name not in begun}
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        self._patience = state["_patience"]
-        self._begin(state["url"])
-        super().__setstate__(state)
-        links.keep_file(self.engine)
-
-    # Studies.
-
-    def _get_trials(
-        self,
-        study_id: int,
-        states: Container[TrialState] | None,
-        included_trial_ids: set[int],
-        trial_id_greater_than: int,
-    ) -> list[FrozenTrial]:
-        """What Optuna has cached is right unless the database was set back, which undid what happened last: that is
-        looked at, too.
-
-        Raises:
-            SetBack: when trials that were to be read, or the last that ended, are not there any more, or not as then.
-        """
-        again = trial_id_greater_than >= 0 and states is None
-        wanted = included_trial_ids | (self._ends.of(study_id) if again else set())
-
-        def read() -> list[FrozenTrial]:
-            if trial_id_greater_than < 0 and self.engine.name != "sqlite":
-                # All of a large study takes longer to build than the server leaves a transaction idle.
-                self.scoped_session().connection(execution_options={"isolation_level": "AUTOCOMMIT"})
-            return RDBStorage._get_trials(self, study_id, states, wanted, trial_id_greater_than)
-
-        trials = self.waiting(read)
-        if states is None:
-            lost = again and not wanted <= {trial._trial_id for trial in trials}
-            if lost or not self._ends.agree(study_id, trials, with_last=again):
-                raise presence.set_back(self)
-        return trials
-
-    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
-        name = f"no-name-{uuid.uuid4()}" if study_name is None else study_name
-        tries: list[None] = []
-
-        def create() -> int:
-            tries.append(None)
-            try:
-                return RDBStorage.create_new_study(self, directions, name)
-            except DuplicatedStudyError:
-                study_id = RDBStorage.get_study_id_from_name(self, name)
-                if len(tries) == 1 or RDBStorage.get_all_trials(self, study_id):
-                    raise
-                return study_id  # the first try made it, and the answer was lost
-
-        return self.waiting(create)
-
-    def delete_study(self, study_id: int) -> None:
-        tries: list[None] = []
-
-        def delete() -> None:
-            tries.append(None)
-            try:
-                RDBStorage.delete_study(self, study_id)
-            except KeyError:
-                if len(tries) == 1:
-                    raise
-
-        self.waiting(delete)
-
-    def identity(self, study_id: int) -> str:
-        """The random name by which results on a disk know a study."""
-        if study_id not in self._identities:
-            self._identities[study_id] = self.waiting(lambda: rows.identity(self, study_id))
-            self._made = self.waiting(lambda: rows.made(self))
-        return self._identities[study_id]
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "retries": self.retries}
 
     # Claims.
 
@@ -216,39 +92,29 @@ class ResilientStorage(RDBStorage):
 
     def _slots(self, study_id: int) -> int | None:
         slots: int | None = getattr(self._local, "slots", None)
-        if slots is None:
-            return None
-        return slots + len(self.run_here(study_id))
+        return None if slots is None else slots + len(self.run_here(study_id))
 
     def run_here(self, study_id: int) -> dict[int, Result]:
         """What is known of the trials that this thread runs."""
-        here = threading.get_ident()
-        trials = [*self._owned.items()]
+        here, trials = threading.get_ident(), [*self._owned.items()]
         return {key: owned.result for key, owned in trials if owned.thread == here and owned.study_id == study_id}
 
     def claimable(self, study_id: int) -> bool:
         """Whether there is a trial to start: a slot that was not yet, or one to be repeated."""
-        slots = self._slots(study_id)
-        return self.waiting(lambda: rows.claimable(self, study_id, slots))
+        return self.waiting(lambda: claims.claimable(self, study_id, self._slots(study_id)))
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         study = study_id, self.identity(study_id)
-        claim, slots = uuid.uuid4().hex, self._slots(study_id)
-        tries: list[None] = []
-
-        def create() -> FrozenTrial:
-            tries.append(None)
-            return rows.create(self, study, template_trial, claim, slots, again=len(tries) > 1)
-
-        trial = self.waiting(create)
+        create = functools.partial(claims.create, self, study, template_trial, uuid.uuid4().hex, self._slots(study_id))
+        trial = self.waiting(functools.partial(create, again=False), again=functools.partial(create, again=True))
         if trial.state == TrialState.RUNNING:
             self._own(study_id, trial)
         return trial
 
-    def create_once(self, study_id: int, template: FrozenTrial, user_attrs: Mapping[str, Any]) -> bool:
-        """`rows.create_once`, waited for."""
+    def create_once(self, study_id: int, template: FrozenTrial, user_attrs: Attrs) -> bool:
+        """`claims.create_once`, waited for."""
         study = study_id, self.identity(study_id)
-        return self.waiting(lambda: rows.create_once(self, study, template, user_attrs))
+        return self.waiting(lambda: claims.create_once(self, study, template, user_attrs))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         if state.is_finished():
@@ -258,7 +124,7 @@ class ResilientStorage(RDBStorage):
         study_id = self.waiting(lambda: rows.study_of(self, trial_id))
         study = study_id, self.identity(study_id)
         claim, slots = uuid.uuid4().hex, self._slots(study_id)
-        trial = self.waiting(lambda: rows.start(self, study, trial_id, claim, slots))
+        trial = self.waiting(lambda: claims.start(self, study, trial_id, claim, slots))
         if trial is None:
             return False
         self._own(study_id, trial)
@@ -282,16 +148,11 @@ class ResilientStorage(RDBStorage):
     # What a trial writes.
 
     def write_trial(
-        self,
-        trial_id: int,
-        attrs: Mapping[str, Any],
-        user_attrs: Mapping[str, Any],
-        params: Mapping[str, tuple[Any, BaseDistribution]],
-        unless: transaction.Taken | None = None,
+        self, trial_id: int, attrs: Attrs, user_attrs: Attrs, params: Params, unless: Taken | None = None
     ) -> bool:
-        """`transaction.write`, waited for; False where `unless` kept it from writing."""
+        """`rows.write`, waited for; False where `unless` kept it from writing."""
         since = self._owned[trial_id].result.since if trial_id in self._owned else None
-        write = functools.partial(transaction.write, self, trial_id, attrs, user_attrs, params, unless, since)
+        write = functools.partial(rows.write, self, trial_id, attrs, user_attrs, params, unless, since)
         if self._write(trial_id, write, attrs, user_attrs, params=params) is False:
             return False
         origin = attrs.get(genome.ORIGIN)
@@ -324,22 +185,17 @@ class ResilientStorage(RDBStorage):
         self._write(trial_id, call, {}, {}, **written)
 
     def _write(
-        self,
-        trial_id: int,
-        call: Callable[[], Any],
-        attrs: Mapping[str, Any],
-        user_attrs: Mapping[str, Any],
-        **others: Iterable[Any],
+        self, trial_id: int, call: Callable[[], Any], attrs: Attrs, user_attrs: Attrs, **others: Iterable[Any]
     ) -> Any:
         """A write to a trial that this process runs is kept while the database is away, and once it was taken over."""
         owned = self._owned.get(trial_id)
         if owned is None:
             return self.waiting(call)
-        result, kept = owned.result, False
+        result, on_disk = owned.result, False
 
         def keep() -> None:
-            nonlocal kept
-            kept = True
+            nonlocal on_disk
+            on_disk = True
             result.attrs.update(attrs)
             result.user_attrs.update(user_attrs)
             result.save()
@@ -350,8 +206,8 @@ class ResilientStorage(RDBStorage):
             keep()
             return None
         except KeyError:
-            presence.check_there(self, owned.study_id)
-            raise presence.set_back(self) from None
+            self.check_there(owned.study_id)
+            raise self.set_back() from None
         except StorageError:
             result.user_attrs[genome.INTERRUPTED] = True  # it is not the trial that failed
             result.save()
@@ -359,10 +215,10 @@ class ResilientStorage(RDBStorage):
         if done is not False:
             for kind, names in {"attrs": attrs, "user_attrs": user_attrs, **others}.items():
                 owned.written.setdefault(kind, set()).update(names)
-        if kept:
-            for known, written in ((result.attrs, attrs), (result.user_attrs, user_attrs)):
-                for key in written:
-                    known.pop(key, None)
+        if on_disk:
+            for pending, stored in ((result.attrs, attrs), (result.user_attrs, user_attrs)):
+                for key in stored:
+                    pending.pop(key, None)
             result.remove()
         return done
 
@@ -374,16 +230,16 @@ class ResilientStorage(RDBStorage):
             owned.result.save()
 
     def _end(self, trial_id: int, state: TrialState, values: list[float] | None) -> bool:
-        owned = self._owned.get(trial_id)
         if trial_id in self._inherited:
             number = self._inherited[trial_id]
             raise StorageError(f"trial {number} is ended by the process that runs it, not by one forked from that")
+        owned = self._owned.get(trial_id)
         if owned is None:
             return self.waiting(lambda: RDBStorage.set_trial_state_values(self, trial_id, state, values))
         result = owned.result
         if state != TrialState.FAIL:
             result.user_attrs.pop(genome.INTERRUPTED, None)
-        end = functools.partial(rows.end, self, owned.study_id, trial_id, result, state, values, owned.written)
+        end = functools.partial(ends.end, self, owned.study_id, trial_id, result, state, values, owned.written)
         if not self.waiting(end, lambda: self.hold(trial_id, state, values)):
             result.state, result.values = state.name, values
             taker = self._deliver(owned.study_id, result)
@@ -404,14 +260,14 @@ class ResilientStorage(RDBStorage):
             return self.waiting(lambda: RDBStorage.get_trial(self, trial_id))
         except KeyError:
             if trial_id in self._ended:
-                raise presence.set_back(self) from None
+                raise self.set_back() from None
             raise
 
     def _build_frozen_trial_from_trial_model(self, trial: Any) -> FrozenTrial:
         frozen = super()._build_frozen_trial_from_trial_model(trial)
         owned = self._owned.get(frozen._trial_id)
         if owned is not None and not owned.result.is_of(trial._datetime_start_utc):
-            raise presence.set_back(self)
+            raise self.set_back()
         if owned is not None and frozen.state.is_finished():
             frozen.state, frozen.values, frozen.datetime_complete = TrialState.RUNNING, None, None
         return frozen
@@ -421,6 +277,13 @@ class ResilientStorage(RDBStorage):
     def record_heartbeat(self, trial_id: int) -> None:
         if trial_id not in self._owned:
             self.waiting(lambda: RDBStorage.record_heartbeat(self, trial_id))
+
+    def beat(self) -> None:
+        """Beat for the trials that this process runs, and look at others' beats; not waited for."""
+        if owned := {**self._owned}:
+            rows.beat(self, [*owned])
+            for study_id in {trial.study_id for trial in owned.values()}:
+                self._look(study_id)
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         """Take over what is stale; there is nothing left to do for Optuna's `fail_stale_trials`."""
@@ -432,7 +295,7 @@ class ResilientStorage(RDBStorage):
         """Take over the running trials that were seen without a heartbeat for longer than the grace period."""
         if self.heartbeat_interval is None:
             return
-        self.waiting(lambda: self.look(study_id))
+        self.waiting(lambda: self._look(study_id))
         grace = 2 * self.heartbeat_interval if self.grace_period is None else self.grace_period
         if time.monotonic() - self.waiting.returned < 2 * self.heartbeat_interval + LONGEST_DELAY:
             return  # after an outage, others shall be heard of first
@@ -440,15 +303,15 @@ class ResilientStorage(RDBStorage):
             if trial_id not in self._owned:
                 self.take_over(study_id, trial_id, f"its worker was not heard of for {grace} s", heard)
 
-    def look(self, study_id: int) -> None:
+    def _look(self, study_id: int) -> None:
         """Note the heartbeats of a study's running trials."""
         assert self.heartbeat_interval is not None
         watch = self._watches.setdefault(study_id, Watch(2 * self.heartbeat_interval))
         watch.look(rows.heartbeats(self, study_id))
 
     def take_over(self, study_id: int, trial_id: int, failure: str, heard: datetime | None = None) -> int | None:
-        """`rows.take_over`, waited for."""
-        call = functools.partial(rows.take_over, self, study_id, trial_id, failure, retries=self.retries, heard=heard)
+        """`ends.take_over`, waited for."""
+        call = functools.partial(ends.take_over, self, study_id, trial_id, failure, retries=self.retries, heard=heard)
         return self.waiting(call)
 
     def recover(self, study_id: int, other_hosts: bool = False) -> None:
@@ -471,28 +334,47 @@ class ResilientStorage(RDBStorage):
                     logger.warning("stored in trial %d what a dead worker had kept of trial %d", number, result.number)
 
     def _deliver(self, study_id: int, result: Result) -> int | None:
-        return self.waiting(lambda: rows.deliver(self, study_id, result))
+        return self.waiting(lambda: ends.deliver(self, study_id, result))
 
+    # A database that was set back, or a study that was deleted.
 
-def study_names(storage: BaseStorage) -> list[str]:
-    """Names of all studies of a storage. In a `ResilientStorage`, also one behind Optuna's cache, a damaged study does
-    not hide the others: Optuna reads the attributes of all to tell their names.
-    """
-    database = getattr(storage, "_backend", storage)
-    if not isinstance(database, ResilientStorage):
-        return get_all_study_names(storage)
-    return database.waiting(lambda: rows.study_names(database))
+    def set_back(self) -> SetBack:
+        """The error; a trial that Optuna ends because of it is to be run again."""
+        for owned in [*self._owned.values()]:
+            owned.result.user_attrs[genome.INTERRUPTED] = True
+        return SetBack()
 
+    def check_there(self, study_id: int) -> None:
+        """Raise StudyIsGone when a study was deleted since this process knows it; nothing of it is kept on the disk.
 
-def _repeated(name: str) -> Callable[..., Any]:
-    call = getattr(RDBStorage, name)
+        Raise SetBack when a trial is not there that this thread runs.
+        """
+        if study_id not in self._identities:
+            return
 
-    @functools.wraps(call)
-    def waited_for(self: ResilientStorage, *arguments: Any, **options: Any) -> Any:
-        return self.waiting(lambda: call(self, *arguments, **options))
+        def check() -> None:
+            with rows.transaction(self) as session:
+                rows.check_there(session, study_id, self._identities[study_id])
 
-    return waited_for
+        try:
+            self.waiting(check)
+        except StudyIsGone:
+            for owned in [*self._owned.values()]:
+                if owned.study_id == study_id:
+                    owned.result.remove()
+            raise
+        mine = self.run_here(study_id)
+        if self.waiting(lambda: rows.still_there(self, mine)) != mine.keys():
+            raise self.set_back()
 
-
-for _name in REPEATED:
-    setattr(ResilientStorage, _name, _repeated(_name))
+    def start_over(self, study: optuna.Study) -> None:
+        """After the database was set back: read a study anew, queue what this thread runs, forget what is not there."""
+        logger.warning("%s was set back to an earlier state; the search goes on from there", self.waiting.place)
+        study._storage = optuna.storages.get_storage(self)  # whose cache holds nothing yet
+        mine = self.run_here(study._study_id)
+        there = self.waiting(lambda: rows.still_there(self, mine))
+        for trial_id, result in mine.items():
+            self._owned.pop(trial_id, None)
+            result.remove()
+            if trial_id in there:
+                self.take_over(study._study_id, trial_id, "the database was set back while it ran")

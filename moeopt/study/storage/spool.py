@@ -14,11 +14,11 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from moeopt.study.storage.transaction import same_start
+from moeopt.trials.description import COUNT, TEXT, Maybe, Of, check
 
 logger = logging.getLogger("moeopt.study.storage")
 
@@ -29,6 +29,12 @@ TRIES = 5
 """How often a file is written anew whose folder another process removed in the meantime."""
 LARGEST = 1 << 28
 """Bytes of one file; anything larger is not one of ours."""
+FORM = {
+    "study": TEXT, "number": COUNT, "worker": {"pid": COUNT}, "plan": Maybe(TEXT),
+    "state": Maybe(Of("a state", STATES.__contains__)),
+    "values": Maybe([Of("a float", lambda value: type(value) is float and value == value)]), "started": Maybe(TEXT),
+    "attrs": {}, "user_attrs": {},
+}  # fmt: skip
 
 
 @dataclass
@@ -95,6 +101,16 @@ class Result:
             pass
 
 
+def same_start(started: datetime | None, stored: datetime | None) -> bool:
+    """Whether a trial is the one that was started then; another gets its key when a database is set back.
+
+    MySQL rounds to whole seconds, MariaDB down to them.
+    """
+    if started is None or stored is None or stored.microsecond:
+        return started in (None, stored)
+    return abs(stored - started) < timedelta(seconds=1)
+
+
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
@@ -120,7 +136,7 @@ def results(study: str) -> Iterator[Result]:
         return
     for file in files:
         try:
-            found = _read(file, study)
+            result = _read(file, study)
         except FileNotFoundError:  # stored by another worker in the meantime
             continue
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -128,7 +144,7 @@ def results(study: str) -> Iterator[Result]:
                 _damaged.add(file)
                 logger.warning("%s is not a result of moeopt's and is left alone: %s", file, error)
             continue
-        yield found
+        yield result
 
 
 _damaged: set[Path] = set()
@@ -140,23 +156,10 @@ def _read(file: Path, study: str) -> Result:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.pop("v", None) != 1:
         raise ValueError("another version wrote it")
-    found = Result(**content)
-    values = found.values
-    numbers = values is None or (isinstance(values, list) and all(type(v) is float and v == v for v in values))
-    good = (
-        found.study == study
-        and type(found.number) is int
-        and isinstance(found.worker, dict)
-        and type(found.worker.get("pid")) is int
-        and found.file == file
-        and (found.state is None or found.state in STATES)
-        and isinstance(found.plan, (str, type(None)))
-        and (found.started is None or datetime.fromisoformat(found.started).tzinfo is None)
-        and isinstance(found.attrs, dict)
-        and isinstance(found.user_attrs, dict)
-        and numbers
-        and (found.state == "COMPLETE") == bool(values)
-    )
-    if not good:
+    check(content, FORM, "it")
+    result = Result(**content)
+    since = result.since
+    same = result.study == study and result.file == file and (since is None or since.tzinfo is None)
+    if not same or (result.state == "COMPLETE") != bool(result.values):
         raise ValueError("its fields are not of a result")
-    return found
+    return result

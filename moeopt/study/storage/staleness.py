@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from moeopt.study.storage import rows
-
 if TYPE_CHECKING:
     from moeopt.study.storage.resilient import ResilientStorage
 
@@ -61,10 +59,7 @@ def beat(reference: weakref.ref[ResilientStorage], interval: float) -> None:
             return
         delay = interval
         try:
-            if owned := [*storage._owned]:
-                rows.beat(storage, owned)
-                for study_id in {trial.study_id for trial in [*storage._owned.values()]}:
-                    storage.look(study_id)
+            storage.beat()
         except Exception as error:  # an outage: the calls that wait for it tell of it
             logger.debug("no heartbeat: %s", error)
             storage.waiting.note(error)

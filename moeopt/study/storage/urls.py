@@ -109,15 +109,19 @@ def _secrets(storage: Any) -> set[str]:
     text = storage if isinstance(storage, str) else getattr(storage, "url", None)
     if not isinstance(text, str):
         return set()
-    found = set()
+    secrets = set()
     between = re.search(r"://[^/@:]*:(.*)@", text)
     if between:
-        found |= {between[1], *re.split(r"[@:/?#]", between[1])}
+        secrets |= {between[1], *re.split(r"[@:/?#]", between[1])}
     try:
         url = make_url(text)
         values = [value for key, value in url.query.items() if key.lower() not in SHOWN]
-        found |= {str(url.password or ""), *(each for v in values for each in ([v] if isinstance(v, str) else v))}
+        secrets |= {str(url.password or ""), *(each for v in values for each in ([v] if isinstance(v, str) else v))}
     except (ArgumentError, ValueError):
         pass
-    forms = {form for one in found for form in (one, unquote_plus(one), quote(one, safe=""), quote_plus(one))}
+    forms = {
+        form
+        for secret in secrets
+        for form in (secret, unquote_plus(secret), quote(secret, safe=""), quote_plus(secret))
+    }
     return {form for form in forms if len(form) >= SHORTEST}

@@ -35,11 +35,11 @@ GPUS = "CUDA_VISIBLE_DEVICES"
 
 @dataclass
 class _Place:
-    """A worker's place, the process that holds it now, what that said, and how often it was started again."""
+    """A worker's place, the process that holds it now, what that writes as errors, and how often it was restarted."""
 
     number: int
     process: subprocess.Popen[bytes]
-    said: IO[bytes]
+    stderr: IO[bytes]
     restarts: int = 0
     ended: bool = False
     asked: bool = False
@@ -111,16 +111,16 @@ class Fleet:
 
     def _started(self, number: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
-        said = tempfile.TemporaryFile()  # noqa: SIM115
+        errors = tempfile.TemporaryFile()  # noqa: SIM115
         process = subprocess.Popen(
             self._command,
             env={**inherited, **self._shares[number], STORAGE_VARIABLE: self._url},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=errors,
             start_new_session=True,  # Ctrl-C comes from here alone, once
         )
-        return process, said
+        return process, errors
 
     def _watch(self) -> None:
         while not self._closing:
@@ -146,10 +146,10 @@ class Fleet:
 
     def _bury(self, place: _Place) -> None:
         """Note that a worker ended; where it died before its time, say so and start another."""
-        code, last = place.process.returncode, _last_line(place.said)
+        code, last = place.process.returncode, _last_line(place.stderr)
         assert place.process.stdin is not None
         place.process.stdin.close()
-        place.said.close()
+        place.stderr.close()
         place.ended = True
         if code == 0 or self._stopping:
             return
@@ -159,7 +159,7 @@ class Fleet:
             self._tell(f"{died}; the others go on")
             return
         place.restarts += 1
-        place.process, place.said = self._started(place.number)
+        place.process, place.stderr = self._started(place.number)
         place.ended = False
         self._tell(f"{died}; started again ({place.restarts} of {RESTARTS} times)")
 
@@ -214,8 +214,8 @@ def _gpus() -> list[str]:
     return named[:count] if named else [str(i) for i in range(count)]
 
 
-def _last_line(said: IO[bytes]) -> str:
-    said.seek(0, os.SEEK_END)
-    said.seek(max(0, said.tell() - 4000))
-    lines = said.read().decode(errors="replace").splitlines()
+def _last_line(errors: IO[bytes]) -> str:
+    errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, errors.tell() - 4000))
+    lines = errors.read().decode(errors="replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")[:500]

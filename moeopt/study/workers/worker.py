@@ -32,7 +32,7 @@ def run_worker(
     model: str | os.PathLike[str] | None = None,
     device_map: str | dict[str, int | str] = "auto",
     dtype: str | torch.dtype | None = None,
-    trials: int | None = None,
+    n_trials: int | None = None,
     timeout: float | None = None,
     patience: int | None = None,
     task: Task | None = None,
@@ -53,7 +53,7 @@ def run_worker(
             is never followed.
         device_map: as for `moeopt.load`; ``"auto"`` is one GPU of its own where LOCAL_RANK or SLURM_LOCALID says which.
         dtype: of the weights; None for the study's.
-        trials: finished trials the study shall hold, those of all workers together; None for what the study says.
+        n_trials: finished trials the study shall hold, those of all workers together; None for what the study says.
         timeout: seconds after which no trial starts.
         patience: finished trials without a better one after which none starts; None for what the study says.
         task: what the search was given, where the study cannot hold it (a task that is code of its own).
@@ -66,7 +66,7 @@ def run_worker(
 
     Raises:
         StudyError: when there is no such study, something of it cannot be rebuilt, the model or the task is another, or
-            `trials`, `timeout` or `patience` is out of range.
+            `n_trials`, `timeout` or `patience` is out of range.
         StorageError: when the storage cannot be opened.
         ModelError: when the checkpoint cannot be loaded.
     """
@@ -86,10 +86,10 @@ def run_worker(
         raise StudyError(f"pruner must be an Optuna pruner object, got {got(pruner)}")
     study = studies.read_study(study_name, storage)
     recipe = recipes.read(study)
-    target = recipes.wanted(study) if trials is None else trials
+    target = recipes.wanted(study) if n_trials is None else n_trials
     patience = recipes.patience_of(study) if patience is None else patience
     if target is None and timeout is None and patience is None:
-        raise StudyError(f"study {study_name!r} does not say how many trials it shall hold: give trials or timeout")
+        raise StudyError(f"study {study_name!r} does not say how many trials it shall hold: give n_trials or timeout")
     studies.check_limits(target, timeout, patience)
     source = recipe.model if model is None else model
     if source is None:
@@ -125,7 +125,7 @@ def run_worker(
         raise StudyError(
             f"study {study_name!r} scores other token sequences than the tokenizer of {str(source)!r} gives"
         )
-    studies.optimize(study, objective, trials=target, timeout=timeout, patience=patience, callbacks=callbacks)
+    studies.optimize(study, objective, n_trials=target, timeout=timeout, patience=patience, callbacks=callbacks)
     return study
 
 

@@ -1,0 +1,73 @@
+"""When a study gets a guide, and of which of its prunings."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import TrialState
+
+from moeopt.errors import ModelError, StudyError
+from moeopt.evaluation import Evaluator
+from moeopt.evaluation.memory import ran_out
+from moeopt.methods.guiding import Guiding
+from moeopt.plan import Plan
+from moeopt.spaces import Space
+from moeopt.trials import guide
+
+if TYPE_CHECKING:
+    import optuna
+
+
+class Guides:
+    """Makes the guides of a study, within their share of its layer-tokens.
+
+    Args:
+        evaluator, space: of the objective.
+        of: `moeopt.evaluation.store.scores_name` of the evaluator.
+        share: the largest share of the layer-tokens that guides may take, the first one aside.
+
+    Raises:
+        StudyError: when the evaluator's losses have no derivatives.
+    """
+
+    def __init__(self, evaluator: Evaluator, space: Space, of: str, share: float) -> None:
+        if evaluator.score == "metric":
+            raise StudyError("guides are derivatives of the loss, and score='metric' has none: search score='choice'")
+        try:
+            self._guiding = Guiding(evaluator, of)
+        except ModelError as error:
+            raise StudyError(f"no guide: its derivatives need a model that runs layer by layer: {error}") from error
+        self._space, self._of, self._share, self._layers = space, of, share, evaluator.layers
+
+    def next(self, study: optuna.Study, plan: Plan, loss: float, facts: dict[str, Any]) -> dict[str, Any]:
+        """Attributes for a trial that hold a guide of the study's best pruning so far, which may be the trial's `plan`.
+
+        There is none where that has a guide, where warm starts wait to be tried, and where guides would take more than
+        their share of the layer-tokens. The trial's `layer_tokens`, in `facts`, come to count it.
+        """
+        trials = study.get_trials(deepcopy=False)
+        if any(trial.state == TrialState.WAITING for trial in trials):
+            return {}
+        trials = [trial for trial in trials if trial.state.is_finished()]
+        better = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None and t.value <= loss]
+        if better:
+            plan = self._space.decode(self._space.vector(min(better, key=lambda trial: (trial.value, trial.number))))
+        cost, guides = self._guiding.layer_tokens, guide.cost(trials)
+        guided = (plan.fingerprint, self._of) in {guide.plan_of(trial) for trial in trials}
+        if guided or not all(layer.kept is not None for layer in plan.layers):
+            return {}
+        # As if nothing were reused: whether there is a guide must not depend on the process that a trial ran in.
+        tokens = facts["tokens"] + sum(int(trial.user_attrs.get("tokens", 0)) for trial in trials)
+        if guides and guides + cost > self._share * (tokens * self._layers + guides + cost):
+            return {}
+        try:
+            attrs = self._guiding.guide(plan).packed()
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            warnings.warn(f"there is no guide, as memory ran out: {str(error).partition(chr(10))[0]}", stacklevel=3)
+            return {}
+        facts["layer_tokens"] += cost
+        facts[guide.COST] = cost
+        return attrs
