@@ -12,9 +12,10 @@ import pytest
 from optuna.trial import TrialState
 
 from moeopt.errors import StudyError
+from moeopt.report.optimiser_comparison import conclusions
 from moeopt.results.optimiser_comparison import compare, read
 from moeopt.results.optimiser_comparison.grouping import readable_names
-from moeopt.results.optimiser_comparison.statistics import sign_flip
+from moeopt.statistics import sign_flip
 
 Make = Callable[..., Any]
 FAIL, PRUNED, COMPLETE = TrialState.FAIL, TrialState.PRUNED, TrialState.COMPLETE
@@ -85,7 +86,7 @@ def test_all_are_held_against_each_other_where_the_shortest_ended(make: Make) ->
     found = compare([long, short])
     assert found.budget == 20
     assert {one.name: one.median for one in found.optimisers} == {"tpe": 0.5, "eep": 0.8}
-    assert any("short ended there" in text and "40 layer-tokens" in text for text in found.conclusions)
+    assert any("short ended there" in text and "40 layer-tokens" in text for text in conclusions(found))
     assert found.optimisers[1].mean_height == pytest.approx([0.9])  # from the 10th to the 20th layer-token
     assert compare([long, short], cost="trials").budget == 2
     assert compare([long, short], cost="time").budget == pytest.approx(2)
@@ -194,7 +195,7 @@ def test_a_damaged_description_is_refused(make: Make, about: Any) -> None:
 def test_a_study_without_trials_is_left_out_and_named(make: Make) -> None:
     found = compare([make("a", [0.5]), make("empty", [], "tpe")])
     assert found.left_out == ("empty",)
-    assert "Left out, without a finished trial: empty." in found.conclusions
+    assert "Left out, without a finished trial: empty." in conclusions(found)
     assert found.budget == 10
 
 
@@ -202,7 +203,7 @@ def test_too_few_seeds_conclude_nothing_and_say_how_many_would(grid: Make) -> No
     found = compare(grid({"good": 0.1, "bad": 10.0}, seeds=5))
     assert found.pairs[0].p == 0.0625
     assert found.pairs[0].better is None
-    text = found.conclusions[0]
+    text = conclusions(found)[0]
     assert "No order of these optimisers by search loss can be concluded from 5 seeds" in text
     assert "no p below 0.0625" in text
     assert "At least 6 common seeds" in text
@@ -211,7 +212,7 @@ def test_too_few_seeds_conclude_nothing_and_say_how_many_would(grid: Make) -> No
 
 def test_enough_seeds_conclude_an_order(grid: Make) -> None:
     found = compare(grid({"bad": 10.0, "good": 0.1}, seeds=6))
-    assert found.conclusions[0].startswith("good reaches a lower search loss than bad (corrected p = 0.031).")
+    assert conclusions(found)[0].startswith("good reaches a lower search loss than bad (corrected p = 0.031).")
     assert found.pairs[0].high < 0
 
 
@@ -219,9 +220,9 @@ def test_the_correction_counts_all_pairs(grid: Make) -> None:
     levels = {"a": 0.1, "b": 10.0, "c": 1000.0}
     few, enough = compare(grid(levels, seeds=6)), compare(grid(levels, seeds=7))
     assert not any(pair.better for pair in few.pairs)
-    assert "At least 7 common seeds" in few.conclusions[0]
+    assert "At least 7 common seeds" in conclusions(few)[0]
     assert [pair.better for pair in enough.pairs] == ["a", "a", "b"]
-    assert "is refuted" in few.conclusions[1]  # Friedman's test tells that they differ, not which
+    assert "is refuted" in conclusions(few)[1]  # Friedman's test tells that they differ, not which
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5, 8])
@@ -230,13 +231,13 @@ def test_equal_optimisers_are_hardly_ever_ordered(grid: Make, seeds: int, count:
     found = compare(grid({f"o{i}": 1.0 for i in range(count)}, seeds=seeds))
     decided = [pair for pair in found.pairs if pair.better]
     assert all(pair.corrected <= 0.05 and len(pair.differences) >= 6 for pair in decided)
-    assert decided or any("No order" in text for text in found.conclusions)
+    assert decided or any("No order" in text for text in conclusions(found))
 
 
 def test_no_difference_is_not_equality(make: Make) -> None:
     offsets = [0.1, -0.2, 0.15, -0.1, 0.2, -0.3, 0.25, 0.1]
     a = [make(f"a{i}", [1.0 + offset], "a", i) for i, offset in enumerate(offsets)]
-    text = compare([*a, *(make(f"b{i}", [1.0], "b", i) for i in range(8))]).conclusions[0]
+    text = conclusions(compare([*a, *(make(f"b{i}", [1.0], "b", i) for i in range(8))]))[0]
     assert "No order" in text
     assert "does not make them equal" in text
 
@@ -244,8 +245,9 @@ def test_no_difference_is_not_equality(make: Make) -> None:
 def test_optimisers_that_have_not_parted_yet_are_named(make: Make) -> None:
     studies = [make(f"{name}{i}", [0.5 - i / 10], name, i) for name in ("a", "b") for i in range(3)]
     said = "Within this budget a and b found the same loss on every common seed."
-    assert said in compare(studies).conclusions
-    assert said not in compare([*studies, make("a3", [0.1], "a", 3), make("b3", [0.2], "b", 3)]).conclusions
+    assert said in conclusions(compare(studies))
+    parted = compare([*studies, make("a3", [0.1], "a", 3), make("b3", [0.2], "b", 3)])
+    assert said not in conclusions(parted)
 
 
 def test_pairs_are_on_common_seeds_only(make: Make) -> None:
@@ -256,21 +258,21 @@ def test_pairs_are_on_common_seeds_only(make: Make) -> None:
     np.testing.assert_allclose(sorted(found.pairs[0].differences), sorted([2 - 1.5, 3 - 3.0]))
     assert found.pairs[0].p == sign_flip(found.pairs[0].differences)
     apart = compare([make("a", [1.0], "a", 0), make("b", [2.0], "b", 1)])
-    assert "no two optimisers share a seed" in apart.conclusions[0]
+    assert "no two optimisers share a seed" in conclusions(apart)[0]
     assert all(math.isnan(one.rank) for one in apart.optimisers)
 
 
 def test_one_optimiser_is_compared_with_nothing(make: Make) -> None:
     found = compare([make("a", [0.5, 0.4])])
-    assert found.conclusions == ["There is one optimiser, eep, and nothing to compare it with."]
+    assert conclusions(found) == ["There is one optimiser, eep, and nothing to compare it with."]
     assert found.pairs == ()
 
 
 def test_search_loss_alone_is_said_to_be_that(make: Make) -> None:
     none = compare([make("a", [0.5]), make("b", [0.4], "tpe")])
-    assert any(text.startswith("Only search loss is compared") for text in none.conclusions)
+    assert any(text.startswith("Only search loss is compared") for text in conclusions(none))
     some = compare([make("a", [0.5], test_loss=0.6), make("b", [0.4], "tpe")])
-    assert any("1 of 2 studies have a test loss" in text for text in some.conclusions)
+    assert any("1 of 2 studies have a test loss" in text for text in conclusions(some))
     assert some.held_out_pairs == ()
 
 
@@ -285,5 +287,5 @@ def test_test_losses_are_compared_where_every_study_has_one(make: Make) -> None:
     assert found.held_out_pairs[0].mean == pytest.approx(0.6)
     assert found.pairs[0].better is None
     assert any(
-        text.startswith("On test (12 examples") and "b reaches a lower test" in text for text in found.conclusions
+        text.startswith("On test (12 examples") and "b reaches a lower test" in text for text in conclusions(found)
     )

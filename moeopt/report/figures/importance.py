@@ -43,32 +43,20 @@ def layer_importance(
     told = f"choices predict {max(0.0, explained):.0%} of the ranks of {trials} unseen trials"
     figure = style.empty(title, told + ("" if sure else ": too little to tell layers apart"))
     colour = style.CATEGORICAL[0] if sure else style.FAINT
-    limits = np.stack([values - half, values + half], axis=1)
-    bars = style.error_bar(values, limits, colour)
-    bars |= {key: style.short(bars[key], 3) for key in ("array", "arrayminus")} | {"thickness": 1.2, "width": 2}
-    places, go = list(range(len(names))), style.plotly()
-    labels = [style.label(name) for name in names]
-    figure.add_trace(
-        go.Scatter(
-            x=places, y=style.short(values, 3), error_y=bars, mode="markers", name="from plans, with 95% interval",
-            marker={"symbol": "circle", "size": 8, "color": colour}, text=labels,
-            hovertemplate="%{text}: %{y}<extra></extra>",
-        )
-    )  # fmt: skip
+    bars = style.error_bar(values, np.stack([values - half, values + half], axis=1), colour)
+    drawn = [("from plans, with 95% interval", values, "circle", colour, bars)]
     if optuna:
-        figure.add_trace(
-            go.Scatter(
-                x=places, y=style.short([optuna.get(name, 0.0) for name in names], 3), mode="markers", text=labels,
-                marker={"symbol": "diamond-open", "size": 8, "color": style.CATEGORICAL[1]},
-                name="Optuna's PED-ANOVA", hovertemplate="%{text}: %{y}<extra></extra>",
-            )
+        theirs = np.array([optuna.get(name, 0.0) for name in names])
+        drawn.append(("Optuna's PED-ANOVA", theirs, "diamond-open", style.CATEGORICAL[1], {}))
+    for name, heights, symbol, ink, error in drawn:
+        style.scatter(
+            figure, 0, np.arange(len(names)), heights, "%{text}: %{y:.3g}", name=name, mode="markers",
+            marker={"symbol": symbol, "size": 8, "color": ink}, error_y=error, text=[*map(style.label, names)],
         )  # fmt: skip
-    step = -(-len(names) // 16)
-    ticks = {"tickvals": places[::step], "ticktext": labels[::step], "range": [-0.6, len(names) - 0.4]}
     style.panel(
         figure, 0, 1, None,
-        x={"title": {"text": "layers that share a choice"}, "showgrid": False, **ticks},
+        x={"title": {"text": "layers that share a choice"}, "showgrid": False, "range": [-0.6, len(names) - 0.4],
+           **style.named(names, 16)},
         y={"title": {"text": "share of the ranking"}, "rangemode": "tozero", "nticks": 6},
     )  # fmt: skip
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "xanchor": "left"})
-    return figure
+    return figure.update_layout(legend=style.LEGEND_ABOVE)

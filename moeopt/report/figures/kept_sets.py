@@ -71,7 +71,7 @@ def kept_set_errors(
     most = max(len(names) for names, _ in rows)
     every = f"{DRAWN_SETS} of {most:,} sets" if most > DRAWN_SETS else f"all {most:,} sets"
     cloud = {"symbol": "circle", "size": 4 if len(rows) > 8 else 6, "color": style.CATEGORICAL[0], "opacity": 0.4}
-    ring = {"symbol": "circle-open", "size": 12, "color": style.INK, "line": {"color": style.INK, "width": 1.5}}
+    ring = {"symbol": "circle-open", "size": 12, "color": style.BETWEEN, "line": {"color": style.BETWEEN, "width": 1.5}}
     diamond = {"symbol": "diamond", "size": 7, "color": style.CATEGORICAL[1]}
     figure = style.empty(title)
     for what, name, marker in (("", every, cloud), ("best", "best set", ring), ("chosen", "chosen set", diamond)):

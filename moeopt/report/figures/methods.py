@@ -58,7 +58,7 @@ def methods_bar(
             for split, value in reference.items()
         ]
     else:
-        levels = [] if reference is None else [("full model", style.INK, finite("reference", reference))]
+        levels = [] if reference is None else [("full model", style.BETWEEN, finite("reference", reference))]
     names = _by_loss(table)
     ends = [len(names) - 0.5, -0.5]
     x = {"title": {"text": style.safe(label)}, "nticks": max(3, 10 // len(keeps))}
