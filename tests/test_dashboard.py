@@ -320,7 +320,7 @@ def test_hostile_studies_are_said_to_be_and_keep_no_other_from_its_figures(mixed
 def test_text_of_a_study_is_inert_in_its_note() -> None:
     assert code("a|b") == "`a\\|b`"
     assert code("`") == "`` ` ``"
-    assert code("a``b\n# c") == "```a``b # c```"
+    assert code("a``b\n# c") == "```a``b\\n# c```"
     assert code("") == "`–`"
     study = searched(trials=3)
     text = note(digest(study), "moeopt search m --task 'a; rm -rf /' --study $(reboot)", "sqlite:///x.db")

@@ -41,10 +41,7 @@ def activation_pattern(
     largest = max((float(np.nanmax(z)) for z in panels.values() if not np.isnan(z).all()), default=0.0)
     high = largest if largest > 1e-9 else 1.0
     ticks = _ticks(high)
-    bar = {
-        "title": {"text": "share of tokens routed to the expert (%)", "side": "right"}, "thickness": 16,
-        "tickvals": ticks, "ticktext": [f"{100 * tick:.6g}" for tick in ticks],
-    }  # fmt: skip
+    bar = {"thickness": 16, "tickvals": ticks, "ticktext": [f"{100 * tick:.6g}" for tick in ticks]}
     hover = [
         [
             [f"layer {i}, expert {j}: " + ("removed" if math.isnan(v) else f"{v:.2%} of tokens") for j, v in row]
@@ -54,7 +51,8 @@ def activation_pattern(
     ]
     figure = style.empty(title)
     style.heat_maps(
-        figure, panels, hover=hover, low=0.0, high=high, bar=bar, gap=1 if n * of <= 64 else 0.5,
+        figure, panels, hover=hover, low=0.0, high=high, bar=bar, gap=1 if n * of <= 64 else 0,
+        title="share of tokens routed to the expert (%)",
         y={"title": {"text": "layer"}, **style.numbered(layers, 20)},
     )  # fmt: skip
     size = float(np.clip(0.4 * min(0.8 * style.HEIGHT / layers, 0.85 * style.WIDTH / (n * of)), 3, 9))

@@ -58,7 +58,7 @@ def plan_matrices(
         figure, {"W_EM (merging)": _stacked(merging, apart), "W_RM (router)": _stacked(routing, apart)},
         hover="expert %{x}, entry %{z}", y={"zeroline": False, **style.named(names, 16, centres.tolist())},
         low=-most, high=most, colours=[list(stop) for stop in style.DIVERGING],
-        bar={"thickness": 12, "title": {"text": "sum" if summed else "entry", "side": "right"}},
+        title="sum" if summed else "entry", bar={"thickness": 12},
     )  # fmt: skip
     return figure
 

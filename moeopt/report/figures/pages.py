@@ -25,9 +25,9 @@ addEventListener("beforeprint", () => resize(680));  // of A4 and Letter, within
 addEventListener("afterprint", () => resize(null));
 """
 THEMES = {
-    "light": "--bg:#fff;--ink:#1b1f24;--muted:#59626d;--grid:#eaecef;--rule:#c9ced6;--card:#f5f7f9;--won:#d8efe4;"
+    "light": "--bg:#fff;--ink:#1b1f24;--muted:#59626d;--grid:#e2e5e9;--rule:#c9ced6;--card:#f5f7f9;--won:#d8efe4;"
     "--lost:#fbe2d5;--accent:#0072b2",
-    "dark": "--bg:#14171b;--ink:#e4e8ec;--muted:#9aa4af;--grid:#272c33;--rule:#454d57;--card:#1c2026;--won:#173d2f;"
+    "dark": "--bg:#14171b;--ink:#e4e8ec;--muted:#9aa4af;--grid:#2e343c;--rule:#454d57;--card:#1c2026;--won:#173d2f;"
     "--lost:#4a2a18;--accent:#5cb2ee",
 }
 SHEET = """

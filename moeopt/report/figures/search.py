@@ -73,7 +73,7 @@ def search_progress(
         style.scatter(figure, 0, [0, end], [full_model] * 2, None, name="full model", **dashed)
     for i, (name, (ends, bests)) in enumerate(curves.items()):
         style.line_of_bests(
-            figure, ends, bests, end, f"{style.label(name)}<br>%{{x:.4s}} layer-tokens: %{{y:.5g}}", "#b0b0b0", 1,
+            figure, ends, bests, end, f"{style.label(name)}<br>%{{x:.4s}} layer-tokens: %{{y:.5g}}", style.BEHIND, 1,
             name="other studies of the task", legendgroup="others", legendrank=style.LAST, showlegend=i == 0,
         )  # fmt: skip
     drawn = np.flatnonzero(there & (loss <= high))
@@ -98,7 +98,7 @@ def search_progress(
     style.panel(figure, 0, 1, None, x=x_axis, y={"title": {"text": style.safe(label)}, "range": [low, high]})
     if gains is not None:
         _draw_gains(figure, gains, test_interval, dashed)
-    return figure.update_layout(legend=style.LEGEND_ABOVE)
+    return figure.update_layout(legend=style.LEGEND_BELOW)
 
 
 def _range(losses: Floats, others: list[Floats]) -> tuple[float, float]:

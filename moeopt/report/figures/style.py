@@ -24,8 +24,8 @@ WIDTH, HEIGHT = 1200, 700
 FONT = "Inter, Helvetica Neue, Arial, sans-serif"
 TEXT_SIZE, TITLE_SIZE, TICK_SIZE = 13, 17, 12
 INK, FAINT, GRID, GONE = "#333333", "#8c8c8c", "#e6e6e6", "#ececec"
-BETWEEN = "#808080"
-"""Legible on white and on black."""
+BETWEEN, BEHIND = "#808080", "#a0a0a0"
+"""Legible on white and on black; and what stands behind the rest."""
 GONE_ANYWHERE = "rgba(128,128,128,0.15)"
 """`GONE` on white, and as much lighter than black."""
 SEQUENTIAL = "Viridis"
@@ -42,6 +42,8 @@ SYMBOLS = {
 LAST = 2000
 """Rank in the legend, where 1000 is plotly's default."""
 LEGEND_ABOVE = {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "xanchor": "left"}
+LEGEND_BELOW = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": 0, "yref": "container", "yanchor": "bottom"}
+"""Of a figure with a title, which a legend of several rows would cover."""
 
 
 def plotly() -> Any:
@@ -198,6 +200,7 @@ def heat_maps(
     low: float,
     high: float,
     colours: Any = SEQUENTIAL,
+    title: str = "",
     bar: Mapping[str, Any],
     gap: float = 0,
 ) -> None:
@@ -207,7 +210,7 @@ def heat_maps(
         hover: for each panel the texts (rows, experts), or one template for all.
         y: the axis of the rows, but for its range.
         low, high: what the ends of the colours stand for.
-        bar: of the colours' bar, what differs from others.
+        title, bar: of the colours' bar, and what else differs from others.
         gap: pixels between cells.
     """
     of = len(panels)
@@ -215,6 +218,7 @@ def heat_maps(
         showlegend=False, plot_bgcolor=GONE,
         coloraxis={"cmin": low, "cmax": high, "colorscale": colours, "colorbar": {"outlinewidth": 0, **bar}},
     )  # fmt: skip
+    figure.layout.coloraxis.colorbar.title = {"text": title, "side": "right", "font": {"size": TEXT_SIZE}}
     for p, (name, z) in enumerate(panels.items()):
         rows, n = np.shape(z)
         texts = {"hovertemplate": f"{hover}<extra></extra>"} if isinstance(hover, str) else {"hovertext": hover[p]}
