@@ -88,8 +88,8 @@ def make(
                 "scores": {"search": {}, "dev": {}, "test": {"winner": {"loss": test_loss}}},
             },
         )
-    for i, one in enumerate(trials):
-        study.add_trial(one if isinstance(one, FrozenTrial) else trial(one, start=i, layer_tokens=10))
+    for i, given in enumerate(trials):
+        study.add_trial(given if isinstance(given, FrozenTrial) else trial(given, start=i, layer_tokens=10))
     return study
 
 
@@ -97,12 +97,12 @@ def grid(
     samplers: dict[str, float], seeds: int, trials: int = 12, storage: Any = None, **more: Any
 ) -> list[optuna.Study]:
     """A study of every sampler and seed, whose losses lie around the sampler's level."""
-    found = []
+    studies = []
     for i, (name, level) in enumerate(samplers.items()):
         for seed in range(seeds):
             losses = level * np.random.default_rng([i, seed]).lognormal(sigma=0.3, size=trials)
-            found.append(make(f"{name}-{seed}", list(map(float, losses)), name, seed, storage=storage, **more))
-    return found
+            studies.append(make(f"{name}-{seed}", list(map(float, losses)), name, seed, storage=storage, **more))
+    return studies
 
 
 @pytest.fixture(autouse=True)

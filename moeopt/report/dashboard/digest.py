@@ -75,7 +75,6 @@ class Digest:
         about: the description that moeopt keeps in it; empty where it cannot be read.
         space: what it searches; None where that cannot be read.
         rows: its ended trials by number, those left out that were run again.
-        running, failed: how many trials run, and ended without a loss.
         best: the complete trial of least loss, the first of equals.
         accuracy: its accuracy, 0 to 1, NaN when unknown.
         plan: its plan.
@@ -90,8 +89,6 @@ class Digest:
     about: Mapping[str, Any]
     space: Space | None = None
     rows: tuple[Row, ...] = ()
-    running: int = 0
-    failed: int = 0
     best: Row | None = None
     accuracy: float = math.nan
     plan: Plan | None = None
@@ -107,11 +104,6 @@ class Digest:
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
-
-
-def is_ours(user_attrs: Mapping[str, Any]) -> bool:
-    """Whether a study with these user attributes claims to be of moeopt."""
-    return DESCRIPTION in user_attrs
 
 
 def digest(study: optuna.Study, read: dict[int, Row] | None = None) -> Digest:
@@ -165,21 +157,9 @@ def digest(study: optuna.Study, read: dict[int, Row] | None = None) -> Digest:
         problems.append(f"its selection is {_kind(selection)}, not what moeopt select writes")
         selection = None
     return Digest(
-        name=name,
-        about=about,
-        space=space,
-        rows=tuple(rows),
-        running=sum(trial.state.name == "RUNNING" for trial in trials),
-        failed=len(rows) - len(with_loss),
-        best=best,
-        accuracy=accuracy,
-        plan=plan,
-        full=full,
-        selection=selection,
-        blocks=() if space is None else feature_blocks(space),
-        problems=tuple(problems),
-        held=held,
-    )
+        name=name, about=about, space=space, rows=tuple(rows), best=best, accuracy=accuracy, plan=plan, full=full,
+        selection=selection, blocks=() if space is None else feature_blocks(space), problems=tuple(problems), held=held,
+    )  # fmt: skip
 
 
 def _full(attrs: Mapping[str, Any], name: str) -> Reference | None:

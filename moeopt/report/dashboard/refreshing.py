@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from moeopt.errors import FigureError, MoeoptError, StudyError
-from moeopt.report.dashboard.digest import LONGEST, SELECTION, Digest, Row, digest, is_ours
+from moeopt.report.dashboard.digest import LONGEST, SELECTION, Digest, Row, digest
 from moeopt.report.dashboard.drawing import Curve, best_curve, draw
 from moeopt.report.dashboard.note import joined, note
 from moeopt.showing import line
-from moeopt.study import COMMAND
+from moeopt.study import COMMAND, DESCRIPTION
 from moeopt.study.storage import anywhere, hidden, readable_errors, study_names
 from moeopt.trials import genome
 
@@ -106,7 +106,7 @@ class Refresher:
         if time.monotonic() - when < self.every:
             return []
         attrs = self.storage.get_study_user_attrs(study_id)
-        if not is_ours(attrs):
+        if DESCRIPTION not in attrs:
             return []
         states = [trial.state for trial in self.storage.get_all_trials(study_id, deepcopy=False)]
         now = (len(states), sum(state.is_finished() for state in states), repr(attrs.get(SELECTION))[:100_000])
@@ -148,7 +148,7 @@ class Refresh:
                 return
             self._last[name] = time.monotonic()
             try:
-                if is_ours(study.user_attrs):
+                if DESCRIPTION in study.user_attrs:
                     team = genome.shared(study)
                     place = "..." if team is None else hidden(anywhere(str(team[0].url)))
                     attach(study, digest(study, self._rows.setdefault(name, {})), place, {})

@@ -37,7 +37,6 @@ def activation_pattern(
     panels = {"full model" if plan is None else "full model (○ kept by the plan)": full}
     if after is not None:
         panels["after pruning (× removed)"] = shares("after", after, what="(layers, n)", shape=full.shape)
-    of = len(panels)
     largest = max((float(np.nanmax(z)) for z in panels.values() if not np.isnan(z).all()), default=0.0)
     high = largest if largest > 1e-9 else 1.0
     ticks = _ticks(high)
@@ -51,11 +50,11 @@ def activation_pattern(
     ]
     figure = style.empty(title)
     style.heat_maps(
-        figure, panels, hover=hover, low=0.0, high=high, bar=bar, gap=1 if n * of <= 64 else 0,
+        figure, panels, hover=hover, low=0.0, high=high, bar=bar, gap=1 if n * len(panels) <= 64 else 0,
         title="share of tokens routed to the expert (%)",
         y={"title": {"text": "layer"}, **style.numbered(layers, 20)},
     )  # fmt: skip
-    size = float(np.clip(0.4 * min(0.8 * style.HEIGHT / layers, 0.85 * style.WIDTH / (n * of)), 3, 9))
+    size = float(np.clip(0.4 * min(0.8 * style.HEIGHT / layers, 0.85 * style.WIDTH / (n * len(panels))), 3, 9))
     for p, z in enumerate(panels.values()):
         style.cell_marks(figure, p, np.isnan(z), "x-thin", size)
     if plan is not None:

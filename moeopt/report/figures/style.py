@@ -144,10 +144,10 @@ def short(values: Any, digits: int) -> Any:
 # Parts ----------------------------------------------------------------------------------------------------------------
 
 
-def panel(figure: Figure, p: int, of: int, title: str | None, *, x: dict[str, Any], y: dict[str, Any]) -> None:
-    """Panel p of a row: its axes, and its title over it. Only the first shows its y axis's labels."""
-    gap = 0.03 if of > 1 else 0.0
-    width = (1 - gap * (of - 1)) / of
+def panel(figure: Figure, p: int, count: int, title: str | None, *, x: dict[str, Any], y: dict[str, Any]) -> None:
+    """Panel p of a row of so many: its axes, and its title over it. Only the first shows its y axis's labels."""
+    gap = 0.03 if count > 1 else 0.0
+    width = (1 - gap * (count - 1)) / count
     left = p * (width + gap)
     across, down = on(p).values()
     x = {"domain": [left, min(1.0, left + width)], "anchor": down, **x}
@@ -213,7 +213,6 @@ def heat_maps(
         title, bar: of the colours' bar, and what else differs from others.
         gap: pixels between cells.
     """
-    of = len(panels)
     figure.update_layout(
         showlegend=False, plot_bgcolor=GONE,
         coloraxis={"cmin": low, "cmax": high, "colorscale": colours, "colorbar": {"outlinewidth": 0, **bar}},
@@ -229,9 +228,9 @@ def heat_maps(
                 **texts, **on(p),
             )
         )  # fmt: skip
-        x = {"title": {"text": "expert"}, "range": [-0.5, n - 0.5], "showgrid": False, **numbered(n, 32 // of)}
+        x = {"title": {"text": "expert"}, "range": [-0.5, n - 0.5], "showgrid": False, **numbered(n, 32 // len(panels))}
         panel(
-            figure, p, of, name, x=x | ({"matches": "x"} if p else {}),
+            figure, p, len(panels), name, x=x | ({"matches": "x"} if p else {}),
             y={"range": [rows - 0.5, -0.5], "showgrid": False, **y},
         )  # fmt: skip
 

@@ -200,38 +200,28 @@ def compare(
         times = np.where(times <= budget, times, np.inf)
         optimisers.append(
             Optimiser(
-                name=name,
-                settings=group[0].settings,
-                runs=tuple(group),
-                losses=losses[name],
-                median=float(middle),
-                low=float(low),
-                high=float(high),
-                covered=covered,
+                name=name, settings=group[0].settings, runs=tuple(group), losses=losses[name],
+                median=float(middle), low=float(low), high=float(high), covered=covered,
                 mean_height=np.array([statistics.mean_height(r.costs[cost], r.curve, start, budget) for r in group]),
-                times=times[:, -1],
-                times_to_targets=times[:, :-1],
+                times=times[:, -1], times_to_targets=times[:, :-1],
                 rank=float(ranked[:, i].mean()) if seeds else np.nan,
                 held_out=np.array([np.nan if run.held_out is None else run.held_out.loss for run in group]),
             )
-        )
+        )  # fmt: skip
     optimisers.sort(key=lambda o: (np.isnan(o.median), o.median, o.name))
+    scored_on = {None if run.held_out is None else run.held_out.scored_on for run in runs}
+    tested = len(scored_on) == 1 and None not in scored_on
     return Comparison(
-        cost=cost,
-        costs=tuple(c for c in COSTS if all(c in run.costs for run in runs)),
-        budget=budget,
-        start=start,
-        target=float(target),
-        targets=targets,
-        optimisers=tuple(optimisers),
-        seeds=tuple(seeds),
+        cost=cost, costs=tuple(c for c in COSTS if all(c in run.costs for run in runs)),
+        budget=budget, start=start, target=float(target), targets=targets,
+        optimisers=tuple(optimisers), seeds=tuple(seeds),
         friedman=statistics.friedman(ranked) if len(optimisers) > 2 and len(seeds) > 1 else None,
         pairs=_pairs([(o, o.losses) for o in optimisers]),
-        held_out_pairs=_pairs([(o, o.held_out) for o in optimisers]) if _all_held_out(runs) else (),
+        held_out_pairs=_pairs([(o, o.held_out) for o in optimisers]) if tested else (),
         description=everything[0].description,
         left_out=tuple(run.study for run in everything if not len(run.curve)),
         foreign=tuple(run.study for run in given if run.foreign),
-    )
+    )  # fmt: skip
 
 
 def _heights(runs: Sequence[Run], cost: Cost, at: float) -> Floats:
@@ -242,11 +232,6 @@ def _heights(runs: Sequence[Run], cost: Cost, at: float) -> Floats:
 def _first_loss_at(run: Run, cost: Cost) -> float:
     finite = np.isfinite(run.curve)
     return float(run.costs[cost][finite][0]) if finite.any() else np.inf
-
-
-def _all_held_out(runs: Sequence[Run]) -> bool:
-    """Whether every study has a loss on the same test examples."""
-    return all(run.held_out is not None for run in runs) and len({r.held_out.of for r in runs if r.held_out}) == 1
 
 
 def _pairs(losses: Sequence[tuple[Optimiser, Floats]]) -> tuple[Pair, ...]:

@@ -35,12 +35,12 @@ class HeldOut:
 
     Attributes:
         loss: of the winner.
-        of: names model, examples and score: losses are comparable where it is the same.
+        scored_on: names model, examples and score: losses are comparable where it is the same.
         examples: how many.
     """
 
     loss: float
-    of: str
+    scored_on: str
     examples: int
 
 
