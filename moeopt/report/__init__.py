@@ -1,4 +1,4 @@
-"""What people look at: terminal tables, figures, the dashboard."""
+"""What people look at: terminal tables, figures, pages, the dashboard. It may import all but `demo` and `cli`."""
 
 from typing import TYPE_CHECKING
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+import hostile
 import numpy as np
 import optuna
 import pytest
@@ -69,25 +70,9 @@ def make(
         about[part][key] = value
     study.set_user_attr("moeopt", about)
     if test_loss is not None:
-        study.set_user_attr(
-            "selection",
-            {
-                "format": 1,
-                "metric": "accuracy",
-                "settings": {"stock_only": False},
-                "examples": {"test": {"of": "of", "count": 12}},
-                "candidates": {"trial": [0], "search_loss": [0.5], "dev_loss": [0.5], "dev_accuracy": [1.0]},
-                "winner": 0,
-                "search_best": 0,
-                "plans": {},
-                "test_minus": {},
-                "verdict": "holds",
-                "sentences": [],
-                "warnings": [],
-                "looks": 1,
-                "scores": {"search": {}, "dev": {}, "test": {"winner": {"loss": test_loss}}},
-            },
-        )
+        scores = {"search": {}, "dev": {}, "test": {"winner": {"loss": test_loss}}}
+        examples = {"test": {"of": "of", "count": 12}}
+        study.set_user_attr("selection", {**hostile.RECORD, "examples": examples, "scores": scores})
     for i, given in enumerate(trials):
         study.add_trial(given if isinstance(given, FrozenTrial) else trial(given, start=i, layer_tokens=10))
     return study

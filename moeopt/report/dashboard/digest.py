@@ -35,8 +35,8 @@ SELECTION = "selection"
 """User attribute of a study: what `moeopt select` left."""
 MOST_TRIALS = 20_000
 """Studies of more trials get a note, but no figures."""
-MOST_LAYERS, MOST_EXPERTS, MOST_NUMBERS = 1024, 1024, 1 << 22
-"""Larger search spaces are taken for damage: the largest models have some 100 layers and 500 experts."""
+MOST_NUMBERS = 1 << 20
+"""Numbers of a trial; larger search spaces are taken for damage: large models have 100 layers and 500 experts."""
 LONGEST = 80
 """Characters of a name that are shown."""
 
@@ -208,23 +208,11 @@ def _row(trial: FrozenTrial, space: Space | None) -> Row:
 
 
 def _space(description: Any) -> Space:
-    """The space of a description, refused before it is built where it would be absurdly large."""
-    if not isinstance(description, dict):
-        raise StudyError(f"it is {_kind(description)}")
-    inner = description.get("inner")
-    for about in (description, *([inner] if isinstance(inner, dict) else [])):
-        shape, groups = about.get("shape", description.get("shape")), about.get("groups", [])
-        layers: Any = shape.get("layers") if isinstance(shape, dict) else None
-        experts: Any = shape.get("experts") if isinstance(shape, dict) else None
-        keep: Any = about.get("keep", 1)
-        for value, most, what in ((layers, MOST_LAYERS, "layers"), (experts, MOST_EXPERTS, "experts")):
-            if not _is_int(value) or not 1 <= value <= most:
-                raise StudyError(f"{line(value, LONGEST)} {what}")
-        if not isinstance(groups, list) or len(groups) > layers:
-            raise StudyError("its groups are not layer ranges")
-        if not _is_int(keep) or not 0 <= keep <= experts or 2 * len(groups) * keep * experts > MOST_NUMBERS:
-            raise StudyError(f"keep={line(keep, LONGEST)}")
-    return from_description(description)
+    """The space of a description, unless every trial of it would fill much of the memory."""
+    space = from_description(description)
+    if 2 * len(space.groups) * space.shape.experts > MOST_NUMBERS:
+        raise StudyError(f"{space.shape} in {len(space.groups)} groups is larger than any model that moeopt knows")
+    return space
 
 
 def number(value: Any) -> float:

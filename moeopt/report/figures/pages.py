@@ -117,8 +117,8 @@ def escape(text: str, most: int = 120) -> str:
 
 def place(name: str, figure: style.Figure, caption: str = "", *, wide: bool = False) -> str:
     """Where the page draws a figure, as high as its layout says; a wide one scrolls on a narrow screen."""
-    height = figure.layout.height or style.HEIGHT
-    plot = f'<div id="{name}" style="height:{height}px"{" class=wide" if wide else ""}></div>'
+    height, kind = figure.layout.height or style.HEIGHT, "wide" if wide else "plot"
+    plot = f'<div id="{name}" class="{kind}" style="height:{height}px"></div>'
     told = f"<figcaption>{escape(caption, 2000)}</figcaption>" if caption else ""
     return f'<figure><div class="scroll">{plot}</div>{told}</figure>'
 

@@ -66,7 +66,8 @@ def dressed(figure: Figure) -> Figure:
     template = {
         "font": {"family": FONT, "size": TEXT_SIZE, "color": INK}, "colorway": list(CATEGORICAL),
         "paper_bgcolor": "#ffffff", "plot_bgcolor": "#ffffff", "margin": {"l": 70, "r": 30, "t": 90, "b": 65},
-        "title": {"x": 0.02, "xanchor": "left", "font": {"size": TITLE_SIZE}}, "xaxis": axis, "yaxis": axis,
+        "title": {"x": 0.02, "xanchor": "left", "y": 0.97, "yanchor": "top", "font": {"size": TITLE_SIZE}},
+        "xaxis": axis, "yaxis": axis,
         "legend": {"font": {"size": TICK_SIZE}}, "hoverlabel": {"font": {"family": FONT, "size": TICK_SIZE}},
     }  # fmt: skip
     figure.update_layout(template={"layout": template})
@@ -110,7 +111,7 @@ def compact(figure: Figure) -> Figure:
     layout = on_any_background(figure).layout.template.layout
     layout.update(
         margin={"l": 55, "r": 15, "t": 66, "b": 48}, font={"size": TICK_SIZE},
-        title={"font": {"size": TEXT_SIZE + 1}, "y": 0.97, "yanchor": "top"}, legend={"font": {"size": TICK_SIZE - 1}},
+        title={"font": {"size": TEXT_SIZE + 1}}, legend={"font": {"size": TICK_SIZE - 1}},
     )  # fmt: skip
     for axis in (layout.xaxis, layout.yaxis):
         axis.update(tickfont={"size": TICK_SIZE - 1}, title={"font": {"size": TICK_SIZE}, "standoff": 6})

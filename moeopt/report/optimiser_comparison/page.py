@@ -54,7 +54,7 @@ def page(c: Comparison) -> str:
         section("Against other costs", "".join(at[f"best-{cost}"] for cost in others)) if others else "",
         _pairs(c) if c.pairs else "",
         _studies(c),
-        section("How to read this", bullets(table.notes(c)) + f"<p class=small>moeopt {__version__}</p>", "notes"),
+        section("How to read this", bullets(table.notes(c)) + f'<p class="small">moeopt {__version__}</p>', "notes"),
     ]
     return pages.page(title, "\n".join(body), drawn)
 
