@@ -70,7 +70,9 @@ def by_optimiser(c: Comparison, *, columns: int = 4) -> style.Figure:
         _steps(figure, grid, middle, i, f"{optimiser.name}: median {loss(middle[-1])}", where=where, width=2.4)
     style.dressed(figure)
     losses = [run.curve[run.costs[c.cost] <= c.budget] for run in c.runs]
-    figure.update_xaxes(_cost_axis(c.cost, c.budget) | {"title": {}, "nticks": 4})
+    figure.update_xaxes(
+        _cost_axis(c.cost, c.budget) | {"title": {}, "nticks": 4, "ticklabeloverflow": "hide past domain"}
+    )
     figure.update_yaxes(_loss_axis(np.concatenate(losses), "") | {"nticks": 5})
     for i in range(max(0, len(c.optimisers) - columns), len(c.optimisers)):
         row, column = divmod(i, columns)
@@ -102,19 +104,17 @@ def final_losses(c: Comparison) -> style.Figure:
     """The least loss of every study at the common budget, with median and band."""
     figure = _empty(110 + 27 * len(c.optimisers))
     for i, optimiser in enumerate(c.optimisers):
-        ink = colour(i)
         texts = [f"{line(run.study, 80)}: {loss(value)}" for run, value in zip(optimiser.runs, optimiser.losses)]
-        ends, middle = np.array([optimiser.low, optimiser.high]), np.array([optimiser.median])
-        style.scatter(
-            figure, 0, ends, np.full(2, i), [""] * 2, mode="lines", line={"color": ink, "width": 2}, opacity=0.5
-        )
-        dots = {"color": ink, "size": 8, "opacity": 0.8}
-        style.scatter(
-            figure, 0, optimiser.losses, np.full(len(texts), i), [*map(style.safe, texts)], mode="markers", marker=dots
-        )
-        name = style.safe(f"{line(optimiser.name, 80)}: median {loss(optimiser.median)}")
+        about = f"{line(optimiser.name, 80)}: median {loss(optimiser.median)}"
+        band = {"mode": "lines", "line": {"color": colour(i), "width": 2}, "opacity": 0.5}
+        dots = {"mode": "markers", "marker": {"color": colour(i), "size": 8, "opacity": 0.8}}
         bar = {"symbol": "line-ns", "size": 18, "line": {"width": 2.5, "color": style.BETWEEN}}
-        style.scatter(figure, 0, middle, np.array([i]), [name], mode="markers", marker=bar)
+        for at, hover, look in (
+            ([optimiser.low, optimiser.high], None, band),
+            (optimiser.losses, [*map(style.safe, texts)], dots),
+            ([optimiser.median], [style.safe(about)], {"mode": "markers", "marker": bar}),
+        ):
+            style.scatter(figure, 0, np.asarray(at), np.full(len(at), i), hover, **look)
     values = np.concatenate([optimiser.losses for optimiser in c.optimisers])
     names = [style.safe(line(optimiser.name, MOST)) for optimiser in c.optimisers]
     y = {"tickvals": list(range(len(names))), "ticktext": names, "range": [len(names) - 0.5, -0.5], "showgrid": False}
@@ -124,7 +124,7 @@ def final_losses(c: Comparison) -> style.Figure:
 
 
 def _empty(height: int) -> style.Figure:
-    margin = {"l": 66, "r": 12, "t": 20, "b": 50}
+    margin = {"l": 66, "r": 28, "t": 20, "b": 50}
     return style.dressed(
         style.plotly().Figure(layout={"height": height, "legend": style.LEGEND_ABOVE, "margin": margin})
     )
