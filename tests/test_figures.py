@@ -307,7 +307,10 @@ def test_no_two_labels_of_an_axis_overlap(name: str) -> None:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_html_needs_no_network(name: str, tmp_path: Path) -> None:
-    write_html(FIGURES[name](), tmp_path / "figure.html")
+    figure = FIGURES[name]()
+    before = figure.to_json()
+    write_html(figure, tmp_path / "figure.html")
+    assert figure.to_json() == before
     page = (tmp_path / "figure.html").read_text(encoding="utf-8")
     assert "Plotly.newPlot" in page
     assert len(page) > 1_000_000

@@ -87,7 +87,8 @@ def page(title: str, body: str, figures: Mapping[str, style.Figure]) -> str:
     from plotly.offline import get_plotlyjs
 
     scripts = [get_plotlyjs(), SCRIPT]
-    drawn = (f"{json.dumps(name)}:{style.on_any_background(figure).to_json()}" for name, figure in figures.items())
+    copies = {name: style.on_any_background(style.plotly().Figure(figure)) for name, figure in figures.items()}
+    drawn = (f"{json.dumps(name)}:{figure.to_json()}" for name, figure in copies.items())
     data = f"{{{','.join(drawn)}}}".replace("<", "\\u003c")  # so that no name in it ends the script
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src " + " ".join(
