@@ -41,7 +41,8 @@ import optuna
 from rich.console import Console
 
 import moeopt
-from moeopt.results import optimiser_comparison as benchmarking
+from moeopt.report.optimiser_comparison import save, view
+from moeopt.results.optimiser_comparison import compare
 
 OPTIMISERS = "eep,local,cmaes,tpe,nevergrad:NGOpt,nevergrad:TwoPointsDE,nevergrad:PSO,random"
 
@@ -73,10 +74,10 @@ def main() -> None:
             moeopt.select(study, objective, top=args.top, dev_limit=args.test_limit, test_limit=args.test_limit)
             console.print(f"{study.study_name}: {study.best_value:.4f}", markup=False, soft_wrap=True)
             studies.append(study)
-    found = benchmarking.compare(studies)
-    found.save(args.out)
-    console.print(benchmarking.view(found))
-    console.print(f"{args.out / 'index.html'} shows it all.", markup=False, soft_wrap=True)
+    comparison = compare(studies)
+    save(comparison, args.out)
+    console.print(view(comparison))
+    console.print(f"{args.out} has the page, index.html, and all numbers.", markup=False, soft_wrap=True)
 
 
 def arguments() -> argparse.Namespace:

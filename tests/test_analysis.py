@@ -46,8 +46,8 @@ def test_activation_shares(demo):
     full = analysis.activation_shares(calibration)
     np.testing.assert_allclose(full, counted(model, calibration, Plan.identity(6, 8, 2)))
     np.testing.assert_allclose(full.sum(axis=1), 2)
-    kept = methods.plan("naee", calibration, keep=4)
-    for plan in (kept, methods.skipping(kept, calibration)):
+    pruned = methods.plan("naee", calibration, keep=4)
+    for plan in (pruned, methods.skipping(pruned, calibration)):
         shares = analysis.activation_shares(calibration, plan)
         expected = counted(model, calibration, plan)
         for row, wanted, part in zip(shares, expected, plan.layers):
@@ -65,27 +65,27 @@ def test_activation_shares(demo):
 def test_ensemble_losses(demo):
     model, tokenizer, task, calibration = demo
     evaluator = moeopt.Evaluator(model, tokenizer, task, limit=12)
-    found = analysis.ensemble_losses(evaluator, calibration, layers=[2])
-    assert list(found) == ["all layers", "layer 2"]
-    for evaluations in found.values():
+    curves = analysis.ensemble_losses(evaluator, calibration, layers=[2])
+    assert list(curves) == ["all layers", "layer 2"]
+    for evaluations in curves.values():
         assert len(evaluations) == 8
         assert evaluations[-1].loss == evaluator.evaluate().loss
-    one = methods.plan("soft_activation", calibration, keep=1, k=1)
-    assert found["all layers"][0].loss == evaluator.evaluate(one).loss
+    single = methods.plan("soft_activation", calibration, keep=1, k=1)
+    assert curves["all layers"][0].loss == evaluator.evaluate(single).loss
     everything = LayerPlan(8, 2, kept=tuple(range(8)))
-    alone = Plan(tuple(one.layers[i] if i == 2 else everything for i in range(6)))
-    assert found["layer 2"][0].loss == evaluator.evaluate(alone).loss
-    assert found["all layers"][0].loss > found["all layers"][3].loss
+    alone = Plan(tuple(single.layers[i] if i == 2 else everything for i in range(6)))
+    assert curves["layer 2"][0].loss == evaluator.evaluate(alone).loss
+    assert curves["all layers"][0].loss > curves["all layers"][3].loss
 
 
 def test_kept_set_errors(demo):
     calibration = demo[3]
-    found = analysis.kept_set_errors(calibration, keep=4)
+    layers = analysis.kept_set_errors(calibration, keep=4)
     plan = methods.plan("naee", calibration, keep=4)
-    assert [len(errors) for errors in found] == [70] * 6
-    assert [min(errors, key=errors.get) for errors in found] == [part.kept for part in plan.layers]
+    assert [len(errors) for errors in layers] == [70] * 6
+    assert [min(errors, key=errors.get) for errors in layers] == [part.kept for part in plan.layers]
     (nothing_lost,) = analysis.kept_set_errors(calibration, keep=8)[0].values()
-    assert nothing_lost < 1e-5 * min(found[0].values())
+    assert nothing_lost < 1e-5 * min(layers[0].values())
 
 
 def test_bad_input(demo):

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,8 @@ def searched(
 
 def shown(study: optuna.Study) -> dict[str, Any]:
     """The figures that a dashboard would draw, parsed."""
-    found = get_plotly_graph_objects(dict(attributes.study_attributes(study)))
-    return {name: json.loads(text) for name, text in found.items()}
+    texts = get_plotly_graph_objects(dict(attributes.study_attributes(study)))
+    return {name: json.loads(text) for name, text in texts.items()}
 
 
 def refreshed(study: optuna.Study) -> str:
@@ -151,20 +151,13 @@ def test_what_a_user_writes_above_the_mark_stays() -> None:
     assert "-1.0000" in again
 
 
-def test_nothing_is_written_where_nothing_changed() -> None:
-    study = searched(trials=4)
+def test_nothing_is_written_where_nothing_changed_and_shorter_figures_leave_no_rest_of_longer_ones() -> None:
+    study = searched(trials=40)
     refreshed(study)
-    before = dict(attributes.study_attributes(study))
-    assert attach(study, digest(study), "sqlite:///x.db", {}) == 0
+    content, before = digest(study), dict(attributes.study_attributes(study))
+    assert attach(study, content, "sqlite:///x.db", {}) == 0
     assert attributes.study_attributes(study) == before
-
-
-def test_shorter_figures_leave_no_rest_of_longer_ones(tmp_path: Path) -> None:
-    study = searched(trials=40, storage=f"sqlite:///{tmp_path / 'a.db'}")
-    refreshed(study)
-    read = digest(study)
-    object.__setattr__(read, "rows", read.rows[:2])
-    attach(study, read, "sqlite:///x.db", {})
+    assert attach(study, replace(content, rows=content.rows[:2]), "sqlite:///x.db", {}) > 0
     assert set(shown(study)) == FIGURES
 
 
@@ -172,11 +165,11 @@ def test_importance_finds_the_group_that_decides_and_says_when_none_does() -> No
     rng = np.random.default_rng(0)
     x = rng.integers(0, 2, (200, 12)).astype(np.float32)
     blocks = [slice(0, 4), slice(4, 8), slice(8, 12)]
-    found = importance(x, 3 * x[:, 4] + x[:, 5] + 0.5 * rng.standard_normal(200), blocks)
-    assert found is not None
-    assert found.explained > 0.6
-    assert found.shares[1] - found.errors[1] > 0.5
-    assert (np.abs(found.shares[[0, 2]]) < 0.05).all()
+    told = importance(x, 3 * x[:, 4] + x[:, 5] + 0.5 * rng.standard_normal(200), blocks)
+    assert told is not None
+    assert told.explained > 0.6
+    assert told.shares[1] - told.errors[1] > 0.5
+    assert (np.abs(told.shares[[0, 2]]) < 0.05).all()
     noise = importance(x, rng.standard_normal(200), blocks)
     assert noise is not None
     assert noise.explained < 0.1
@@ -191,8 +184,8 @@ def test_importance_is_the_expected_growth_of_the_error() -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((300, 6)).astype(np.float32)
     losses = x[:, 0] + 0.5 * x[:, 3] + 0.1 * rng.standard_normal(300)
-    found = importance(x, losses, [slice(0, 3), slice(3, 6)])
-    assert found is not None
+    measured = importance(x, losses, [slice(0, 3), slice(3, 6)])
+    assert measured is not None
     ranks = np.argsort(np.argsort(losses)) / 299
     a = np.column_stack([np.ones(300), x.astype(float)])
     w = np.linalg.lstsq(a, ranks, rcond=None)[0]
@@ -203,7 +196,7 @@ def test_importance_is_the_expected_growth_of_the_error() -> None:
             b = a.copy()
             b[:, columns] = b[rng.permutation(300)][:, columns]
             grown.append(np.mean((ranks - b @ w) ** 2) - error)
-        assert found.shares[g] == pytest.approx(np.mean(grown) / ranks.var(), abs=0.05)
+        assert measured.shares[g] == pytest.approx(np.mean(grown) / ranks.var(), abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +314,7 @@ def test_hostile_studies_are_said_to_be_and_keep_no_other_from_its_figures(mixed
 def test_text_of_a_study_is_inert_in_its_note() -> None:
     assert code("a|b") == "`a\\|b`"
     assert code("`") == "`` ` ``"
-    assert code("a``b\n# c") == "```a``b # c```"
+    assert code("a``b\n# c") == "```a``b\\n# c```"
     assert code("") == "`–`"
     study = searched(trials=3)
     text = note(digest(study), "moeopt search m --task 'a; rm -rf /' --study $(reboot)", "sqlite:///x.db")
@@ -453,8 +446,8 @@ def serving(path: Path) -> Iterator[tuple[str, Any]]:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[str, Any]]:
-    with serving(tmp_path / "studies.db") as found:
-        yield found
+    with serving(tmp_path / "studies.db") as address_and_storage:
+        yield address_and_storage
 
 
 def test_only_this_machine_is_answered(served: tuple[str, Any]) -> None:

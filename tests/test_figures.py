@@ -51,6 +51,10 @@ def set_losses(layers: int, seed: int = 0) -> list[dict[tuple[int, ...], float]]
     return [{kept: float(rng.uniform(0.5, 2) * 10**i) for kept in SETS} for i in range(layers)]
 
 
+def numbered_sets(array: np.ndarray) -> list[dict[tuple[int, ...], float]]:
+    return [{(i,): error for i, error in enumerate(row)} for row in array.tolist()]
+
+
 def method_rows(names: int = 3, keeps: tuple[int, ...] = (4, 2)) -> list[dict[str, Any]]:
     return [
         {"name": f"method {i}", "loss": x, "low": x - 0.1, "high": x + 0.2, "split": split, "keep": keep}
@@ -106,23 +110,6 @@ def test_a_merged_layer_marks_every_expert_that_goes_into_it() -> None:
     assert points(dots) == {(1, 0), (3, 0)}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([0.5, 0.5],), r"before must have shape \(layers, n\), got \(2,\)"),
-        (([[0.5, 12]],), "between 0 and 1, got 12; divide counts"),
-        (([[0.5, np.inf]],), "before must not hold infinite"),
-        (([["a", 1]],), "before must be an array"),
-        (([[0.5, 0.5]], [[0.5]]), r"after must have shape .*\(1, 2\), got \(1, 1\)"),
-        (([[0.5, 0.5]], None, Plan.identity(2, 2, 1)), "plan must have 1 layers of 2 experts.*got 2 layers of 2"),
-        (([[0.5, 0.5]], [[1, 0]], Plan.one_hot([[0]], experts=2, k=1)), r"experts \[0, 1\] of layer 0, .*keeps \[0\]"),
-    ],
-)
-def test_shares_that_do_not_fit_are_refused(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(FigureError, match=message):
-        activation_pattern(*arguments)
-
-
 def test_curves_hold_losses_intervals_and_the_full_model() -> None:
     values, interval = [3.0, np.nan, 2.0], [[2.5, 3.1], [np.nan, np.nan], [1.9, 2.2]]
     figure = ensemble_curve({"all layers": (values, interval), "layer 3": [2.5, 2.1, 2.0]}, 1.95)
@@ -135,12 +122,6 @@ def test_curves_hold_losses_intervals_and_the_full_model() -> None:
     assert full.y.tolist() == [1.95, 1.95]
     assert full.line.dash == "dash"
     assert every.hovertext[2] == "all layers, 3 kept: 2.0000 [1.9000, 2.2000]"
-
-
-def test_ten_curves_all_look_different() -> None:
-    figure = ensemble_curve({f"layer {i}": [2.0, 1.0] for i in range(10)})
-    assert len({(t.line.color, t.line.dash, t.marker.symbol) for t in figure.data}) == 10
-    assert len({(t.line.color, t.line.dash) for t in figure.data}) == 10
 
 
 @pytest.mark.parametrize(
@@ -157,27 +138,11 @@ def test_many_curves_stand_grey_behind_the_named_ones(names: list[str], top: Any
     assert [trace.mode for trace in figure.data] == ["lines"] * (len(names) - len(coloured)) + ["lines+markers"] * len(
         coloured
     )
-    assert {trace.name for trace in traces(figure, mode="lines+markers")} == coloured
+    bright = traces(figure, mode="lines+markers")
+    assert {trace.name for trace in bright} == coloured
+    assert len({(trace.line.color, trace.line.dash) for trace in bright}) == len(coloured) <= 10
     assert sum(trace.showlegend is not False for trace in traces(figure, mode="lines")) == 1
     assert sorted(float(trace.y[0]) for trace in figure.data) == [2.0 + i for i in range(len(names))]
-
-
-@pytest.mark.parametrize(
-    ("curves", "keywords", "message"),
-    [
-        ({}, {}, "at least one curve"),
-        ({"a": [1, 2], "b": [1]}, {}, r"lengths \{'a': 2, 'b': 1\}"),
-        ({"a": [[1, 2]]}, {}, r"curve 'a' must have shape \(n,\), got \(1, 2\)"),
-        ({"a": ([1, 2], [[0, 2]])}, {}, r"intervals of 'a' must have shape .*\(2, 2\), got \(1, 2\)"),
-        ({"a": ([1.0], [[2.0, 3.0]])}, {}, r"curve 'a': the interval \[2.0, 3.0\] does not hold its loss 1.0"),
-        ({"a": [1]}, {"top": ["b"]}, r"not there: \['b'\]"),
-        ({"a": [1]}, {"top": "a"}, "got the string 'a'"),
-        ({"a": [1]}, {"reference": np.nan}, "reference must be a finite number"),
-    ],
-)
-def test_curves_that_do_not_fit_are_refused(curves: Any, keywords: dict[str, Any], message: str) -> None:
-    with pytest.raises(FigureError, match=message):
-        ensemble_curve(curves, **keywords)
 
 
 def test_kept_sets_are_drawn_over_their_median_with_best_and_chosen_marked() -> None:
@@ -204,22 +169,9 @@ def test_kept_sets_are_drawn_over_their_median_with_best_and_chosen_marked() -> 
     }
 
 
-def test_an_array_of_kept_set_errors_draws_the_same_as_dictionaries() -> None:
-    losses = set_losses(2)
-    array = np.array([list(layer.values()) for layer in losses])
-    plan = Plan.one_hot([SETS[1], SETS[7]], experts=5, k=1)
-    named, same = kept_set_errors(losses, plan, raw=True), kept_set_errors(array, plan, sets=SETS, raw=True)
-    for a, b in zip(named.data, same.data):
-        np.testing.assert_array_equal(a.y, b.y)
-        np.testing.assert_array_equal(a.hovertext, b.hovertext)
-    np.testing.assert_array_equal(np.sort(named.data[0].y), np.sort(array.ravel()))
-    assert named.layout.yaxis.type == "log"
-    assert kept_set_errors(array, [1, 7], raw=True).data[2].y.tolist() == [array[0, 1], array[1, 7]]
-
-
 def test_of_very_many_sets_ranks_are_drawn_with_best_and_worst() -> None:
     array = np.random.default_rng(0).uniform(1, 2, (2, 3000))
-    cloud = kept_set_errors(array, raw=True).data[0]
+    cloud = kept_set_errors(numbered_sets(array), raw=True).data[0]
     for i, row in enumerate(array):
         drawn = cloud.y[np.abs(cloud.x - i) < 0.5]
         assert len(drawn) == figures.kept_sets.DRAWN_SETS
@@ -229,70 +181,25 @@ def test_of_very_many_sets_ranks_are_drawn_with_best_and_worst() -> None:
     assert cloud.name == "400 of 3,000 sets"
 
 
-@pytest.mark.parametrize(
-    ("losses", "keywords", "message"),
-    [
-        ([{(0, 1): 1.0, (1, 0): 2.0}], {}, "layer 0 has the same set of experts twice"),
-        ([{(0, 1): np.nan}], {}, "losses of layer 0 must be finite"),
-        ([{(0, 1): 0.0}], {}, "layer 0: its median error, 0, must be above 0"),
-        ([{(0, 1): 1.0}], {"chosen": [(0, 2)]}, "layer 0: the chosen kept 0 2 is not among its 1 sets"),
-        ([{(0, 1): 1.0}], {"chosen": []}, "each of the 1 layers of losses, got 0"),
-        ([{(0, 1): 1.0}], {"sets": [(0, 1)]}, "dictionaries name their sets themselves"),
-        ([{}], {}, r"losses of layer 0 must have shape \(sets,\)"),
-        ([[1.0, 2.0]], {"sets": [(0, 1)]}, "each of the 2 columns"),
-        ([[1.0, 2.0]], {"chosen": [(0, 1)]}, "name the columns by sets"),
-        ([1.0, 2.0], {}, r"losses must have shape \(layers, sets\), got \(2,\)"),
-    ],
-)
-def test_kept_sets_that_do_not_fit_are_refused(losses: Any, keywords: dict[str, Any], message: str) -> None:
-    with pytest.raises(FigureError, match=message):
-        kept_set_errors(losses, **keywords)
-
-
 def test_methods_stand_in_one_order_with_their_intervals_in_a_panel_for_each_keep() -> None:
     rows = method_rows(names=3, keeps=(2, 4))
     rows[1] |= {"low": None, "high": None}
     figure = methods_bar(reversed(rows), reference={"test": 2.2})
     assert [note.text for note in figure.layout.annotations] == ["4 experts kept", "2 experts kept"]
     assert list(figure.layout.yaxis.ticktext) == ["method 0", "method 1", "method 2"]
-    found = {}
+    drawn = {}
     for trace in traces(figure, mode="markers"):
         for x, y, above, below in zip(trace.x, trace.y, trace.error_x.array, trace.error_x.arrayminus):
             keep = {"x": 4, "x2": 2}[trace.xaxis]
-            found[f"method {round(y)}", trace.name, keep] = (x, x - below, x + above)
-    assert len(found) == len(rows)
+            drawn[f"method {round(y)}", trace.name, keep] = (x, x - below, x + above)
+    assert len(drawn) == len(rows)
     for row in rows:
         expected = [row["loss"], *(np.nan if row[end] is None else row[end] for end in ("low", "high"))]
-        np.testing.assert_allclose(found[row["name"], row["split"], row["keep"]], expected)
+        np.testing.assert_allclose(drawn[row["name"], row["split"], row["keep"]], expected)
     lines = traces(figure, mode="lines")
     assert [line.x.tolist() for line in lines] == [[2.2, 2.2]] * 2
     assert [line.showlegend for line in lines] == [True, False]
     assert sum(trace.showlegend for trace in traces(figure, mode="markers")) == 2
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"loss": np.nan}, r"row 0 \(method 0\): loss must be a finite number, got nan"),
-        ({"keep": 2.5}, "keep must be an integer of at least 1, got 2.5"),
-        ({"low": None}, "low and high must both be"),
-        ({"low": 9.0}, "does not hold its loss"),
-        ({"name": "method 1"}, r"two rows .*'method 1', 'search', 4"),
-    ],
-)
-def test_method_rows_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
-    first, *others = method_rows()
-    with pytest.raises(FigureError, match=message):
-        methods_bar([first | change, *others])
-
-
-def test_method_rows_need_every_key_and_reference_a_known_split() -> None:
-    with pytest.raises(FigureError, match="row 0 has no low, high, split"):
-        methods_bar([{"name": "a", "loss": 1.0, "keep": 4}])
-    with pytest.raises(FigureError, match="at least one row"):
-        methods_bar([])
-    with pytest.raises(FigureError, match=r"\['tets'\]; the rows have \['search', 'test'\]"):
-        methods_bar(method_rows(), reference={"tets": 1.0})
 
 
 def test_loss_axes_say_loss_or_what_they_are_told() -> None:
@@ -350,24 +257,20 @@ def test_png_shows_marks_lines_and_interval_bars_in_their_colours(tmp_path: Path
         write_png(figure, tmp_path / "figure.png", width=600, height=400, scale=1)
         return imread(tmp_path / "figure.png")
 
+    def grey_lines(shown: np.ndarray) -> int:
+        """Rows of pixels that are mostly of a middle grey."""
+        middle = np.abs(shown[:, :, :3] - 0.55) < 0.15
+        return int((middle.all(axis=2).sum(axis=1) > 100).sum())
+
     orange = []
     for low, high in ((1.9, 2.1), (1.0, 3.0)):
         curves = {"wide": ([2.0, 2.0], [[0.5, 3.5]] * 2), "all layers": ([2.0, 2.0], [[low, high]] * 2)}
-        shown = image(ensemble_curve(curves, 1.0))
+        shown = image(ensemble_curve(curves, 1.23))
         orange.append(shade(shown, figures.style.CATEGORICAL[1], within=90))
         assert shade(shown, figures.style.CATEGORICAL[0]) > 100
-        assert shade(shown, figures.style.INK) > 100
+        assert grey_lines(shown) > grey_lines(image(ensemble_curve(curves)))  # the axis is grey, too
     assert orange[0] > 100
     assert orange[1] > orange[0] + 50
-
-    blue = []
-    for low, high in ((1.9, 2.1), (1.0, 3.0)):
-        ends = [{"name": name, "loss": x, "low": x, "high": x} for name, x in (("left", 0.5), ("right", 3.5))]
-        rows = [*ends, {"name": "a", "loss": 2.0, "low": low, "high": high}]
-        blue.append(
-            shade(image(methods_bar([row | {"split": "test", "keep": 2} for row in rows])), "#0072b2", within=90)
-        )
-    assert blue[1] > blue[0] + 50
 
 
 SIZES = {"32x8": (32, 8), "4x8": (4, 8), "32x64": (32, 64), "61x256": (61, 256), "1x2": (1, 2)}
@@ -404,7 +307,10 @@ def test_no_two_labels_of_an_axis_overlap(name: str) -> None:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_html_needs_no_network(name: str, tmp_path: Path) -> None:
-    write_html(FIGURES[name](), tmp_path / "figure.html")
+    figure = FIGURES[name]()
+    before = figure.to_json()
+    write_html(figure, tmp_path / "figure.html")
+    assert figure.to_json() == before
     page = (tmp_path / "figure.html").read_text(encoding="utf-8")
     assert "Plotly.newPlot" in page
     assert len(page) > 1_000_000
@@ -431,37 +337,37 @@ def bare(*data: Any, **layout: Any) -> go.Figure:
     return go.Figure(list(data), layout=layout)
 
 
+ONE_POINT = go.Scatter(x=[1], y=[1])
+
+
 @pytest.mark.parametrize(
-    ("figure", "message"),
+    ("figure", "size", "message"),
     [
-        (bare(), "no traces"),
-        (bare(go.Pie(values=[1, 2])), "trace 0 is of type 'pie'"),
-        (bare(go.Scatter(x=[1], y=[1]), go.Bar(y=[1, 2])), "trace 1 is of type 'bar'"),
-        (bare(go.Scatter(x=[1], y=[1], mode="markers+text")), "mode 'text'"),
-        (bare(go.Scatter(x=[1], y=[1], fill="tozeroy")), "fill 'tozeroy'"),
-        (bare(go.Scatter(x=[1], y=[1], marker={"symbol": "hourglass"})), "marker.symbol 'hourglass'"),
-        (bare(go.Scatter(x=["a"], y=[1])), "needs numbers as x"),
-        (bare(go.Scatter(x=[1], y=[1], yaxis="y2")), "a pair of axes of its own"),
-        (bare(go.Heatmap(x=[0], y=[0], z=[[1]])), "coloraxis"),
-        (bare(go.Scatter(x=[1], y=[1]), shapes=[{"type": "rect", "x0": 0, "x1": 1, "y0": 0, "y1": 1}]), "'rect' shape"),
-        (bare(go.Scatter(x=[1], y=[1]), annotations=[{"text": "here", "x": 1, "y": 1}]), "annotation 'here'"),
-        ("figure", "a plotly figure is needed, got str"),
+        (bare(), {}, "no traces"),
+        (bare(go.Pie(values=[1, 2])), {}, "trace 0 is of type 'pie'"),
+        (bare(ONE_POINT, go.Bar(y=[1, 2])), {}, "trace 1 is of type 'bar'"),
+        (bare(go.Scatter(x=[1], y=[1], mode="markers+text")), {}, "mode 'text'"),
+        (bare(go.Scatter(x=[1], y=[1], fill="tozeroy")), {}, "fill 'tozeroy'"),
+        (bare(go.Scatter(x=[1], y=[1], marker={"symbol": "hourglass"})), {}, "marker.symbol 'hourglass'"),
+        (bare(go.Scatter(x=["a"], y=[1])), {}, "needs numbers as x"),
+        (bare(go.Scatter(x=[1], y=[1], yaxis="y2")), {}, "a pair of axes of its own"),
+        (bare(go.Heatmap(x=[0], y=[0], z=[[1]])), {}, "coloraxis"),
+        (bare(ONE_POINT, shapes=[{"type": "rect", "x0": 0, "x1": 1, "y0": 0, "y1": 1}]), {}, "'rect' shape"),
+        (bare(ONE_POINT, annotations=[{"text": "here", "x": 1, "y": 1}]), {}, "annotation 'here'"),
+        ("figure", {}, "a plotly figure is needed, got str"),
+        (bare(ONE_POINT), {"width": 0}, "width must be"),
+        (bare(ONE_POINT), {"width": True}, "width must be"),
+        (bare(ONE_POINT), {"height": 1.5}, "height must be"),
+        (bare(ONE_POINT), {"scale": 0}, "scale must be"),
     ],
 )
-def test_png_refuses_by_name_what_it_cannot_hold(figure: Any, message: str, tmp_path: Path) -> None:
+def test_png_refuses_by_name_what_it_cannot_hold(
+    figure: Any, size: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "figure.png").write_bytes(b"before")
     with pytest.raises(FigureError, match=message):
-        write_png(figure, tmp_path / "figure.png")
+        write_png(figure, tmp_path / "figure.png", **size)
     assert (tmp_path / "figure.png").read_bytes() == b"before"
-
-
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [({"width": 0}, "width"), ({"height": 1.5}, "height"), ({"scale": 0}, "scale"), ({"width": True}, "width")],
-)
-def test_sizes_out_of_range_are_refused(size: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(FigureError, match=f"{message} must be"):
-        write_png(FIGURES["curve"](), tmp_path / "figure.png", **size)
 
 
 @pytest.mark.parametrize("write", [write_png, write_html])
@@ -507,11 +413,7 @@ def test_patterns_of_any_size_are_drawn(tmp_path: Path, layers: int, n: int, dat
     before *= data.draw(st.sampled_from([1.0, 0.0, 5e-324, 1e-7]))
     figure = activation_pattern(before, after, plan)
     np.testing.assert_array_equal(figure.data[1].z, after)
-    width, height, scale = (
-        data.draw(st.integers(300, 900)),
-        data.draw(st.integers(250, 600)),
-        data.draw(st.floats(0.5, 2)),
-    )
+    width, height, scale = data.draw(st.tuples(st.integers(300, 900), st.integers(250, 600), st.floats(0.5, 2)))
     write_png(figure, tmp_path / "figure.png", width=width, height=height, scale=scale)
     assert imread(tmp_path / "figure.png").shape[:2] == (round(height * scale), round(width * scale))
 
@@ -534,17 +436,6 @@ def test_curves_of_any_name_and_number_are_drawn(tmp_path: Path, length: int, cu
     write_png(figure, tmp_path / "figure.png", scale=0.5)
 
 
-@ON_DISK
-@given(layers=st.integers(1, 40), sets=st.integers(1, 500), raw=st.booleans(), seed=st.integers(0, 99))
-def test_kept_sets_of_any_number_are_drawn(tmp_path: Path, layers: int, sets: int, raw: bool, seed: int) -> None:
-    losses = np.random.default_rng(seed).gamma(2, 1, (layers, sets))
-    figure = kept_set_errors(losses, [sets - 1] * layers, raw=raw)
-    scale = 1.0 if raw else np.median(losses, axis=1)
-    np.testing.assert_allclose(figure.data[1].y, losses.min(axis=1) / scale)
-    np.testing.assert_allclose(figure.data[2].y, losses[:, -1] / scale)
-    write_png(figure, tmp_path / "figure.png", scale=0.5)
-
-
 def search_figures() -> dict[str, go.Figure]:
     """Figures of a search, as large as studies get, with names that would break a page."""
     rng = np.random.default_rng(0)
@@ -557,7 +448,7 @@ def search_figures() -> dict[str, go.Figure]:
             gains={"search": 0.2, "dev": 0.1, "test": 0.05}, test_interval=(-0.1, 0.2),
         ),
         "importance": figures.layer_importance(
-            names, rng.random(32), rng.random(32) / 9, explained=0.5, trials=90, optuna={"L00": 1.0}
+            names, rng.random(32), rng.random(32) / 9, explained=0.5, trials=90
         ),
         "experts": figures.kept_experts(names, rng.random((32, 8)), rng.random((32, 8)) < 0.5, trials=5),
         "matrices": figures.plan_matrices(names, w, w),
@@ -591,20 +482,61 @@ def test_large_matrices_are_summed() -> None:
     assert "columns summed" in figure.layout.title.text
 
 
+def a_method(**change: Any) -> list[dict[str, Any]]:
+    first, *others = method_rows()
+    return [first | change, *others]
+
+
 @pytest.mark.parametrize(
-    ("draw", "message"),
+    ("draw", "arguments", "keywords", "message"),
     [
-        (lambda: figures.search_progress([2, 1], [1.0, 1.0]), "cost must not decrease"),
-        (lambda: figures.search_progress([1, 2], [1.0]), r"losses must have shape .*\(2,\)"),
-        (lambda: figures.search_progress([1, 2], [1.0, 2.0], [True]), r"pruned must have shape \(2,\), got \(1,\)"),
-        (lambda: figures.plan_matrices(["a"], [], []), "of one length above 0, got 1, 0, 0"),
-        (lambda: figures.plan_matrices(["a"], [np.ones((1, 2))], [np.ones((2, 2))]), r"w_rm of a must have shape"),
-        (lambda: figures.kept_experts(["a"], [[1.5]], [[True]], trials=1), "between 0 and 1"),
-        (lambda: figures.kept_experts(["a", "b"], [[0.5]], [[True]], trials=1), "must fit, got 2 names"),
-        (lambda: figures.layer_importance(["a"], [0.1, 0.2], [0.1], explained=0.5, trials=9), "shares must have shape"),
-        (lambda: figures.lineage([1], [1.0], [], {}, inherited=True), "one for each of 1 ancestors, got 0"),
+        (activation_pattern, ([0.5, 0.5],), {}, r"before must have shape \(layers, n\), got \(2,\)"),
+        (activation_pattern, ([[0.5, 12]],), {}, "between 0 and 1, got 12; divide counts"),
+        (activation_pattern, ([[0.5, np.inf]],), {}, "before must not hold infinite"),
+        (activation_pattern, ([["a", 1]],), {}, "before must be an array"),
+        (activation_pattern, ([[0.5, 0.5]], [[0.5]]), {}, r"after must have shape .*\(1, 2\), got \(1, 1\)"),
+        (activation_pattern, ([[0.5, 0.5]], None, Plan.identity(2, 2, 1)), {}, "1 layers of 2 .*got 2 layers of 2"),
+        (
+            activation_pattern, ([[0.5, 0.5]], [[1, 0]], Plan.one_hot([[0]], experts=2, k=1)), {},
+            r"experts \[0, 1\] of layer 0, .*keeps \[0\]",
+        ),
+        (ensemble_curve, ({},), {}, "at least one curve"),
+        (ensemble_curve, ({"a": [1, 2], "b": [1]},), {}, r"lengths \{'a': 2, 'b': 1\}"),
+        (ensemble_curve, ({"a": [[1, 2]]},), {}, r"curve 'a' must have shape \(n,\), got \(1, 2\)"),
+        (ensemble_curve, ({"a": ([1, 2], [[0, 2]])},), {}, r"intervals of 'a' .*\(2, 2\), got \(1, 2\)"),
+        (ensemble_curve, ({"a": ([1.0], [[2.0, 3.0]])},), {}, r"\[2.0, 3.0\] does not hold its loss 1.0"),
+        (ensemble_curve, ({"a": [1]},), {"top": ["b"]}, r"not there: \['b'\]"),
+        (ensemble_curve, ({"a": [1]},), {"top": "a"}, "got the string 'a'"),
+        (ensemble_curve, ({"a": [1]},), {"reference": np.nan}, "reference must be a finite number"),
+        (kept_set_errors, ([{(0, 1): 1.0, (1, 0): 2.0}],), {}, "layer 0 has the same set of experts twice"),
+        (kept_set_errors, ([{(0, 1): np.nan}],), {}, "losses of layer 0 must be finite"),
+        (kept_set_errors, ([{(0, 1): 0.0}],), {}, "layer 0: its median error, 0, must be above 0"),
+        (kept_set_errors, ([{(0, 1): 1.0}], [(0, 2)]), {}, "layer 0: the chosen kept 0 2 is not among its 1 sets"),
+        (kept_set_errors, ([{(0, 1): 1.0}], []), {}, "each of the 1 layers of losses, got 0"),
+        (kept_set_errors, ([{(0, 1): 1.0}], [("a",)]), {}, "chosen, layer 0: a set must be experts kept"),
+        (kept_set_errors, ([{}],), {}, r"losses of layer 0 must have shape \(sets,\)"),
+        (kept_set_errors, ([[1.0, 2.0]],), {}, "losses of layer 0 must be a dictionary"),
+        (methods_bar, (a_method(loss=np.nan),), {}, r"row 0 \(method 0\): loss must be a finite number, got nan"),
+        (methods_bar, (a_method(keep=2.5),), {}, "keep must be an integer of at least 1, got 2.5"),
+        (methods_bar, (a_method(low=None),), {}, "low and high must both be"),
+        (methods_bar, (a_method(low=9.0),), {}, "does not hold its loss"),
+        (methods_bar, (a_method(name="method 1"),), {}, r"two rows .*'method 1', 'search', 4"),
+        (methods_bar, ([{"name": "a", "loss": 1.0, "keep": 4}],), {}, "row 0 has no low, high, split"),
+        (methods_bar, ([],), {}, "at least one row"),
+        (methods_bar, (method_rows(),), {"reference": {"tets": 1.0}}, r"\['tets'\]; the rows have"),
+        (figures.search_progress, ([2, 1], [1.0, 1.0]), {}, "cost must not decrease"),
+        (figures.search_progress, ([1, 2], [1.0]), {}, r"losses must have shape .*\(2,\)"),
+        (figures.search_progress, ([1, 2], [1.0, 2.0], [True]), {}, r"pruned must have shape \(2,\), got \(1,\)"),
+        (figures.plan_matrices, (["a"], [], []), {}, "of one length above 0, got 1, 0, 0"),
+        (figures.plan_matrices, (["a"], [np.ones((1, 2))], [np.ones((2, 2))]), {}, r"w_rm of a must have shape"),
+        (figures.kept_experts, (["a"], [[1.5]], [[True]]), {"trials": 1}, "between 0 and 1"),
+        (figures.kept_experts, (["a", "b"], [[0.5]], [[True]]), {"trials": 1}, "must fit, got 2 names"),
+        (figures.layer_importance, (["a"], [0.1, 0.2], [0.1]), {"explained": 0.5, "trials": 9}, "shares must have"),
+        (figures.lineage, ([1], [1.0], [], {}), {"inherited": True}, "one for each of 1 ancestors, got 0"),
     ],
-)
-def test_figures_of_a_search_refuse_what_does_not_fit(draw: Callable[[], go.Figure], message: str) -> None:
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(
+    draw: Callable[..., go.Figure], arguments: tuple[Any, ...], keywords: dict[str, Any], message: str
+) -> None:
     with pytest.raises(FigureError, match=message):
-        draw()
+        draw(*arguments, **keywords)

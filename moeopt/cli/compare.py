@@ -56,18 +56,18 @@ def compare(
     """
     if not studies and study_prefix is None:
         raise StudyError("name the studies to compare, or give --study-prefix")
+    from moeopt.report.optimiser_comparison import save, view
     from moeopt.report.terminal import consoles
-    from moeopt.results import optimiser_comparison as benchmarking
+    from moeopt.results import optimiser_comparison
 
-    found = benchmarking.compare(
-        _runs(studies or [], study_prefix, storage or [os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE]),
-        cost=cost,
-        target=target,
-    )
-    found.save(out)
+    storages = storage or [os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE]
+    runs = _runs(studies or [], study_prefix, storages)
+    comparison = optimiser_comparison.compare(runs, cost=cost, target=target)
+    page = save(comparison, out)
     console, _ = consoles()
-    console.print(benchmarking.view(found))
-    console.print(f"{out / 'index.html'} shows it all.", markup=False, soft_wrap=True)
+    console.print(view(comparison))
+    told = f"{page} shows it all." if page else f"All numbers are in {out}; a page needs pip install 'moeopt[figures]'."
+    console.print(told, markup=False, soft_wrap=True)
 
 
 def _runs(names: list[str], prefix: str | None, storages: list[str]) -> list[Run]:
@@ -83,10 +83,9 @@ def _runs(names: list[str], prefix: str | None, storages: list[str]) -> list[Run
     for url in dict.fromkeys(storages):
         opened = open_storage(url, create=False)
         with readable_errors(url):
-            known = study_names(opened)
-            there += known
-            chosen = [n for n in known if n in names or (prefix is not None and n.startswith(prefix))]
-            for name in chosen:
+            stored = study_names(opened)
+            there += stored
+            for name in (n for n in stored if n in names or (prefix is not None and n.startswith(prefix))):
                 with reading(name):
                     runs.append(read(optuna.load_study(study_name=name, storage=opened)))
     places = " or ".join(map(hidden, dict.fromkeys(storages)))

@@ -5,8 +5,8 @@ from moeopt.evaluation.evaluator import Evaluator
 from moeopt.evaluation.generating import Generation
 from moeopt.evaluation.lm_eval_report import HarnessReport, HarnessResult, lm_eval_report
 from moeopt.evaluation.noise import NoiseFloor, noise_floor
-from moeopt.evaluation.statistics import Interval, paired_bootstrap
 from moeopt.evaluation.teacher import Compression, Teacher
+from moeopt.statistics import Interval, paired_bootstrap
 
 __all__ = [
     "Compression",

@@ -16,8 +16,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from moeopt.errors import TaskError, nearest
-from moeopt.evaluation.statistics import Interval, bootstrap
 from moeopt.models import evaluation_mode, lock_of, patched
+from moeopt.statistics import Interval, bootstrap
 from moeopt.tasks.lm_eval.loading import SEED, Data, Harness, contained, load, reason
 from moeopt.tasks.tokens import Encoder
 

@@ -15,9 +15,9 @@ from moeopt.lazily import lazily
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from moeopt.report import dashboard, figures, terminal
+    from moeopt.report import dashboard, figures, optimiser_comparison, terminal
 
-__all__ = ["dashboard", "figures", "save", "terminal", "view"]
+__all__ = ["dashboard", "figures", "optimiser_comparison", "save", "terminal", "view"]
 
 
 def view(result: Any) -> RenderableType:

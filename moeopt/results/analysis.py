@@ -85,15 +85,13 @@ def ensemble_losses(
         raise MethodError(f"{method} does more than prune; give a method that only prunes, such as soft_activation")
     full = Plan.identity(shape.layers, shape.experts, shape.k)
     best = [methods.plan(method, calibration, keep=m, k=min(m, shape.k)) for m in range(1, shape.experts)]
-    found = {"all layers": [evaluator.evaluate(plan) for plan in [*best, full]]}
+    curves = {"all layers": [*best, full]}
     for layer in layers:
-        alone = [replace(full, layers=_with(full, layer, plan.layers[layer])) for plan in [*best, full]]
-        found[f"layer {layer}"] = [evaluator.evaluate(plan) for plan in alone]
-    return found
-
-
-def _with(plan: Plan, layer: int, part: LayerPlan) -> tuple[LayerPlan, ...]:
-    return (*plan.layers[:layer], part, *plan.layers[layer + 1 :])
+        before, after = full.layers[:layer], full.layers[layer + 1 :]
+        curves[f"layer {layer}"] = [
+            replace(full, layers=(*before, plan.layers[layer], *after)) for plan in [*best, full]
+        ]
+    return {name: [evaluator.evaluate(plan) for plan in plans] for name, plans in curves.items()}
 
 
 def kept_set_errors(calibration: Calibration, *, keep: int, k: int | None = None) -> list[dict[KeptSet, float]]:
@@ -108,6 +106,6 @@ def kept_set_errors(calibration: Calibration, *, keep: int, k: int | None = None
     sets = comb(shape.experts, keep)
     if sets > MOST_SETS:
         raise MethodError(f"C({shape.experts}, {keep}) = {sets} kept sets are too many to show; at most {MOST_SETS}")
-    of = [SetErrors(shape.experts, r=keep, active=active) for _ in range(shape.layers)]
-    calibration.run(lambda acts: of[acts.layer.index].add(acts), all_outputs=True)
-    return [dict(zip(one.sets, one.errors.tolist())) for one in of]
+    by_layer = [SetErrors(shape.experts, r=keep, active=active) for _ in range(shape.layers)]
+    calibration.run(lambda acts: by_layer[acts.layer.index].add(acts), all_outputs=True)
+    return [dict(zip(layer.sets, layer.errors.tolist())) for layer in by_layer]

@@ -105,7 +105,7 @@ class Reference:
         Raises:
             StorageError: when they are damaged.
         """
-        from moeopt.evaluation.statistics import bootstrap
+        from moeopt.statistics import bootstrap
 
         theirs = genome.read_scores(trial)
         if self.scores is None or theirs is None or genome.scores_of(trial) != self.of:

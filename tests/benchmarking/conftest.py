@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+import hostile
 import numpy as np
 import optuna
 import pytest
@@ -69,27 +70,11 @@ def make(
         about[part][key] = value
     study.set_user_attr("moeopt", about)
     if test_loss is not None:
-        study.set_user_attr(
-            "selection",
-            {
-                "format": 1,
-                "metric": "accuracy",
-                "settings": {"stock_only": False},
-                "examples": {"test": {"of": "of", "count": 12}},
-                "candidates": {"trial": [0], "search_loss": [0.5], "dev_loss": [0.5], "dev_accuracy": [1.0]},
-                "winner": 0,
-                "search_best": 0,
-                "plans": {},
-                "test_minus": {},
-                "verdict": "holds",
-                "sentences": [],
-                "warnings": [],
-                "looks": 1,
-                "scores": {"search": {}, "dev": {}, "test": {"winner": {"loss": test_loss}}},
-            },
-        )
-    for i, one in enumerate(trials):
-        study.add_trial(one if isinstance(one, FrozenTrial) else trial(one, start=i, layer_tokens=10))
+        scores = {"search": {}, "dev": {}, "test": {"winner": {"loss": test_loss}}}
+        examples = {"test": {"of": "of", "count": 12}}
+        study.set_user_attr("selection", {**hostile.RECORD, "examples": examples, "scores": scores})
+    for i, given in enumerate(trials):
+        study.add_trial(given if isinstance(given, FrozenTrial) else trial(given, start=i, layer_tokens=10))
     return study
 
 
@@ -97,12 +82,12 @@ def grid(
     samplers: dict[str, float], seeds: int, trials: int = 12, storage: Any = None, **more: Any
 ) -> list[optuna.Study]:
     """A study of every sampler and seed, whose losses lie around the sampler's level."""
-    found = []
+    studies = []
     for i, (name, level) in enumerate(samplers.items()):
         for seed in range(seeds):
             losses = level * np.random.default_rng([i, seed]).lognormal(sigma=0.3, size=trials)
-            found.append(make(f"{name}-{seed}", list(map(float, losses)), name, seed, storage=storage, **more))
-    return found
+            studies.append(make(f"{name}-{seed}", list(map(float, losses)), name, seed, storage=storage, **more))
+    return studies
 
 
 @pytest.fixture(autouse=True)

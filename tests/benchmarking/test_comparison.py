@@ -12,9 +12,10 @@ import pytest
 from optuna.trial import TrialState
 
 from moeopt.errors import StudyError
+from moeopt.report.optimiser_comparison import conclusions
 from moeopt.results.optimiser_comparison import compare, read
 from moeopt.results.optimiser_comparison.grouping import readable_names
-from moeopt.results.optimiser_comparison.statistics import sign_flip
+from moeopt.statistics import sign_flip
 
 Make = Callable[..., Any]
 FAIL, PRUNED, COMPLETE = TrialState.FAIL, TrialState.PRUNED, TrialState.COMPLETE
@@ -82,20 +83,20 @@ def test_running_and_waiting_trials_are_not_there_yet(make: Make) -> None:
 def test_all_are_held_against_each_other_where_the_shortest_ended(make: Make) -> None:
     long = make("long", [0.9, 0.8, 0.7, 0.1], "eep")
     short = make("short", [0.6, 0.5], "tpe")
-    found = compare([long, short])
-    assert found.budget == 20
-    assert {one.name: one.median for one in found.optimisers} == {"tpe": 0.5, "eep": 0.8}
-    assert any("short ended there" in text and "40 layer-tokens" in text for text in found.conclusions)
-    assert found.optimisers[1].mean_height == pytest.approx([0.9])  # from the 10th to the 20th layer-token
+    comparison = compare([long, short])
+    assert comparison.budget == 20
+    assert {o.name: o.median for o in comparison.optimisers} == {"tpe": 0.5, "eep": 0.8}
+    assert any("short ended there" in text and "40 layer-tokens" in text for text in conclusions(comparison))
+    assert comparison.optimisers[1].mean_height == pytest.approx([0.9])  # from the 10th to the 20th layer-token
     assert compare([long, short], cost="trials").budget == 2
     assert compare([long, short], cost="time").budget == pytest.approx(2)
 
 
 def test_times_to_a_target_are_censored_at_the_budget(make: Make) -> None:
     studies = [make(f"a{i}", losses, seed=i) for i, losses in enumerate([[0.9, 0.3], [0.9, 0.8], [0.2, 0.2]])]
-    one = compare(studies, target=0.4).optimisers[0]
-    np.testing.assert_array_equal(one.times, [20, np.inf, 10])
-    assert one.reached == 2
+    (optimiser,) = compare(studies, target=0.4).optimisers
+    np.testing.assert_array_equal(optimiser.times, [20, np.inf, 10])
+    assert optimiser.reached == 2
     reached_later = make("late", [0.9, 0.8, 0.1], seed=3)
     assert math.isinf(compare([*studies, reached_later], target=0.4).optimisers[0].times[3])
 
@@ -110,8 +111,8 @@ def test_optimisers_are_grouped_by_all_but_the_seed_and_named_by_what_differs(ma
         make("f", [0.4], "optuna", 5, options={"sampler": {"class": "optuna.samplers._qmc.QMCSampler", "seed": 1}}),
         make("g", [0.4], "optuna", 5, options={"sampler": {"class": "optuna.samplers._qmc.QMCSampler", "seed": 2}}),
     ]
-    found = {one.name: [run.seed for run in one.runs] for one in compare(studies).optimisers}
-    assert found == {
+    grouped = {optimiser.name: [run.seed for run in optimiser.runs] for optimiser in compare(studies).optimisers}
+    assert grouped == {
         "eep (initial=30)": ["0", "1"], "eep (initial=10)": ["0"], "tpe": ["0"], "tpe + RacingPruner": ["0"],
         "QMCSampler": ["5/1", "5/2"],
     }  # fmt: skip
@@ -119,7 +120,7 @@ def test_optimisers_are_grouped_by_all_but_the_seed_and_named_by_what_differs(ma
 
 def test_a_warm_start_makes_another_optimiser(make: Make, trial: Make) -> None:
     warm = make("w", [trial(0.5, layer_tokens=10, warm_start="p", method="naee")])
-    assert {one.name for one in compare([make("a", [0.5]), warm]).optimisers} == {"eep", "eep from naee"}
+    assert {o.name for o in compare([make("a", [0.5]), warm]).optimisers} == {"eep", "eep from naee"}
 
 
 def test_distinct_settings_have_distinct_names() -> None:
@@ -146,27 +147,35 @@ def test_the_same_weights_elsewhere_are_comparable(make: Make) -> None:
     assert compare([make("a", [0.5]), make("b", [0.4], "tpe", change={"model.name_or_path": "elsewhere"})])
 
 
-def test_what_cannot_be_compared_says_so(make: Make, trial: Make) -> None:
-    with pytest.raises(StudyError, match="no study to compare"):
-        compare([])
-    with pytest.raises(StudyError, match="'a' and 'b' are the same optimiser, eep, with the same seed, 3"):
-        compare([make("a", [0.5], seed=3), make("b", [0.4], seed=3)])
-    with pytest.raises(StudyError, match="'plain' does not say what it searched"):
-        compare([optuna.create_study(study_name="plain")])
-    with pytest.raises(StudyError, match="'up' does not minimise one value"):
-        compare([make("up", [0.5], direction="maximize")])
-    with pytest.raises(StudyError, match="cost must be layer-tokens, time or trials, got 'tokens'"):
-        compare([make("a", [0.5])], cost="tokens")  # type: ignore[arg-type]
-    with pytest.raises(StudyError, match="target must be a finite loss, got nan"):
-        compare([make("a", [0.5])], target=math.nan)
-    with pytest.raises(StudyError, match="none of these studies has a finished trial"):
-        compare([make("a", [])])
-    with pytest.raises(StudyError, match="no completed trial has a finite loss"):
-        compare([make("a", [trial(state=FAIL, layer_tokens=1)])])
-    silent = make("silent", [trial(0.5)])
-    with pytest.raises(StudyError, match="'silent' does not know its layer-tokens throughout; compare by time or tri"):
-        compare([silent])
-    assert compare([silent], cost="trials").costs == ("time", "trials")
+CANNOT_BE_COMPARED: list[tuple[Callable[[Make, Make], list[Any]], dict[str, Any], str]] = [
+    (lambda make, trial: [], {}, "no study to compare"),
+    (
+        lambda make, trial: [make("a", [0.5], seed=3), make("b", [0.4], seed=3)], {},
+        "'a' and 'b' are the same optimiser, eep, with the same seed, 3",
+    ),
+    (lambda make, trial: [optuna.create_study(study_name="plain")], {}, "'plain' does not say what it searched"),
+    (lambda make, trial: [make("up", [0.5], direction="maximize")], {}, "'up' does not minimise one value"),
+    (lambda make, trial: [make("a", [0.5])], {"cost": "tokens"}, "layer-tokens, time or trials, got 'tokens'"),
+    (lambda make, trial: [make("a", [0.5])], {"target": math.nan}, "target must be a finite loss, got nan"),
+    (lambda make, trial: [make("a", [])], {}, "none of these studies has a finished trial"),
+    (lambda make, trial: [make("a", [trial(state=FAIL, layer_tokens=1)])], {}, "no completed trial has a finite loss"),
+    (
+        lambda make, trial: [make("silent", [trial(0.5)])], {},
+        "'silent' does not know its layer-tokens throughout; compare by time or tri",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("studies", "keywords", "message"), CANNOT_BE_COMPARED)
+def test_what_cannot_be_compared_says_so(
+    studies: Callable[..., list[Any]], keywords: dict[str, Any], message: str, make: Make, trial: Make
+) -> None:
+    with pytest.raises(StudyError, match=message):
+        compare(studies(make, trial), **keywords)
+
+
+def test_a_study_that_does_not_know_a_cost_is_compared_by_others(make: Make, trial: Make) -> None:
+    assert compare([make("silent", [trial(0.5)])], cost="trials").costs == ("time", "trials")
 
 
 @pytest.mark.parametrize("value", [math.nan, -1, "many", True, [1], 1e300])
@@ -175,68 +184,68 @@ def test_a_damaged_attribute_is_named(make: Make, trial: Make, value: Any) -> No
         read(make("a", [trial(0.5, layer_tokens=value)]))
 
 
-@pytest.mark.parametrize("record", [1, {}, {"scores": {"test": {"winner": {"loss": "0.1"}}}}, {"scores": []}])
-def test_a_damaged_selection_is_named(make: Make, record: Any) -> None:
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        *(("selection", value, r"study 'a': .*selection") for value in (1, {}, {"scores": []})),
+        ("selection", {"scores": {"test": {"winner": {"loss": "0.1"}}}}, r"study 'a': .*selection"),
+        *(("moeopt", value, "study 'a': its attribute 'moeopt'") for value in (1, {"sampler": []})),
+        ("moeopt", {"model": {}, "task": {}, "space": {}, "evaluation": {}}, "study 'a': its attribute 'moeopt'"),
+    ],
+)
+def test_a_damaged_study_is_refused(make: Make, attribute: str, value: Any, message: str) -> None:
     study = make("a", [0.5])
-    study.set_user_attr("selection", record)
-    with pytest.raises(StudyError, match=r"study 'a': .*selection"):
-        read(study)
-
-
-@pytest.mark.parametrize("about", [1, {"sampler": []}, {"model": {}, "task": {}, "space": {}, "evaluation": {}}])
-def test_a_damaged_description_is_refused(make: Make, about: Any) -> None:
-    study = make("a", [0.5])
-    study.set_user_attr("moeopt", about)
-    with pytest.raises(StudyError, match="study 'a': its attribute 'moeopt'"):
+    study.set_user_attr(attribute, value)
+    with pytest.raises(StudyError, match=message):
         read(study)
 
 
 def test_a_study_without_trials_is_left_out_and_named(make: Make) -> None:
-    found = compare([make("a", [0.5]), make("empty", [], "tpe")])
-    assert found.left_out == ("empty",)
-    assert "Left out, without a finished trial: empty." in found.conclusions
-    assert found.budget == 10
+    comparison = compare([make("a", [0.5]), make("empty", [], "tpe")])
+    assert comparison.left_out == ("empty",)
+    assert "Left out, without a finished trial: empty." in conclusions(comparison)
+    assert comparison.budget == 10
 
 
 def test_too_few_seeds_conclude_nothing_and_say_how_many_would(grid: Make) -> None:
-    found = compare(grid({"good": 0.1, "bad": 10.0}, seeds=5))
-    assert found.pairs[0].p == 0.0625
-    assert found.pairs[0].better is None
-    text = found.conclusions[0]
+    comparison = compare(grid({"good": 0.1, "bad": 10.0}, seeds=5))
+    assert comparison.pairs[0].p == 0.0625
+    assert comparison.pairs[0].better is None
+    text = conclusions(comparison)[0]
     assert "No order of these optimisers by search loss can be concluded from 5 seeds" in text
     assert "no p below 0.0625" in text
     assert "At least 6 common seeds" in text
-    assert math.isinf(found.pairs[0].low)
+    assert math.isinf(comparison.pairs[0].low)
 
 
 def test_enough_seeds_conclude_an_order(grid: Make) -> None:
-    found = compare(grid({"bad": 10.0, "good": 0.1}, seeds=6))
-    assert found.conclusions[0].startswith("good reaches a lower search loss than bad (corrected p = 0.031).")
-    assert found.pairs[0].high < 0
+    comparison = compare(grid({"bad": 10.0, "good": 0.1}, seeds=6))
+    assert conclusions(comparison)[0].startswith("good reaches a lower search loss than bad (corrected p = 0.031).")
+    assert comparison.pairs[0].high < 0
 
 
 def test_the_correction_counts_all_pairs(grid: Make) -> None:
     levels = {"a": 0.1, "b": 10.0, "c": 1000.0}
     few, enough = compare(grid(levels, seeds=6)), compare(grid(levels, seeds=7))
     assert not any(pair.better for pair in few.pairs)
-    assert "At least 7 common seeds" in few.conclusions[0]
+    assert "At least 7 common seeds" in conclusions(few)[0]
     assert [pair.better for pair in enough.pairs] == ["a", "a", "b"]
-    assert "is refuted" in few.conclusions[1]  # Friedman's test tells that they differ, not which
+    assert "is refuted" in conclusions(few)[1]  # Friedman's test tells that they differ, not which
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_equal_optimisers_are_hardly_ever_ordered(grid: Make, seeds: int, count: int) -> None:
-    found = compare(grid({f"o{i}": 1.0 for i in range(count)}, seeds=seeds))
-    decided = [pair for pair in found.pairs if pair.better]
+    comparison = compare(grid({f"o{i}": 1.0 for i in range(count)}, seeds=seeds))
+    decided = [pair for pair in comparison.pairs if pair.better]
     assert all(pair.corrected <= 0.05 and len(pair.differences) >= 6 for pair in decided)
-    assert decided or any("No order" in text for text in found.conclusions)
+    assert decided or any("No order" in text for text in conclusions(comparison))
 
 
 def test_no_difference_is_not_equality(make: Make) -> None:
     offsets = [0.1, -0.2, 0.15, -0.1, 0.2, -0.3, 0.25, 0.1]
     a = [make(f"a{i}", [1.0 + offset], "a", i) for i, offset in enumerate(offsets)]
-    text = compare([*a, *(make(f"b{i}", [1.0], "b", i) for i in range(8))]).conclusions[0]
+    text = conclusions(compare([*a, *(make(f"b{i}", [1.0], "b", i) for i in range(8))]))[0]
     assert "No order" in text
     assert "does not make them equal" in text
 
@@ -244,33 +253,34 @@ def test_no_difference_is_not_equality(make: Make) -> None:
 def test_optimisers_that_have_not_parted_yet_are_named(make: Make) -> None:
     studies = [make(f"{name}{i}", [0.5 - i / 10], name, i) for name in ("a", "b") for i in range(3)]
     said = "Within this budget a and b found the same loss on every common seed."
-    assert said in compare(studies).conclusions
-    assert said not in compare([*studies, make("a3", [0.1], "a", 3), make("b3", [0.2], "b", 3)]).conclusions
+    assert said in conclusions(compare(studies))
+    parted = compare([*studies, make("a3", [0.1], "a", 3), make("b3", [0.2], "b", 3)])
+    assert said not in conclusions(parted)
 
 
 def test_pairs_are_on_common_seeds_only(make: Make) -> None:
     a = [make(f"a{seed}", [1.0 + seed], "a", seed) for seed in (0, 1, 2)]
     b = [make(f"b{seed}", [1.5 * seed], "b", seed) for seed in (2, 1, 7)]
-    found = compare([*a, *b])
-    assert found.seeds == ("1", "2")
-    np.testing.assert_allclose(sorted(found.pairs[0].differences), sorted([2 - 1.5, 3 - 3.0]))
-    assert found.pairs[0].p == sign_flip(found.pairs[0].differences)
+    comparison = compare([*a, *b])
+    assert comparison.seeds == ("1", "2")
+    np.testing.assert_allclose(sorted(comparison.pairs[0].differences), sorted([2 - 1.5, 3 - 3.0]))
+    assert comparison.pairs[0].p == sign_flip(comparison.pairs[0].differences)
     apart = compare([make("a", [1.0], "a", 0), make("b", [2.0], "b", 1)])
-    assert "no two optimisers share a seed" in apart.conclusions[0]
-    assert all(math.isnan(one.rank) for one in apart.optimisers)
+    assert "no two optimisers share a seed" in conclusions(apart)[0]
+    assert all(math.isnan(o.rank) for o in apart.optimisers)
 
 
 def test_one_optimiser_is_compared_with_nothing(make: Make) -> None:
-    found = compare([make("a", [0.5, 0.4])])
-    assert found.conclusions == ["There is one optimiser, eep, and nothing to compare it with."]
-    assert found.pairs == ()
+    comparison = compare([make("a", [0.5, 0.4])])
+    assert conclusions(comparison) == ["There is one optimiser, eep, and nothing to compare it with."]
+    assert comparison.pairs == ()
 
 
 def test_search_loss_alone_is_said_to_be_that(make: Make) -> None:
     none = compare([make("a", [0.5]), make("b", [0.4], "tpe")])
-    assert any(text.startswith("Only search loss is compared") for text in none.conclusions)
+    assert any(text.startswith("Only search loss is compared") for text in conclusions(none))
     some = compare([make("a", [0.5], test_loss=0.6), make("b", [0.4], "tpe")])
-    assert any("1 of 2 studies have a test loss" in text for text in some.conclusions)
+    assert any("1 of 2 studies have a test loss" in text for text in conclusions(some))
     assert some.held_out_pairs == ()
 
 
@@ -280,10 +290,10 @@ def test_test_losses_are_compared_where_every_study_has_one(make: Make) -> None:
         for name, level in (("a", 0.9), ("b", 0.3))
         for seed in range(6)
     ]
-    found = compare(studies)
-    assert found.held_out_pairs[0].better == "b"
-    assert found.held_out_pairs[0].mean == pytest.approx(0.6)
-    assert found.pairs[0].better is None
+    comparison = compare(studies)
+    assert comparison.held_out_pairs[0].better == "b"
+    assert comparison.held_out_pairs[0].mean == pytest.approx(0.6)
+    assert comparison.pairs[0].better is None
     assert any(
-        text.startswith("On test (12 examples") and "b reaches a lower test" in text for text in found.conclusions
+        text.startswith("On test (12 examples") and "b reaches a lower test" in text for text in conclusions(comparison)
     )

@@ -9,44 +9,42 @@ from typing import Any
 import pytest
 from browser import Browser, browser  # noqa: F401
 
+from moeopt.report.optimiser_comparison import save
 from moeopt.results.optimiser_comparison import compare
 
 Make = Callable[..., Any]
 OPTIMISERS = {f"optimiser{i}": 0.05 * 2**i for i in range(8)} | {"<script>alert(1)</script>": 3.0}
-WITHIN = """() => [...document.querySelectorAll('svg')].flatMap(svg => {
-    const around = svg.getBoundingClientRect();
-    return [...svg.querySelectorAll('text')].filter(text => {
-        const at = text.getBoundingClientRect();
-        return at.left < around.left - 1 || at.right > around.right + 1 || at.bottom > around.bottom + 1;
-    }).map(text => text.textContent);
-})"""
-OVERLAPS = """() => [...document.querySelectorAll('svg')].flatMap(svg => {
-    const texts = [...svg.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()]);
-    return texts.flatMap(([a, p], i) => texts.slice(i + 1).filter(([b, q]) =>
+OUTSIDE_OR_OVERLAPPING = """() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => {
+    const around = plot.getBoundingClientRect();
+    const texts = [...plot.querySelectorAll('.main-svg text')].filter(text => text.textContent)
+        .map(text => [text.textContent, text.getBoundingClientRect()]);
+    const outside = texts.filter(([_, at]) =>
+        at.left < around.left - 1 || at.right > around.right + 1 || at.bottom > around.bottom + 1);
+    const overlapping = texts.flatMap(([a, p], i) => texts.slice(i + 1).filter(([b, q]) =>
         p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 4 && q.top < p.bottom - 4
     ).map(([b, q]) => [a, b]));
+    return [...outside.map(([text]) => text), ...overlapping];
 })"""
 
 
 @pytest.fixture
 def page(grid: Make, tmp_path: Path) -> Path:
-    compare(grid(OPTIMISERS, 3)).save(tmp_path)
-    return tmp_path / "index.html"
+    return save(compare(grid(OPTIMISERS, 3)), tmp_path)
 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_figure_draws_and_no_text_overlaps(browser: Browser, page: Path, dark: bool) -> None:  # noqa: F811
     with browser.open(page.as_uri(), dark=dark, width=1280) as tab:
-        assert tab.page.locator("svg").count() == 6
-        for i in range(len(OPTIMISERS)):
-            assert tab.page.locator(f".line.s{i}").count() == 4  # three costs, and the distribution of run time
-        assert tab.page.evaluate(WITHIN) == []
-        assert tab.page.evaluate(OVERLAPS) == []
+        lines = {name: tab.traces(f"#{name}") for name in ("best", "best-time", "best-trials", "runtime")}
+        assert set(lines.values()) == {len(OPTIMISERS)}
+        assert tab.traces("#final") == 3 * len(OPTIMISERS)
+        assert tab.traces("#each") == 7 * len(OPTIMISERS)  # others, two edges of the band, three seeds, the median
+        assert tab.page.evaluate(OUTSIDE_OR_OVERLAPPING) == []
         assert tab.page.evaluate("document.documentElement.scrollWidth") <= 1280
-        ink, paper = (
-            tab.page.evaluate(f"getComputedStyle(document.body).{one}") for one in ("color", "backgroundColor")
-        )
-        assert (sum(map(int, ink[4:-1].split(", "))) > sum(map(int, paper[4:-1].split(", ")))) == dark
+        css = "getComputedStyle(document.{}).{}"
+        colours = [("body", "backgroundColor"), ("body", "color"), ("querySelector('#best .xtick text')", "fill")]
+        paper, *inks = (sum(map(int, tab.page.evaluate(css.format(*c))[4:-1].split(", "))) for c in colours)
+        assert [ink > paper for ink in inks] == [dark, dark]
         assert "<script>alert(1)</script>" in tab.page.locator("tbody").first.inner_text()
 
 

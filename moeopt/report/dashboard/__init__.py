@@ -3,7 +3,7 @@
     study.optimize(objective, n_trials=400, callbacks=[moeopt.report.dashboard.Refresh()])
 
 writes them for whoever runs `optuna-dashboard`; `moeopt dashboard STORAGE` serves and refreshes all studies of a
-storage.
+storage. It reads studies (`study`, `spaces`) and draws with `report.figures`.
 """
 
 from moeopt.report.dashboard.refreshing import Refresh, Refresher, attach

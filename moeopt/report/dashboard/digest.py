@@ -7,20 +7,21 @@ A trial that cannot be read is a row without what is missing. What is wrong with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeopt.errors import MoeoptError, StudyError
+from moeopt.showing import line
 from moeopt.spaces import Space, from_description
 from moeopt.spaces.base import range_names
 from moeopt.study import CALIBRATION, DESCRIPTION, METHOD
 from moeopt.study.reference import Reference, of_facts
 from moeopt.trials import genome
-from moeopt.trials.description import full_model, held_facts
+from moeopt.trials.description import FINITE, full_model, held_facts
 
 if TYPE_CHECKING:
     import optuna
@@ -34,8 +35,8 @@ SELECTION = "selection"
 """User attribute of a study: what `moeopt select` left."""
 MOST_TRIALS = 20_000
 """Studies of more trials get a note, but no figures."""
-MOST_LAYERS, MOST_EXPERTS, MOST_NUMBERS = 1024, 1024, 1 << 22
-"""Larger search spaces are taken for damage: the largest models have some 100 layers and 500 experts."""
+MOST_NUMBERS = 1 << 20
+"""Numbers of a trial; larger search spaces are taken for damage: large models have 100 layers and 500 experts."""
 LONGEST = 80
 """Characters of a name that are shown."""
 
@@ -74,7 +75,6 @@ class Digest:
         about: the description that moeopt keeps in it; empty where it cannot be read.
         space: what it searches; None where that cannot be read.
         rows: its ended trials by number, those left out that were run again.
-        running, failed: how many trials run, and ended without a loss.
         best: the complete trial of least loss, the first of equals.
         accuracy: its accuracy, 0 to 1, NaN when unknown.
         plan: its plan.
@@ -89,98 +89,82 @@ class Digest:
     about: Mapping[str, Any]
     space: Space | None = None
     rows: tuple[Row, ...] = ()
-    running: int = 0
-    failed: int = 0
     best: Row | None = None
     accuracy: float = math.nan
     plan: Plan | None = None
     full: Reference | None = None
     selection: Mapping[str, Any] | None = None
     blocks: tuple[tuple[str, slice], ...] = ()
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
     held: Mapping[str, Any] | None = None
 
     def part(self, *path: str) -> Any:
         """A field of the description, or None."""
-        found: Any = self.about
+        value: Any = self.about
         for key in path:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
 
 
-def is_ours(user_attrs: Mapping[str, Any]) -> bool:
-    """Whether a study with these user attributes claims to be of moeopt."""
-    return DESCRIPTION in user_attrs
-
-
-def digest(study: optuna.Study, known: dict[int, Row] | None = None) -> Digest:
+def digest(study: optuna.Study, read: dict[int, Row] | None = None) -> Digest:
     """Read a study of moeopt.
 
     Args:
-        known: rows of earlier calls by trial number, which do not change any more; new ones are added.
+        read: rows of earlier calls by trial number, which do not change any more; new ones are added.
     """
-    known = {} if known is None else known
+    read = {} if read is None else read
     attrs = study.user_attrs
     problems: list[str] = []
+
+    def attempt(what: str, reader: Callable[[], Any]) -> Any:
+        """What the reader gives; None, and a problem, whatever a stranger's attribute does to it."""
+        try:
+            return reader()
+        except Exception as error:
+            problems.append(f"{what} cannot be read: {line(str(error) or type(error).__name__)}")
+            return None
+
     about = attrs.get(DESCRIPTION)
     if not isinstance(about, dict):
         problems.append(f"its description is {_kind(about)}, not what moeopt writes")
         about = {}
-    space = None
-    try:
-        space = _space(about.get("space"))
-    except Exception as error:  # whatever a stranger's description does
-        problems.append(f"its search space cannot be read: {_line(error)}")
-    if len(study.directions) != 1 or study.directions[0].name != "MINIMIZE":
-        problems.append("it does not minimise one loss, as studies of moeopt do")
-        return Digest(_name(study), about, space, problems=tuple(problems))
+    space = attempt("its search space", lambda: _space(about.get("space")))
     trials = study.get_trials(deepcopy=False)
-    if len(trials) > MOST_TRIALS:
-        problems.append(f"it has {len(trials):,} trials; figures are drawn up to {MOST_TRIALS:,}")
-        return Digest(_name(study), about, space, problems=tuple(problems))
-    again = {number for trial in trials for number in _ints(trial.system_attrs.get(genome.RETRIES))}
-    blocks = () if space is None else feature_blocks(space)
-    unreadable = failed = running = 0
-    rows: list[Row] = []
-    best: FrozenTrial | None = None
-    for trial in trials:
-        running += trial.state.name == "RUNNING"
-        if not trial.state.is_finished() or trial.number in again:
-            continue
-        if trial.number not in known:
-            known[trial.number] = _row(trial, space)
-        row = known[trial.number]
-        rows.append(row)
-        failed += math.isnan(row.loss)
-        unreadable += space is not None and row.features is None and not math.isnan(row.loss)
-        if not row.pruned and not math.isnan(row.loss) and (best is None or row.loss < known[best.number].loss):
-            best = trial
+    name, single = line(study.study_name, LONGEST), [direction.name for direction in study.directions] == ["MINIMIZE"]
+    if not single or len(trials) > MOST_TRIALS:
+        many = f"it has {len(trials):,} trials; figures are drawn up to {MOST_TRIALS:,}"
+        problems.append(many if single else "it does not minimise one loss, as studies of moeopt do")
+        return Digest(name, about, space, problems=tuple(problems))
+    repeated = {number for trial in trials for number in _ints(trial.system_attrs.get(genome.RETRIES))}
+    ended = {t.number: t for t in trials if t.state.is_finished() and t.number not in repeated}
+    for trial_number in ended.keys() - read.keys():
+        read[trial_number] = _row(ended[trial_number], space)
+    rows = [read[trial_number] for trial_number in ended]
+    with_loss = [row for row in rows if not math.isnan(row.loss)]
+    unreadable = 0 if space is None else sum(row.features is None for row in with_loss)
     if unreadable:
         problems.append(f"the plans of {unreadable} of {len(rows)} trials cannot be read")
+    best = min((row for row in with_loss if not row.pruned), key=lambda row: row.loss, default=None)
     plan, accuracy = None, math.nan
     if best is not None:
-        accuracy = number(best.user_attrs.get("accuracy"))
-        if space is not None and known[best.number].features is not None:
-            plan = space.plan(best)
-    full = None
-    try:
-        facts = full_model(attrs, study.study_name)
-        full = None if facts is None else of_facts(facts)
-    except StudyError as error:
-        problems.append(f"what its full model gives cannot be read: {_line(error)}")
-    held = None
-    try:
-        held = held_facts(attrs, study.study_name)
-    except StudyError as error:
-        problems.append(f"what of its gain held cannot be read: {_line(error)}")
+        accuracy = number(ended[best.number].user_attrs.get("accuracy"))
+        if space is not None and best.features is not None:
+            plan = space.plan(ended[best.number])
+    full = attempt("what its full model gives", lambda: _full(attrs, study.study_name))
+    held = attempt("what of its gain held", lambda: held_facts(attrs, study.study_name))
     selection = attrs.get(SELECTION)
     if selection is not None and not isinstance(selection, dict):
         problems.append(f"its selection is {_kind(selection)}, not what moeopt select writes")
-    top = None if best is None else known[best.number]
+        selection = None
     return Digest(
-        _name(study), about, space, tuple(rows), running, failed, top, accuracy, plan, full,
-        selection if isinstance(selection, dict) else None, blocks, tuple(problems), held,
+        name=name, about=about, space=space, rows=tuple(rows), best=best, accuracy=accuracy, plan=plan, full=full,
+        selection=selection, blocks=() if space is None else feature_blocks(space), problems=tuple(problems), held=held,
     )  # fmt: skip
+
+
+def _full(attrs: Mapping[str, Any], name: str) -> Reference | None:
+    facts = full_model(attrs, name)
+    return None if facts is None else of_facts(facts)
 
 
 def feature_blocks(space: Space) -> tuple[tuple[str, slice], ...]:
@@ -201,13 +185,17 @@ def feature_blocks(space: Space) -> tuple[tuple[str, slice], ...]:
 def _row(trial: FrozenTrial, space: Space | None) -> Row:
     attrs = trial.user_attrs
     pruned = trial.state.name == "PRUNED"
-    values = trial.values or [math.nan]
-    loss = number(attrs.get(genome.ESTIMATE)) if pruned else number(values[0])
-    cost = sum(max(0.0, value) for key in ("layer_tokens", CALIBRATION) if (value := number(attrs.get(key))) == value)
-    operator = attrs.get(METHOD) or attrs.get("operator") or ""
-    parents = tuple(n for n in _ints(attrs.get("parents")) if n < trial.number)
-    row = Row(trial.number, loss, pruned, cost, shown(operator) if operator else "", parents)
-    if space is None or math.isnan(loss):
+    costs = (number(attrs.get(key)) for key in ("layer_tokens", CALIBRATION))
+    operator = attrs.get(METHOD) or attrs.get("operator")
+    row = Row(
+        number=trial.number,
+        loss=number(attrs.get(genome.ESTIMATE) if pruned else (trial.values or [None])[0]),
+        pruned=pruned,
+        cost=sum(max(0.0, cost) for cost in costs if not math.isnan(cost)),
+        operator=line(operator, LONGEST) if operator else "",
+        parents=tuple(parent for parent in _ints(attrs.get("parents")) if parent < trial.number),
+    )
+    if space is None or math.isnan(row.loss):
         return row
     try:
         x = space.vector(trial)
@@ -216,60 +204,20 @@ def _row(trial: FrozenTrial, space: Space | None) -> Row:
         features = np.concatenate([matrices.sum(axis=2, dtype=np.float32).reshape(-1), x[space.extras]])
     except (MoeoptError, ValueError, TypeError, KeyError, OverflowError):
         return row
-    return Row(row.number, loss, pruned, cost, row.operator, parents, mass, features)
+    return replace(row, mass=mass, features=features)
 
 
 def _space(description: Any) -> Space:
-    """The space of a description, refused before it is built where it would be absurdly large."""
-    if not isinstance(description, dict):
-        raise StudyError(f"it is {_kind(description)}")
-    inner = description.get("inner")
-    for about in (description, *([inner] if isinstance(inner, dict) else [])):
-        shape, groups = about.get("shape", description.get("shape")), about.get("groups", [])
-        layers: Any = shape.get("layers") if isinstance(shape, dict) else None
-        experts: Any = shape.get("experts") if isinstance(shape, dict) else None
-        keep: Any = about.get("keep", 1)
-        for value, most, what in ((layers, MOST_LAYERS, "layers"), (experts, MOST_EXPERTS, "experts")):
-            if not _is_int(value) or not 1 <= value <= most:
-                raise StudyError(f"{shown(value)} {what}")
-        if not isinstance(groups, list) or len(groups) > layers:
-            raise StudyError("its groups are not layer ranges")
-        if not _is_int(keep) or not 0 <= keep <= experts or 2 * len(groups) * keep * experts > MOST_NUMBERS:
-            raise StudyError(f"keep={shown(keep)}")
-    return from_description(description)
+    """The space of a description, unless every trial of it would fill much of the memory."""
+    space = from_description(description)
+    if 2 * len(space.groups) * space.shape.experts > MOST_NUMBERS:
+        raise StudyError(f"{space.shape} in {len(space.groups)} groups is larger than any model that moeopt knows")
+    return space
 
 
 def number(value: Any) -> float:
     """A finite float, or NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    try:
-        found = float(value)
-    except OverflowError:
-        return math.nan
-    return found if math.isfinite(found) else math.nan
-
-
-def shown(value: Any, longest: int = LONGEST) -> str:
-    """A value on one line: no control characters, cut where it is long."""
-    text = (
-        value
-        if isinstance(value, str)
-        else repr(value)
-        if isinstance(value, (int, float, type(None)))
-        else _kind(value)
-    )
-    text = "".join(c if c.isprintable() else " " for c in text[: 4 * longest])
-    text = " ".join(text.split())
-    return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def _name(study: optuna.Study) -> str:
-    return shown(study.study_name)
-
-
-def _line(error: BaseException) -> str:
-    return shown(str(error) or type(error).__name__, 200)
+    return float(value) if FINITE.holds(value) else math.nan
 
 
 def _kind(value: Any) -> str:
@@ -281,5 +229,5 @@ def _is_int(value: Any) -> bool:
 
 
 def _ints(value: Any) -> tuple[int, ...]:
-    found = value[:64] if isinstance(value, (list, tuple)) else ()
-    return tuple(n for n in found if _is_int(n) and 0 <= n < 1 << 31)[:8]
+    values = value[:64] if isinstance(value, (list, tuple)) else ()
+    return tuple(n for n in values if _is_int(n) and 0 <= n < 1 << 31)[:8]

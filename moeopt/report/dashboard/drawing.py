@@ -28,42 +28,47 @@ BEST_SHARE, BEST_FEWEST, BEST_MOST = 0.1, 5, 50
 
 def best_curve(digest: Digest) -> Curve | None:
     """Layer-tokens spent, and the loss, at every complete trial that was the best so far; None where there is none."""
-    spent, best, found = _before(digest), math.inf, []
-    for row in digest.rows:
-        spent += row.cost
+    best, points = math.inf, []
+    for row, spent in zip(digest.rows, _spent(digest)):
         if not row.pruned and row.loss < best:
             best = row.loss
-            found.append((spent, best))
-    return None if not found else (np.array([s for s, _ in found]), np.array([b for _, b in found]))
+            points.append((spent, best))
+    return (np.array([spent for spent, _ in points]), np.array([loss for _, loss in points])) if points else None
 
 
-def _before(digest: Digest) -> float:
-    """Layer-tokens spent before the first trial: on the full model."""
-    return 0.0 if digest.full is None else float(digest.full.layer_tokens)
+def _spent(digest: Digest) -> Floats:
+    """Layer-tokens spent by the end of each trial, the full model's included, (rows,)."""
+    on_full = 0.0 if digest.full is None else float(digest.full.layer_tokens)
+    return on_full + np.cumsum([row.cost for row in digest.rows])
 
 
-def draw(digest: Digest, others: Mapping[str, Curve], named: Mapping[str, float] | None = None) -> dict[str, Any]:
+def draw(digest: Digest, others: Mapping[str, Curve]) -> dict[str, Any]:
     """The figures by id. One that fails says why in its place.
 
     Args:
         others: `best_curve` of other studies of the same task, by name.
-        named: importances of named parameters, where the space has few enough, as an evaluator of Optuna gives them.
     """
     drawers: dict[str, tuple[str, Callable[[], style.Figure]]] = {
         "moeopt-1-progress": ("Loss over layer-tokens", lambda: _progress(digest, others)),
-        "moeopt-2-importance": ("Which layers matter", lambda: _importance(digest, named)),
+        "moeopt-2-importance": ("Which layers matter", lambda: _importance(digest)),
         "moeopt-3-experts": ("Experts that the best trials keep", lambda: _experts(digest)),
         "moeopt-4-matrices": ("W_EM and W_RM of the best plan", lambda: _matrices(digest)),
         "moeopt-5-lineage": ("Where the best plan came from", lambda: _lineage(digest)),
     }
-    found = {}
+    drawn = {}
     for name, (title, drawer) in drawers.items():
         try:
             figure = drawer()
+        except NothingYet as why:
+            figure = style.nothing(title, str(why))
         except Exception as error:  # whatever numbers a stranger wrote: the others still show
             figure = style.nothing(title, f"This study's numbers cannot be drawn ({type(error).__name__}).")
-        found[name] = style.compact(figure)
-    return found
+        drawn[name] = style.compact(figure)
+    return drawn
+
+
+class NothingYet(Exception):
+    """Why there is nothing to draw."""
 
 
 def _label(digest: Digest) -> str:
@@ -73,14 +78,14 @@ def _label(digest: Digest) -> str:
 
 
 def _progress(digest: Digest, others: Mapping[str, Curve]) -> style.Figure:
+    if not digest.rows:
+        raise NothingYet("No trial has ended yet.")
     gains, interval = _gains(digest.selection)
     return figures.search_progress(
-        _before(digest) + np.cumsum([row.cost for row in digest.rows]),
-        [row.loss for row in digest.rows],
-        [row.pruned for row in digest.rows],
+        _spent(digest), [row.loss for row in digest.rows], [row.pruned for row in digest.rows],
         others=others, gains=gains, test_interval=interval, label=_label(digest),
         full_model=None if digest.full is None else digest.full.loss + digest.full.penalty,
-    ) if digest.rows else style.nothing("Loss over layer-tokens", "No trial has ended yet.")  # fmt: skip
+    )  # fmt: skip
 
 
 def _gains(selection: Mapping[str, Any] | None) -> tuple[dict[str, float] | None, tuple[float, float] | None]:
@@ -98,35 +103,26 @@ def _readable(digest: Digest) -> list[Row]:
     return [row for row in digest.rows if row.features is not None and not math.isnan(row.loss)]
 
 
-def _importance(digest: Digest, named: Mapping[str, float] | None) -> style.Figure:
-    title, rows = "Which layers matter", _readable(digest)
+def _importance(digest: Digest) -> style.Figure:
+    rows = _readable(digest)
     if len(rows) < FEWEST or not digest.blocks:
-        return style.nothing(title, f"Needs {FEWEST} trials whose plans differ; there are {len(rows)}.")
+        raise NothingYet(f"Needs {FEWEST} trials whose plans differ; there are {len(rows)}.")
     features = np.stack([row.features for row in rows if row.features is not None])
-    found = importance(features, np.array([row.loss for row in rows]), [block for _, block in digest.blocks])
-    if found is None:
-        return style.nothing(title, f"Needs {FEWEST} trials whose plans differ, and losses that do.")
+    measured = importance(features, np.array([row.loss for row in rows]), [block for _, block in digest.blocks])
+    if measured is None:
+        raise NothingYet(f"Needs {FEWEST} trials whose plans differ, and losses that do.")
     names = [name for name, _ in digest.blocks]
-    grouped = None
-    if named:
-        grouped = {name: sum(v for key, v in named.items() if _stands_for(key, name)) for name in names}
     return figures.layer_importance(
-        names, found.shares, found.errors, explained=found.explained, trials=found.trials, optuna=grouped
+        names, measured.shares, measured.errors, explained=measured.explained, trials=measured.trials
     )
 
 
-def _stands_for(parameter: str, block: str) -> bool:
-    """Whether a named parameter, such as `keep.L00-03.1` or `k.L00`, is of a block such as `L00-03` or `k L00`."""
-    parts = parameter.split(".")
-    return " ".join(parts[:2]) == block if parts[0] in ("k", "skip") else len(parts) > 1 and parts[1] == block
-
-
 def _experts(digest: Digest) -> style.Figure:
-    title, rows = "Experts that the best trials keep", _readable(digest)
+    rows = _readable(digest)
     if not rows or digest.space is None or digest.best is None or digest.best.mass is None:
-        return style.nothing(title, "No trial with a plan has ended yet.")
+        raise NothingYet("No trial with a plan has ended yet.")
     if not digest.best.mass.any():
-        return style.nothing(title, "This study keeps every expert of its plan: it searches how many are active.")
+        raise NothingYet("This study keeps every expert of its plan: it searches how many are active.")
     distinct = {row.mass.tobytes(): row for row in reversed(rows) if row.mass is not None and not row.pruned}
     ranked = sorted(distinct.values(), key=lambda row: (row.loss, row.number))
     chosen = ranked[: min(BEST_MOST, max(BEST_FEWEST, round(BEST_SHARE * len(ranked))))]
@@ -138,16 +134,16 @@ def _experts(digest: Digest) -> style.Figure:
 def _leads(digest: Digest, groups: int) -> NDArray[np.bool_]:
     """(groups, n), true where the best plan keeps the expert, or has it lead a merged one."""
     assert digest.space is not None
-    found = np.zeros((groups, digest.space.shape.experts), dtype=bool)
+    leads = np.zeros((groups, digest.space.shape.experts), dtype=bool)
     if digest.plan is not None:
         for g, (first, _) in enumerate(digest.space.groups):
-            found[g, np.abs(digest.plan.layers[first].expert_matrix).argmax(axis=1)] = True
-    return found
+            leads[g, np.abs(digest.plan.layers[first].expert_matrix).argmax(axis=1)] = True
+    return leads
 
 
 def _matrices(digest: Digest) -> style.Figure:
     if digest.plan is None:
-        return style.nothing("W_EM and W_RM of the best plan", "No trial with a plan has ended yet.")
+        raise NothingYet("No trial with a plan has ended yet.")
     runs: list[tuple[int, int]] = []
     layers: list[LayerPlan] = []
     for layer, run in groupby(enumerate(digest.plan.layers), key=lambda item: item[1]):
@@ -161,32 +157,29 @@ def _matrices(digest: Digest) -> style.Figure:
 
 def _lineage(digest: Digest) -> style.Figure:
     if digest.best is None:
-        return style.nothing("Where the best plan came from", "No trial has a loss yet.")
+        raise NothingYet("No trial has a loss yet.")
     by_number = {row.number: row for row in digest.rows if not math.isnan(row.loss)}
 
     def parent(row: Row) -> Row | None:
-        known = [by_number[n] for n in row.parents if n in by_number]
-        return min(known, key=lambda one: one.loss, default=None)
+        """The better one."""
+        return min((by_number[n] for n in row.parents if n in by_number), key=lambda row: row.loss, default=None)
 
     inherited = any(row.parents for row in digest.rows)
     gains: dict[str, list[float]] = {}
-    best: Row | None = None
     records: list[Row] = []
     for row in by_number.values():
-        above = parent(row) if inherited else best
-        gains.setdefault(row.operator, [])
-        if above is not None:
-            gains[row.operator].append(above.loss - row.loss)
-        if not row.pruned and (best is None or row.loss < best.loss):
-            best = row
+        before = parent(row) if inherited else records[-1] if records else None
+        if before is not None:
+            gains.setdefault(row.operator, []).append(before.loss - row.loss)
+        if not row.pruned and (not records or row.loss < records[-1].loss):
             records.append(row)
-    line: list[Row] = []
-    step: Row | None = digest.best
-    while inherited and step is not None:
-        line.append(step)
-        step = parent(step)
-    line = line[::-1] if inherited else records
+    if inherited:
+        ancestors = [digest.best]
+        while (above := parent(ancestors[0])) is not None:
+            ancestors.insert(0, above)
+    else:
+        ancestors = records
     return figures.lineage(
-        [row.number for row in line], [row.loss for row in line], [row.operator for row in line],
-        {name: np.array(values) for name, values in gains.items() if values}, inherited=inherited, label=_label(digest),
+        [row.number for row in ancestors], [row.loss for row in ancestors], [row.operator for row in ancestors], gains,
+        inherited=inherited, label=_label(digest),
     )  # fmt: skip

@@ -7,18 +7,17 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import optuna
 
 from moeopt.errors import FigureError, MoeoptError, StudyError
-from moeopt.report.dashboard.digest import SELECTION, Digest, Row, digest, is_ours, shown
+from moeopt.report.dashboard.digest import LONGEST, SELECTION, Digest, Row, digest
 from moeopt.report.dashboard.drawing import Curve, best_curve, draw
 from moeopt.report.dashboard.note import joined, note
-from moeopt.spaces.base import NAMED_AT_MOST
-from moeopt.study import COMMAND
+from moeopt.showing import line
+from moeopt.study import COMMAND, DESCRIPTION
 from moeopt.study.storage import anywhere, attributes, hidden, readable_errors, study_names
 
 if TYPE_CHECKING:
@@ -67,18 +66,18 @@ class Refresher:
             try:
                 study_id = self.storage.get_study_id_from_name(name)
                 ids.add(study_id)
-                found = self._changed(name, study_id)
-                if found is not None:
-                    changed.append((study_id, *found))
+                changed += self._changed(name, study_id)
             except Exception as error:  # gone, or damaged: it must not keep others from their figures
                 self.say(name, error)
-        for of in (self._seen, self._rows, self._curves):
-            for gone in of.keys() - ids:
-                of.pop(gone)
+        for by_id in (self._seen, self._rows, self._curves):
+            for gone in by_id.keys() - ids:
+                by_id.pop(gone)
         done = []
-        for study_id, study, read in changed:
+        for study_id, study, content in changed:
+            task = _task(content)
+            others = {name: curve for i, (t, name, curve) in self._curves.items() if i != study_id and t == task}
             try:
-                attach(study, read, self.url, self._others(study_id, read))
+                attach(study, content, self.url, others)
                 done.append(study.study_name)
             except Exception as error:  # may not be written now, or is gone
                 self._seen[study_id] = ((), time.monotonic())
@@ -87,42 +86,38 @@ class Refresher:
 
     def say(self, name: str, error: Exception) -> None:
         """Report why a study, or with an empty name the storage, was not refreshed, unless that was said before."""
-        with suppress(MoeoptError):
-            try:
-                with readable_errors(self.url):
-                    raise error
-            except MoeoptError as readable:
-                error = readable
-            except Exception:
-                pass
-        line = (f"study {shown(name)!r}" if name else "the storage") + f" is not refreshed: {_reason(error)}"
-        if line not in self._said:
-            self._said.add(line)
-            self.report(line)
+        try:
+            with readable_errors(self.url):
+                raise error
+        except MoeoptError as readable:
+            reason = str(readable)
+        except Exception:
+            reason = f"{type(error).__name__}: {error}"
+        what = f"study {line(name, LONGEST)!r}" if name else "the storage"
+        told = f"{what} is not refreshed: {line(reason)}"
+        if told not in self._said:
+            self._said.add(told)
+            self.report(told)
 
-    def _changed(self, name: str, study_id: int) -> tuple[optuna.Study, Digest] | None:
+    def _changed(self, name: str, study_id: int) -> list[tuple[int, optuna.Study, Digest]]:
         """The study and its digest where it is of moeopt, is due, and is not as it was at its last refresh."""
         before, when = self._seen.get(study_id, (None, -math.inf))
         if time.monotonic() - when < self.every:
-            return None
+            return []
         attrs = self.storage.get_study_user_attrs(study_id)
-        if not is_ours(attrs):
-            return None
+        if DESCRIPTION not in attrs:
+            return []
         states = [trial.state for trial in self.storage.get_all_trials(study_id, deepcopy=False)]
         now = (len(states), sum(state.is_finished() for state in states), repr(attrs.get(SELECTION))[:100_000])
         if now == before:
-            return None
+            return []
         self._seen[study_id] = (now, time.monotonic())
         study = optuna.load_study(study_name=name, storage=self.storage)
-        read = digest(study, self._rows.setdefault(study_id, {}))
-        curve, of = best_curve(read), _task(read)
-        if curve is not None and of is not None:
-            self._curves[study_id] = (of, read.name, curve)
-        return study, read
-
-    def _others(self, study_id: int, read: Digest) -> dict[str, Curve]:
-        of = _task(read)
-        return {name: curve for i, (task, name, curve) in self._curves.items() if i != study_id and task == of}
+        content = digest(study, self._rows.setdefault(study_id, {}))
+        curve, task = best_curve(content), _task(content)
+        if curve is not None and task is not None:
+            self._curves[study_id] = (task, content.name, curve)
+        return [(study_id, study, content)]
 
 
 class Refresh:
@@ -152,17 +147,17 @@ class Refresh:
                 return
             self._last[name] = time.monotonic()
             try:
-                if is_ours(study.user_attrs):
+                if DESCRIPTION in study.user_attrs:
                     team = attributes.team(study)
                     place = "..." if team is None else hidden(anywhere(str(team.storage.url)))
                     attach(study, digest(study, self._rows.setdefault(name, {})), place, {})
             except Exception as error:  # a figure must not end a search
                 if not self._warned:
                     self._warned = True
-                    warnings.warn(f"study {shown(name)!r} has no current figures: {error}", stacklevel=2)
+                    warnings.warn(f"study {line(name, LONGEST)!r} has no current figures: {error}", stacklevel=2)
 
 
-def attach(study: optuna.Study, read: Digest, url: str, others: Mapping[str, Curve]) -> int:
+def attach(study: optuna.Study, content: Digest, url: str, others: Mapping[str, Curve]) -> int:
     """Write a study's note and figures where they differ from what it has; returns how many attributes changed.
 
     optuna-dashboard's own functions write them into a study in memory that has the dashboard's attributes of this one;
@@ -177,8 +172,8 @@ def attach(study: optuna.Study, read: Digest, url: str, others: Mapping[str, Cur
         raise FigureError("notes and figures need optuna-dashboard: pip install 'moeopt[dashboard]'") from None
     from moeopt.study.recipe import wanted as trials_wanted
 
-    wanted = trials_wanted(study)
-    about, command = draw(read, others, _named(study, read)), study.user_attrs.get(COMMAND)
+    text = note(content, study.user_attrs.get(COMMAND), url, trials_wanted(study))
+    figures = draw(content, others)
     written = 0
     for _ in range(TRIES):
         there = {
@@ -186,16 +181,16 @@ def attach(study: optuna.Study, read: Digest, url: str, others: Mapping[str, Cur
             for key, value in attributes.study_attributes(study).items()
             if key.startswith("dashboard:") and isinstance(value, int if key.endswith("note_ver") else str)
         }
-        memory = optuna.storages.InMemoryStorage()
-        with _unsaid():
-            memory.create_new_study([optuna.study.StudyDirection.MINIMIZE], "desk")
-        desk = optuna.load_study(study_name="desk", storage=memory)
+        desk = _study_in_memory()
         attributes.write_study(desk, there)
-        before = _note(get_note, desk)
-        body = joined(before, note(read, command, url, wanted))
+        try:
+            before = get_note(desk)
+        except (KeyError, TypeError, ValueError):  # no note, but what a stranger wrote under its keys
+            before = ""
+        body = joined(before, text)
         if body != before:
             save_note(desk, body)
-        for name, figure in about.items():
+        for name, figure in figures.items():
             save_plotly_graph_object(desk, figure, graph_object_id=name)
         changed = {key: value for key, value in attributes.study_attributes(desk).items() if there.get(key) != value}
         if not changed:
@@ -205,9 +200,8 @@ def attach(study: optuna.Study, read: Digest, url: str, others: Mapping[str, Cur
     return written
 
 
-@contextmanager
-def _unsaid() -> Iterator[None]:
-    """Within it, Optuna does not tell of the studies in memory that this thread makes for its own use."""
+def _study_in_memory() -> optuna.Study:
+    """A study for this module's own use, of which Optuna does not tell; it does of those that other threads make."""
     here, logger = threading.get_ident(), logging.getLogger("optuna.storages._in_memory")
 
     def said_elsewhere(record: logging.LogRecord) -> bool:
@@ -215,33 +209,12 @@ def _unsaid() -> Iterator[None]:
 
     logger.addFilter(said_elsewhere)
     try:
-        yield
+        return optuna.create_study(study_name="desk", storage=optuna.storages.InMemoryStorage())
     finally:
         logger.removeFilter(said_elsewhere)
 
 
-def _note(get_note: Callable[[Any], str], desk: optuna.Study) -> str:
-    try:
-        return get_note(desk)
-    except (KeyError, TypeError, ValueError):  # no note, but what a stranger wrote under its keys
-        return ""
-
-
-def _named(study: optuna.Study, read: Digest) -> dict[str, float] | None:
-    """Importances of named parameters, as the dashboard computes them; None where there are none."""
-    if read.space is None or read.space.size > NAMED_AT_MOST or len(read.rows) < 20:
-        return None
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that importances are equal is drawn
-            return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-    except Exception:  # parameters of the wrong kinds; our own estimate is still drawn
-        return None
-
-
-def _task(read: Digest) -> tuple[str, ...] | None:
+def _task(content: Digest) -> tuple[str, ...] | None:
     """What studies whose losses compare have in common; None where a study does not say."""
     paths = (
         ("model", "weights"),
@@ -250,10 +223,6 @@ def _task(read: Digest) -> tuple[str, ...] | None:
         ("evaluation", "score"),
         ("space", "keep"),
     )
-    if not all(isinstance(read.part(*path), str) for path in paths[:2]):
+    if not all(isinstance(content.part(*path), str) for path in paths[:2]):
         return None
-    return tuple(shown(read.part(*path)) for path in paths)
-
-
-def _reason(error: Exception) -> str:
-    return shown(str(error) if isinstance(error, MoeoptError) else f"{type(error).__name__}: {error}", 200)
+    return tuple(line(content.part(*path)) for path in paths)

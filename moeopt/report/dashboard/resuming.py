@@ -17,10 +17,10 @@ LONGEST_OPTIONS = 2000
 
 def resuming(digest: Digest, command: Any, storage: str, trials: int | None) -> str:
     """Markdown; arguments as of `moeopt.report.dashboard.note.note`."""
-    ours = _command(command)
-    if ours is not None:
-        secret = f"{HIDDEN} stands for what is secret in the storage's URL.\n\n" if HIDDEN in ours else ""
-        return secret + _fenced(ours, "bash")
+    typed = _command(command)
+    if typed is not None:
+        secret = f"{HIDDEN} stands for what is secret in the storage's URL.\n\n" if HIDDEN in typed else ""
+        return secret + _fenced(typed, "bash")
     opened, object_of = _opened(digest, storage)
     run = (
         "study.optimize(objective, n_trials=10)"

@@ -1,8 +1,7 @@
 """Figures of the EEP and NAEE papers and of searches, from plain arrays, drawn with plotly.
 
-They are written as HTML, or as PNG without a browser.
-
-Nothing here knows a model or a study: arrays in, a `plotly.graph_objects.Figure` out.
+They are written as HTML pages (`pages`), or as PNG without a browser. Arrays in, a `plotly.graph_objects.Figure` out:
+nothing here knows a model or a study, and of moeopt only `plan` and the lowest floor are imported.
 
     figure = activation_pattern(before, after)
     write_html(figure, "experts.html")

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from moeopt.errors import FigureError
 from moeopt.plan import Plan
 from moeopt.report.figures import style
-from moeopt.report.figures.style import Floats, numbers
+from moeopt.report.figures.style import Floats, shares
 
 
 def activation_pattern(
@@ -32,44 +32,33 @@ def activation_pattern(
     Raises:
         FigureError: when shapes differ, a share is not between 0 and 1, or `plan` does not fit.
     """
-    go = style.plotly()
-    full = _shares("before", before)
+    full = shares("before", before, what="(layers, n)")
     layers, n = full.shape
     panels = {"full model" if plan is None else "full model (○ kept by the plan)": full}
     if after is not None:
-        panels["after pruning (× removed)"] = _shares("after", after, shape=full.shape)
-    of = len(panels)
+        panels["after pruning (× removed)"] = shares("after", after, what="(layers, n)", shape=full.shape)
     largest = max((float(np.nanmax(z)) for z in panels.values() if not np.isnan(z).all()), default=0.0)
     high = largest if largest > 1e-9 else 1.0
     ticks = _ticks(high)
-    bar = {
-        "title": {"text": "share of tokens routed to the expert (%)", "side": "right"}, "outlinewidth": 0,
-        "tickvals": ticks, "ticktext": [f"{100 * tick:.6g}" for tick in ticks], "thickness": 16,
-    }  # fmt: skip
-    figure = style.empty(title)
-    figure.update_layout(showlegend=False, plot_bgcolor=style.GONE)
-    figure.update_layout(coloraxis={"cmin": 0.0, "cmax": high, "colorscale": style.SEQUENTIAL, "colorbar": bar})
-    size = float(np.clip(0.4 * min(0.8 * style.HEIGHT / layers, 0.85 * style.WIDTH / (n * of)), 3, 9))
-    cross = {"symbol": "x-thin", "size": size, "color": style.FAINT, "line": {"color": style.FAINT, "width": 1}}
-    dot = {"symbol": "circle", "size": size, "color": "white", "line": {"color": style.INK, "width": 1}}
-    marks = [(p, np.isnan(z), cross) for p, z in enumerate(panels.values())]
-    if plan is not None:
-        marks.append((0, _kept_mask(plan, full.shape, list(panels.values())[1:]), dot))
-    gap = 1 if n * of <= 64 else 0.5
-    x = {"title": {"text": "expert"}, "range": [-0.5, n - 0.5], "showgrid": False, **style.numbered(n, 32 // of)}
-    y = {"title": {"text": "layer"}, "range": [layers - 0.5, -0.5], "showgrid": False, **style.numbered(layers, 20)}
-    for p, (name, z) in enumerate(panels.items()):
-        hover = [
+    bar = {"thickness": 16, "tickvals": ticks, "ticktext": [f"{100 * tick:.6g}" for tick in ticks]}
+    hover = [
+        [
             [f"layer {i}, expert {j}: " + ("removed" if math.isnan(v) else f"{v:.2%} of tokens") for j, v in row]
             for i, row in enumerate(map(enumerate, z.tolist()))
         ]
-        heat = go.Heatmap(z=z, x=np.arange(n), y=np.arange(layers), coloraxis="coloraxis", xgap=gap, ygap=gap)
-        figure.add_trace(heat.update(name=name, hovertext=hover, hoverinfo="text", **style.on(p)))
-        style.panel(figure, p, of, name, x={**x, **({"matches": "x"} if p else {})}, y=y)
-    for p, mask, marker in marks:
-        if mask.any():
-            i, j = np.nonzero(mask)
-            figure.add_trace(go.Scatter(x=j, y=i, mode="markers", marker=marker, hoverinfo="skip", **style.on(p)))
+        for z in panels.values()
+    ]
+    figure = style.empty(title)
+    style.heat_maps(
+        figure, panels, hover=hover, low=0.0, high=high, bar=bar, gap=1 if n * len(panels) <= 64 else 0,
+        title="share of tokens routed to the expert (%)",
+        y={"title": {"text": "layer"}, **style.numbered(layers, 20)},
+    )  # fmt: skip
+    size = float(np.clip(0.4 * min(0.8 * style.HEIGHT / layers, 0.85 * style.WIDTH / (n * len(panels))), 3, 9))
+    for p, z in enumerate(panels.values()):
+        style.cell_marks(figure, p, np.isnan(z), "x-thin", size)
+    if plan is not None:
+        style.cell_marks(figure, 0, _kept_mask(plan, full.shape, list(panels.values())[1:]), "circle", size)
     return figure
 
 
@@ -80,15 +69,6 @@ def _ticks(high: float) -> list[float]:
     return [i * step for i in range(math.floor(high / step * (1 + 1e-9)) + 1)]
 
 
-def _shares(name: str, value: ArrayLike, *, shape: tuple[int, ...] | None = None) -> Floats:
-    shares = numbers(name, value, what="(layers, n)", ndim=2, shape=shape)
-    wrong = shares[(shares < 0) | (shares > 1 + 1e-6)]
-    if wrong.size:
-        got = f"got {wrong[0]:g}; divide counts by the tokens"
-        raise FigureError(f"{name} must hold shares of tokens between 0 and 1, {got}")
-    return shares
-
-
 def _kept_mask(plan: Plan, shape: tuple[int, ...], after: list[Floats]) -> NDArray[np.bool_]:
     """(layers, n), True for experts that live on under the plan, alone or merged; `after` must agree, if there is."""
     layers, n = shape
@@ -97,8 +77,8 @@ def _kept_mask(plan: Plan, shape: tuple[int, ...], after: list[Floats]) -> NDArr
         got = f"{len(plan.layers)} layers of {' or '.join(map(str, sorted(sizes)))}"
         raise FigureError(f"plan must have {layers} layers of {n} experts, as before has; got {got}")
     mask = np.stack([(layer.expert_matrix != 0).any(axis=0) for layer in plan.layers])
-    for shares in after:
-        for i, (layer, there) in enumerate(zip(plan.layers, ~np.isnan(shares))):
+    for after_shares in after:
+        for i, (layer, there) in enumerate(zip(plan.layers, ~np.isnan(after_shares))):
             if layer.kept is not None and (there != mask[i]).any():
                 raise FigureError(
                     f"after has numbers for experts {np.flatnonzero(there).tolist()} of layer {i}, but the plan keeps "

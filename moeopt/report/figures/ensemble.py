@@ -56,32 +56,34 @@ def ensemble_curve(
     barred = [name for name in bright if not np.isnan(parsed[name][1]).all()]
     aside = dict(zip(barred, style.lanes(len(barred), 0.05)))
     figure = style.empty(title)
-    kept = np.arange(1, n + 1)
+    keeps = np.arange(1, n + 1)
     for name in grey + bright:
         losses, limits = parsed[name]
         texts = map(style.with_interval, losses, *limits.T)
-        hover = [f"{style.safe(name)}, {k} kept: {text}" for k, text in zip(kept, texts)]
+        hover = [f"{style.safe(name)}, {keep} kept: {text}" for keep, text in zip(keeps, texts)]
         if name in grey:
-            style.scatter(
-                figure, 0, kept, losses, hover, mode="lines", line={"color": "#c4c4c4", "width": 1}, name=crowd,
-                legendgroup="others", legendrank=style.LAST, showlegend=name == grey[0],
-            )  # fmt: skip
-            continue
-        again, c = divmod(bright.index(name), len(style.CATEGORICAL))
-        colour = style.CATEGORICAL[c]
-        style.scatter(
-            figure, 0, kept + aside.get(name, 0.0), losses, hover, mode="lines+markers", name=style.label(name),
-            line={"color": colour, "width": 2, "dash": "dash" if again else "solid"},
-            marker={"symbol": list(style.SYMBOLS)[bright.index(name)], "size": 8, "color": colour},
-            error_y=style.error_bar(losses, limits, colour) if name in barred else None,
-        )  # fmt: skip
+            look: dict[str, Any] = {
+                "mode": "lines", "line": {"color": style.BEHIND, "width": 1}, "name": crowd,
+                "legendgroup": "others", "legendrank": style.LAST, "showlegend": name == grey[0],
+            }  # fmt: skip
+        else:
+            i = bright.index(name)
+            again, c = divmod(i, len(style.CATEGORICAL))
+            colour = style.CATEGORICAL[c]
+            look = {
+                "mode": "lines+markers", "name": style.label(name),
+                "line": {"color": colour, "width": 2, "dash": "dash" if again else "solid"},
+                "marker": {"symbol": list(style.SYMBOLS)[i], "size": 8, "color": colour},
+                "error_y": style.error_bar(losses, limits, colour) if name in barred else None,
+            }  # fmt: skip
+        style.scatter(figure, 0, keeps + aside.get(name, 0.0), losses, hover, **look)
     ends = [0.5, n + 0.5]
     if reference is not None:
         level = finite("reference", reference)
         style.reference_line(figure, 0, ends, [level, level], f"full model: {level:.4f}", name="full model")
     x = {"title": {"text": "experts kept in each layer pruned"}, "range": ends, "showgrid": False}
     y = {"title": {"text": style.safe(label)}}
-    style.panel(figure, 0, 1, None, x={**x, **style.numbered(n, 24, first=1)}, y=y)
+    style.panel(figure, 0, 1, None, x=x | style.numbered(n, 24, first=1), y=y)
     return figure
 
 

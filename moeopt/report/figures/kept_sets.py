@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from moeopt.errors import FigureError
 from moeopt.plan import Plan
 from moeopt.report.figures import style
 from moeopt.report.figures.style import Floats, numbers
 
-Kept = tuple[int, ...] | int
-"""A kept set by its experts, ascending, or by its column where the sets are not named."""
+Experts = tuple[int, ...]
 
 DRAWN_SETS = 400
 """Kept sets drawn for a layer; of more, evenly spaced ranks."""
@@ -23,10 +20,9 @@ GOLDEN = 0.6180339887498949
 
 
 def kept_set_errors(
-    losses: Sequence[Mapping[tuple[int, ...], float]] | ArrayLike,
-    chosen: Plan | Sequence[Collection[int] | int | None] | None = None,
+    losses: Sequence[Mapping[Experts, float]],
+    chosen: Plan | Sequence[Collection[int] | None] | None = None,
     *,
-    sets: Sequence[Collection[int]] | None = None,
     raw: bool = False,
     title: str = "Output error of every kept set",
 ) -> style.Figure:
@@ -35,43 +31,45 @@ def kept_set_errors(
     Of more than 400 sets in a layer, 400 evenly spaced ranks are drawn, the best and the worst among them.
 
     Args:
-        losses: one dictionary a layer, {experts kept: error}; or an array (layers, sets).
-        chosen: the set to mark in each layer: a plan (layers it merges get no mark), or one set a layer, or None; for
-            an array without `sets`, column numbers.
-        sets: the experts kept in each column, where `losses` is an array.
+        losses: one dictionary a layer, {experts kept: error}.
+        chosen: the set to mark in each layer: a plan (layers it merges get no mark), or one set a layer, or None.
         raw: draw the errors themselves, on a log axis where all are above 0, instead of errors over the layer's median.
 
     Raises:
         FigureError: when an error is not finite, a layer's median is not above 0 (unless `raw`), or a chosen set is not
             among its layer's sets.
     """
-    rows = _rows(losses, sets)
+    rows = [_row(i, layer) for i, layer in enumerate(losses)]
+    if isinstance(chosen, Plan):
+        chosen = [layer.kept for layer in chosen.layers]
+    chosen = [None] * len(rows) if chosen is None else list(chosen)
+    if not rows or len(chosen) != len(rows):
+        raise FigureError(f"chosen must have one set for each of the {len(rows)} layers of losses, got {len(chosen)}")
     points: dict[str, list[tuple[float, float, str]]] = {"": [], "best": [], "chosen": []}
-    for i, ((names, errors), choice) in enumerate(zip(rows, _chosen_sets(chosen, len(rows)))):
+    for i, ((sets, errors), choice) in enumerate(zip(rows, chosen)):
         median = 1.0 if raw else float(np.median(errors))
         if median <= 0:
             raise FigureError(f"layer {i}: its median error, {median:g}, must be above 0 to divide by; or use raw=True")
         order = np.argsort(errors, kind="stable")
         rank = np.argsort(order) + 1
         drawn = order[np.unique(np.linspace(0, len(order) - 1, min(len(order), DRAWN_SETS)).round().astype(int))]
-        marked = {"best": order[0]}
+        marked = {"best": int(order[0])}
         if choice is not None:
-            if choice not in names:
-                unnamed = isinstance(names[0], int) and isinstance(choice, tuple)
-                hint = "; name the columns by sets" if unnamed else ""
-                raise FigureError(f"layer {i}: the chosen {_named(choice)} is not among its {len(names)} sets{hint}")
-            marked["chosen"] = names.index(choice)
+            experts = _experts(choice, f"chosen, layer {i}")
+            if experts not in sets:
+                raise FigureError(f"layer {i}: the chosen {_named(experts)} is not among its {len(sets)} sets")
+            marked["chosen"] = sets.index(experts)
         for what, s in [*marked.items(), *(("", s) for s in drawn)]:
             height = errors[s] / median
             aside = 0.0 if s in marked.values() else 0.56 * ((s * GOLDEN) % 1 - 0.5)
             ratio = "" if raw else f", {height:.3f} of the median"
-            text = f"layer {i}, {_named(names[s])}: error {errors[s]:.4g}{ratio}, rank {rank[s]} of {len(names)}"
+            text = f"layer {i}, {_named(sets[s])}: error {errors[s]:.4g}{ratio}, rank {rank[s]} of {len(sets)}"
             points[what].append((i + aside, height, f"{what}: {text}" if what else text))
 
-    most = max(len(names) for names, _ in rows)
+    most = max(len(sets) for sets, _ in rows)
     every = f"{DRAWN_SETS} of {most:,} sets" if most > DRAWN_SETS else f"all {most:,} sets"
-    cloud = {"symbol": "circle", "size": 4 if len(rows) > 8 else 6, "color": style.CATEGORICAL[0], "opacity": 0.4}
-    ring = {"symbol": "circle-open", "size": 12, "color": style.INK, "line": {"color": style.INK, "width": 1.5}}
+    cloud = {"symbol": "circle", "size": 4 if len(rows) > 8 else 6, "color": style.CATEGORICAL[0], "opacity": 0.5}
+    ring = {"symbol": "circle-open", "size": 12, "color": style.BETWEEN, "line": {"color": style.BETWEEN, "width": 1.5}}
     diamond = {"symbol": "diamond", "size": 7, "color": style.CATEGORICAL[1]}
     figure = style.empty(title)
     for what, name, marker in (("", every, cloud), ("best", "best set", ring), ("chosen", "chosen set", diamond)):
@@ -89,49 +87,25 @@ def kept_set_errors(
     return figure
 
 
-def _rows(losses: Any, sets: Sequence[Collection[int]] | None) -> list[tuple[list[Kept], Floats]]:
-    """For each layer its sets and their errors (sets,)."""
-    rows: list[tuple[list[Kept], Floats]]
-    if isinstance(losses, Sequence) and losses and all(isinstance(row, Mapping) for row in losses):
-        if sets is not None:
-            raise FigureError("sets names the columns of an array; dictionaries name their sets themselves")
-        values = [list(row.values()) for row in losses]
-        arrays = [numbers(f"losses of layer {i}", row, what="(sets,)", ndim=1) for i, row in enumerate(values)]
-        rows = [([_experts(kept, f"layer {i}") for kept in losses[i]], row) for i, row in enumerate(arrays)]
-    else:
-        array = numbers("losses", losses, what="(layers, sets)", ndim=2)
-        n = array.shape[1]
-        columns = range(n) if sets is None else [_experts(kept, f"sets, entry {i}") for i, kept in enumerate(sets)]
-        if len(columns) != n:
-            raise FigureError(f"sets must name each of the {n} columns of losses, got {len(columns)} sets")
-        rows = [(list(columns), row) for row in array]
-    for i, (names, errors) in enumerate(rows):
-        if len(set(names)) < len(names):
-            raise FigureError(f"layer {i} has the same set of experts twice, in another order")
-        if np.isnan(errors).any():
-            raise FigureError(f"losses of layer {i} must be finite, got NaN")
-    return rows
+def _row(i: int, layer: Mapping[Experts, float]) -> tuple[list[Experts], Floats]:
+    """A layer's sets and their errors (sets,)."""
+    if not isinstance(layer, Mapping):
+        raise FigureError(f"losses of layer {i} must be a dictionary {{experts kept: error}}, got {layer!r:.80}")
+    errors = numbers(f"losses of layer {i}", list(layer.values()), what="(sets,)", ndim=1)
+    sets = [_experts(experts, f"layer {i}") for experts in layer]
+    if len(set(sets)) < len(sets):
+        raise FigureError(f"layer {i} has the same set of experts twice, in another order")
+    if np.isnan(errors).any():
+        raise FigureError(f"losses of layer {i} must be finite, got NaN")
+    return sets, errors
 
 
-def _chosen_sets(chosen: Any, layers: int) -> list[Kept | None]:
-    if isinstance(chosen, Plan):
-        chosen = [layer.kept for layer in chosen.layers]
-    chosen = [None] * layers if chosen is None else list(chosen)
-    if len(chosen) != layers:
-        raise FigureError(f"chosen must have one set for each of the {layers} layers of losses, got {len(chosen)}")
-    found: list[Kept | None] = []
-    for i, kept in enumerate(chosen):
-        column = kept is None or isinstance(kept, (int, np.integer))
-        found.append(kept if column else _experts(kept, f"chosen, layer {i}"))
-    return found
-
-
-def _experts(kept: Any, where: str) -> tuple[int, ...]:
+def _experts(experts: Collection[int], where: str) -> Experts:
     try:
-        return tuple(sorted(int(expert) for expert in kept))
+        return tuple(sorted(int(expert) for expert in experts))
     except (TypeError, ValueError):
-        raise FigureError(f"{where}: a set must be experts kept, as (0, 2), got {kept!r}") from None
+        raise FigureError(f"{where}: a set must be experts kept, as (0, 2), got {experts!r}") from None
 
 
-def _named(kept: Kept) -> str:
-    return "kept " + " ".join(map(str, kept)) if isinstance(kept, tuple) else f"set {kept}"
+def _named(experts: Experts) -> str:
+    return "kept " + " ".join(map(str, experts))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from moeopt.errors import FigureError
 from moeopt.report.figures import style
-from moeopt.report.figures.style import numbers
+from moeopt.report.figures.style import Floats, numbers
 
 DRAWN_NUMBERS = 8_000
 """Entries that are drawn; larger matrices are summed over their rows."""
@@ -49,28 +48,22 @@ def plan_matrices(
         raise FigureError(f"all matrices must be of {n} experts, got {sorted({m.shape[1] for m in merging})}")
     summed = 2 * sum(m.size for m in merging) > DRAWN_NUMBERS
     if summed:
-        merging, routing = ([w.sum(axis=0, keepdims=True) for w in of] for of in (merging, routing))
+        merging, routing = ([w.sum(axis=0, keepdims=True) for w in matrices] for matrices in (merging, routing))
     apart = not summed and len(names) <= 64
     most = max(1.0, *(float(np.nanmax(np.abs(w))) for w in (*merging, *routing)))
+    heights = np.array([len(m) for m in merging])
+    centres = np.cumsum(heights + apart) - apart - (heights + 1) / 2
     figure = style.empty(title, "columns summed over rows" if summed else "a row for every expert that remains")
-    bar = {"thickness": 12, "outlinewidth": 0, "title": {"text": "entry" if not summed else "sum", "side": "right"}}
-    stops = [list(stop) for stop in style.DIVERGING]
-    figure.update_layout(showlegend=False, plot_bgcolor=style.GONE)
-    figure.update_layout(coloraxis={"cmin": -most, "cmax": most, "colorscale": stops, "colorbar": bar})
-    for p, (name, matrices) in enumerate({"W_EM (merging)": merging, "W_RM (router)": routing}.items()):
-        rows: list[Any] = []
-        centres = []
-        for matrix in matrices:
-            if apart and rows:
-                rows.append([None] * n)
-            centres.append(len(rows) + (len(matrix) - 1) / 2)
-            rows += style.short(matrix, 3)
-        hover = "expert %{x}, entry %{z}<extra></extra>"
-        heat = style.plotly().Heatmap(z=rows, x=list(range(n)), y=list(range(len(rows))), coloraxis="coloraxis")
-        figure.add_trace(heat.update(name=name, hovertemplate=hover, hoverongaps=False, **style.on(p)))
-        step = -(-len(names) // 16)
-        ticks = {"tickvals": centres[::step], "ticktext": [style.label(name) for name in names[::step]]}
-        x = {"title": {"text": "expert"}, "range": [-0.5, n - 0.5], "showgrid": False, **style.numbered(n, 16)}
-        y = {"range": [len(rows) - 0.5, -0.5], "showgrid": False, "zeroline": False, **ticks}
-        style.panel(figure, p, 2, name, x=x, y=y)
+    style.heat_maps(
+        figure, {"W_EM (merging)": _stacked(merging, apart), "W_RM (router)": _stacked(routing, apart)},
+        hover="expert %{x}, entry %{z}", y={"zeroline": False, **style.named(names, 16, centres.tolist())},
+        low=-most, high=most, colours=[list(stop) for stop in style.DIVERGING],
+        title="sum" if summed else "entry", bar={"thickness": 12},
+    )  # fmt: skip
     return figure
+
+
+def _stacked(matrices: Sequence[Floats], apart: bool) -> Floats:
+    """All rows, (rows, n), with a row of NaN between two matrices where they stand apart."""
+    gap = np.full((int(apart), matrices[0].shape[1]), np.nan)
+    return np.concatenate([part for matrix in matrices for part in (matrix, gap)][:-1])

@@ -50,19 +50,16 @@ def methods_bar(
     keeps = sorted({row.keep for row in table}, reverse=True)
     splits = list(dict.fromkeys(row.split for row in table))
     colours = {split: style.CATEGORICAL[i % len(style.CATEGORICAL)] for i, split in enumerate(splits)}
+    levels: list[tuple[str, str, Any]] = [("full model", style.BETWEEN, reference)] if reference is not None else []
     if isinstance(reference, Mapping):
         if unknown := [split for split in reference if split not in splits]:
             raise FigureError(f"reference names splits that no row has: {unknown}; the rows have {splits}")
-        levels = [
-            (f"full model, {style.label(split)}", colours[split], finite(f"reference of {split!r}", value))
-            for split, value in reference.items()
-        ]
-    else:
-        levels = [] if reference is None else [("full model", style.INK, finite("reference", reference))]
+        levels = [(f"full model, {style.label(split)}", colours[split], x) for split, x in reference.items()]
+    levels = [(name, colour, finite("reference", level)) for name, colour, level in levels]
     names = _by_loss(table)
     ends = [len(names) - 0.5, -0.5]
     x = {"title": {"text": style.safe(label)}, "nticks": max(3, 10 // len(keeps))}
-    ticks = {"tickvals": list(range(len(names))), "ticktext": [style.label(name) for name in names]}
+    y = {"range": ends, "automargin": True, **style.named(names, len(names))}
     figure = style.empty(title)
     shown: set[str] = set()
     for p, keep in enumerate(keeps):
@@ -83,7 +80,7 @@ def methods_bar(
             )  # fmt: skip
             shown.add(split)
         heading = f"{keep} experts kept" if keep > 1 else "1 expert kept"
-        style.panel(figure, p, len(keeps), heading, x=x, y={"range": ends, "automargin": True, **ticks})
+        style.panel(figure, p, len(keeps), heading, x=x, y=y)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The same figures with matplotlib, for a PNG without a browser.
+"""A plotly figure with matplotlib, for a PNG without a browser.
 
 One point is one pixel of the plotly layout, so that sizes carry over. What it does not know it refuses.
 """
@@ -6,6 +6,7 @@ One point is one pixel of the plotly layout, so that sizes carry over. What it d
 from __future__ import annotations
 
 import html
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.lines import Line2D
 
-DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-KNOWN = {
+DASHES = {"None": "-", "solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+KNOWN: dict[str, dict[str, Collection[str]]] = {
     "heatmap": {"coloraxis": ["coloraxis"]},
-    "scatter": {"fill": ["None", "none"], "line.dash": ["None", *DASHES], "marker.symbol": ["None", *SYMBOLS]},
+    "scatter": {"fill": ["None", "none"], "line.dash": DASHES, "marker.symbol": ["None", *SYMBOLS]},
 }
 """Attributes of a trace, and the values that are drawn; symbols may be followed by "-open"."""
 TEXT: dict[str, Any] = {"fontsize": TEXT_SIZE, "color": INK}
@@ -46,7 +47,7 @@ def redrawn(figure: style.Figure, width: int, height: int, scale: float) -> Figu
     drawing = Figure(figsize=size, dpi=dpi, facecolor="white", layout=engine)
     canvas = FigureCanvasAgg(drawing)
     axes = dict(zip(panels, drawing.subplots(1, len(panels), squeeze=False)[0]))
-    handles: list[tuple[float, Line2D, str]] = []
+    entries: list[tuple[float, Line2D, str]] = []
     image = None
     for order, trace in enumerate(figure.data):
         ax = axes[trace.xaxis or "x"]
@@ -55,10 +56,10 @@ def redrawn(figure: style.Figure, width: int, height: int, scale: float) -> Figu
             continue
         line = _draw_scatter(ax, trace, zorder=3 + order)
         if layout.showlegend and trace.showlegend is not False and trace.name:
-            handles.append((trace.legendrank or 1000, line, _plain(trace.name)))
+            entries.append((trace.legendrank or 1000, line, _plain(trace.name)))
     for shape in layout.shapes:
-        ax, line = axes[shape.xref.split()[0]], shape.line
-        ax.axhline(shape.y0, color=line.color, linewidth=line.width, linestyle=DASHES[line.dash or "solid"], zorder=1)
+        look = {"color": shape.line.color, "linewidth": shape.line.width, "linestyle": DASHES[str(shape.line.dash)]}
+        axes[shape.xref.split()[0]].axhline(shape.y0, zorder=1, **look)
     for name, ax in axes.items():
         _draw_axes(ax, layout, name[1:])
     for note in layout.annotations:
@@ -69,12 +70,13 @@ def redrawn(figure: style.Figure, width: int, height: int, scale: float) -> Figu
     if image is not None:
         spec = layout.coloraxis.colorbar
         bar = drawing.colorbar(image, ax=list(axes.values()), fraction=0.03, pad=0.02, aspect=30)
-        bar.set_ticks(list(spec.tickvals), labels=list(spec.ticktext))
+        if spec.tickvals is not None:
+            bar.set_ticks(list(spec.tickvals), labels=list(spec.ticktext))
         bar.set_label(_plain(spec.title.text), labelpad=8, **TEXT)
         bar.ax.tick_params(**TICKS)
         bar.outline.set_visible(False)  # type: ignore[operator]
-    if handles:
-        _, lines, names = zip(*sorted(handles, key=lambda entry: entry[0]))
+    if entries:
+        _, lines, names = zip(*sorted(entries, key=lambda entry: entry[0]))
         legend = drawing.legend(
             lines, names, loc="outside right upper", fontsize=TICK_SIZE, labelcolor=INK, frameon=False, handlelength=2.2
         )
@@ -89,18 +91,18 @@ def _check_parts(figure: style.Figure) -> None:
         raise FigureError("the figure has no traces to draw")
     panels = set()
     for i, trace in enumerate(figure.data):
-        if trace.type not in ("heatmap", "scatter"):
+        if trace.type not in KNOWN:
             raise FigureError(f"trace {i} is of type {trace.type!r}; a PNG can hold heatmap and scatter, HTML any")
         suffix = (trace.xaxis or "x")[1:]
         panels.add(f"x{suffix}")
         domain = figure.layout[f"yaxis{suffix}"].domain
         if (trace.yaxis or "y")[1:] != suffix or (domain is not None and tuple(domain) != (0, 1)):
             raise FigureError(f"trace {i}: panels must stand in one row, each with a pair of axes of its own")
-        parts = [(part, str(trace[part]).removesuffix("-open"), known) for part, known in KNOWN[trace.type].items()]
+        parts = [(part, str(trace[part]).removesuffix("-open"), drawn) for part, drawn in KNOWN[trace.type].items()]
         if trace.type == "scatter":
             parts += [("mode", part, ["lines", "markers"]) for part in _mode(trace)]
-        for part, value, known in parts:
-            if value not in known:
+        for part, value, drawn in parts:
+            if value not in drawn:
                 raise FigureError(f"trace {i}, a {trace.type}, has the {part} {value!r}, which a PNG cannot hold")
         for name in "xyz" if trace.type == "heatmap" else "xy":
             if trace[name] is None or np.asarray(trace[name]).dtype.kind not in "iuf":
@@ -141,11 +143,11 @@ def _draw_scatter(ax: Axes, trace: Any, *, zorder: int) -> Line2D:
         bar = trace[f"error_{letter}"]
         if bar.array is not None:
             limits = np.array([bar.array if bar.arrayminus is None else bar.arrayminus, bar.array], dtype=np.float64)
-            shape: dict[str, Any] = {f"{letter}err": limits, "elinewidth": bar.thickness, "capthick": bar.thickness}
-            ax.errorbar(x, y, fmt="none", ecolor=bar.color, capsize=bar.width, zorder=zorder, **shape)
+            look: dict[str, Any] = {f"{letter}err": limits, "elinewidth": bar.thickness, "capthick": bar.thickness}
+            ax.errorbar(x, y, fmt="none", ecolor=bar.color, capsize=bar.width, zorder=zorder, **look)
     (drawn,) = ax.plot(
         x, y, color=line.color or colour, linewidth=line.width or 2, zorder=zorder,
-        linestyle=DASHES[line.dash or "solid"] if "lines" in mode else "",
+        linestyle=DASHES[str(line.dash)] if "lines" in mode else "",
         marker=SYMBOLS[symbol.removesuffix("-open")] if "markers" in mode else "", markersize=marker.size or 6,
         markerfacecolor="none" if symbol.endswith("-open") else colour, alpha=marker.opacity,
         markeredgecolor=marker.line.color or colour, markeredgewidth=marker.line.width or 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import os
 from pathlib import Path
@@ -11,19 +12,19 @@ import numpy as np
 
 from moeopt.errors import FigureError
 from moeopt.files import write_atomically
-from moeopt.report.figures import style
+from moeopt.report.figures import pages, style
 from moeopt.report.figures.png import redrawn
 
 
 def write_html(figure: style.Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as one HTML file that needs no network; a file of that name is replaced whole.
+    """Write a figure as one HTML page that needs no network, light or dark; a file of that name is replaced whole.
 
     Raises:
         FigureError: when the folder does not exist, or `figure` is not a plotly figure.
     """
     target = _target(figure, path)
-    page = figure.to_html(full_html=True, include_plotlyjs=True, div_id="figure", config={"displaylogo": False})
-    write_atomically(target, page.encode())
+    title = html.unescape((figure.layout.title.text or "figure").replace("<br>", " "))
+    write_atomically(target, pages.page(title, pages.place("figure", figure), {"figure": figure}).encode())
 
 
 def write_png(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -48,68 +49,56 @@ def search_progress(
         FigureError: when shapes differ or a value is infinite.
     """
     spent = numbers("cost", cost, what="(trials,)", ndim=1)
-    found = numbers("losses", losses, what="(trials,)", ndim=1, shape=spent.shape)
-    open_ = np.zeros(len(spent), dtype=bool) if pruned is None else np.asarray(pruned, dtype=bool)
-    if open_.shape != spent.shape:
-        raise FigureError(f"pruned must have shape {spent.shape}, got {open_.shape}")
+    loss = numbers("losses", losses, what="(trials,)", ndim=1, shape=spent.shape)
+    estimated = np.zeros(len(spent), dtype=bool) if pruned is None else np.asarray(pruned, dtype=bool)
+    if estimated.shape != spent.shape:
+        raise FigureError(f"pruned must have shape {spent.shape}, got {estimated.shape}")
     if (np.diff(spent) < 0).any() or np.isnan(spent).any():
         raise FigureError("cost must not decrease: it is what the search had spent by the end of each trial")
-    there = ~np.isnan(found)
+    there = ~np.isnan(loss)
     if not there.any():
         return style.nothing(title, "No trial has a loss yet.")
-    whole = np.where(open_ | ~there, math.inf, found)
-    record = np.flatnonzero(whole < np.concatenate([[math.inf], np.minimum.accumulate(whole)[:-1]]))
+    complete = np.where(estimated | ~there, math.inf, loss)
+    records = np.flatnonzero(complete < np.concatenate([[math.inf], np.minimum.accumulate(complete)[:-1]]))
     curves = _others(others or {})
-    low, high = _range(found[there], [losses for _, losses in curves.values()])
-    above = int((found[there] > high).sum())
+    low, high = _range(loss[there], [bests for _, bests in curves.values()])
+    above = int((loss[there] > high).sum())
     subtitle = f"{int(there.sum())} trials" + (f", {above} of them above the axis" if above else "")
     if full_model is not None:
         subtitle += f", full model {finite('full_model', full_model):.4g}"
     figure = style.empty(title, subtitle)
     end = max([spent[-1], *(ends[-1] for ends, _ in curves.values())])
+    dashed: dict[str, Any] = {"mode": "lines", "line": {"color": style.FAINT, "width": 1.5, "dash": "dash"}}
     if full_model is not None and low <= full_model <= high:
-        figure.add_trace(
-            style.plotly().Scatter(
-                x=style.short([0, end], 5), y=style.short([full_model] * 2, 5), mode="lines", name="full model",
-                hoverinfo="skip", line={"color": style.FAINT, "width": 1.5, "dash": "dash"},
-            )
-        )  # fmt: skip
+        style.scatter(figure, 0, [0, end], [full_model] * 2, None, name="full model", **dashed)
     for i, (name, (ends, bests)) in enumerate(curves.items()):
         style.line_of_bests(
-            figure, np.append(ends, end), np.append(bests, bests[-1]), "#b0b0b0", 1,
+            figure, ends, bests, end, f"{style.label(name)}<br>%{{x:.4s}} layer-tokens: %{{y:.5g}}", style.BEHIND, 1,
             name="other studies of the task", legendgroup="others", legendrank=style.LAST, showlegend=i == 0,
-            hovertemplate=f"{style.label(name)}<br>%{{x}} layer-tokens: %{{y}}<extra></extra>",
         )  # fmt: skip
-    drawn = np.flatnonzero(there & (found <= high))
+    drawn = np.flatnonzero(there & (loss <= high))
     if len(drawn) > DRAWN_TRIALS:
-        drawn = np.union1d(
-            drawn[np.linspace(0, len(drawn) - 1, DRAWN_TRIALS).astype(int)], np.intersect1d(record, drawn)
-        )
-    go = style.plotly()
+        evenly = drawn[np.linspace(0, len(drawn) - 1, DRAWN_TRIALS).astype(int)]
+        drawn = np.union1d(evenly, np.intersect1d(records, drawn))
     for mask, name, marker in (
-        (~open_, "trials", {"symbol": "circle", "size": 5, "color": style.CATEGORICAL[4], "opacity": 0.7}),
-        (open_, "pruned, estimated", {"symbol": "circle-open", "size": 6, "color": style.CATEGORICAL[5]}),
+        (~estimated, "trials", {"symbol": "circle", "size": 5, "color": style.CATEGORICAL[5], "opacity": 0.7}),
+        (estimated, "pruned, estimated", {"symbol": "circle-open", "size": 6, "color": style.CATEGORICAL[4]}),
     ):
         at = drawn[mask[drawn]]
         if len(at):
-            hover = "trial %{text}<br>%{x} layer-tokens, loss %{y}<extra></extra>"
-            x, y, text = style.short(spent[at], 5), style.short(found[at], 5), [str(i) for i in at]
-            figure.add_trace(
-                go.Scatter(x=x, y=y, text=text, mode="markers", marker=marker, name=name, hovertemplate=hover)
-            )
-    if len(record):
+            hover = "trial %{text}<br>%{x:.4s} layer-tokens, loss %{y:.5g}"
+            text = [str(i) for i in at]
+            style.scatter(figure, 0, spent[at], loss[at], hover, text=text, mode="markers", marker=marker, name=name)
+    if len(records):
         style.line_of_bests(
-            figure, np.append(spent[record], end), np.append(found[record], found[record[-1]]), style.CATEGORICAL[1], 2,
-            name="best so far", hovertemplate="best so far %{y}<extra></extra>",
+            figure, spent[records], loss[records], end, "best so far %{y:.5g}", style.CATEGORICAL[1], 2,
+            name="best so far",
         )  # fmt: skip
-    panels = 1 if gains is None else 2
     x_axis = {"title": {"text": "layer-tokens spent"}, "exponentformat": "SI", "rangemode": "tozero", "nticks": 6}
-    style.panel(figure, 0, panels, None, x=x_axis, y={"title": {"text": style.safe(label)}, "range": [low, high]})
+    style.panel(figure, 0, 1, None, x=x_axis, y={"title": {"text": style.safe(label)}, "range": [low, high]})
     if gains is not None:
-        _gap(figure, gains, test_interval)
-    legend = {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "xanchor": "left"}
-    figure.update_layout(legend=legend)
-    return figure
+        _draw_gains(figure, gains, test_interval, dashed)
+    return figure.update_layout(legend=style.LEGEND_BELOW)
 
 
 def _range(losses: Floats, others: list[Floats]) -> tuple[float, float]:
@@ -126,33 +115,26 @@ def _others(given: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> dict[str, tuple
     for name, (cost, bests) in given.items():
         spent = numbers(f"cost of {name}", cost, what="(trials,)", ndim=1)
         curves[name] = (spent, numbers(f"losses of {name}", bests, what="(trials,)", ndim=1, shape=spent.shape))
-    kept = sorted(curves, key=lambda name: float(curves[name][1][-1]))[:DRAWN_OTHERS]
-    return {name: curves[name] for name in kept}
+    lowest = sorted(curves, key=lambda name: float(curves[name][1][-1]))[:DRAWN_OTHERS]
+    return {name: curves[name] for name in lowest}
 
 
-def _gap(figure: style.Figure, gains: Mapping[str, float], interval: tuple[float, float] | None) -> None:
+def _draw_gains(
+    figure: style.Figure, gains: Mapping[str, float], interval: tuple[float, float] | None, dashed: dict[str, Any]
+) -> None:
     """The second panel: what the chosen plan gains over the full model on each split."""
     splits = [split for split in SPLITS if split in gains]
     values = np.array([finite(f"gain on {split}", gains[split]) for split in splits])
-    limits = np.full((len(values), 2), math.nan)
+    limits = np.stack([values, values], axis=1)
     if interval is not None and "test" in splits:
         limits[splits.index("test")] = [finite("an end of test_interval", end) for end in interval]
     colour = style.CATEGORICAL[2]
-    bars = style.error_bar(values, np.where(np.isnan(limits), values[:, None], limits), colour)
-    bars |= {key: style.short(bars[key]) for key in ("array", "arrayminus")}
-    figure.add_trace(
-        style.plotly().Scatter(
-            x=list(range(len(splits))), y=style.short(values), error_y=bars, mode="markers", showlegend=False,
-            marker={"symbol": "diamond", "size": 9, "color": colour},
-            hovertemplate="%{y}<extra></extra>", **style.on(1),
-        )
+    style.scatter(
+        figure, 1, np.arange(len(splits)), values, "%{y:.4g}", mode="markers", showlegend=False,
+        error_y=style.error_bar(values, limits, colour), marker={"symbol": "diamond", "size": 9, "color": colour},
     )  # fmt: skip
-    figure.add_trace(
-        style.plotly().Scatter(
-            x=[-0.4, len(splits) - 0.6], y=[0, 0], mode="lines", showlegend=False, hovertext="the full model",
-            hoverinfo="text", line={"color": style.FAINT, "width": 1.5, "dash": "dash"}, **style.on(1),
-        )
-    )  # fmt: skip
+    ends = [-0.4, len(splits) - 0.6]
+    style.scatter(figure, 1, ends, [0, 0], ["the full model"] * 2, showlegend=False, **dashed)
     ticks = {"tickvals": list(range(len(splits))), "ticktext": splits, "range": [-0.5, len(splits) - 0.5]}
     figure.update_layout(
         xaxis={"domain": [0, 0.62]},

@@ -1,4 +1,8 @@
-"""Optimisers compared over repeated seeds: what studies found for what they spent, and what may be concluded."""
+"""Optimisers compared over repeated seeds, as arrays: what studies reached for what they spent, and paired tests.
+
+It reads studies (`moeopt.study`, `results.selection`) and imports nothing that shows them: tables, sentences, files and
+the page are in `moeopt.report.optimiser_comparison`.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,13 @@ _HOMES = {
     "Run": "runs",
     "compare": "comparison",
     "read": "runs",
-    "view": "summary",
 }
 
-__all__ = ["Comparison", "HeldOut", "Optimiser", "Pair", "Run", "compare", "read", "view"]
+__all__ = ["Comparison", "HeldOut", "Optimiser", "Pair", "Run", "compare", "read"]
 
 if TYPE_CHECKING:
     from moeopt.results.optimiser_comparison.comparison import Comparison, Optimiser, Pair, compare
     from moeopt.results.optimiser_comparison.runs import HeldOut, Run, read
-    from moeopt.results.optimiser_comparison.summary import view
 
 
 __getattr__ = lazily(__name__, _HOMES)

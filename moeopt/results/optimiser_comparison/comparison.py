@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moeopt import statistics
 from moeopt.errors import StudyError, nearest
-from moeopt.results.optimiser_comparison import statistics
 from moeopt.results.optimiser_comparison.grouping import check_comparable, grouped_by_optimiser, labelled, seeds_of
 from moeopt.results.optimiser_comparison.runs import COSTS, Cost, Run, read
-from moeopt.results.optimiser_comparison.statistics import Floats
+from moeopt.statistics import Floats
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import optuna
 
 
@@ -138,37 +135,6 @@ class Comparison:
         """The least that any study spent in all, of any cost."""
         return min(run.spent(cost) for run in self.runs)
 
-    @cached_property
-    def conclusions(self) -> list[str]:
-        """Sentences: what may be concluded and what may not, what would be needed, and what all rests on."""
-        from moeopt.results.optimiser_comparison.conclusions import conclusions
-
-        return conclusions(self)
-
-    @cached_property
-    def record(self) -> dict[str, Any]:
-        """All numbers as JSON; what is infinite or unknown is null."""
-        from moeopt.results.optimiser_comparison.saving import record
-
-        return record(self)
-
-    @cached_property
-    def page(self) -> str:
-        """One HTML page that needs nothing else."""
-        from moeopt.results.optimiser_comparison.page import page
-
-        return page(self)
-
-    def save(self, folder: str | Path) -> None:
-        """Write optimisers.csv, studies.csv, comparison.json and index.html, the page.
-
-        Raises:
-            ExportError: when the folder cannot be written.
-        """
-        from moeopt.results.optimiser_comparison.saving import save
-
-        save(self, folder)
-
 
 def compare(
     studies: Iterable[optuna.Study | Run], *, cost: Cost = "layer-tokens", target: float | None = None
@@ -210,13 +176,13 @@ def compare(
         raise StudyError("none of these studies has a finished trial yet")
     without = [run.study for run in runs if cost not in run.costs]
     if without:
-        others = [one for one in COSTS if all(one in run.costs for run in runs)]
+        others = [other for other in COSTS if all(other in run.costs for run in runs)]
         raise StudyError(f"study {without[0]!r} does not know its {cost} throughout; compare by {' or '.join(others)}")
     budget = min(run.spent(cost) for run in runs)
-    found = [at for run in runs if (at := _first_loss_at(run, cost)) <= budget]
-    if not found:
+    first_losses = [at for run in runs if (at := _first_loss_at(run, cost)) <= budget]
+    if not first_losses:
         raise StudyError(f"within the common budget, {budget:,.6g} {cost}, no completed trial has a finite loss")
-    start = max(found)
+    start = max(first_losses)
     grouped = grouped_by_optimiser(runs)
     losses = {name: _heights(group, cost, budget) for name, group in grouped.items()}
     finite = np.sort(np.concatenate(list(losses.values())))  # NaN last
@@ -234,38 +200,28 @@ def compare(
         times = np.where(times <= budget, times, np.inf)
         optimisers.append(
             Optimiser(
-                name=name,
-                settings=group[0].settings,
-                runs=tuple(group),
-                losses=losses[name],
-                median=float(middle),
-                low=float(low),
-                high=float(high),
-                covered=covered,
+                name=name, settings=group[0].settings, runs=tuple(group), losses=losses[name],
+                median=float(middle), low=float(low), high=float(high), covered=covered,
                 mean_height=np.array([statistics.mean_height(r.costs[cost], r.curve, start, budget) for r in group]),
-                times=times[:, -1],
-                times_to_targets=times[:, :-1],
+                times=times[:, -1], times_to_targets=times[:, :-1],
                 rank=float(ranked[:, i].mean()) if seeds else np.nan,
                 held_out=np.array([np.nan if run.held_out is None else run.held_out.loss for run in group]),
             )
-        )
-    optimisers.sort(key=lambda one: (np.isnan(one.median), one.median, one.name))
+        )  # fmt: skip
+    optimisers.sort(key=lambda o: (np.isnan(o.median), o.median, o.name))
+    scored_on = {None if run.held_out is None else run.held_out.scored_on for run in runs}
+    tested = len(scored_on) == 1 and None not in scored_on
     return Comparison(
-        cost=cost,
-        costs=tuple(one for one in COSTS if all(one in run.costs for run in runs)),
-        budget=budget,
-        start=start,
-        target=float(target),
-        targets=targets,
-        optimisers=tuple(optimisers),
-        seeds=tuple(seeds),
+        cost=cost, costs=tuple(c for c in COSTS if all(c in run.costs for run in runs)),
+        budget=budget, start=start, target=float(target), targets=targets,
+        optimisers=tuple(optimisers), seeds=tuple(seeds),
         friedman=statistics.friedman(ranked) if len(optimisers) > 2 and len(seeds) > 1 else None,
-        pairs=_pairs([(one, one.losses) for one in optimisers]),
-        held_out_pairs=_pairs([(one, one.held_out) for one in optimisers]) if _all_held_out(runs) else (),
+        pairs=_pairs([(o, o.losses) for o in optimisers]),
+        held_out_pairs=_pairs([(o, o.held_out) for o in optimisers]) if tested else (),
         description=everything[0].description,
         left_out=tuple(run.study for run in everything if not len(run.curve)),
         foreign=tuple(run.study for run in given if run.foreign),
-    )
+    )  # fmt: skip
 
 
 def _heights(runs: Sequence[Run], cost: Cost, at: float) -> Floats:
@@ -274,22 +230,18 @@ def _heights(runs: Sequence[Run], cost: Cost, at: float) -> Floats:
 
 
 def _first_loss_at(run: Run, cost: Cost) -> float:
-    known = np.isfinite(run.curve)
-    return float(run.costs[cost][known][0]) if known.any() else np.inf
-
-
-def _all_held_out(runs: Sequence[Run]) -> bool:
-    """Whether every study has a loss on the same test examples."""
-    return all(run.held_out is not None for run in runs) and len({r.held_out.of for r in runs if r.held_out}) == 1
+    finite = np.isfinite(run.curve)
+    return float(run.costs[cost][finite][0]) if finite.any() else np.inf
 
 
 def _pairs(losses: Sequence[tuple[Optimiser, Floats]]) -> tuple[Pair, ...]:
-    found = []
-    for (a, of_a), (b, of_b) in combinations(losses, 2):
-        of = dict(zip(seeds_of(b.runs), of_b))
-        d = np.array([loss - of[seed] for seed, loss in zip(seeds_of(a.runs), of_a) if seed in of], dtype=np.float64)
+    pairs = []
+    for (a, losses_a), (b, losses_b) in combinations(losses, 2):
+        by_seed = dict(zip(seeds_of(b.runs), losses_b))
+        both = [loss - by_seed[seed] for seed, loss in zip(seeds_of(a.runs), losses_a) if seed in by_seed]
+        d = np.array(both, dtype=np.float64)
         d = d[np.isfinite(d)]
         low, high = statistics.interval(d)
         mean = float(d.mean()) if len(d) else np.nan
-        found.append(Pair(a.name, b.name, d, mean, low, high, statistics.sign_flip(d), corrected=1.0))
-    return tuple(replace(pair, corrected=p) for pair, p in zip(found, statistics.holm([pair.p for pair in found])))
+        pairs.append(Pair(a.name, b.name, d, mean, low, high, statistics.sign_flip(d), corrected=1.0))
+    return tuple(replace(pair, corrected=p) for pair, p in zip(pairs, statistics.holm([pair.p for pair in pairs])))

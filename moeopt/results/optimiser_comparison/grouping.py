@@ -19,10 +19,10 @@ def check_comparable(runs: Sequence[Run]) -> None:
     """Raise StudyError, naming what differs, unless all searched the same."""
     first = runs[0]
     for run in runs[1:]:
-        found = [d for d in differences_of(first.description, run.description) if d[0] not in MAY_DIFFER]
-        if found:
-            listed = "; ".join(f"{path}: {line(a, 40)} and {line(b, 40)}" for path, a, b in found[:8])
-            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+        differing = [d for d in differences_of(first.description, run.description) if d[0] not in MAY_DIFFER]
+        if differing:
+            listed = "; ".join(f"{path}: {line(a, 40)} and {line(b, 40)}" for path, a, b in differing[:8])
+            more = f"; and {len(differing) - 8} more" if len(differing) > 8 else ""
             raise StudyError(
                 f"studies {first.study!r} and {run.study!r} cannot be compared, they differ in {listed}{more}"
             )
@@ -30,12 +30,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 def labelled(runs: Sequence[Run]) -> list[Run]:
     """Runs whose study's name is their own: the second of a name, from another storage, says so."""
-    seen: Counter[str] = Counter()
-    found = []
-    for run in runs:
-        seen[run.study] += 1
-        found.append(run if seen[run.study] == 1 else replace(run, study=f"{run.study} ({seen[run.study]})"))
-    return found
+    return [replace(run, study=name) for run, name in zip(runs, _distinct([run.study for run in runs], "{} ({})"))]
 
 
 def grouped_by_optimiser(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -50,11 +45,11 @@ def grouped_by_optimiser(runs: Sequence[Run]) -> dict[str, list[Run]]:
     names = readable_names([group[0].settings for group in groups.values()])
     for name, group in zip(names, groups.values()):
         group.sort(key=lambda run: (len(run.seed), run.seed))
-        for one, other in pairwise(group):
-            if one.seed == other.seed:
+        for first, second in pairwise(group):
+            if first.seed == second.seed:
                 raise StudyError(
-                    f"studies {one.study!r} and {other.study!r} are the same optimiser, {name}, with the same seed, "
-                    f"{one.seed}: they repeat nothing; leave one out"
+                    f"studies {first.study!r} and {second.study!r} are the same optimiser, {name}, with the same seed, "
+                    f"{first.seed}: they repeat nothing; leave one out"
                 )
     return dict(zip(names, groups.values()))
 
@@ -65,22 +60,27 @@ def readable_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     >>> readable_names([{"name": "eep", "initial": 30}, {"name": "eep", "initial": 10}, {"name": "tpe"}])
     ['eep (initial=30)', 'eep (initial=10)', 'tpe']
     """
-    bases = [_base_name(one) for one in settings]
-    flat = [dict(_flat(one)) for one in settings]
+    bases = [_base_name(options) for options in settings]
+    flat = [dict(_flat(options)) for options in settings]
     names = []
-    for base, own in zip(bases, flat):
+    for base, mine in zip(bases, flat):
         namesakes = [other for name, other in zip(bases, flat) if name == base]
         differing = sorted(
-            {key for other in namesakes for key in {*own, *other} if own.get(key) != other.get(key)} - {"name"}
+            {key for other in namesakes for key in {*mine, *other} if mine.get(key) != other.get(key)} - {"name"}
         )
-        listed = ", ".join(f"{key}={line(own[key], 40)}" for key in differing if key in own)
+        listed = ", ".join(f"{key}={line(mine[key], 40)}" for key in differing if key in mine)
         names.append(f"{base} ({listed})" if listed else base)
-    seen: Counter[str] = Counter()
-    for i, name in enumerate(names):
-        seen[name] += 1
-        if seen[name] > 1:  # they differ in what brackets are too short for
-            names[i] = f"{name} #{seen[name]}"
-    return names
+    return _distinct(names, "{} #{}")  # they may differ in what brackets are too short for
+
+
+def _distinct(names: Sequence[str], again: str) -> list[str]:
+    """The names, of which the second, third, ... of a kind are written as `again` says, with their number."""
+    count: Counter[str] = Counter()
+    distinct = []
+    for name in names:
+        count[name] += 1
+        distinct.append(name if count[name] == 1 else again.format(name, count[name]))
+    return distinct
 
 
 def _base_name(settings: Mapping[str, Any]) -> str:

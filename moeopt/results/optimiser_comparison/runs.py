@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from moeopt.errors import StudyError
-from moeopt.results.optimiser_comparison.statistics import Floats, best_so_far
 from moeopt.results.selection.record import SELECTION, WINNER, check_record, recorded
 from moeopt.showing import line, shown
+from moeopt.statistics import Floats, best_so_far
 from moeopt.study import CALIBRATION, METHOD, WARM_START, foreign_trials
 from moeopt.trials import genome
 from moeopt.trials.description import ENQUEUED, FINITE, check, check_whole
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Cost = Literal["layer-tokens", "time", "trials"]
 COSTS: tuple[Cost, ...] = get_args(Cost)
-UNITS = {"layer-tokens": "layer-tokens", "time": "s", "trials": "trials"}
 COMPARABLE = ("model", "task", "space", "evaluation")
 """Parts of a study's description in which all that are compared agree."""
 
@@ -36,12 +35,12 @@ class HeldOut:
 
     Attributes:
         loss: of the winner.
-        of: names model, examples and score: losses are comparable where it is the same.
+        scored_on: names model, examples and score: losses are comparable where it is the same.
         examples: how many.
     """
 
     loss: float
-    of: str
+    scored_on: str
     examples: int
 
 
@@ -131,10 +130,10 @@ def _layer_tokens(name: str, trials: Sequence[FrozenTrial]) -> tuple[Floats | No
     spent = [_count(name, t, "layer_tokens") for t in trials]
     dearest = max((s for s in spent if s is not None), default=None)
     charged = 0
-    for i, (trial, one) in enumerate(zip(trials, spent)):
-        if one is None and "copied_from" in trial.user_attrs:
+    for i, trial in enumerate(trials):
+        if spent[i] is None and "copied_from" in trial.user_attrs:
             spent[i] = 0.0
-        elif one is None and trial.state.name == "FAIL" and dearest is not None:
+        elif spent[i] is None and trial.state.name == "FAIL" and dearest is not None:
             spent[i] = dearest
             charged += 1
     if None in spent:
@@ -175,8 +174,8 @@ def _seeds(settings: Any) -> list[Any]:
     """Every value named seed in nested settings, the outermost first."""
     if not isinstance(settings, dict):
         return []
-    own = [settings["seed"]] if settings.get("seed") is not None else []
-    return own + [seed for value in settings.values() for seed in _seeds(value)]
+    outer = [settings["seed"]] if settings.get("seed") is not None else []
+    return outer + [seed for value in settings.values() for seed in _seeds(value)]
 
 
 def _without_seed(settings: Any) -> Any:
@@ -187,12 +186,12 @@ def _without_seed(settings: Any) -> Any:
 
 def _extras(pruner: Any, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
     """The pruner, where there is one, and what was enqueued: methods by name, other plans by their first digits."""
-    found: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
     if isinstance(pruner, dict) and not str(pruner.get("class")).endswith(".NopPruner"):
-        found["pruner"] = _without_seed(pruner)
+        extras["pruner"] = _without_seed(pruner)
     given = [(t, t.user_attrs.get(WARM_START) or _enqueued(t)) for t in trials]
     starts = {line(t.user_attrs.get(METHOD) or f"plan {line(plan)[:8]}", 40) for t, plan in given if plan}
-    return found | ({"warm_starts": sorted(starts)} if starts else {})
+    return extras | ({"warm_starts": sorted(starts)} if starts else {})
 
 
 def _enqueued(trial: FrozenTrial) -> str | None:

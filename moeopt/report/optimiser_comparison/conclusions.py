@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from moeopt.results.optimiser_comparison import statistics
-from moeopt.results.optimiser_comparison.formatting import count, listed, loss, p_value, quantity
-from moeopt.results.optimiser_comparison.statistics import ALPHA
-from moeopt.showing import line
-
-if TYPE_CHECKING:
-    from moeopt.results.optimiser_comparison.comparison import Comparison, Pair
+from moeopt import statistics
+from moeopt.report.optimiser_comparison.numbers import count, loss, quantity
+from moeopt.results.optimiser_comparison import Comparison, Pair
+from moeopt.showing import line, listed
+from moeopt.statistics import ALPHA
 
 
 def conclusions(c: Comparison) -> list[str]:
-    """See `Comparison.conclusions`."""
+    """Sentences: what may be concluded and what may not, what would be needed, and what all rests on."""
     if len(c.optimisers) == 1:
-        return [
-            f"There is one optimiser, {line(c.optimisers[0].name)}, and nothing to compare it with.",
-            *_left_out(c),
-        ]
-    found = [*_orders(c.pairs, "search loss"), *_equality(c), *_same(c), *_held_out(c), _budget(c), *_left_out(c)]
-    return [*found, "All of this is about one model, one task, one space and one budget."]
+        alone = f"There is one optimiser, {line(c.optimisers[0].name)}, and nothing to compare it with."
+        return [alone, *_left_out(c)]
+    return [
+        *_orders(c.pairs, "search loss"),
+        *_equality(c),
+        *_same(c),
+        *_held_out(c),
+        _budget(c),
+        *_left_out(c),
+        "All of this is about one model, one task, one space and one budget.",
+    ]
 
 
 def _left_out(c: Comparison) -> list[str]:
@@ -30,7 +32,7 @@ def _left_out(c: Comparison) -> list[str]:
         "without a finished trial": c.left_out,
         "with trials that another sampler than their own made": c.foreign,
     }
-    return [f"Left out, {why}: {listed([line(name) for name in names])}." for why, names in reasons.items() if names]
+    return [f"Left out, {why}: {_all(names)}." for why, names in reasons.items() if names]
 
 
 def _equality(c: Comparison) -> list[str]:
@@ -59,18 +61,21 @@ def _orders(pairs: Sequence[Pair], what: str) -> list[str]:
     if seeds == 0:
         return [f"No order by {what} can be concluded: no two optimisers share a seed on which both found a loss."]
     decided = [pair for pair in pairs if pair.better is not None]
-    found = []
+    sentences = []
     for name in dict.fromkeys(pair.better for pair in decided):
         won = [pair for pair in decided if pair.better == name]
-        worse = [line(pair.second if pair.first == name else pair.first) for pair in won]
+        worse = [pair.second if pair.first == name else pair.first for pair in won]
         worst = max(pair.corrected for pair in won)
         limit = f"corrected {p_value(worst)}" if len(won) == 1 else f"corrected p at most {max(worst, 0.001):.3f}"
-        found.append(f"{line(str(name))} reaches a lower {what} than {listed(worse)} ({limit}).")
+        sentences.append(f"{line(str(name))} reaches a lower {what} than {_all(worse)} ({limit}).")
     if len(decided) == len(pairs):
-        return found
+        return sentences
     if decided:
         rest = "the one other" if len(pairs) - len(decided) == 1 else f"the other {len(pairs) - len(decided)}"
-        return [*found, f"Of {count(len(pairs), 'pair')}, {rest} cannot be ordered by {what}: no claim is made there."]
+        return [
+            *sentences,
+            f"Of {count(len(pairs), 'pair')}, {rest} cannot be ordered by {what}: no claim is made there.",
+        ]
     return [_undecided(pairs, seeds, what)]
 
 
@@ -98,18 +103,16 @@ def _undecided(pairs: Sequence[Pair], seeds: int, what: str) -> str:
 
 def _held_out(c: Comparison) -> list[str]:
     runs = c.runs
-    known = [run.held_out for run in runs if run.held_out is not None]
+    tested = [run.held_out for run in runs if run.held_out is not None]
     if c.held_out_pairs:
-        about = (
-            f"On test ({count(known[0].examples, 'example')}, what moeopt select chose of each whole study): ",
-            *_orders(c.held_out_pairs, "test loss"),
-        )
-        return [about[0] + about[1], *about[2:]]
+        about = f"On test ({count(tested[0].examples, 'example')}, what moeopt select chose of each whole study): "
+        first, *rest = _orders(c.held_out_pairs, "test loss")
+        return [about + first, *rest]
     only = "Only search loss is compared, which flatters the trial that it chose"
-    if not known:
+    if not tested:
         return [f"{only}: moeopt select on every study would tell whether an order holds on test."]
-    if len(known) < len(runs):
-        return [f"{only}: {len(known)} of {len(runs)} studies have a test loss, moeopt select on the rest is missing."]
+    if len(tested) < len(runs):
+        return [f"{only}: {len(tested)} of {len(runs)} studies have a test loss, moeopt select on the rest is missing."]
     return [f"{only}: the studies' test losses are of different examples or scores."]
 
 
@@ -127,3 +130,15 @@ def _budget(c: Comparison) -> str:
 
 def _plain(p: float) -> str:
     return f"{p:.4g}"
+
+
+def p_value(p: float) -> str:
+    """
+    >>> p_value(0.0625), p_value(0.00002)
+    ('p = 0.062', 'p < 0.001')
+    """
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _all(names: Sequence[str]) -> str:
+    return listed(map(line, names), most=len(names))

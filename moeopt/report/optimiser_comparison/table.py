@@ -1,20 +1,20 @@
-"""The one table of a comparison, as text: for the terminal and for the page."""
+"""The table of a comparison, as text for the terminal and the page."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-from moeopt.results.optimiser_comparison import statistics
-from moeopt.results.optimiser_comparison.formatting import DASH, count, interval, loss, short
+from moeopt import statistics
+from moeopt.report.optimiser_comparison.conclusions import conclusions
+from moeopt.report.optimiser_comparison.numbers import DASH, count, loss, quantity, short
+from moeopt.results.optimiser_comparison import Comparison, Optimiser
 from moeopt.showing import line
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from moeopt.results.optimiser_comparison.comparison import Comparison, Optimiser
 
 
 def head(c: Comparison) -> list[str]:
@@ -26,29 +26,29 @@ def head(c: Comparison) -> list[str]:
     ]  # fmt: skip
 
 
-def row(c: Comparison, one: Optimiser) -> list[str]:
+def row(c: Comparison, optimiser: Optimiser) -> list[str]:
     """One optimiser, at the common budget."""
-    to_it = statistics.restricted_mean(one.times, c.budget)
+    seeds, all_reached = len(optimiser.runs), optimiser.reached == len(optimiser.runs)
     return [
-        line(one.name),
-        str(len(one.runs)),
-        loss(one.median),
-        interval(one.low, one.high) if len(one.runs) > 1 else DASH,
-        loss(float(np.median(one.mean_height))),
-        DASH if math.isnan(one.rank) else f"{one.rank:.2f}",
-        f"{one.reached} of {len(one.runs)}",
-        ("" if one.reached == len(one.runs) else "≥ ") + short(to_it),
-        f"{one.solved:.0%}",
-        *([loss(float(np.median(one.held_out)))] if _tested(c) else []),
+        line(optimiser.name),
+        str(seeds),
+        loss(optimiser.median),
+        f"[{loss(optimiser.low)}, {loss(optimiser.high)}]" if seeds > 1 else DASH,
+        loss(float(np.median(optimiser.mean_height))),
+        DASH if math.isnan(optimiser.rank) else f"{optimiser.rank:.2f}",
+        f"{optimiser.reached} of {seeds}",
+        ("" if all_reached else "≥ ") + short(statistics.restricted_mean(optimiser.times, c.budget)),
+        f"{optimiser.solved:.0%}",
+        *([loss(float(np.median(optimiser.held_out)))] if _tested(c) else []),
     ]
 
 
 def about_bands(c: Comparison) -> str:
     """What the bands are worth."""
-    several = [one for one in c.optimisers if len(one.runs) > 1]
+    several = [optimiser for optimiser in c.optimisers if len(optimiser.runs) > 1]
     if not several:
         return "There is one seed of each, so there is no band."
-    fewest = min(several, key=lambda one: one.covered)
+    fewest = min(several, key=lambda optimiser: optimiser.covered)
     share = f"{math.floor(1000 * fewest.covered) / 10:g}%"
     if fewest.covered >= 0.95:
         return f"A band covers the true median with {share} at least, at each point."
@@ -76,34 +76,23 @@ def notes(c: Comparison) -> list[str]:
         "distribution.",
         "p: exact sign-flip test of the paired differences over common seeds, corrected by Holm over all pairs. The "
         "intervals are that test's own, not corrected, and infinite below 6 seeds.",
-        *(
-            ["test loss: of the plan that moeopt select chose from the whole study, beyond the budget too."]
-            if _tested(c)
-            else []
-        ),
+        *["test loss: of the plan that moeopt select chose from the whole study, beyond the budget too."] * _tested(c),
     ]
 
 
 def view(c: Comparison) -> RenderableType:
     """The table and what may be concluded, for a terminal."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
     name = line(str(c.description["task"].get("name")))
     studies = "1 study" if len(c.runs) == 1 else f"{len(c.runs)} studies"
-    title = f"{name}: {count(len(c.optimisers), 'optimiser')} in {studies}, at {short(c.budget)} " + (
-        "seconds" if c.cost == "time" else c.cost
-    )
+    title = f"{name}: {count(len(c.optimisers), 'optimiser')} in {studies}, at {quantity(c.budget, c.cost)}"
     table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for i, column in enumerate(head(c)):
         shown = Text(column.replace(" ", "\n", 1) if i else column)
         table.add_column(shown, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
-    for one in c.optimisers:
-        table.add_row(*map(Text, row(c, one)))
-    return Group(table, *(Text(f"• {text}") for text in c.conclusions), Text("\n" + about_bands(c), style="dim"))
+    for optimiser in c.optimisers:
+        table.add_row(*map(Text, row(c, optimiser)))
+    return Group(table, *(Text(f"• {text}") for text in conclusions(c)), Text("\n" + about_bands(c), style="dim"))
 
 
 def _tested(c: Comparison) -> bool:
-    return any(np.isfinite(one.held_out).any() for one in c.optimisers)
+    return any(np.isfinite(optimiser.held_out).any() for optimiser in c.optimisers)

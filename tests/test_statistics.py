@@ -9,9 +9,52 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moeopt.results.optimiser_comparison import statistics as s
+from moeopt import statistics as s
+from moeopt.evaluation import Evaluation, paired_bootstrap
 
 SEEDS = range(5)
+
+
+def evaluation(losses: s.Floats, weights: s.Floats | None = None, correct: s.Floats | None = None) -> Evaluation:
+    weights = np.ones(len(losses)) if weights is None else weights
+    correct = np.zeros(len(losses)) if correct is None else correct
+    arrays = (np.asarray(array, np.float32) for array in (losses, weights, correct))
+    return Evaluation(*arrays, tokens=0, layer_tokens=0, seconds=0.0)
+
+
+@pytest.mark.parametrize("n", [2, 7, 300])
+def test_the_bootstrap_is_scipys(n: int) -> None:
+    rng = np.random.default_rng(n)
+    a, b = (evaluation(rng.normal(size=n), weights) for weights in [rng.integers(1, 255, n)] * 2)
+    interval = paired_bootstrap(a, b, draws=2000, seed=3, level=0.8)
+    weights = a.weights.astype(float)
+    peer = stats.bootstrap(
+        (weights * (a.losses.astype(float) - b.losses), weights),
+        lambda x, w, axis: x.sum(axis) / w.sum(axis),
+        paired=True, n_resamples=2000, confidence_level=0.8, method="percentile", rng=np.random.default_rng(3),
+    )  # fmt: skip
+    assert interval.mean == pytest.approx(a.loss - b.loss, abs=1e-6)
+    assert (interval.low, interval.high) == pytest.approx(tuple(peer.confidence_interval), rel=1e-12)
+    assert n < 9 or interval != paired_bootstrap(a, b, draws=2000, seed=4, level=0.8)
+
+
+def test_the_bootstrap_of_accuracy_and_of_one_example() -> None:
+    a, b = evaluation(np.zeros(50), correct=np.arange(50) % 2), evaluation(np.zeros(50))
+    assert paired_bootstrap(a, b).mean == 0
+    interval = paired_bootstrap(a, b, of="accuracy", draws=999)
+    assert interval.mean == 0.5
+    assert interval.low < 0.5 < interval.high
+    assert paired_bootstrap(evaluation(np.ones(1)), evaluation(np.zeros(1))) == s.Interval(1.0, 1.0, 1.0)
+
+
+def test_bad_arguments_of_the_bootstrap_are_refused() -> None:
+    a, b = evaluation(np.zeros(3)), evaluation(np.zeros(4))
+    with pytest.raises(ValueError, match="3 and 4 examples"):
+        paired_bootstrap(a, b)
+    with pytest.raises(ValueError, match="level between 0 and 1"):
+        paired_bootstrap(a, a, level=95)
+    with pytest.raises(ValueError, match="'loss' or 'accuracy', got 'acc'"):
+        paired_bootstrap(a, a, of="acc")  # type: ignore[arg-type]
 
 
 def a_run(seed: int) -> tuple[s.Floats, s.Floats]:
@@ -24,8 +67,7 @@ def a_run(seed: int) -> tuple[s.Floats, s.Floats]:
 
 
 def slow_height(costs: s.Floats, losses: s.Floats, at: float) -> float:
-    known = [loss for cost, loss in zip(costs, losses) if cost <= at and not math.isnan(loss)]
-    return min(known, default=math.nan)
+    return min((x for cost, x in zip(costs, losses) if cost <= at and not math.isnan(x)), default=math.nan)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -66,12 +108,12 @@ def test_restricted_mean_is_the_area_under_the_share_not_there_yet() -> None:
 
 @pytest.mark.parametrize(("high", "low"), [(1.5, 0.02), (0.9, 0.5), (0.5, -3.0), (0.4, 0.4)])
 def test_targets_go_down_evenly_to_the_least_loss(high: float, low: float) -> None:
-    found = s.make_targets(high, low)
-    assert found[-1] == low
+    targets = s.make_targets(high, low)
+    assert targets[-1] == low
     if high > low:
-        assert (np.diff(found) < 0).all()
-        assert found[0] < high
-        even = np.log(found) if low > 0 and high > 5 * low else found
+        assert (np.diff(targets) < 0).all()
+        assert targets[0] < high
+        even = np.log(targets) if low > 0 and high > 5 * low else targets
         np.testing.assert_allclose(np.diff(even), np.diff(even)[0])
 
 
@@ -106,18 +148,13 @@ def test_median_and_band_take_a_missing_loss_for_the_worst() -> None:
     assert covered == 0.75
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 8])
+@pytest.mark.parametrize("n", [2, 5, 8])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sign_flip_goes_through_all_signs(n: int, seed: int) -> None:
     d = np.random.default_rng(seed).normal(0.5, size=n).round(1)
-    sums = [abs(sum(sign * one for sign, one in zip(signs, d))) for signs in itertools.product((1, -1), repeat=n)]
-    expected = np.mean([total >= abs(d.sum()) - 1e-9 for total in sums])
-    assert s.sign_flip(d) == pytest.approx(expected)
-    if n > 1:
-        peer = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf)
-        assert s.sign_flip(d) == pytest.approx(peer.pvalue)
-    assert s.sign_flip(d) >= s.least_p(n)
-    assert s.sign_flip(np.abs(d) + 1) == s.least_p(n)
+    peer = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert s.sign_flip(d) == pytest.approx(peer.pvalue)
+    assert s.sign_flip(d) >= s.least_p(n) == s.sign_flip(np.abs(d) + 1)
 
 
 def test_five_seeds_give_no_p_below_a_sixteenth() -> None:
@@ -152,8 +189,8 @@ def test_the_interval_covers_the_truth() -> None:
 
 
 def test_ranks_share_ties_and_put_missing_losses_last() -> None:
-    found = s.ranks(np.array([[0.3, 0.1, 0.3, np.nan], [np.nan, np.nan, 1.0, 2.0]]))
-    np.testing.assert_array_equal(found, [[2.5, 1.0, 2.5, 4.0], [3.5, 3.5, 1.0, 2.0]])
+    ranked = s.ranks(np.array([[0.3, 0.1, 0.3, np.nan], [np.nan, np.nan, 1.0, 2.0]]))
+    np.testing.assert_array_equal(ranked, [[2.5, 1.0, 2.5, 4.0], [3.5, 3.5, 1.0, 2.0]])
 
 
 @pytest.mark.parametrize("losses", [np.random.default_rng(seed).random((4, 3)).round(1) for seed in SEEDS])
@@ -163,11 +200,6 @@ def test_friedman_is_its_permutation_distribution(losses: s.Floats) -> None:
     ways = itertools.product(*(list(itertools.permutations(row)) for row in ranked))
     expected = np.mean([np.square(np.sum(way, axis=0)).sum() >= statistic - 1e-9 for way in ways])
     assert s.friedman(ranked) == pytest.approx(expected, abs=0.015)
-
-
-def test_friedman_agrees_with_chi_square_where_that_holds() -> None:
-    losses = np.random.default_rng(3).random((40, 6)) + 0.04 * np.arange(6)
-    assert s.friedman(s.ranks(losses)) == pytest.approx(stats.friedmanchisquare(*losses.T).pvalue, abs=0.02)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -1,17 +1,26 @@
-"""Statistics of best-so-far curves over repeated seeds: functions of arrays, nothing of studies.
+"""All statistics: plans compared on the same examples, and best-so-far curves compared over repeated seeds.
 
-A curve is a step function: `costs` (n,), non-decreasing, what a run had spent when its events ended, and `curve` (n,),
-the least loss it had found by then, NaN before there is one. A loss is known at a cost from there on.
+Functions of arrays; nothing here knows a study. A curve is a step function: `costs` (n,), non-decreasing, what a run
+had spent when its events ended, and `curve` (n,), the least loss it had by then, NaN before there is one. A loss holds
+at a cost from there on.
+
+scipy's `bootstrap` and exact `permutation_test` give the same numbers (the tests hold these against them). They are not
+called, as they refuse a single example and would load `scipy.stats`, most of a second, for every evaluation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import scipy  # scipy.stats is loaded by its first use
 from numpy.typing import NDArray
-from scipy import stats
+
+if TYPE_CHECKING:
+    from moeopt.evaluation.evaluation import Evaluation
 
 Floats = NDArray[np.float64]
 
@@ -20,6 +29,70 @@ ALPHA = 0.05
 EXACT = 16
 """Differences up to which all 2^n signs are gone through; beyond, 2^16 are drawn."""
 DRAWS = 20_000
+CHUNK = 1 << 22
+"""Numbers that a bootstrap draws at a time."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the ends of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(
+    a: Evaluation,
+    b: Evaluation,
+    *,
+    draws: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+    of: Literal["loss", "accuracy"] = "loss",
+) -> Interval:
+    """The difference a - b of weighted means, with a percentile bootstrap interval (Efron 1979).
+
+    Examples (windows, for text) are drawn with replacement, the same ones for both, so that what makes an example hard
+    for both cancels. A loss interval wholly below 0 says that `a` is better.
+
+    Raises:
+        ValueError: if the two were not evaluated on the same number of examples with the same weights, or an argument
+            is out of range.
+    """
+    if of not in ("loss", "accuracy"):
+        raise ValueError(f"of must be 'loss' or 'accuracy', got {of!r}")
+    if not np.array_equal(a.weights, b.weights):
+        raise ValueError(
+            f"the evaluations are not of the same examples: {len(a.weights)} and {len(b.weights)} examples"
+            f" of total weight {a.weights.sum():g} and {b.weights.sum():g}"
+        )
+    first, second = (a.losses, b.losses) if of == "loss" else (a.correct, b.correct)
+    difference = first.astype(np.float64) - second
+    return bootstrap(difference, a.weights.astype(np.float64), draws=draws, seed=seed, level=level)
+
+
+def bootstrap(values: Floats, weights: Floats, *, draws: int = 10_000, seed: int = 0, level: float = 0.95) -> Interval:
+    """The weighted mean of `values`, (n,), with a percentile bootstrap interval.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    if draws < 1 or not 0 < level < 1:
+        raise ValueError(f"draws must be at least 1 and level between 0 and 1, got {draws} and {level}")
+    weighted = weights * values
+    rng = np.random.default_rng(seed)
+    n = len(weights)
+    means = np.empty(draws)
+    step = max(1, CHUNK // n)
+    for start in range(0, draws, step):
+        drawn = rng.integers(n, size=(min(step, draws - start), n))
+        means[start : start + step] = weighted[drawn].sum(1) / weights[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(weighted.sum() / weights.sum()), float(low), float(high))
+
+
+# Curves --------------------------------------------------------------------------------------------------------------
 
 
 def best_so_far(losses: Floats) -> Floats:
@@ -29,11 +102,7 @@ def best_so_far(losses: Floats) -> Floats:
 
 def sample(costs: Floats, curve: Floats, at: Floats) -> Floats:
     """The curve's heights at the costs `at`, any shape; NaN before the first event."""
-    index = np.searchsorted(costs, at, side="right") - 1
-    known = index >= 0
-    found = np.full(np.shape(at), np.nan)
-    found[known] = curve[index[known]]
-    return found
+    return np.append(curve, np.nan)[np.searchsorted(costs, at, side="right") - 1]  # index -1 is the NaN
 
 
 def mean_height(costs: Floats, curve: Floats, start: float, end: float) -> float:
@@ -69,12 +138,9 @@ def make_targets(high: float, low: float, count: int = 50) -> Floats:
     if not high > low:
         return np.array([low])
     steps = np.arange(1, count + 1) / count
-    if low > 0 and high > 5 * low:
-        found = high * (low / high) ** steps
-    else:
-        found = high + (low - high) * steps
-    found[-1] = low
-    return found
+    targets = high * (low / high) ** steps if low > 0 and high > 5 * low else high + (low - high) * steps
+    targets[-1] = low
+    return targets
 
 
 def ecdf(times: Floats, at: Floats) -> Floats:
@@ -83,8 +149,10 @@ def ecdf(times: Floats, at: Floats) -> Floats:
     Over targets and seeds at once, as in Hansen, Auger, Ros, Mersmann, Tušar & Brockhoff (2021), COCO, Optim. Methods
     Softw. 36:114-144.
     """
-    flat = np.sort(times.ravel())
-    return np.searchsorted(flat, at, side="right") / flat.size
+    return np.searchsorted(np.sort(times, axis=None), at, side="right") / times.size
+
+
+# Repeated seeds ------------------------------------------------------------------------------------------------------
 
 
 def median_band(values: Floats, level: float = 0.95) -> tuple[Floats, Floats, Floats, float]:
@@ -100,7 +168,8 @@ def median_band(values: Floats, level: float = 0.95) -> tuple[Floats, Floats, Fl
     """
     n = len(values)
     ordered = np.sort(np.where(np.isnan(values), np.inf, values), axis=0)
-    beyond = 2 * stats.binom.cdf(np.arange((n + 1) // 2), n, 0.5)  # both tails, if i values are left out at either end
+    # Both tails, if i values are left out at either end.
+    beyond = 2 * scipy.stats.binom.cdf(np.arange((n + 1) // 2), n, 0.5)
     inner = max(1, int((beyond <= 1 - level).sum()))
     middle = ordered[(n - 1) // 2] / 2 + ordered[n // 2] / 2
     low, high = ordered[inner - 1], ordered[n - inner]
@@ -110,15 +179,14 @@ def median_band(values: Floats, level: float = 0.95) -> tuple[Floats, Floats, Fl
 
 def ranks(losses: Floats) -> Floats:
     """Rank of each optimiser within each seed, (seeds, optimisers), 1 the least loss; ties share, NaN are worst."""
-    found: Floats = stats.rankdata(np.where(np.isnan(losses), np.inf, losses), axis=1)
-    return found
+    return np.asarray(scipy.stats.rankdata(np.where(np.isnan(losses), np.inf, losses), axis=1), dtype=np.float64)
 
 
 def friedman(ranked: Floats, *, draws: int = DRAWS, seed: int = 0) -> float:
     """The p-value of all optimisers being equal, from `ranks`, (seeds, optimisers).
 
     Friedman's (1937) test, JASA 32:675-701, by its permutation distribution: within each seed ranks are shuffled, so
-    that it holds for few seeds, where chi-square does not.
+    that it holds for few seeds, where scipy's chi-square does not.
     """
     observed = float(np.square(ranked.sum(axis=0)).sum())
     rng = np.random.default_rng(seed)
@@ -135,11 +203,10 @@ def sign_flip(differences: Floats, *, seed: int = 0) -> float:
     n = len(differences)
     if n == 0:
         return 1.0
-    exact = n <= EXACT
     signs = 1.0 - 2.0 * _subsets(n, seed)
     sums = np.abs(signs @ differences)
     beyond = int((sums >= abs(differences.sum()) - 1e-12 * np.abs(differences).sum()).sum())
-    return beyond / len(signs) if exact else (1 + beyond) / (1 + len(signs))
+    return beyond / len(signs) if n <= EXACT else (1 + beyond) / (1 + len(signs))
 
 
 def least_p(n: int) -> float:
@@ -165,7 +232,7 @@ def interval(differences: Floats, level: float = 0.95, *, seed: int = 0) -> tupl
     return float(means[beyond - 1]), float(means[-beyond])
 
 
-def _subsets(n: int, seed: int) -> NDArray[np.float64]:
+def _subsets(n: int, seed: int) -> Floats:
     """Membership in all 2^n subsets of n things, or in 2^EXACT drawn ones, (subsets, n), 0 or 1."""
     if n <= EXACT:
         return (np.arange(1 << n)[:, None] >> np.arange(n) & 1).astype(np.float64)
@@ -175,12 +242,10 @@ def _subsets(n: int, seed: int) -> NDArray[np.float64]:
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected for being many, in the same order: Holm (1979), Scand. J. Stat. 6:65-70."""
     order = np.argsort(p_values, kind="stable")
-    found = [0.0] * len(p_values)
-    worst = 0.0
-    for i, which in enumerate(order):
-        worst = max(worst, min(1.0, (len(p_values) - i) * p_values[which]))
-        found[which] = worst
-    return found
+    tests_left = np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.maximum.accumulate(np.minimum(1.0, tests_left * np.asarray(p_values)[order]))
+    return [float(p) for p in corrected]
 
 
 def seeds_to_conclude(pairs: int, alpha: float = ALPHA) -> int:
@@ -196,6 +261,6 @@ def seeds_for_power(differences: Floats, pairs: int, alpha: float = ALPHA, power
     """
     if len(differences) < 2 or differences.mean() == 0:
         return None
-    z = float(stats.norm.isf(alpha / 2 / pairs) + stats.norm.ppf(power))
+    z = float(scipy.stats.norm.isf(alpha / 2 / pairs) + scipy.stats.norm.ppf(power))
     needed = math.ceil((z * float(differences.std(ddof=1) / differences.mean())) ** 2)
     return max(needed, seeds_to_conclude(pairs, alpha))
