@@ -17,6 +17,7 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moeopt.tasks.record import Query, RecordTask
 from optuna_dashboard import get_note
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -32,7 +33,6 @@ from moeopt.samplers import get
 from moeopt.study import load_study, recipe, reference
 from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, Request, TextTask
 from moeopt.tasks.generation import GenerationTask
-from moeopt.tasks.record import Query, RecordTask
 from moeopt.trials import genome
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -44,6 +44,13 @@ def last_number(text: str, references: References) -> float:
     return float(found is not None and any(found == number(answer) for answer in _whole(references)))
 
 
+def contains(text: str, references: References) -> float:
+    """EEP's rule: an accepted answer occurs in the text up to its first line break, full stop or comma."""
+    said = text.split("\n")[0].lower().split("answer is")[-1]
+    said = normalised(re.split(r"[.,]", said)[0])
+    return float(any(normalised(answer) in said for answer in _whole(references)))
+
+
 def number(text: str) -> Decimal | None:
     """The last number in a text; a minus counts as a sign where no digit, letter or bracket stands before it."""
     found = None

@@ -187,7 +187,7 @@ class Prompting:
             messages.append({"role": "user", "content": shot.prompt})
             messages.append({"role": "assistant", "content": shot.options[shot.answer].lstrip()})
         messages.append({"role": "user", "content": question})
-        prompt = _templated(tokenizer, messages, add_generation_prompt=True)
+        prompt = templated(tokenizer, messages, add_generation_prompt=True)
         if self.system is not None and self.system.strip() not in prompt:
             raise TaskError("the tokenizer's chat template leaves the system message out; put it into the prompts")
         borders, ends = set(), []
@@ -195,7 +195,7 @@ class Prompting:
             reply = option.lstrip()
             if not reply:
                 raise TaskError(f"option {option!r} is white space, which is no reply in a chat")
-            whole = _templated(
+            whole = templated(
                 tokenizer, [*messages, {"role": "assistant", "content": reply}], continue_final_message=True
             )
             start = whole.rindex(reply.rstrip())
@@ -264,7 +264,7 @@ def draw(splits: Splits, count: int) -> tuple[tuple[Example, ...], Splits]:
     return tuple(shots), Splits(splits.task, search, pool["dev"], pool["test"])
 
 
-def _templated(tokenizer: Any, messages: Sequence[dict[str, str]], **how: bool) -> str:
+def templated(tokenizer: Any, messages: Sequence[dict[str, str]], **how: bool) -> str:
     """The conversation as the tokenizer's chat template writes it."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise TaskError("the tokenizer has no chat template, which chat=True needs; leave chat out for a base model")
