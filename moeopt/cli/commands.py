@@ -24,6 +24,7 @@ from moeopt.cli import (
     search,
     select,
     show,
+    tasks,
     verify,
     worker,
 )
@@ -78,6 +79,7 @@ def _common(
 
 
 for command in (
-    demo, search, show, select, refit, export, verify, profile, lm_eval, compare_methods, compare, dashboard, worker,
+    demo, tasks, search, show, select, refit, export, verify, profile, lm_eval, compare_methods, compare, dashboard,
+    worker,
 ):  # fmt: skip
     command.register(app)

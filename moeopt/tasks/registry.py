@@ -79,6 +79,15 @@ def get(name: str, data: Any = None, **options: Any) -> Task:
     return task.prompted(**prompting) if prompting else task
 
 
+def summaries() -> dict[str, str]:
+    """What each task of `REGISTRY`, and each published one of ours, is, in a line."""
+    kinds = {name: (inspect.getdoc(make) or "").partition("\n")[0] for name, make in REGISTRY.items()}
+    lines = {
+        name: path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for name, path in ours().items()
+    }
+    return kinds | {name: f"{line} EEP's prompt." if name.startswith(EEP) else line for name, line in lines.items()}
+
+
 def _renamed(name: str, option: str, value: Any) -> str:
     """What an option of the former benchmarks is called now."""
     short = name.removeprefix(PREFIX)

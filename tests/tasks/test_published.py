@@ -13,6 +13,7 @@ import pytest
 from rows_of import MAKE, SUBJECTS, all_examples, rows_of, write
 
 from moeopt import Evaluator, tasks
+from moeopt.cli import main
 from moeopt.errors import TaskError
 from moeopt.tasks import Example, GenerationTask, answers
 from moeopt.tasks.lm_eval.catalogue import ours, theirs
@@ -470,6 +471,17 @@ def test_the_hub_is_asked_for_the_data_set_of_the_task(monkeypatch):
     ):
         with pytest.raises(TaskError, match=rf"'{name}' \(data set '{wanted}'\) cannot be loaded"):
             tasks.get(name)
+
+
+def test_tasks_are_listed_a_line_each(capsys):
+    assert main(["tasks"]) == 0
+    listed = capsys.readouterr().out
+    assert [name for name in (*tasks.REGISTRY, *ours()) if f"\n{name} " not in f"\n{listed}"] == []
+    assert f"{len(set(theirs()) - set(ours())):,} tasks, groups and tags" in listed
+    assert main(["tasks", "gsm8k"]) == 0
+    assert {"eep_gsm8k", "gsm8k", "gsm8k_cot"} <= {line.split(" ")[0] for line in capsys.readouterr().out.split("\n")}
+    assert main(["tasks", "bolqq"]) == 2
+    assert "did you mean 'boolq'" in capsys.readouterr().err
 
 
 # Chats
