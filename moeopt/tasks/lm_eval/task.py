@@ -6,7 +6,7 @@
     get("mmlu", subjects="stem,virology", held_out=True)     # test of all other subjects
     get("my_task", include_path="my_tasks/")                 # my_tasks/my_task.yaml
 
-PromptOptions, few-shot examples and metrics come from the harness's own code, and token ids are the harness's, so that
+Prompts, few-shot examples and metrics come from the harness's own code, and token ids are the harness's, so that
 log-likelihoods and metrics are those that `lm_eval` gives for the same documents, up to the rounding of the model's
 dtype. (The harness takes the log-softmax in that dtype, moeopt in float32.) The ids are others where the harness's are
 not those of context and continuation, as it loses characters to a token that spans the two, or scores the </s> that a
