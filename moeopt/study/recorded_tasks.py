@@ -108,11 +108,11 @@ def _keep_prompted(task: Any, use: Use) -> Kept:
         body["prompting"] = {"shots": shots, "chat": prompting.chat, "system": prompting.system}
         body["prompting"]["separator"] = prompting.separator
     if isinstance(task, GenerationTask):
-        known = {judge: name for name, judge in reversed(JUDGES.items())}
+        names = {judge: name for name, judge in reversed(JUDGES.items())}
         for name, judge in task.judges.items():
-            if judge not in known:
+            if judge not in names:
                 raise TaskError(f"task {task.name!r} is judged by code of its own, {name!r}")
-        judges = {name: known[judge] for name, judge in task.judges.items()}
+        judges = {name: names[judge] for name, judge in task.judges.items()}
         return body | {"judges": judges, "stop": list(task.stop), "max_new_tokens": task.max_new_tokens}
     return body | {"normalise": task.normalise}
 

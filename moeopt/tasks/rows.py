@@ -140,10 +140,10 @@ def from_disk(path: str | Path) -> dict[str, list[Row]]:
     """As `from_hub`, of a folder that `save_to_disk` wrote; a data set without splits is "train"."""
     datasets = _datasets(f"reading {path}")
     try:
-        found = datasets.load_from_disk(str(path))
+        saved = datasets.load_from_disk(str(path))
     except Exception as error:
         raise TaskError(f"cannot read the saved data set {path}: {shown(error)}") from error
-    return _own(str(path), found if isinstance(found, datasets.DatasetDict) else {"train": found})
+    return _own(str(path), saved if isinstance(saved, datasets.DatasetDict) else {"train": saved})
 
 
 def _datasets(what: str) -> Any:
@@ -159,17 +159,17 @@ def _own(name: str, splits: Mapping[str, Iterable[Any]]) -> dict[str, list[Row]]
     for split in splits:  # "val" or "eval" where there is no "validation" or "test"
         if split not in chosen.values() and split.lower() in WORDS:
             chosen.setdefault(WORDS[split.lower()], split)
-    own = {
+    rows = {
         split: [Row(f"{name} {key}, row {i}", row) for i, row in enumerate(splits[key])]
         for split, key in chosen.items()
     }
-    if not any(own.values()):
+    if not any(rows.values()):
         raise TaskError(f"data set {name!r} has no train, validation or test split (it has {', '.join(splits)})")
     over = [line(split, 80) for split in splits if split not in chosen.values()]
     if over:
         read = listed(f"{split} from {key}" if split != key else split for split, key in chosen.items())
         warnings.warn(f"{name}: not read: the splits {listed(over)} (read are {read})", stacklevel=5)
-    return own
+    return rows
 
 
 def own_examples(
@@ -195,25 +195,25 @@ def own_examples(
     """
     rows = {split: list(items) for split, items in own.items()}
     has = labelled or (lambda row: has_label(row, *columns))
-    kept = {split: [row for row in items if has(row)] for split, items in rows.items()}
+    labelled_rows = {split: [row for row in items if has(row)] for split, items in rows.items()}
     label = " or ".join(map(repr, columns))
-    if not any(kept.values()):
+    if not any(labelled_rows.values()):
         refuse_unlabelled(task, [row for items in rows.values() for row in items], columns)
-    usual = {column for items in kept.values() for column in (items[0].values if items else ())}
-    for items in (rows[split] for split in rows if rows[split] and not kept[split]):
+    usual = {column for items in labelled_rows.values() for column in (items[0].values if items else ())}
+    for items in (rows[split] for split in rows if rows[split] and not labelled_rows[split]):
         if not usual & items[0].values.keys():
             wanted = ", ".join(map(shown, sorted(usual)[:20]))
             raise TaskError(
                 f"{items[0].where}: none of the columns {wanted}, which the other splits have ({items[0].has})"
             )
-    counts = [(split, len(items) - len(kept[split]), len(items)) for split, items in rows.items()]
+    counts = [(split, len(items) - len(labelled_rows[split]), len(items)) for split, items in rows.items()]
     said = [f"{n:,} of {total:,} rows of {split}" for split, n, total in counts if n]
     if said:
         warnings.warn(
             f"task {task!r}: left out {listed(said)}, which have no label: {label} is missing, null, -1 or empty",
             stacklevel=4,
         )
-    return {split: [grouped(to_example(row), row) for row in items] for split, items in kept.items() if items}
+    return {split: [grouped(to_example(row), row) for row in items] for split, items in labelled_rows.items() if items}
 
 
 def refuse_unlabelled(task: str, rows: Sequence[Row], columns: Sequence[str]) -> NoReturn:

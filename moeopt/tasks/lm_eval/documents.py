@@ -208,7 +208,7 @@ class Reader:
                 max_gen_toks=int(settings.get("max_gen_toks", 256)),
             )
             return grouped(Example(key, _text(instance.args[0]), (answer,), 0, ties(doc)), Row(key, doc))
-        pairs = tuple((one.args[0], str(one.args[1])) for one in instances)
+        pairs = tuple((instance.args[0], str(instance.args[1])) for instance in instances)
         choices = [pairs[0][1]] if leaf.OUTPUT_TYPE == "loglikelihood" else leaf.doc_to_choice(doc)
         right = (0,) if leaf.OUTPUT_TYPE == "loglikelihood" else _right(leaf, doc, choices)
         if right is None:

@@ -349,9 +349,9 @@ def _leaves(index: Mapping[str, Any], name: str) -> dict[str, _Leaf]:
         if member not in index:
             raise TaskError(f"{name!r} has a task within it, {member!r}: neither data nor subjects can be given for it")
         for leaf, about in _leaves(index, member).items():
-            known = leaves.setdefault(leaf, _Leaf({name}))
-            known.names |= about.names
-            known.changes |= {**about.changes, **changes}
+            about_leaf = leaves.setdefault(leaf, _Leaf({name}))
+            about_leaf.names |= about.names
+            about_leaf.changes |= {**about.changes, **changes}
     return leaves
 
 

@@ -104,7 +104,7 @@ class LocalData:
             elif is_saved(self.path):
                 splits = {split: rows for split, rows in self._saved(evaluated).items() if split in names}
             else:
-                files = {split: found for split in names if (found := _files_of(self.path, split, names))}
+                files = {split: split_files for split in names if (split_files := _files_of(self.path, split, names))}
                 splits = {split: [row for file in files[split] for row in read(file)] for split in files}
                 if evaluated in files:
                     warn_passed_over(self.path, files_of(self.path, hidden=True), files)

@@ -453,8 +453,8 @@ class HarnessGenerationTask(PublishedTask, GenerationTask):
     def leaf(self, document: Document) -> Any:
         if self.harness is None:
             docs: dict[str, list[Mapping[str, Any]]] = {}
-            for one in self._documents.values():
-                docs.setdefault(one.task, []).append(one.doc)
+            for document_of in self._documents.values():
+                docs.setdefault(document_of.task, []).append(document_of.doc)
             self.harness = judging(docs, self.version)
         return super().leaf(document)
 
