@@ -42,7 +42,13 @@ def lm_eval(
     trial: Annotated[str, STUDY(help="A trial's number, or best: the one of least loss.")] = "best",
     storage: Storage = DEFAULT_STORAGE,
     include_path: Annotated[
-        Path | None, GOAL(metavar="DIR", help="Folder with tasks of your own, in the harness's YAML.")
+        Path | None,
+        GOAL(
+            "--include-path",
+            "--include_path",
+            metavar="DIR",
+            help="Folder with tasks of your own, in the harness's YAML.",
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -52,16 +58,24 @@ def lm_eval(
         int | None, GOAL(metavar="N", min=1, help="Evaluate the first N documents of each task. Default: all.")
     ] = None,
     num_fewshot: Annotated[
-        int | None, GOAL(metavar="N", min=0, help="Examples in front of every question. Default: the task's.")
+        int | None,
+        GOAL(
+            "--num-fewshot",
+            "--num_fewshot",
+            metavar="N",
+            min=0,
+            help="Examples in front of every question. Default: the task's.",
+        ),
     ] = None,
     chat_template: Annotated[
-        bool, GOAL("--chat-template", help="Write prompts with the tokenizer's chat template.")
+        bool, GOAL("--chat-template", "--apply_chat_template", help="Write prompts with the tokenizer's chat template.")
     ] = False,
     unsafe_code: Annotated[
         bool, GOAL("--unsafe-code", help="Allow tasks that run code which the model writes.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write all of it, by document, as JSON.")
+        Path | None,
+        typer.Option("--out", "--output_path", metavar="FILE", help="Also write all of it, by document, as JSON."),
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences a forward pass.")] = 8,
     device_map: DeviceMap = "auto",

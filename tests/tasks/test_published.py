@@ -371,6 +371,8 @@ def test_the_reference_is_right_and_continues_the_prompt(tmp_path, tiny_tokenize
     with pytest.warns(UserWarning, match="prompts were cut at their beginning"):
         cut = task.prompts("search", tiny_tokenizer, limit=1, max_length=task.max_new_tokens + 20)
     assert len(cut[0].ids) == 20
+    with pytest.raises(TaskError, match="give num_fewshot"):
+        task.prompted(shots=1)
     with pytest.raises(TaskError, match="leave no room for its prompt"):
         task.prompts("search", tiny_tokenizer, max_length=task.max_new_tokens)
 

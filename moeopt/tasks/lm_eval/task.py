@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -155,6 +155,12 @@ class PublishedTask(DividedTask):
         """The harness's task of a document."""
         assert self.harness is not None
         return self.harness.tasks[document.task]
+
+    def prompted(self, **options: Any) -> Self:
+        raise TaskError(
+            f"task {self.name!r} is written by lm-evaluation-harness: give num_fewshot or apply_chat_template to"
+            " `moeopt.tasks.get`"
+        )
 
     def check(self, tokenizer: Any) -> None:
         if self.prompt_options.apply_chat_template:
