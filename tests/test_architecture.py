@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,34 @@ def test_arrows_point_down() -> None:
             continue
         upward |= {(here, there) for there in imported_rooms(file) - {here} if floor[there] >= floor[here]}
     assert upward == NOT_YET
+
+
+def test_every_name_that_is_imported_is_there() -> None:
+    """Packages that import at first use give mypy anything for any name."""
+    for file in sorted(ROOT.rglob("*.py")):
+        if file.name == "modeling_moeopt.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "moeopt":
+                home = import_module(node.module)
+                for alias in node.names:
+                    if not hasattr(home, alias.name):
+                        import_module(f"{node.module}.{alias.name}")
+
+
+def test_every_file_that_the_documents_name_is_there() -> None:
+    for document in ("docs/architecture.md", "docs/extending.md", "CONTRIBUTING.md"):
+        text = (ROOT.parent / document).read_text(encoding="utf-8")
+        for name in set(re.findall(r"`((?:moeopt|tests|studies|benchmarks)/[\w/.]*)`", text)):
+            assert (ROOT.parent / name).exists(), f"{document}: {name}"
+
+
+def test_the_architecture_names_every_room() -> None:
+    text = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for number, names in enumerate(FLOORS, start=1):
+        for name in names:
+            place = f"{name}.py" if (ROOT / f"{name}.py").is_file() else f"{name.replace('.', '/')}/"
+            assert any(row.startswith(f"| {number} |") and f"`{place}`" in row for row in text.splitlines()), name
 
 
 def test_import_loads_no_heavy_library() -> None:

@@ -30,10 +30,10 @@ from moeopt.models import patched
 from moeopt.plan import Plan
 from moeopt.samplers import get
 from moeopt.study import load_study, recipe, reference
+from moeopt.study.former_tasks import FormerExample, FormerTask
 from moeopt.study.storage import attributes
 from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, Request, TextTask
 from moeopt.tasks.generation import GenerationTask
-from moeopt.tasks.record import Query, RecordTask
 from moeopt.trials import genome
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -317,16 +317,12 @@ def test_chance_is_the_share_of_right_options(tiny_tokenizer: Any, examples: lis
 
 
 def test_chance_of_other_tasks(tiny_tokenizer: Any, harness_tasks: Path) -> None:
-    entities = ("A", "B", "C", "a")
-    gold = [
-        Query(str(i), f"p{i}", tuple(map(" {}".format, entities)), 0, entities=entities, gold=("A",), right=(0, 3))
-        for i in range(3)
-    ]
+    gold = [FormerExample(str(i), f"p{i}", (" A", " B", " C", " a"), 0, right=(0, 3)) for i in range(3)]
 
     def chance(task: Any, split: str = "search", **limits: Any) -> Any:
         return task.chance(split, task.requests(split, tiny_tokenizer, **limits))
 
-    assert chance(RecordTask("record", search=gold)).tolist() == [0.5] * 3
+    assert chance(FormerTask("record", search=gold)).tolist() == [0.5] * 3
     assert np.isnan(chance(TEXT)).all()
     assert np.isnan(chance(WRITTEN)).all()
     mixture = chance(MIXED)

@@ -24,6 +24,7 @@ from moeopt.cli import (
     search,
     select,
     show,
+    tasks,
     verify,
     worker,
 )
@@ -83,6 +84,7 @@ def _common(
 
 COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
     "demo": (demo.demo, None),
+    "tasks": (tasks.tasks, tasks.EXAMPLES),
     "search": (search.search, search.EXAMPLES),
     "show": (show.show, show.EXAMPLES),
     "plan": (show.plan, show.PLAN_EXAMPLES),

@@ -37,7 +37,13 @@ def lm_eval(
     trial: opt.Trial = "best",
     storage: opt.Storage = DEFAULT_STORAGE,
     include_path: Annotated[
-        Path | None, GOAL(metavar="DIR", help="Folder with tasks of your own, in the harness's YAML.")
+        Path | None,
+        GOAL(
+            "--include-path",
+            "--include_path",
+            metavar="DIR",
+            help="Folder with tasks of your own, in the harness's YAML.",
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -47,7 +53,14 @@ def lm_eval(
         int | None, GOAL(metavar="N", min=1, help="Evaluate the first N documents of each task. Default: all.")
     ] = None,
     num_fewshot: Annotated[
-        int | None, GOAL(metavar="N", min=0, help="Examples in front of every question. Default: the task's.")
+        int | None,
+        GOAL(
+            "--num-fewshot",
+            "--num_fewshot",
+            metavar="N",
+            min=0,
+            help="Examples in front of every question. Default: the task's.",
+        ),
     ] = None,
     chat_template: Annotated[
         bool, GOAL("--chat-template", "--apply-chat-template", help="Write prompts with the tokenizer's chat template.")

@@ -30,14 +30,14 @@ OUT = partial(typer.Option, "--out", "--output-path")
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id of the full model.")]
 Task = Annotated[
     str,
-    GOAL(help="What to be good at: boolq, mmlu, text, ... (an unknown name lists all), or FILE.py:NAME of your own."),
+    GOAL(help="What to be good at: boolq, eep_boolq, text, ... (moeopt tasks lists all), or FILE.py:NAME of your own."),
 ]
 Data = Annotated[
     str | None,
     GOAL(metavar="DATA", help="JSONL, JSON, parquet or CSV file, folder or hub id. Default: the task's own."),
 ]
 TaskOption = Annotated[
-    list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as shots=5; repeatable.")
+    list[str] | None, GOAL(metavar="NAME=VALUE", help="An option of the task, such as num_fewshot=5; repeatable.")
 ]
 ScoreOption = Annotated[
     Score,

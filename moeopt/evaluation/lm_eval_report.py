@@ -18,7 +18,8 @@ from tokenizers.processors import TemplateProcessing
 from moeopt.errors import TaskError, nearest
 from moeopt.models import evaluation_mode, lock_of, patched
 from moeopt.statistics import Interval, bootstrap
-from moeopt.tasks.lm_eval.loading import SEED, Data, Harness, contained, load, reason
+from moeopt.tasks.lm_eval.loading import SEED, Harness, contained, load, reason
+from moeopt.tasks.lm_eval.local_data import Data
 from moeopt.tasks.tokens import Encoder
 
 if TYPE_CHECKING:

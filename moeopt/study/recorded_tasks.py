@@ -9,6 +9,7 @@ A task that is code of its own (a subclass of the user's, a metric of the user's
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -18,56 +19,34 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeopt.errors import TaskError
-from moeopt.tasks import drop, gsm8k, math_problems, squad
+from moeopt.study import former_tasks
+from moeopt.study.former_tasks import FormerExample
 from moeopt.tasks.answers import METRICS, Judge
 from moeopt.tasks.base import SPLITS, Example, Task
-from moeopt.tasks.cb import CbTask
 from moeopt.tasks.generation import GenerationTask
-from moeopt.tasks.lm_eval.documents import Document
-from moeopt.tasks.lm_eval.task import HarnessTask
+from moeopt.tasks.lm_eval.documents import Chat, Context, Document
+from moeopt.tasks.lm_eval.task import HarnessGenerationTask, HarnessTask
 from moeopt.tasks.mixture import MixtureTask
-from moeopt.tasks.mmlu import MmluTask, Question
-from moeopt.tasks.mmlu_subjects import CATEGORY
 from moeopt.tasks.multiple_choice import MultipleChoiceTask
-from moeopt.tasks.multirc import Answer, MultiRCTask
 from moeopt.tasks.own import original
 from moeopt.tasks.prompted import PromptedTask
 from moeopt.tasks.prompting import Prompting, checked
-from moeopt.tasks.record import Query, RecordTask
 from moeopt.tasks.splits import Splits
 from moeopt.tasks.text import TextTask
-from moeopt.tasks.winogrande import Blank, WinograndeTask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 KINDS: dict[str, type[Task]] = {
-    "cb": CbTask,
     "generation": GenerationTask,
     "lm_eval": HarnessTask,
+    "lm_eval_generation": HarnessGenerationTask,
     "mixture": MixtureTask,
-    "mmlu": MmluTask,
     "multiple_choice": MultipleChoiceTask,
-    "multirc": MultiRCTask,
-    "record": RecordTask,
     "text": TextTask,
-    "winogrande": WinograndeTask,
+    **former_tasks.KINDS,
 }
-EXAMPLES: dict[str, type[Example]] = {
-    "example": Example,
-    "answer": Answer,
-    "blank": Blank,
-    "query": Query,
-    "question": Question,
-}
-JUDGES: dict[str, Judge] = {
-    **METRICS,
-    **{f"drop.{name}": judge for name, judge in drop.OFFICIAL.items()},
-    "gsm8k.flexible_extract": gsm8k.flexible_extract,
-    "gsm8k.strict_match": gsm8k.strict_match,
-    "math.exact_match": math_problems.exact_match,
-    "squad.contains": squad.contains,
-}
+JUDGES: dict[str, Judge] = {**METRICS, **former_tasks.JUDGES}
 MOST = 1 << 22
 """Examples of one task that are restored; more is a damaged or hostile study."""
 
@@ -90,7 +69,7 @@ def keep(task: Task, use: Use) -> Kept:
     Raises:
         TaskError: if the task or what judges its answers is not moeopt's own, saying which.
     """
-    kind = next((name for name, known in KINDS.items() if known is original(task)), None)
+    kind = next((name for name, kind in KINDS.items() if kind is original(task)), None)
     if kind is None:
         raise TaskError(f"task {task.name!r} is code of its own, {original(task).__name__}")
     body = _KEEP[kind](task, use) if kind in _KEEP else _keep_prompted(task, use)
@@ -122,10 +101,6 @@ def restored(kept: Any, split: str) -> Task:
 
 def _keep_prompted(task: Any, use: Use) -> Kept:
     chosen = list(task._splits.first(use.split, use.limit))
-    if isinstance(task, MultiRCTask):  # its EM asks whether all answers to a question are among those evaluated
-        asked = {example.question for example in chosen if isinstance(example, Answer)}
-        rest = task.examples(use.split)[len(chosen) :]
-        chosen += [example for example in rest if isinstance(example, Answer) and example.question in asked]
     prompting: Prompting = task._prompting
     body: Kept = {"template": task.template, "examples": [_written(example) for example in chosen]}
     if prompting != Prompting():
@@ -133,11 +108,11 @@ def _keep_prompted(task: Any, use: Use) -> Kept:
         body["prompting"] = {"shots": shots, "chat": prompting.chat, "system": prompting.system}
         body["prompting"]["separator"] = prompting.separator
     if isinstance(task, GenerationTask):
-        known = {judge: name for name, judge in reversed(JUDGES.items())}
+        names = {judge: name for name, judge in reversed(JUDGES.items())}
         for name, judge in task.judges.items():
-            if judge not in known:
+            if judge not in names:
                 raise TaskError(f"task {task.name!r} is judged by code of its own, {name!r}")
-        judges = {name: known[judge] for name, judge in task.judges.items()}
+        judges = {name: names[judge] for name, judge in task.judges.items()}
         return body | {"judges": judges, "stop": list(task.stop), "max_new_tokens": task.max_new_tokens}
     return body | {"normalise": task.normalise}
 
@@ -192,35 +167,96 @@ def _restore_mixture(kind: Any, name: str, split: str, kept: Kept) -> Task:
 
 
 def _keep_harness(task: Any, use: Use) -> Kept:
-    chosen = task._splits.first(use.split, use.limit)
-    documents = [task._documents[example.id] for example in chosen]
-    bodies = [
-        {"task": document.task, "pairs": document.pairs, "right": document.right, "rule": task.rule(document, example)}
-        for example, document in zip(chosen, documents)
-    ]
-    return {"examples": [_written(example) | body for example, body in zip(chosen, bodies)]}
+    bodies = []
+    for example in task._splits.first(use.split, use.limit):
+        document = task._documents[example.id]
+        pairs = [(_written_context(context), continuation) for context, continuation in document.pairs]
+        body = _written(example) | {"task": document.task, "pairs": pairs, "right": document.right}
+        body["rule"] = task.rule(document, example)
+        lengths = [length for _, length in task._lengths(document, len(example.options))]
+        bodies.append(body if set(lengths) == {1.0} else body | {"lengths": lengths})
+    return {"examples": bodies, "metric": task.metric}
 
 
 def _restore_harness(kind: Any, name: str, split: str, kept: Kept) -> Task:
     examples, documents = [], {}
-    for one in _listed(kept["examples"]):
-        example = _read({key: one[key] for key in one if key not in ("task", "pairs", "right", "rule")})
-        pairs = tuple((_text(context), _text(continuation)) for context, continuation in one["pairs"])
-        right = tuple(one["right"])
+    for body in _listed(kept["examples"]):
+        example, pairs = _read_document(body)
+        right, lengths = tuple(body["right"]), tuple(body.get("lengths", ()))
         _check(bool(right) and all(_index(i, len(example.options)) for i in right), "right")
-        _check(len(pairs) >= len(example.options) and one["rule"] in ("choice", "greedy"), "pairs")
+        _check(len(pairs) >= len(example.options) and body["rule"] in ("choice", "greedy"), "pairs")
+        _check(not lengths or (len(lengths) == len(example.options) and all(map(_positive, lengths))), "lengths")
         examples.append(example)
-        documents[example.id] = Document(_text(one["task"]), {}, pairs, right, one["rule"])
-    return HarnessTask.of_documents(name, Splits(name, **{**dict.fromkeys(SPLITS, ()), split: examples}), documents)
+        documents[example.id] = Document(_text(body["task"]), {}, pairs, right, body["rule"], lengths)
+    task = HarnessTask.of_documents(name, _one_split(name, split, examples), documents)
+    task.metric = _text(kept.get("metric", "acc"))
+    return task
+
+
+def _keep_written(task: Any, use: Use) -> Kept:
+    if not task.is_published:
+        raise TaskError(f"task {task.name!r} is judged by code of its own, of a task folder")
+    bodies = []
+    for example in task._splits.first(use.split, use.limit):
+        document = task._documents[example.id]
+        ((context, _),) = document.pairs
+        try:
+            doc = json.loads(json.dumps(document.doc))
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"task {task.name!r} has documents that are no JSON ({error})") from None
+        about = {"task": document.task, "context": _written_context(context), "doc": doc}
+        bodies.append(_written(example) | about | {"until": document.until, "max_gen_toks": document.max_gen_toks})
+    return {"examples": bodies, "metric": task.metric, "version": task.version}
+
+
+def _restore_written(kind: Any, name: str, split: str, kept: Kept) -> Task:
+    examples, documents = [], {}
+    for body in _listed(kept["examples"]):
+        example, pairs = _read_document({**body, "pairs": [(body["context"], body["options"][0])]})
+        _check(isinstance(body["doc"], dict) and _index(body["max_gen_toks"] - 1, MOST), "doc")
+        examples.append(example)
+        documents[example.id] = Document(
+            _text(body["task"]),
+            body["doc"],
+            pairs,
+            (0,),
+            until=_texts(body["until"]),
+            max_gen_toks=body["max_gen_toks"],
+        )
+    metric, version = _text(kept["metric"]), _text(kept["version"])
+    return HarnessGenerationTask.of_documents(name, _one_split(name, split, examples), documents, metric, version)
+
+
+def _written_context(context: Context) -> Any:
+    return context if isinstance(context, str) else {"messages": context.messages, "answered": context.answered}
+
+
+def _read_context(value: Any) -> Context:
+    if not isinstance(value, dict):
+        return _text(value)
+    messages = tuple((_text(role), _text(content)) for role, content in value["messages"])
+    _check(isinstance(value["answered"], bool) and bool(messages), "messages")
+    return Chat(messages, value["answered"])
+
+
+def _read_document(body: Mapping[str, Any]) -> tuple[Example, tuple[tuple[Context, str], ...]]:
+    example = _read({key: body[key] for key in body if key in _FIELDS and key not in former_tasks.FIELDS})
+    return example, tuple((_read_context(context), _text(text)) for context, text in body["pairs"])
+
+
+def _one_split(name: str, split: str, examples: Sequence[Example]) -> Splits:
+    return Splits(name, **{**dict.fromkeys(SPLITS, ()), split: examples})
 
 
 _KEEP: dict[str, Callable[[Any, Use], Kept]] = {
     "lm_eval": _keep_harness,
+    "lm_eval_generation": _keep_written,
     "mixture": _keep_mixture,
     "text": _keep_text,
 }
 _RESTORE: dict[str, Callable[[Any, str, str, Kept], Task]] = {
     "lm_eval": _restore_harness,
+    "lm_eval_generation": _restore_written,
     "mixture": _restore_mixture,
     "text": _restore_text,
 }
@@ -228,23 +264,26 @@ _RESTORE: dict[str, Callable[[Any, str, str, Kept], Task]] = {
 
 def _written(example: Example) -> Kept:
     """An example's fields that are not as by default; of its group nothing, since it has its split."""
-    body: Kept = {"as": next(name for name, kind in EXAMPLES.items() if kind is type(example))}
-    for one in fields(example):
-        value = getattr(example, one.name)
-        if one.name != "group" and (one.default is MISSING or value != one.default):
-            body[one.name] = value
-    return body if body["as"] != "example" else {key: value for key, value in body.items() if key != "as"}
+    body: Kept = {"as": "blank"} if type(example) is FormerExample else {}
+    for field in fields(example):
+        value = getattr(example, field.name)
+        if field.name != "group" and (field.default is MISSING or value != field.default):
+            body[field.name] = value
+    return body
 
 
 def _read(body: Mapping[str, Any]) -> Example:
-    kind = EXAMPLES[body.get("as", "example")]
-    given = {key: _FIELDS[key](value) for key, value in body.items() if key != "as"}
-    example = kind(**given)
-    if isinstance(example, Query):
-        count = len(example.options)
-        _check(len(example.entities) == count and bool(example.gold) and bool(example.right), "entities")
-        _check(all(i < count for i in example.right), "right")
-    return example
+    kind = body.get("as", "example")
+    if kind not in ("example", *former_tasks.EXAMPLES):
+        raise TaskError(f"this moeopt knows no example of kind {kind!r:.80}")
+    former = kind in former_tasks.EXAMPLES
+    known = [key for key in body if key in _FIELDS and (former or key not in former_tasks.FIELDS)]
+    if not former and set(body) - set(known):
+        raise TaskError(f"an example has the unknown field {(set(body) - set(known)).pop()!r:.80}")
+    given = {key: _FIELDS[key](body[key]) for key in known}
+    if former and isinstance(body.get("right"), (list, tuple)):
+        _check(all(i < len(given["options"]) for i in given["right"]), "right")
+    return FormerExample(**given) if former else Example(**given)
 
 
 def _text(value: Any) -> str:
@@ -255,11 +294,6 @@ def _text(value: Any) -> str:
 def _texts(value: Any) -> tuple[str, ...]:
     _check(isinstance(value, (list, tuple)), "texts")
     return tuple(_text(text) for text in value)
-
-
-def _subject(value: Any) -> str:
-    _check(value in CATEGORY, "subject")
-    return str(value)
 
 
 def _indices(value: Any) -> tuple[int, ...]:
@@ -273,12 +307,8 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "options": _texts,
     "answer": lambda value: value,
     "references": lambda value: tuple(_texts(parts) for parts in value),
-    "question": _texts,
     "rest": _text,
-    "entities": _texts,
-    "gold": _texts,
     "right": _indices,
-    "subject": _subject,
 }
 
 

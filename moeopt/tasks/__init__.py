@@ -1,4 +1,7 @@
-"""Tasks: examples with scores, in splits that never overlap."""
+"""Tasks: examples with scores, in splits that never overlap; the kinds here, the published ones in `lm_eval/`.
+
+It imports errors and texts only; torch, datasets and lm-evaluation-harness never before a task needs them.
+"""
 
 from moeopt.tasks.base import SPLITS, Example, Request, Scores, Task
 from moeopt.tasks.generation import GenerationTask

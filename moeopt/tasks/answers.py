@@ -40,18 +40,25 @@ def f1(text: str, references: References) -> float:
 
 def last_number(text: str, references: References) -> float:
     """Whether the last number of the text equals that of an accepted answer, as a number: 1,000.0 is 1000."""
-    found = number(text)
-    return float(found is not None and any(found == number(answer) for answer in _whole(references)))
+    written = number(text)
+    return float(written is not None and any(written == number(answer) for answer in _whole(references)))
+
+
+def contains(text: str, references: References) -> float:
+    """EEP's rule: an accepted answer occurs in the text up to its first line break, full stop or comma."""
+    said = text.split("\n")[0].lower().split("answer is")[-1]
+    said = normalised(re.split(r"[.,]", said)[0])
+    return float(any(normalised(answer) in said for answer in _whole(references)))
 
 
 def number(text: str) -> Decimal | None:
     """The last number in a text; a minus counts as a sign where no digit, letter or bracket stands before it."""
-    found = None
+    last = None
     for match in _NUMBER.finditer(text):
         digits = match[0].replace(",", "")
         binary = digits[0] == "-" and (text[: match.start()][-1:].isalnum() or text[: match.start()].endswith(")"))
-        found = Decimal(digits[1:] if binary else digits)
-    return found
+        last = Decimal(digits[1:] if binary else digits)
+    return last
 
 
 METRICS: dict[str, Judge] = {"exact_match": exact_match, "f1": f1, "last_number": last_number}
@@ -61,9 +68,9 @@ def _whole(references: References) -> list[str]:
     return [", ".join(parts) for parts in references]
 
 
-def _f1(found: list[str], wanted: list[str]) -> float:
-    common = (Counter(found) & Counter(wanted)).total()
+def _f1(words: list[str], wanted: list[str]) -> float:
+    common = (Counter(words) & Counter(wanted)).total()
     if common == 0:
         return 0.0
-    precision, recall = common / len(found), common / len(wanted)
+    precision, recall = common / len(words), common / len(wanted)
     return 2 * precision * recall / (precision + recall)

@@ -20,7 +20,7 @@ from moeopt.showing import line, listed
 from moeopt.tasks.formats import ENDINGS, PACKED, form_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 WORDS = {
     **dict.fromkeys(("train", "training", "search"), "train"),
@@ -30,13 +30,11 @@ WORDS = {
 _SHARD = re.compile(r"(.*?)[-_.]?(\d+)-of-(\d+)(?!\d)")
 
 
-def split_files(folder: Path, also: Collection[str] = (), skip: Collection[str] = ()) -> dict[str, list[Path]]:
+def split_files(folder: Path) -> dict[str, list[Path]]:
     """The files of each split ("train", "validation", "test") of a folder, or "train" of its only file of rows.
 
     Args:
         folder: where to look, subfolders included; nothing is read whose name begins with a dot.
-        also: words that are splits under their own name.
-        skip: words whose files are left alone.
 
     Raises:
         TaskError: if there is no file to read, or several could be one split.
@@ -44,9 +42,7 @@ def split_files(folder: Path, also: Collection[str] = (), skip: Collection[str] 
     named: dict[str, list[Path]] = defaultdict(list)
     lone, over = [], []
     for file in files_of(folder, hidden=True):
-        if any(re.search(rf"(?<![a-z]){word}(?![a-z])", file.name.lower()) for word in skip):
-            continue
-        splits = splits_named(file.relative_to(folder), also)
+        splits = splits_named(file.relative_to(folder))
         if _is_hidden(file.relative_to(folder)):
             over.append(file)
         elif len(splits) == 1 and form_of(file):
@@ -55,7 +51,7 @@ def split_files(folder: Path, also: Collection[str] = (), skip: Collection[str] 
             over.append(file)
         elif form_of(file):
             lone.append(file)
-    chosen = {split: topmost(folder, split, files, also) for split, files in named.items()}
+    chosen = {split: topmost(folder, split, files) for split, files in named.items()}
     if not chosen and lone:
         chosen = {"train": one_set(folder, "train", _top(lone))}
     if not chosen:
@@ -86,18 +82,17 @@ def files_of(folder: Path, hidden: bool = False) -> list[Path]:
         raise TaskError(f"cannot read data folder {folder}: {error.strerror or error}") from error
 
 
-def splits_named(path: Path, also: Collection[str] = ()) -> set[str]:
+def splits_named(path: Path) -> set[str]:
     """The splits that a file's name tells, or else the nearest folder's whose name is that of a split and no more."""
-    known = WORDS | {word: word for word in also}
-    splits = {known[word] for word in _words(path) if word in known}
-    folders = (known[part.lower()] for part in reversed(path.parent.parts) if part.lower() in known)
+    splits = {WORDS[word] for word in _words(path) if word in WORDS}
+    folders = (WORDS[part.lower()] for part in reversed(path.parent.parts) if part.lower() in WORDS)
     return splits or set(list(folders)[:1])
 
 
-def topmost(folder: Path, split: str, files: list[Path], also: Collection[str] = ()) -> list[Path]:
+def topmost(folder: Path, split: str, files: list[Path]) -> list[Path]:
     """Those of the files that are the split, as the top of this file says; raises as `one_set`."""
     files = _top(files)
-    exact = [file for file in files if all(word in (*WORDS, "of", *also) for word in _words(file))]
+    exact = [file for file in files if all(word in (*WORDS, "of") for word in _words(file))]
     return one_set(folder, split, exact or files)
 
 

@@ -139,7 +139,7 @@ class GenerationTask(PromptedTask):
     def prompts_of(self, requests: Sequence[Request]) -> list[Prompt]:
         """What to generate from, for the examples of requests that `requests` gave."""
         ids = [r.ids[: r.scored_from] if r.source is None else r.source for r in requests]
-        return [Prompt(r.example, own, self.stop, self.max_new_tokens) for r, own in zip(requests, ids)]
+        return [Prompt(r.example, prompt, self.stop, self.max_new_tokens) for r, prompt in zip(requests, ids)]
 
     def judge(self, split: str, texts: Sequence[str], first: int = 0) -> dict[str, NDArray[np.float32]]:
         """Metrics in [0, 1] of generated texts, each float32 (texts,), by name; the first is the reported one.
@@ -221,17 +221,17 @@ def generation_task(
 
     judges, joiner = judges_named(metric), Delimiter(delimiter)
     rows = load(data, config)
-    own = own_examples("generation", rows, to_example, ("answer",), labelled)
+    examples = own_examples("generation", rows, to_example, ("answer",), labelled)
     joiner.say("generation")
     task = GenerationTask(
         "generation",
-        **from_own(own, fractions, "generation"),
+        **from_own(examples, fractions, "generation"),
         judges=judges,
         stop=stop,
         max_new_tokens=max_new_tokens,
         template="verbatim v1",
     )
-    task.origin = origin(own, rows)
+    task.origin = origin(examples, rows)
     return task
 
 

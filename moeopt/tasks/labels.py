@@ -19,7 +19,7 @@ _WHOLE = re.compile(r"(\d{1,18})(?:\.0*)?")
 
 def has_label(row: Row, *columns: str) -> bool:
     """Whether one of the columns holds a label; unlabelled rows lack it, or say null, NaN, -1, "-1", "" or []."""
-    return any(_is_label(row.values.get(column)) for column in columns)
+    return any(is_label(row.values.get(column)) for column in columns)
 
 
 def integer(value: Any) -> int | None:
@@ -30,7 +30,7 @@ def integer(value: Any) -> int | None:
 
 def yes_no(row: Row, *columns: str) -> bool:
     """The label in the first of the columns that the row has: a bool, 0 or 1, or "true" or "false" as text."""
-    column = next((c for c in columns if _is_label(row.values.get(c))), columns[0])
+    column = next((c for c in columns if is_label(row.values.get(c))), columns[0])
     label = _YES_NO.get(text_of(row[column]).lower())
     if label is None:
         raise TaskError(f"{row.where}: {column!r} must be true or false (or 0 or 1), got {row[column]!r}")
@@ -54,7 +54,7 @@ def text_of(value: Any) -> str:
     return str(value).strip() if number is None else str(number)
 
 
-def _is_label(value: Any) -> bool:
+def is_label(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip() not in ("", "-1")
     if isinstance(value, float) and math.isnan(value):

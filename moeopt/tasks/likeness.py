@@ -56,8 +56,8 @@ def group_names(group: Any) -> tuple[str, ...]:
     Raises:
         TaskError: naming a value of another type.
     """
-    if isinstance(group, (tuple, list)) and not any(isinstance(one, (tuple, list)) for one in group):
-        return tuple(dict.fromkeys(name for one in group for name in group_names(one)))
+    if isinstance(group, (tuple, list)) and not any(isinstance(part, (tuple, list)) for part in group):
+        return tuple(dict.fromkeys(name for part in group for name in group_names(part)))
     if group is None or (isinstance(group, float) and math.isnan(group)):
         return ()
     if isinstance(group, str):
@@ -96,4 +96,4 @@ def families(examples: Sequence[Example]) -> list[str]:
     name: dict[str, tuple[int, str]] = {}
     for key in parent:
         name[root(key)] = min((rank[key], key), name.get(root(key), (rank[key], key)))
-    return [name[root(own[0])][1] for own in keys]
+    return [name[root(names[0])][1] for names in keys]

@@ -160,26 +160,26 @@ class MixtureTask(Task):
         greedy: NDArray[np.int64],
     ) -> Scores:
         positions = {example: i for i, example in enumerate(sorted({request.example for request in requests}))}
-        found = np.zeros((4, len(positions)), np.float32)
+        columns = np.zeros((4, len(positions)), np.float32)
         chosen = np.full(len(positions), -1, np.int64)
         members: dict[str, Scores] = {}
         for m, (name, task) in enumerate(self.members.items()):
             mine = [i for i, request in enumerate(requests) if request.source.member == m]
             if not mine:
                 continue
-            own = [requests[i].source.request for i in mine]
-            scores = members[name] = task.reduce(split, own, log_likelihood[mine], greedy[mine])
+            requested = [requests[i].source.request for i in mine]
+            scores = members[name] = task.reduce(split, requested, log_likelihood[mine], greedy[mine])
             source = {positions[requests[i].example]: requests[i].source for i in mine}
-            expected = np.asarray([one.weight for one in source.values()], np.float32)
+            expected = np.asarray([item.weight for item in source.values()], np.float32)
             if not np.array_equal(scores.weights, expected):
                 raise TaskError(f"task {name!r}: `reduce` gives other weights than `weights`, which a mixture needs")
             at = list(source)
-            scaled = scores.weights * np.asarray([one.scale for one in source.values()])
+            scaled = scores.weights * np.asarray([item.scale for item in source.values()])
             choice = scores.losses if scores.choice is None else scores.choice
-            found[:, at] = scores.losses, scaled, scores.correct, choice
+            columns[:, at] = scores.losses, scaled, scores.correct, choice
             if scores.chosen is not None:
                 chosen[at] = scores.chosen
-        return Scores(found[0], found[1], found[2], chosen, found[3] if self.chooses else None, members)
+        return Scores(columns[0], columns[1], columns[2], chosen, columns[3] if self.chooses else None, members)
 
     @property
     def chooses(self) -> bool:
@@ -193,48 +193,50 @@ class MixtureTask(Task):
 
     def places(self, requests: Sequence[Request]) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
         """Of every member with an example among the requests: where its examples stand, and v / w of each."""
-        found: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        places: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
         for m, name in enumerate(self.members):
             scales = {request.example: request.source.scale for request in requests if request.source.member == m}
             if scales:
-                found[name] = np.array(sorted(scales)), np.array([scales[i] for i in sorted(scales)])
-        return found
+                places[name] = np.array(sorted(scales)), np.array([scales[i] for i in sorted(scales)])
+        return places
 
     def own(self, requests: Sequence[Request]) -> dict[str, list[Request]]:
         """Of every member with an example among the requests: its requests, as it made them."""
         names = list(self.members)
-        found: dict[str, list[Request]] = {}
+        requested: dict[str, list[Request]] = {}
         for request in requests:
-            found.setdefault(names[request.source.member], []).append(request.source.request)
-        return found
+            requested.setdefault(names[request.source.member], []).append(request.source.request)
+        return requested
 
     def chance(self, split: str, requests: Sequence[Request]) -> NDArray[np.float64]:
         """As the members say of their own examples."""
-        found = np.full(len({request.example for request in requests}), np.nan)
+        chances = np.full(len({request.example for request in requests}), np.nan)
         places = self.places(requests)
-        for name, own in self.own(requests).items():
-            found[places[name][0]] = self.members[name].chance(split, own)
-        return found
+        for name, requested in self.own(requests).items():
+            chances[places[name][0]] = self.members[name].chance(split, requested)
+        return chances
 
     def metrics(self, split: str, scores: Scores) -> dict[str, float]:
-        found = super().metrics(split, scores)
-        for name, own in (scores.members or {}).items():
-            found |= {f"{name}/{key}": value for key, value in self.members[name].metrics(split, own).items()}
-        return found
+        values = super().metrics(split, scores)
+        for name, member_scores in (scores.members or {}).items():
+            values |= {
+                f"{name}/{key}": value for key, value in self.members[name].metrics(split, member_scores).items()
+            }
+        return values
 
     def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> NDArray[np.float32]:
-        own = [task.weights(self._checked(split), tokenizer, max_length) for task in self.members.values()]
-        scales = self._scales(own)
+        weights = [task.weights(self._checked(split), tokenizer, max_length) for task in self.members.values()]
+        scales = self._scales(weights)
         order = _order([len(s) for s in scales])
-        return np.asarray([own[m][i] * scales[m][i] for m, i in zip(order, _ranks(order))], np.float32)
+        return np.asarray([weights[m][i] * scales[m][i] for m, i in zip(order, _ranks(order))], np.float32)
 
     def solutions(self, split: str, requests: Sequence[Request]) -> list[Request]:
-        kept: list[Request] = []
+        chosen: list[Request] = []
         for m, task in enumerate(self.members.values()):
             mine = {id(request.source.request): request for request in requests if request.source.member == m}
-            own = [request.source.request for request in mine.values()]
-            kept += [mine[id(request)] for request in task.solutions(split, own)]
-        return sorted(kept, key=lambda request: request.example)
+            requested = [request.source.request for request in mine.values()]
+            chosen += [mine[id(request)] for request in task.solutions(split, requested)]
+        return sorted(chosen, key=lambda request: request.example)
 
     def prompted(self, **options: Any) -> Task:
         raise TaskError(f"task {self.name!r} has no prompts of its own: give shots and chat to its tasks")

@@ -14,6 +14,7 @@ from moeopt.errors import TaskError, nearest
 from moeopt.showing import shown
 from moeopt.tasks.base import Task
 from moeopt.tasks.mixture import MixtureTask, Use
+from moeopt.tasks.own import is_own
 from moeopt.tasks.rows import is_missing_file
 
 ENTRY = ("task", "data", "weight", "options", "name")
@@ -23,8 +24,9 @@ def mixture_task(data: str | Path, *, use: Use = "share") -> MixtureTask:
     """A mixture from a JSON file as at the top of `moeopt.tasks.mixture_file`.
 
     Args:
-        data: the file. Each of its tasks has "task", a registered name, and may have "data", where that is a path from
-            the file's folder, "weight" (1), "options" of the task, and "name" (the task's).
+        data: the file. Each of its tasks has "task", a name that `moeopt.tasks.get` takes but no Python file, and may
+            have "data", where that is a path from the file's folder, "weight" (1), "options" of the task, and "name"
+            (the task's).
         use: "share" or "all", see `moeopt.tasks.mixture`.
 
     Raises:
@@ -53,9 +55,10 @@ def mixture_task(data: str | Path, *, use: Use = "share") -> MixtureTask:
                     f"{where}: unknown {shown(key)}{nearest(key, list(ENTRY))} (there are {', '.join(ENTRY)})"
                 )
         kind, options, name = entry["task"], entry.get("options", {}), entry.get("name", entry["task"])
-        if kind not in REGISTRY or REGISTRY[kind] is mixture_task:
-            known = [key for key in REGISTRY if REGISTRY[key] is not mixture_task]
-            raise TaskError(f"{where}: unknown task {shown(kind)}{nearest(kind, known)} (there are {', '.join(known)})")
+        if is_own(kind) or REGISTRY.get(kind) is mixture_task:
+            raise TaskError(f"{where}: a mixture's file takes neither Python files nor mixtures, got {shown(kind)}")
+        if isinstance(options, dict) and "trust_remote_code" in options:
+            raise TaskError(f"{where}: a mixture's file does not say what code is trusted: leave trust_remote_code out")
         if not isinstance(options, dict) or options.keys() & set(ENTRY) or not isinstance(name, str):
             raise TaskError(
                 f'{where}: "options" must be the task\'s own and "name" a text, got {shown(options)} and {shown(name)}'

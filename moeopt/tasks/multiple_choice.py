@@ -192,10 +192,13 @@ def multiple_choice_task(
 
     joiner = Delimiter(delimiter)
     rows = load(data, config)
-    own = own_examples("multiple_choice", rows, to_example, ("answer",), labelled)
+    examples = own_examples("multiple_choice", rows, to_example, ("answer",), labelled)
     joiner.say("multiple_choice")
     task = MultipleChoiceTask(
-        "multiple_choice", **from_own(own, fractions, "multiple_choice"), template="verbatim v1", normalise=normalise
+        "multiple_choice",
+        **from_own(examples, fractions, "multiple_choice"),
+        template="verbatim v1",
+        normalise=normalise,
     )
-    task.origin = origin(own, rows)
+    task.origin = origin(examples, rows)
     return task

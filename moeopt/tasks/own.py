@@ -67,10 +67,10 @@ def _named(path: Path, digest: str, attribute: str) -> Callable[..., Any]:
     module = _imported(path, _MODULE + digest)
     made: Callable[..., Any] | None = getattr(module, attribute, None)
     if made is None or not callable(made):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-        known = [key for key in own if callable(getattr(module, key))]
-        listed = f" (it has {', '.join(known)})" if known else ""
-        raise TaskError(f"{path} has no class or function {attribute!r}{nearest(attribute, known)}{listed}")
+        defined = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        callables = [key for key in defined if callable(getattr(module, key))]
+        listed = f" (it has {', '.join(callables)})" if callables else ""
+        raise TaskError(f"{path} has no class or function {attribute!r}{nearest(attribute, callables)}{listed}")
     if inspect.isabstract(made):
         lacks = ", ".join(sorted(getattr(made, "__abstractmethods__")))  # noqa: B009
         raise TaskError(f"task {attribute!r} of {path} lacks {lacks}, which every moeopt.tasks.Task has")

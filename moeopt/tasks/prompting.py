@@ -90,12 +90,12 @@ class Prompting:
         encoder = Encoder(tokenizer)
         for example in examples:
             try:
-                found, shots, whole = self._fitting(encoder, example, max_length, room)
+                tokens, shots, whole = self._fitting(encoder, example, max_length, room)
             except TaskError as error:
                 raise TaskError(f"task {task!r}: {error}") from error
-            if (room and not found.prompt) or not all(0 < first < len(ids) for ids, first in found.options):
+            if (room and not tokens.prompt) or not all(0 < first < len(ids) for ids, first in tokens.options):
                 raise TaskError(f"task {task!r}: a text of example {example.id!r} has no tokens: {example!r}")
-            encoded.append(found)
+            encoded.append(tokens)
             fewer += shots < len(self.shots)
             cut += not whole
         for count, what in ((fewer, "lost shots, the first ones,"), (cut, "were cut at their beginning")):
@@ -139,15 +139,15 @@ class Prompting:
         def tokens(shots: Sequence[Example], question: str) -> tuple[Encoded, int, int]:
             """With the tokens kept behind the prompt, and how many there are too many."""
             text, ends = self._render(encoder.tokenizer, shots, question, example.options)
-            found = Encoded(*encoder.continued(text, ends, special=not self.chat))
-            behind = max(room, *(len(ids) - first for ids, first in found.options))
-            longest = max(len(found.prompt) + room if room else 0, *(len(ids) for ids, _ in found.options))
-            return found, behind, 0 if max_length is None else longest - max_length
+            ids_of = Encoded(*encoder.continued(text, ends, special=not self.chat))
+            behind = max(room, *(len(ids) - first for ids, first in ids_of.options))
+            longest = max(len(ids_of.prompt) + room if room else 0, *(len(ids) for ids, _ in ids_of.options))
+            return ids_of, behind, 0 if max_length is None else longest - max_length
 
         for first in range(len(self.shots) + 1):
-            found, behind, over = tokens(self.shots[first:], example.prompt)
+            ids_of, behind, over = tokens(self.shots[first:], example.prompt)
             if over <= 0:
-                return found, len(self.shots) - first, True
+                return ids_of, len(self.shots) - first, True
         assert max_length is not None
         if not self.chat:
             start = len(encoder.start)
@@ -159,8 +159,8 @@ class Prompting:
                     gone = max(0, first - start - left)
                     return ids[:start] + ids[start + gone :], first - gone
 
-                prompt, _ = cut(found.prompt, len(found.prompt))
-                return Encoded(prompt, [cut(*option) for option in found.options]), 0, False
+                prompt, _ = cut(ids_of.prompt, len(ids_of.prompt))
+                return Encoded(prompt, [cut(*option) for option in ids_of.options]), 0, False
         else:
             low, high = 1, len(example.prompt)  # characters to cut: the fewest that do, from low to high
             while low < high:
@@ -168,7 +168,7 @@ class Prompting:
                 low, high = (low, middle) if tokens((), example.prompt[middle:])[2] <= 0 else (middle + 1, high)
             if low < len(example.prompt):
                 return tokens((), example.prompt[low:])[0], 0, False
-        longest = max(len(ids) - first for ids, first in found.options)
+        longest = max(len(ids) - first for ids, first in ids_of.options)
         what = f"an option of example {example.id!r} has {longest} tokens, which leaves"
         if behind > longest:
             what = f"{room} new tokens leave"
@@ -187,7 +187,7 @@ class Prompting:
             messages.append({"role": "user", "content": shot.prompt})
             messages.append({"role": "assistant", "content": shot.options[shot.answer].lstrip()})
         messages.append({"role": "user", "content": question})
-        prompt = _templated(tokenizer, messages, add_generation_prompt=True)
+        prompt = templated(tokenizer, messages, add_generation_prompt=True)
         if self.system is not None and self.system.strip() not in prompt:
             raise TaskError("the tokenizer's chat template leaves the system message out; put it into the prompts")
         borders, ends = set(), []
@@ -195,7 +195,7 @@ class Prompting:
             reply = option.lstrip()
             if not reply:
                 raise TaskError(f"option {option!r} is white space, which is no reply in a chat")
-            whole = _templated(
+            whole = templated(
                 tokenizer, [*messages, {"role": "assistant", "content": reply}], continue_final_message=True
             )
             start = whole.rindex(reply.rstrip())
@@ -264,7 +264,7 @@ def draw(splits: Splits, count: int) -> tuple[tuple[Example, ...], Splits]:
     return tuple(shots), Splits(splits.task, search, pool["dev"], pool["test"])
 
 
-def _templated(tokenizer: Any, messages: Sequence[dict[str, str]], **how: bool) -> str:
+def templated(tokenizer: Any, messages: Sequence[dict[str, str]], **how: bool) -> str:
     """The conversation as the tokenizer's chat template writes it."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise TaskError("the tokenizer has no chat template, which chat=True needs; leave chat out for a base model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,17 +79,13 @@ class Row:
         return [Row(f"{self.where}, {column!r} {i}", item) for i, item in enumerate(value)]
 
 
-def load(
-    data: Data, config: str | None = None, *, also: Collection[str] = (), skip: Collection[str] = ()
-) -> dict[str, list[Row]]:
+def load(data: Data, config: str | None = None) -> dict[str, list[Row]]:
     """Rows by the data set's own split ("train", "validation", "test"); those of a lone file are "train".
 
     Args:
         data: see `Data`; `moeopt.tasks.folders` says which files of a folder are the splits. A data set without splits
             that was saved to disk is "train".
         config: the configuration of a hub data set, such as "wic" of "aps/super_glue".
-        also: further splits to read under their own name, such as the "dev" of MMLU, which is not its validation split.
-        skip: splits to leave alone, such as MMLU's "auxiliary_train".
 
     Raises:
         TaskError: if the file, folder or data set is missing, unreadable, empty or malformed, or it is ambiguous which
@@ -99,13 +95,13 @@ def load(
         raise TaskError(f"data must be a path or a hub id, got {shown(data)}")
     path = Path(data)
     if is_saved(path):
-        return from_disk(path, also=also, skip=skip)
+        return from_disk(path)
     if path.is_dir():
-        files = split_files(path, also, skip)
+        files = split_files(path)
         return {split: [row for file in files[split] for row in read(file)] for split in files}
     if path.exists() or is_missing_file(data):
         return {"train": read(path)}
-    return from_hub(str(data), config, also=also, skip=skip)
+    return from_hub(str(data), config)
 
 
 def is_missing_file(data: str | Path) -> bool:
@@ -118,12 +114,10 @@ def read(path: Path) -> list[Row]:
     return [Row(where, values) for where, values in read_rows(path)]
 
 
-def from_hub(
-    name: str, config: str | None, *, also: Collection[str] = (), skip: Collection[str] = ()
-) -> dict[str, list[Row]]:
-    """The train, validation and test splits, and those of `also`, of a hub data set (or those of them that it has).
+def from_hub(name: str, config: str | None) -> dict[str, list[Row]]:
+    """The train, validation and test splits of a hub data set (or those of them that it has).
 
-    Other splits, but for those of `skip`, are named in a warning.
+    Other splits are named in a warning.
     """
     datasets = _datasets(f"reading {name!r} from the hub")
     try:
@@ -134,7 +128,7 @@ def from_hub(
             f"cannot load {name!r}{f' ({config})' if config else ''}: it is no local file, and the hub answered:"
             f" {reason}"
         ) from error
-    return _own(name, splits, also, skip)
+    return _own(name, splits)
 
 
 def is_saved(path: str | Path) -> bool:
@@ -142,14 +136,14 @@ def is_saved(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def from_disk(path: str | Path, *, also: Collection[str] = (), skip: Collection[str] = ()) -> dict[str, list[Row]]:
+def from_disk(path: str | Path) -> dict[str, list[Row]]:
     """As `from_hub`, of a folder that `save_to_disk` wrote; a data set without splits is "train"."""
     datasets = _datasets(f"reading {path}")
     try:
-        found = datasets.load_from_disk(str(path))
+        saved = datasets.load_from_disk(str(path))
     except Exception as error:
         raise TaskError(f"cannot read the saved data set {path}: {shown(error)}") from error
-    return _own(str(path), found if isinstance(found, datasets.DatasetDict) else {"train": found}, also, skip)
+    return _own(str(path), saved if isinstance(saved, datasets.DatasetDict) else {"train": saved})
 
 
 def _datasets(what: str) -> Any:
@@ -160,24 +154,22 @@ def _datasets(what: str) -> Any:
     return datasets
 
 
-def _own(
-    name: str, splits: Mapping[str, Iterable[Any]], also: Collection[str], skip: Collection[str]
-) -> dict[str, list[Row]]:
-    chosen = {split: split for split in (*OWN, *also) if split in splits}
+def _own(name: str, splits: Mapping[str, Iterable[Any]]) -> dict[str, list[Row]]:
+    chosen = {split: split for split in OWN if split in splits}
     for split in splits:  # "val" or "eval" where there is no "validation" or "test"
         if split not in chosen.values() and split.lower() in WORDS:
             chosen.setdefault(WORDS[split.lower()], split)
-    own = {
+    rows = {
         split: [Row(f"{name} {key}, row {i}", row) for i, row in enumerate(splits[key])]
         for split, key in chosen.items()
     }
-    if not any(own.values()):
+    if not any(rows.values()):
         raise TaskError(f"data set {name!r} has no train, validation or test split (it has {', '.join(splits)})")
-    over = [line(split, 80) for split in splits if split not in (*chosen.values(), *skip)]
+    over = [line(split, 80) for split in splits if split not in chosen.values()]
     if over:
         read = listed(f"{split} from {key}" if split != key else split for split, key in chosen.items())
         warnings.warn(f"{name}: not read: the splits {listed(over)} (read are {read})", stacklevel=5)
-    return own
+    return rows
 
 
 def own_examples(
@@ -203,30 +195,32 @@ def own_examples(
     """
     rows = {split: list(items) for split, items in own.items()}
     has = labelled or (lambda row: has_label(row, *columns))
-    kept = {split: [row for row in items if has(row)] for split, items in rows.items()}
+    labelled_rows = {split: [row for row in items if has(row)] for split, items in rows.items()}
     label = " or ".join(map(repr, columns))
-    if not any(kept.values()):
-        _refuse_unlabelled(task, [row for items in rows.values() for row in items], columns, label)
-    usual = {column for items in kept.values() for column in (items[0].values if items else ())}
-    for items in (rows[split] for split in rows if rows[split] and not kept[split]):
+    if not any(labelled_rows.values()):
+        refuse_unlabelled(task, [row for items in rows.values() for row in items], columns)
+    usual = {column for items in labelled_rows.values() for column in (items[0].values if items else ())}
+    for items in (rows[split] for split in rows if rows[split] and not labelled_rows[split]):
         if not usual & items[0].values.keys():
             wanted = ", ".join(map(shown, sorted(usual)[:20]))
             raise TaskError(
                 f"{items[0].where}: none of the columns {wanted}, which the other splits have ({items[0].has})"
             )
-    counts = [(split, len(items) - len(kept[split]), len(items)) for split, items in rows.items()]
+    counts = [(split, len(items) - len(labelled_rows[split]), len(items)) for split, items in rows.items()]
     said = [f"{n:,} of {total:,} rows of {split}" for split, n, total in counts if n]
     if said:
         warnings.warn(
             f"task {task!r}: left out {listed(said)}, which have no label: {label} is missing, null, -1 or empty",
             stacklevel=4,
         )
-    return {split: [grouped(to_example(row), row) for row in items] for split, items in kept.items() if items}
+    return {split: [grouped(to_example(row), row) for row in items] for split, items in labelled_rows.items() if items}
 
 
-def _refuse_unlabelled(task: str, rows: Sequence[Row], columns: Sequence[str], label: str) -> NoReturn:
+def refuse_unlabelled(task: str, rows: Sequence[Row], columns: Sequence[str]) -> NoReturn:
+    """Raise the `TaskError` of a task none of whose rows has a label, in one of the columns."""
     if not rows:
         raise TaskError(f"task {task!r} has no rows")
+    label = " or ".join(map(repr, columns))
     first = rows[0]
     hint = "" if first.values.keys() & columns else nearest(columns[0], list(first.values))
     raise TaskError(

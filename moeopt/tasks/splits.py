@@ -74,11 +74,11 @@ def without_shared(parts: Mapping[str, Sequence[Example]], task: str = "") -> di
     named = families([example for _, example in every])
     for (split, _), family in zip(every, named, strict=True):
         last[family] = max(last.get(family, 0), SPLITS.index(split))
-    kept: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    apart: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for (split, example), family in zip(every, named, strict=True):
         if SPLITS[last[family]] == split:
-            kept[split].append(example)
-    lost = [(split, len(parts[split]) - len(kept[split]), len(parts[split])) for split in SPLITS]
+            apart[split].append(example)
+    lost = [(split, len(parts[split]) - len(apart[split]), len(parts[split])) for split in SPLITS]
     said = [f"{n:,} of {total:,} examples of {split}" for split, n, total in lost if n]
     if said:
         warnings.warn(
@@ -86,7 +86,7 @@ def without_shared(parts: Mapping[str, Sequence[Example]], task: str = "") -> di
             " group (the same passage, say)",
             stacklevel=3,
         )
-    return kept
+    return apart
 
 
 def check_apart(parts: Mapping[tuple[str, ...], Sequence[Example]], where: str = "") -> None:

@@ -225,12 +225,12 @@ def _by_name(files: Sequence[Document]) -> tuple[dict[str, list[Example]], str]:
     """Documents by split, and in words from where: by the files' names where these are splits, else all as one."""
     named = [splits_named(path) for path, _ in files]
     if all(len(splits) == 1 for splits in named) and {"train"} < set.union(*named):
-        own: dict[str, list[Example]] = {split: [] for split in OWN}
+        parts: dict[str, list[Example]] = {split: [] for split in OWN}
         names: dict[str, list[str]] = {split: [] for split in OWN}
         for (path, documents), (split,) in zip(files, named, strict=True):
-            own[split] += documents
+            parts[split] += documents
             names[split].append(path.name)
-        return own, sources({split: listed(names[split], most=2) for split in OWN if own[split]})
+        return parts, sources({split: listed(names[split], most=2) for split in OWN if parts[split]})
     alike = [str(path) for (path, _), splits in zip(files, named, strict=True) if splits and _is_text(path)]
     if alike and len(files) > 1:
         warnings.warn(

@@ -71,12 +71,12 @@ class Encoder:
             prompt.rstrip() if special else prompt
         )  # white space alone stays, where nothing else would stand there
         bare = whole if stripped == prompt or not (stripped or self.start) else self(stripped)
-        found = []
+        encoded = []
         for text in continuations:
             ids = self(prompt + text, special)
             first = len(bare) if ids[: len(bare)] == bare else self._border(whole, ids)
-            found.append((ids, first) if first else self._apart(whole, text, ids))
-        return whole, found
+            encoded.append((ids, first) if first else self._apart(whole, text, ids))
+        return whole, encoded
 
     def _apart(self, prompt: list[int], text: str, ids: list[int]) -> tuple[list[int], int]:
         """As `continued`, where no id stands before the first that is scored."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from moeopt.tasks.mmlu_subjects import CATEGORY
+from moeopt.tasks import Example, Task
 
 Make = Callable[[random.Random, int], dict[str, Any]]
 
@@ -111,8 +113,38 @@ def winogrande(rng: random.Random, i: int) -> dict[str, Any]:
 
 def mmlu(rng: random.Random, i: int) -> dict[str, Any]:
     subject = SUBJECTS[i % len(SUBJECTS)]
-    assert subject in CATEGORY
     return {"question": sentence(rng), "subject": subject, "choices": choices(rng, 4)["text"], "answer": i // 5 % 4}
+
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def squad(rng: random.Random, i: int) -> dict[str, Any]:
+    number = NUMBERS[i // 2 % 10]
+    texts = [number, f"the {number}", number]
+    row = {"id": f"q{i}", "title": "Towers", "context": f"Passage {i // 2}: {number} towers stand in Rome."}
+    return row | {"question": f"How many, {i}?", "answers": {"text": texts, "answer_start": [12] * 3}}
+
+
+def drop(rng: random.Random, i: int) -> dict[str, Any]:
+    """Of odd number: a number, then a date, then two names; of even number the names first."""
+    nobody = {"day": "", "month": "", "year": ""}
+    number = {"number": str(i), "date": nobody, "spans": []}
+    names = {"number": "", "date": nobody, "spans": ["Smith", "Jones"]}
+    day = {"number": "", "date": {"day": "3", "month": "May", "year": "1999"}, "spans": []}
+    answer, *others = (number, day, names) if i % 2 else (names, day)
+    validated = {key: [other[key] for other in others] for key in ("number", "date", "spans")}
+    row = {"section_id": f"s{i // 2}", "query_id": f"q{i}", "passage": f"Smith and Jones ran {i // 2} yards."}
+    return row | {"question": f"Who or how many, {i}?", "answer": answer, "validated_answers": validated}
+
+
+def gsm8k(rng: random.Random, i: int) -> dict[str, Any]:
+    return {"question": f"What is {i} + {i}?", "answer": f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}.\n#### 1,{2 * i:03}"}
+
+
+def math(rng: random.Random, i: int) -> dict[str, Any]:
+    solution = f"Half of ${i}$ is $\\boxed{{\\frac{{{i}}}{{2}}}}$."
+    return {"problem": f"What is half of {i}?", "level": "Level 1", "type": "Algebra", "solution": solution}
 
 
 MAKE: dict[str, Make] = {
@@ -126,14 +158,29 @@ MAKE: dict[str, Make] = {
     "multirc": multirc,
     "openbookqa": openbookqa,
     "record": record,
-    "rte": rte,
+    "sglue_rte": rte,
     "wic": wic,
     "winogrande": winogrande,
     "wsc": wsc,
 }
 
 
+GENERATED: dict[str, Make] = {"drop": drop, "gsm8k": gsm8k, "hendrycks_math_algebra": math, "squad": squad}
+
+
 def rows_of(task: str, n: int = 20, seed: int = 0) -> list[dict[str, Any]]:
-    """n rows of a benchmark by its name in the registry; another seed gives other rows."""
-    rng = random.Random(f"{task} {seed}")
-    return [MAKE[task](rng, i + 1000 * seed) for i in range(n)]
+    """n rows of a published task, also in EEP's prompt; another seed gives other rows."""
+    name = {"eep_rte": "sglue_rte"}.get(task, task.removeprefix("eep_"))
+    rng = random.Random(f"{name} {seed}")
+    return [(MAKE | GENERATED)[name](rng, i + 1000 * seed) for i in range(n)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    """The rows as JSON lines, and the file's name."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def all_examples(task: Task) -> list[Example]:
+    return [example for split in task.splits for example in task.examples(split)]

@@ -117,7 +117,7 @@ def test_a_trusted_folder_runs_its_python(evil: Path, tiny_model: Any, tiny_toke
 
 def test_neither_an_unknown_name_nor_a_module_that_is_installed_runs_any(evil: Path) -> None:
     write(evil, "other", WAYS["doc_to_target"])
-    with pytest.raises(TaskError, match="unknown lm_eval task 'asked'"):
+    with pytest.raises(TaskError, match="unknown task 'asked'"):
         moeopt.tasks.get("lm_eval:asked", include_path=evil)
     write(evil, "asked", {"doc_to_target": "!function os.system"})
     with pytest.raises(TaskError, match=REFUSED):
@@ -160,7 +160,7 @@ def test_the_harness_s_own_tasks_run_theirs(evil: Path, tmp_path: Path, tiny_mod
 
     rows = [
         {"activity_label": "A", "ctx_a": f"a {i}", "ctx_b": "b", "ctx": "a b", "endings": list("wxyz"), "label": "1"}
-        for i in range(4)
+        for i in range(40)
     ]
     data = tmp_path / "rows.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -12,14 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rows_of import MAKE, rows_of
-from test_generation import ROWS
+from rows_of import GENERATED, MAKE, rows_of, write
 
 from moeopt import tasks
 from moeopt.errors import TaskError
-from moeopt.study.recorded_tasks import JUDGES, Use, keep, restored
+from moeopt.study.recorded_tasks import Use, keep, restored
 from moeopt.tasks import Example, GenerationTask, MixtureTask, MultipleChoiceTask, Task, TextTask
-from moeopt.tasks.written import WrittenBenchmark
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of prompts that are cut, examples left out
 
@@ -40,10 +39,25 @@ def tokenizer(tiny_tokenizer):
 def made(folder: Path, name: str, **options: Any) -> Task:
     if name == "text":
         return TextTask.from_documents("text", TEXTS, window=32)
-    file = folder / f"{name}.jsonl"
-    rows = [ROWS[name][0](i) for i in range(20)] if name in ROWS else rows_of(name, 80)  # type: ignore[operator]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tasks.get(name, file, **options)
+    if name in ("multiple_choice", "generation"):
+        answer = {"multiple_choice": {"options": [" a", " b", " c"]}, "generation": {}}[name]
+        rows = [{"prompt": f"{i}:", **answer, "answer": " b" if i % 3 else " a"} for i in range(80)]
+    else:
+        rows = rows_of(name, 40 if name in GENERATED else 80)
+    return tasks.get(name, write(folder / f"{name}.jsonl", rows), **options)
+
+
+CASES = [
+    *((name, {}) for name in sorted(MAKE)),
+    ("eep_boolq", {}), ("eep_record", {}), ("squad", {}), ("eep_drop", {}), ("gsm8k", {"num_fewshot": 0}), ("text", {}),
+    ("hellaswag", {"metric": "acc_norm"}),
+    ("multiple_choice", {"normalise": "characters"}),
+    ("multiple_choice", {"shots": 2, "separator": "\n"}),
+    ("generation", {"shots": 1}),
+    ("multiple_choice", {"chat": True, "system": "Be brief.", "shots": 1}),
+    ("copa", {"apply_chat_template": True, "system_instruction": "Be brief."}),
+    ("squad", {"apply_chat_template": True}),
+]  # fmt: skip
 
 
 def through_json(task: Task, use: Use) -> Task:
@@ -72,7 +86,7 @@ def assert_alike(task: Task, found: Task, use: Use) -> None:
         np.testing.assert_array_equal(a.weights, b.weights)
         np.testing.assert_array_equal(a.correct, b.correct)
         before, after = task.metrics(use.split, a), found.metrics(use.split, b)
-        if not str(task.describe()).count("lm_eval"):
+        if "lm_eval" not in str(task.describe()):
             assert before == after
         assert before[task.metric if task.metric in before else "greedy_match"] == next(iter(after.values()))
     assert [r.ids for r in task.solutions(use.split, ours)] == [r.ids for r in found.solutions(use.split, theirs)]
@@ -86,18 +100,6 @@ def assert_alike(task: Task, found: Task, use: Use) -> None:
             np.testing.assert_array_equal(values, found.judge(use.split, texts)[name])
 
 
-CASES = [
-    *((name, {"template": template}) for name in sorted(MAKE) for template in ("harness", "eep")),
-    *((name, {"template": t} if t else {}) for name, (_, *templates) in ROWS.items() for t in templates),
-    ("text", {}),
-    ("hellaswag", {"normalise": "characters"}),
-    ("boolq", {"shots": 2, "separator": "\n"}),
-    ("squad", {"shots": 1}),
-    ("copa", {"chat": True, "system": "Be brief.", "shots": 1}),
-    ("gsm8k", {"chat": True}),
-]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: str(value).replace(" ", ""))
 @pytest.mark.parametrize(("split", "limit"), [("search", None), ("search", 5), ("dev", 3)])
@@ -109,7 +111,7 @@ def test_every_task_is_restored_alike(name, options, split, limit, tmp_path, tok
 @pytest.mark.parametrize("use", ["share", "all"])
 @pytest.mark.parametrize("limit", [None, 7, 1])
 def test_mixtures_are_restored_alike(use, limit, tmp_path, tokenizer):
-    members = {"b": (made(tmp_path, "boolq", shots=1), 1), "r": (made(tmp_path, "record"), 3)}
+    members = {"b": (made(tmp_path, "multiple_choice", shots=1), 1), "r": (made(tmp_path, "record"), 3)}
     members["m"] = made(tmp_path, "multirc"), 0.7
     inner = MixtureTask({"t": (made(tmp_path, "text"), 2), "s": (made(tmp_path, "squad"), 1)})
     task = MixtureTask({**members, "inner": (inner, 1.1)}, use=use)
@@ -141,10 +143,43 @@ def test_only_examples_in_use_are_kept(tmp_path, tokenizer):
         through_json(task, Use("search", tokenizer)).fingerprint("test")
 
 
-def test_judges_of_every_published_task_have_names():
-    for name, make in tasks.REGISTRY.items():
-        for template in make.templates.values() if isinstance(make, WrittenBenchmark) else ():
-            assert set(template.judges.values()) <= set(JUDGES.values()), name
+FORMER = [json.loads(line) for line in Path(__file__).with_name("former_tasks.jsonl").read_text().splitlines()]
+"""What moeopt 0.1 recorded of tasks that it had of its own, and the scores that it gave them."""
+
+
+@pytest.mark.parametrize("case", FORMER, ids=lambda case: case["kept"]["name"])
+def test_what_older_studies_recorded_is_scored_as_it_was(case, tiny_tokenizer):
+    task = restored(case["kept"], "search")
+    requests = task.requests("search", tiny_tokenizer, 2)
+    ids = json.dumps([[request.ids, request.scored_from] for request in requests])
+    assert hashlib.sha256(ids.encode()).hexdigest() == case["ids"]
+    scored = np.asarray([request.scored for request in requests])
+    scores = task.reduce("search", requests, -np.sqrt(np.arange(len(requests)) + 1.0) * scored, scored)
+    assert task.metric == case["metric"]
+    assert (scores.losses.tolist(), scores.correct.tolist()) == (case["losses"], case["correct"])
+    assert (None if scores.choice is None else scores.choice.tolist()) == case["choice"]
+    assert restored(json.loads(json.dumps(keep(task, Use("search", tiny_tokenizer)))), "search").name == task.name
+    if "judged" in case:
+        assert isinstance(task, GenerationTask)
+        judged = task.judge("search", case["texts"])
+        assert {name: values.tolist() for name, values in judged.items()} == case["judged"]
+
+
+def test_answers_are_judged_by_the_harness_s_own_version_and_no_folder_of_the_user_s(
+    tmp_path, harness_tasks, tokenizer
+):
+    use = Use("search", tokenizer, 2)
+    kept = json.loads(json.dumps(keep(made(tmp_path, "squad"), use)))
+    assert restored(kept, "search").judge("search", ["a", "b"])["f1"].shape == (2,)
+    with pytest.raises(TaskError, match=r"judged by lm-evaluation-harness 0\.3, but"):
+        restored({**kept, "version": "0.3"}, "search").judge("search", ["a", "b"])
+    for name in ("os.system", "humaneval"):
+        other = {**kept, "examples": [{**example, "task": name} for example in kept["examples"]]}
+        with pytest.raises(TaskError):
+            restored(other, "search").judge("search", ["a", "b"])
+    written = tasks.get("sums_written", include_path=harness_tasks)
+    with pytest.raises(TaskError, match="judged by code of its own"):
+        keep(written, use)
 
 
 class Mine(MultipleChoiceTask):
@@ -201,8 +236,10 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 @pytest.fixture(scope="module")
 def specimens(tmp_path_factory, tiny_tokenizer, harness_tasks) -> list[Any]:
     folder = tmp_path_factory.mktemp("kept")
-    found: list[Task] = [made(folder, name) for name in ("multirc", "record", "winogrande", "mmlu", "squad", "text")]
-    found.append(made(folder, "boolq", shots=1))
+    found: list[Task] = [
+        made(folder, name) for name in ("multirc", "record", "winogrande", "generation", "squad", "text")
+    ]
+    found.append(made(folder, "multiple_choice", shots=1))
     found.append(MixtureTask({"a": (found[0], 1), "b": (found[5], 2)}))
     found.append(tasks.get("lm_eval:sums", include_path=harness_tasks))
     return [json.loads(json.dumps(keep(task, Use("search", tiny_tokenizer, 2)))) for task in found]

@@ -17,9 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import fuzzing
-from rows_of import MAKE, rows_of
+from rows_of import rows_of
 from test_data_files import write
-from test_generation import drop_row, gsm8k_row, math_row, squad_row
 
 from moeopt import tasks
 from moeopt.errors import TaskError
@@ -47,37 +46,37 @@ def apart(task: tasks.Task, key: Any, least: int = 2) -> None:
 
 PASSAGES = {
     "boolq": "passage", "cb": "premise", "copa": "premise", "multirc": "paragraph", "record": "passage",
-    "rte": "premise", "wsc": "text", "arc_easy": "question", "arc_challenge": "question",
-    "openbookqa": "question_stem", "hellaswag": "source_id", "squad": "context", "drop": "passage",
+    "sglue_rte": "premise", "wsc": "text", "arc_easy": "question", "openbookqa": "question_stem",
+    "hellaswag": "source_id", "squad": "context", "drop": "passage",
 }  # fmt: skip
-WRITTEN = {"squad": squad_row, "drop": drop_row, "gsm8k": gsm8k_row, "math": math_row}
 
 
 def of_passages(name: str) -> list[dict[str, Any]]:
     """Four rows about each of 25 passages; "qid" numbers the passages."""
-    found = []
+    rows = []
     for i in range(100):
-        row = WRITTEN[name](i % 9) if name in WRITTEN else rows_of(name, 1, seed=i)[0]
-        passage = f"Passage {i // 4} is about this."
+        row, passage = rows_of(name, 1, seed=i)[0], f"Passage {i // 4} is about this."
         if name == "wsc":
             passage = f"The cat {i // 4} told it , who was here , that he and it left ."
         if name == "record":
             about = rows_of(name, 1, seed=i // 4)[0]
             row = about | {"query": f"{i}: @placeholder left"}
             passage = f"{about['passage']} {i // 4}"
-        row |= {"question": f"{i}?"} if name in WRITTEN else {}
-        found.append({**row, PASSAGES[name]: passage, "qid": i // 4, "query_id": str(i), "id": str(i)})
-    return found
+        row |= {"question": f"{i}?"} if name in ("squad", "drop") else {}
+        row |= {"fact1": f"fact {i}"} if name == "openbookqa" else {}
+        rows.append({**row, PASSAGES[name]: passage, "qid": i // 4})
+    return rows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", ["harness", "eep"])
+@pytest.mark.parametrize("prefix", ["", "eep_"])
 @pytest.mark.parametrize("name", PASSAGES)
-def test_rows_of_one_passage_stay_in_one_split(tmp_path, name, template):
+def test_rows_of_one_passage_stay_in_one_split(tmp_path, name, prefix):
     """Whether the file is lone, or the data set has splits of its own, of which the earlier loses the passage."""
     rows = of_passages(name)
-    if name == "openbookqa":
-        rows = [row | {"fact1": f"fact {i}"} for i, row in enumerate(rows)]
+    if (name, prefix) == ("drop", "eep_"):
+        rows = [{**row, "answer": rows_of("drop", 2)[1]["answer"]} for row in rows]
+    task_name = "eep_rte" if (name, prefix) == ("sglue_rte", "eep_") else prefix + name
 
     def passage(example: Example) -> str:
         return next(str(row["qid"]) for row in rows if plain(row[PASSAGES[name]]) in map(plain, names(example)))
@@ -85,12 +84,12 @@ def test_rows_of_one_passage_stay_in_one_split(tmp_path, name, template):
     def names(example: Example) -> tuple[str, ...]:
         return example.group if isinstance(example.group, tuple) else (str(example.group),)
 
-    task = tasks.get(name, write(tmp_path / "rows.jsonl", rows), template=template)
+    task = tasks.get(task_name, write(tmp_path / "rows.jsonl", rows))
     apart(task, passage, least=25)
     for split, part in (("train", rows[::2]), ("validation", rows[1::4]), ("test", rows[3::8])):
         write(tmp_path / "own" / f"{split}.jsonl", part)
     with pytest.warns(UserWarning, match="left out .* examples of search .*: a later split has them"):
-        apart(tasks.get(name, tmp_path / "own", template=template), passage, least=20)
+        apart(tasks.get(task_name, tmp_path / "own"), passage, least=20)
 
 
 def test_sentences_and_twins_stay_in_one_split(tmp_path):
@@ -113,8 +112,8 @@ def test_sentences_and_twins_stay_in_one_split(tmp_path):
             twins.append({"sentence": f"Ann {i} taught Bea {i} since _ found it {kind}.", "option1": f"Ann {i}",
                           "option2": f"Bea {i}", "answer": answer, "qID": f"pair{i}-{answer}"})  # fmt: skip
     for rows in (twins, [{k: v for k, v in row.items() if k != "qID"} for row in twins]):
-        for template in ("harness", "eep"):
-            task = tasks.get("winogrande", write(tmp_path / "w.jsonl", rows), template=template)
+        for name in ("winogrande", "eep_winogrande"):
+            task = tasks.get(name, write(tmp_path / "w.jsonl", rows))
             apart(task, lambda e: e.group[-1].split(" found")[0].split("_")[0], least=60)
 
 
@@ -123,7 +122,7 @@ def test_questions_of_mmlu_about_one_quotation_stay_in_one_split(tmp_path):
     for i, row in enumerate(rows):
         quoted = f"This question refers to the following information.\n“Text {i % 30}”\nSomeone, 1776\n"
         row["question"] = quoted + row["question"]
-    task = tasks.get("mmlu", write(tmp_path / "validation.jsonl", rows))
+    task = tasks.get("mmlu", write(tmp_path / "test.jsonl", rows))
     apart(task, lambda e: e.prompt.split("Text ")[1].split("”")[0], least=30)
 
 
@@ -345,69 +344,6 @@ def test_groups_and_passages_of_local_data_of_the_harness(tmp_path):
         rows = [{"n": i, column: i // 5 if name == 3 else name.format(i // 5)} for i in range(100)]
         task = tasks.get("lm_eval:mine", write(tmp_path / "rows.jsonl", rows), include_path=tmp_path)
         apart(task, lambda e: int(e.prompt[:-1]) // 5, least=20)
-
-
-NONE = {"null": None, "-1": -1, "text -1": "-1", "empty": "", "spaces": "  ", "NaN": float("nan"), "-1.0": -1.0}
-ANSWERS = {
-    "label": ("boolq", "cb", "copa", "hellaswag", "multirc", "rte", "wic", "wsc"),
-    "answer": ("mmlu", "winogrande", "multiple_choice", "generation", "gsm8k"),
-    "answerKey": ("arc_easy", "arc_challenge", "openbookqa"),
-    "answers": ("record", "squad"),
-    "answers_spans": ("drop",),
-    "solution": ("math",),
-}
-NAMED = [(name, column) for column, names in ANSWERS.items() for name in names]
-
-
-def labelled_rows(name: str) -> list[dict[str, Any]]:
-    if name in WRITTEN:
-        return [WRITTEN[name](i) for i in range(18)]
-    if name in MAKE:
-        return rows_of(name, 18)
-    return [{"prompt": f"{i}?", "options": ["a", "b"], "answer": "a"} for i in range(18)]
-
-
-@pytest.mark.parametrize(("name", "column"), NAMED)
-def test_unlabelled_rows_are_left_out_alike(tmp_path, name, column):
-    values = [value for key, value in NONE.items() if (name, key) != ("generation", "text -1")]
-    options = {"delimiter": " "} if name in ("multiple_choice", "generation") else {}
-    rows = labelled_rows(name)
-    blank = [{**row, column: value} for row, value in zip(rows, values)]
-    missing = {key: value for key, value in rows[-1].items() if key != column}
-    with pytest.warns(UserWarning, match="which have no label") as seen:
-        task = tasks.get(name, write(tmp_path / "rows.jsonl", [*blank, missing, *rows[len(blank) : -1]]), **options)
-    assert len(seen) == 1
-    left_out = len(blank) + 1
-    assert f"task {name!r}: left out {left_out} of 18 rows of train, which have no label" in str(seen[0].message)
-    assert sum(len(task.examples(split)) for split in task.splits) == 18 - left_out
-    for nothing in ([*blank, missing], [missing]):
-        with pytest.raises(
-            TaskError, match=rf"rows.jsonl, line 1: no .*'{column}'.*: missing, null, -1 or empty in this"
-        ):
-            tasks.get(name, write(tmp_path / "rows.jsonl", nothing))
-
-
-def test_a_misspelt_label_gets_a_hint(tmp_path):
-    rows = [{"lable": row.pop("label"), **row} for row in rows_of("rte")]
-    with pytest.raises(TaskError, match=r"no 'label': missing.* in all 20 .*; did you mean 'lable'\?"):
-        tasks.get("rte", write(tmp_path / "rows.jsonl", rows))
-
-
-@pytest.mark.parametrize(
-    "name", [name for name, column in NAMED if column == "label" or name in ("mmlu", "winogrande")]
-)
-def test_numbers_are_answers_however_they_are_written(tmp_path, name):
-    rows = rows_of(name, 12)
-    column = "label" if "label" in rows[0] else "answer"
-    fingerprints = set()
-    for form in (int, float, str, lambda n: f"{n}.0", lambda n: f" {n}"):
-        changed = [{**row, column: form(int(row[column]))} for row in rows]
-        fingerprints.add(tasks.get(name, write(tmp_path / "rows.jsonl", changed)).fingerprint())
-    if name in ("boolq", "multirc", "wic", "wsc"):
-        for form in (bool, lambda n: str(bool(n)), lambda n: "yes" if n else "no"):
-            changed = [{**row, column: form(int(row[column]))} for row in rows]
-            fingerprints.add(tasks.get(name, write(tmp_path / "rows.jsonl", changed)).fingerprint())
-    assert len(fingerprints) == 1
 
 
 def test_an_index_as_text_or_float_and_an_answer_that_is_minus_one(tmp_path):

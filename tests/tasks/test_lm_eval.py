@@ -142,13 +142,12 @@ def test_describe_names_versions(harness_tasks):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sum", {}, r"unknown lm_eval task 'sum'; did you mean 'sums'\?"),
-        ("sums_written", {}, "'sums_written' .generate_until. does not score given answers"),
-        ("sums", {"num_fewshot": -1}, "num_fewshot must be at least 0, got -1"),
+        ("sum", {}, r"unknown task 'sum'; did you mean 'sums'\?"),
+        ("sums_written", {"metric": "acc"}, "'lm_eval:sums_written' has no metric 'acc' .it has exact_match"),
+        ("sums", {"num_fewshot": -1}, "num_fewshot must be an integer of at least 0, got -1"),
         ("sums", {"most": 0}, "most must be at least 1, got 0"),
         ("sums", {"data": "nowhere.jsonl"}, "data file nowhere.jsonl does not exist"),
         ("sums_alone", {"num_fewshot": 40}, "too few documents .* to show 40 of"),
-        ("all_sums", {"data": "test.jsonl"}, "'all_sums' is a group of lm_eval tasks"),
         ("sums", {"shots": 1}, "'lm_eval:sums' has no option 'shots'"),
     ],
 )
@@ -165,7 +164,7 @@ def test_a_data_set_that_is_not_there_is_named(tmp_path):
     with pytest.raises(TaskError, match=r"'t' .data set 'json'. cannot be loaded .FileNotFoundError.*local files"):
         get("t", tmp_path)
     (tmp_path / "u.yaml").write_text("task: u\ndoc_to_text: !function gone.f\n")
-    with pytest.raises(TaskError, match=r"unknown lm_eval task 'v'.*u.yaml cannot be read"):
+    with pytest.raises(TaskError, match=r"unknown task 'v'.*u.yaml cannot be read"):
         get("v", tmp_path)
 
 
@@ -189,7 +188,7 @@ def test_without_the_harness_the_error_says_how_to_install_it():
         "except moeopt.errors.TaskError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'moeopt[lm-eval]'" in done.stdout
+    assert "pip install lm-eval" in done.stdout
 
 
 def test_an_objective_searches_on_it(harness_tasks, tiny_model, tiny_tokenizer):

@@ -23,9 +23,6 @@ from moeopt.tasks import Example, MultipleChoiceTask
 from moeopt.tasks.rows import from_hub
 from moeopt.tasks.splits import OWN
 
-BOOLQ = {"question": "is ice cold", "passage": "Ice is frozen water.", "idx": 3}
-WIC = {"word": "place", "sentence1": "Come to my places.", "sentence2": "No place.", "start1": 11, "end1": 17, "idx": 1}
-
 
 def write(path: Path, rows: list[object]) -> str:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
@@ -111,73 +108,26 @@ def test_own_task_in_a_few_lines():
         MultipleChoiceTask.from_rows("sums", [rows[0], {"q": ""}], lambda r: Example("", r["q"], ("x", str(r["a"])), 0))
 
 
-@pytest.mark.parametrize(("label", "answer"), [(True, 1), (False, 0), (1, 1), (0, 0), ("true", 1), ("False", 0)])
-def test_boolq_prompts(tmp_path, label, answer):
-    for column in ("label", "answer"):
-        path = write(tmp_path / "b.jsonl", [BOOLQ | {column: label}])
-        (example,) = all_examples(tasks.get("boolq", path))
-        prompt = "Ice is frozen water.\nQuestion: is ice cold?\nAnswer:"
-        assert example == Example("3", prompt, (" no", " yes"), answer, BOOLQ["passage"])
-        (example,) = all_examples(tasks.get("boolq", path, template="eep"))
-        assert example.options[example.answer] == (" A" if answer else " B")
-        assert example.prompt == "Ice is frozen water.\nQuestion: is ice cold\nA. Yes\nB. No\nAnswer:"
-
-
-def test_wic_prompts(tmp_path):
-    path = write(tmp_path / "w.jsonl", [WIC | {"label": "true"}])
-    (example,) = all_examples(tasks.get("wic", path))
-    assert example.options[example.answer] == " yes"
-    assert example.prompt == (
-        "Sentence 1: Come to my places.\nSentence 2: No place.\n"
-        "Question: Is the word 'places' used in the same way in the two sentences above?\nAnswer:"
-    )
-    (example,) = all_examples(tasks.get("wic", path, template="eep"))
-    assert example.options[example.answer] == " A"
-    assert "Are 'place' in the above" in example.prompt
-
-
-def test_folder_of_splits_as_in_superglue(tmp_path):
-    for name, n, label in (("train", 40, {"label": True}), ("val", 10, {"label": False}), ("test", 5, {})):
-        write(tmp_path / f"{name}.jsonl", [BOOLQ | {"passage": f"{name} {i}"} | label for i in range(n)])
-    with pytest.warns(UserWarning, match="left out 5 of 5 rows of test, which have no label: 'label' or 'answer'"):
-        task = tasks.get("boolq", str(tmp_path))
-    assert task.origin == "search and dev divided by hash from train.jsonl, test from val.jsonl"
-    assert {e.answer for e in task.examples("test")} == {0}
-    assert len(task.examples("test")) == 10
-    assert len(task.examples("search")) + len(task.examples("dev")) == 40
-    assert {e.answer for e in (*task.examples("search"), *task.examples("dev"))} == {1}
-
-
 def test_hub_layout_is_read_through_datasets(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "data"
     folder.mkdir()
     for name in ("train", "validation"):
-        write(folder / f"{name}.jsonl", [BOOLQ | {"question": f"{name} {i}", "answer": True} for i in range(30)])
+        write(folder / f"{name}.jsonl", [{"question": f"{name} {i}", "answer": True} for i in range(30)])
     own = from_hub(str(folder), None)
     assert {split: len(rows) for split, rows in own.items()} == {"train": 30, "validation": 30}
     assert own["train"][0].text("question") == "train 0"
 
 
-def test_parquet_equals_jsonl(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [BOOLQ | {"question": f"q {i}", "answer": bool(i % 3)} for i in range(30)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
-    jsonl = tasks.get("boolq", write(tmp_path / "b.jsonl", rows))
-    assert tasks.get("boolq", str(tmp_path / "b.parquet")).describe() == jsonl.describe()
-
-
 def test_a_data_set_saved_to_disk_equals_its_files(tmp_path):
     from datasets import Dataset, DatasetDict
 
-    rows = {name: [BOOLQ | {"question": f"{name} {i}", "answer": bool(i % 3)} for i in range(20)] for name in OWN}
+    rows = {name: [{"question": f"{name} {i}", "passage": "p", "label": i % 2} for i in range(20)] for name in OWN}
     for name in OWN:
         write(tmp_path / f"{name}.jsonl", rows[name])
     DatasetDict({name: Dataset.from_list(rows[name]) for name in OWN}).save_to_disk(tmp_path / "all")
     Dataset.from_list(rows["train"]).save_to_disk(tmp_path / "one")
-    for saved, files in (("all", tmp_path), ("one", tmp_path / "train.jsonl")):
+    for saved, files in (("one", tmp_path / "train.jsonl"),):
         task = tasks.get("boolq", tmp_path / saved)
         assert task.fingerprint() == tasks.get("boolq", files).fingerprint()
     texts = tasks.get("text", tmp_path / "all", column="question")
@@ -293,13 +243,6 @@ def test_malformed_line_is_named(tmp_path, row, message):
     assert path in str(error.value) or "surrogate" in message
 
 
-@pytest.mark.parametrize("label", ["maybe", 2])
-def test_bad_label_is_named(tmp_path, label):
-    path = write(tmp_path / "b.jsonl", [BOOLQ | {"label": label}])
-    with pytest.raises(TaskError, match="line 1: 'label' must be true or false"):
-        tasks.get("boolq", path)
-
-
 def test_bad_files_are_named(tmp_path):
     (tmp_path / "bytes.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -317,19 +260,20 @@ def test_bad_files_are_named(tmp_path):
         ("missing.jsonl", "missing.jsonl does not exist"),
     ):
         with pytest.raises(TaskError, match=message):
-            tasks.get("boolq", str(tmp_path / name))
+            tasks.get("multiple_choice", str(tmp_path / name))
     with pytest.raises(TaskError, match=r"data must be a path or a hub id, got \[\]"):
-        tasks.get("boolq", [])
+        tasks.get("multiple_choice", [])
 
 
 def test_unreachable_hub_data_set_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TaskError, match=r"cannot load 'nobody/nothing' \(boolq\): it is no local file, and the hub"):
-        tasks.get("boolq", "nobody/nothing", config="boolq")
+        tasks.get("multiple_choice", "nobody/nothing", config="boolq")
 
 
 def test_tasks_need_neither_torch_nor_datasets_to_start():
-    code = "import sys, moeopt.tasks; sys.exit(any(name in sys.modules for name in ('torch', 'datasets', 'pyarrow')))"
+    heavy = "torch", "datasets", "pyarrow", "lm_eval"
+    code = f"import sys, moeopt.tasks; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -340,5 +284,3 @@ def test_unknown_names_get_a_hint():
         tasks.get("text", "x", windw=3)
     with pytest.raises(TaskError, match="'text' needs data"):
         tasks.get("text")
-    with pytest.raises(TaskError, match="unknown template 'harnes'; did you mean 'harness'"):
-        tasks.get("wic", template="harnes")

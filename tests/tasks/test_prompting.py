@@ -234,15 +234,15 @@ def test_white_space_is_no_reply(chat_tokenizer):
 )
 def test_bad_options_are_named_before_data_are_read(options, message):
     with pytest.raises(TaskError, match=message):
-        tasks.get("boolq", "nowhere.jsonl", **options)
+        tasks.get("multiple_choice", "nowhere.jsonl", **options)
 
 
 def test_options_of_every_task(tmp_path):
     path = tmp_path / "b.jsonl"
-    rows = [{"question": "q", "passage": f"p{i}", "answer": bool(i % 2)} for i in range(60)]
+    rows = [{"prompt": f"p{i}:", "options": [" a", " b"], "answer": i % 2} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plain = tasks.get("boolq", str(path))
-    task = tasks.get("boolq", str(path), shots=3, chat=True, system="Be brief.")
+    plain = tasks.get("multiple_choice", str(path))
+    task = tasks.get("multiple_choice", str(path), shots=3, chat=True, system="Be brief.")
     assert len(task.examples("search")) == len(plain.examples("search")) - 3
     assert task.describe()["prompting"] | {"shown": ""} == {
         "shots": 3,
@@ -252,7 +252,7 @@ def test_options_of_every_task(tmp_path):
     }
     assert "prompting" not in plain.describe()
     with pytest.raises(TaskError, match=r"no option 'shot'; did you mean 'shots'.*shots, chat, system, separator"):
-        tasks.get("boolq", str(path), shot=3)
+        tasks.get("multiple_choice", str(path), shot=3)
     for option in ({"shots": 3}, {"chat": True}):
         with pytest.raises(TaskError, match="task 'text' has no option"):
             tasks.get("text", str(path), **option)

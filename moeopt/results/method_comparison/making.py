@@ -12,7 +12,7 @@ import numpy as np
 from moeopt.errors import MethodError, ModelError, NonFiniteLossError
 from moeopt.evaluation import Evaluation
 from moeopt.evaluation.store import StoredEvaluators, digest
-from moeopt.methods import METHODS, Calibration, Wanted, get, plans, refit, skipping
+from moeopt.methods import METHODS, Budget, Calibration, get, plans, refit, skipping
 from moeopt.methods.refitting import RIDGES
 from moeopt.models import Sizes
 from moeopt.plan import ModelShape, Plan
@@ -280,6 +280,6 @@ def kept_experts(plan: Plan) -> int:
 
 def _random(shape: ModelShape, keep: int, k: int, seed: int, draw: int) -> Plan:
     """A random pruning: the same experts whatever k is."""
-    method, wanted = METHODS["random"], Wanted(shape.experts, shape.k, keep, k)
+    method, budget = METHODS["random"], Budget(shape.experts, shape.k, keep, k)
     rngs = (np.random.default_rng([seed, draw, layer]) for layer in range(shape.layers))
-    return Plan(tuple(method.layer({}, wanted, rng) for rng in rngs))
+    return Plan(tuple(method.layer({}, budget, rng) for rng in rngs))

@@ -1,40 +1,31 @@
-"""Tasks of lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.10256836), found and loaded by name.
+"""Tasks of lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.10256836), and ours in its YAML, loaded by name.
 
-The only file that knows where the harness keeps its tasks. A task folder may hold Python, which runs only when it is
-trusted. The harness is imported when a task is first asked for.
+A task folder may hold Python, which runs only when it is trusted. The harness is imported when a task is loaded.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import random
-import re
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moeopt.errors import TaskError, nearest
-from moeopt.tasks.folders import WORDS, files_of, splits_named, topmost, warn_passed_over
-from moeopt.tasks.formats import form_of
-from moeopt.tasks.lm_eval.trust import is_the_harness, sandboxed, untrusted
+from moeopt.tasks.lm_eval.catalogue import FOLDERS, check_name, harness_folder, ours, theirs
+from moeopt.tasks.lm_eval.local_data import Data, LocalData, data_set
+from moeopt.tasks.lm_eval.trust import sandboxed, trusts, untrusted
+from moeopt.tasks.rows import is_missing_file
 
-Data = str | Path
 SEED = 1234
 """The seed from which the harness draws few-shot examples."""
-_NAMES = re.compile(rb"^(?:task|group|tag):[ \t]*[\"']?([^\s\"'#\[\]]+)", re.MULTILINE)
-_TAGS = re.compile(rb"^tag:[ \t]*\r?\n((?:[ \t]*-[^\n]*\n?)+)", re.MULTILINE)
-_BUILDERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), "json") | {
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".arrow": "arrow",
-}
-"""The datasets package's reader of files with such an ending."""
-_SPLITS = ("training_split", "validation_split", "test_split")
+_OF_GROUPS = ("group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "include")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +37,22 @@ class Harness:
         tasks: the harness's `Task` by name, with `num_fewshot` set; the members of groups and tags one by one.
         groups: the harness's `Group` by name.
         version: the harness's own.
+        include_path: the folder of the user's that a task may be from.
     """
 
     names: tuple[str, ...]
     tasks: Mapping[str, Any]
     groups: Mapping[str, Any]
     version: str
+    include_path: str | Path | None = None
+
+
+@dataclass
+class _Leaf:
+    """A task of a group: the names it goes by there, and what the group changes in it."""
+
+    names: set[str]
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 def load(
@@ -59,6 +60,9 @@ def load(
     *,
     include_path: str | Path | None = None,
     data: Mapping[str, Data] | None = None,
+    config: str | None = None,
+    subjects: Iterable[str] = (),
+    held_out: bool = False,
     num_fewshot: int | None = None,
     unsafe_code: bool = False,
     trust_remote_code: bool = False,
@@ -66,11 +70,16 @@ def load(
     """Tasks, groups and tags of the harness, their data sets read.
 
     Args:
-        names: names as on the harness's command line.
-        include_path: a folder with tasks of one's own, whose names go before the harness's.
-        data: for the task of each name, local data in its data set's own schema: a .jsonl, .json or .parquet file for
-            the split that the harness evaluates, or a folder with a file for every split, named after it, or one that
-            `save_to_disk` of the datasets package wrote.
+        names: names as on the harness's command line, or of tasks of ours (`moeopt.tasks.lm_eval.catalogue`).
+        include_path: a folder with tasks of one's own, whose names go before all others.
+        data: for the task of each name, local data in its data set's schema: a file of rows for the split that the
+            harness evaluates, or a folder with a file for every split, named after it, or one that `save_to_disk` of
+            the datasets package wrote; or the hub id of another data set of that schema. See
+            `moeopt.tasks.lm_eval.local_data`.
+        config: another configuration of the hub data set than the task's.
+        subjects: of a group, the tasks, groups and tags within it to load, by their names, also without the group's in
+            front: "stem" and "anatomy" are `mmlu_stem` and `mmlu_anatomy`. Empty for all.
+        held_out: load what is not among `subjects` instead.
         num_fewshot: examples in front of every question; None for what the task says. A task that says 0 keeps 0, with
             a warning, as in the harness.
         unsafe_code: whether tasks that run code written by the model are allowed.
@@ -80,17 +89,22 @@ def load(
         TaskError: if the harness is not installed, a name is unknown, a task or its data cannot be loaded, or a task
             runs Python that is not trusted.
     """
-    version = harness_version()
     names = tuple(dict.fromkeys(names))
+    subjects = list(subjects)
     if not names:
         raise TaskError("name at least one lm_eval task, such as arc_easy")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise TaskError(f"num_fewshot must be at least 0, got {num_fewshot}")
+    if isinstance(num_fewshot, bool) or not isinstance(num_fewshot, int | None) or (num_fewshot or 0) < 0:
+        raise TaskError(f"num_fewshot must be an integer of at least 0, got {num_fewshot!r}")
     if include_path is not None and not Path(include_path).is_dir():
         raise TaskError(f"include_path {str(include_path)!r} is not a folder of lm_eval tasks")
     for name in data or {}:
         if name not in names:
             raise TaskError(f"data is given for {name!r}, which is not among the tasks{nearest(name, list(names))}")
+    if include_path is None:
+        for name in names:
+            check_name(name)
+    places = {name: _place(place, config) for name, place in (data or {}).items()}
+    version = harness_version()
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     with contained():
@@ -98,11 +112,12 @@ def load(
             trusted = include_path is None or trust_remote_code
             with nullcontext() if trusted else untrusted(str(include_path)):
                 manager = _manager(name, include_path)
-            trusted |= is_the_harness(manager)
+            trusted |= trusts(manager)
             with nullcontext() if trusted else untrusted(str(include_path)):
-                found = _load(manager, name, (data or {}).get(name), num_fewshot)
-            tasks |= found["tasks"]
-            groups |= found.get("groups") or {}
+                place = places.get(name, {"dataset_name": config} if config else None)
+                loaded = _load(manager, name, place, num_fewshot, subjects, held_out)
+            tasks |= loaded["tasks"]
+            groups |= loaded.get("groups") or {}
         for name, task in tasks.items():
             _set_shots(name, task, num_fewshot)
             if getattr(task, "UNSAFE_CODE", False) and not unsafe_code:
@@ -111,32 +126,72 @@ def load(
                 )
             if getattr(task, "MULTIMODAL", False):
                 raise TaskError(f"lm_eval task {name!r} has images or sounds, which is not supported")
-    return Harness(names, tasks, groups, version)
+    return Harness(names, tasks, groups, version, include_path)
+
+
+def judging(docs: Mapping[str, Sequence[Mapping[str, Any]]], version: str) -> Harness:
+    """Tasks of the harness, or ours, that judge the answers to documents, by task, without reading their data sets.
+
+    Args:
+        docs: the documents as the tasks made them.
+        version: of the harness, which must be the one at hand.
+
+    Raises:
+        TaskError: if the version is another, or a task cannot be loaded so.
+    """
+    here = harness_version()
+    if here != version:
+        raise TaskError(f"answers are judged by lm-evaluation-harness {version}, but {here} is installed")
+    tasks: dict[str, Any] = {}
+    for name, rows in docs.items():
+        check_name(name)
+        roles = dict.fromkeys(("training_split", "validation_split", "fewshot_split", "fewshot_config", "process_docs"))
+        changes = {
+            "task": name,
+            "custom_dataset": lambda rows=rows, **_: data_set({"test": rows}),
+            "test_split": "test",
+            "num_fewshot": 0,
+            **roles,
+        }
+        try:
+            with contained():
+                tasks |= _manager(name, None).load([{"group": f"moeopt {name}", "task": [changes]}])["tasks"]
+        except Exception as error:
+            raise TaskError(f"lm_eval task {name!r} cannot be loaded ({reason(error)})") from error
+        if getattr(tasks[name], "UNSAFE_CODE", False):
+            raise TaskError(f"lm_eval task {name!r} runs code that the model writes")
+    return Harness(tuple(docs), tasks, {}, here)
 
 
 def harness_version() -> str:
-    """The version of lm-evaluation-harness, or a TaskError that says how to install it."""
+    """The version of lm-evaluation-harness, which is imported; raises `TaskError` if it cannot be."""
     try:
         import lm_eval
         import lm_eval.tasks
     except ImportError as error:
-        raise TaskError(f"lm_eval tasks need lm-evaluation-harness ({error}): pip install 'moeopt[lm-eval]'") from error
+        raise TaskError(f"published tasks need lm-evaluation-harness ({error}): pip install lm-eval") from error
     sandboxed()
     return str(lm_eval.__version__)
 
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """The harness logs nothing below errors, prints to standard error, and leaves Python's random state alone."""
-    logger, state = logging.getLogger("lm_eval"), random.getstate()
+    """The harness logs nothing below errors, prints to standard error, shows no progress of reading data, and leaves
+    Python's random state alone."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger, state, shows = logging.getLogger("lm_eval"), random.getstate(), not are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
+    disable_progress_bars()
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         logger.setLevel(level)
         random.setstate(state)
+        if shows:
+            enable_progress_bars()
 
 
 def reason(error: BaseException) -> str:
@@ -145,56 +200,79 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def _place(data: Data, config: str | None) -> LocalData | dict[str, Any]:
+    """Local data, or the part of a task's configuration that makes it read another data set of the hub."""
+    if Path(data).exists() or is_missing_file(data):
+        if config is not None:
+            raise TaskError(f"config is of hub data sets, and {str(data)!r} is none")
+        return LocalData(Path(data))
+    return {"dataset_path": str(data), "dataset_name": config}
+
+
 def _manager(name: str, include_path: str | Path | None) -> Any:
     """A task manager that knows the name: of one folder where that is enough, as reading all takes a minute."""
     from lm_eval.tasks import TaskManager
 
-    own = None if include_path is None else TaskManager(include_path=include_path, include_defaults=False)
-    if own is not None and _complete(own, name):
-        return own
-    known, mine = _catalogue(), [] if own is None else own.all_tasks
-    if name not in known and name not in mine:
-        hint = nearest(name, mine) or nearest(name, list(known))
-        there = "" if own is None else f"; {str(include_path)!r} has {', '.join(mine) or 'none'}"
-        raise TaskError(f"unknown lm_eval task {name!r}{hint}{there}{_broken(include_path)}")
-    if name in known and name not in mine:
-        manager = TaskManager(include_path=known[name].parent, include_defaults=False)
-        if _complete(manager, name):
-            return manager
+    user = None if include_path is None else TaskManager(include_path=include_path, include_defaults=False)
+    if user is not None:
+        if name in user.task_index and _complete(user, name, Path(str(include_path))):
+            return user
+        if name not in user.task_index and name not in ours() and name not in theirs():
+            there = f"{str(include_path)!r} has {', '.join(user.all_tasks) or 'none'}"
+            hint = nearest(name, user.all_tasks) or nearest(name, list(theirs()))
+            raise TaskError(f"unknown task {name!r}{hint}; {there}{_broken(include_path)}")
+    if user is None or name not in user.task_index:
+        if name in ours():
+            manager = TaskManager(include_path=str(ours()[name].parent), include_defaults=False)
+            return _with_subjects(manager, name)
+        folder = Path(os.path.commonpath([path.parent for path in theirs()[name]]))
+        if folder != harness_folder():
+            manager = TaskManager(include_path=str(folder), include_defaults=False)
+            if _complete(manager, name, folder):
+                return manager
     return _whole(include_path)
 
 
-def _complete(manager: Any, name: Any) -> bool:
-    """Whether the name is a task, or a group of nothing but tasks, that the manager knows."""
+def _complete(manager: Any, name: Any, folder: Path) -> bool:
+    """Whether the name is a task that the manager of a folder knows, or a group or tag of nothing but such tasks."""
     if name in manager.all_subtasks:
         return True
+    if name in manager.all_tags:  # which other folders may have, too
+        return all(path.suffix == ".yaml" and path.is_relative_to(folder) for path in theirs().get(name, ()))
     members = manager.task_index[name].cfg.get("task") if name in manager.all_groups else None
     return isinstance(members, list) and all(
-        isinstance(member, str) and _complete(manager, member) for member in members
+        isinstance(member, str) and _complete(manager, member, folder) for member in members
     )
 
 
-@cache
-def _catalogue() -> dict[str, Path]:
-    """File by name of task, group or tag, for all that the harness ships: found by text, without parsing."""
-    import lm_eval.tasks
+def _with_subjects(manager: Any, name: str) -> Any:
+    """The manager, with EEP's MMLU as a group of a task for each subject, as the harness's is."""
+    from lm_eval.tasks._index import Entry, Kind
 
-    found: dict[str, Path] = {}
-    for path in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")):
-        text = path.read_bytes()
-        names = _NAMES.findall(text) + [
-            tag for block in _TAGS.findall(text) for tag in re.findall(rb"-\s*[\"']?([^\s\"'#]+)", block)
-        ]
-        for name in names:
-            found.setdefault(name.decode(), path)
-    return found
+    if name == "eep_mmlu":
+        index, base = manager.task_index, manager.task_index[name]
+        index[name] = Entry(name, Kind.GROUP, None, {"group": name, "task": []})
+        for category in ("stem", "humanities", "social_sciences", "other"):
+            files = theirs()[f"mmlu_{category}_tasks"]
+            subjects = [path.stem.removeprefix("mmlu_") for path in files]
+            group = {"group": f"{name}_{category}", "task": [_subject(name, subject) for subject in subjects]}
+            index[name].cfg["task"].append(group["group"])
+            index[group["group"]] = Entry(str(group["group"]), Kind.GROUP, None, group)
+            for subject in subjects:
+                index[f"{name}_{subject}"] = Entry(f"{name}_{subject}", Kind.TASK, base.yaml_path, base.cfg)
+    return manager
+
+
+def _subject(group: str, subject: str) -> dict[str, str]:
+    return {"task": f"{group}_{subject}", "dataset_name": subject}
 
 
 @cache
 def _whole(include_path: str | Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path)
+    user = [] if include_path is None else [include_path]
+    return TaskManager(include_path=[*map(str, FOLDERS), *map(str, user)])
 
 
 def _broken(include_path: str | Path | None) -> str:
@@ -209,80 +287,93 @@ def _broken(include_path: str | Path | None) -> str:
     return ""
 
 
-def _load(manager: Any, name: str, data: Data | None, num_fewshot: int | None) -> dict[str, Any]:
-    config = manager.task_index[name].cfg or {}
+def _load(
+    manager: Any,
+    name: str,
+    place: LocalData | Mapping[str, Any] | None,
+    num_fewshot: int | None,
+    subjects: Sequence[str],
+    held_out: bool,
+) -> dict[str, Any]:
     spec: Any = name
-    if data is not None:
-        if name not in manager.all_subtasks:
-            raise TaskError(f"{name!r} is a group of lm_eval tasks: data can only be given for single tasks")
-        local = _local(name, config, Path(data), num_fewshot)
-        spec = {"group": f"moeopt {name}", "task": [{"task": name, **local}]}
+    changed = place is not None or subjects or held_out
+    if changed:
+        leaves = _chosen(name, _leaves(manager.task_index, name), subjects, held_out)
+        members = []
+        for leaf, about in leaves.items():
+            changes = dict(about.changes)
+            if isinstance(place, LocalData):
+                whole = {**manager.task_index[leaf].cfg, **changes}
+                local = place.changes(leaf, whole, num_fewshot)
+                if local is None and len(leaves) > 1:
+                    continue  # of which the data have no row
+                changes |= place.required(leaf, whole, local)
+            members.append({"task": leaf, **changes, **(place if isinstance(place, Mapping) else {})})
+        if not members and isinstance(place, LocalData):
+            place.required(name, whole, None)
+        missing = [s for s in subjects if not held_out and not any(_is(name, s, leaves[m["task"]]) for m in members)]
+        if missing:
+            raise TaskError(f"{place} has no question of {missing[0]!r}")
+        spec = {"group": f"moeopt {name}", "task": members}
     try:
-        found: dict[str, Any] = manager.load([spec])
+        loaded: dict[str, Any] = manager.load([spec])
     except TaskError:
         raise
     except Exception as error:
-        where = f" (data set {config['dataset_path']!r})" if data is None and config.get("dataset_path") else ""
+        source = (manager.task_index[name].cfg or {}).get("dataset_path") if place is None else None
+        where = f" (data set {source!r})" if source else ""
         offline = isinstance(error, OSError) or "Connect" in type(error).__name__ or "offline" in str(error).lower()
         hint = "; without a network, give its data as local files, or a task folder of your own" if offline else ""
+        if isinstance(place, LocalData):
+            hint = f"; the rows of {place} have the columns {place.columns}"
         raise TaskError(f"lm_eval task {name!r}{where} cannot be loaded ({reason(error)}){hint}") from error
-    return found if data is None else {"tasks": found["tasks"]}
+    return {"tasks": loaded["tasks"]} if changed else loaded
 
 
-def _local(name: str, config: Mapping[str, Any], data: Path, num_fewshot: int | None) -> dict[str, Any]:
-    """The part of a task's configuration that makes it read local files; roles without a file are dropped."""
-    roles = {role: config[role] for role in (*_SPLITS, "fewshot_split") if config.get(role)}
-    evaluated = roles.get("test_split") or roles.get("validation_split")
-    if data.is_dir():
-        splits = set(roles.values())
-        files = {split: found for split in splits if (found := _files_of(data, split, splits))}
+def _leaves(index: Mapping[str, Any], name: str) -> dict[str, _Leaf]:
+    """The tasks of a task, group or tag, by name."""
+    entry = index[name]
+    kind, config = entry.kind.name, entry.cfg or {}
+    if kind == "TAG":
+        members: Any = sorted(entry.tags)
+    elif kind == "GROUP":
+        members = config.get("task")
     else:
-        files = {evaluated: [data]}
-    if not files.get(evaluated):
-        have = ", ".join(sorted(path.name for path in data.iterdir()))
-        raise TaskError(
-            f"data folder {data} has no {evaluated}.jsonl, .json, .parquet or .csv, which lm_eval task {name!r} is"
-            f" evaluated on (it has {have or 'nothing'})"
-        )
-    for path in (path for paths in files.values() for path in paths):
-        if not path.is_file():
-            raise TaskError(f"data file {path} does not exist")
-    builders = {_BUILDERS.get(form_of(path) or path.suffix, "") for paths in files.values() for path in paths}
-    if len(builders) > 1 or "" in builders:
-        have = ", ".join(sorted(path.name for paths in files.values() for path in paths))
-        raise TaskError(f"data {data} must be .jsonl or .json files, or .parquet files, or .csv files, got {have}")
-    if data.is_dir() and not (data / "dataset_dict.json").is_file():
-        warn_passed_over(data, files_of(data, hidden=True), files)
-    shots = config.get("num_fewshot") if num_fewshot is None else num_fewshot
-    if shots and roles.get("fewshot_split", evaluated) not in files:
-        raise TaskError(
-            f"data {data} has no file for split {roles['fewshot_split']!r}, from which lm_eval task {name!r} takes its"
-            f" {shots} few-shot examples"
-        )
-    return {
-        "dataset_path": builders.pop(),
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: [str(path) for path in paths] for split, paths in files.items()}},
-        "custom_dataset": None,
-        **{role: split if split in files else None for role, split in roles.items()},
-    }
+        return {name: _Leaf({name})}
+    leaves: dict[str, _Leaf] = {}
+    for member in members if isinstance(members, list) else ():
+        changes = {key: value for key, value in config.items() if key not in _OF_GROUPS}
+        if isinstance(member, dict):
+            changes |= {key: value for key, value in member.items() if key not in ("task", "group")}
+            member = member.get("group", member.get("task"))
+        if member not in index:
+            raise TaskError(f"{name!r} has a task within it, {member!r}: neither data nor subjects can be given for it")
+        for leaf, about in _leaves(index, member).items():
+            about_leaf = leaves.setdefault(leaf, _Leaf({name}))
+            about_leaf.names |= about.names
+            about_leaf.changes |= {**about.changes, **changes}
+    return leaves
 
 
-def _files_of(folder: Path, split: str, roles: Collection[str]) -> list[Path]:
-    """The files of a split: `test.jsonl`, shards as `test-00000-of-00002.parquet`, or those in `test/` that datasets'
-    `save_to_disk` wrote; of a split that the harness calls as others do, also `dev.jsonl` for "validation"."""
-    if (folder / split / "state.json").is_file():
-        return sorted((folder / split).glob("data-*.arrow"))
-    files = [path for path in files_of(folder) if form_of(path)]
-    mine = [path for path in files if _is_called(path, split)]
-    if not mine and split in WORDS:
-        free = (path for path in files if not any(_is_called(path, role) for role in roles))
-        mine = [path for path in free if splits_named(path.relative_to(folder)) == {WORDS[split]}]
-    return topmost(folder, split, mine) if mine else []
+def _chosen(name: str, leaves: dict[str, _Leaf], subjects: Sequence[str], held_out: bool) -> dict[str, _Leaf]:
+    """Those of the tasks of a group that are among the subjects, or with `held_out` those that are not."""
+    for subject in subjects:
+        if not any(_is(name, subject, about) for about in leaves.values()):
+            short = {
+                n.removeprefix(f"{name}_").removesuffix("_tasks") for about in leaves.values() for n in about.names
+            }
+            raise TaskError(f"unknown subject {subject!r} of {name!r}{nearest(subject, sorted(short))}")
+    chosen = {leaf: about for leaf, about in leaves.items() if any(_is(name, s, about) for s in subjects)}
+    if not subjects and not held_out:
+        return leaves
+    rest = {leaf: about for leaf, about in leaves.items() if leaf not in chosen}
+    if held_out and (not subjects or not rest):
+        raise TaskError("held_out needs the subjects that were searched, which must not be all")
+    return rest if held_out else chosen
 
 
-def _is_called(path: Path, split: str) -> bool:
-    return re.match(rf"{re.escape(split)}(?![a-z])", path.name, re.IGNORECASE) is not None
+def _is(group: str, subject: str, leaf: _Leaf) -> bool:
+    return bool(leaf.names & {subject, f"{group}_{subject}", f"{group}_{subject}_tasks"})
 
 
 def _set_shots(name: str, task: Any, num_fewshot: int | None) -> None:

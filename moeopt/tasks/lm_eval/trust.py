@@ -2,7 +2,7 @@
 
 YAML of lm-evaluation-harness runs Python in three ways: `!function`, also in a file that it includes; a metric that the
 harness does not have, which the evaluate package then imports from a folder or the hub; and templates of Jinja, which
-reach all of Python. The harness's own tasks may do the first two.
+reach all of Python. The harness's own tasks, and those that moeopt ships, may do the first two.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import TaskError
+from moeopt.tasks.lm_eval.catalogue import FOLDERS, harness_folder
 
 TRUST = "read it, and if you trust it: trust_remote_code=True, or --trust-remote-code"
 
 
-def is_the_harness(manager: Any) -> bool:
-    """Whether all tasks that a task manager knows are the harness's own."""
+def trusts(manager: Any) -> bool:
+    """Whether all tasks that a task manager knows are the harness's or moeopt's own."""
     files = (entry.yaml_path for entry in manager.task_index.values())
-    return all(file is None or Path(file).is_relative_to(_theirs()) for file in files)
+    return all(file is None or _is_shipped(Path(file)) for file in files)
 
 
 @contextmanager
 def untrusted(include_path: str | Path) -> Iterator[None]:
-    """Within it, tasks that are loaded import no Python but the harness's own.
+    """Within it, tasks that are loaded import no Python but the harness's and moeopt's own.
 
     It is where the harness imports that is guarded, so that it does not matter by which file or group it gets there.
 
@@ -47,7 +48,7 @@ def untrusted(include_path: str | Path) -> Iterator[None]:
         ) from None
 
     def imported(name: str, folder: Path) -> Any:
-        if not Path(folder).resolve().is_relative_to(_theirs().resolve()):
+        if not _is_shipped(Path(folder)):
             raise TaskError(f"a task in {str(folder)!r} runs Python (!function {name}); {TRUST}")
         return import_function(name, folder)
 
@@ -81,7 +82,6 @@ def sandboxed() -> None:
     utils.env.filters.update(old.filters)
 
 
-def _theirs() -> Path:
-    import lm_eval.tasks
-
-    return Path(lm_eval.tasks.__file__).parent
+def _is_shipped(path: Path) -> bool:
+    """Whether a file or folder is the harness's or moeopt's own."""
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in (harness_folder(), *FOLDERS))
