@@ -16,7 +16,7 @@ Make = Callable[..., Any]
 OPTIMISERS = {f"optimiser{i}": 0.05 * 2**i for i in range(8)} | {"<script>alert(1)</script>": 3.0}
 OUTSIDE_OR_OVERLAPPING = """() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => {
     const around = plot.getBoundingClientRect();
-    const texts = [...plot.querySelectorAll('.main-svg text')].filter(text => text.textContent)
+    const texts = [...plot.querySelectorAll('.main-svg text')].filter(text => text.getBoundingClientRect().width)
         .map(text => [text.textContent, text.getBoundingClientRect()]);
     const outside = texts.filter(([_, at]) =>
         at.left < around.left - 1 || at.right > around.right + 1 || at.bottom > around.bottom + 1);
