@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def room(module: str) -> str:
     return next((name for name in NESTED if ".".join(parts[:2]) == name), parts[0] if parts else "")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of moeopt that a file imports anywhere, in functions too; what only types need does not count."""
+def imported_modules(path: Path) -> set[str]:
+    """What of moeopt a file imports anywhere, in functions too; what only types need does not count."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for_types = {
         id(inner)
@@ -49,15 +50,33 @@ def imported_rooms(path: Path) -> set[str]:
         for statement in node.body
         for inner in ast.walk(statement)
     }
-    rooms = set()
+    modules = set()
     for node in ast.walk(tree):
         if id(node) in for_types:
             continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "moeopt":
-            rooms |= {room(f"{node.module}.{alias.name}") for alias in node.names if alias.name != "__version__"}
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__"}
         if isinstance(node, ast.Import):
-            rooms |= {room(alias.name) for alias in node.names if alias.name.split(".")[0] == "moeopt"}
-    return rooms - {""}
+            modules |= {alias.name for alias in node.names if alias.name.split(".")[0] == "moeopt"}
+    return modules
+
+
+def imported_rooms(path: Path) -> set[str]:
+    return {room(module) for module in imported_modules(path)} - {""}
+
+
+def test_no_circle_of_files() -> None:
+    files = {}
+    for file in ROOT.rglob("*.py"):
+        module = ".".join(("moeopt", *file.relative_to(ROOT).with_suffix("").parts))
+        files[module.removesuffix(".__init__")] = file
+    below = {  # the file of a name is the module itself, or the one that the name is taken from
+        module: {name if name in files else name.rpartition(".")[0] for name in imported_modules(file)} - {module}
+        for module, file in files.items()
+        if module != "moeopt"
+    }
+    below = {module: names & below.keys() for module, names in below.items()}
+    TopologicalSorter(below).prepare()  # raises CycleError, with the files
 
 
 def test_arrows_point_down() -> None:

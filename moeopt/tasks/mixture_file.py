@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,23 @@ from moeopt.tasks.mixture import MixtureTask, Use
 from moeopt.tasks.own import is_own
 from moeopt.tasks.rows import is_missing_file
 
+MIXTURE = "mixture"
 ENTRY = ("task", "data", "weight", "options", "name")
 
 
-def mixture_task(data: str | Path, *, use: Use = "share") -> MixtureTask:
-    """A mixture from a JSON file as at the top of `moeopt.tasks.mixture_file`.
+def read_mixture(data: str | Path, task_named: Callable[..., Task], *, use: Use = "share") -> MixtureTask:
+    """A mixture from a JSON file as at the top of this file.
 
     Args:
         data: the file. Each of its tasks has "task", a name that `moeopt.tasks.get` takes but no Python file, and may
             have "data", where that is a path from the file's folder, "weight" (1), "options" of the task, and "name"
             (the task's).
+        task_named: `moeopt.tasks.get`.
         use: "share" or "all", see `moeopt.tasks.mixture`.
 
     Raises:
         TaskError: naming the file and whatever is missing, unknown or malformed in it.
     """
-    from moeopt.tasks.registry import REGISTRY, get
-
     path = Path(data)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -55,7 +56,7 @@ def mixture_task(data: str | Path, *, use: Use = "share") -> MixtureTask:
                     f"{where}: unknown {shown(key)}{nearest(key, list(ENTRY))} (there are {', '.join(ENTRY)})"
                 )
         kind, options, name = entry["task"], entry.get("options", {}), entry.get("name", entry["task"])
-        if is_own(kind) or REGISTRY.get(kind) is mixture_task:
+        if is_own(kind) or kind == MIXTURE:
             raise TaskError(f"{where}: a mixture's file takes neither Python files nor mixtures, got {shown(kind)}")
         if isinstance(options, dict) and "trust_remote_code" in options:
             raise TaskError(f"{where}: a mixture's file does not say what code is trusted: leave trust_remote_code out")
@@ -66,7 +67,7 @@ def mixture_task(data: str | Path, *, use: Use = "share") -> MixtureTask:
         if name in members:
             raise TaskError(f'{where}: a task before is called {name!r} already; give it a "name" of its own')
         try:
-            task = get(kind, _beside(path, entry.get("data")), **options)
+            task = task_named(kind, _beside(path, entry.get("data")), **options)
         except TaskError as error:
             raise TaskError(f"{where}: {error}") from error
         members[name] = task, entry.get("weight", 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from moeopt.errors import TaskError, nearest
@@ -12,15 +13,30 @@ from moeopt.tasks.base import Task
 from moeopt.tasks.generation import generation_task
 from moeopt.tasks.lm_eval.catalogue import EEP, check_name, ours
 from moeopt.tasks.lm_eval.task import PREFIX, lm_eval_task
-from moeopt.tasks.mixture_file import mixture_task
+from moeopt.tasks.mixture import MixtureTask, Use
+from moeopt.tasks.mixture_file import MIXTURE, read_mixture
 from moeopt.tasks.multiple_choice import multiple_choice_task
 from moeopt.tasks.own import is_own, own_maker
 from moeopt.tasks.prompting import OPTIONS, checked
 from moeopt.tasks.text import text_task
 
+
+def mixture_task(data: str | Path, *, use: Use = "share") -> MixtureTask:
+    """Several tasks with weights, from a JSON file as at the top of `moeopt.tasks.mixture_file`.
+
+    Args:
+        data: the file.
+        use: "share" or "all", see `moeopt.tasks.mixture`.
+
+    Raises:
+        TaskError: naming the file and whatever is missing, unknown or malformed in it.
+    """
+    return read_mixture(data, get, use=use)
+
+
 REGISTRY: dict[str, Callable[..., Task]] = {
     "generation": generation_task,
-    "mixture": mixture_task,
+    MIXTURE: mixture_task,
     "multiple_choice": multiple_choice_task,
     "text": text_task,
 }

@@ -6,12 +6,12 @@ the trial before each. Here those of one call are one transaction, in every data
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moeopt.showing import shown
 from moeopt.study.storage import internals
+from moeopt.study.storage.writes import Attrs, Params, Taken
 from moeopt.trials import genome
 from moeopt.trials.description import (
     DESCRIPTION,
@@ -27,32 +27,12 @@ from moeopt.trials.description import (
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
     from moeopt.study.storage.resilient import ResilientStorage
 
-Attrs = Mapping[str, Any]
-Params = Mapping[str, tuple[Any, "BaseDistribution"]]
 SAMPLER = "moeopt:sampler"
 """System attribute of a study of plain `optuna.create_study`: settings of the sampler that it goes on with."""
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Nothing is written where another trial has this plan that was not known when the plan was made.
-
-    Args:
-        study_id: Optuna's key of the study.
-        plan: its fingerprint.
-        newest: the largest key of the trials that were known.
-        open: keys of those of them whose plan was not.
-    """
-
-    study_id: int
-    plan: str
-    newest: int
-    open: Collection[int]
 
 
 class Team(NamedTuple):

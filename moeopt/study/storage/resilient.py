@@ -28,12 +28,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from moeopt.errors import StorageError
 from moeopt.study.storage import claims, ends, rows, spool
-from moeopt.study.storage.attributes import Attrs, Params, Taken
 from moeopt.study.storage.failures import SetBack, StudyIsGone
 from moeopt.study.storage.outages import LONGEST_DELAY
 from moeopt.study.storage.spool import Result
 from moeopt.study.storage.staleness import Watch, beat
 from moeopt.study.storage.waiting import WaitingStorage
+from moeopt.study.storage.writes import Attrs, Params, Taken
 from moeopt.trials import genome, process
 
 logger = logging.getLogger("moeopt.study.storage")

@@ -23,10 +23,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import func, or_
 from sqlalchemy.orm import Session
 
-from moeopt.study.storage.attributes import Attrs, Params, Taken
 from moeopt.study.storage.failures import SetBack, StudyIsGone
 from moeopt.study.storage.internals import DIALECTS
 from moeopt.study.storage.spool import Result, same_start
+from moeopt.study.storage.writes import Attrs, Params, Taken
 from moeopt.trials import genome
 
 IDENTITY = "moeopt:identity"
