@@ -1,6 +1,6 @@
 """Mixtures of tasks with weights.
 
-    MixtureTask({"boolq": (tasks.get("boolq", shots=2), 2.0), "notes": (tasks.get("text", "notes/"), 1.0)})
+    MixtureTask({"boolq": (tasks.get("boolq", num_fewshot=2), 2.0), "notes": (tasks.get("text", "notes/"), 1.0)})
 
 Member m has the share s_m of the mixture: its weight over the sum of all weights. The mixture's loss is the sum of
 s_m L_m, where L_m is the member's own mean loss over its U_m examples in use; correctness likewise. So the weight of

@@ -1,6 +1,6 @@
 """Mixtures from a JSON file: `moeopt search ... --task mixture --data mixture.json`.
 
-{"tasks": [{"task": "boolq", "data": "boolq.jsonl", "weight": 2, "options": {"shots": 2}},
+{"tasks": [{"task": "boolq", "data": "boolq.jsonl", "weight": 2, "options": {"num_fewshot": 2}},
            {"task": "text", "data": "notes/", "weight": 1, "name": "notes"}]}
 """
 
