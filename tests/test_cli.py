@@ -273,7 +273,8 @@ def test_shells_complete_commands_options_and_values() -> None:
     for words, expected in {"moeopt sea": "search", "moeopt search --sampler-o": "--sampler-option"}.items():
         environment = {"_MOEOPT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         assert CliRunner().invoke(app, [], prog_name="moeopt", env=environment).output.split() == [expected]
-    assert "complete" in CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="moeopt").output
+    script = CliRunner().invoke(app, [], prog_name="moeopt", env={"_MOEOPT_COMPLETE": "source_bash"}).output
+    assert "complete -o default -F" in script
 
 
 DYING = """
