@@ -102,6 +102,17 @@ frequency (.0014 [-.0037, .0058]); on c it is best, and better than reap alone w
 .0207]), as those of 24 windows are wide. Of its gain 58, 65, 44 and 61 % holds. Not run there: three seeds of guided
 and local, EEP.
 
+Python, r = 2, test: loss_aware **-.0143 [-.0235, -.0065]**, frequency -.0091 [-.0148, -.0032], hc_smoe -.0070 [-.0115,
+-.0027], m_smoe:aligned -.0060 [-.0117, -.0004], naee -.0055 [-.0085, -.0025], reap +.0137 [+.0070, +.0206], and mone
++4.77 [+3.73, +6.10]: of near copies any is better than a constant, and a router that stays whole sends most tokens to
+constants. On ARC-Easy, too: mone, r = 4, +.1185 [.0851, .1525] and accuracy -.102 [-.131, -.073], one random pruning
++.0724 [.0487, .0975] and -.026 [-.047, -.006].
+
+One expert a token instead of two (`benchmarks/refit.py --k 2,1 --refit-limits ""`), ARC-Easy, r = 4, 1,000 test
+questions: loss_aware -.0966 [-.1218, -.0720] and accuracy **+.052 [+.030, +.074]**, as with two (+.050); naee +.0365
+[+.0231, +.0490] and -.042 [-.060, -.026], with two -.005; random +.0709 [.0486, .0948] and -.027 [-.047, -.008], as with
+two.
+
 By `likelihood` in place of `choice` loss_aware has the same accuracy at r = 2, +.043 [+.023, +.063]; guided gains .141
 [.124, .159] more of that loss on test, and no accuracy by it: +.044 [+.023, +.065], over loss_aware +.001 [-.012,
 +.014]. PIQA, r = 2, methods on 128 questions by `choice`, 756 of test: nothing differs from the full model, or from one
