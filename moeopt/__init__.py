@@ -1,4 +1,4 @@
-"""moeopt: make Mixture-of-Experts language models smaller and faster for a task, without gradients."""
+"""moeopt: make Mixture-of-Experts language models smaller and faster for a task, without training."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ app = typer.Typer(
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
     rich_markup_mode="rich",
-    help="Make a Mixture-of-Experts language model smaller and faster for one task, without gradients: search which "
+    help="Make a Mixture-of-Experts language model smaller and faster for one task, without training: search which "
     "experts to prune and merge, keep every trial in an SQL study, export the best as an ordinary checkpoint.",
-    epilog="[bold]moeopt demo[/bold] shows the whole way on a small model that comes with it, in two minutes.",
+    epilog="[bold]moeopt demo[/bold] shows the whole way on a small model that comes with it, in a minute or two.",
 )
 
 

@@ -21,7 +21,7 @@ def demo(
     seed: opt.Seed = 0,
     svg: Annotated[Path | None, typer.Option(hidden=True, help="Also write the table as a picture.")] = None,
 ) -> None:
-    """Search, compare, export and reload on the small Mixtral that comes with moeopt, in under a minute.
+    """Search, compare, export and reload on the small Mixtral that comes with moeopt, in a minute or two.
 
     A guided search keeps 2 of its 8 experts for one skill, and refits them; a table on held-out examples sets the
     result against the full model, 20 random prunings, and the one-shot methods that it starts from, refitted and not. A

@@ -170,8 +170,10 @@ def search(
     from moeopt.spaces import PruneSpace
 
     shape = arguments.quick_shape(model)
-    if shape is not None:
-        spaces.space(shape)
+    if shape is not None:  # names of samplers and methods before data, which may be read from a hub
+        early = spaces.space(shape)
+        samplers.get(sampler, early, seed=seed, **sampler_options)
+        arguments.warm_starts(warm_start or ["auto"], shape.layers, early)
     chosen_task = arguments.open_task(task, data, task_option)
     if shape is None:  # its config takes transformers, and perhaps a download: first what can be judged without
         samplers.get(sampler, PruneSpace(ModelShape(1, 2, 1), keep=1), seed=seed, **sampler_options)

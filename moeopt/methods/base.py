@@ -90,7 +90,7 @@ class Method(ABC):
 
         Args:
             statistics: those of `needs`.
-            wanted: what is asked.
+            budget: what is asked.
             rng: the layer's own.
         """
 
@@ -133,7 +133,7 @@ class Planner(Method):
 
         Args:
             calibration: model, examples and loss.
-            wanted: what is asked.
+            budget: what is asked.
             ranges: inclusive ranges of MoE layers that share a choice.
 
         Raises:

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from moeopt.errors import MethodError
 from moeopt.methods.base import Budget, Method
 from moeopt.methods.statistics import Array, Moves, Norms, Routing, Statistic
 from moeopt.plan import LayerPlan
-
-Kind = type[Routing] | type[Norms] | type[Moves]
 
 
 class Ranking(Method):
@@ -19,17 +18,22 @@ class Ranking(Method):
 
     Args:
         summary: what it does.
-        kind: the statistic that the score is made of.
+        kind: the statistic that the score is made of: a class that is made with n, and whose `add` takes a
+            `LayerActivations`.
         score: from the statistic to one number an expert, (n,).
         progressive: whether the earlier layers are pruned when a layer's statistic is taken.
     """
 
-    def __init__(self, summary: str, kind: Kind, score: Callable[[Any], Array], *, progressive: bool = False) -> None:
+    def __init__(
+        self, summary: str, kind: type[Any], score: Callable[[Any], Array], *, progressive: bool = False
+    ) -> None:
         self.summary, self.kinds, self.score = summary, (kind,), score
         self.progressive = self.alone = progressive
 
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
-        scores = self.score(statistics[self.kinds[0].__name__])
+        scores = np.asarray(self.score(statistics[self.kinds[0].__name__]), np.float64)
+        if scores.shape != (budget.experts,) or not np.isfinite(scores).all():
+            raise MethodError(f"{self.summary}: a score is {budget.experts} finite numbers, got {scores!r}")
         return budget.pruned(np.argsort(-scores, kind="stable")[: budget.keep].tolist())
 
 

@@ -222,7 +222,7 @@ class GenomeSampler(BaseSampler):
             assert x is not None
             origin = {"operator": ENQUEUED, "parents": [], "notes": {}, **recorded}
             if proposal is not None:
-                origin |= {"operator": proposal.operator, "parents": list(proposal.parents)}
+                origin |= {"operator": proposal.operator, "parents": [int(parent) for parent in proposal.parents]}
                 origin["notes"] = dict(proposal.notes)
                 if proposal.phase is not None:
                     origin["phase"] = proposal.phase
@@ -278,6 +278,8 @@ class GenomeSampler(BaseSampler):
         taken = {obs.fingerprint for obs in history}
         for attempt in range(self.redraw + 1):
             proposal = self.propose(history, slot, attempt)
+            if not isinstance(proposal, Proposal):
+                raise SamplerError(f"propose of {type(self).__name__} must give a Proposal, got {got(proposal)}")
             if self.space.decode(proposal.x).fingerprint not in taken:
                 break
         return proposal

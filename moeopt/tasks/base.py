@@ -73,8 +73,11 @@ class Example:
 class Request:
     """One token sequence: the tokens `ids[scored_from:]` are scored, each given all tokens before it.
 
-    `example` is the position of the example among those evaluated, `option` the option scored; `scored_from >= 1`.
-    `source` is whatever the task wants back with it in `reduce`.
+    `example` is the position of the example among those evaluated, `option` the option scored. `source` is whatever the
+    task wants back with it in `reduce`.
+
+    Raises:
+        TaskError: unless `0 < scored_from < len(ids)`.
     """
 
     example: int
@@ -82,6 +85,13 @@ class Request:
     ids: tuple[int, ...]
     scored_from: int
     source: Any = field(default=None, kw_only=True, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scored_from < len(self.ids):
+            raise TaskError(
+                f"a request of example {self.example}, option {self.option}, scores tokens from {self.scored_from} of"
+                f" {len(self.ids)} on; there must be one before them, and one of them"
+            )
 
     @property
     def scored(self) -> int:

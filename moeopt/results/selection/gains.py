@@ -54,8 +54,9 @@ class Held:
 
     def __str__(self) -> str:
         interval = f"[{self.low:.4f}, {self.high:.4f}]"
+        share = f"{100 * self.share:.0f}%" if self.share <= 1 else "All and more"
         return (
-            f"{100 * self.share:.0f}% of the gain held: {self.search:.4f} on search, {self.dev:.4f} {interval} on"
+            f"{share} of the gain held: {self.search:.4f} on search, {self.dev:.4f} {interval} on"
             f" {self.examples:,} dev examples (trial {self.trial} against {self.start}, with which the search began)"
         )
 
