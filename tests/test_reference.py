@@ -514,7 +514,7 @@ def test_search_show_and_note_have_the_full_model_beside_the_best(
     assert main(["show", "s", "--storage", url]) == 0
     shown = capsys.readouterr().out
     assert re.search(rf"full model +{re.escape(numbers)}", shown)
-    assert re.search(rf"full model *│ {held.loss:.4f} *│ {100 * held.accuracy:.1f}%", shown)
+    assert re.search(rf"full model +{held.loss:.4f} +{100 * held.accuracy:.1f}%", shown)
     assert "than guessing" in shown
     assert main(["show", "s", "--storage", url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["full_model"] == held.facts

@@ -462,7 +462,7 @@ def test_offloaded_layers_give_the_same_bits_and_are_loaded_once_a_rung(
     away = offload(model)
     options: dict[str, Any] = {"batch_tokens": 24, "storage": storage, "rungs": rungs, "prefix_memory": 0}
     here, there = (Evaluator(m, tiny_tokenizer, questions(), **options) for m in (model, away))
-    assert all(len(batches) > 1 for batches in there._batches)
+    assert all(len(batches) > 1 for batches in there.passes.batches)
     for plan in plans(dense_plan):
         with patched(away, plan or Plan.identity(3, 8, 2)):  # what is learnt of a model once is learnt now
             counts = count_fetches(away)
