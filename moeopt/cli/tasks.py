@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+NAME_WIDTH = 18
 EXAMPLES = "[bold]Examples[/bold]\n\nmoeopt tasks\n\nmoeopt tasks eep\n\nmoeopt tasks gsm8k"
 
 
@@ -15,24 +16,20 @@ def tasks(
     ] = "",
 ) -> None:
     """List the tasks to search on: of your own data, EEP's prompts, and those of lm-evaluation-harness."""
-    from rich.table import Table
-
     from moeopt.errors import TaskError, nearest
     from moeopt.report.terminal import consoles
     from moeopt.tasks.lm_eval.catalogue import harness_folder, ours, theirs
     from moeopt.tasks.registry import REGISTRY, summaries
 
-    table = Table.grid(padding=(0, 2))
     lines = {name: line for name, line in summaries().items() if part.lower() in name.lower()}
-    for name, line in lines.items():
-        table.add_row(name, line)
     matching = [name for name in theirs() if part and part.lower() in name.lower() and name not in lines]
     for name in sorted(matching, key=lambda name: (name != part, not name.startswith(part), name)):
-        table.add_row(name, f"lm_eval: {theirs()[name][0].parent.relative_to(harness_folder())}")
-    if not table.row_count:
+        lines[name] = f"lm_eval: {theirs()[name][0].parent.relative_to(harness_folder())}"
+    if not lines:
         raise TaskError(f"no task has {part!r} in its name{nearest(part, [*REGISTRY, *ours(), *theirs()])}")
     console = consoles()[0]
-    console.print(table)
+    for name, line in lines.items():  # some of the harness's names are as long as a line
+        console.print(f"{name:<{NAME_WIDTH}}  {line}", soft_wrap=True, markup=False, highlight=False)
     if not part:
         console.print(
             f"and {len(set(theirs()) - set(ours())):,} tasks, groups and tags of lm-evaluation-harness, such as boolq:"
