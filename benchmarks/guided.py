@@ -111,7 +111,7 @@ constants. On ARC-Easy, too: mone, r = 4, +.1185 [.0851, .1525] and accuracy -.1
 One expert a token instead of two (`benchmarks/refit.py --k 2,1 --refit-limits ""`), ARC-Easy, r = 4, 1,000 test
 questions: loss_aware -.0966 [-.1218, -.0720] and accuracy **+.052 [+.030, +.074]**, as with two (+.050); naee +.0365
 [+.0231, +.0490] and -.042 [-.060, -.026], with two -.005; random +.0709 [.0486, .0948] and -.027 [-.047, -.008], as
-with two.
+with two; mone +.1489 [.1131, .1869] and -.100 [-.128, -.073].
 
 By `likelihood` in place of `choice` loss_aware has the same accuracy at r = 2, +.043 [+.023, +.063]; guided gains .141
 [.124, .159] more of that loss on test, and no accuracy by it: +.044 [+.023, +.065], over loss_aware +.001 [-.012,
