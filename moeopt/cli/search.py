@@ -169,19 +169,20 @@ def search(
     from moeopt.samplers.local import RUNGS
     from moeopt.spaces import PruneSpace
 
+    # Names before data, which may be read from a hub, and data before a config that takes transformers or a download.
     shape = arguments.quick_shape(model)
-    if shape is not None:  # names of samplers and methods before data, which may be read from a hub
-        early = spaces.space(shape)
-        samplers.get(sampler, early, seed=seed, **sampler_options)
-        arguments.warm_starts(warm_start or ["auto"], shape.layers, early)
+    if shape is not None:
+        chosen_space = spaces.space(shape)
+        starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
+    any_space = PruneSpace(ModelShape(1, 2, 1), keep=1) if shape is None else chosen_space
+    samplers.get(sampler, any_space, seed=seed, **sampler_options)
     chosen_task = arguments.open_task(task, data, task_option)
-    if shape is None:  # its config takes transformers, and perhaps a download: first what can be judged without
-        samplers.get(sampler, PruneSpace(ModelShape(1, 2, 1), keep=1), seed=seed, **sampler_options)
+    if shape is None:
         from moeopt.models import check_checkpoint
 
         shape = check_checkpoint(model)
-    chosen_space = spaces.space(shape)
-    starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
+        chosen_space = spaces.space(shape)
+        starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
     resumed = arguments.existing(storage, study, resume=resume)
     stored = arguments.stored_description(resumed)
     evaluated = stored.get("evaluation", {})

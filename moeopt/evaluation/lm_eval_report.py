@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from moeopt.errors import TaskError, nearest
 from moeopt.models import evaluation_mode, lock_of, patched
 from moeopt.statistics import Interval, bootstrap
-from moeopt.tasks.lm_eval.loading import SEED, Harness, contained, load, reason
+from moeopt.tasks.lm_eval.loading import SEED, Harness, contained, is_number, load, reason
 from moeopt.tasks.lm_eval.local_data import Data
 from moeopt.tasks.tokens import Encoder
 
@@ -221,7 +221,7 @@ def lm_eval_report(
             max_length=max_length,
         )
         try:
-            found = evaluate(
+            raw = evaluate(
                 lm=lm,
                 task_dict={"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)},
                 limit=limit,
@@ -232,10 +232,10 @@ def lm_eval_report(
             )
         except (AssertionError, KeyError, IndexError, TypeError, ValueError) as error:
             raise TaskError(f"lm_eval cannot run {', '.join(tasks.names)} ({reason(error)})") from error
-        results = {name: _result(name, found, task) for name, task in tasks.tasks.items()}
+        results = {name: _result(name, raw, task) for name, task in tasks.tasks.items()}
         for name, group in tasks.groups.items():
-            if name in found.get("groups", {}):
-                results[name] = _group_result(group, found, results)
+            if name in raw.get("groups", {}):
+                results[name] = _group_result(group, raw, results)
     return HarnessReport(results, tasks.version, limit)
 
 
@@ -261,35 +261,35 @@ def _open_ended(tokenizer: Any) -> Any:
     return copied
 
 
-def _result(name: str, found: Mapping[str, Any], task: Any) -> HarnessResult:
+def _result(name: str, raw: Mapping[str, Any], task: Any) -> HarnessResult:
     aggregations = task.aggregation()
     samples: dict[str, list[Any]] = {}
     documents: dict[str, str] = {}
-    for row in found["samples"][name]:
+    for row in raw["samples"][name]:
         documents.setdefault(row["doc_id"], row["doc_hash"])
         for metric in row["metrics"]:
             samples.setdefault(f"{metric},{row['filter']}", []).append(row[metric])
-    metrics, stderr = _numbers(found["results"][name])
-    kept = {key: tuple(samples[key]) for key in metrics if key in samples}
-    chosen = {key: aggregations.get(key.partition(",")[0], np.mean) for key in kept}
+    metrics, stderr = _numbers(raw["results"][name])
+    values = {key: tuple(samples[key]) for key in metrics if key in samples}
+    chosen = {key: aggregations.get(key.partition(",")[0], np.mean) for key in values}
     return HarnessResult(
         name,
         task.VERSION,
-        found["n-shot"].get(name),
+        raw["n-shot"].get(name),
         metrics,
         stderr,
-        _directions(found, name, metrics),
-        kept,
+        _directions(raw, name, metrics),
+        values,
         tuple(documents.values()),
-        {key: np.ones(len(kept[key])) for key, function in chosen.items() if _is_mean(function, kept[key])},
+        {key: np.ones(len(values[key])) for key, function in chosen.items() if _is_mean(function, values[key])},
         chosen,
     )
 
 
-def _group_result(group: Any, found: Mapping[str, Any], results: Mapping[str, HarnessResult]) -> HarnessResult:
+def _group_result(group: Any, raw: Mapping[str, Any], results: Mapping[str, HarnessResult]) -> HarnessResult:
     """A group's own means; by document where it is a mean of means over its tasks' documents."""
     members = [results[task.task_name] for task in group.get_all_tasks()]
-    metrics, stderr = _numbers(found["groups"][group.name])
+    metrics, stderr = _numbers(raw["groups"][group.name])
     by_size = {part.metric: part.weight_by_size for part in group.aggregate_metric_list or ()}
     samples, weights = {}, {}
     for key in metrics:
@@ -303,10 +303,10 @@ def _group_result(group: Any, found: Mapping[str, Any], results: Mapping[str, Ha
     return HarnessResult(
         group.name,
         group.version,
-        found["n-shot"].get(group.name),
+        raw["n-shot"].get(group.name),
         metrics,
         stderr,
-        _directions(found, group.name, metrics),
+        _directions(raw, group.name, metrics),
         samples,
         tuple(document for member in members for document in member.documents),
         weights,
@@ -318,7 +318,7 @@ def _numbers(row: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]
     """Metrics and standard errors of a row of the harness's results, by key "metric,filter"."""
     metrics, stderr = {}, {}
     for key, value in row.items():
-        if "," in key and isinstance(value, int | float | np.number):
+        if "," in key and is_number(value):
             metric, _, name = key.partition(",")
             if metric.endswith("_stderr"):
                 stderr[f"{metric.removesuffix('_stderr')},{name}"] = float(value)
@@ -334,13 +334,13 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _directions(found: Mapping[str, Any], name: str, metrics: Mapping[str, float]) -> dict[str, bool | None]:
-    known = found["higher_is_better"].get(name) or {}
-    return {key: known.get(key.partition(",")[0]) for key in metrics}
+def _directions(raw: Mapping[str, Any], name: str, metrics: Mapping[str, float]) -> dict[str, bool | None]:
+    better = raw["higher_is_better"].get(name) or {}
+    return {key: better.get(key.partition(",")[0]) for key in metrics}
 
 
 def _is_mean(aggregate: Callable[[Sequence[Any]], float], values: Sequence[Any]) -> bool:
-    return aggregate.__name__ == "mean" and all(isinstance(value, int | float | np.number) for value in values)
+    return aggregate.__name__ == "mean" and all(is_number(value) for value in values)
 
 
 @contextmanager

@@ -380,12 +380,12 @@ class Objective:
         calibration = methods.Calibration(self.model, self.tokenizer, self.task, **options)
         space, start = self.space, self.space.decode(self.space.start()).layers
         most = max(layer.k for layer in start)
-        made = methods.plans(names, calibration, keep=space.keep, k=most, groups=space.groups, seed=seed)
+        plans = methods.plans(names, calibration, keep=space.keep, k=most, groups=space.groups, seed=seed)
 
         def started(plan: Plan) -> Plan:
             return Plan(tuple(replace(a, k=b.k, skip=b.skip) for a, b in zip(plan.layers, start)))
 
-        return {name: replace(found, plan=started(found.plan)) for name, found in made.items()}
+        return {name: replace(made, plan=started(made.plan)) for name, made in plans.items()}
 
     def noise_floor(self) -> NoiseFloor:
         """How much the full model's loss on the first rung moves with experts backend and batch size.

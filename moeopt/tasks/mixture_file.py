@@ -77,7 +77,7 @@ def read_mixture(data: str | Path, task_named: Callable[..., Task], *, use: Use 
 def _beside(file: Path, data: Any) -> Any:
     """What an entry calls its data: paths start from the file's folder, hub ids stay as they are."""
     if isinstance(data, list):
-        return [_beside(file, one) for one in data]
+        return [_beside(file, part) for part in data]
     if not isinstance(data, str):
         if data is None:
             return None

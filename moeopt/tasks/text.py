@@ -249,13 +249,13 @@ def _read_all(path: str | Path, column: str, suffixes: tuple[str, ...] | None) -
     """The documents of one file, or of all the files of a folder or pattern."""
     root = Path(path)
     if root.is_dir():
-        found = [(file, file.relative_to(root)) for file in files_of(root)]
+        pairs = [(file, file.relative_to(root)) for file in files_of(root)]
     elif _is_pattern(path):
-        found = [(Path(file), Path(Path(file).name)) for file in glob.glob(str(path), recursive=True)]
+        pairs = [(Path(file), Path(Path(file).name)) for file in glob.glob(str(path), recursive=True)]
     else:
         return [(Path(root.name), _read_file(root, column))]
     files = sorted(
-        pair for pair in found if pair[0].is_file() and (suffixes is None or pair[0].name.endswith(suffixes))
+        pair for pair in pairs if pair[0].is_file() and (suffixes is None or pair[0].name.endswith(suffixes))
     )
     documents: list[Document] = []
     skipped = []

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moeopt.errors import TaskError, nearest
 from moeopt.tasks.lm_eval.catalogue import FOLDERS, check_name, harness_folder, ours, theirs
 from moeopt.tasks.lm_eval.local_data import Data, LocalData, data_set
@@ -192,6 +194,11 @@ def contained() -> Iterator[None]:
         random.setstate(state)
         if shows:
             enable_progress_bars()
+
+
+def is_number(value: Any) -> bool:
+    """Whether a result of the harness is a number, rather than a list or text that its task aggregates."""
+    return isinstance(value, int | float | np.number)
 
 
 def reason(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from moeopt.errors import TaskError, nearest
 from moeopt.tasks.base import SPLITS, Example, Request, Scores, choice_loss
 from moeopt.tasks.generation import GenerationTask, Prompt
 from moeopt.tasks.lm_eval.documents import Document, PromptOptions, Reader
-from moeopt.tasks.lm_eval.loading import SEED, contained, judging, load, reason
+from moeopt.tasks.lm_eval.loading import SEED, contained, is_number, judging, load, reason
 from moeopt.tasks.lm_eval.local_data import Data
 from moeopt.tasks.prompting import Prompting
 from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, without_shared
@@ -141,9 +142,9 @@ class PublishedTask(DividedTask):
         task.name, task._splits, task.harness, task.prompt_options = name, splits, None, PromptOptions()
         return task
 
+    @abstractmethod
     def _report(self, metric: str | None) -> None:
         """Choose the metric that is reported, from the results of the first document."""
-        raise NotImplementedError
 
     def _chosen_metric(self, names: Sequence[str], metric: str | None) -> str:
         if metric is None or metric in names:
@@ -272,7 +273,7 @@ class HarnessTask(PublishedTask):
                 results = self.leaf(first).process_results(first.doc, answers)
         except Exception:  # of a task with rules of its own for what the model says; they are asked again in `reduce`
             results = {}
-        names = [name for name, value in results.items() if _is_number(value)]
+        names = [name for name, value in results.items() if is_number(value)]
         self.metric = self._chosen_metric(["acc", *(name for name in names if name != "acc")], metric)
 
     @property
@@ -476,7 +477,7 @@ class HarnessGenerationTask(PublishedTask, GenerationTask):
                 filtering.apply([instance])
                 results = leaf.process_results(document.doc, [instance.filtered_resps[filtering.name]])
                 ending = "" if filtering.name == "none" else f",{filtering.name}"
-                values |= {f"{name}{ending}": float(x) for name, x in results.items() if _is_number(x)}
+                values |= {f"{name}{ending}": float(x) for name, x in results.items() if is_number(x)}
         return values
 
 
@@ -490,10 +491,6 @@ def _failing(task: str, how: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise TaskError(f"lm_eval task {task!r} {how} ({reason(error)})") from error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number)
 
 
 def _source(task: Any) -> list[Any]:
