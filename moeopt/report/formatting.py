@@ -27,11 +27,13 @@ def percent(value: float | None) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits, and a letter for thousands and above.
+    """Three digits, and a letter for thousands and above; a dash for what is not finite.
 
-    >>> short(46_702_792_704), short(0.25), short(100)
-    ('46.7B', '0.25', '100')
+    >>> short(46_702_792_704), short(0.25), short(100), short(float("inf"))
+    ('46.7B', '0.25', '100', '–')
     """
+    if not math.isfinite(value):
+        return DASH
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
             return f"{_digits(value / size)}{letter}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeopt import statistics
-from moeopt.report.optimiser_comparison.numbers import count, loss, quantity
+from moeopt.report.formatting import count
+from moeopt.report.optimiser_comparison.numbers import loss, quantity
 from moeopt.results.optimiser_comparison import Comparison, Pair
 from moeopt.showing import line, listed
 from moeopt.statistics import ALPHA

@@ -1,12 +1,11 @@
-"""How numbers are written, the same in the terminal, in sentences and on the page."""
+"""How losses and costs are written, the same in the terminal, in sentences and on the page."""
 
 from __future__ import annotations
 
 import math
 
+from moeopt.report.formatting import DASH, short
 from moeopt.results.optimiser_comparison.runs import Cost
-
-DASH = "–"
 
 
 def loss(value: float, sign: bool = False) -> str:
@@ -28,26 +27,3 @@ def quantity(value: float, cost: Cost) -> str:
     ('2.31M layer-tokens', '12.3 s', '7 trials')
     """
     return f"{short(value)} {'s' if cost == 'time' else cost}"
-
-
-def short(value: float) -> str:
-    """Three digits, and a letter for thousands and above.
-
-    >>> short(46_702_792_704), short(0.25), short(100), short(float("inf"))
-    ('46.7B', '0.25', '100', '–')
-    """
-    if not math.isfinite(value):
-        return DASH
-    size, letter = next(
-        ((s, x) for s, x in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if abs(value) >= s * 0.9995), (1.0, "")
-    )
-    text = f"{value / size:.3g}"
-    return (f"{float(text):.0f}" if "e+" in text else text) + letter
-
-
-def count(number: int, thing: str) -> str:
-    """
-    >>> count(1, "seed"), count(5, "seed")
-    ('1 seed', '5 seeds')
-    """
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -9,9 +9,10 @@ from typing import Any
 from moeopt import __version__
 from moeopt.report.figures import pages
 from moeopt.report.figures.pages import bullets, details, escape, place, section
+from moeopt.report.formatting import DASH, count, short
 from moeopt.report.optimiser_comparison import figures, table
 from moeopt.report.optimiser_comparison.conclusions import conclusions
-from moeopt.report.optimiser_comparison.numbers import DASH, count, loss, quantity, short
+from moeopt.report.optimiser_comparison.numbers import loss, quantity
 from moeopt.report.optimiser_comparison.record import pair_rows, study_rows
 from moeopt.results.optimiser_comparison import Comparison, Pair
 

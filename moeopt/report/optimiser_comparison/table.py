@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moeopt import statistics
+from moeopt.report.formatting import DASH, count, short
 from moeopt.report.optimiser_comparison.conclusions import conclusions
-from moeopt.report.optimiser_comparison.numbers import DASH, count, loss, quantity, short
+from moeopt.report.optimiser_comparison.numbers import loss, quantity
 from moeopt.results.optimiser_comparison import Comparison, Optimiser
 from moeopt.showing import line
 
