@@ -106,7 +106,7 @@ def measure(model: Any, tokenizer: Any, task: Any, small: Any, pruned: Plan, tok
         limit = -(-tokens // task.window)
         return Evaluator(model, tokenizer, task, limit=limit, **options)
 
-    plain, scratch = evaluator(prefix_memory=0), evaluator(prefix_memory=0, storage="scratch")
+    plain, scratch = evaluator(prefix_memory=0), evaluator(prefix_memory=0, merged_weights="scratch")
     reusing = evaluator(prefix_memory=4 << 30)
     dense = Dense(pruned)
     layers = len(pruned.layers)

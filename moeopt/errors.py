@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import PurePath
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class MoeoptError(Exception):
@@ -76,3 +82,18 @@ def got(value: object) -> str:
         return f"the class {value.__name__}, not an instance of it"
     text = repr(value) if isinstance(value, (str, bytes, int, float, PurePath, type(None))) else ""
     return text if 0 < len(text) <= 120 else f"an object of type {type(value).__name__}"
+
+
+def without_storage(call: Callable[P, R]) -> Callable[P, R]:
+    """A call that says what to write instead of `storage=`, which it once took for what is no database."""
+
+    @wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "storage" in kwargs:
+            raise ModelError(
+                "storage is the database of a study, moeopt.create_study(storage=...); where merged weights lie is "
+                f"merged_weights; got storage={got(kwargs['storage'])}"
+            )
+        return call(*args, **kwargs)
+
+    return checked

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any, get_args
+from typing import Any
 
 from moeopt.errors import ModelError, TaskError, got
 from moeopt.evaluation.teacher import Compression
-from moeopt.models import Storage, check_device, check_model
+from moeopt.models import check_device, check_merged_weights, check_model
 from moeopt.tasks import Task
 
 
@@ -33,7 +33,7 @@ def check_settings(
     max_length: Any,
     prefix_memory: Any,
     prefix_device: Any,
-    storage: Any,
+    merged_weights: Any,
     compression: Any,
 ) -> None:
     """Raise TaskError or ModelError, naming the argument, unless these are arguments of an evaluator."""
@@ -50,12 +50,6 @@ def check_settings(
             raise TaskError(f"{name} must be at least {least}{unit}, got {value}")
     if prefix_device is not None:
         check_device(prefix_device, "prefix_device")
-    if not isinstance(storage, str) or storage not in get_args(Storage):
-        database = isinstance(storage, os.PathLike) or (isinstance(storage, str) and ":" in storage)
-        hint = "; the database of a study is moeopt.create_study(storage=...)" if database else ""
-        raise ModelError(
-            f"storage is where merged experts live, one of {', '.join(map(repr, get_args(Storage)))}, got "
-            f"{got(storage)}{hint}"
-        )
+    check_merged_weights(merged_weights)
     if compression is not None and not isinstance(compression, Compression):
         raise TaskError(f"compression must be a moeopt.evaluation.Compression, got {got(compression)}")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeopt.defaults import Score as Score
-from moeopt.errors import TaskError, got
+from moeopt.errors import TaskError, got, without_storage
 from moeopt.evaluation.batches import Batch
 from moeopt.evaluation.checks import check_parts, check_settings
 from moeopt.evaluation.evaluation import Evaluation
@@ -20,7 +20,7 @@ from moeopt.evaluation.mixing import Members
 from moeopt.evaluation.passes import Answers, Passes
 from moeopt.evaluation.prompts import decoded
 from moeopt.evaluation.teacher import LABEL_FREE, Compression, Teacher
-from moeopt.models import Storage, without_plan
+from moeopt.models import MergedWeights, without_plan
 from moeopt.plan import Plan
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Evaluator:
         prefix_memory: bytes for hidden states of earlier plans, oldest out; 0 turns prefix reuse off. None: 1 GiB if
             the model allows it.
         prefix_device: where they are kept, such as ``"cpu"``; None: where they were computed.
-        storage: where merged experts live, see `moeopt.patched`. ``"auto"``: scratch if they would take more than half
+        merged_weights: where they live, see `moeopt.patched`. ``"auto"``: scratch if they would take more than half
             of the free memory.
         score: what a loss is. ``"likelihood"``: the task's own, smooth one; ``"choice"``, for tasks that choose among
             options: minus the log of the right option's share in the softmax over the options (see
@@ -97,6 +97,7 @@ class Evaluator:
         ValueError: when `rungs` are not such.
     """
 
+    @without_storage
     def __init__(
         self,
         model: PreTrainedModel,
@@ -110,7 +111,7 @@ class Evaluator:
         rungs: Sequence[int] | Callable[[int], Sequence[int]] | None = None,
         prefix_memory: int | None = None,
         prefix_device: str | None = None,
-        storage: Storage = "auto",
+        merged_weights: MergedWeights = "auto",
         score: Score = "likelihood",
         compression: Compression | None = None,
         requests: Sequence[Request] | None = None,
@@ -118,7 +119,7 @@ class Evaluator:
         check_parts(model, tokenizer, task)
         check_settings(
             split=split, limit=limit, batch_tokens=batch_tokens, max_length=max_length, prefix_memory=prefix_memory,
-            prefix_device=prefix_device, storage=storage, compression=compression,
+            prefix_device=prefix_device, merged_weights=merged_weights, compression=compression,
         )  # fmt: skip
         if score not in get_args(Score):
             raise TaskError(f"score must be one of {', '.join(get_args(Score))}, got {got(score)}")
@@ -145,7 +146,8 @@ class Evaluator:
             self.teacher = Teacher(by_rung, int(config.vocab_size), compression or Compression(), score)
         self.passes = Passes(
             model, self.requests, self.rungs, ends, self.teacher or self._answers, teacher=self.teacher,
-            batch_tokens=batch_tokens, prefix_memory=prefix_memory, prefix_device=prefix_device, storage=storage,
+            batch_tokens=batch_tokens, prefix_memory=prefix_memory, prefix_device=prefix_device,
+            merged_weights=merged_weights,
         )  # fmt: skip
         self.layers = self.passes.runner.layers
         self._scorer: Scorer = self.passes
@@ -154,7 +156,7 @@ class Evaluator:
         elif score == "metric" and task.generates:
             alone = partial(
                 Evaluator, model, tokenizer, split=split, batch_tokens=batch_tokens, max_length=max_length,
-                prefix_device=prefix_device, storage=storage, score=score,
+                prefix_device=prefix_device, merged_weights=merged_weights, score=score,
             )  # fmt: skip
             memory = None if prefix_memory is None else prefix_memory // len(task.members)
             self._scorer = Members(task, self.requests, self.rungs, partial(alone, prefix_memory=memory))

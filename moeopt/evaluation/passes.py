@@ -23,7 +23,7 @@ from moeopt.evaluation.runners import Active, LayerMajor, LogitsOf, Run, Whole, 
 from moeopt.evaluation.scoring import score
 from moeopt.models import (
     MergedCache,
-    Storage,
+    MergedWeights,
     evaluation_mode,
     layerwise,
     lock_of,
@@ -114,11 +114,11 @@ class Passes:
         batch_tokens: int,
         prefix_memory: int | None,
         prefix_device: str | None,
-        storage: Storage,
+        merged_weights: MergedWeights,
     ) -> None:
         self.model, self.reading, self.teacher = model, reading, teacher
         self.requests, self.rungs, self.spans = requests, rungs, list(zip([0, *ends], ends))
-        self.cache, self.storage = MergedCache(), storage
+        self.cache, self.merged_weights = MergedCache(), merged_weights
         self.runner: LayerMajor | Whole = Whole(model, int(model.config.get_text_config().num_hidden_layers))
         with lock_of(model), torch.inference_mode(), evaluation_mode(model), without_plan(model):
             self._moe = moe_layers(model)
@@ -183,7 +183,7 @@ class Passes:
             if plan is None:
                 yield self.stock
                 return
-            with patched(self.model, plan, storage=self._where_merged(plan), cache=self.cache) as state:
+            with patched(self.model, plan, merged_weights=self._where_merged(plan), cache=self.cache) as state:
                 yield partial(getattr, state, "active")
 
     def stock(self) -> tuple[float, ...]:
@@ -241,9 +241,9 @@ class Passes:
         finally:
             teacher.seconds += time.perf_counter() - started
 
-    def _where_merged(self, plan: Plan) -> Storage:
-        if self.storage != "auto" or not any(layer.makes_experts for layer in plan.layers):
-            return self.storage
+    def _where_merged(self, plan: Plan) -> MergedWeights:
+        if self.merged_weights != "auto" or not any(layer.makes_experts for layer in plan.layers):
+            return self.merged_weights
         needed = merged_bytes(self._moe, plan) - self.cache.nbytes
         free = free_bytes(next(self.model.parameters()).device)
         return "auto" if needed <= free // 2 else "scratch"

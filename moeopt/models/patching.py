@@ -6,11 +6,11 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
-from moeopt.errors import ModelError
+from moeopt.errors import ModelError, got, without_storage
 from moeopt.models.balancing import BalancedLoss
 from moeopt.models.layers import MoELayer, is_offloaded
 from moeopt.models.merging import MergedCache
@@ -19,7 +19,7 @@ from moeopt.models.routing import MappedRouter, RoutingRule
 from moeopt.models.self_checks import CheckedModel, check_merging, check_plan, checked_model, expert_form
 from moeopt.plan import Plan
 
-Storage = Literal["auto", "resident", "scratch"]
+MergedWeights = Literal["auto", "resident", "scratch"]
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[Patch]] = weakref.WeakKeyDictionary()
 """The plans that are open on a model, innermost last."""
@@ -55,9 +55,10 @@ class Patched:
         return tuple(self._routers[x.index].active if x.index in self._routers else float(x.k) for x in self.layers)
 
 
+@without_storage
 @contextmanager
 def patched(
-    model: nn.Module, plan: Plan, *, storage: Storage = "auto", cache: MergedCache | None = None
+    model: nn.Module, plan: Plan, *, merged_weights: MergedWeights = "auto", cache: MergedCache | None = None
 ) -> Iterator[Patched]:
     """While the context is open, `model` computes what `plan` says; its parameters and state_dict stay as they are.
 
@@ -69,7 +70,7 @@ def patched(
     Args:
         model: a transformers model with MoE layers.
         plan: one layer plan for each of its MoE layers.
-        storage: where merged experts live. ``"resident"``: computed when a layer first runs and kept until the context
+        merged_weights: where they live. ``"resident"``: computed when a layer first runs and kept until the context
             closes (or in `cache`). ``"scratch"``: computed at every forward in memory shared by all layers. ``"auto"``:
             scratch for layers whose experts are offloaded, resident for the others.
         cache: merged experts to reuse and to leave for a later `patched`.
@@ -78,12 +79,11 @@ def patched(
         PlanError: when the plan does not fit the model.
         ModelError: when the model has no MoE layers, routes by an unknown rule, or cannot merge or skip its experts.
     """
-    if storage not in ("auto", "resident", "scratch"):
-        raise ModelError(f"storage must be 'auto', 'resident' or 'scratch', got {storage!r}")
+    check_merged_weights(merged_weights)
     with _suspended(model) as stack:
         checked = checked_model(model)
         check_plan(model, checked, plan)
-        patch = _patch_for(checked, model, plan, storage, MergedCache() if cache is None else cache)
+        patch = _patch_for(checked, model, plan, merged_weights, MergedCache() if cache is None else cache)
         stack.append(patch)
         try:
             patch.attach()
@@ -91,6 +91,12 @@ def patched(
         finally:
             patch.detach()
             stack.remove(patch)
+
+
+def check_merged_weights(value: object) -> None:
+    """Raise ModelError unless this is one of `MergedWeights`."""
+    if value not in get_args(MergedWeights):
+        raise ModelError(f"merged_weights must be 'auto', 'resident' or 'scratch', got {got(value)}")
 
 
 def plan_in_force(model: nn.Module) -> Plan | None:
@@ -167,7 +173,9 @@ def _suspended(model: nn.Module) -> Iterator[list[Patch]]:
             stack[-1].attach()
 
 
-def _patch_for(checked: CheckedModel, model: nn.Module, plan: Plan, storage: Storage, cache: MergedCache) -> Patch:
+def _patch_for(
+    checked: CheckedModel, model: nn.Module, plan: Plan, merged_weights: MergedWeights, cache: MergedCache
+) -> Patch:
     scratch = MergedCache(shared=True)
     routers: dict[int, MappedRouter] = {}
     experts: dict[int, Run] = {}
@@ -176,7 +184,7 @@ def _patch_for(checked: CheckedModel, model: nn.Module, plan: Plan, storage: Sto
             continue
         routers[layer.index] = MappedRouter(layer, rule, part)
         if part.makes_experts:
-            resident = storage == "resident" or (storage == "auto" and not is_offloaded(layer.experts))
+            resident = merged_weights == "resident" or (merged_weights == "auto" and not is_offloaded(layer.experts))
             experts[layer.index] = merging(cache if resident else scratch, part)
         if part.novices is not None:
             experts[layer.index] = with_novices(experts.get(layer.index, as_they_are), part)

@@ -15,7 +15,7 @@ from moeopt.errors import ModelError
 from moeopt.models.layers import MoELayer, gate_weight, materialised
 from moeopt.plan import LayerPlan
 
-Score = Literal["softmax", "selected", "sigmoid"]
+ScoringFunction = Literal["softmax", "selected", "sigmoid"]
 EPSILONS = (1e-20, 1e-6)  # the first is too small to show, except where it keeps 0 / 0 from arising
 PROBE_TOKENS = 256
 
@@ -41,7 +41,7 @@ class RoutingRule:
     bias: str | None
     float32_logits: bool
     correction: str | None
-    score: Score
+    score: ScoringFunction
     float32_scores: bool
     renormalise: bool
     epsilon: float
@@ -102,7 +102,7 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
             continue
         both, corrections = (True, False), probe.vectors("correction")
         for score, renormalise, float32, epsilon, ordered, correction in itertools.product(
-            get_args(Score), both, both, EPSILONS, both, corrections
+            get_args(ScoringFunction), both, both, EPSILONS, both, corrections
         ):
             rule = RoutingRule(probe.weight, bias, wide, correction, score, float32, renormalise, epsilon, 1.0, ordered)
             rule = replace(rule, scale=probe.scale(rule))  # the one number that is no choice: read off the weights

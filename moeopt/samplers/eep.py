@@ -39,7 +39,7 @@ from moeopt.plan import Matrix
 from moeopt.samplers.base import GenomeSampler, Observation, Proposal, check_counts
 from moeopt.spaces.base import Phase, Space
 
-Score = Literal["loss", "accuracy"]
+Fitness = Literal["loss", "accuracy"]
 OPERATORS = ("initial", *(f"{before}{phase}" for before in ("", "crossover+") for phase in get_args(Phase)))
 """What makes its trials."""
 PUBLISHED = {"initial": 30, "prune_until": 100}
@@ -90,7 +90,7 @@ class EEPSampler(GenomeSampler):
         p_entry: float = 0.25,
         sigma: float = 0.065,
         p_normalise: float = 0.1,
-        score: Score = "loss",
+        score: Fitness = "loss",
         band: float | None = None,
         crossover_band: float | None = None,
         crossover_pool: int = 6,
@@ -104,7 +104,7 @@ class EEPSampler(GenomeSampler):
         for name, value in probabilities.items():
             if not _is_number(value) or not 0 <= value <= 1:
                 raise SamplerError(f"{name} is a probability between 0 and 1, got {value!r}")
-        if score not in get_args(Score):
+        if score not in get_args(Fitness):
             raise SamplerError(f"score must be 'loss' or 'accuracy', got {score!r}")
         check_counts({"initial": initial, "prune_until": prune_until, "crossover_pool": crossover_pool})
         if not _is_number(sigma) or sigma <= 0:
@@ -113,7 +113,7 @@ class EEPSampler(GenomeSampler):
         self.initial, self.prune_until, self.crossover_pool = initial, prune_until, crossover_pool
         self.p_change, self.p_row, self.p_crossover, self.p_first = p_change, p_row, p_crossover, p_first
         self.p_entry, self.sigma, self.p_normalise = p_entry, sigma, p_normalise
-        self.score: Score = score
+        self.score: Fitness = score
         self.band = bands[0] if band is None else band
         self.crossover_band = bands[1] if crossover_band is None else crossover_band
         for name, width in {"band": self.band, "crossover_band": self.crossover_band}.items():

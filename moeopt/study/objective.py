@@ -13,12 +13,12 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError, got
+from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError, got, without_storage
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
 from moeopt.evaluation.checks import check_parts
 from moeopt.evaluation.memory import ran_out
 from moeopt.evaluation.store import scores_name
-from moeopt.models import Storage, describe, lock_of, shape_of
+from moeopt.models import MergedWeights, describe, lock_of, shape_of
 from moeopt.plan import Plan
 from moeopt.samplers import racing
 from moeopt.spaces import Space
@@ -81,7 +81,7 @@ class Objective:
             Hyperband and the like; ``"block"``: rungs are equal blocks, and what is reported is the block's own mean,
             as Optuna's `WilcoxonPruner` takes it (some 20 blocks suit it).
         active_weight: what one more active expert per token and layer must gain in loss; at least 0.
-        prefix_memory, prefix_device, storage, score, compression: as for `Evaluator`.
+        prefix_memory, prefix_device, merged_weights, score, compression: as for `Evaluator`.
         reference: whether a study gets the full model's scores, for one evaluation.
         guide: the largest share of the study's layer-tokens that guides may take, the first one aside, where trials
             are counted as if they reused nothing; 0: there are none. After a trial the objective may leave, packed,
@@ -98,6 +98,7 @@ class Objective:
         StudyError: when `rungs`, `report`, `active_weight` or `guide` is out of range, or guides cannot be made.
     """
 
+    @without_storage
     def __init__(
         self,
         model: PreTrainedModel,
@@ -114,7 +115,7 @@ class Objective:
         active_weight: float = 0.0,
         prefix_memory: int | None = None,
         prefix_device: str | None = None,
-        storage: Storage = "auto",
+        merged_weights: MergedWeights = "auto",
         score: Score = "likelihood",
         compression: Compression | None = None,
         reference: bool = True,
@@ -152,7 +153,7 @@ class Objective:
             rungs=lambda examples: sizes(examples, rungs),
             prefix_memory=prefix_memory,
             prefix_device=prefix_device,
-            storage=storage,
+            merged_weights=merged_weights,
             score=score,
             compression=compression,
         )

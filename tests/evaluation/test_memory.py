@@ -221,7 +221,7 @@ def test_scratch_makes_a_layer_once_a_rung_and_holds_one(
         TASKS["questions"],
         batch_tokens=40,
         rungs=rungs,
-        storage="scratch",
+        merged_weights="scratch",
         prefix_memory=memory,
     )
     assert len(evaluator.batches) > 2 * len(evaluator.rungs)
@@ -241,7 +241,9 @@ def test_scratch_makes_a_layer_once_a_rung_and_holds_one(
 def test_resident_makes_a_layer_once_and_again_only_when_it_changes(
     model: Any, tiny_tokenizer: Any, buffers: Any
 ) -> None:
-    evaluator = Evaluator(model, tiny_tokenizer, TASKS["text"], batch_tokens=64, prefix_memory=0, storage="resident")
+    evaluator = Evaluator(
+        model, tiny_tokenizer, TASKS["text"], batch_tokens=64, prefix_memory=0, merged_weights="resident"
+    )
     evaluator.evaluate(merging_plan(9))  # what is checked once is checked now
     first, second = merging_plan(1), merging_plan(2)
     mixed = Plan((*first.layers[:2], second.layers[2]))
@@ -268,7 +270,7 @@ def test_auto_falls_to_scratch_when_memory_is_short(
         asked.append(device)
         return int(share * needed)
 
-    expected = Evaluator(model, tiny_tokenizer, TASKS["text"], storage="resident").evaluate(plan).losses
+    expected = Evaluator(model, tiny_tokenizer, TASKS["text"], merged_weights="resident").evaluate(plan).losses
     monkeypatch.setattr(passes, "free_bytes", free)
     evaluator = Evaluator(model, tiny_tokenizer, TASKS["text"])
     np.testing.assert_array_equal(evaluator.evaluate(plan).losses, expected)
@@ -295,7 +297,7 @@ def test_what_is_held_already_need_not_be_free(
 
 
 def test_running_out_frees_what_was_kept(model: Any, tiny_tokenizer: Any) -> None:
-    evaluator = Evaluator(model, tiny_tokenizer, TASKS["text"], storage="resident")
+    evaluator = Evaluator(model, tiny_tokenizer, TASKS["text"], merged_weights="resident")
     evaluator.evaluate(merging_plan(1))
     evaluator.evaluate(ONE_HOT)
     held: list[tuple[int, int]] = []
@@ -315,7 +317,7 @@ def test_running_out_frees_what_was_kept(model: Any, tiny_tokenizer: Any) -> Non
 
 def test_bytes_of_merged_experts_are_those_of_the_tensors(model: Any, tiny_tokenizer: Any) -> None:
     plan = merging_plan()
-    evaluator = Evaluator(model, tiny_tokenizer, TASKS["text"], storage="resident")
+    evaluator = Evaluator(model, tiny_tokenizer, TASKS["text"], merged_weights="resident")
     evaluator.evaluate(plan)
     assert evaluator.passes.cache.nbytes == merged_bytes(moe_layers(model), plan)
     assert merged_bytes(moe_layers(model), ONE_HOT) == 0

@@ -446,7 +446,7 @@ def plans(dense_plan: Any) -> list[Plan | None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("offload", "storage", "rungs"),
+    ("offload", "merged_weights", "rungs"),
     [
         *((place, "auto", (2, 5, 9)) for place in OFFLOADS),
         ("map to disk", "auto", None),
@@ -456,11 +456,11 @@ def plans(dense_plan: Any) -> list[Plan | None]:
     indirect=["offload"],
 )
 def test_offloaded_layers_give_the_same_bits_and_are_loaded_once_a_rung(
-    make_mixtral: Any, tiny_tokenizer: Any, dense_plan: Any, offload: Any, storage: Any, rungs: Any
+    make_mixtral: Any, tiny_tokenizer: Any, dense_plan: Any, offload: Any, merged_weights: Any, rungs: Any
 ) -> None:
     model = make_mixtral()
     away = offload(model)
-    options: dict[str, Any] = {"batch_tokens": 24, "storage": storage, "rungs": rungs, "prefix_memory": 0}
+    options: dict[str, Any] = {"batch_tokens": 24, "merged_weights": merged_weights, "rungs": rungs, "prefix_memory": 0}
     here, there = (Evaluator(m, tiny_tokenizer, questions(), **options) for m in (model, away))
     assert all(len(batches) > 1 for batches in there.passes.batches)
     for plan in plans(dense_plan):

@@ -50,8 +50,8 @@ def test_plans_give_the_same_bits(model, offloaded, ids, dense_plan):
     for plan in plans:
         with patched(model, plan):
             expected = logits(model, ids)
-        for storage in ("auto", "resident"):
-            with patched(offloaded, plan, storage=storage):
+        for where in ("auto", "resident"):
+            with patched(offloaded, plan, merged_weights=where):
                 assert torch.equal(logits(offloaded, ids), expected)
     assert torch.equal(logits(offloaded, ids), logits(model, ids))
 

@@ -183,14 +183,14 @@ def test_two_models_are_patched_independently(make_mixtral, ids, dense_plan):
             assert torch.equal(logits(first, ids), alone)
 
 
-def test_storages_and_cache_agree_and_unchanged_layers_are_not_merged_again(make_mixtral, ids, dense_plan):
+def test_where_weights_lie_and_cache_agree_and_unchanged_layers_are_not_merged_again(make_mixtral, ids, dense_plan):
     model, cache = make_mixtral(), MergedCache()
     plan = dense_plan(router="prob")
     changed = Plan((plan.layers[0], dense_plan(router="prob", seed=1).layers[1], plan.layers[2]))
     wider = dense_plan(router="prob", r=6, seed=2)
     for each, merges in ((plan, 3), (plan, 3), (changed, 4), (plan, 5), (wider, 8), (plan, 11)):
         outputs = []
-        for options in ({"cache": cache}, {"storage": "scratch"}, {"storage": "resident"}):
+        for options in ({"cache": cache}, {"merged_weights": "scratch"}, {"merged_weights": "resident"}):
             with patched(model, each, **options):
                 outputs.append(logits(model, ids))
         assert torch.equal(outputs[0], outputs[1])
