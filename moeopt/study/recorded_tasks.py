@@ -25,7 +25,8 @@ from moeopt.tasks.answers import METRICS, Judge
 from moeopt.tasks.base import SPLITS, Example, Task
 from moeopt.tasks.generation import GenerationTask
 from moeopt.tasks.lm_eval.documents import Chat, Context, Document
-from moeopt.tasks.lm_eval.task import HarnessGenerationTask, HarnessTask
+from moeopt.tasks.lm_eval.generated import HarnessGenerationTask
+from moeopt.tasks.lm_eval.options import HarnessTask
 from moeopt.tasks.mixture import MixtureTask
 from moeopt.tasks.multiple_choice import MultipleChoiceTask
 from moeopt.tasks.own import original
@@ -188,9 +189,8 @@ def _restore_harness(kind: Any, name: str, split: str, kept: Kept) -> Task:
         _check(not lengths or (len(lengths) == len(example.options) and all(map(_positive, lengths))), "lengths")
         examples.append(example)
         documents[example.id] = Document(_text(body["task"]), {}, pairs, right, body["rule"], lengths)
-    task = HarnessTask.of_documents(name, _one_split(name, split, examples), documents)
-    task.metric = _text(kept.get("metric", "acc"))
-    return task
+    metric = _text(kept.get("metric", "acc"))
+    return HarnessTask(name, _one_split(name, split, examples), documents, metric=metric)
 
 
 def _keep_written(task: Any, use: Use) -> Kept:
@@ -224,7 +224,8 @@ def _restore_written(kind: Any, name: str, split: str, kept: Kept) -> Task:
             max_gen_toks=body["max_gen_toks"],
         )
     metric, version = _text(kept["metric"]), _text(kept["version"])
-    return HarnessGenerationTask.of_documents(name, _one_split(name, split, examples), documents, metric, version)
+    splits = _one_split(name, split, examples)
+    return HarnessGenerationTask(name, splits, documents, metric=metric, version=version)
 
 
 def _written_context(context: Context) -> Any:

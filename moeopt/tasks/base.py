@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeopt.errors import TaskError
 from moeopt.showing import listed
 from moeopt.tasks.likeness import group_names, question
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from numpy.typing import NDArray
-
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
 SPLITS = ("search", "dev", "test")
 
 
@@ -108,11 +108,11 @@ class Scores:
     their loss. `members` are the scores of the tasks that a mixture is made of.
     """
 
-    losses: NDArray[np.float32]
-    weights: NDArray[np.float32]
-    correct: NDArray[np.float32]
-    chosen: NDArray[np.int64] | None = None
-    choice: NDArray[np.float32] | None = None
+    losses: Float32
+    weights: Float32
+    correct: Float32
+    chosen: Int64 | None = None
+    choice: Float32 | None = None
     members: Mapping[str, Scores] | None = None
 
 
@@ -177,27 +177,21 @@ class Task(ABC):
         """The sequences to score, of at most `max_length` tokens, for the first `limit` examples (or windows)."""
 
     @abstractmethod
-    def reduce(
-        self,
-        split: str,
-        requests: Sequence[Request],
-        log_likelihood: NDArray[np.float64],
-        greedy: NDArray[np.int64],
-    ) -> Scores:
+    def reduce(self, split: str, requests: Sequence[Request], log_likelihood: Float64, greedy: Int64) -> Scores:
         """Per-example scores from per-request ones.
 
         `log_likelihood` (requests,) is the summed natural-log likelihood of the scored tokens, `greedy` (requests,) how
         many of them are the model's first choice.
         """
 
-    def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> NDArray[np.float32]:
+    def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> Float32:
         """The weights that `reduce` gives all examples of a split, float32 (examples,), in their order.
 
         One each, unless a task says otherwise; mixtures ask for them.
         """
         return np.ones(len(self.examples(split)), np.float32)
 
-    def chance(self, split: str, requests: Sequence[Request]) -> NDArray[np.float64]:
+    def chance(self, split: str, requests: Sequence[Request]) -> Float64:
         """How likely a blind pick is right on each example of the requests, float64 (examples,).
 
         NaN, as by default, where the model does not choose among options.

@@ -12,15 +12,12 @@ import os
 import re
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moeopt.errors import TaskError
 from moeopt.showing import line, listed
 from moeopt.tasks.formats import ENDINGS, PACKED, form_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
 
 WORDS = {
     **dict.fromkeys(("train", "training", "search"), "train"),

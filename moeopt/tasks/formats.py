@@ -10,16 +10,14 @@ import json
 import lzma
 import re
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from moeopt.errors import TaskError
 from moeopt.showing import shown
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    Rows = Iterator[tuple[str, dict[str, Any]]]
+Rows = Iterator[tuple[str, dict[str, Any]]]
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 ENDINGS = ".jsonl, .json, .parquet, .csv or .tsv (also packed, as .gz, .bz2, .xz or .zst)"

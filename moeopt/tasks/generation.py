@@ -11,21 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moeopt.errors import TaskError, nearest
 from moeopt.tasks.answers import METRICS, Judge
-from moeopt.tasks.base import Example, Request, Scores
+from moeopt.tasks.base import Example, Float32, Float64, Int64, Request, Scores
 from moeopt.tasks.delimiter import Delimiter
 from moeopt.tasks.labels import has_label
 from moeopt.tasks.prompted import PromptedTask
 from moeopt.tasks.rows import Data, Row, load, origin, own_examples
 from moeopt.tasks.splits import FRACTIONS, from_own
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 GREEDY = "greedy_match"
 """Name of the teacher-forced metric: the share of examples whose reference greedy decoding writes, to the token."""
@@ -107,13 +104,7 @@ class GenerationTask(PromptedTask):
             for i, (example, (prompt, ((ids, first),))) in enumerate(zip(examples, encoded))
         ]
 
-    def reduce(
-        self,
-        split: str,
-        requests: Sequence[Request],
-        log_likelihood: NDArray[np.float64],
-        greedy: NDArray[np.int64],
-    ) -> Scores:
+    def reduce(self, split: str, requests: Sequence[Request], log_likelihood: Float64, greedy: Int64) -> Scores:
         """`correct` is whether every token of the reference is the model's first choice: greedy decoding writes it."""
         tokens = np.asarray([request.scored for request in requests])
         losses = (-log_likelihood / tokens).astype(np.float32)
@@ -141,7 +132,7 @@ class GenerationTask(PromptedTask):
         ids = [r.ids[: r.scored_from] if r.source is None else r.source for r in requests]
         return [Prompt(r.example, prompt, self.stop, self.max_new_tokens) for r, prompt in zip(requests, ids)]
 
-    def judge(self, split: str, texts: Sequence[str], first: int = 0) -> dict[str, NDArray[np.float32]]:
+    def judge(self, split: str, texts: Sequence[str], first: int = 0) -> dict[str, Float32]:
         """Metrics in [0, 1] of generated texts, each float32 (texts,), by name; the first is the reported one.
 
         Args:

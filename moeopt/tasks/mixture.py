@@ -32,16 +32,13 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from moeopt.errors import TaskError
-from moeopt.tasks.base import SPLITS, Example, Request, Scores, Task
+from moeopt.tasks.base import SPLITS, Example, Float32, Float64, Int64, Request, Scores, Task
 from moeopt.tasks.splits import check_apart, checked_limit
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 Use = Literal["share", "all"]
 
@@ -152,13 +149,7 @@ class MixtureTask(Task):
         used = _order(self._in_use([len(w) for w in weights]))[: checked_limit(limit)]
         return {name: used.count(m) for m, name in enumerate(self.members)}
 
-    def reduce(
-        self,
-        split: str,
-        requests: Sequence[Request],
-        log_likelihood: NDArray[np.float64],
-        greedy: NDArray[np.int64],
-    ) -> Scores:
+    def reduce(self, split: str, requests: Sequence[Request], log_likelihood: Float64, greedy: Int64) -> Scores:
         positions = {example: i for i, example in enumerate(sorted({request.example for request in requests}))}
         columns = np.zeros((4, len(positions)), np.float32)
         chosen = np.full(len(positions), -1, np.int64)
@@ -191,9 +182,9 @@ class MixtureTask(Task):
         """Whether a member's metric is that of generated text."""
         return any(task.generates for task in self.members.values())
 
-    def places(self, requests: Sequence[Request]) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    def places(self, requests: Sequence[Request]) -> dict[str, tuple[Int64, Float64]]:
         """Of every member with an example among the requests: where its examples stand, and v / w of each."""
-        places: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        places: dict[str, tuple[Int64, Float64]] = {}
         for m, name in enumerate(self.members):
             scales = {request.example: request.source.scale for request in requests if request.source.member == m}
             if scales:
@@ -208,7 +199,7 @@ class MixtureTask(Task):
             requested.setdefault(names[request.source.member], []).append(request.source.request)
         return requested
 
-    def chance(self, split: str, requests: Sequence[Request]) -> NDArray[np.float64]:
+    def chance(self, split: str, requests: Sequence[Request]) -> Float64:
         """As the members say of their own examples."""
         chances = np.full(len({request.example for request in requests}), np.nan)
         places = self.places(requests)
@@ -224,7 +215,7 @@ class MixtureTask(Task):
             }
         return values
 
-    def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> NDArray[np.float32]:
+    def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> Float32:
         weights = [task.weights(self._checked(split), tokenizer, max_length) for task in self.members.values()]
         scales = self._scales(weights)
         order = _order([len(s) for s in scales])
@@ -275,7 +266,7 @@ class MixtureTask(Task):
         most = min(count / share for count, share in zip(counts, shares))
         return [min(count, max(1, math.floor(share * most + 1e-9))) for count, share in zip(counts, shares)]
 
-    def _scales(self, weights: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float64]]:
+    def _scales(self, weights: Sequence[Float32]) -> list[Float64]:
         """v / w of every example in use, by member, from all of its weights."""
         used = self._in_use([len(w) for w in weights])
         total = sum(used)

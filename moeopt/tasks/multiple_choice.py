@@ -16,23 +16,18 @@ Shots, chat templates and tokens: see `moeopt.tasks.prompting`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from moeopt.errors import TaskError
-from moeopt.tasks.base import Example, Request, Scores, choice_loss
+from moeopt.tasks.base import Example, Float64, Int64, Request, Scores, choice_loss
 from moeopt.tasks.delimiter import Delimiter
 from moeopt.tasks.labels import has_label, integer
 from moeopt.tasks.prompted import PromptedTask
 from moeopt.tasks.rows import Data, Row, load, origin, own_examples
 from moeopt.tasks.splits import FRACTIONS, from_own
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from numpy.typing import NDArray
-
 
 NORMALISE = ("tokens", "none", "characters")
 
@@ -101,13 +96,7 @@ class MultipleChoiceTask(PromptedTask):
             requests += [Request(i, j, tuple(ids), first) for j, (ids, first) in enumerate(options)]
         return requests
 
-    def reduce(
-        self,
-        split: str,
-        requests: Sequence[Request],
-        log_likelihood: NDArray[np.float64],
-        greedy: NDArray[np.int64],
-    ) -> Scores:
+    def reduce(self, split: str, requests: Sequence[Request], log_likelihood: Float64, greedy: Int64) -> Scores:
         examples = self._splits.examples(split)
         totals: dict[int, list[tuple[float, int]]] = {}
         for request, total in zip(requests, log_likelihood, strict=True):
@@ -126,7 +115,7 @@ class MultipleChoiceTask(PromptedTask):
         columns = [np.asarray(column, np.float32) for column in (losses, correct, choices)]
         return Scores(columns[0], weights, columns[1], np.asarray(chosen), columns[2])
 
-    def chance(self, split: str, requests: Sequence[Request]) -> NDArray[np.float64]:
+    def chance(self, split: str, requests: Sequence[Request]) -> Float64:
         """The share of an example's options that are right."""
         examples = self._splits.examples(split)
         numbers = dict.fromkeys(request.example for request in requests)

@@ -33,17 +33,15 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import SPLITS, Example
 from moeopt.tasks.likeness import families
 from moeopt.tasks.splits import Splits
 from moeopt.tasks.tokens import Encoder
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 SEPARATOR = "\n\n"
 OPTIONS = ("shots", "chat", "system", "separator")

@@ -17,15 +17,12 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
 from moeopt.errors import TaskError
 from moeopt.showing import listed, shown
 from moeopt.tasks.base import SPLITS, Example, Task
 from moeopt.tasks.likeness import families
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
 
 OWN = ("train", "validation", "test")
 FRACTIONS = (0.4, 0.2, 0.4)

@@ -17,21 +17,18 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moeopt.errors import TaskError
 from moeopt.showing import listed
-from moeopt.tasks.base import SPLITS, Example, Request, Scores
+from moeopt.tasks.base import SPLITS, Example, Float32, Float64, Int64, Request, Scores
 from moeopt.tasks.folders import files_of, splits_named
 from moeopt.tasks.formats import PACKED, form_of
 from moeopt.tasks.rows import Row, from_disk, from_hub, grouped, is_missing_file, is_saved, origin, read, sources
 from moeopt.tasks.splits import FRACTIONS, OWN, DividedTask, Splits, checked_limit, content_hash, divide, from_own
 from moeopt.tasks.tokens import Encoder
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 SHORTEST = 16
 
@@ -105,13 +102,7 @@ class TextTask(DividedTask):
             raise TaskError(f"task {self.name!r}: no document of split {split!r} has {SHORTEST} tokens")
         return sorted(windows)
 
-    def reduce(
-        self,
-        split: str,
-        requests: Sequence[Request],
-        log_likelihood: NDArray[np.float64],
-        greedy: NDArray[np.int64],
-    ) -> Scores:
+    def reduce(self, split: str, requests: Sequence[Request], log_likelihood: Float64, greedy: Int64) -> Scores:
         tokens = _scored(requests)
         return Scores(
             (-log_likelihood / tokens).astype(np.float32),
@@ -119,7 +110,7 @@ class TextTask(DividedTask):
             (greedy / tokens).astype(np.float32),
         )
 
-    def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> NDArray[np.float32]:
+    def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> Float32:
         return _scored(self.requests(split, tokenizer, max_length=max_length)).astype(np.float32)
 
     def describe(self) -> dict[str, Any]:
@@ -185,7 +176,7 @@ def text_task(
     return task
 
 
-def _scored(requests: Sequence[Request]) -> NDArray[np.int64]:
+def _scored(requests: Sequence[Request]) -> Int64:
     return np.asarray([request.scored for request in requests], np.int64)
 
 

@@ -155,11 +155,8 @@ def judging(docs: Mapping[str, Sequence[Mapping[str, Any]]], version: str) -> Ha
             "num_fewshot": 0,
             **roles,
         }
-        try:
-            with contained():
-                tasks |= _manager(name, None).load([{"group": f"moeopt {name}", "task": [changes]}])["tasks"]
-        except Exception as error:
-            raise TaskError(f"lm_eval task {name!r} cannot be loaded ({reason(error)})") from error
+        with failing(name, "cannot be loaded"):
+            tasks |= _manager(name, None).load([{"group": f"moeopt {name}", "task": [changes]}])["tasks"]
         if getattr(tasks[name], "UNSAFE_CODE", False):
             raise TaskError(f"lm_eval task {name!r} runs code that the model writes")
     return Harness(tuple(docs), tasks, {}, here)
@@ -194,6 +191,18 @@ def contained() -> Iterator[None]:
         random.setstate(state)
         if shows:
             enable_progress_bars()
+
+
+@contextmanager
+def failing(task: str, how: str) -> Iterator[None]:
+    """Whatever the harness's code raises, as a `TaskError` that names the task."""
+    try:
+        with contained():
+            yield
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"lm_eval task {task!r} {how} ({reason(error)})") from error
 
 
 def is_number(value: Any) -> bool:
