@@ -131,6 +131,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("n_routed_experts", {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "q_lora_rank": 16}),
     "ernie4_5_moe": ("moe_num_experts", {"moe_k": 2, "moe_layer_start_index": 0, "moe_num_shared_experts": 1}),
 }
+LATENT: dict[str, Any] = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+CHOOSY: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4_moe": ("n_routed_experts", {"first_k_dense_replace": 0, "head_dim": 8}),
+    "dots1": ("n_routed_experts", {"first_k_dense_replace": 0, "head_dim": 8, "n_shared_experts": 1}),
+    "deepseek_v2": (
+        "n_routed_experts",
+        {"first_k_dense_replace": 0, "v_head_dim": 8, "topk_method": "group_limited_greedy", **LATENT},
+    ),
+}
+"""More families whose routers correct the choice by a bias, or choose groups of experts first."""
 
 
 @pytest.fixture(params=FAMILIES)
@@ -145,8 +155,10 @@ def build(
     dtype: torch.dtype = torch.float32,
     corrected: bool = False,
     vocabulary: int = 96,
+    groups: int = 1,
 ) -> Any:
-    field, extra = FAMILIES[family]
+    field, extra = (FAMILIES | CHOOSY)[family]
+    extra = extra | {"n_group": groups, "topk_group": -(-groups // 2)}
     config = AutoConfig.for_model(
         family,
         **{

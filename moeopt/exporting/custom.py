@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from moeopt.errors import ExportError, ModelError
 from moeopt.exporting.stock import ACTIVE_KEYS, keys_of, read_config
-from moeopt.models import MoELayer, RoutingRule, empty_model, lacking, moe_layers, placed
+from moeopt.models import RoutingRule, empty_model, lacking, moe_layers, placed
 from moeopt.models.gate import CUSTOM, auto_map, custom_classes
 from moeopt.models.routing import learn_rule
 from moeopt.plan import Plan
@@ -120,21 +120,3 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
 
 def _is_block(module: Any) -> bool:
     return isinstance(getattr(module, "experts", None), torch.nn.Module)
-
-
-def check_corrections(
-    model: PreTrainedModel, layers: tuple[MoELayer, ...], plan: Plan, rule: RoutingRule, zero: Any
-) -> None:
-    """Raise ExportError where a mapping of scores meets a router that corrects its choice by a bias that is not zero.
-
-    `zero(name)` says whether the tensor of the full checkpoint that becomes that parameter is.
-    """
-    if rule.correction is None:
-        return
-    names = {module: name for name, module in model.named_modules()}
-    for layer, part in zip(layers, plan.layers):
-        if part.router == "prob" and not zero(f"{names[layer.router]}.{rule.correction}"):
-            raise ExportError(
-                f"{layer.name} corrects its choice of experts by a bias; a mapping of probabilities does not say how: "
-                'keep experts with router="rows"'
-            )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from moeopt import __version__
 from moeopt.errors import ExportError, ModelError
 from moeopt.exporting.companions import companions
-from moeopt.exporting.custom import check_corrections, check_loads, custom_config, rule_of
+from moeopt.exporting.custom import check_loads, custom_config, rule_of
 from moeopt.exporting.folders import check_folder, locate, real
 from moeopt.exporting.layout import Layout, lay_out
 from moeopt.exporting.record import card, plan_record
@@ -157,16 +157,14 @@ class Prepared:
             rule = rule_of(folder)
         except ModelError as error:
             raise ExportError(str(error)) from error
+        for layer, part in zip(layers, written.layers):
+            rule.check(part, layer.name)
         places = placed(model, source.tensors)
         self.unread: Unread = unread(source.tensors, places, layers[0].n, layers[0].hidden)
         self.ignored = [name for name in source.tensors if name not in places and name not in self.unread.tensors]
         if form == "custom":
             self.config = custom_config(folder, written, rule)
             self.code = code_for(str(read_config(folder).get("model_type")))
-            by_parameter = {place.name: name for name, place in places.items()}
-            check_corrections(
-                model, layers, written, rule, lambda name: not bool(source.tensor(by_parameter[name]).any())
-            )
         if self.unread.prediction:
             without_prediction(self.config)
         self.layout: Layout = lay_out(source, written, model, layers, form=form, left_out=self.unread.tensors)

@@ -158,8 +158,6 @@ def lay_out(
             layout.made.append(_copied(name, stored.size))
         else:
             dense = part.router_rows is None
-            if dense and not name.endswith((".weight", ".bias")) and source.tensor(name).any():
-                raise ExportError(f"{name!r} corrects the choice of experts, and cannot be mapped by a dense W_RM")
             _lay_stacked(layout, name, stored, part, part.router_rows, part.router_matrix)
             needed = dtype_name(state[places[name].name].dtype)
             if dense and BYTES[needed] > BYTES[stored.dtype]:  # a router that is float32 in any model

@@ -131,14 +131,14 @@ def expert_weights(part: LayerPlan, rule: RoutingRule, logits: Tensor, correctio
     """
     w_rm = torch.from_numpy(part.router_matrix.copy()).to(logits.device)
     clamp = part.router == "prob" and part.negative == "clamp"
+    moved = None if correction is None else w_rm @ correction.float()
     if part.router == "prob":
         mapped = rule.scores(logits).float() @ w_rm.T
-        whole, index = (mapped.clamp(min=0) if clamp else mapped).topk(part.k, dim=-1)
+        whole, index = rule.choose(mapped.clamp(min=0) if clamp else mapped, part.k, moved)
     elif part.picks_among_all:
         whole, index = rule.select(logits, part.k, correction)
         index = torch.tensor(part.aliases or part.places, device=logits.device)[index]
     else:
-        moved = None if correction is None else w_rm @ correction.float()
         whole, index = rule.select((logits.float() @ w_rm.T).to(logits.dtype), part.k, moved)
     whole = whole.float()
     largest = whole.amax(-1, keepdim=True)

@@ -115,5 +115,6 @@ def errors_of(tokens: TokenGrams, w_rm: Array, kept: KeptSet, active: int) -> Ar
 
 def mapped(acts: LayerActivations, w_rm: Tensor, kept: KeptSet, active: int) -> tuple[Tensor, Tensor]:
     """Experts that run and their weights, (tokens, choices, k), under router mappings (choices, r, n)."""
-    top, index = torch.einsum("tn,crn->tcr", acts.probabilities, w_rm).topk(active, dim=-1)
+    scores = torch.einsum("tn,crn->tcr", acts.probabilities, w_rm)
+    top, index = acts.rule.choose(scores, active, None if acts.correction is None else w_rm @ acts.correction.float())
     return torch.tensor(kept, device=index.device)[index], acts.gated(top)

@@ -109,12 +109,6 @@ def plans(
     if isinstance(names, str):
         raise MethodError(f"names must be a list of methods, such as [{names!r}], got {names!r}")
     chosen = {name: get(name) for name in names}
-    for name in chosen:
-        if parsed(name).router == "prob" and any(rule.correction is not None for rule in calibration.rules):
-            raise MethodError(
-                f"{name} maps probabilities (W_RM), which a router that corrects its choice of experts by a bias does "
-                "not allow; use naee"
-            )
     shape = calibration.shape
     budget = Budget(shape.experts, shape.k, keep, shape.k if k is None else k, seed)
     for name in chosen:

@@ -28,6 +28,8 @@ class MoELayer:
             expert first: (n, ...).
         n: number of experts.
         k: experts activated per token.
+        groups: in how many groups of consecutive experts the router chooses first, by its own account; 1: in none.
+        kept_groups: how many of them it chooses.
     """
 
     index: int
@@ -37,6 +39,8 @@ class MoELayer:
     experts: nn.Module
     n: int
     k: int
+    groups: int = 1
+    kept_groups: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,7 +89,7 @@ def moe_layers(model: nn.Module) -> tuple[MoELayer, ...]:
         except ModelError as error:
             complaints.setdefault(str(error), name)
         else:
-            layers.append(MoELayer(len(layers), name, block, router, experts, n, k))
+            layers.append(MoELayer(len(layers), name, block, router, experts, n, k, *expert_groups(router, block)))
     if layers:
         return tuple(layers)
     kind = type(model).__name__
@@ -175,6 +179,17 @@ def gate_weight(router: nn.Module, n: int) -> tuple[str, nn.Parameter]:
     return weights[0]
 
 
+def expert_groups(*modules: nn.Module) -> tuple[int, int]:
+    """In how many groups experts are, and how many of these a token chooses first, as a router or its block says."""
+    for module in modules:
+        counts = [getattr(module, name, None) for name in ("num_group", "n_group", "num_expert_group")]
+        groups = next((count for count in counts if isinstance(count, int)), 1)
+        chosen = getattr(module, "topk_group", None)
+        if groups > 1 and isinstance(chosen, int) and getattr(module, "topk_method", None) != "greedy":
+            return groups, chosen
+    return 1, 1
+
+
 def _interface(router: nn.Module, experts: nn.Module) -> tuple[int, int]:
     if isinstance(experts, nn.ModuleList):
         raise ModelError(
@@ -216,7 +231,7 @@ def _exported_layers(model: nn.Module, experts: Sequence[int], active: Sequence[
         )
     routers = [getattr(block, "gate", None) or block.router for _, block in blocks]
     return tuple(
-        MoELayer(i, name, block, routers[i], block.experts, experts[i], active[i])
+        MoELayer(i, name, block, routers[i], block.experts, experts[i], active[i], *expert_groups(routers[i], block))
         for i, (name, block) in enumerate(blocks)
     )
 

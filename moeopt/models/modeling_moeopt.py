@@ -21,10 +21,10 @@ It needs torch and transformers 5, nothing of moeopt. The field ``moeopt`` of co
 * ``experts``: r, how many experts the layer has, of the ``full`` model's n;
 * ``active``: k, how many of them a token runs;
 * ``router``: ``"rows"``, the family's own routing over r logits; ``"prob"``, the n scores of the full router are mapped
-  by ``w_rm`` (r, n) before top-k (EEP, arXiv 2407.00945); ``"alias"``, the full router picks k of n, and expert
-  ``aliases[j]`` answers for j (HC-SMoE, arXiv 2410.08589); ``"whole"``, the full router picks k of n, and j is the
-  layer's expert ``places[j]``, or, if that is r or more, gives row ``places[j] - r`` of ``novices`` (n - r, hidden),
-  outputs that are the same for all tokens (MoNE, github.com/zxgx/mode-pd);
+  by ``w_rm`` (r, n) before top-k (EEP, arXiv 2407.00945), and by it also a bias that corrects the choice; ``"alias"``,
+  the full router picks k of n, and expert ``aliases[j]`` answers for j (HC-SMoE, arXiv 2410.08589); ``"whole"``, the
+  full router picks k of n, and j is the layer's expert ``places[j]``, or, if that is r or more, gives row ``places[j] -
+  r`` of ``novices`` (n - r, hidden), outputs that are the same for all tokens (MoNE, github.com/zxgx/mode-pd);
 * ``negative``: what ``"prob"`` makes of negative mapped scores, ``"clamp"`` or, as they are, ``"eep"``;
 * ``skip``: beta of dynamic skipping, 0 for none: experts of a token whose weight is below beta times its largest are
   not run (NAEE, arXiv 2402.14800);
@@ -98,8 +98,10 @@ class MoeoptRouter:
     def _mapped(self, logits):
         """Weights and experts from mapped scores."""
         rule, clamp = self.moeopt["rule"], self.moeopt["negative"] == "clamp"
-        mapped = self._scores(logits).float() @ self.w_rm.float().T
-        top, index = (mapped.clamp(min=0) if clamp else mapped).topk(self.moeopt["active"], -1, sorted=rule["ordered"])
+        w_rm, correction = self.w_rm.float(), self._correction()
+        mapped = self._scores(logits).float() @ w_rm.T
+        mapped = mapped.clamp(min=0) if clamp else mapped
+        top, index = self._chosen(mapped, None if correction is None else w_rm @ correction.float())
         top = self._skipped(top)
         total = top.sum(-1, keepdim=True)
         if clamp:
@@ -113,17 +115,35 @@ class MoeoptRouter:
             logits = logits.float() if rule["float32_scores"] else logits
             top, index = logits.topk(k, -1, sorted=rule["ordered"])
             top = top.softmax(-1)
-        elif rule["correction"] is None:
-            top, index = self._scores(logits).topk(k, -1, sorted=rule["ordered"])
         else:
-            path, _, leaf = rule["correction"].rpartition(".")
-            scores = self._scores(logits)
-            choice = scores + getattr(self.get_submodule(path), leaf).reshape(-1)
-            index = choice.topk(k, -1, sorted=rule["ordered"]).indices
-            top = scores.gather(-1, index)
+            top, index = self._chosen(self._scores(logits), self._correction())
         if rule["renormalise"]:
             top = top / (top.sum(-1, keepdim=True) + rule["epsilon"])
         return top * rule["scale"], index
+
+    def _correction(self):
+        """What is added to the n scores for the choice of experts, (n,), if anything is."""
+        name = self.moeopt["rule"]["correction"]
+        if name is None:
+            return None
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.get_submodule(path), leaf).reshape(-1)
+
+    def _chosen(self, scores, correction):
+        """Scores and numbers of the k experts of largest corrected score, of the best groups where there are groups."""
+        rule, k = self.moeopt["rule"], self.moeopt["active"]
+        choice = scores if correction is None else scores + correction
+        if rule["groups"] > 1:
+            grouped = choice.unflatten(-1, (rule["groups"], -1))
+            best = grouped.amax(-1) if rule["group_score"] == "max" else grouped.topk(2, dim=-1).values.sum(-1)
+            index = best.topk(rule["kept_groups"], dim=-1, sorted=False).indices
+            inside = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, index, True)
+            outside = 0.0 if rule["zero_outside"] else -torch.inf
+            choice = grouped.masked_fill(~inside[..., None], outside).flatten(-2)
+        top, index = choice.topk(k, -1, sorted=rule["ordered"])
+        if correction is not None or (rule["groups"] > 1 and rule["group_score"] != "max"):
+            top = scores.gather(-1, index)
+        return top, index
 
     def _skipped(self, top):
         largest = top.amax(-1, keepdim=True)

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeopt.errors import ModelError
+from moeopt.errors import ModelError, PlanError
 from moeopt.models.layers import MoELayer, gate_weight, materialised
+from moeopt.models.merging import merge
 from moeopt.plan import LayerPlan
 
 ScoringFunction = Literal["softmax", "selected", "sigmoid"]
+GroupScore = Literal["max", "top2"]
 EPSILONS = (1e-20, 1e-6)  # the first is too small to show, except where it keeps 0 / 0 from arising
 PROBE_TOKENS = 256
 
@@ -23,6 +25,15 @@ PROBE_TOKENS = 256
 @dataclass(frozen=True)
 class RoutingRule:
     """A router as a function: hidden states -> logits -> scores -> top-k -> weights.
+
+    A plan's r new experts are routed by the same rule, with what W_RM, (r, n), makes of the n experts' numbers:
+
+    * ``router="rows"``: r of the rows of the weight, of the bias and of the correction;
+    * ``router="logit"``: logits by W_RM @ weight and W_RM @ bias, and the correction W_RM @ correction;
+    * ``router="prob"``: scores W_RM s, of which weights are made, and the correction W_RM @ correction, which is added
+      to them for the choice alone.
+
+    Where the choice is limited to groups, new expert i is in group ``i // (r / groups)``.
 
     Args:
         weight: name of the router's (n, hidden) weight.
@@ -35,6 +46,11 @@ class RoutingRule:
         epsilon: added to that sum.
         scale: constant factor of the weights.
         ordered: whether the experts of a token come in decreasing order of score.
+        groups: in how many groups of equally many consecutive experts a token chooses first; 1: there are none.
+        kept_groups: how many of them it chooses.
+        group_score: of corrected scores, ``"max"`` (DeepSeek-V2) or the sum of the two largest, ``"top2"`` (V3).
+        zero_outside: what the scores of the other groups' experts become for the choice, 0 or minus infinity.
+            With ``"max"`` weights are made of these scores, too.
     """
 
     weight: str
@@ -47,6 +63,10 @@ class RoutingRule:
     epsilon: float
     scale: float
     ordered: bool
+    groups: int = 1
+    kept_groups: int = 1
+    group_score: GroupScore = "top2"
+    zero_outside: bool = False
 
     @property
     def normalised(self) -> bool:
@@ -70,15 +90,63 @@ class RoutingRule:
             logits = logits.float() if self.float32_scores else logits
             top, index = logits.topk(k, dim=-1, sorted=self.ordered)
             top = top.softmax(-1)
-        elif correction is None:
-            top, index = self.scores(logits).topk(k, dim=-1, sorted=self.ordered)
         else:
-            scores = self.scores(logits)
-            index = (scores + correction).topk(k, dim=-1, sorted=self.ordered).indices
-            top = scores.gather(-1, index)
+            top, index = self.choose(self.scores(logits), k, correction)
         if self.renormalise:
             top = top / (top.sum(-1, keepdim=True) + self.epsilon)
         return top * self.scale, index
+
+    def choose(self, scores: Tensor, k: int, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k experts that a token gets of m: their scores, and their numbers, both (..., k).
+
+        Args:
+            scores: (..., m); m is r or n.
+            k: how many.
+            correction: (m,), added to the scores for the choice.
+        """
+        choice = self.limited(scores if correction is None else scores + correction)
+        if correction is None and (self.groups == 1 or self.group_score == "max"):
+            return choice.topk(k, dim=-1, sorted=self.ordered)  # type: ignore[return-value]
+        index = choice.topk(k, dim=-1, sorted=self.ordered).indices
+        return scores.gather(-1, index), index
+
+    def limited(self, choice: Tensor, outside: float | None = None) -> Tensor:
+        """Corrected scores, (..., m), with those of experts outside of a token's groups made 0, -inf or `outside`."""
+        if self.groups == 1:
+            return choice
+        grouped = choice.unflatten(-1, (self.groups, -1))
+        best = grouped.amax(-1) if self.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
+        index = best.topk(self.kept_groups, dim=-1, sorted=False).indices
+        inside = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, index, True)
+        if outside is None:
+            outside = 0.0 if self.zero_outside else -torch.inf
+        limited: Tensor = grouped.masked_fill(~inside[..., None], outside).flatten(-2)
+        return limited
+
+    def check(self, plan: LayerPlan, name: str) -> None:
+        """Raise PlanError unless a layer's plan leaves the groups that tokens choose first what they need.
+
+        Each has as many of the new experts, of rows of its own where rows are selected. `name` is the layer's.
+        """
+        if self.groups == 1 or plan.picks_among_all:
+            return
+        r, size = plan.kept_experts, plan.experts // self.groups
+        least = max(2 if self.group_score == "top2" else 1, -(-plan.k // self.kept_groups)) * self.groups
+        where = f"{name} chooses {self.kept_groups} of {self.groups} groups of {size} experts first"
+        if r % self.groups or r < least:
+            near = sorted({max(least, r // self.groups * self.groups), max(least, -(-r // self.groups) * self.groups)})
+            raise PlanError(
+                f"{where}, so that each must keep as many, and {least // self.groups} at least: r must be a multiple "
+                f"of {self.groups}, such as {' or '.join(map(str, near))}, the plan has r={r}"
+            )
+        rows = plan.router_rows
+        if rows is not None and any(row // size != i // (r // self.groups) for i, row in enumerate(rows)):
+            counts = [sum(row // size == g for row in rows) for g in range(self.groups)]
+            order = ", in the groups' order" if len(set(counts)) == 1 else ""
+            raise PlanError(
+                f"{where}: a plan must keep {r // self.groups} of each{order}, this one keeps {list(rows)}, "
+                f"{' + '.join(map(str, counts))} of them"
+            )
 
 
 def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRule:
@@ -101,10 +169,11 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
         if not probe.same_logits(logits_only):
             continue
         both, corrections = (True, False), probe.vectors("correction")
-        for score, renormalise, float32, epsilon, ordered, correction in itertools.product(
-            get_args(ScoringFunction), both, both, EPSILONS, both, corrections
+        for score, renormalise, float32, epsilon, ordered, correction, limits in itertools.product(
+            get_args(ScoringFunction), both, both, EPSILONS, both, corrections, _limits(layer)
         ):
-            rule = RoutingRule(probe.weight, bias, wide, correction, score, float32, renormalise, epsilon, 1.0, ordered)
+            made = score, float32, renormalise, epsilon, 1.0, ordered, *limits
+            rule = RoutingRule(probe.weight, bias, wide, correction, *made)
             rule = replace(rule, scale=probe.scale(rule))  # the one number that is no choice: read off the weights
             if probe.reproduced_by(rule):
                 return rule
@@ -112,6 +181,14 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
         f"{layer.name}: moeopt does not know the routing rule of {type(layer.router).__name__}: softmax or sigmoid, "
         "renormalised or not, scaled or not, none reproduces the weights that it returns for random hidden states"
     )
+
+
+def _limits(layer: MoELayer) -> list[tuple[Any, ...]]:
+    """What `RoutingRule` may say of groups."""
+    if layer.groups == 1:
+        return [()]
+    numbers = layer.groups, layer.kept_groups
+    return [(*numbers, "max", True), (*numbers, "top2", False), (*numbers, "top2", True), ()]
 
 
 @dataclass(frozen=True)
@@ -191,27 +268,23 @@ class MappedRouter:
         self._tokens = 0
         self._tensors: dict[str, Tensor] = {}
         rows, whole = plan.router_rows, plan.picks_among_all
-        if rule.correction is not None and not whole and (plan.router == "prob" or rows is None):
-            raise ModelError(
-                f"{layer.name}: {type(layer.router).__name__} corrects its choice of experts by a bias; a mapping of "
-                f'probabilities or logits (router="{plan.router}") does not say how: keep experts with router="rows"'
-            )
         self._tensors |= _numbers(plan, not plan.makes_experts if renumber is None else renumber)
-        if plan.router == "prob":
-            self._tensors["w_rm"] = torch.from_numpy(plan.router_matrix.copy())
-            return
+        matrix, maps_scores = torch.from_numpy(plan.router_matrix.copy()), plan.router == "prob"
+        if maps_scores:
+            self._tensors["w_rm"] = matrix
         for role, name in (("weight", rule.weight), ("bias", rule.bias), ("correction", rule.correction)):
-            if name is None:
+            if name is None or (maps_scores and role != "correction"):
                 continue
             source = materialised(layer.router, name)
             source = source.reshape(-1) if role != "weight" else source
-            if whole:
+            if maps_scores:
+                self._tensors[role] = matrix.to(source.device) @ source.float()
+            elif whole:
                 self._tensors[role] = source
             elif rows is not None:
                 self._tensors[role] = source[list(rows)]
             else:
-                matrix = torch.from_numpy(plan.router_matrix.copy()).to(source.device)
-                self._tensors[role] = (matrix @ source.float()).to(source.dtype)
+                self._tensors[role] = merge(matrix, source)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor, Tensor]
@@ -255,7 +328,8 @@ class MappedRouter:
         assert w_rm is not None
         mapped = self.rule.scores(logits).float() @ w_rm.T
         clamp = self.plan.negative == "clamp"
-        top, index = (mapped.clamp(min=0) if clamp else mapped).topk(self.plan.k, dim=-1, sorted=self.rule.ordered)
+        correction = self._on(logits.device, "correction")
+        top, index = self.rule.choose(mapped.clamp(min=0) if clamp else mapped, self.plan.k, correction)
         top = self._without_skipped(top, index)
         total = top.sum(-1, keepdim=True)
         if clamp:

@@ -6,7 +6,7 @@ They run once for each kind of layer (class of the block, number of experts, dty
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -70,6 +70,7 @@ def check_plan(model: nn.Module, checked: CheckedModel, plan: Plan) -> None:
         where = f"layer {layer.index} of the plan"
         if part.experts != layer.n:
             raise PlanError(f"{where} is for {part.experts} experts, {layer.name} has {layer.n}")
+        checked.rules[layer.index].check(part, layer.name)
         if part.makes_experts:
             check_merging(model, checked, layer)
         if part.down is not None:
@@ -104,7 +105,7 @@ def check_merging(model: nn.Module, checked: CheckedModel, layer: MoELayer, what
     _check_dispatch(layer, "merged")
     if _kind(layer) in checked.merging:
         return
-    plan, rule = LayerPlan(layer.n, 1, kept=(layer.n - 1,)), checked.rules[layer.index]
+    plan, rule = LayerPlan(layer.n, 1, kept=(layer.n - 1,)), _ungrouped(checked.rules[layer.index])
     picked = _run(layer, Patch(checked.layers, {layer.index: MappedRouter(layer, rule, plan)}, {}))
     if not _same(picked, _merged_run(checked, layer, plan)):
         raise ModelError(
@@ -173,8 +174,14 @@ def _kind(layer: MoELayer) -> tuple[object, ...]:
 
 def _merged_run(checked: CheckedModel, layer: MoELayer, plan: LayerPlan) -> list[Tensor]:
     """What the block gives when the layer's one expert is made anew, and so has number 0."""
-    routers = {layer.index: MappedRouter(layer, checked.rules[layer.index], plan, renumber=False)}
+    rule = _ungrouped(checked.rules[layer.index])
+    routers = {layer.index: MappedRouter(layer, rule, plan, renumber=False)}
     return _run(layer, Patch(checked.layers, routers, {layer.index: merging(MergedCache(), plan)}))
+
+
+def _ungrouped(rule: RoutingRule) -> RoutingRule:
+    """The rule for a single expert, which no groups are made of."""
+    return replace(rule, groups=1)
 
 
 def _run(layer: MoELayer, patch: Patch | None = None) -> list[Tensor]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import operator
+
+import numpy as np
 import pytest
 import torch
 from models.conftest import logits
 
-from moeopt.errors import ModelError
+from moeopt.errors import ModelError, PlanError
 from moeopt.models import moe_layers, patched, routing_rules
 from moeopt.models.routing import MappedRouter
 from moeopt.plan import LayerPlan, Plan
 
+CORRECTED = ("glm4_moe", "deepseek_v3", "ernie4_5_moe", "dots1")
+LIMITED = ("glm4_moe", "deepseek_v2", "deepseek_v3", "dots1")
 ROWS = ((5, 0, 3, 2), (1, 2, 6, 4))
 
 
@@ -68,13 +73,66 @@ def test_rules_say_what_the_families_do(build_family):
         assert [(r.score, r.normalised, r.scale) for r in rules] == [(score, normalised, scale)] * 2
 
 
-def test_a_choice_corrected_by_a_bias_cannot_be_mapped(build_family, dense_plan):
-    model = build_family("deepseek_v3", corrected=True)
-    assert routing_rules(model)[0].correction == "e_score_correction_bias"
-    for router in ("prob", "logit"):
-        with pytest.raises(ModelError, match="corrects its choice"):  # noqa: SIM117
-            with patched(model, dense_plan(layers=2, n=7, router=router)):
-                pass
+def slowly_routed(rule, scores, correction, k):
+    """Weights by expert, (tokens, m), of DeepSeek's two ways to choose groups first, token by token."""
+    weights = torch.zeros_like(scores)
+    for token, row in enumerate(scores.tolist()):
+        choice = [s + c for s, c in zip(row, correction)]
+        size = len(row) // rule.groups
+        groups = [sorted(choice[g * size : (g + 1) * size])[::-1] for g in range(rule.groups)]
+        best = [sum(group[: 1 if rule.group_score == "max" else 2]) for group in groups]
+        chosen = sorted(range(rule.groups), key=best.__getitem__)[-rule.kept_groups :]
+        inside = [e for e in range(len(row)) if e // size in chosen]
+        picked = sorted(inside, key=choice.__getitem__)[-k:]
+        total = sum(row[e] for e in picked) if rule.normalised else 1.0
+        for e in picked:
+            weights[token, e] = row[e] / total * rule.scale
+    return weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["prob", "logit", "rows"])
+@pytest.mark.parametrize(("kind", "groups"), [*((kind, 1) for kind in CORRECTED), *((kind, 4) for kind in LIMITED)])
+def test_mapped_choices_are_those_of_mapped_numbers_and_biases(build_family, kind, groups, router):
+    """W_RM s and W_RM b, or sigmoid(W_RM l) and W_RM b; the groups are blocks of the new experts."""
+    model = build_family(kind, 16, corrected=True, groups=groups)
+    layer, rule = moe_layers(model)[0], routing_rules(model)[0]
+    assert (rule.groups, rule.kept_groups, rule.correction is None) == (groups, -(-groups // 2), kind == "deepseek_v2")
+    rng = np.random.default_rng(0)
+    pruning, noise = np.eye(16)[[0, 2, 4, 5, 9, 10, 12, 13]], 0.2 * rng.random((8, 16))
+    part = LayerPlan(16, 3, w_em=pruning + noise, w_rm=pruning if router == "rows" else pruning + noise, router=router)
+    hidden = torch.randn(60, layer.hidden, generator=torch.Generator().manual_seed(0))
+    w_rm = torch.from_numpy(part.router_matrix.copy())
+    with torch.no_grad():
+        logits, stock_weights, stock_index = layer.router(hidden)
+        correction = (
+            torch.zeros(16) if rule.correction is None else operator.attrgetter(rule.correction)(layer.router).flatten()
+        )
+        full = torch.zeros(60, 16).scatter_(1, stock_index, stock_weights)
+        torch.testing.assert_close(full, slowly_routed(rule, rule.scores(logits), correction.tolist(), layer.k))
+        scores = rule.scores(logits) @ w_rm.T if router == "prob" else rule.scores(logits @ w_rm.T)
+        with patched(model, Plan((part, part))):
+            _, weights, index = layer.router(hidden)
+    mapped = torch.zeros(60, 8).scatter_(1, index, weights)
+    expected = slowly_routed(rule, scores, (w_rm @ correction).tolist(), 3)
+    torch.testing.assert_close(mapped, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (LayerPlan(16, 2, kept=tuple(range(6))), "must be a multiple of 4, such as 8, the plan has r=6"),
+        (LayerPlan(16, 2, kept=tuple(range(8))), r"must keep 2 of each, this one keeps .*, 4 \+ 4 \+ 0 \+ 0 of them"),
+        (LayerPlan(16, 2, kept=(4, 5, 0, 1, 8, 9, 12, 13)), "2 of each, in the groups' order"),
+        (LayerPlan(16, 6, kept=tuple(range(12))), "must keep 3 of each"),
+        (LayerPlan(16, 6, kept=tuple(range(8))), "such as 12, the plan has r=8"),
+    ],
+    ids=["r", "unequal", "order", "k that fits", "k"],
+)
+def test_plans_that_leave_groups_unequal_are_refused(build_family, part, message):
+    model = build_family("deepseek_v3", 16, groups=4)
+    with pytest.raises(PlanError, match=message), patched(model, Plan((part, part))):
+        pass
 
 
 def test_an_unknown_rule_is_refused(make_mixtral):
