@@ -1,4 +1,4 @@
-"""Arguments of the command line as checked values: shapes, spaces, layer ranges, options, plans, existing studies."""
+"""Arguments of the command line as checked values: shapes, options, tasks, plans, existing studies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,109 +56,6 @@ def checkpoint_config(model: str) -> dict[str, Any] | None:
     if not isinstance(config, dict):
         raise ModelError(f"{model!r} is not a checkpoint folder: its config.json holds {type(config).__name__}")
     return config
-
-
-BELONGS = {
-    "keep": ("eep", "prune"),
-    "active": ("eep", "prune"),
-    "groups": ("eep", "prune", "merge"),
-    "encoding": ("prune",),
-    "router": ("eep", "merge"),
-    "around": ("merge", "active"),
-    "scale": ("merge",),
-}
-"""Options of `moeopt search` that only some spaces have; `active` where it is one k."""
-
-
-@dataclass(frozen=True)
-class SpaceOptions:
-    """What the options of `moeopt search` say of the space, each as it is given.
-
-    Raises:
-        SpaceError: naming an option that is out of range, missing, or not one of this kind of space.
-    """
-
-    kind: str
-    keep: int | None
-    groups: str | None
-    active: str | None
-    skip: float | None
-    active_groups: str | None
-    router: str | None
-    encoding: str | None
-    around: Path | None
-    scale: float | None
-
-    def __post_init__(self) -> None:
-        if self.skip is not None and not 0 < self.skip <= 1:
-            raise SpaceError(f"--skip must be a beta above 0 and at most 1, got {self.skip:g}")
-        groups(self.groups)
-        groups(self.active_groups, "--active-groups")
-        if self.active_groups is not None and not self.searched:
-            raise SpaceError("--active-groups needs something to search: --active with a range as 1-2, or --skip")
-        for option, kinds in BELONGS.items():
-            value = getattr(self, option) if option != "active" else self._k[0]
-            if value is not None and self.kind not in kinds:
-                raise SpaceError(f"--{option} {value} belongs to --space {' or '.join(kinds)}, not to {self.kind}")
-        if self.kind == "merge" and self.around is None:
-            raise SpaceError("--space merge needs --around, the plan it starts from")
-        if self.kind == "active" and not self.searched:
-            raise SpaceError("--space active needs something to search: --active with a range as 1-2, or --skip")
-        if self.kind not in ("merge", "active") and self.keep is None:
-            raise SpaceError("say how many experts each layer keeps, such as --keep 4")
-
-    @property
-    def searched(self) -> bool:
-        """Whether k or a beta is searched."""
-        return self._k[1] is not None or self.skip is not None
-
-    @property
-    def _k(self) -> tuple[int | None, tuple[int, int] | None]:
-        """`--active` as one k, or as a range to search."""
-        if self.active is None:
-            return None, None
-        match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", self.active)
-        if match is None:
-            raise SpaceError(
-                f"--active must be a number of at least 1, or a range as 1-2 to search, got {self.active!r}"
-            )
-        low, high = match.groups()
-        return (int(low), None) if high is None else (None, (int(low), int(high)))
-
-    def space(self, shape: ModelShape) -> Space:
-        """The space, once the model's shape is known."""
-        from moeopt import spaces
-
-        k, k_range = self._k
-        given: dict[str, Any] = {"groups": groups(self.groups), "k": k, "keep": self.keep, "scale": self.scale}
-        given |= {"encoding": self.encoding, "router": self.router}
-        options = {name: value for name, value in given.items() if value is not None}
-        searched: dict[str, Any] = {"k": k_range, "groups": groups(self.active_groups)}
-        searched["skip"] = False if self.skip is None else (0.0, self.skip)
-        plan = None if self.around is None else read_plan(self.around, shape.layers)
-        if self.kind == "active":
-            return spaces.ActiveSpace(shape, around=plan, **searched)
-        inner: Space
-        if self.kind == "merge":
-            assert plan is not None
-            inner = spaces.MergeSpace(shape, around=plan, **options)
-        else:
-            inner = (spaces.PruneSpace if self.kind == "prune" else spaces.EEPSpace)(shape, **options)
-        return spaces.ActiveSpace(inner, **searched) if self.searched else inner
-
-
-def groups(text: str | None, option: str = "--groups") -> int | list[tuple[int, int]] | None:
-    """A number of groups, or inclusive layer ranges; not yet held against a model.
-
-    >>> groups("0-7,8-31")
-    [(0, 7), (8, 31)]
-    """
-    if text is None or text.isdecimal():
-        return None if text is None else int(text)
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise SpaceError(f"{option} must be a number of groups or layer ranges such as 0-7,8-31, got {text!r}")
-    ends = [part.split("-") for part in text.split(",")]
-    return [(int(end[0]), int(end[-1])) for end in ends]
 
 
 def pairs(option: str, given: list[str] | None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from moeopt.report.terminal import consoles
     from moeopt.showing import line
 
-    consoles()[1].print(f"Error: {line(message, 4000)}", style="red", markup=False, soft_wrap=True)
+    consoles()[1].say(f"Error: {line(message, 4000)}", style="red")
     return 2
 
 

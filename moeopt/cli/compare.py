@@ -67,7 +67,7 @@ def compare(
     console, _ = consoles()
     console.print(view(comparison))
     told = f"{page} shows it all." if page else f"All numbers are in {out}; a page needs pip install 'moeopt[figures]'."
-    console.print(told, markup=False, soft_wrap=True)
+    console.say(told)
 
 
 def _runs(names: list[str], prefix: str | None, storages: list[str]) -> list[Run]:

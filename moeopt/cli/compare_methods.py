@@ -106,8 +106,8 @@ def compare_methods(
         comparing.check(check_checkpoint(model), keeps, actives)
     console, err = consoles()
     try:
-        err.print(f"task {chosen.name}: {chosen.summary}", markup=False, soft_wrap=True)
-        err.print(f"loading {model}", markup=False)
+        err.say(f"task {chosen.name}: {chosen.summary}")
+        err.say(f"loading {model}")
         early = load_tokenizer(model)
         for looked_at in (chosen, other or chosen):
             looked_at.check(early)
@@ -123,4 +123,4 @@ def compare_methods(
         raise opt.interrupted(err, "all that was found is kept. To go on:", ctx, storage) from None
     report.save(compared, out)
     console.print(report.view(compared))
-    console.print(f"\n{out} holds table.csv, table.json and the plans.", markup=False, soft_wrap=True)
+    console.say(f"\n{out} holds table.csv, table.json and the plans.")

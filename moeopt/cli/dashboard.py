@@ -50,29 +50,24 @@ def dashboard(
     refresher = Refresher(
         cached,
         hidden(anywhere(storage)),
-        report=lambda line: err.print(line, style="yellow", markup=False, soft_wrap=True),
+        report=lambda line: err.say(line, style="yellow"),
     )
     if once:
         with readable_errors(storage):
             names = refresher.refresh()
-        out.print(
-            f"notes and figures of {len(names)} studies written to {hidden(storage)}", markup=False, soft_wrap=True
-        )
+        out.say(f"notes and figures of {len(names)} studies written to {hidden(storage)}")
         return
     listening = server(cached, host, port)
     stop = threading.Event()
     try:
         if host not in LOOPBACK:
-            err.print(
+            err.say(
                 f"No password is asked for: whoever reaches {host}:{listening.server_port} can delete all studies.",
                 style="yellow",
-                markup=False,
-                soft_wrap=True,
             )
         shown = f"[{host}]" if ":" in host else host
-        out.print(
+        out.say(
             f"{hidden(storage)} at http://{shown}:{listening.server_port}/dashboard (Ctrl-C ends it)",
-            markup=False, soft_wrap=True,
         )  # fmt: skip
         if refresh:
             refresh_in_background(refresher, stop)

@@ -79,7 +79,7 @@ def export(
         with err.status("projecting"):
             loaded, tokenizer = load(model, device_map=device_map)
             chosen, projection = nearest_stock(chosen, loaded, tokenizer, goal, limit=limit)
-        console.print("\n".join(projection.lines()), markup=False, soft_wrap=True)
+        console.say("\n".join(projection.lines()))
     try:
         taken, reason = chosen_form(chosen, locate(model), form)
     except ExportError as error:
@@ -97,16 +97,14 @@ def export(
         else:
             write(opened[1], out_dir, model=model, study=opened[0], form=form)
     for warning in said:  # what was left out
-        err.print(line(str(warning.message), 2000), markup=False, soft_wrap=True)
+        err.say(line(str(warning.message), 2000))
     best = best_trial(opened[0]) if opened is not None else None
     if opened is not None and best is not None and best.number != opened[1].number:
         title += f"; the best of all is trial {best.number} (loss {best.value:.4f})"
     size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors") if file.name != "plan.safetensors") / 2**20
-    console.print(f"{out_dir}: {size:.1f} MiB of weights, {title}", markup=False, soft_wrap=True)
-    console.print(
+    console.say(f"{out_dir}: {size:.1f} MiB of weights, {title}")
+    console.say(
         "stock form: any loader of the original reads it"
         if taken == "stock"
         else f"custom form, which loads with trust_remote_code=True: {reason}",
-        markup=False,
-        soft_wrap=True,
     )

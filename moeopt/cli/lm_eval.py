@@ -115,7 +115,7 @@ def lm_eval(
     from moeopt.report.terminal import consoles
 
     console, err = consoles()
-    err.print(f"loading {model}", markup=False)
+    err.say(f"loading {model}")
     loaded, tokenizer = load(model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
     report = partial(
         lm_eval_report,
@@ -136,7 +136,7 @@ def lm_eval(
             write_atomically(out, (json.dumps(record, indent=2) + "\n").encode())
         except OSError as error:
             raise MoeoptError(f"cannot write {str(out)!r}: {error.strerror or error}") from None
-        console.print(f"saved to {out}", markup=False, soft_wrap=True)
+        console.say(f"saved to {out}")
 
 
 def _table(full: HarnessReport, small: HarnessReport | None, title: str) -> Table:

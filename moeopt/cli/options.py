@@ -5,9 +5,12 @@ What lm-evaluation-harness and Optuna call the same is an option by their name t
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +20,7 @@ from moeopt.defaults import STORAGE_VARIABLE as STORAGE_VARIABLE
 from moeopt.defaults import Score as Score
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from moeopt.report.terminal.terminal import Terminal
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -96,11 +99,30 @@ Timeout = Annotated[
 ]
 
 
-def interrupted(err: Console, saved: str, ctx: typer.Context, storage: str) -> typer.Exit:
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as typer reads it: in place of a parameter whose type is a dataclass, an option for each field."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {n: p.annotation for n, p in signature.parameters.items() if is_dataclass(p.annotation)}
+
+    def called(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        command(**given)
+
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        its = inspect.signature(groups[name], eval_str=True).parameters.values() if name in groups else [parameter]
+        parameters += [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in its]
+    called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    called.__doc__ = command.__doc__
+    return called
+
+
+def interrupted(err: Terminal, saved: str, ctx: typer.Context, storage: str) -> typer.Exit:
     """How a command ends after Ctrl-C, once it has said what is saved, and how to go on: with the same command."""
     from moeopt.study.storage.urls import HIDDEN
 
     command = arguments.command_again(ctx.obj, storage)
-    err.print(f"Interrupted; {saved}" + (f" ({HIDDEN}: what is secret)" if HIDDEN in command else ""), markup=False)
-    err.print(f"  {command}", markup=False, soft_wrap=True)
+    err.say(f"Interrupted; {saved}" + (f" ({HIDDEN}: what is secret)" if HIDDEN in command else ""))
+    err.say(f"  {command}")
     return typer.Exit(INTERRUPTED)

@@ -102,4 +102,4 @@ def profile(
         report.save(made, out)
     console.print(report.view(made))
     if out is not None:
-        console.print(f"\nsaved to {out} and {out.with_suffix('.csv')}", markup=False, soft_wrap=True)
+        console.say(f"\nsaved to {out} and {out.with_suffix('.csv')}")

@@ -75,8 +75,8 @@ def refit(
 
     _, err = consoles()
     try:
-        err.print(f"task {goal.name}: {goal.summary}", markup=False, soft_wrap=True)
-        err.print(f"loading {model}; refitting {title}", markup=False, soft_wrap=True)
+        err.say(f"task {goal.name}: {goal.summary}")
+        err.say(f"loading {model}; refitting {title}")
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
     except KeyboardInterrupt:
         raise opt.interrupted(err, FITTED_SO_FAR, ctx, storage) from None
@@ -153,4 +153,4 @@ def run_refit(
         raise opt.interrupted(err, FITTED_SO_FAR, ctx, storage) from None
     export = f"moeopt export {shlex.quote(name)} OUT_DIR --plan {shlex.quote(str(out))}"
     lines = [*made.lines(), f"{out} holds the refitted plan", *refit_lines(verdict), f"  {export}"]
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    console.say("\n".join(lines))

@@ -7,15 +7,15 @@ import shlex
 import time
 import warnings
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeopt.cli import arguments
 from moeopt.cli import options as opt
-from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE, NAMED, STUDY
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE, NAMED, STUDY, with_options
 from moeopt.cli.refit import check_can, check_file, run_refit
+from moeopt.cli.spaces import SPACE, SpaceOptions
 
 if TYPE_CHECKING:
     import optuna
@@ -36,58 +36,20 @@ EXAMPLES = (
 
 RACED = ("guided", "local")
 """Samplers whose trials race by default."""
-SPACE, OPTIMISER, STOP = (
-    partial(typer.Option, rich_help_panel=panel) for panel in ("What may vary", "Optimiser", "When to stop")
-)
+OPTIMISER, STOP = (partial(typer.Option, rich_help_panel=panel) for panel in ("Optimiser", "When to stop"))
 
 
+@with_options
 def search(
     ctx: typer.Context,
     model: opt.Model,
     task: opt.Task,
     study: Annotated[str, NAMED(help="Name of the study to start or to resume.")],
+    space: SpaceOptions,
     data: opt.Data = None,
     task_option: opt.TaskOption = None,
     limit: opt.Limit = None,
     score: opt.ScoreOption = "likelihood",
-    keep: Annotated[int | None, SPACE(metavar="R", min=1, help="Experts each layer keeps.")] = None,
-    active: Annotated[
-        str | None,
-        SPACE(metavar="K|LOW-HIGH", help="Experts active per token; a range as 1-2 is searched. Default: the model's."),
-    ] = None,
-    skip: Annotated[
-        float | None,
-        SPACE(metavar="BETA", help="Search dynamic skipping of experts of little weight, with betas from 0 to this."),
-    ] = None,
-    active_groups: Annotated[
-        str | None, SPACE(help="As --groups, for what --active and --skip search; 1: the same for all layers.")
-    ] = None,
-    groups: Annotated[
-        str | None,
-        SPACE(help="Layers that share one choice: a number of groups, or ranges as 0-7,8-31. Default: none share."),
-    ] = None,
-    space: Annotated[
-        Literal["eep", "prune", "merge", "active"],
-        SPACE(
-            help="prune: which experts stay. merge: matrices around a plan. eep: first the one, then the other. "
-            "active: how many experts are active, of the full model or of a plan, and nothing else."
-        ),
-    ] = "eep",
-    router: Annotated[
-        Literal["prob", "logit"] | None,
-        SPACE(
-            help="Merged routers act on probabilities, as in EEP, or on logits, which an ordinary checkpoint can "
-            "hold. Default: prob."
-        ),
-    ] = None,
-    encoding: Annotated[
-        Literal["scores", "rows", "subset"] | None,
-        SPACE(help="Numbers of a prune space: one per expert, expert indices, a subset's index. Default: scores."),
-    ] = None,
-    around: Annotated[
-        Path | None, SPACE(metavar="PLAN", help="Plan file (or EEP .pth) that a merge or active space starts from.")
-    ] = None,
-    scale: Annotated[float | None, SPACE(metavar="X", help="Step of a merge space. Default: 0.065.")] = None,
     active_weight: Annotated[
         float, GOAL(metavar="X", min=0, help="Loss that an active expert, per token and layer, must be worth.")
     ] = 0.0,
@@ -161,7 +123,6 @@ def search(
     arguments.check_outlives(storage, workers)
     arguments.pairs("--task-option", task_option)
     sampler_options = arguments.pairs("--sampler-option", sampler_option)
-    spaces = arguments.SpaceOptions(space, keep, groups, active, skip, active_groups, router, encoding, around, scale)
     from moeopt import samplers
     from moeopt.plan import ModelShape
     from moeopt.samplers.eep import PUBLISHED, PUBLISHED_TRIALS
@@ -172,7 +133,7 @@ def search(
     # Names before data, which may be read from a hub, and data before a config that takes transformers or a download.
     shape = arguments.quick_shape(model)
     if shape is not None:
-        chosen_space = spaces.space(shape)
+        chosen_space = space.space(shape)
         starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
     any_space = PruneSpace(ModelShape(1, 2, 1), keep=1) if shape is None else chosen_space
     samplers.get(sampler, any_space, seed=seed, **sampler_options)
@@ -181,7 +142,7 @@ def search(
         from moeopt.models import check_checkpoint
 
         shape = check_checkpoint(model)
-        chosen_space = spaces.space(shape)
+        chosen_space = space.space(shape)
         starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
     resumed = arguments.existing(storage, study, resume=resume)
     stored = arguments.stored_description(resumed)
@@ -222,16 +183,16 @@ def search(
     if resumed is None and sampler == "eep" and trials < PUBLISHED_TRIALS and fitted != sampler_options:
         sizes = ", ".join(f"{name}={fitted[name]}" for name in PUBLISHED)
         published = ", ".join(f"{name}={value}" for name, value in PUBLISHED.items())
-        err.print(
+        err.say(
             f"EEP in {trials} trials: {sizes}, in proportion to {published} as published for {PUBLISHED_TRIALS}; "
-            "--sampler-option sets others", markup=False, soft_wrap=True,
+            "--sampler-option sets others",
         )  # fmt: skip
     missing = chosen_sampler.shortfall(trials)
     if missing is not None:
-        err.print(missing, markup=False, soft_wrap=True)
+        err.say(missing)
     try:
-        err.print(f"task {chosen_task.name}: {chosen_task.summary}", markup=False, soft_wrap=True)
-        err.print(f"loading {model}", markup=False)
+        err.say(f"task {chosen_task.name}: {chosen_task.summary}")
+        err.say(f"loading {model}")
         from moeopt.models import load, load_tokenizer
         from moeopt.showing import line
         from moeopt.study.objective import Objective
@@ -249,7 +210,7 @@ def search(
             score=score, reference=reference, guide=guide,
         )  # fmt: skip
         if starts == "auto" and resumed is None and (names := automatic(chosen_space)):
-            err.print(f"starting from {' and '.join(names)}; --warm-start chooses others, or none", markup=False)
+            err.say(f"starting from {' and '.join(names)}; --warm-start chooses others, or none")
         record = create_study(
             study,
             objective=objective,
@@ -263,17 +224,15 @@ def search(
         if record.user_attrs.get(COMMAND) != command:
             record.set_user_attr(COMMAND, command)
         if resumed is not None:
-            err.print(f"resuming study {study!r}: {finished(record)} of {trials} trials done", markup=False)
+            err.say(f"resuming study {study!r}: {finished(record)} of {trials} trials done")
         if "merge" in chosen_space.phases and chosen_space.router == "prob":
             err.print("merged routers map probabilities: only prunings export to an ordinary checkpoint (see --router)")
-        err.print(
-            f"first prompt, then what is scored: {first_prompt(objective.evaluator)}", markup=False, soft_wrap=True
-        )
+        err.say(f"first prompt, then what is scored: {first_prompt(objective.evaluator)}")
         full = objective.reference(record) if reference else read(record)
         if full is not None:
-            err.print(f"full model: {full}, {full.layer_tokens:,} layer-tokens", markup=False, soft_wrap=True)
+            err.say(f"full model: {full}, {full.layer_tokens:,} layer-tokens")
             for warning in full.warnings[:MOST_SHOWN]:
-                err.print(f"Warning: {line(warning, 1000)}", style="yellow", markup=False, soft_wrap=True)
+                err.say(f"Warning: {line(warning, 1000)}", style="yellow")
         started = time.monotonic()
         recipe.want(record, trials, patience)
         again = ["--study", study, "--model", model, "--device-map", device_map]
@@ -289,7 +248,7 @@ def search(
             optimize(record, objective, n_trials=trials, timeout=timeout, patience=patience, callbacks=[progress])
         teacher = objective.evaluator.teacher
         if teacher is not None and teacher.nbytes:
-            err.print(f"full model: {teacher}", markup=False)
+            err.say(f"full model: {teacher}")
         ended = (
             finished(record) >= trials
             or (timeout is not None and time.monotonic() - started >= timeout)
@@ -301,31 +260,29 @@ def search(
         raise opt.interrupted(err, "every finished trial is stored. To resume:", ctx, storage)
     best = best_trial(record)
     if best is None:
-        out.print(f"{finished(record)} trials done, and none gave a finite loss", markup=False)
+        out.say(f"{finished(record)} trials done, and none gave a finite loss")
         return
     accuracy = best.user_attrs.get("accuracy")
     weighed = active_weight * best.user_attrs.get("active", 0.0)
     scored = f"loss {best.value - weighed:.4f}"
     if accuracy is not None:
         scored += f", {'agreement' if score in ('kl', 'acceptance') else 'accuracy'} {100 * accuracy:.1f}%"
-    if spaces.searched:
+    if space.searched:
         scored += f", {best.user_attrs['active']:.2f} experts active"
     compared = ""
     if full is not None:
         gap = full.difference(best)
-        compared = f"Full model: {full}" + (f", {full.active:.2f} experts active" if spaces.searched else "")
+        compared = f"Full model: {full}" + (f", {full.active:.2f} experts active" if space.searched else "")
         if gap is not None:
             compared += f". Best - full: loss {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
         compared += "\n"
     if held and "dev" in chosen_task.splits:
         compared += _held(record, objective)
     place = shlex.join(arguments.storage_again(storage))
-    out.print(
+    out.say(
         f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n{compared}"
         f"  {arguments.show_again(study, storage)}\n"
         f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --study {shlex.quote(study)}",
-        markup=False,
-        soft_wrap=True,
     )
     if refit is not None:
         run_refit(

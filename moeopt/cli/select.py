@@ -69,8 +69,8 @@ def select(
 
     console, err = consoles()
     try:
-        err.print(f"task {chosen.name}: {chosen.summary}", markup=False, soft_wrap=True)
-        err.print(f"loading {model}", markup=False)
+        err.say(f"task {chosen.name}: {chosen.summary}")
+        err.say(f"loading {model}")
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         limit = stored(opened)["task"].get("limit")
         if refit is not None:
@@ -87,9 +87,7 @@ def select(
         console.print("All of it was on record; nothing was evaluated.")
     console.print(report.view(selected))
     place = shlex.join([*arguments.storage_again(storage), "--study", study])
-    console.print(
-        f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --trial selected", markup=False, soft_wrap=True
-    )
+    console.say(f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --trial selected")
     if refit is not None:
         run_refit(
             ctx, storage, selected.winner.plan, refit, model, loaded, tokenizer, chosen, rank=refit_rank, limit=limit,

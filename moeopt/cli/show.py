@@ -91,12 +91,10 @@ def plan(
     console, _ = consoles()
     console.print(plan_table(shown, title))
     reason = why_not_stock(shown)
-    console.print(
+    console.say(
         "An ordinary checkpoint can hold this plan."
         if reason is None
         else f"No ordinary checkpoint holds it, a custom one does: {reason}",
-        markup=False,
-        soft_wrap=True,
     )
     if out is not None:
-        console.print(f"saved to {out}", markup=False, soft_wrap=True)
+        console.say(f"saved to {out}")

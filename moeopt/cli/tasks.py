@@ -29,10 +29,9 @@ def tasks(
         raise TaskError(f"no task has {part!r} in its name{nearest(part, [*REGISTRY, *ours(), *theirs()])}")
     console = consoles()[0]
     for name, line in lines.items():  # some of the harness's names are as long as a line
-        console.print(f"{name:<{NAME_WIDTH}}  {line}", soft_wrap=True, markup=False, highlight=False)
+        console.say(f"{name:<{NAME_WIDTH}}  {line}")
     if not part:
-        console.print(
+        console.say(
             f"and {len(set(theirs()) - set(ours())):,} tasks, groups and tags of lm-evaluation-harness, such as boolq:"
             " moeopt tasks PART lists those with PART in their names",
-            soft_wrap=True,
         )

@@ -60,6 +60,6 @@ def verify(
             device_map=device_map,
             trust_remote_code=trust_remote_code,
         )
-    console.print("\n".join(verification.lines()), markup=False, soft_wrap=True)
+    console.say("\n".join(verification.lines()))
     if not verification.ok:
         raise typer.Exit(1)

@@ -18,7 +18,7 @@ from moeopt.cli.options import DEFAULT_STORAGE, GOAL, INTERRUPTED, MACHINE, NAME
 from moeopt.errors import MoeoptError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from moeopt.report.terminal.terminal import Terminal
 
 STORED = "every finished trial is stored. To go on:"
 FAILED = 1
@@ -111,7 +111,7 @@ def worker(
         raise
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        err.print(f"Error: a trial failed: {type(error).__name__}: {reason}", style="red", markup=False, soft_wrap=True)
+        err.say(f"Error: a trial failed: {type(error).__name__}: {reason}", style="red")
         raise typer.Exit(FAILED) from None
     if not quiet:
         _print_end(err, ctx, storage, finished(record), target)
@@ -154,7 +154,7 @@ def on_ray(
     try:
         record = run_on_ray(
             storage, study, workers=workers, gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker,
-            address=address, tell=lambda line: err.print(line, markup=False, soft_wrap=True),
+            address=address, tell=err.say,
             model=model, n_trials=trials, timeout=timeout, dtype=dtype, task=chosen,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -162,12 +162,12 @@ def on_ray(
     _print_end(err, ctx, storage, finished(record), trials or recipe.wanted(record))
 
 
-def _print_end(err: Console, ctx: typer.Context, storage: str, done: int, wanted: int | None) -> None:
+def _print_end(err: Terminal, ctx: typer.Context, storage: str, done: int, wanted: int | None) -> None:
     """How many trials there are, and where that is fewer than wanted, how to go on."""
-    err.print(f"{done} trials done", markup=False)
+    err.say(f"{done} trials done")
     if wanted is not None and done < wanted:
         err.print(f"{wanted} are wanted. To go on:")
-        err.print(f"  {arguments.command_again(ctx.obj, storage)}", markup=False, soft_wrap=True)
+        err.say(f"  {arguments.command_again(ctx.obj, storage)}")
 
 
 @contextmanager

@@ -21,6 +21,19 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "∞" if value > 0 else "-∞"
 
 
+def loss(value: float, sign: bool = False) -> str:
+    """Four decimals, or two digits of a very small or large one, with a minus sign proper.
+
+    >>> loss(0.02169), loss(-0.5, sign=True), loss(float("nan"))
+    ('0.0217', '−0.5000', '–')
+    """
+    if value == 0 or 0.00095 <= abs(value) < 1e6 or not math.isfinite(value):
+        text = number(value)
+    else:
+        text = f"{value:.2g}"
+    return text.replace("-", "−") if value < 0 or not sign else f"+{text}"
+
+
 def percent(value: float | None) -> str:
     """A share from 0 to 1 as percent, or a dash."""
     return DASH if value is None else f"{100 * value:.1f}%"
@@ -38,6 +51,15 @@ def short(value: float) -> str:
         if abs(value) >= size * 0.9995:
             return f"{_digits(value / size)}{letter}"
     return _digits(value)
+
+
+def quantity(value: float, cost: str) -> str:
+    """So much of a cost that optimisers are compared by, in three digits.
+
+    >>> quantity(2_310_000, "layer-tokens"), quantity(12.34, "time"), quantity(7, "trials")
+    ('2.31M layer-tokens', '12.3 s', '7 trials')
+    """
+    return f"{short(value)} {'s' if cost == 'time' else cost}"
 
 
 def count(amount: int, thing: str) -> str:

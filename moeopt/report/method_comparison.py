@@ -16,7 +16,7 @@ from moeopt.evaluation import Interval
 from moeopt.evaluation.teacher import LABEL_FREE
 from moeopt.report import tables
 from moeopt.report.formatting import interval, number, percent, short
-from moeopt.report.tables import Cell, csv_of, json_text, write
+from moeopt.report.tables import csv_of, json_text, write
 from moeopt.results.differences import judged, reversed_difference
 from moeopt.results.method_comparison.checks import ComparisonError
 from moeopt.results.method_comparison.comparison import MethodComparison, Row
@@ -53,7 +53,7 @@ def table(comparison: MethodComparison, keep: int) -> Table:
     )
 
 
-def _columns(c: MethodComparison, *, several: bool) -> Iterator[tuple[str, Callable[[tuple[Row, bool]], Cell]]]:
+def _columns(c: MethodComparison, *, several: bool) -> Iterator[tuple[str, Callable[[tuple[Row, bool]], str]]]:
     """Heads of the columns, and the cells that they make of a row, or of the standard deviation of one."""
 
     def name(row: Row) -> str:
@@ -72,7 +72,7 @@ def _columns(c: MethodComparison, *, several: bool) -> Iterator[tuple[str, Calla
         return lambda line: "" if line[1] else cell(line[0])
 
     last = _last(c)
-    yield "", lambda line: Text("  standard deviation" if line[1] else name(line[0]))
+    yield "", lambda line: "  standard deviation" if line[1] else name(line[0])
     if several:
         yield "k", of_row(lambda row: str(row.k))
     yield from ((f"{split}\nloss", loss_on(split)) for split in c.splits)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeopt.report.formatting import DASH, count, number, percent, short
-from moeopt.report.tables import Cell, Columns, csv_of, json_text, table, write
+from moeopt.report.tables import Columns, csv_of, json_text, table, write
 from moeopt.results.profiling.checks import ProfileError, Setting
 from moeopt.results.profiling.result import LayerLoad, Part, Profile, Row
 from moeopt.results.profiling.run import RANDOM_TOKENS
@@ -127,7 +127,7 @@ def _sizes(profile: Profile) -> Table:
         return f"{size / 2**30:.3f}{'*' if row.computed else ''}"
 
     columns: Columns = [
-        ("", lambda row: Text(row.name)),
+        ("", lambda row: row.name),
         ("parameters", lambda row: short(row.parameters)),
         ("active\nper token", lambda row: "?" if row.active_parameters is None else short(row.active_parameters)),
         ("active\nexperts", lambda row: number(row.active_experts, 2)),
@@ -150,7 +150,7 @@ def _speeds(profile: Profile) -> Table:
         return "" if row is profile.rows[0] else f"{over.median:.2f} ({over.low:.2f} to {over.high:.2f})"
 
     columns: Columns = [
-        ("", lambda line: Text(line[0].name)),
+        ("", lambda line: line[0].name),
         ("batch x\nprompt", lambda line: f"{line[1].batch} x {line[1].prompt_length}"),
         ("prefill", lambda line: rate("prefill", *line)),
         ("over first\nmedian (range)", lambda line: ratio("prefill", *line)),
@@ -168,6 +168,9 @@ def _balance(profile: Profile) -> Table:
     def worst(row: Row) -> LayerLoad:
         return max(row.loads, key=lambda load: load.max_over_mean)
 
+    def where_seen(cell: Callable[[Row], str]) -> Callable[[Row], str]:
+        return lambda row: cell(row) if row.loads else DASH
+
     def share(load: LayerLoad, expert: int) -> str:
         return f"{expert}: {percent(load.shares[load.experts.index(expert)])}"
 
@@ -183,13 +186,9 @@ def _balance(profile: Profile) -> Table:
     ]
     return table(
         "Load balance, mean over MoE layers",
-        [("", lambda row: Text(row.name)), *((head, _where_seen(cell)) for head, cell in columns)],
+        [("", lambda row: row.name), *((head, where_seen(cell)) for head, cell in columns)],
         profile.rows,
     )
-
-
-def _where_seen(cell: Callable[[Row], Cell]) -> Callable[[Row], Cell]:
-    return lambda row: cell(row) if row.loads else DASH
 
 
 def notes(profile: Profile) -> Iterator[str]:

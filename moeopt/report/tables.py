@@ -16,8 +16,7 @@ from rich.text import Text
 from moeopt.errors import MoeoptError
 from moeopt.files import csv_text, write_atomically
 
-Cell = str | Text
-Columns = Iterable[tuple[str, Callable[[Any], Cell]]]
+Columns = Iterable[tuple[str, Callable[[Any], str]]]
 """Each column's head, and the cell that it makes of a row."""
 
 
@@ -32,7 +31,7 @@ def table(
     style: Callable[[Any], str] = lambda row: "",
     padding: tuple[int, int] = (0, 1),
 ) -> Table:
-    """A table with a line a row; its first column is text, others are numbers, which are never wrapped.
+    """A table with a line a row; its first column is text, others are numbers, never wrapped. No markup is read.
 
     Args:
         title, caption: what stands above and below it.
@@ -45,41 +44,42 @@ def table(
     """
     columns = list(columns)
     shown = Table(
-        title=title, caption=None if caption is None else Text(caption), title_justify="left", caption_justify="left",
-        title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=padding,
+        title=title and Text(title, style="bold"), caption=caption and Text(caption), title_justify="left",
+        caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=padding,
     )  # fmt: skip
     for i, (head, _) in enumerate(columns):
         words = i == 0 or head in text
-        shown.add_column(head, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+        shown.add_column(Text(head), justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for part, (_, members) in enumerate(groupby(rows, key=section)):
         if part:
             shown.add_section()
         for row in members:
-            shown.add_row(*(cell(row) for _, cell in columns), style=style(row))
+            shown.add_row(*(Text(cell(row)) for _, cell in columns), style=style(row))
     return shown
 
 
+def finite(record: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON does not have; tuples become lists."""
+    if isinstance(record, Mapping):
+        return {key: finite(value) for key, value in record.items()}
+    if isinstance(record, (list, tuple)):
+        return [finite(value) for value in record]
+    return None if isinstance(record, float) and not math.isfinite(record) else record
+
+
 def json_text(record: Any) -> str:
-    """JSON of ASCII characters; numbers that are not finite, which JSON does not have, become null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    """A `finite` record as JSON of ASCII characters."""
     return json.dumps(finite(record), indent=2, allow_nan=False)
 
 
 def csv_of(records: Sequence[Mapping[str, Any]], *, lifted: Collection[str] = ()) -> str:
-    """Records of JSON as CSV: an object within one becomes columns of its own, lists are left out.
+    """`finite` records as CSV: an object within one becomes columns of its own, lists are left out.
 
     Args:
         records: a line each.
         lifted: keys of objects whose columns do not begin with the key.
     """
-    flat = [_flat(record, lifted) for record in records]
+    flat = [_flat(record, lifted) for record in finite(records)]
     columns = dict.fromkeys(name for record in flat for name in record)
     grouped = {name for name in columns if any(other.startswith(f"{name}_") for other in columns)}
     empty = {name for name in grouped if all(record.get(name) is None for record in flat)}
@@ -100,10 +100,17 @@ def _flat(record: Mapping[str, Any], lifted: Collection[str] = ()) -> dict[str, 
     return flat
 
 
-def write(files: Mapping[Path, str], error: type[MoeoptError]) -> None:
-    """Write files, each whole or not at all; raise `error`, naming the place, where one cannot be written."""
-    for path, text in files.items():
-        try:
+def write(files: Mapping[Path, str], error: type[MoeoptError], *, folder: Path | None = None) -> None:
+    """Write files, each whole or not at all, into a folder that is made if need be.
+
+    Raises:
+        MoeoptError: `error`, naming the place that cannot be written.
+    """
+    path = folder
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
             write_atomically(path, text.encode("utf-8", "replace"))
-        except OSError as reason:
-            raise error(f"cannot write {str(path)!r}: {reason.strerror or reason}") from None
+    except OSError as reason:
+        raise error(f"cannot write {str(path)!r}: {reason.strerror or reason}") from None

@@ -22,14 +22,14 @@ from rich.console import Console
 from moeopt.cli import main
 from moeopt.errors import ExportError
 from moeopt.report.optimiser_comparison import conclusions, page, record, save, view
-from moeopt.results.optimiser_comparison import Comparison, compare
+from moeopt.results.optimiser_comparison import OptimiserComparison, compare
 
 Make = Callable[..., Any]
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;\x1b[31m\u202e" + "x" * 300
 SCRIPT = re.compile(r"<script(?: [^>]*)?>(.*?)</script>", re.DOTALL)
 
 
-def check_page(c: Comparison) -> list[str]:
+def check_page(c: OptimiserComparison) -> list[str]:
     """The texts of a page that is well formed, fetches nothing, and in which nothing runs that its policy does not name
     by its hash."""
     html = page(c)
@@ -91,7 +91,7 @@ def test_everything_that_can_be_compared_can_be_shown(
     assert all(optimiser.name in shown for optimiser in comparison.optimisers)
 
 
-def printed(comparison: Comparison) -> str:
+def printed(comparison: OptimiserComparison) -> str:
     console = Console(width=120, file=io.StringIO(), record=True)
     console.print(view(comparison))
     return console.export_text()
@@ -136,14 +136,14 @@ def test_files_hold_the_numbers(grid: Make, tmp_path: Path) -> None:
 
 
 def test_without_plotly_all_but_the_page_is_written(make: Make, monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr("moeopt.report.optimiser_comparison.files.find_spec", lambda name: None)
+    monkeypatch.setattr("moeopt.report.optimiser_comparison.find_spec", lambda name: None)
     assert save(compare([make("a", [0.5])]), tmp_path) is None
     assert {path.name for path in tmp_path.iterdir()} == {"optimisers.csv", "studies.csv", "comparison.json"}
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match="cannot write to"):
+    with pytest.raises(ExportError, match="cannot write"):
         save(compare([make("a", [0.5])]), tmp_path / "file")
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeopt import statistics
-from moeopt.report.formatting import count
-from moeopt.report.optimiser_comparison.numbers import loss, quantity
-from moeopt.results.optimiser_comparison import Comparison, Pair
+from moeopt.report.formatting import count, loss, quantity
+from moeopt.results.optimiser_comparison import OptimiserComparison, Pair
 from moeopt.showing import line, listed
 from moeopt.statistics import ALPHA
 
 
-def conclusions(c: Comparison) -> list[str]:
+def conclusions(c: OptimiserComparison) -> list[str]:
     """Sentences: what may be concluded and what may not, what would be needed, and what all rests on."""
     if len(c.optimisers) == 1:
         alone = f"There is one optimiser, {line(c.optimisers[0].name)}, and nothing to compare it with."
@@ -28,7 +27,7 @@ def conclusions(c: Comparison) -> list[str]:
     ]
 
 
-def _left_out(c: Comparison) -> list[str]:
+def _left_out(c: OptimiserComparison) -> list[str]:
     reasons = {
         "without a finished trial": c.left_out,
         "with trials that another sampler than their own made": c.foreign,
@@ -36,7 +35,7 @@ def _left_out(c: Comparison) -> list[str]:
     return [f"Left out, {why}: {_all(names)}." for why, names in reasons.items() if names]
 
 
-def _equality(c: Comparison) -> list[str]:
+def _equality(c: OptimiserComparison) -> list[str]:
     if c.friedman is None:
         return []
     told = "is refuted" if c.friedman <= ALPHA else "is not refuted"
@@ -47,7 +46,7 @@ def _equality(c: Comparison) -> list[str]:
     ]
 
 
-def _same(c: Comparison) -> list[str]:
+def _same(c: OptimiserComparison) -> list[str]:
     """Pairs that did not part within the budget, such as two that begin with the same random trials."""
     return [
         f"Within this budget {line(pair.first)} and {line(pair.second)} found the same loss on every common seed."
@@ -102,7 +101,7 @@ def _undecided(pairs: Sequence[Pair], seeds: int, what: str) -> str:
     return text
 
 
-def _held_out(c: Comparison) -> list[str]:
+def _held_out(c: OptimiserComparison) -> list[str]:
     runs = c.runs
     tested = [run.held_out for run in runs if run.held_out is not None]
     if c.held_out_pairs:
@@ -117,7 +116,7 @@ def _held_out(c: Comparison) -> list[str]:
     return [f"{only}: the studies' test losses are of different examples or scores."]
 
 
-def _budget(c: Comparison) -> str:
+def _budget(c: OptimiserComparison) -> str:
     shortest = min(c.runs, key=lambda run: run.spent(c.cost))
     longest = max(run.spent(c.cost) for run in c.runs)
     text = f"All are compared at {quantity(c.budget, c.cost)}, which every study reached"

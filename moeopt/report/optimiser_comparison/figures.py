@@ -10,8 +10,8 @@ import numpy as np
 
 from moeopt import statistics
 from moeopt.report.figures import style
-from moeopt.report.optimiser_comparison.numbers import loss
-from moeopt.results.optimiser_comparison import Comparison, Optimiser
+from moeopt.report.formatting import loss
+from moeopt.results.optimiser_comparison import Optimiser, OptimiserComparison
 from moeopt.results.optimiser_comparison.runs import Cost
 from moeopt.showing import line
 from moeopt.statistics import Floats
@@ -27,7 +27,7 @@ def colour(series: int) -> str:
     return style.CATEGORICAL[series % len(style.CATEGORICAL)]
 
 
-def best_so_far(c: Comparison, cost: Cost, *, height: int = 420) -> style.Figure:
+def best_so_far(c: OptimiserComparison, cost: Cost, *, height: int = 420) -> style.Figure:
     """The median over seeds of the least loss found, against what was spent, to the budget common to all studies."""
     budget = c.common_budget(cost)
     grid = _grid(c, cost, budget)
@@ -40,7 +40,7 @@ def best_so_far(c: Comparison, cost: Cost, *, height: int = 420) -> style.Figure
     return figure
 
 
-def by_optimiser(c: Comparison, *, columns: int = 4) -> style.Figure:
+def by_optimiser(c: OptimiserComparison, *, columns: int = 4) -> style.Figure:
     """For each optimiser its seeds, their median and its band; the medians of the others in grey."""
     from plotly.subplots import make_subplots
 
@@ -82,7 +82,7 @@ def by_optimiser(c: Comparison, *, columns: int = 4) -> style.Figure:
     return figure
 
 
-def run_time(c: Comparison) -> style.Figure:
+def run_time(c: OptimiserComparison) -> style.Figure:
     """The share of targets and seeds that each optimiser had reached for so much."""
     everything = np.concatenate([optimiser.times_to_targets.ravel() for optimiser in c.optimisers])
     reached = everything[np.isfinite(everything)]
@@ -100,7 +100,7 @@ def run_time(c: Comparison) -> style.Figure:
     return figure
 
 
-def final_losses(c: Comparison) -> style.Figure:
+def final_losses(c: OptimiserComparison) -> style.Figure:
     """The least loss of every study at the common budget, with median and band."""
     figure = _empty(110 + 27 * len(c.optimisers))
     for i, optimiser in enumerate(c.optimisers):
@@ -149,7 +149,7 @@ def _steps(
     figure.add_trace(trace, **(where or {}))
 
 
-def _grid(c: Comparison, cost: Cost, budget: float) -> Floats:
+def _grid(c: OptimiserComparison, cost: Cost, budget: float) -> Floats:
     """Everywhere up to the budget that some curve steps, (n,), the budget last."""
     costs = np.concatenate([run.costs[cost] for run in c.runs])
     return np.unique(np.append(costs[costs <= budget], budget))

@@ -9,15 +9,14 @@ from typing import Any
 from moeopt import __version__
 from moeopt.report.figures import pages
 from moeopt.report.figures.pages import bullets, details, escape, place, section
-from moeopt.report.formatting import DASH, count, short
+from moeopt.report.formatting import DASH, count, loss, quantity, short
 from moeopt.report.optimiser_comparison import figures, table
 from moeopt.report.optimiser_comparison.conclusions import conclusions
-from moeopt.report.optimiser_comparison.numbers import loss, quantity
 from moeopt.report.optimiser_comparison.record import pair_rows, study_rows
-from moeopt.results.optimiser_comparison import Comparison, Pair
+from moeopt.results.optimiser_comparison import OptimiserComparison, Pair
 
 
-def page(c: Comparison) -> str:
+def page(c: OptimiserComparison) -> str:
     """The whole page.
 
     Raises:
@@ -60,7 +59,7 @@ def page(c: Comparison) -> str:
     return pages.page(title, "\n".join(body), drawn)
 
 
-def _header(c: Comparison, title: str) -> str:
+def _header(c: OptimiserComparison, title: str) -> str:
     task, space, model, evaluation = (c.description[part] for part in ("task", "space", "model", "evaluation"))
     shape = space.get("shape") if isinstance(space.get("shape"), dict) else {}
     limit = f", first {task['limit']} examples" if task.get("limit") else ""
@@ -78,15 +77,15 @@ def _header(c: Comparison, title: str) -> str:
     return f"<header><h1>{escape(title, 90)}</h1><dl>{listed}</dl></header>"
 
 
-def _summary(c: Comparison) -> str:
-    rows = []
-    for i, optimiser in enumerate(c.optimisers):
-        name, *numbers = map(escape, table.row(c, optimiser))
-        rows.append([f'<span class="key" style="background:{figures.colour(i)}"></span>{name}', *numbers])
-    return pages.table(table.head(c), rows)
+def _summary(c: OptimiserComparison) -> str:
+    heads, cells = zip(*table.columns(c))
+    rows = [[escape(cell(optimiser)) for cell in cells] for optimiser in c.optimisers]
+    for i, row in enumerate(rows):
+        row[0] = f'<span class="key" style="background:{figures.colour(i)}"></span>{row[0]}'
+    return pages.table(heads, rows)
 
 
-def _pairs(c: Comparison) -> str:
+def _pairs(c: OptimiserComparison) -> str:
     """Row minus column: mean difference, and the corrected p; a colour only where an order may be concluded."""
     pairs = {(pair.first, pair.second): (pair, 1.0) for pair in c.pairs}
     pairs |= {(pair.second, pair.first): (pair, -1.0) for pair in c.pairs}
@@ -113,7 +112,7 @@ def _cell(pair: Pair, sign: float, row: str) -> str:
     return f'<span class="cell {kind}">{text}</span>'
 
 
-def _studies(c: Comparison) -> str:
+def _studies(c: OptimiserComparison) -> str:
     settings = [
         [escape(optimiser.name), f"<code>{escape(json.dumps(optimiser.settings, default=str), 4000)}</code>"]
         for optimiser in c.optimisers

@@ -5,46 +5,42 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from moeopt import statistics
-from moeopt.report.formatting import DASH, count, short
+from moeopt.report.formatting import DASH, count, loss, number, quantity, short
 from moeopt.report.optimiser_comparison.conclusions import conclusions
-from moeopt.report.optimiser_comparison.numbers import loss, quantity
-from moeopt.results.optimiser_comparison import Comparison, Optimiser
+from moeopt.report.tables import Columns, table
+from moeopt.results.optimiser_comparison import Optimiser, OptimiserComparison
 from moeopt.showing import line
 
 
-def head(c: Comparison) -> list[str]:
-    """Names of the columns."""
-    unit = "s" if c.cost == "time" else c.cost
-    return [
-        "optimiser", "seeds", "median loss", "band", "mean height", "mean rank", f"reached {loss(c.target)}",
-        f"{unit} to it", "targets", *(["median test loss"] if _tested(c) else []),
-    ]  # fmt: skip
+def columns(c: OptimiserComparison) -> Columns:
+    """What is told of an optimiser, at the common budget."""
 
+    def band(o: Optimiser) -> str:
+        return f"[{loss(o.low)}, {loss(o.high)}]" if len(o.runs) > 1 else DASH
 
-def row(c: Comparison, optimiser: Optimiser) -> list[str]:
-    """One optimiser, at the common budget."""
-    seeds, all_reached = len(optimiser.runs), optimiser.reached == len(optimiser.runs)
+    def to_target(o: Optimiser) -> str:
+        censored = "" if o.reached == len(o.runs) else "≥ "
+        return censored + short(statistics.restricted_mean(o.times, c.budget))
+
     return [
-        line(optimiser.name),
-        str(seeds),
-        loss(optimiser.median),
-        f"[{loss(optimiser.low)}, {loss(optimiser.high)}]" if seeds > 1 else DASH,
-        loss(float(np.median(optimiser.mean_height))),
-        DASH if math.isnan(optimiser.rank) else f"{optimiser.rank:.2f}",
-        f"{optimiser.reached} of {seeds}",
-        ("" if all_reached else "≥ ") + short(statistics.restricted_mean(optimiser.times, c.budget)),
-        f"{optimiser.solved:.0%}",
-        *([loss(float(np.median(optimiser.held_out)))] if _tested(c) else []),
+        ("optimiser", lambda o: line(o.name)),
+        ("seeds", lambda o: str(len(o.runs))),
+        ("median loss", lambda o: loss(o.median)),
+        ("band", band),
+        ("mean height", lambda o: loss(float(np.median(o.mean_height)))),
+        ("mean rank", lambda o: number(o.rank, 2)),
+        (f"reached {loss(c.target)}", lambda o: f"{o.reached} of {len(o.runs)}"),
+        (f"{'s' if c.cost == 'time' else c.cost} to it", to_target),
+        ("targets", lambda o: f"{o.solved:.0%}"),
+        *[("median test loss", lambda o: loss(float(np.median(o.held_out))))] * _tested(c),
     ]
 
 
-def about_bands(c: Comparison) -> str:
+def about_bands(c: OptimiserComparison) -> str:
     """What the bands are worth."""
     several = [optimiser for optimiser in c.optimisers if len(optimiser.runs) > 1]
     if not several:
@@ -59,7 +55,7 @@ def about_bands(c: Comparison) -> str:
     )
 
 
-def notes(c: Comparison) -> list[str]:
+def notes(c: OptimiserComparison) -> list[str]:
     """What the numbers are."""
     charged = sum(run.charged for run in c.runs)
     return [
@@ -81,19 +77,15 @@ def notes(c: Comparison) -> list[str]:
     ]
 
 
-def view(c: Comparison) -> RenderableType:
+def view(c: OptimiserComparison) -> RenderableType:
     """The table and what may be concluded, for a terminal."""
     name = line(str(c.description["task"].get("name")))
     studies = "1 study" if len(c.runs) == 1 else f"{len(c.runs)} studies"
     title = f"{name}: {count(len(c.optimisers), 'optimiser')} in {studies}, at {quantity(c.budget, c.cost)}"
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    for i, column in enumerate(head(c)):
-        shown = Text(column.replace(" ", "\n", 1) if i else column)
-        table.add_column(shown, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
-    for optimiser in c.optimisers:
-        table.add_row(*map(Text, row(c, optimiser)))
-    return Group(table, *(Text(f"• {text}") for text in conclusions(c)), Text("\n" + about_bands(c), style="dim"))
+    narrow = [(head.replace(" ", "\n", 1), cell) for head, cell in columns(c)]
+    shown = table(title, narrow, c.optimisers, padding=(0, 0))
+    return Group(shown, *(Text(f"• {text}") for text in conclusions(c)), Text("\n" + about_bands(c), style="dim"))
 
 
-def _tested(c: Comparison) -> bool:
+def _tested(c: OptimiserComparison) -> bool:
     return any(np.isfinite(optimiser.held_out).any() for optimiser in c.optimisers)

@@ -20,6 +20,10 @@ class Terminal(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
+    def say(self, *lines: str, style: str | None = None) -> None:
+        """Lines of text, each on one line however long it is."""
+        self.print(*lines, sep="\n", style=style, soft_wrap=True)
+
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
 
@@ -28,7 +32,7 @@ class Terminal(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
-def consoles() -> tuple[Console, Console]:
+def consoles() -> tuple[Terminal, Terminal]:
     """Standard output, and standard error for progress and errors; wide enough for a table when they are pipes."""
     out, err = Terminal(), Terminal(stderr=True)
     for console in (out, err):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moeopt.lazily import lazily
 
 _HOMES = {
-    "Comparison": "comparison",
+    "OptimiserComparison": "comparison",
     "HeldOut": "runs",
     "Optimiser": "comparison",
     "Pair": "comparison",
@@ -20,10 +20,10 @@ _HOMES = {
     "read": "runs",
 }
 
-__all__ = ["Comparison", "HeldOut", "Optimiser", "Pair", "Run", "compare", "read"]
+__all__ = ["HeldOut", "Optimiser", "OptimiserComparison", "Pair", "Run", "compare", "read"]
 
 if TYPE_CHECKING:
-    from moeopt.results.optimiser_comparison.comparison import Comparison, Optimiser, Pair, compare
+    from moeopt.results.optimiser_comparison.comparison import Optimiser, OptimiserComparison, Pair, compare
     from moeopt.results.optimiser_comparison.runs import HeldOut, Run, read
 
 

@@ -92,7 +92,7 @@ class Optimiser:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class OptimiserComparison:
     """Optimisers over seeds; `compare` makes it.
 
     Attributes:
@@ -138,7 +138,7 @@ class Comparison:
 
 def compare(
     studies: Iterable[optuna.Study | Run], *, cost: Cost = "layer-tokens", target: float | None = None
-) -> Comparison:
+) -> OptimiserComparison:
     """Compare optimisers over repeated seeds, each study being one optimiser and one seed.
 
     Studies whose samplers, pruners and warm starts differ in nothing but the seed are repeats of one optimiser. Those
@@ -211,7 +211,7 @@ def compare(
     optimisers.sort(key=lambda o: (np.isnan(o.median), o.median, o.name))
     scored_on = {None if run.held_out is None else run.held_out.scored_on for run in runs}
     tested = len(scored_on) == 1 and None not in scored_on
-    return Comparison(
+    return OptimiserComparison(
         cost=cost, costs=tuple(c for c in COSTS if all(c in run.costs for run in runs)),
         budget=budget, start=start, target=float(target), targets=targets,
         optimisers=tuple(optimisers), seeds=tuple(seeds),
