@@ -71,7 +71,7 @@ def main() -> None:
     task = moeopt.tasks.get("text", data=args.data, window=args.prompt)
     plans = variants(args, task)
     gc.collect()
-    found = moeopt.profile(
+    made = moeopt.profile(
         {"full": args.model},
         plans=plans,
         batch=args.batch,
@@ -81,7 +81,7 @@ def main() -> None:
         task=task,
         threads=args.threads,
     )
-    Console(width=130).print(report.view(found))
+    Console(width=130).print(report.view(made))
 
 
 def variants(args: argparse.Namespace, task: moeopt.tasks.Task) -> dict[str, Plan]:

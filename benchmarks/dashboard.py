@@ -102,16 +102,16 @@ def opening(storage: Any, browser: str | None) -> dict[str, float]:
 
         return request
 
-    found = {"open list of studies": clock(get("/api/studies")), "open study": clock(get("/api/studies/1"))}
+    seconds = {"open list of studies": clock(get("/api/studies")), "open study": clock(get("/api/studies/1"))}
     after = len(json.loads(get("/api/studies/1")())["trials"])
     time.sleep(CACHED)
-    found["poll study"] = clock(get(f"/api/studies/1?after={after}"))
+    seconds["poll study"] = clock(get(f"/api/studies/1?after={after}"))
     if browser:
-        found["study drawn by a browser"] = drawn(browser, f"{address}/dashboard/studies/1")
+        seconds["study drawn by a browser"] = drawn(browser, f"{address}/dashboard/studies/1")
     listening.shutdown()
     thread.join()
     listening.server_close()
-    return found
+    return seconds
 
 
 def drawn(browser: str, url: str) -> float:
@@ -161,7 +161,7 @@ def add(url: str, space: EEPSpace, first: int, count: int) -> None:
             "spent": 32_000 * (number + 1), "drift": space.drift(x),
         }  # fmt: skip
         system = genome.pack(genome.GENOME, x) | genome.pack(genome.SCORES, scores.ravel())
-        of = {"trial_id": number + 1}
+        owner = {"trial_id": number + 1}
         at = datetime(2026, 1, 1) + timedelta(seconds=number)
         rows: list[tuple[Any, list[dict[str, Any]]]] = [
             (models.TrialModel, [{
@@ -177,7 +177,7 @@ def add(url: str, space: EEPSpace, first: int, count: int) -> None:
             (models.TrialSystemAttributeModel, [{"key": k, "value_json": json.dumps(v)} for k, v in system.items()]),
         ]  # fmt: skip
         for model, written in rows:
-            tables.setdefault(model, []).extend(of | row for row in written)
+            tables.setdefault(model, []).extend(owner | row for row in written)
     with storage.engine.begin() as connection:
         for model, written in tables.items():
             connection.execute(model.__table__.insert(), written)

@@ -128,8 +128,8 @@ def numbers(evaluation: Evaluation) -> tuple[str, str]:
 
 
 def interval(a: Evaluation, b: Evaluation) -> str:
-    found = moeopt.paired_bootstrap(a, b)
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    change = moeopt.paired_bootstrap(a, b)
+    return f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
 
 
 def arguments() -> argparse.Namespace:

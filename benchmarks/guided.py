@@ -239,13 +239,13 @@ class Bench:
         cost = f"{spent / self.full['search'].layer_tokens:.1f}"
         gap = f"{search.loss - self.full['search'].loss:+.4f}"
         others = self.full["test"], self.reference
-        of: list[Literal["loss", "accuracy"]] = ["loss", "accuracy"] if self.more else ["loss"]
-        return [cost, gap, *(difference(test, other, what) for what in of for other in others)]
+        scores: list[Literal["loss", "accuracy"]] = ["loss", "accuracy"] if self.more else ["loss"]
+        return [cost, gap, *(difference(test, other, what) for what in scores for other in others)]
 
 
-def difference(one: Evaluation, other: Evaluation, of: Literal["loss", "accuracy"]) -> str:
-    """The mean of one less that of the other, and its interval."""
-    i = paired_bootstrap(one, other, of=of)
+def difference(a: Evaluation, b: Evaluation, what: Literal["loss", "accuracy"]) -> str:
+    """The mean of a less that of b, and its interval."""
+    i = paired_bootstrap(a, b, of=what)
     return f"{i.mean:+.4f} [{i.low:+.4f}, {i.high:+.4f}]"
 
 

@@ -90,8 +90,8 @@ def enumeration(calibration: methods.Calibration, keep: int) -> float:
             part = LayerPlan(shape.experts, min(keep, shape.k), kept=sets[number])
             with moeopt.patched(calibration.model, Plan((part,) * shape.layers)), torch.inference_mode():
                 for layer, hidden in zip(calibration.layers, inputs):
-                    for one in hidden:
-                        layer.block(one[None])
+                    for states in hidden:
+                        layer.block(states[None])
 
     return cpu(run)
 

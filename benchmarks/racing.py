@@ -76,13 +76,13 @@ def main() -> None:
             table.add_column(column, justify="right")
         for size in [size for size in args.sizes if size <= losses.shape[1]]:
             for name, racer in pruners(args.error).items():
-                found = Races()
+                races = Races()
                 rng = np.random.default_rng(args.seed)
                 for _ in range(args.races):
                     some = rng.permutation(losses.shape[1])[:size]
                     sequence = candidates(random, args.candidates, rng)
-                    race(losses[sequence][:, some], weights[some], racer, found)
-                table.add_row(str(size), f"{tokens * size / losses.shape[1]:,.0f}", name, *found.row())
+                    race(losses[sequence][:, some], weights[some], racer, races)
+                table.add_row(str(size), f"{tokens * size / losses.shape[1]:,.0f}", name, *races.row())
             table.add_section()
         console.print(table)
 
@@ -118,7 +118,7 @@ class Races:
         ]
 
 
-def race(losses: Array, weights: Array, racer: Racer, found: Races) -> None:
+def race(losses: Array, weights: Array, racer: Racer, races: Races) -> None:
     """One race: `losses` (candidates, examples) in the order in which both are tried."""
     means = np.average(losses, axis=1, weights=weights)
     examples = losses.shape[1]
@@ -129,21 +129,21 @@ def race(losses: Array, weights: Array, racer: Racer, found: Races) -> None:
         return next((n for n in rungs[:-1] if prune(candidate[:n])), examples)
 
     best, prune = 0, racer(losses[0], weights)
-    found.run += examples
+    races.run += examples
     for i in range(1, len(losses)):
         n = run(losses[i], prune)
-        found.run += n
+        races.run += n
         if means[i] < means[best]:
-            found.better += 1
-            found.wrong += int(n < examples)
-            found.pruned_ties += int(run(losses[i] - means[i] + means[best], prune) < examples)
+            races.better += 1
+            races.wrong += int(n < examples)
+            races.pruned_ties += int(run(losses[i] - means[i] + means[best], prune) < examples)
             if n == examples:
                 best, prune = i, racer(losses[i], weights)
     winner = int(means.argmin())
-    found.full += losses.size
-    found.races += 1
-    found.same += int(best == winner)
-    found.regret.append(float(means[best] - means[winner]))
+    races.full += losses.size
+    races.races += 1
+    races.same += int(best == winner)
+    races.regret.append(float(means[best] - means[winner]))
 
 
 def sizes_of(examples: int) -> tuple[int, ...]:
@@ -194,23 +194,23 @@ def evaluated(skill: str, plans: int, limit: int, seed: int) -> tuple[Array, Arr
     evaluator = moeopt.Evaluator(model, tokenizer, task_of(skill), limit=limit, batch_tokens=4096)
     rng = np.random.default_rng(seed)
     keep = shape.experts // 2
-    found: list[Evaluation] = []
-    kept: list[list[list[int]]] = []
+    evaluations: list[Evaluation] = []
+    drawn: list[list[list[int]]] = []
     random = np.arange(plans) < plans // 3
     for is_random in random:
         if is_random:
             rows = [sorted(rng.permutation(shape.experts)[:keep].tolist()) for _ in range(shape.layers)]
         else:
-            good = np.argsort([evaluation.loss for evaluation in found])[:5]
-            rows = [list(row) for row in kept[rng.choice(good)]]
+            good = np.argsort([evaluation.loss for evaluation in evaluations])[:5]
+            rows = [list(row) for row in drawn[rng.choice(good)]]
             for layer in rng.integers(shape.layers, size=rng.integers(1, 4)):
                 rows[layer].remove(rng.choice(rows[layer]))
                 others = [e for e in range(shape.experts) if e not in rows[layer]]
                 rows[layer] = sorted([*rows[layer], int(rng.choice(others))])
-        kept.append(rows)
-        found.append(evaluator.evaluate(Plan.one_hot(rows, experts=shape.experts, k=shape.k)))
-    losses = np.array([evaluation.losses for evaluation in found], np.float64)
-    return losses, found[0].weights.astype(np.float64), random, evaluator.tokens
+        drawn.append(rows)
+        evaluations.append(evaluator.evaluate(Plan.one_hot(rows, experts=shape.experts, k=shape.k)))
+    losses = np.array([evaluation.losses for evaluation in evaluations], np.float64)
+    return losses, evaluations[0].weights.astype(np.float64), random, evaluator.tokens
 
 
 def task_of(skill: str) -> Task:

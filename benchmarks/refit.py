@@ -155,22 +155,22 @@ def plans(args: argparse.Namespace, calibration: methods.Calibration, keep: int)
     made = methods.plans(args.methods, calibration, keep=keep)
     files = [(file, Plan.load(file)) for file in args.plans]
     return [
-        *((name, one.plan) for name, one in made.items()),
+        *((name, method.plan) for name, method in made.items()),
         *((file, plan) for file, plan in files if plan.layers[0].kept_experts == keep),
     ]
 
 
-def differences(one: Evaluation, full: Evaluation, before: Evaluation, accuracy: bool) -> list[str]:
-    others = [paired_bootstrap(one, full), None if one is before else paired_bootstrap(one, before)]
-    others.append(paired_bootstrap(one, full, of="accuracy") if accuracy else None)
+def differences(after: Evaluation, full: Evaluation, before: Evaluation, accuracy: bool) -> list[str]:
+    others = [paired_bootstrap(after, full), None if after is before else paired_bootstrap(after, before)]
+    others.append(paired_bootstrap(after, full, of="accuracy") if accuracy else None)
     return ["" if i is None else f"{i.mean:+.4f} [{i.low:+.4f}, {i.high:+.4f}]" for i in others]
 
 
 def one_layer(args: argparse.Namespace) -> None:
     """Time and memory for one layer of a real shape, random weights, against a forward pass of the same tokens."""
-    hidden, inner, kept, k = args.layer
+    hidden, inner, keep, k = args.layer
     config = MixtralConfig(
-        hidden_size=hidden, intermediate_size=inner, num_local_experts=2 * kept, num_experts_per_tok=k,
+        hidden_size=hidden, intermediate_size=inner, num_local_experts=2 * keep, num_experts_per_tok=k,
         num_hidden_layers=1, vocab_size=512, num_attention_heads=hidden // 64, num_key_value_heads=8, dtype="bfloat16",
     )  # fmt: skip
     torch.manual_seed(0)
@@ -186,10 +186,10 @@ def one_layer(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     calibration.run(lambda seen: None)
     forward = time.perf_counter() - started
-    made = moeopt.refit(Plan.one_hot([range(kept)], experts=2 * kept, k=k), calibration, rank=args.rank)
+    made = moeopt.refit(Plan.one_hot([range(keep)], experts=2 * keep, k=k), calibration, rank=args.rank)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
-        f"hidden {hidden}, inner {inner}, {kept} experts, {calibration.tokens:,} tokens, rank {args.rank}: "
+        f"hidden {hidden}, inner {inner}, {keep} experts, {calibration.tokens:,} tokens, rank {args.rank}: "
         f"{made.seconds:.0f} s, {made.seconds / forward:.0f} forwards; peak memory {(peak - before) / GIB:.2f} GiB "
         f"above the model's {before / GIB:.2f}; the plan takes {made.plan.nbytes / GIB:.3f} GiB"
     )

@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> None:
         if trial.number == args.kill_at:
             race = objective.evaluator.race
 
-            def kill(plan: Any, known: Any) -> Any:
-                next(race(plan, known))
+            def kill(plan: Any, earlier: Any) -> Any:
+                next(race(plan, earlier))
                 os.kill(os.getpid(), signal.SIGKILL)
 
             objective.evaluator.race = kill  # type: ignore[method-assign, assignment]

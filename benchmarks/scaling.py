@@ -193,12 +193,12 @@ class Bench:
         key = sampler, json.dumps(space.describe())
         if len(self.histories.get(key, [])) < count:
             study, objective = opened("history", optuna.storages.InMemoryStorage(), sampler, space), Synthetic(space)
-            until, own = time.monotonic() + self.args.patience, 0
-            while own < count and time.monotonic() < until:
+            until, told = time.monotonic() + self.args.patience, 0
+            while told < count and time.monotonic() < until:
                 trial = study.ask()
                 study.tell(trial, objective(trial))
-                own += 1
-            random = [objective.random(number) for number in range(own, count)]
+                told += 1
+            random = [objective.random(number) for number in range(told, count)]
             self.histories[key] = [*study.get_trials(deepcopy=False), *random]
         return self.histories[key][:count]
 
@@ -339,10 +339,10 @@ def trials(bench: Bench) -> Section:
             for count in sorted(bench.args.trials):
                 with bench.study(url, sampler, BASE, count) as (place, name):
                     cost = measured(place, name, sampler, BASE, bench.args)
-                own = sum(genome.origin(t)["operator"] != "random" for t in bench.history(sampler, BASE, count))
+                its_own = sum(genome.origin(t)["operator"] != "random" for t in bench.history(sampler, BASE, count))
                 growth = "" if before is None else math.log(cost.trial / before[1]) / math.log(count / before[0])
                 yield (
-                    url.split(":")[0], sampler, count, own, cost.resume / 1000, *cost.parts, cost.commits,
+                    url.split(":")[0], sampler, count, its_own, cost.resume / 1000, *cost.parts, cost.commits,
                     cost.statements, f"{cost.trial / SMOLMOE_TRIAL:.1%}", growth and f"{growth:.2f}",
                 )  # fmt: skip
                 before = count, cost.trial

@@ -159,10 +159,10 @@ def main() -> None:
         last: list[float] = []
         for seed in range(args.seeds):
             published, run = runs[PUBLISHED, seed], runs[name, seed]
-            found = run.reaching(published.study.best_value)
-            if found is not None:
-                shares.append(100 * found[0] / budget)
-                times.append(100 * found[1] / (args.trials * published.full_seconds()))
+            cost = run.reaching(published.study.best_value)
+            if cost is not None:
+                shares.append(100 * cost[0] / budget)
+                times.append(100 * cost[1] / (args.trials * published.full_seconds()))
             tenth.append(run.best_within(0.1 * budget).value or 0.0)
             last.append(run.study.best_value)
         table.add_row(

@@ -34,8 +34,8 @@ class Cluster:
             self.user = ["runuser", "-u", "postgres", "--"]
             folder.chmod(0o755)
             subprocess.run(["chown", "postgres", str(self.data)], check=True)
-        found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-        self.programs = str(found[-1]) + "/" if found else ""
+        installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+        self.programs = str(installed[-1]) + "/" if installed else ""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

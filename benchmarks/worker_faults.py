@@ -249,19 +249,19 @@ def row(args: argparse.Namespace, fault: str, database: str, many: Any) -> list[
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ[VARIABLE], os.environ[FREEZE] = str(folder / "spool"), str(folder / "freeze")
-        own = Own(SERVERS[database], folder)
-        server = make_url(own.url)
+        base = Own(SERVERS[database], folder)
+        server = make_url(base.url)
         wire = None if database == "sqlite" else Wire(server.host or "127.0.0.1", server.port or 0)
-        scene = Scene(args, own, wire, folder, ROLES.get(fault, ""))
+        scene = Scene(args, base, wire, folder, ROLES.get(fault, ""))
         try:
-            many.opened(args, own.url)
+            many.opened(args, base.url)
             for i in range(args.workers):
                 scene.hire(i)
             scene.wait(0.25)
             start = FAULTS[fault](scene)
             scene.end()
             told = scene.told()
-            study = many.opened(args, own.url)
+            study = many.opened(args, base.url)
             moeopt.study.reclaim(study, other_hosts=True)
             counts = judged(study, args.trials, many.loss)
             codes = Counter(worker.returncode for worker in scene.workers if worker.returncode not in (0, -9))
@@ -286,7 +286,7 @@ def row(args: argparse.Namespace, fault: str, database: str, many: Any) -> list[
                     worker.wait()
             if wire is not None:
                 wire.cut()
-            own.drop()
+            base.drop()
 
 
 def main(args: argparse.Namespace, many: Any) -> int:
@@ -312,9 +312,9 @@ def main(args: argparse.Namespace, many: Any) -> int:
         for fault in FAULTS if args.fault is None else [args.fault]:
             if database == "sqlite" and fault in OF_SERVERS:
                 continue
-            found = row(args, fault, database, many)
-            table.add_row(*found)
-            good = good and found[4:7] == ["0"] * 3 and not found[-1]
-            Console(width=140).print(*found, sep=" | ")
+            cells = row(args, fault, database, many)
+            table.add_row(*cells)
+            good = good and cells[4:7] == ["0"] * 3 and not cells[-1]
+            Console(width=140).print(*cells, sep=" | ")
     Console(width=140).print(table)
     return 0 if good else 1

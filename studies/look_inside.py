@@ -53,31 +53,31 @@ def main() -> None:
     calibration = methods.Calibration(model, tokenizer, task, limit=args.limit)
     test = moeopt.Evaluator(model, tokenizer, task, split="test", limit=args.test_limit)
     shape, full = calibration.shape, test.evaluate(None)
-    kept = f"{args.keep} of {shape.experts} experts"
+    keeps = f"{args.keep} of {shape.experts} experts"
     names = list(dict.fromkeys(["naee", *args.methods]))
-    plans = {name: found.plan for name, found in methods.plans(names, calibration, keep=args.keep).items()}
-    print(f"{task.name}, {kept}; {calibration.tokens} search tokens, {test.tokens} test tokens")
+    plans = {name: made.plan for name, made in methods.plans(names, calibration, keep=args.keep).items()}
+    print(f"{task.name}, {keeps}; {calibration.tokens} search tokens, {test.tokens} test tokens")
 
     before, after = analysis.activation_shares(calibration), analysis.activation_shares(calibration, plans["naee"])
-    title = f"{task.name}: how often each expert is used, before and after NAEE keeps {kept}"
+    title = f"{task.name}: how often each expert is used, before and after NAEE keeps {keeps}"
     save(figures.activation_pattern(before, after, plans["naee"], title=title), args.out, "activation")
     main_expert = spread(before.max(axis=1), ".0%")
     print(f"full model       test loss {full.loss:.4f}; main expert of a layer for {main_expert} of tokens")
     for name, plan in plans.items():
-        of = [row[list(part.kept or ())].sum() / row.sum() for row, part in zip(before, plan.layers)]
-        print(f"{name:16} keeps experts with {spread(of, '.0%')} of a layer's picks; test loss {against(test, plan)}")
+        run = [row[list(part.kept or ())].sum() / row.sum() for row, part in zip(before, plan.layers)]
+        print(f"{name:16} keeps experts with {spread(run, '.0%')} of a layer's picks; test loss {against(test, plan)}")
 
     layers = [0, shape.layers - 1] if args.layers is None else args.layers
-    found = analysis.ensemble_losses(test, calibration, layers=layers)
-    curves = {name: curve(row, full) for name, row in found.items()}
+    losses = analysis.ensemble_losses(test, calibration, layers=layers)
+    curves = {name: curve(row, full) for name, row in losses.items()}
     title = f"{task.name}: loss against the number of experts kept, best first by soft activation"
     save(figures.ensemble_curve(curves, full.loss, title=title, label="test loss"), args.out, "ensemble")
-    for name, row in found.items():
-        print(f"{name:16} test loss, 1 to {shape.experts} kept: {' '.join(f'{one.loss:.4f}' for one in row)}")
+    for name, row in losses.items():
+        print(f"{name:16} test loss, 1 to {shape.experts} kept: {' '.join(f'{e.loss:.4f}' for e in row)}")
 
     errors = analysis.kept_set_errors(calibration, keep=args.keep)
     for name, plan in plans.items():
-        title = f"{task.name}: output error of every set of {kept}, and what {name} chose"
+        title = f"{task.name}: output error of every set of {keeps}, and what {name} chose"
         save(figures.kept_set_errors(errors, plan, title=title), args.out, f"kept_sets_{name}")
         ranks, ratios = zip(*(standing(layer, part.kept or ()) for layer, part in zip(errors, plan.layers)))
         print(f"{name:16} rank {spread(ranks, '.0f')} of {len(errors[0])}, {spread(ratios, '.2f')} of the median error")
@@ -87,8 +87,8 @@ def main() -> None:
 
 def curve(row: list[Evaluation], full: Evaluation) -> tuple[list[float], list[tuple[float, float]]]:
     """Losses, and the full model's plus the ends of the interval of the difference from it."""
-    gaps = [moeopt.paired_bootstrap(one, full) for one in row]
-    return [one.loss for one in row], [(full.loss + gap.low, full.loss + gap.high) for gap in gaps]
+    gaps = [moeopt.paired_bootstrap(evaluation, full) for evaluation in row]
+    return [evaluation.loss for evaluation in row], [(full.loss + gap.low, full.loss + gap.high) for gap in gaps]
 
 
 def against(test: moeopt.Evaluator, plan: Plan) -> str:
@@ -97,10 +97,10 @@ def against(test: moeopt.Evaluator, plan: Plan) -> str:
     return f"{pruned.loss:.4f}, test - full {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
 
 
-def standing(layer: Mapping[tuple[int, ...], float], kept: tuple[int, ...]) -> tuple[int, float]:
+def standing(layer: Mapping[tuple[int, ...], float], experts: tuple[int, ...]) -> tuple[int, float]:
     """Rank, from 1, of the kept set among a layer's, and its error over their median."""
     errors = sorted(layer.values())
-    return errors.index(layer[kept]) + 1, layer[kept] / float(np.median(errors))
+    return errors.index(layer[experts]) + 1, layer[experts] / float(np.median(errors))
 
 
 def spread(values: Any, form: str) -> str:

@@ -64,9 +64,9 @@ def place(make_mixtral: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempP
     tiny_tokenizer.save_pretrained(folder / "model")
     rows = [{"prompt": f"{i} and 1 make", "options": [str(i + 1), str(i + 2)], "answer": i % 2} for i in range(60)]
     (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = Place(folder, folder / "model", folder / "task.jsonl", f"sqlite:///{folder / 'studies.db'}")
-    assert main(found.search(*EEP)) == 0
-    return found
+    place = Place(folder, folder / "model", folder / "task.jsonl", f"sqlite:///{folder / 'studies.db'}")
+    assert main(place.search(*EEP)) == 0
+    return place
 
 
 Refused = Callable[..., str]
@@ -307,11 +307,11 @@ def by_slot(storage: str, study: str = "s") -> dict[int, tuple[Any, ...]]:
     """Loss, operator and genotype of every completed trial, by its place in the sequence of proposals."""
     trials = load_study(study, storage).get_trials()
     done = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    found = {
+    place = {
         genome.slot(t, trials): (t.value, t.user_attrs["operator"], np.asarray(genome.read(t)).tobytes()) for t in done
     }
-    assert len(found) == len(done)
-    return found
+    assert len(place) == len(done)
+    return place
 
 
 @pytest.mark.slow
@@ -420,8 +420,8 @@ def test_k_and_skipping_are_searched(place: Place, capsys: pytest.CaptureFixture
     alone = ["--space", "active", "--active", "1-2", "--around", str(file), "--sampler", "tpe", "--trials", "3"]
     assert main(place.search(*alone, storage=storage, study="around")) == 0
     opened = load_study("around", storage)
-    found = space_of(opened).plan(opened.trials[0])
-    assert [layer.kept for layer in found.layers] == [layer.kept for layer in Plan.load(file).layers]
+    place = space_of(opened).plan(opened.trials[0])
+    assert [layer.kept for layer in place.layers] == [layer.kept for layer in Plan.load(file).layers]
 
 
 def refused_late(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -71,11 +71,11 @@ def study(demo: Demo) -> optuna.Study:
     calibration = methods.Calibration(demo.model, demo.tokenizer, demo.task, limit=LIMITS["search"])
     pruned = methods.plan("soft_activation", calibration, keep=KEEP)
     merged = [LayerPlan(8, 2, w_em=x.expert_matrix + 0.01, w_rm=x.expert_matrix, router="prob") for x in pruned.layers]
-    found = moeopt.create_study(
+    compared = moeopt.create_study(
         "s", objective=objective, storage=None, sampler="eep", warm_starts=[Plan(tuple(merged))], initial=8
     )
-    moeopt.optimize(found, objective, n_trials=4)
-    return found
+    moeopt.optimize(compared, objective, n_trials=4)
+    return compared
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(demo: Demo, study: optuna.Study, folder: Path) -> MethodComparison:
+def compared(demo: Demo, study: optuna.Study, folder: Path) -> MethodComparison:
     made = demo.compare(methods=NAMES, active=[2, 1], skipping=True, study=study, out=folder)
     report.save(made, folder)
     return made
@@ -103,8 +103,8 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moeopt.report.method_comparison.find_spec", lambda name: None)
 
 
-def row(found: MethodComparison, name: str, k: int = 2) -> Row:
-    return next(row for row in found.rows if (row.name, row.k) == (name, k))
+def row(compared: MethodComparison, name: str, k: int = 2) -> Row:
+    return next(row for row in compared.rows if (row.name, row.k) == (name, k))
 
 
 @dataclass
@@ -139,8 +139,10 @@ def calibration(demo: Demo) -> methods.Calibration:
 
 
 @pytest.mark.slow
-def test_every_row_is_scored_as_the_evaluator_does(found: MethodComparison, evaluators: dict[str, Evaluator]) -> None:
-    for line in found.rows:
+def test_every_row_is_scored_as_the_evaluator_does(
+    compared: MethodComparison, evaluators: dict[str, Evaluator]
+) -> None:
+    for line in compared.rows:
         for split, evaluator in evaluators.items():
             if line.kind != "random":
                 scores = evaluator.evaluate(line.plan)
@@ -151,23 +153,23 @@ def test_every_row_is_scored_as_the_evaluator_does(found: MethodComparison, eval
 
 @pytest.mark.parametrize("k", [2, 1])
 def test_methods_are_those_of_the_methods_room(
-    found: MethodComparison, calibration: methods.Calibration, k: int
+    compared: MethodComparison, calibration: methods.Calibration, k: int
 ) -> None:
     for name, expected in methods.plans(NAMES, calibration, keep=KEEP, k=k).items():
-        line = row(found, name, k)
+        line = row(compared, name, k)
         assert (line.plan, line.layer_tokens) == (expected.plan, expected.layer_tokens)
         assert (line.keep, line.kind, line.active) == (KEEP, "method", k)
-    assert found.calibrated == comparing.Calibrated("demo:caesar", True, calibration.sequences, calibration.tokens)
+    assert compared.calibrated == comparing.Calibrated("demo:caesar", True, calibration.sequences, calibration.tokens)
 
 
 def test_skipping_is_calibrated_for_every_plan_of_two_active_experts(
-    found: MethodComparison, calibration: methods.Calibration
+    compared: MethodComparison, calibration: methods.Calibration
 ) -> None:
-    plain = [line for line in found.rows if line.k == 2 and not line.skips and line.kind != "random"]
+    plain = [line for line in compared.rows if line.k == 2 and not line.skips and line.kind != "random"]
     assert len(plain) == 1 + 1 + len(NAMES) + 2
-    assert not any(line.skips for line in found.rows if line.k == 1)
+    assert not any(line.skips for line in compared.rows if line.k == 1)
     for line in plain:
-        skipped = row(found, f"{line.name} + skipping")
+        skipped = row(compared, f"{line.name} + skipping")
         plan = Plan.identity(6, 8, 2) if line.plan is None else line.plan
         assert skipped.plan == methods.skipping(plan, calibration)
         assert skipped.layer_tokens == line.layer_tokens + 6 * calibration.tokens
@@ -175,25 +177,25 @@ def test_skipping_is_calibrated_for_every_plan_of_two_active_experts(
 
 
 def test_the_full_model_comes_first_and_with_fewer_active_experts(
-    found: MethodComparison, evaluators: dict[str, Evaluator]
+    compared: MethodComparison, evaluators: dict[str, Evaluator]
 ) -> None:
-    assert found.rows[0] is found.full
-    assert (found.full.plan, found.full.against_full) == (None, None)
-    fewer = row(found, "full model", 1)
+    assert compared.rows[0] is compared.full
+    assert (compared.full.plan, compared.full.against_full) == (None, None)
+    fewer = row(compared, "full model", 1)
     assert (fewer.plan, fewer.active) == (Plan.identity(6, 8, 1), 1)
-    assert found.splits == {s: comparing.Size(e.examples, e.tokens) for s, e in evaluators.items()}
+    assert compared.splits == {s: comparing.Size(e.examples, e.tokens) for s, e in evaluators.items()}
 
 
 @pytest.mark.parametrize("k", [2, 1])
 def test_random_prunings_are_drawn_and_the_best_is_chosen_on_search(
-    found: MethodComparison, evaluators: dict[str, Evaluator], k: int
+    compared: MethodComparison, evaluators: dict[str, Evaluator], k: int
 ) -> None:
     plans = []
     for draw in range(DRAWS):
         rngs = [np.random.default_rng([SEED, draw, layer]) for layer in range(6)]
         kept = [sorted(rng.permutation(8)[:KEEP].tolist()) for rng in rngs]
         plans.append(Plan.one_hot(kept, experts=8, k=k))
-    mean = row(found, f"mean of {DRAWS} random", k)
+    mean = row(compared, f"mean of {DRAWS} random", k)
     for split, n in (("search", DRAWS), ("dev", TEST_DRAWS), ("test", TEST_DRAWS)):
         scored = [evaluators[split].evaluate(plan) for plan in plans[:n]]
         assert mean.loss[split] == pytest.approx(np.mean([e.loss for e in scored]), rel=1e-12)
@@ -201,18 +203,18 @@ def test_random_prunings_are_drawn_and_the_best_is_chosen_on_search(
         assert mean.accuracy[split] == pytest.approx(np.mean([e.accuracy for e in scored]), rel=1e-12)
         assert mean.drawn[split] == n
     losses = [evaluators["search"].evaluate(plan).loss for plan in plans]
-    assert row(found, f"best of {DRAWS} random", k).plan == plans[int(np.argmin(losses))]
+    assert row(compared, f"best of {DRAWS} random", k).plan == plans[int(np.argmin(losses))]
     assert mean.plan is None
     assert mean.against_full is None
 
 
-def test_intervals_are_those_of_the_paired_bootstrap_on_test(found: MethodComparison) -> None:
-    full = found.full.evaluations["test"]
-    for line in found.rows[1:]:
+def test_intervals_are_those_of_the_paired_bootstrap_on_test(compared: MethodComparison) -> None:
+    full = compared.full.evaluations["test"]
+    for line in compared.rows[1:]:
         if line.kind == "random":
             continue
         assert line.against_full == paired_bootstrap(line.evaluations["test"], full)
-        best = found.best_one_shot(line.keep, line.k)
+        best = compared.best_one_shot(line.keep, line.k)
         if line.kind == "full" or line is best:
             assert line.against_best is None
         else:
@@ -229,51 +231,51 @@ def mixed_task(*, dev: bool = True, test: bool = True) -> MultipleChoiceTask:
 
 @pytest.mark.slow
 def test_the_best_one_shot_method_is_chosen_on_dev_never_on_test(demo: Demo) -> None:
-    found = demo.compare(task=mixed_task(), methods=NAMES, draws=0)
-    lines = [row(found, name) for name in NAMES]
+    compared = demo.compare(task=mixed_task(), methods=NAMES, draws=0)
+    lines = [row(compared, name) for name in NAMES]
     least = {split: min(lines, key=lambda line: line.loss[split]).name for split in ("dev", "test")}
     assert least["dev"] != least["test"]
-    best = found.best_one_shot(KEEP, 2)
+    best = compared.best_one_shot(KEEP, 2)
     assert best is not None
-    assert (best.name, found.chosen_on) == (least["dev"], "dev")
-    assert row(found, least["test"]).against_best == paired_bootstrap(
-        row(found, least["test"]).evaluations["test"], best.evaluations["test"]
+    assert (best.name, compared.chosen_on) == (least["dev"], "dev")
+    assert row(compared, least["test"]).against_best == paired_bootstrap(
+        row(compared, least["test"]).evaluations["test"], best.evaluations["test"]
     )
 
 
 def test_without_dev_search_chooses_and_without_test_nothing_is_claimed(demo: Demo) -> None:
-    found = demo.compare(task=mixed_task(dev=False, test=False), methods=["naee", "reap"])
-    assert (list(found.splits), found.chosen_on) == (["search"], "search")
-    best = found.best_one_shot(KEEP, 2)
-    assert best is min((row(found, name) for name in ("naee", "reap")), key=lambda line: line.loss["search"])
-    assert all(line.against_full is None and line.against_best is None for line in found.rows)
-    assert "no test split" in sentences(found, KEEP)[0]
-    assert "Interval" not in printed(found, 120)
+    compared = demo.compare(task=mixed_task(dev=False, test=False), methods=["naee", "reap"])
+    assert (list(compared.splits), compared.chosen_on) == (["search"], "search")
+    best = compared.best_one_shot(KEEP, 2)
+    assert best is min((row(compared, name) for name in ("naee", "reap")), key=lambda line: line.loss["search"])
+    assert all(line.against_full is None and line.against_best is None for line in compared.rows)
+    assert "no test split" in sentences(compared, KEEP)[0]
+    assert "Interval" not in printed(compared, 120)
 
 
 def test_task_agnostic_methods_look_at_another_task(demo: Demo) -> None:
     text = skill_task("text")
-    found = demo.compare(methods=["naee", "reap"], calibration=text, calibration_limit=3, draws=0)
+    compared = demo.compare(methods=["naee", "reap"], calibration=text, calibration_limit=3, draws=0)
     calibration = methods.Calibration(demo.model, demo.tokenizer, text, limit=3)
     expected = methods.plans(["naee", "reap"], calibration, keep=KEEP)
-    assert row(found, "naee").plan == expected["naee"].plan
-    assert row(found, "reap").plan == expected["reap"].plan
-    assert found.calibrated == comparing.Calibrated("demo:text", False, 3, calibration.tokens)
-    assert "another task, demo:text" in printed(found, 200)
+    assert row(compared, "naee").plan == expected["naee"].plan
+    assert row(compared, "reap").plan == expected["reap"].plan
+    assert compared.calibrated == comparing.Calibrated("demo:text", False, 3, calibration.tokens)
+    assert "another task, demo:text" in printed(compared, 200)
 
 
 def test_a_second_run_evaluates_and_calibrates_nothing(
-    demo: Demo, study: optuna.Study, found: MethodComparison, folder: Path, calls: Calls
+    demo: Demo, study: optuna.Study, compared: MethodComparison, folder: Path, calls: Calls
 ) -> None:
     files = {name: (folder / name).read_bytes() for name in ("table.csv", "table.json", "records.jsonl")}
     again = demo.compare(methods=NAMES, active=[2, 1], skipping=True, study=study, out=folder)
     report.save(again, folder)
     assert (calls.evaluated, calls.passes) == (0, 0)
     assert {name: (folder / name).read_bytes() for name in files} == files
-    assert [line.plan for line in again.rows] == [line.plan for line in found.rows]
+    assert [line.plan for line in again.rows] == [line.plan for line in compared.rows]
     more = demo.compare(methods=[*NAMES, "ean"], out=folder)
     assert (calls.evaluated, calls.passes) == (3, 1)
-    assert row(more, "naee").loss == row(found, "naee").loss
+    assert row(more, "naee").loss == row(compared, "naee").loss
 
 
 def test_steps_are_counted_beforehand(demo: Demo, study: optuna.Study) -> None:
@@ -302,7 +304,7 @@ def test_plans_that_are_gone_or_others_are_made_again(demo: Demo, tmp_path: Path
 
 
 def test_the_folder_of_something_else_is_refused_by_what_differs(
-    demo: Demo, folder: Path, found: MethodComparison, make_mixtral: Any
+    demo: Demo, folder: Path, compared: MethodComparison, make_mixtral: Any
 ) -> None:
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     with pytest.raises(ComparisonError, match=r"task\.name: it has 'demo:caesar', now 'demo:dates'"):
@@ -332,14 +334,14 @@ def test_folders_that_cannot_serve_are_refused(
         demo.compare(out=folder)
 
 
-def test_files_hold_every_row(found: MethodComparison, tmp_path: Path) -> None:
-    report.save(found, tmp_path)
+def test_files_hold_every_row(compared: MethodComparison, tmp_path: Path) -> None:
+    report.save(compared, tmp_path)
     record = json.loads((tmp_path / "table.json").read_text())
     with (tmp_path / "table.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == len(record["rows"]) == len(found.rows)
+    assert len(table) == len(record["rows"]) == len(compared.rows)
     best = {(line["keep"], line["k"], line["name"]) for line in record["best_one_shot"]["methods"]}
-    for line, cells, entry in zip(found.rows, table, record["rows"]):
+    for line, cells, entry in zip(compared.rows, table, record["rows"]):
         assert entry["name"] == cells["name"] == line.name
         assert (int(cells["keep"]), int(cells["k"])) == (line.keep, line.k)
         assert int(cells["parameters"]) == entry["parameters"] == line.parameters
@@ -353,30 +355,34 @@ def test_files_hold_every_row(found: MethodComparison, tmp_path: Path) -> None:
             assert Plan.load(tmp_path / entry["file"]) == line.plan
             assert entry["plan"] == cells["plan"] == line.plan.fingerprint
         assert entry["best_one_shot"] == (cells["best_one_shot"] == "True") == ((line.keep, line.k, line.name) in best)
-    assert record["splits"]["test"] == {"examples": 3, "tokens": found.splits["test"].tokens}
+    assert record["splits"]["test"] == {"examples": 3, "tokens": compared.splits["test"].tokens}
     assert str(MODEL) not in (tmp_path / "table.json").read_text()
 
 
-def test_there_are_figures_where_something_can_draw_them(found: MethodComparison, folder: Path, tmp_path: Path) -> None:
+def test_there_are_figures_where_something_can_draw_them(
+    compared: MethodComparison, folder: Path, tmp_path: Path
+) -> None:
     assert (folder / "methods.html").stat().st_size > 1000
     assert (folder / "methods.png").read_bytes().startswith(b"\x89PNG")
-    report.save(found, tmp_path)
+    report.save(compared, tmp_path)
     assert (tmp_path / "table.json").is_file()
     assert not list(tmp_path.glob("methods.*"))
 
 
-def test_the_study_joins_with_its_best_trial_and_its_best_pruning(study: optuna.Study, found: MethodComparison) -> None:
+def test_the_study_joins_with_its_best_trial_and_its_best_pruning(
+    study: optuna.Study, compared: MethodComparison
+) -> None:
     space = moeopt.study.space_of(study)
     ranked = sorted(study.trials, key=lambda trial: trial.value)
     pruned = next(trial for trial in ranked if space.plan(trial).is_one_hot)
     assert pruned.number != ranked[0].number
     for name, trial in (("search", ranked[0]), ("search, pruning only", pruned)):
-        line = row(found, name)
+        line = row(compared, name)
         assert line.plan == space.plan(trial)
         assert line.loss["search"] == pytest.approx(trial.value, abs=1e-12)
         assert line.layer_tokens == sum(trial.user_attrs["layer_tokens"] for trial in study.trials)
         assert line.against_best is not None
-    assert any("search is worse" in s or "search beats" in s or "no difference" in s for s in sentences(found, KEEP))
+    assert any("search is worse" in s or "search beats" in s or "no difference" in s for s in sentences(compared, KEEP))
 
 
 def test_a_study_says_which_method_it_started_from(demo: Demo) -> None:
@@ -386,9 +392,9 @@ def test_a_study_says_which_method_it_started_from(demo: Demo) -> None:
     plan = Plan.one_hot([range(KEEP)] * 6, experts=8, k=2)
     moeopt.enqueue(study, space, plan, method="naee")
     moeopt.optimize(study, objective, n_trials=1)
-    found = demo.compare(methods=["reap"], study=study, draws=0)
-    assert row(found, "search (from naee)").plan == plan
-    assert [line.kind for line in found.rows].count("search") == 1
+    compared = demo.compare(methods=["reap"], study=study, draws=0)
+    assert row(compared, "search (from naee)").plan == plan
+    assert [line.kind for line in compared.rows].count("search") == 1
 
 
 def test_studies_of_something_else_are_refused(demo: Demo, study: optuna.Study) -> None:
@@ -423,10 +429,10 @@ def test_what_a_method_cannot_do_is_said_and_only_a_named_one_stops_the_rest(
         monkeypatch.delitem(methods.ROUTERS, name)
     monkeypatch.setitem(methods.ROUTERS, "cannot", "rows")
     monkeypatch.setitem(methods.METHODS, "cannot", Impossible())
-    found = demo.compare(methods=None, draws=0)
-    assert [line.name for line in found.rows] == ["full model", "reap"]
-    assert found.left_out == ("cannot, keep 4, k 2: this model does not suit",)
-    assert "Left out: cannot, keep 4" in printed(found, 160)
+    compared = demo.compare(methods=None, draws=0)
+    assert [line.name for line in compared.rows] == ["full model", "reap"]
+    assert compared.left_out == ("cannot, keep 4, k 2: this model does not suit",)
+    assert "Left out: cannot, keep 4" in printed(compared, 160)
     with pytest.raises(MethodError, match="does not suit"):
         demo.compare(methods=["reap", "cannot"], draws=0)
 
@@ -446,15 +452,17 @@ def test_bad_arguments_are_named(demo: Demo, options: dict[str, Any], error: typ
         demo.compare(**options)
 
 
-def printed(found: MethodComparison, width: int) -> str:
+def printed(compared: MethodComparison, width: int) -> str:
     console = Console(width=width, file=io.StringIO())
-    console.print(view(found))
+    console.print(view(compared))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["metric", "choice", "kl"])
-def test_another_score_is_that_of_the_evaluator(demo: Demo, score: Any, folder: Path, found: MethodComparison) -> None:
+def test_another_score_is_that_of_the_evaluator(
+    demo: Demo, score: Any, folder: Path, compared: MethodComparison
+) -> None:
     other = demo.compare(score=score, methods=["reap"], draws=0, out=folder)
     for split, n in LIMITS.items():
         evaluator = Evaluator(demo.model, demo.tokenizer, demo.task, split=split, limit=n, score=score)
@@ -466,18 +474,22 @@ def test_another_score_is_that_of_the_evaluator(demo: Demo, score: Any, folder: 
 
 
 @pytest.mark.parametrize("width", [120, 160])
-def test_the_table_fits_and_tells_the_sizes(found: MethodComparison, width: int) -> None:
-    text = printed(found, width)
+def test_the_table_fits_and_tells_the_sizes(compared: MethodComparison, width: int) -> None:
+    text = printed(compared, width)
     assert max(map(len, text.splitlines())) <= width
-    for line in found.rows:
+    for line in compared.rows:
         name = "+ skipping" if line.name.endswith(" + skipping") else line.name
         loss = f"{line.loss['test']:.4f}"
         assert any(text.strip().startswith(name) and loss in text for text in text.splitlines()), name
-    size = found.splits["test"]
-    for said in (f"test {size.examples} examples ({size.tokens:,} tokens)", "chosen on dev", *sentences(found, KEEP)):
+    size = compared.splits["test"]
+    for said in (
+        f"test {size.examples} examples ({size.tokens:,} tokens)",
+        "chosen on dev",
+        *sentences(compared, KEEP),
+    ):
         assert said in text
     assert f"{DRAWS} on search, the first {TEST_DRAWS} of them on dev and test" in text
-    assert table(found, KEEP).row_count == len(found.rows) + 2
+    assert table(compared, KEEP).row_count == len(compared.rows) + 2
 
 
 @pytest.mark.parametrize(
@@ -523,11 +535,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("compare-cli")
     rows = moeopt.demo.rows("caesar", "search", 64)
     (folder / "caesar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = Place(folder / "caesar.jsonl", f"sqlite:///{folder / 'studies.db'}")
-    goal = ["--task", "multiple_choice", "--data", str(found.data), "--limit", "8", "--storage", found.storage]
+    compared = Place(folder / "caesar.jsonl", f"sqlite:///{folder / 'studies.db'}")
+    goal = ["--task", "multiple_choice", "--data", str(compared.data), "--limit", "8", "--storage", compared.storage]
     search = ["--space", "prune", "--sampler", "random", "--trials", "3", "--study", "s", "--keep", "4"]
     assert main(["search", str(MODEL), *goal, *search]) == 0
-    return found
+    return compared
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(exported: Path) -> Profile:
+def profiled(exported: Path) -> Profile:
     plans = {"pruned": PRUNED, "k = 1": FULL.with_k(1), "skipping": FULL.with_skip(SKIP)}
     return moeopt.profile(
         {"full": MODEL, "exported": exported}, plans=plans, batch=(1, 3), prompt_length=(8,), new_tokens=2, repeats=2,
@@ -57,45 +57,45 @@ def found(exported: Path) -> Profile:
     )  # fmt: skip
 
 
-def row(found: Profile, name: str) -> Row:
-    return next(row for row in found.rows if row.name == name)
+def row(profiled: Profile, name: str) -> Row:
+    return next(row for row in profiled.rows if row.name == name)
 
 
 @pytest.mark.slow
-def test_a_plan_has_the_size_and_the_loads_of_its_exported_checkpoint(found: Profile) -> None:
-    planned, real = row(found, "pruned"), row(found, "exported")
-    assert [each.name for each in found.rows] == ["full", "pruned", "k = 1", "skipping", "exported"]
+def test_a_plan_has_the_size_and_the_loads_of_its_exported_checkpoint(profiled: Profile) -> None:
+    planned, real = row(profiled, "pruned"), row(profiled, "exported")
+    assert [each.name for each in profiled.rows] == ["full", "pruned", "k = 1", "skipping", "exported"]
     assert (planned.parameters, planned.active_parameters) == (real.parameters, real.active_parameters)
     assert planned.weight_bytes == real.weight_bytes == 4 * real.parameters
     assert planned.experts == real.experts == (R,) * LAYERS
     assert [load.counts for load in planned.loads] == [load.counts for load in real.loads]
     assert {load.experts for load in planned.loads} == {(1, 4, 6, 7)}
     assert {load.experts for load in real.loads} == {(0, 1, 2, 3)}
-    assert [each.computed for each in found.rows] == [False, True, True, True, False]
+    assert [each.computed for each in profiled.rows] == [False, True, True, True, False]
 
 
-def test_active_parameters_follow_the_experts_that_ran(found: Profile) -> None:
-    full, one, skipping = (row(found, name) for name in ("full", "k = 1", "skipping"))
+def test_active_parameters_follow_the_experts_that_ran(profiled: Profile) -> None:
+    full, single, skipping = (row(profiled, name) for name in ("full", "k = 1", "skipping"))
     assert full.active_parameters is not None
-    assert (full.active_experts, one.active_experts) == (2, 1)
+    assert (full.active_experts, single.active_experts) == (2, 1)
     assert skipping.active_experts is not None
     assert 1 < skipping.active_experts < 2
     expert = sum(p.numel() for p in moe_layers(moeopt.load(MODEL)[0])[0].experts.parameters()) // N
-    assert one.active_parameters == full.active_parameters - LAYERS * expert
+    assert single.active_parameters == full.active_parameters - LAYERS * expert
     assert skipping.active_parameters == pytest.approx(
         full.active_parameters - LAYERS * (2 - skipping.active_experts) * expert, abs=1
     )
 
 
-def test_memory_and_time_are_measured(found: Profile) -> None:
-    assert (found.resident, found.tokens["balance"], found.largest) == (True, 200, Setting(3, 8))
-    for each in found.rows:
+def test_memory_and_time_are_measured(profiled: Profile) -> None:
+    assert (profiled.resident, profiled.tokens["balance"], profiled.largest) == (True, 200, Setting(3, 8))
+    for each in profiled.rows:
         assert each.peak_bytes > 0
         assert [speed.setting for speed in each.speeds] == [Setting(1, 8), Setting(3, 8)]
         for speed in each.speeds:
             assert len(speed.prefill) == len(speed.decode) == 2
             assert min(speed.prefill + speed.decode) > 0
-    assert found.rows[0].peak_bytes > found.rows[0].weight_bytes
+    assert profiled.rows[0].peak_bytes > profiled.rows[0].weight_bytes
 
 
 def brute_force(logits: Tensor, k: int, kept: tuple[int, ...], beta: float) -> list[int]:
@@ -167,33 +167,33 @@ def test_summaries_of_a_load_by_hand() -> None:
     assert replace(load, experts=(3,), counts=(4,)).entropy == 1
 
 
-def test_ratios_are_paired_and_rates_are_medians(found: Profile) -> None:
+def test_ratios_are_paired_and_rates_are_medians(profiled: Profile) -> None:
     setting = Setting(3, 8)
     times = [(1.0, 4.0, 2.0), (0.5, 8.0, 1.0)]
     rows = tuple(
-        replace(each, speeds=(Speed(setting, prefill, (1.0, 2.0, 4.0)),)) for each, prefill in zip(found.rows, times)
+        replace(each, speeds=(Speed(setting, prefill, (1.0, 2.0, 4.0)),)) for each, prefill in zip(profiled.rows, times)
     )
-    made = replace(found, rows=rows, settings=(setting,), repeats=3)
+    made = replace(profiled, rows=rows, settings=(setting,), repeats=3)
     assert made.ratio(rows[1], setting, "prefill") == Ratio(2.0, 0.5, 2.0, 1.25, 2.0)
     assert made.ratio(rows[1], setting, "decode") == Ratio(1, 1, 1, 1, 1)
     assert made.rate(rows[1], setting, "prefill") == 24.0
-    assert made.rate(rows[1], setting, "decode") == 3 * found.new_tokens / 2
+    assert made.rate(rows[1], setting, "decode") == 3 * profiled.new_tokens / 2
     assert Ratio.of([1.5]) == Ratio(1.5, 1.5, 1.5, 1.5, 1.5)
 
 
-def shown(found: Profile) -> str:
+def shown(profiled: Profile) -> str:
     console = Console(width=120, file=io.StringIO())
-    console.print(report.view(found))
+    console.print(report.view(profiled))
     return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
-def test_the_view_says_how_it_was_measured_and_claims_nothing_from_few_repeats(found: Profile) -> None:
-    text = shown(found)
+def test_the_view_says_how_it_was_measured_and_claims_nothing_from_few_repeats(profiled: Profile) -> None:
+    text = shown(profiled)
     said = ("random token ids (seed 5)", "* computed", "2 models, each in a process of its own, took turns in each")
     for part in (*said, "So few repeats show no difference at all"):
         assert part in text
-    assert "A range that holds 1 shows no difference" in shown(replace(found, repeats=5))
-    assert "loaded anew in each repeat" in shown(replace(found, resident=False))
+    assert "A range that holds 1 shows no difference" in shown(replace(profiled, repeats=5))
+    assert "loaded anew in each repeat" in shown(replace(profiled, resident=False))
 
 
 ROW = (
@@ -229,13 +229,13 @@ def check_json(file: Path, names: list[str]) -> dict[str, Any]:
     return record
 
 
-def test_everything_is_saved(found: Profile, tmp_path: Path) -> None:
-    report.save(found, tmp_path / "profile.json")
-    record = check_json(tmp_path / "profile.json", [each.name for each in found.rows])
+def test_everything_is_saved(profiled: Profile, tmp_path: Path) -> None:
+    report.save(profiled, tmp_path / "profile.json")
+    record = check_json(tmp_path / "profile.json", [each.name for each in profiled.rows])
     assert record["rows"][1]["plan"] == PRUNED.fingerprint
     assert [each["memory"] for each in record["rows"]] == ["measured", *["computed"] * 3, "measured"]
     with pytest.raises(ProfileError, match="cannot write"):
-        report.save(found, tmp_path / "no" / "profile.json")
+        report.save(profiled, tmp_path / "no" / "profile.json")
 
 
 @pytest.mark.slow
@@ -368,10 +368,10 @@ def test_checkpoints_with_a_class_of_moeopt_are_profiled_as_their_plans(
     for key in ("parameters", "active_parameters", "weight_bytes"):
         assert planned[key] == real[key], key
     assert len(planned["loads"]) == len(real["loads"]) == LAYERS
-    for one, other in zip(planned["loads"], real["loads"]):
-        moved = sum(abs(a - b) for a, b in zip(one["counts"], other["counts"])) / 2
+    for single, other in zip(planned["loads"], real["loads"]):
+        moved = sum(abs(a - b) for a, b in zip(single["counts"], other["counts"])) / 2
         assert moved <= (2 if "mapped" in name else 0)  # the demo model's file, merged, is rounded to its bfloat16
-        assert one["tokens"] == other["tokens"] == 64
+        assert single["tokens"] == other["tokens"] == 64
     (out / "helper.py").touch()
     with pytest.raises(ModelError, match=r"brings code \(helper\.py\)"):
         Host().open(str(out), **OPTIONS)

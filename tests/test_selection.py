@@ -91,32 +91,32 @@ def test_the_winner_is_the_one_found_by_hand() -> None:
     moeopt.optimize(study, objective, n_trials=8)
     assert study.trials[7].value == study.best_value  # a plan twice
 
-    found = moeopt.select(study, objective, top=5, dev_limit=8, test_limit=12)
+    selected = moeopt.select(study, objective, top=5, dev_limit=8, test_limit=12)
 
     ranked = sorted(study.trials[:7], key=lambda t: t.value)[:5]
     dev = Evaluator(model, tokenizer, task, split="dev", limit=8)
     losses = {t.number: dev.evaluate(space.plan(t)).loss for t in ranked}
-    assert [(c.trial, c.dev and c.dev.loss) for c in found.candidates] == sorted(losses.items(), key=lambda x: x[1])
-    assert all(c.search_loss == study.trials[c.trial].value for c in found.candidates)
+    assert [(c.trial, c.dev and c.dev.loss) for c in selected.candidates] == sorted(losses.items(), key=lambda x: x[1])
+    assert all(c.search_loss == study.trials[c.trial].value for c in selected.candidates)
     winner = study.trials[min(losses, key=lambda n: losses[n])]
-    assert (found.winner.trial, found.search_best.trial) == (winner.number, ranked[0].number)
+    assert (selected.winner.trial, selected.search_best.trial) == (winner.number, ranked[0].number)
 
     test = Evaluator(model, tokenizer, task, split="test", limit=12)
     full, best = test.evaluate(None), test.evaluate(space.plan(winner))
-    assert np.array_equal(found.evaluations["test"]["winner"].scores, best.scores)
+    assert np.array_equal(selected.evaluations["test"]["winner"].scores, best.scores)
     of_metric = paired_bootstrap(best, full, of="accuracy")
-    assert found.intervals["full"] == {"loss": paired_bootstrap(best, full), "accuracy": of_metric}
-    if found.search_best is not found.winner:
+    assert selected.intervals["full"] == {"loss": paired_bootstrap(best, full), "accuracy": of_metric}
+    if selected.search_best is not selected.winner:
         other = test.evaluate(space.plan(ranked[0]))
-        assert found.intervals["search_best"]["loss"] == paired_bootstrap(best, other)
-    assert found.gain("search") == objective.evaluator.evaluate(None).loss - winner.value
-    assert found.gain("test") == pytest.approx(full.loss - best.loss)
+        assert selected.intervals["search_best"]["loss"] == paired_bootstrap(best, other)
+    assert selected.gain("search") == objective.evaluator.evaluate(None).loss - winner.value
+    assert selected.gain("test") == pytest.approx(full.loss - best.loss)
     scores = {"loss": best.loss, "accuracy": best.accuracy, "active": best.active}
-    assert found.record["scores"]["test"]["winner"] == scores
-    assert json.loads(json.dumps(found.record)) == found.record == recorded(study)
+    assert selected.record["scores"]["test"]["winner"] == scores
+    assert json.loads(json.dumps(selected.record)) == selected.record == recorded(study)
     console = Console(width=130, file=io.StringIO())
-    console.print(report.view(found))
-    for text in (found.sentence, f"winner, trial {winner.number}"):
+    console.print(report.view(selected))
+    for text in (selected.sentence, f"winner, trial {winner.number}"):
         assert text in console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -127,8 +127,8 @@ def test_equal_plans_and_failed_trials_are_no_candidates(objective: moeopt.Objec
     moeopt.optimize(study, objective, n_trials=8)
     study.add_trial(create_trial(state=TrialState.FAIL))
     study.add_trial(create_trial(state=TrialState.PRUNED, system_attrs=study.trials[0].system_attrs))
-    found = moeopt.select(study, objective)
-    assert sorted(c.trial for c in found.candidates) == [0, 1, 2, 3]
+    selected = moeopt.select(study, objective)
+    assert sorted(c.trial for c in selected.candidates) == [0, 1, 2, 3]
 
 
 @pytest.fixture
@@ -235,13 +235,13 @@ def test_a_study_of_a_metric_selects_by_it(model: Any, tiny_tokenizer: Any) -> N
     space = moeopt.PruneSpace.of(model, keep=KEEP)
     objective = moeopt.Objective(model, tiny_tokenizer, choice_task(), space, score="metric")
     study = searched_study(objective)
-    found = moeopt.select(study, objective)
+    selected = moeopt.select(study, objective)
     dev = Evaluator(model, tiny_tokenizer, objective.task, split="dev")
-    wrong = [1 - dev.evaluate(c.plan).accuracy for c in found.candidates]
-    assert [c.dev and pytest.approx(c.dev.loss) for c in found.candidates] == sorted(wrong) == wrong
-    assert found.settings["score"] == "metric"
+    wrong = [1 - dev.evaluate(c.plan).accuracy for c in selected.candidates]
+    assert [c.dev and pytest.approx(c.dev.loss) for c in selected.candidates] == sorted(wrong) == wrong
+    assert selected.settings["score"] == "metric"
     smooth = moeopt.select(study, objective, score="likelihood")
-    losses = sorted(dev.evaluate(c.plan).loss for c in found.candidates)
+    losses = sorted(dev.evaluate(c.plan).loss for c in selected.candidates)
     assert [c.dev and c.dev.loss for c in smooth.candidates] == losses
     likelihood = Evaluator(model, tiny_tokenizer, objective.task).evaluate(smooth.winner.plan)
     assert np.array_equal(smooth.evaluations["search"]["winner"].scores, likelihood.scores)
@@ -252,13 +252,15 @@ def test_a_study_without_labels_selects_by_its_distance(model: Any, tiny_tokeniz
     compression = Compression(top_p=0.9)
     objective = moeopt.Objective(model, tiny_tokenizer, text_task(), space, score="kl", compression=compression)
     study = searched_study(objective, 4)
-    found = moeopt.select(study, objective)
+    selected = moeopt.select(study, objective)
     dev = Evaluator(model, tiny_tokenizer, objective.task, split="dev", score="kl", compression=compression)
-    losses = [dev.evaluate(c.plan).loss for c in found.candidates]
-    assert losses == sorted(losses) == [c.dev and c.dev.loss for c in found.candidates]
-    assert found.evaluations["test"]["full"].loss == 0
-    assert (found.metric, found.verdict) == ("agreement", "none")
-    assert found.evaluated == 1 + 5 + len(found.evaluations["test"])  # on search, the trials' own scores were taken
+    losses = [dev.evaluate(c.plan).loss for c in selected.candidates]
+    assert losses == sorted(losses) == [c.dev and c.dev.loss for c in selected.candidates]
+    assert selected.evaluations["test"]["full"].loss == 0
+    assert (selected.metric, selected.verdict) == ("agreement", "none")
+    assert selected.evaluated == 1 + 5 + len(
+        selected.evaluations["test"]
+    )  # on search, the trials' own scores were taken
     assert moeopt.select(study, model, tiny_tokenizer, objective.task).evaluated == 0
 
 
@@ -266,15 +268,15 @@ def test_active_experts_weigh_as_in_the_search(model: Any, tiny_tokenizer: Any) 
     space = moeopt.ActiveSpace.of(model, k=(1, 2))
     objective = moeopt.Objective(model, tiny_tokenizer, text_task(), space, active_weight=100.0)
     study = searched_study(objective, 6)
-    found = moeopt.select(study, objective)
-    active = [float(np.mean([layer.k for layer in c.plan.layers])) for c in found.candidates]
+    selected = moeopt.select(study, objective)
+    active = [float(np.mean([layer.k for layer in c.plan.layers])) for c in selected.candidates]
     assert len(set(active)) > 1
     assert active == sorted(active)
-    assert found.evaluations["search"]["winner"].loss == pytest.approx(found.winner.search_loss)
-    dev = Evaluator(model, tiny_tokenizer, objective.task, split="dev").evaluate(found.winner.plan)
-    assert found.winner.dev is not None
-    assert found.winner.dev.loss == pytest.approx(dev.loss + 100 * dev.active, rel=1e-4)
-    assert found.gain("test") == pytest.approx(100 * (2 - active[0]), abs=1)
+    assert selected.evaluations["search"]["winner"].loss == pytest.approx(selected.winner.search_loss)
+    dev = Evaluator(model, tiny_tokenizer, objective.task, split="dev").evaluate(selected.winner.plan)
+    assert selected.winner.dev is not None
+    assert selected.winner.dev.loss == pytest.approx(dev.loss + 100 * dev.active, rel=1e-4)
+    assert selected.gain("test") == pytest.approx(100 * (2 - active[0]), abs=1)
 
 
 def merged(scale: float) -> Plan:
@@ -290,16 +292,16 @@ def test_a_candidate_without_a_finite_loss_does_not_win(objective: moeopt.Object
     best = objective.space.plan(study.best_trial).fingerprint
     for split in ("dev", "test"):
         StudyStore(study).put(best, on[split], overflow)
-    found = moeopt.select(study, objective)
-    assert found.search_best is found.candidates[-1]
-    assert found.search_best.trial == study.best_trial.number
-    assert found.search_best.dev is None
-    assert "no finite loss on test" in found.sentences[-1]
-    assert found.record["candidates"]["dev_loss"][-1] is None
+    selected = moeopt.select(study, objective)
+    assert selected.search_best is selected.candidates[-1]
+    assert selected.search_best.trial == study.best_trial.number
+    assert selected.search_best.dev is None
+    assert "no finite loss on test" in selected.sentences[-1]
+    assert selected.record["candidates"]["dev_loss"][-1] is None
     assert set(on_test(study)) == {"full", "winner"}
     assert moeopt.select(study, objective).evaluated == 0
-    StudyStore(study).put(found.winner.plan.fingerprint, on["test"], overflow)
-    with pytest.raises(NonFiniteLossError, match=f"trial {found.winner.trial}, the winner, on test: overflow"):
+    StudyStore(study).put(selected.winner.plan.fingerprint, on["test"], overflow)
+    with pytest.raises(NonFiniteLossError, match=f"trial {selected.winner.trial}, the winner, on test: overflow"):
         moeopt.select(study, objective)
     with pytest.raises(NonFiniteLossError, match="no candidate has a finite loss on dev"):
         moeopt.select(study, objective, top=1)
@@ -325,12 +327,12 @@ def test_stock_only_selects_what_exports(model: Any, tiny_tokenizer: Any) -> Non
 
 def test_what_was_selected_joins_a_comparison(objective: moeopt.Objective) -> None:
     study = searched_study(objective)
-    assert [one.name for one in searched(study)] == ["search"]
+    assert [row.name for row in searched(study)] == ["search"]
     ranked = sorted(study.trials, key=lambda t: t.value)
     study.set_user_attr(SELECTION, {"winner": ranked[2].number})
-    found = searched(study)
-    assert [one.name for one in found] == ["search, selected on dev", "search"]
-    assert [one.plan for one in found] == [objective.space.plan(ranked[i]) for i in (2, 0)]
+    selected = searched(study)
+    assert [row.name for row in selected] == ["search, selected on dev", "search"]
+    assert [row.plan for row in selected] == [objective.space.plan(ranked[i]) for i in (2, 0)]
 
 
 @pytest.mark.parametrize(

@@ -82,11 +82,11 @@ def numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def words(option: str, text: str) -> list[str]:
+def words(option: str, text: str, example: str) -> list[str]:
     """Names between commas."""
     names = [part.strip() for part in text.split(",")]
     if not all(names):
-        raise MoeoptError(f"{option} must be names between commas, such as naee,reap, got {text!r}")
+        raise MoeoptError(f"{option} must be names between commas, such as {example}, got {text!r}")
     return names
 
 

@@ -80,7 +80,7 @@ def compare_methods(
     """Compare one-shot methods with the full model, random prunings and a search, on examples that none has seen."""
     keeps = arguments.numbers("--keep", keep)
     actives = None if active is None else arguments.numbers("--active", active)
-    names = None if methods is None else arguments.words("--methods", methods)
+    names = None if methods is None else arguments.words("--methods", methods, "naee,reap")
     for option, given in {"--task-option": task_option, "--calibration-option": calibration_option}.items():
         arguments.pairs(option, given)
     from moeopt import report

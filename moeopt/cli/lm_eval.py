@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -81,9 +81,7 @@ def lm_eval(
     ] = False,
 ) -> None:  # fmt: skip
     """Run lm-evaluation-harness on the full model and, side by side, on a smaller one; no checkpoint is written."""
-    names = [name.strip() for name in tasks.split(",")]
-    if not all(names):
-        raise TaskError(f"--tasks must be names between commas, such as arc_easy,hellaswag, got {tasks!r}")
+    names = arguments.words("--tasks", tasks, "arc_easy,hellaswag")
     if plan is not None and study is not None:
         raise MoeoptError("give --plan or --study, not both")
     if out is not None and not out.absolute().parent.is_dir():
@@ -110,64 +108,52 @@ def lm_eval(
         trust_remote_code=trust_remote_code,
     )
     from moeopt.evaluation import lm_eval_report
-    from moeopt.files import write_atomically
     from moeopt.models import load
+    from moeopt.report.tables import json_text, write
     from moeopt.report.terminal import consoles
 
     console, err = consoles()
     err.say(f"loading {model}")
     loaded, tokenizer = load(model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
     report = partial(
-        lm_eval_report,
-        loaded,
-        tokenizer,
-        harness,
-        limit=limit,
-        batch_size=batch_size,
-        chat_template=chat_template,
+        lm_eval_report, loaded, tokenizer, harness, limit=limit, batch_size=batch_size, chat_template=chat_template,
         unsafe_code=unsafe_code,
-    )
+    )  # fmt: skip
     small = None if chosen is None else report(chosen)
     full = report()
     console.print(_table(full, small, title))
     if out is not None:
         record = {"full": full.to_json()} | ({} if small is None else {"small": small.to_json(), "plan": title})
-        try:
-            write_atomically(out, (json.dumps(record, indent=2) + "\n").encode())
-        except OSError as error:
-            raise MoeoptError(f"cannot write {str(out)!r}: {error.strerror or error}") from None
+        write({out: json_text(record) + "\n"}, MoeoptError)
         console.say(f"saved to {out}")
 
 
 def _table(full: HarnessReport, small: HarnessReport | None, title: str) -> Table:
-    from rich.table import Table
+    from moeopt.report.tables import table
 
-    columns = ["task", "version", "shots", "n", "metric", "full"]
-    table = Table(
-        *columns,
-        *([] if small is None else ["small", "small − full [95%]"]),
-        title=f"lm_eval {full.version}, n documents: {title}",
-        title_justify="left",
-    )
-    for name, result in full.results.items():
-        for key, value in result.metrics.items():
-            row: list[Any] = [name, result.version, result.num_fewshot, len(result.documents)]
-            row += [key.removesuffix(",none"), _with_error(value, result.stderr.get(key))]
-            if small is not None:
-                other = small[name]
-                row.append(_with_error(other.metrics[key], other.stderr.get(key)))
-                gain = other.difference(result, key) if key in result.samples else None
-                row.append(
-                    "–"
-                    if gain is None
-                    else f"{_short(gain.mean, '+')} [{_short(gain.low, '+')}, {_short(gain.high, '+')}]"
-                )
-            table.add_row(*map(str, row))
-    return table
+    def score(report: HarnessReport, name: str, key: str) -> str:
+        stderr = report[name].stderr.get(key)
+        return _short(report[name].metrics[key]) + ("" if stderr is None else f" ± {_short(stderr)}")
 
+    def gain(name: str, key: str) -> str:
+        if small is None or key not in full[name].samples:
+            return "–"
+        change = small[name].difference(full[name], key)
+        return f"{_short(change.mean, '+')} [{_short(change.low, '+')}, {_short(change.high, '+')}]"
 
-def _with_error(value: float, stderr: float | None) -> str:
-    return _short(value) + ("" if stderr is None else f" ± {_short(stderr)}")
+    columns: list[tuple[str, Callable[[tuple[str, str]], str]]] = [
+        ("task", lambda row: row[0]),
+        ("version", lambda row: str(full[row[0]].version)),
+        ("shots", lambda row: str(full[row[0]].num_fewshot)),
+        ("n", lambda row: str(len(full[row[0]].documents))),
+        ("metric", lambda row: row[1].removesuffix(",none")),
+        ("full", lambda row: score(full, *row)),
+    ]
+    if small is not None:
+        columns += [("small", lambda row: score(small, *row)), ("small − full [95%]", lambda row: gain(*row))]
+    rows = [(name, key) for name, result in full.results.items() for key in result.metrics]
+    title = f"lm_eval {full.version}, n documents: {title}"
+    return table(title, columns, rows, text=("version", "shots", "n", "metric"))
 
 
 def _short(value: float, sign: str = "") -> str:

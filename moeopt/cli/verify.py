@@ -14,14 +14,19 @@ from moeopt.cli.options import GOAL, MACHINE
 EXAMPLES = (
     "[bold]Examples[/bold]\n\nmoeopt verify small/\n\n"
     "moeopt verify small/ --model ./mixtral --task boolq --data boolq.jsonl\n\n"
+    "moeopt verify other/ --model ./mixtral --plan pruned.safetensors\n\n"
     "Exit code 0: the checkpoint is the original under its plan. 1: it is not. 2: it cannot be told."
 )
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A checkpoint that moeopt export wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="The smaller checkpoint.")],
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The full model. Default: where it was on exporting.")
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What it should be. Default: the plan.safetensors that moeopt export wrote."),
     ] = None,
     task: Annotated[str | None, GOAL(help="Also compare on texts of this task's test examples.")] = None,
     data: opt.Data = None,
@@ -36,7 +41,12 @@ def verify(
         bool, MACHINE("--trust-remote-code", help="Run code in the checkpoint even if it is not what moeopt ships.")
     ] = False,
 ) -> None:
-    """Reload an exported checkpoint in a fresh process and compare it with the original under its plan."""
+    """Reload a smaller checkpoint in a fresh process and compare it with the original under its plan.
+
+    One that another tool wrote needs --plan and --model.
+    """
+    shape = None if model is None else arguments.quick_shape(model)
+    chosen_plan = None if plan is None else arguments.read_plan(plan, shape.layers if shape else None)
     texts: list[str] = []
     chosen = arguments.other_task(task, data, task_option)
     if chosen is not None:
@@ -50,16 +60,9 @@ def verify(
     console, err = consoles()
     with err.status(Text(f"verifying {folder}")):
         verification = check(
-            folder,
-            model=model,
-            texts=texts,
-            sequences=sequences,
-            length=length,
-            new_tokens=new_tokens,
-            seed=seed,
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-        )
-    console.say("\n".join(verification.lines()))
+            folder, model=model, plan=chosen_plan, texts=texts, sequences=sequences, length=length,
+            new_tokens=new_tokens, seed=seed, device_map=device_map, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    console.say(*verification.lines())
     if not verification.ok:
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ from rich.text import Text
 
 from moeopt.evaluation import Evaluation, Interval
 from moeopt.plan import Plan
-from moeopt.report.formatting import number, percent
+from moeopt.report import tables
+from moeopt.report.formatting import interval, number, percent
+from moeopt.results.differences import judged
+from moeopt.statistics import Floats
 
 FULL, RANDOM, SEARCH, REFIT = "full model", "mean random pruning", "guided search", " + refit"
 
@@ -78,32 +82,33 @@ def view(result: DemoResult) -> RenderableType:
 
 def table(result: DemoResult) -> Table:
     """Loss, accuracy, parameters and size of every entry; of the random prunings mean, spread and range."""
-    search, test = (result.sizes[split] for split in ("search", "test"))
-    shown = Table("", "search loss", "test loss", "test accuracy", "parameters", "size")
-    shown.caption = f"search: the {search} examples that the search minimised; test: {test} that it never saw"
-    for column in shown.columns[1:]:
-        column.justify = "right"
 
-    def line(entry: Entry, style: str = "") -> None:
-        cells = (number(entry.search_loss), number(entry.test.loss), percent(entry.test.accuracy))
+    def cells(entry: Entry) -> list[str]:
         name = f" {REFIT}" if entry.name.endswith(REFIT) else entry.name
-        shown.add_row(name, *cells, *_size(entry), style=style)
+        return [name, number(entry.search_loss), number(entry.test.loss), percent(entry.test.accuracy), *_size(entry)]
 
-    line(result.full)
-    columns = np.array([[entry.search_loss, entry.test.loss, entry.test.accuracy] for entry in result.random])
-    mean, spread, low, high = columns.mean(0), columns.std(0), columns.min(0), columns.max(0)
-    shown.add_row(
-        f"{len(result.random)} random prunings, mean ± sd",
-        *(f"{m:.4f} ± {s:.4f}" for m, s in zip(mean[:2], spread[:2])),
-        f"{100 * mean[2]:.1f} ± {100 * spread[2]:.1f}%",
-        *_size(result.random[0]),
+    def of_random(between: str, a: Floats, b: Floats) -> list[str]:
+        losses = [f"{x:.4f} {between} {y:.4f}" for x, y in zip(a[:2], b[:2])]
+        return [*losses, f"{100 * a[2]:.1f} {between} {100 * b[2]:.1f}%"]
+
+    scores = np.array([[entry.search_loss, entry.test.loss, entry.test.accuracy] for entry in result.random])
+    mean = of_random("±", scores.mean(0), scores.std(0))
+    entries = [entry for pair in zip((*result.one_shot, result.search), result.refits) for entry in pair]
+    rows = [
+        cells(result.full),
+        [f"{len(result.random)} random prunings, mean ± sd", *mean, *_size(result.random[0])],
+        ["  lowest – highest", *of_random("–", scores.min(0), scores.max(0)), "", ""],
+        *map(cells, entries),
+    ]
+    heads = ("", "search loss", "test loss", "test accuracy", "parameters", "size")
+    search, test = (result.sizes[split] for split in ("search", "test"))
+    return tables.table(
+        None,
+        [(head, itemgetter(i)) for i, head in enumerate(heads)],
+        rows,
+        style=lambda row: "bold" if row is rows[-1] else "",
+        caption=f"search: the {search} examples that the search minimised; test: {test} that it never saw",
     )
-    losses = (f"{a:.4f} – {b:.4f}" for a, b in zip(low[:2], high[:2]))
-    shown.add_row("  lowest – highest", *losses, f"{100 * low[2]:.1f} – {100 * high[2]:.1f}%", "", "")
-    for entry, refitted in zip((*result.one_shot, result.search), result.refits):
-        line(entry)
-        line(refitted, style="bold" if refitted is result.refits[-1] else "")
-    return shown
 
 
 def _size(entry: Entry) -> tuple[str, str]:
@@ -114,10 +119,8 @@ def _sentences(result: DemoResult) -> Iterator[Text]:
     best = result.refits[-1].test.loss
     yield Text("The last line's test loss less theirs, with a 95% interval (paired over examples); below 0 is better:")
     width = max(map(len, result.differences)) + 10
-    for other, interval in result.differences.items():
-        verdict = "better" if interval.high < 0 else "worse" if interval.low > 0 else "no clear difference"
-        numbers = f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-        yield Text(f"  {'against ' + other:<{width}}{numbers}  {verdict}")
+    for other, change in result.differences.items():
+        yield Text(f"  {'against ' + other:<{width}}{interval(change)}  {judged(change)}")
     difference = result.reloaded_loss - best
     yield Text(
         f"Exported, and reloaded with plain transformers: test loss {result.reloaded_loss:.6f}, "

@@ -23,7 +23,7 @@ from moeopt.exporting.exporter import prepare
 from moeopt.exporting.folders import locate
 from moeopt.exporting.reloading import compute
 from moeopt.exporting.source import Source
-from moeopt.exporting.stock import ACTIVE_KEYS, EXPERT_KEYS, chosen_form, read_config
+from moeopt.exporting.stock import ACTIVE_KEYS, EXPERT_KEYS, Form, chosen_form, read_config
 from moeopt.exporting.unread import PREDICTION_KEY, disagreeing
 from moeopt.exporting.writing import write_json
 from moeopt.files import MALFORMED
@@ -100,6 +100,7 @@ def verify(
     folder: str | Path,
     *,
     model: str | Path | None = None,
+    plan: Plan | None = None,
     texts: Sequence[str] = (),
     sequences: int = 2,
     length: int = 32,
@@ -108,7 +109,10 @@ def verify(
     device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> Verification:
-    """Hold an exported checkpoint against the original under the plan in its `plan.safetensors`.
+    """Hold an exported checkpoint against the original under its plan.
+
+    What `moeopt.export` wrote says itself which these are, in `moeopt.json` and `plan.safetensors`. A checkpoint that
+    another export target wrote may do without: give `model` and `plan`.
 
     Its tensors are compared bit for bit with those that the plan makes of the full checkpoint. Then the original is
     loaded and patched, and the checkpoint is loaded as anyone would, in a fresh process in which moeopt cannot be
@@ -118,6 +122,7 @@ def verify(
     Args:
         folder: the checkpoint.
         model: the full model, a folder or hub name; None: where it was when it was exported.
+        plan: what the checkpoint should be; None: what its `plan.safetensors` says.
         texts: compared beside the random tokens, cut to 8 times `length`.
         sequences, length: how many sequences of random tokens, and how long.
         new_tokens: of the continuation.
@@ -126,20 +131,18 @@ def verify(
         trust_remote_code: whether code in the checkpoint may run that is not, byte for byte, what moeopt ships.
 
     Raises:
-        ExportError: when the folder is not one that moeopt exported, the original is gone, or the checkpoint brings
-            code that is not moeopt's.
+        ExportError: when the folder is no checkpoint, nothing says which plan or full model it is of, the original is
+            gone, or the checkpoint brings code that is not moeopt's.
         ModelError: when the original cannot be loaded.
     """
     folder = Path(folder)
-    record, plan = _read(folder)
+    plan, source_folder, form = _read(folder, plan, model)
     config = read_config(folder)
     if not trust_remote_code:
         _admitted(folder)
-    if model is None and not Path(record["source"]).is_dir():
-        raise ExportError(f"the original is no longer at {record['source']!r}; say where it is: model=, or --model")
-    full = locate(str(model or record["source"]))
+    full = locate(source_folder)
     with Source(full) as source, Source(folder) as written:
-        prepared = prepare(source, plan, chosen_form(plan, full, record["form"])[0])
+        prepared = prepare(source, plan, chosen_form(plan, full, form)[0])
         layout = prepared.layout
         differing = set(layout.tensors.keys() ^ written.tensors.keys())
         for name in layout.tensors.keys() & written.tensors.keys():
@@ -151,7 +154,7 @@ def verify(
                 differing.add(name)
         wrong = [*_changed(prepared.config, read_config(full), config), *disagreeing(config, written.tensors)]
     compared = Verification(
-        record["form"],
+        form,
         len(layout.tensors),
         tuple(sorted(differing)),
         config=tuple(wrong),
@@ -179,20 +182,29 @@ class _Expected:
     layers: int
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], Plan]:
+def _read(folder: Path, plan: Plan | None, model: str | Path | None) -> tuple[Plan, str, Form]:
+    """The plan, where the full model is, and the form; what is not given is in the files that `export` writes."""
     path = folder / "moeopt.json"
+    if plan is not None and model is not None:
+        custom = str(read_config(folder).get("model_type")).startswith(CUSTOM)
+        return plan, str(model), "custom" if custom else "stock"
     if not path.is_file() or not (folder / "plan.safetensors").is_file():
-        raise ExportError(f"{str(folder)!r} was not exported by moeopt: it lacks moeopt.json or plan.safetensors")
+        raise ExportError(
+            f"{str(folder)!r} lacks moeopt.json or plan.safetensors, where moeopt export says what a checkpoint is of: "
+            "give both the plan (plan=, or --plan FILE) and the full model (model=, or --model)"
+        )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(record[key], str) for key in ("form", "source", "fingerprint")):
             raise TypeError("form, source and fingerprint must be text")
     except MALFORMED as error:
         raise ExportError(f"{str(path)!r} is not what moeopt writes: {shown(error)}") from None
-    plan = Plan.load(folder / "plan.safetensors")
-    if plan.fingerprint != record["fingerprint"]:
+    stored = Plan.load(folder / "plan.safetensors")
+    if stored.fingerprint != record["fingerprint"]:
         raise ExportError(f"plan.safetensors of {str(folder)!r} is not the plan that its moeopt.json names")
-    return record, plan
+    if model is None and not Path(record["source"]).is_dir():
+        raise ExportError(f"the original is no longer at {record['source']!r}; say where it is: model=, or --model")
+    return plan or stored, str(model or record["source"]), record["form"]
 
 
 def _admitted(folder: Path) -> Admitted:

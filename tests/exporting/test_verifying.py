@@ -14,6 +14,8 @@ import moeopt
 from moeopt.cli import main
 from moeopt.errors import ExportError
 from moeopt.exporting import verify
+from moeopt.exporting.exporter import prepare
+from moeopt.exporting.source import Source, torch_dtype
 from moeopt.plan import Plan
 
 FEW = {"sequences": 1, "length": 8, "new_tokens": 3}
@@ -83,9 +85,38 @@ def test_code_that_is_not_moeopts_runs_only_when_it_is_trusted(
     assert not outcome.ok
 
 
-def test_what_moeopt_did_not_export_is_refused(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="was not exported by moeopt"):
-        verify(tmp_path / "full")
+@pytest.mark.slow
+def test_what_another_target_wrote_is_verified_by_a_plan_and_a_model(full: Any, tmp_path: Path) -> None:
+    """Written with what docs/extending.md names: a configuration and tensors, and nothing that says whose they are."""
+    plan = Plan.one_hot([[0, 2, 5]] * 3, experts=6, k=2)
+    other = tmp_path / "other"
+    other.mkdir()
+    with Source(tmp_path / "full") as source:
+        prepared = prepare(source, plan, "stock")
+        state = {name: bytearray(tensor.nbytes) for name, tensor in prepared.layout.tensors.items()}
+        for name, place, piece in prepared.layout.parts(source):
+            state[name][place : place + len(piece)] = piece
+    made = {
+        name: torch.frombuffer(state[name], dtype=torch_dtype(tensor.dtype)).reshape(tensor.shape)
+        for name, tensor in prepared.layout.tensors.items()
+    }
+    save_file(made, other / "model.safetensors", metadata={"format": "pt"})
+    (other / "config.json").write_text(json.dumps(prepared.config))
+    plan.save(tmp_path / "plan.safetensors")
+    asked = ["verify", str(other), "--model", str(tmp_path / "full"), "--plan", str(tmp_path / "plan.safetensors")]
+    assert main([*asked, *QUICK]) == 0
+    tampered(other, "model.norm.weight", lambda tensor: tensor * 2)
+    outcome = verify(other, model=tmp_path / "full", plan=plan, **FEW)
+    assert outcome.differing == ("model.norm.weight",)
+    assert not outcome.ok
+
+
+def test_what_does_not_say_what_it_is_of_is_refused(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
+    for told in ({}, {"plan": plans["mixed-k"]}, {"model": tmp_path / "full"}):
+        with pytest.raises(ExportError, match=r"lacks moeopt\.json .* --plan FILE\) and the full model \(model="):
+            verify(tmp_path / "full", **told)
+    with pytest.raises(ExportError, match=r"has no config\.json"):
+        verify(tmp_path, model=tmp_path / "full", plan=plans["mixed-k"])
     moeopt.export(plans["mixed-k"], tmp_path / "small", model=full)
     plans["mixed-r"].save(tmp_path / "small" / "plan.safetensors")
     with pytest.raises(ExportError, match=r"is not the plan that its moeopt\.json names"):

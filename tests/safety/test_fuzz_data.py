@@ -124,23 +124,23 @@ ON = Scored("dev", "e:m")
 
 
 def ledger(folder: Path) -> dict[str, Any]:
-    of = {"model": {"name": "m"}, "task": {"name": "t"}, "calibration": {"name": "t"}}
-    one = np.ones(3, dtype=np.float32)
-    workspace = Workspace(folder, of)
-    workspace.evaluations.put("p", ON, Evaluation(one, one, one, 3, 6, 0.1, 2.0))
+    about = {"model": {"name": "m"}, "task": {"name": "t"}, "calibration": {"name": "t"}}
+    ones = np.ones(3, dtype=np.float32)
+    workspace = Workspace(folder, about)
+    workspace.evaluations.put("p", ON, Evaluation(ones, ones, ones, 3, 6, 0.1, 2.0))
     workspace.close()
-    return of
+    return about
 
 
 @fuzzing(100)
 @given(st.data())
 def test_ledgers_of_any_form(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("ledger")
-    of = ledger(folder)
+    about = ledger(folder)
     record = json.loads((folder / "records.jsonl").read_text())
     text = json.dumps(data.draw(changed(record))).encode()
     (folder / "records.jsonl").write_bytes(data.draw(damaged(text)) if data.draw(st.booleans()) else text)
-    workspace = Workspace(folder, of)
+    workspace = Workspace(folder, about)
     evaluation = workspace.evaluations.get("p", ON)
     assert evaluation is None or evaluation.loss is not None
     workspace.close()
@@ -148,25 +148,25 @@ def test_ledgers_of_any_form(tmp_path_factory: pytest.TempPathFactory, data: st.
 
 @pytest.mark.slow
 def test_a_ledger_bomb_counts_as_not_written(tmp_path: Path) -> None:
-    of = ledger(tmp_path)
+    about = ledger(tmp_path)
     record = json.loads((tmp_path / "records.jsonl").read_text())
     for shape in ([3, 3], [3, 1 << 24], [3, 1 << 60], [-3, -3], [3.0, 1]):
         z = base64.b64encode(zlib.compress(b"\0" * (1 << 28), 9)).decode()
         line = json.dumps({**record, "scores": {"shape": shape, "z": z}})
         (tmp_path / "records.jsonl").write_text("[" * 100_000 + "\n" + line)
-        refused(lambda: Workspace(tmp_path, of).close(), "")
-        assert Workspace(tmp_path, of).evaluations.get("p", ON) is None
+        refused(lambda: Workspace(tmp_path, about).close(), "")
+        assert Workspace(tmp_path, about).evaluations.get("p", ON) is None
 
 
 def test_a_newer_comparison_is_refused_naming_both_versions(tmp_path: Path) -> None:
-    of = ledger(tmp_path)
+    about = ledger(tmp_path)
     manifest = json.loads((tmp_path / "comparison.json").read_text())
     (tmp_path / "comparison.json").write_text(json.dumps({**manifest, "version": 2, "moeopt": "7.8.9"}))
     with pytest.raises(ComparisonError, match=rf"7\.8\.9.*version 2.*{moeopt.__version__}"):
-        check_folder(tmp_path, of)
+        check_folder(tmp_path, about)
     del manifest["moeopt"]  # as 0.1.0 wrote it
     (tmp_path / "comparison.json").write_text(json.dumps(manifest))
-    check_folder(tmp_path, of)
+    check_folder(tmp_path, about)
 
 
 @fuzzing(60)

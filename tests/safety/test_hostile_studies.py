@@ -37,11 +37,11 @@ def tried(call: Any, *args: Any) -> Any:
     try:
         return call(*args)
     except MoeoptError as error:
-        found = error
-    assert visible_only(str(found)), str(found)
-    assert "\n" not in str(found)
-    assert len(str(found)) < 2000
-    return found
+        given = error
+    assert visible_only(str(given)), str(given)
+    assert "\n" not in str(given)
+    assert len(str(given)) < 2000
+    return given
 
 
 def shown(study: optuna.Study) -> None:
@@ -73,11 +73,11 @@ READERS = {
 
 
 def read_all(study: optuna.Study, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    found = {name: tried(reader, study) for name, reader in READERS.items()}
+    given = {name: tried(reader, study) for name, reader in READERS.items()}
     out = capsys.readouterr()
     assert visible_only(out.out + out.err)
     assert len(out.out) < 100_000
-    return found
+    return given
 
 
 def copied(study: optuna.Study, **attrs: Any) -> optuna.Study:
@@ -91,8 +91,8 @@ def copied(study: optuna.Study, **attrs: Any) -> optuna.Study:
 
 def test_an_honest_study_reads(capsys: pytest.CaptureFixture[str]) -> None:
     for space in hostile.SPACES:
-        found = read_all(hostile.honest(space=space), capsys)
-        errors = {name: error for name, error in found.items() if isinstance(error, MoeoptError)}
+        given = read_all(hostile.honest(space=space), capsys)
+        errors = {name: error for name, error in given.items() if isinstance(error, MoeoptError)}
         assert errors.keys() <= {"on test", "resumed", "best stock"}, errors
 
 
@@ -106,8 +106,8 @@ def test_descriptions_of_any_form(space: str, capsys: pytest.CaptureFixture[str]
         whole = mutated if space == "eep" or not isinstance(mutated, dict) else {**description, **mutated}
         study.set_user_attr(DESCRIPTION, whole)
         try:
-            found = tried(space_of, study), tried(study_summary, study)
-            if not isinstance(found[0], MoeoptError):
+            given = tried(space_of, study), tried(study_summary, study)
+            if not isinstance(given[0], MoeoptError):
                 tried(shown, study)
                 tried(READERS["resumed"], study)
                 assert visible_only(capsys.readouterr().out)
@@ -186,13 +186,13 @@ def test_samplers_survive_any_history(sampler: str) -> None:
     objective: Any = hostile.Distance(hostile.SPACES["eep"]())
     study = moeopt.create_study("s", objective=objective, storage=None, sampler=sampler, seed=0)
     study.optimize(objective, n_trials=8)
-    own = study.trials
-    origin = own[5].system_attrs[genome.ORIGIN]
+    trials = study.trials
+    origin = trials[5].system_attrs[genome.ORIGIN]
     for what, mutated in hostile.mutations(origin):
         changed = optuna.create_study(study_name="s", sampler=moeopt.samplers.get(sampler, objective.space, seed=0))
-        fields = {"value": own[5].value, "params": own[5].params, "distributions": own[5].distributions}
-        attrs = {**own[5].system_attrs, genome.ORIGIN: mutated}
-        changed.add_trials([*own[:5], optuna.trial.create_trial(system_attrs=attrs, **fields), *own[6:]])
+        fields = {"value": trials[5].value, "params": trials[5].params, "distributions": trials[5].distributions}
+        attrs = {**trials[5].system_attrs, genome.ORIGIN: mutated}
+        changed.add_trials([*trials[:5], optuna.trial.create_trial(system_attrs=attrs, **fields), *trials[6:]])
         try:
             tried(lambda study: study.ask(), changed)
         except BaseException as error:
