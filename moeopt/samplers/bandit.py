@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from moeopt.samplers.base import Observation
+from moeopt.samplers.history import Observation
 from moeopt.spaces.base import Space
 
 A = TypeVar("A", bound=Hashable)

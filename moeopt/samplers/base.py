@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from moeopt.errors import SamplerError, SpaceError, StudyError, got
 from moeopt.plan import Plan
+from moeopt.samplers.checks import check_counts, digest
+from moeopt.samplers.history import History, Observation
+from moeopt.samplers.refusing import end_refused
 from moeopt.spaces.base import NAMED_AT_MOST, Space
 from moeopt.study.storage import attributes
-from moeopt.trials import description, genome, guide, process
+from moeopt.trials import description, genome, process
 from moeopt.trials.description import ENQUEUED
 from moeopt.trials.genome import Vector
-from moeopt.trials.guide import Guide
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -49,34 +48,6 @@ if hasattr(os, "register_at_fork"):
 
 
 @dataclass(frozen=True)
-class Observation:
-    """One trial as a sampler sees it.
-
-    Args:
-        number, slot: the trial's number, and its place in the sequence of proposals.
-        x: its genotype, float32 (size,), the decoded stored value.
-        loss: lower is better; None while it runs, or when it failed.
-        failed: whether it ended without a loss (NaN, out of memory).
-        fingerprint: of its plan.
-        operator: what made it (`Proposal.operator`); ``"enqueued"`` when a person did.
-        attrs: its user attributes.
-        notes: what the sampler noted when it proposed the trial (`Proposal.notes`).
-        guide: what the objective left with it.
-    """
-
-    number: int
-    slot: int
-    x: Vector
-    loss: float | None
-    failed: bool
-    fingerprint: str
-    operator: str
-    attrs: Mapping[str, Any] = field(repr=False)
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    guide: Guide | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
 class Proposal:
     """A genotype to evaluate, and where it comes from.
 
@@ -94,31 +65,12 @@ class Proposal:
     phase: str | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-
-class UnknownSampler(BaseSampler):
-    """Stands in a study whose own sampler cannot be rebuilt: the study can be read, and none of its trials starts.
-
-    Args:
-        why: what is said to whoever starts one.
-    """
-
-    def __init__(self, why: str) -> None:
-        self.why = why
-
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        end_refused(attributes.whole_study(study), trial, self.why, again=True)
-        raise StudyError(self.why)
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        raise StudyError(self.why)
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        raise StudyError(self.why)
-
-    def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
-        raise StudyError(self.why)
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a trial records of it beside the numbers, JSON."""
+        parents = [int(parent) for parent in self.parents]
+        origin = {"operator": self.operator, "parents": parents, "notes": dict(self.notes)}
+        return origin if self.phase is None else origin | {"phase": self.phase}
 
 
 class GenomeSampler(BaseSampler):
@@ -129,13 +81,23 @@ class GenomeSampler(BaseSampler):
     a crash) keeps it; `study.enqueue_trial` by parameter names works for spaces of at most 48 numbers, and the sampler
     fills in those not named.
 
-    Subclasses implement `propose` and `settings`.
+    Subclasses implement `propose`, and say what they are called and record in these class attributes.
+
+    Attributes:
+        name: among the settings, by which `moeopt.samplers.from_settings` finds the class; by default the class's.
+        options: attributes that hold its hyperparameters, JSON values or tuples of them, which settings record.
+        operators: what its proposals may bear (`Proposal.operator`), by which trials of another sampler are told from
+            its own; empty: anything.
 
     Args:
         space: what to search.
         seed: of all random draws; None draws one from the operating system.
         redraw: how often a proposal whose plan the study already holds is drawn again; 0 keeps duplicates.
     """
+
+    name: str = ""
+    options: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
 
     def __init__(self, space: Space, *, seed: int | None = None, redraw: int = 20) -> None:
         if not isinstance(space, Space):
@@ -147,7 +109,7 @@ class GenomeSampler(BaseSampler):
             raise SamplerError(f"seed must be at least 0, got {got(seed)}; it is an integer or None")
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
         self.redraw = redraw
-        self._observations: dict[tuple[str, int, datetime | None], Observation] = {}
+        self.history = History(space)
 
     @abstractmethod
     def propose(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
@@ -159,13 +121,11 @@ class GenomeSampler(BaseSampler):
             attempt: 0, then 1, 2, ... while the proposal's plan is one that `history` already holds.
         """
 
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The sampler's name and hyperparameters, JSON; a study is resumed only with equal ones."""
-
-    def named_settings(self, name: str, *options: str, **more: Any) -> dict[str, Any]:
-        """Settings of this name: seed, redraw, these attributes of the sampler, and whatever else is given."""
-        return {"name": name, **{option: getattr(self, option) for option in ("seed", "redraw", *options)}, **more}
+        values = {option: getattr(self, option) for option in ("seed", "redraw", *self.options)}
+        plain = {option: [*value] if isinstance(value, tuple) else value for option, value in values.items()}
+        return {"name": self.name or type(self).__name__, **plain}
 
     def rng(self, slot: int, attempt: int = 0) -> np.random.Generator:
         """The random generator of one proposal."""
@@ -217,19 +177,15 @@ class GenomeSampler(BaseSampler):
             raise
         # Another worker may have taken the plan since the history was read: then drawn again, at last as it is.
         for left in range(self.redraw, -1, -1):
-            proposal = None if stored is not None else self._proposal(whole, trial, trials, slot)
-            x = self.space.snap(proposal.x) if proposal is not None else stored
-            assert x is not None
-            origin = {"operator": ENQUEUED, "parents": [], "notes": {}, **recorded}
-            if proposal is not None:
-                origin |= {"operator": proposal.operator, "parents": [int(parent) for parent in proposal.parents]}
-                origin["notes"] = dict(proposal.notes)
-                if proposal.phase is not None:
-                    origin["phase"] = proposal.phase
+            if stored is None:
+                proposal = self._proposal(whole, trial, trials, slot)
+                x, origin = self.space.snap(proposal.x), recorded | proposal.origin
+            else:
+                x, origin = stored, Proposal(stored, ENQUEUED).origin | recorded
             origin["plan"] = self.space.decode(x).fingerprint
-            packed = genome.pack(genome.GENOME, x) if proposal is not None else {}
+            packed = genome.pack(genome.GENOME, x) if stored is None else {}
             params = {name: number for name, number in self.parameters(x).items() if name not in trial.params}
-            drawn = proposal is not None and proposal.operator != ENQUEUED
+            drawn = stored is None and origin["operator"] != ENQUEUED
             unless = attributes.taken(whole, origin["plan"], trials) if drawn and left else None
             if attributes.write(whole, trial, {genome.ORIGIN: origin, **packed}, params=params, unless=unless):
                 return
@@ -283,54 +239,6 @@ class GenomeSampler(BaseSampler):
             if self.space.decode(proposal.x).fingerprint not in taken:
                 break
         return proposal
-
-    def history(self, study: Study, trials: list[FrozenTrial], *, without: int) -> list[Observation]:
-        """Finished and running trials that hold a genotype, by slot; each slot once, the finished one first."""
-        sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-        by_slot: dict[int, Observation] = {}
-        retries = [trial for trial in trials if trial.system_attrs.get(genome.RETRIES)]
-        for trial in trials:
-            if trial.number == without or trial.state == TrialState.WAITING:
-                continue
-            obs = self._observe(study.study_name, trial, retries, sign)
-            if obs is None:
-                continue
-            other = by_slot.get(obs.slot)
-            if other is None or other.loss is None:
-                by_slot[obs.slot] = obs
-        return [by_slot[slot] for slot in sorted(by_slot)]
-
-    def _observe(
-        self, study_name: str, trial: FrozenTrial, retries: list[FrozenTrial], sign: float
-    ) -> Observation | None:
-        key = (study_name, trial.number, trial.datetime_start)
-        if key in self._observations:
-            return self._observations[key]
-        description.check_trial(trial, study_name)
-        origin = genome.origin(trial)
-        x = genome.read(trial)
-        if x is None and set(self.space.names) <= set(trial.params):
-            x = self.space.vector(trial)
-        if x is None or x.size != self.space.size:
-            return None
-        loss = trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
-        if trial.state == TrialState.PRUNED and isinstance(trial.user_attrs.get(genome.ESTIMATE), float):
-            loss = trial.user_attrs[genome.ESTIMATE]
-        obs = Observation(
-            number=trial.number,
-            slot=genome.slot(trial, retries),
-            x=x,
-            loss=None if loss is None or not np.isfinite(loss) else sign * loss,
-            failed=trial.state.is_finished() and (loss is None or not np.isfinite(loss)),
-            fingerprint=origin.get("plan") or self.space.decode(x).fingerprint,
-            operator=origin.get("operator", ENQUEUED),
-            attrs=trial.user_attrs,
-            notes=origin.get("notes") or {},
-            guide=guide.read(trial, self.space.shape.layers, self.space.shape.experts),
-        )
-        if trial.state.is_finished():
-            self._observations[key] = obs
-        return obs
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -387,46 +295,10 @@ class StartingSampler(GenomeSampler):
         earlier = [obs for obs in history if obs.slot < slot]
         return len(earlier) == slot and all(obs.operator == ENQUEUED for obs in earlier)
 
-    def named_settings(self, name: str, *options: str, **more: Any) -> dict[str, Any]:
-        return super().named_settings(name, *options, **{"start": digest(self.x0), **more})
-
-
-def end_refused(study: Study, trial: FrozenTrial, reason: str, *, again: bool) -> None:
-    """Fail a trial that was started and is not to be run so, with the reason; with `again` it is queued by a resume.
-
-    In a thread of `study.optimize(n_jobs=...)` it is also warned of: Optuna loses the errors of the last ones.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        warnings.warn(reason, stacklevel=3)
-    attributes.write(study, trial, {}, {genome.FAILURE: reason, **({genome.INTERRUPTED: True} if again else {})})
-    study.tell(trial.number, state=TrialState.FAIL)
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"start": digest(self.x0)}
 
 
 def _fixed(trial: FrozenTrial) -> dict[str, Any]:
     """The parameters that a trial was enqueued with, by name."""
     return trial.system_attrs.get("fixed_params") or {}
-
-
-def noted(obs: Observation, key: str) -> int | None:
-    """A count that a sampler noted on a trial; None where there is none."""
-    value = obs.notes.get(key)
-    return value if description.COUNT.holds(value) else None
-
-
-def check_counts(counts: Mapping[str, Any], *, least: int = 1) -> None:
-    """Raise SamplerError, naming the argument, unless all are integers of at least so much."""
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise SamplerError(f"{name} must be an integer of at least {least}, got {count!r}")
-
-
-def check_positive(values: Mapping[str, float]) -> None:
-    """Raise SamplerError, naming the argument, unless all are positive numbers."""
-    for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise SamplerError(f"{name} must be a positive number, got {value!r}")
-
-
-def digest(x: Vector) -> str:
-    """16 hex digits that name a genotype in a sampler's settings."""
-    return hashlib.sha256(np.ascontiguousarray(x, dtype="<f4").tobytes()).hexdigest()[:16]

@@ -21,15 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeopt.plan import Plan
 from moeopt.samplers.bandit import choose, gain, layers_run, most_tokens
-from moeopt.samplers.base import (
-    Observation,
-    Proposal,
-    StartingSampler,
-    check_counts,
-    check_positive,
-    noted,
-)
+from moeopt.samplers.base import Proposal, StartingSampler
+from moeopt.samplers.checks import check_counts, check_positive
 from moeopt.samplers.cmaes import complete, tell
+from moeopt.samplers.history import Observation, noted
 from moeopt.spaces.base import Space
 from moeopt.trials.genome import Vector
 
@@ -75,6 +70,9 @@ class BlockCMAESSampler(StartingSampler):
         SpaceError: when `start` is not of this space.
     """
 
+    name, operators = "blockcmaes", (OPERATOR,)
+    options = ("sigma", "block_size", "generations", "population_size", "prior", "memory")
+
     def __init__(
         self,
         space: Space,
@@ -97,10 +95,6 @@ class BlockCMAESSampler(StartingSampler):
         self.sigma, self.prior, self.memory = float(sigma), float(prior), float(memory)
         self.block_size, self.generations, self.population_size = block_size, generations, population_size
         self.blocks = blocks(space, block_size)
-
-    def settings(self) -> dict[str, Any]:
-        options = ("sigma", "block_size", "generations", "population_size", "prior", "memory")
-        return self.named_settings("blockcmaes", *options)
 
     def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         rng = self.rng(slot, attempt)

@@ -17,14 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moeopt.plan import Plan
-from moeopt.samplers.base import (
-    Observation,
-    Proposal,
-    StartingSampler,
-    check_counts,
-    check_positive,
-    noted,
-)
+from moeopt.samplers.base import Proposal, StartingSampler
+from moeopt.samplers.checks import check_counts, check_positive
+from moeopt.samplers.history import Observation, noted
 from moeopt.spaces.base import Space
 
 OPERATOR = "cmaes"
@@ -46,6 +41,9 @@ class CMAESSampler(StartingSampler):
         SpaceError: when `start` is not of this space.
     """
 
+    name, operators = "cmaes", (OPERATOR,)
+    options = ("sigma", "separable", "population_size")
+
     def __init__(
         self,
         space: Space,
@@ -64,9 +62,6 @@ class CMAESSampler(StartingSampler):
         check_counts({"population_size": population_size}, least=3)
         self.sigma, self.separable, self.population_size = float(sigma), bool(separable), population_size
         self._cache: tuple[Any, list[Any], Any] | None = None
-
-    def settings(self) -> dict[str, Any]:
-        return self.named_settings("cmaes", "sigma", "separable", "population_size")
 
     def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         around, generations = self.center(history), self.generations(history)

@@ -36,7 +36,9 @@ from numpy.typing import NDArray
 
 from moeopt.errors import SamplerError
 from moeopt.plan import Matrix
-from moeopt.samplers.base import GenomeSampler, Observation, Proposal, check_counts
+from moeopt.samplers.base import GenomeSampler, Proposal
+from moeopt.samplers.checks import check_counts
+from moeopt.samplers.history import Observation
 from moeopt.spaces.base import Phase, Space
 
 Fitness = Literal["loss", "accuracy"]
@@ -74,6 +76,12 @@ class EEPSampler(GenomeSampler):
         crossover_pool: the best so many may always be crossed.
         prune_crossover: cross over in the prune phase too, as the paper's Algorithm 1.
     """
+
+    name, operators = "eep", OPERATORS
+    options = (
+        "initial", "prune_until", "p_change", "p_row", "p_crossover", "p_first", "p_entry", "sigma",
+        "p_normalise", "score", "band", "crossover_band", "crossover_pool", "prune_crossover",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -120,12 +128,6 @@ class EEPSampler(GenomeSampler):
             if not _is_number(width) or width < 0:
                 raise SamplerError(f"{name} must be a number of at least 0, got {width!r}")
         self.prune_crossover = prune_crossover
-
-    def settings(self) -> dict[str, Any]:
-        return self.named_settings(
-            "eep", "initial", "prune_until", "p_change", "p_row", "p_crossover", "p_first", "p_entry",
-            "sigma", "p_normalise", "score", "band", "crossover_band", "crossover_pool", "prune_crossover",
-        )  # fmt: skip
 
     def shortfall(self, trials: int) -> str | None:
         if trials <= self.initial:

@@ -32,7 +32,9 @@ from numpy.typing import ArrayLike, NDArray
 from moeopt.errors import SpaceError
 from moeopt.plan import Plan
 from moeopt.samplers.bandit import choose, gain, most_tokens
-from moeopt.samplers.base import Observation, Proposal, check_counts, noted
+from moeopt.samplers.base import Proposal
+from moeopt.samplers.checks import check_counts
+from moeopt.samplers.history import Observation, noted
 from moeopt.samplers.local import LocalSampler
 from moeopt.spaces.base import Space, kept_rows, one_hot_pair
 
@@ -65,6 +67,9 @@ class GuidedSampler(LocalSampler):
         SpaceError: when `start` is not of this space.
     """
 
+    name, operators = GUIDED, (GUIDED, *LocalSampler.operators)
+    options: tuple[str, ...] = ("radius", "patience", "population", "fade", "moves")
+
     def __init__(
         self,
         space: Space,
@@ -82,9 +87,6 @@ class GuidedSampler(LocalSampler):
         check_counts({"patience": patience, **({} if radius is None else {"radius": radius})})
         self.radius, self.patience = radius, patience
         self._rows: dict[str, NDArray[np.bool_] | None] = {}
-
-    def settings(self) -> dict[str, Any]:
-        return self.named_settings(GUIDED, "radius", "patience", "population", "fade", moves=[*self.moves])
 
     def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         rng = self.rng(slot, attempt)

@@ -6,23 +6,14 @@ near the end is cheap. A proposal changes one window of consecutive groups of on
 beats, so a parent's loss counts for more with every child it has (`fade`).
 
 What to change is the choice of a bandit (see `moeopt.samplers.bandit`): an arm is (move, groups in the window, band of
-depth in which it begins), its reward max(0, parent's loss - trial's loss), its cost the layers run.
-
-Moves, in each group of the window:
-
-* ``swap``: a kept expert gives way to a dropped one, W_RM following W_EM;
-* ``route``: a kept expert is given a part of a dropped one's routing probability (W_RM);
-* ``remap``: entries of W_RM get Gaussian noise;
-* ``blend``: a row of W_EM moves towards a dropped expert, and takes over as much of that expert's routing;
-* ``perturb``: entries of both matrices get Gaussian noise;
-* ``active``: in an `ActiveSpace`, a k goes up or down by one, a beta gets Gaussian noise; the window is one of the
-  groups that these have.
+depth in which it begins), its reward max(0, parent's loss - trial's loss), its cost the layers run. Moves are those of
+`moeopt.samplers.moves`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +21,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moeopt.errors import SamplerError
-from moeopt.plan import Matrix, Plan
+from moeopt.plan import Plan
 from moeopt.samplers.bandit import choose, gain, layers_run, most_tokens
-from moeopt.samplers.base import (
-    Observation,
-    Proposal,
-    StartingSampler,
-    check_counts,
-    check_positive,
-    noted,
-)
-from moeopt.spaces.base import Phase, Space
+from moeopt.samplers.base import Proposal, StartingSampler
+from moeopt.samplers.checks import check_counts, check_positive
+from moeopt.samplers.history import Observation, noted
+from moeopt.samplers.moves import ACTIVE, MOVES
+from moeopt.spaces.base import Space
 from moeopt.trials.genome import Vector
 
 RUNGS = 4
@@ -81,6 +68,9 @@ class LocalSampler(StartingSampler):
         SpaceError: when `start` is not of this space.
     """
 
+    name, operators = "local", (*MOVES, ACTIVE)
+    options: tuple[str, ...] = ("population", "fade", "bands", "sigma", "p_entry", "prior", "memory", "widths", "moves")
+
     def __init__(
         self,
         space: Space,
@@ -117,16 +107,12 @@ class LocalSampler(StartingSampler):
         most = max(len(self.groups(move)) for move in self.moves)
         self.widths = tuple(sorted({w for w in widths if w <= most})) or (most,)
 
-    def settings(self) -> dict[str, Any]:
-        options = ("population", "fade", "bands", "sigma", "p_entry", "prior", "memory")
-        return self.named_settings("local", *options, widths=list(self.widths), moves=list(self.moves))
-
     def opens(self, history: list[Observation], slot: int) -> bool:
         # What was enqueued is a start as well: the space's own is then of no use.
         return super().opens(history, slot) and (self.given or not history)
 
-    def named_settings(self, name: str, *options: str, **more: Any) -> dict[str, Any]:
-        return super().named_settings(name, *options, **more) | ({} if self.given else {"start": None})
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | ({} if self.given else {"start": None})
 
     def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         rng = self.rng(slot, attempt)
@@ -231,55 +217,3 @@ class LocalSampler(StartingSampler):
         up = np.where(x[chosen] <= space.low[chosen], True, (x[chosen] < space.high[chosen]) & (noise > 0))
         child[chosen] += np.where(space.whole[chosen], np.where(up, 1, -1), noise)
         return space.snap(child)
-
-
-def swap(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
-    """In a row of both matrices of a group, (2, r, n), its expert and one that is no row's change places."""
-    row, kept, dropped = _row(rng, pair)
-    pair[:, row, [kept, dropped]] = pair[:, row, [dropped, kept]]
-
-
-def route(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
-    """Adds up to one whole of a dropped expert's probability to that of a row's expert."""
-    row, _, dropped = _row(rng, pair)
-    pair[1, row, dropped] += rng.uniform(0.0, 1.0)
-
-
-def remap(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
-    pair[1] += _noise(rng, pair[1].shape, scale, p_entry)
-
-
-def blend(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
-    """Moves a row of W_EM up to half of the way to a dropped expert; W_RM adds as much."""
-    row, _, dropped = _row(rng, pair)
-    part = rng.uniform(0.0, 0.5)
-    pair[0, row] *= 1 - part
-    pair[:, row, dropped] += part
-
-
-def perturb(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
-    pair += _noise(rng, pair.shape, scale, p_entry)
-
-
-MOVES: dict[str, tuple[Phase, Callable[[np.random.Generator, Matrix, float, float], None]]] = {
-    "swap": ("prune", swap),
-    "route": ("merge", route),
-    "remap": ("merge", remap),
-    "blend": ("merge", blend),
-    "perturb": ("merge", perturb),
-}
-"""Every move of matrices: the phase whose matrices it makes, and what it does to one group."""
-ACTIVE = "active"
-"""The move that changes what an `ActiveSpace` has beyond the matrices."""
-
-
-def _row(rng: np.random.Generator, pair: Matrix) -> tuple[int, int, int]:
-    """A row, its largest entry, and an expert that is no row's largest (the same one where there is none)."""
-    experts = pair[0].argmax(axis=1)
-    row = int(rng.integers(len(experts)))
-    dropped = np.setdiff1d(np.arange(pair.shape[2]), experts)
-    return row, int(experts[row]), int(rng.choice(dropped)) if dropped.size else int(experts[row])
-
-
-def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale: float, p_entry: float) -> Matrix:
-    return ((rng.random(shape) < p_entry) * scale * rng.standard_normal(shape)).astype(np.float32)

@@ -29,15 +29,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeopt.errors import SamplerError, nearest
 from moeopt.plan import Plan
-from moeopt.samplers.base import (
-    START,
-    Observation,
-    Proposal,
-    StartingSampler,
-    check_counts,
-    check_positive,
-    noted,
-)
+from moeopt.samplers.base import START, Proposal, StartingSampler
+from moeopt.samplers.checks import check_counts, check_positive
+from moeopt.samplers.history import Observation, noted
 from moeopt.spaces.base import Space
 from moeopt.trials.genome import Vector
 
@@ -63,6 +57,8 @@ class NevergradSampler(StartingSampler):
         SpaceError: when `start` is not of this space.
     """
 
+    options = ("budget", "sigma")
+
     def __init__(
         self,
         space: Space,
@@ -82,10 +78,8 @@ class NevergradSampler(StartingSampler):
             hint = nearest(str(optimizer), names)
             raise SamplerError(f"Nevergrad has no optimiser {optimizer!r}{hint} (its registry has {len(names)})")
         self.optimizer, self.budget, self.sigma = optimizer, budget, float(sigma)
+        self.name, self.operators = f"nevergrad:{optimizer}", (optimizer,)
         self._replay: _Replay | None = None
-
-    def settings(self) -> dict[str, Any]:
-        return self.named_settings(f"nevergrad:{self.optimizer}", "budget", "sigma")
 
     def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         keys = [(obs.slot, obs.operator, obs.fingerprint, obs.loss, obs.failed) for obs in history]

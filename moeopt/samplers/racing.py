@@ -114,11 +114,11 @@ def penalty(trial: FrozenTrial) -> float:
     return float(head.get(PENALTY, 0.0)) if isinstance(head, dict) else 0.0
 
 
-def incumbent(study: Study, scores: Array | None = None, of: str | None = None) -> FrozenTrial | None:
+def incumbent(study: Study, scores: Array | None = None, scores_name: str | None = None) -> FrozenTrial | None:
     """The complete trial of least value, the earliest of equals, whose scores `genome.read_scores` reads; or None.
 
     With the `scores` (3, n) of another trial it must have more examples, the first n of them with the same weights, and
-    its scores must be `of` the same (`genome.scores_of`).
+    their `scores_name` must be its own (`genome.scores_of`).
     """
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     for trial in sorted((t for t in done if t.value is not None), key=lambda t: (t.value, t.number)):
@@ -126,7 +126,7 @@ def incumbent(study: Study, scores: Array | None = None, of: str | None = None) 
         if theirs is None:
             continue
         paired = scores is None or (theirs.shape[1] > scores.shape[1] and _paired(scores, theirs))
-        if paired and (scores is None or genome.scores_of(trial) == of):
+        if paired and (scores is None or genome.scores_of(trial) == scores_name):
             return trial
     return None
 

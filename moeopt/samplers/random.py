@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from moeopt.samplers.base import GenomeSampler, Observation, Proposal
+from moeopt.samplers.base import GenomeSampler, Proposal
+from moeopt.samplers.history import Observation
 
 
 class RandomSampler(GenomeSampler):
     """Independent draws of `Space.sample`: uniform prunings, or Gaussian steps around a `MergeSpace`'s plan."""
 
+    name = "random"
+    operators = ("random",)
+
     def propose(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         return Proposal(self.space.sample(self.rng(slot, attempt)), "random")
-
-    def settings(self) -> dict[str, Any]:
-        return self.named_settings("random")

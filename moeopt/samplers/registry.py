@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from optuna.samplers import BaseSampler
 
 from moeopt.errors import SamplerError, nearest
-from moeopt.samplers import blockcmaes, cmaes, eep, shadow
 from moeopt.samplers.base import START, GenomeSampler
 from moeopt.samplers.blockcmaes import BlockCMAESSampler
 from moeopt.samplers.cmaes import CMAESSampler
@@ -111,22 +110,12 @@ def from_settings(settings: dict[str, Any], space: Space, start: ArrayLike | Non
 def operators(settings: Mapping[str, Any]) -> frozenset[str] | None:
     """What may have made a trial, as it says itself, in a study whose sampler has these settings.
 
-    None where that is not known: the sampler is code of its own.
+    None where the sampler does not say, or is code of its own.
     """
     name, _, optimizer = str(settings.get("name")).partition(":")
-    made: dict[str, Iterable[str]] = {
-        "eep": eep.OPERATORS,
-        "random": ("random",),
-        "local": settings.get("moves") or (),
-        GUIDED: (GUIDED, *(settings.get("moves") or ())),
-        "cmaes": (cmaes.OPERATOR,),
-        "sepcmaes": (cmaes.OPERATOR,),
-        "blockcmaes": (blockcmaes.OPERATOR,),
-        "nevergrad": (optimizer,),
-        "tpe": (shadow.OPERATOR,),
-        "optuna": (shadow.OPERATOR,),
-    }
-    return frozenset({START, ENQUEUED, *made[name]}) if name in made else None
+    make = {ShadowSampler.name: ShadowSampler, **SAMPLERS}.get(name)
+    made = (optimizer,) if optimizer else getattr(getattr(make, "func", make), "operators", ())
+    return frozenset({START, ENQUEUED, *made}) if made else None
 
 
 def _make(

@@ -27,7 +27,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from moeopt.errors import SamplerError
 from moeopt.plan import Plan
-from moeopt.samplers.base import GenomeSampler, Observation, Proposal, StartingSampler
+from moeopt.samplers.base import GenomeSampler, Proposal, StartingSampler
+from moeopt.samplers.history import Observation
 from moeopt.samplers.seeding import reseed
 from moeopt.spaces.base import Space
 from moeopt.trials.genome import Vector
@@ -55,6 +56,8 @@ class ShadowSampler(StartingSampler):
         SpaceError: when `start` is not of this space.
     """
 
+    name, operators = "optuna", (OPERATOR,)
+
     def __init__(
         self,
         space: Space,
@@ -75,7 +78,7 @@ class ShadowSampler(StartingSampler):
         self._shadow: _Shadow | None = None
 
     def settings(self) -> dict[str, Any]:
-        return self.named_settings("optuna", sampler=describe(self.sampler))
+        return super().settings() | {"sampler": describe(self.sampler)}
 
     def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         if self._shadow is None or not self._shadow.leads_to(history, slot, attempt):
@@ -99,6 +102,8 @@ class TPESampler(ShadowSampler):
         multivariate, group, constant_liar: as for `optuna.samplers.TPESampler`.
     """
 
+    name = "tpe"
+
     def __init__(
         self,
         space: Space,
@@ -112,20 +117,20 @@ class TPESampler(ShadowSampler):
         group: bool = False,
         constant_liar: bool = True,
     ) -> None:
-        self.options = {
+        self.estimator = {
             "n_startup_trials": n_startup_trials, "n_ei_candidates": n_ei_candidates,
             "multivariate": multivariate, "group": group, "constant_liar": constant_liar,
         }  # fmt: skip
         try:
-            sampler = optuna.samplers.TPESampler(**self.options)  # type: ignore[arg-type]
-            alone = optuna.samplers.TPESampler(**self.options | {"constant_liar": False})  # type: ignore[arg-type]
+            sampler = optuna.samplers.TPESampler(**self.estimator)  # type: ignore[arg-type]
+            alone = optuna.samplers.TPESampler(**self.estimator | {"constant_liar": False})  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise SamplerError(f"tpe: {error}") from None
         super().__init__(space, sampler, seed=seed, redraw=redraw, start=start)
         self._alone = alone  # the same proposals in less time: no lie is told when no other trial runs
 
     def settings(self) -> dict[str, Any]:
-        return self.named_settings("tpe", **self.options)
+        return StartingSampler.settings(self) | self.estimator
 
 
 class _Shadow:

@@ -1,14 +1,17 @@
-"""Whether a study searched what is here: the same model, task, space, sampler and pruner."""
+"""Whether an objective is given what it takes, and whether a study searched what is here: the same model, task, space,
+sampler and pruner."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.pruners import BasePruner, NopPruner
 
-from moeopt.errors import StudyError, got
+from moeopt.errors import SpaceError, StudyError, got
+from moeopt.plan import ModelShape
 from moeopt.samplers import GenomeSampler, UnknownSampler
 from moeopt.samplers.shadow import describe
 from moeopt.showing import shown
@@ -34,6 +37,48 @@ def check_objective(objective: object) -> None:
     space, describes = getattr(objective, "space", None), callable(getattr(objective, "describe", None))
     if isinstance(objective, type) or not isinstance(space, Space) or not describes:
         raise StudyError(f"objective must be a moeopt.Objective, got {got(objective)}")
+
+
+def check_space(space: Any, shape: ModelShape) -> None:
+    """Raise SpaceError unless this is a space for models of this shape."""
+    if not isinstance(space, Space):
+        raise SpaceError(f"space must be one of moeopt's, such as moeopt.EEPSpace.of(model, keep=4), got {got(space)}")
+    if shape != space.shape:
+        raise SpaceError(f"the space is for {space.shape}, the model has {shape}")
+
+
+def check_options(*, rungs: Any, report: Any, active_weight: Any, guide: Any) -> None:
+    """Raise StudyError, naming the argument, unless an objective takes these."""
+    if isinstance(rungs, bool) or not isinstance(rungs, int) or rungs < 1:
+        raise StudyError(f"rungs must be an integer of at least 1, got {rungs!r}")
+    if report not in ("mean", "block"):
+        raise StudyError(f"report must be 'mean' or 'block', got {report!r}")
+    weighs = isinstance(active_weight, (int, float)) and not isinstance(active_weight, bool)
+    if not weighs or not 0 <= active_weight < float("inf"):
+        raise StudyError(f"active_weight must be a number of at least 0, got {active_weight!r}")
+    if isinstance(guide, bool) or not isinstance(guide, (int, float)) or not 0 <= guide < 1:
+        raise StudyError(f"guide is the share of layer-tokens for guides, at least 0 and below 1, got {guide!r}")
+
+
+def warn_of_too_little(task: Task, split: str, limit: int | None, examples: int) -> None:
+    """Say what a task lacks for a search of which `examples` (text: windows) are in use."""
+    lacks = " and ".join(f"no {name} split" for name in ("dev", "test") if name not in task.splits)
+    if lacks:
+        warnings.warn(
+            f"task {task.name!r} has {lacks} (it has {task.summary}): whether what is found holds on examples that the"
+            " search has not seen cannot be told. Give more rows, or a file for each split",
+            stacklevel=4,
+        )
+    distinct = examples
+    if task.unit == "examples":  # not windows
+        examples, distinct = len(task.examples(split)), len({example.likeness for example in task.examples(split)})
+    if limit is not None and distinct < limit:
+        repeats = f", {distinct:,} of them distinct" if distinct < examples else ""
+        warnings.warn(
+            f"the limit is {limit:,}, but the {split} split of task {task.name!r} gives {examples:,}"
+            f" {task.unit.replace('documents', 'windows')}{repeats} (it has {task.summary})",
+            stacklevel=4,
+        )
 
 
 def settings_of(sampler: BaseSampler) -> dict[str, Any]:

@@ -24,21 +24,21 @@ class Guides:
 
     Args:
         evaluator, space: of the objective.
-        of: `moeopt.evaluation.store.scores_name` of the evaluator.
+        scores_name: `moeopt.evaluation.store.scores_name` of the evaluator.
         share: the largest share of the layer-tokens that guides may take, the first one aside.
 
     Raises:
         StudyError: when the evaluator's losses have no derivatives.
     """
 
-    def __init__(self, evaluator: Evaluator, space: Space, of: str, share: float) -> None:
+    def __init__(self, evaluator: Evaluator, space: Space, scores_name: str, share: float) -> None:
         if evaluator.score == "metric":
             raise StudyError("guides are derivatives of the loss, and score='metric' has none: search score='choice'")
         try:
-            self._guiding = Guiding(evaluator, of)
+            self._guiding = Guiding(evaluator, scores_name)
         except ModelError as error:
             raise StudyError(f"no guide: its derivatives need a model that runs layer by layer: {error}") from error
-        self._space, self._of, self._share, self._layers = space, of, share, evaluator.layers
+        self._space, self._scores_name, self._share, self._layers = space, scores_name, share, evaluator.layers
 
     def next(self, study: optuna.Study, plan: Plan, loss: float, facts: dict[str, Any]) -> dict[str, Any]:
         """Attributes for a trial that hold a guide of the study's best pruning so far, which may be the trial's `plan`.
@@ -54,7 +54,7 @@ class Guides:
         if better:
             plan = self._space.decode(self._space.vector(min(better, key=lambda trial: (trial.value, trial.number))))
         cost, guides = self._guiding.layer_tokens, guide.cost(trials)
-        guided = (plan.fingerprint, self._of) in {guide.plan_of(trial) for trial in trials}
+        guided = (plan.fingerprint, self._scores_name) in {guide.plan_of(trial) for trial in trials}
         if guided or not all(layer.kept is not None for layer in plan.layers):
             return {}
         # As if nothing were reused: whether there is a guide must not depend on the process that a trial ran in.

@@ -5,27 +5,25 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import optuna
-from optuna.trial import TrialState
 
-from moeopt.errors import NonFiniteLossError, OutOfMemoryError, SpaceError, StudyError, got, without_storage
+from moeopt.errors import NonFiniteLossError, OutOfMemoryError, StudyError, without_storage
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
 from moeopt.evaluation.checks import check_parts
 from moeopt.evaluation.memory import ran_out
 from moeopt.evaluation.store import scores_name
 from moeopt.models import MergedWeights, describe, lock_of, shape_of
-from moeopt.plan import Plan
 from moeopt.samplers import racing
 from moeopt.spaces import Space
 from moeopt.study import reference
+from moeopt.study.checks import check_options, check_space, warn_of_too_little
 from moeopt.study.guides import Guides
 from moeopt.study.reference import Reference
-from moeopt.study.scores import active_experts, packed, penalty, remembered
+from moeopt.study.scores import FINISHED, active_experts, evaluated_before, packed, penalty
 from moeopt.study.storage import attributes
 from moeopt.trials import genome
 
@@ -35,14 +33,12 @@ if TYPE_CHECKING:
 
     from moeopt.evaluation import Compression
     from moeopt.evaluation.evaluator import Score
-    from moeopt.methods import MethodPlan
     from moeopt.tasks import Task
 
 Report = Literal["mean", "block"]
 
-COPIED_FROM = "copied_from"
 SPENT = "spent"
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+BACKENDS = {"attention": "attn", "experts": "experts"}
 
 
 class Objective:
@@ -122,43 +118,19 @@ class Objective:
         guide: float = 0.0,
     ) -> None:
         check_parts(model, tokenizer, task)
-        if not isinstance(space, Space):
-            raise SpaceError(
-                f"space must be one of moeopt's, such as moeopt.EEPSpace.of(model, keep=4), got {got(space)}"
-            )
-        shape = shape_of(model)
-        if shape != space.shape:
-            raise SpaceError(f"the space is for {space.shape}, the model has {shape}")
-        if isinstance(rungs, bool) or not isinstance(rungs, int) or rungs < 1:
-            raise StudyError(f"rungs must be an integer of at least 1, got {rungs!r}")
-        if report not in get_args(Report):
-            raise StudyError(f"report must be 'mean' or 'block', got {report!r}")
-        weighs = isinstance(active_weight, (int, float)) and not isinstance(active_weight, bool)
-        if not weighs or not 0 <= active_weight < float("inf"):
-            raise StudyError(f"active_weight must be a number of at least 0, got {active_weight!r}")
-        if isinstance(guide, bool) or not isinstance(guide, (int, float)) or not 0 <= guide < 1:
-            raise StudyError(f"guide is the share of layer-tokens for guides, at least 0 and below 1, got {guide!r}")
+        check_space(space, shape_of(model))
+        check_options(rungs=rungs, report=report, active_weight=active_weight, guide=guide)
         self.active_weight, self.guide = float(active_weight), float(guide)
         self.model, self.tokenizer, self.task, self.space, self.split = model, tokenizer, task, space, split
         self.report: Report = report
         sizes = racing.rung_sizes if report == "mean" else racing.blocks
         self.evaluator = Evaluator(
-            model,
-            tokenizer,
-            task,
-            split=split,
-            limit=limit,
-            batch_tokens=batch_tokens,
-            max_length=max_length,
-            rungs=lambda examples: sizes(examples, rungs),
-            prefix_memory=prefix_memory,
-            prefix_device=prefix_device,
-            merged_weights=merged_weights,
-            score=score,
-            compression=compression,
-        )
-        if not task.kept:
-            _warn_of_too_little(task, split, limit, self.evaluator.examples)
+            model, tokenizer, task, split=split, limit=limit, batch_tokens=batch_tokens, max_length=max_length,
+            rungs=lambda examples: sizes(examples, rungs), prefix_memory=prefix_memory, prefix_device=prefix_device,
+            merged_weights=merged_weights, score=score, compression=compression,
+        )  # fmt: skip
+        if not task.recorded:
+            warn_of_too_little(task, split, limit, self.evaluator.examples)
         self._searched: Callable[[], optuna.Study | None] = lambda: None
         self._refers = reference
         self._reference: Reference | None = None
@@ -175,7 +147,7 @@ class Objective:
         self._guides: Guides | None = None
         if guide:
             self.settings["guide"] = self.guide
-            self._guides = Guides(self.evaluator, space, self._of, self.guide)
+            self._guides = Guides(self.evaluator, space, self._scores_name, self.guide)
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> float:
         """The loss of the trial's plan, active experts weighed in, NaN where there is none.
@@ -229,9 +201,9 @@ class Objective:
         evaluation: Evaluation | None = None
         pruned, examples = False, self.evaluator.examples
         try:
-            earlier = self._earlier(study, trial, plan, facts)
+            earlier = None if study is None else evaluated_before(study, trial, plan, self._scores_name, facts)
             for evaluation in self.evaluator.race(plan, earlier):
-                attrs = packed(evaluation, self._of, self.active_weight)
+                attrs = packed(evaluation, self._scores_name, self.active_weight)
                 n = len(evaluation.losses)
                 if len(self.evaluator.rungs) > 1:
                     if study is not None and n < examples:
@@ -245,7 +217,7 @@ class Objective:
             finite = not isinstance(error, NonFiniteLossError)
             if finite and not ran_out(error):
                 raise
-            attrs = {} if finite else {genome.NOT_FINITE: self._of}
+            attrs = {} if finite else {genome.NOT_FINITE: self._scores_name}
             self._note(study, trial, attrs, facts | {genome.FAILURE: str(error).partition("\n")[0]})
             return float("nan")
         assert evaluation is not None
@@ -301,7 +273,7 @@ class Objective:
             if stored is not None:
                 return stored
             self.evaluator.clear(keep_teacher=True)
-            measured = reference.measure(self.evaluator, self._of, self.active_weight)
+            measured = reference.measure(self.evaluator, self._scores_name, self.active_weight)
             self.evaluator.clear(keep_teacher=True)  # what trials cost does not depend on where this was run
             stored = self._stored_reference(study)  # another process may have made it meanwhile
             if stored is None:
@@ -311,8 +283,9 @@ class Objective:
     def _stored_reference(self, study: optuna.Study) -> Reference | None:
         """The reference that a study holds, where it is of what this objective scores."""
         stored = reference.read(study)
-        same = stored is not None and stored.of == self._of and stored.penalty == self.active_weight * stored.active
-        return stored if same else None
+        if stored is None or stored.of != self._scores_name:
+            return None
+        return stored if stored.penalty == self.active_weight * stored.active else None
 
     def _note(
         self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, attrs: dict[str, Any], facts: dict[str, Any]
@@ -331,29 +304,8 @@ class Objective:
         reference = 0 if self._reference is None else self._reference.layer_tokens
         return reference + sum(cost for cost in costs if isinstance(cost, int))
 
-    def _earlier(
-        self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, plan: Plan, facts: dict[str, Any]
-    ) -> Evaluation | None:
-        """What the trial that knows most knows of the plan on the first examples; noted in `facts`."""
-        if study is None:
-            return None
-        frozen, name = attributes.frozen_trial(trial), plan.fingerprint
-        most, origin = remembered(frozen, plan, self._of), genome.origin(frozen)
-        if "plan" not in origin:
-            attributes.write(study, trial, {genome.ORIGIN: {**origin, "plan": name}})
-        for other in study.get_trials(deepcopy=False, states=FINISHED):
-            if genome.origin(other).get("plan") == name:
-                if other.system_attrs.get(genome.NOT_FINITE) == self._of:
-                    facts[COPIED_FROM] = other.number
-                    raise NonFiniteLossError(str(other.user_attrs.get(genome.FAILURE)), layer=None)
-                evaluation = remembered(other, plan, self._of)
-                if evaluation is not None and (most is None or len(evaluation.losses) > len(most.losses)):
-                    most = evaluation
-                    facts[COPIED_FROM] = other.number
-        return most
-
     @cached_property
-    def _of(self) -> str:
+    def _scores_name(self) -> str:
         return scores_name(self.evaluator)
 
     def _report(self, trial: optuna.trial.BaseTrial, evaluation: Evaluation) -> None:
@@ -363,30 +315,10 @@ class Objective:
         trial.report(float(np.average(losses, weights=weights)) + penalty(self.active_weight, evaluation), n)
 
     def _estimate(self, study: optuna.Study | None, evaluation: Evaluation) -> float:
-        best = None if study is None else racing.incumbent(study, evaluation.scores, self._of)
+        best = None if study is None else racing.incumbent(study, evaluation.scores, self._scores_name)
         reference = None if best is None else genome.read_scores(best)
         loss = evaluation.loss if reference is None else racing.honest_estimate(evaluation.scores, reference)
         return loss + penalty(self.active_weight, evaluation)
-
-    def calibrated(self, names: Iterable[str], *, seed: int = 0) -> dict[str, MethodPlan]:
-        """What one-shot methods make of the objective's examples, for its space, with k and skip as at its start.
-
-        Raises:
-            MethodError: as `moeopt.methods.plans`.
-        """
-        from moeopt import methods
-
-        limits = {name: self._limits[name] for name in ("split", "limit", "max_length")}
-        options = {"batch_tokens": self.evaluator.batch_tokens, "score": self.evaluator.score, **limits}
-        calibration = methods.Calibration(self.model, self.tokenizer, self.task, **options)
-        space, start = self.space, self.space.decode(self.space.start()).layers
-        most = max(layer.k for layer in start)
-        plans = methods.plans(names, calibration, keep=space.keep, k=most, groups=space.groups, seed=seed)
-
-        def started(plan: Plan) -> Plan:
-            return Plan(tuple(replace(a, k=b.k, skip=b.skip) for a, b in zip(plan.layers, start)))
-
-        return {name: replace(made, plan=started(made.plan)) for name, made in plans.items()}
 
     def noise_floor(self) -> NoiseFloor:
         """How much the full model's loss on the first rung moves with experts backend and batch size.
@@ -395,17 +327,11 @@ class Objective:
         """
         teacher = self.evaluator.teacher
         return noise_floor(
-            self.model,
-            self.tokenizer,
-            self.task,
+            self.model, self.tokenizer, self.task, score=self.evaluator.score,
             plan=None if teacher is None else self.space.decode(self.space.start()),
-            score=self.evaluator.score,
-            compression=None if teacher is None else teacher.compression,
-            split=self.split,
-            limit=self.evaluator.rungs[0],
-            batch_tokens=self.evaluator.batch_tokens,
-            max_length=self._limits["max_length"],
-        )
+            compression=None if teacher is None else teacher.compression, batch_tokens=self.evaluator.batch_tokens,
+            **self._limits | {"limit": self.evaluator.rungs[0]},
+        )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         """Model, task, space and evaluation as JSON: what a study must agree on to be resumed."""
@@ -422,30 +348,6 @@ class Objective:
             "space": self.space.describe(),
             "evaluation": {"rungs": list(self.evaluator.rungs), "report": self.report, **backends, **score, **weight},
         }
-
-
-def _warn_of_too_little(task: Task, split: str, limit: int | None, examples: int) -> None:
-    """Say what a task lacks for a search of which `examples` (text: windows) are in use."""
-    lacks = " and ".join(f"no {name} split" for name in ("dev", "test") if name not in task.splits)
-    if lacks:
-        warnings.warn(
-            f"task {task.name!r} has {lacks} (it has {task.summary}): whether what is found holds on examples that the"
-            " search has not seen cannot be told. Give more rows, or a file for each split",
-            stacklevel=3,
-        )
-    distinct = examples
-    if task.unit == "examples":  # not windows
-        examples, distinct = len(task.examples(split)), len({example.likeness for example in task.examples(split)})
-    if limit is not None and distinct < limit:
-        repeats = f", {distinct:,} of them distinct" if distinct < examples else ""
-        warnings.warn(
-            f"the limit is {limit:,}, but the {split} split of task {task.name!r} gives {examples:,}"
-            f" {task.unit.replace('documents', 'windows')}{repeats} (it has {task.summary})",
-            stacklevel=3,
-        )
-
-
-BACKENDS = {"attention": "attn", "experts": "experts"}
 
 
 def _facts(origin: dict[str, Any]) -> dict[str, Any]:

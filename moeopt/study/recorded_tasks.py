@@ -51,7 +51,7 @@ JUDGES: dict[str, Judge] = {**METRICS, **former_tasks.JUDGES}
 MOST = 1 << 22
 """Examples of one task that are restored; more is a damaged or hostile study."""
 
-Kept = dict[str, Any]
+Recorded = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Use:
     max_length: int | None = None
 
 
-def keep(task: Task, use: Use) -> Kept:
+def keep(task: Task, use: Use) -> Recorded:
     """The JSON from which `restored` makes a task that scores the examples in use alike.
 
     Raises:
@@ -78,7 +78,7 @@ def keep(task: Task, use: Use) -> Kept:
     return {"kind": kind, "name": task.name, "facts": task.describe(), "fingerprints": prints, **body}
 
 
-def restored(kept: Any, split: str) -> Task:
+def restored(record: Any, split: str) -> Task:
     """The task that `keep` wrote down, with the one split; `describe` and `fingerprint` are those of the whole task.
 
     The published metrics of tasks of lm-evaluation-harness are down to `acc`.
@@ -87,23 +87,23 @@ def restored(kept: Any, split: str) -> Task:
         TaskError: if it is not what `keep` writes.
     """
     try:
-        kind, name, facts, prints = (kept[key] for key in ("kind", "name", "facts", "fingerprints"))
+        kind, name, facts, prints = (record[key] for key in ("kind", "name", "facts", "fingerprints"))
         if kind not in KINDS:
             raise TaskError(f"this moeopt knows no task of kind {kind!r:.80}")
         _check(split in SPLITS and isinstance(name, str) and isinstance(facts, dict), "name, facts")
         _check(isinstance(prints, dict) and all(isinstance(prints[key], str) for key in ("", split)), "fingerprints")
-        task = _RESTORE.get(kind, _restore_prompted)(KINDS[kind], name, split, kept)
-        return _recorded(task, facts, prints, _weights(kept.get("weights")))
+        task = _RESTORE.get(kind, _restore_prompted)(KINDS[kind], name, split, record)
+        return _recorded(task, facts, prints, _weights(record.get("weights")))
     except TaskError as error:
         raise TaskError(f"the task kept in the study cannot be used: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise TaskError(f"the task kept in the study is damaged: {type(error).__name__}: {error!s:.200}") from None
 
 
-def _keep_prompted(task: Any, use: Use) -> Kept:
+def _keep_prompted(task: Any, use: Use) -> Recorded:
     chosen = list(task._splits.first(use.split, use.limit))
     prompting: Prompting = task._prompting
-    body: Kept = {"template": task.template, "examples": [_written(example) for example in chosen]}
+    body: Recorded = {"template": task.template, "examples": [_written(example) for example in chosen]}
     if prompting != Prompting():
         shots = [_written(shot) for shot in prompting.shots]
         body["prompting"] = {"shots": shots, "chat": prompting.chat, "system": prompting.system}
@@ -118,37 +118,37 @@ def _keep_prompted(task: Any, use: Use) -> Kept:
     return body | {"normalise": task.normalise}
 
 
-def _restore_prompted(kind: Any, name: str, split: str, kept: Kept) -> Task:
-    examples = [_read(example) for example in _listed(kept["examples"])]
-    options: dict[str, Any] = {"template": _text(kept["template"])}
+def _restore_prompted(kind: Any, name: str, split: str, record: Recorded) -> Task:
+    examples = [_read(example) for example in _listed(record["examples"])]
+    options: dict[str, Any] = {"template": _text(record["template"])}
     if kind is GenerationTask:
-        judges = {_text(key): JUDGES[value] for key, value in kept["judges"].items()}
-        stop = [_text(text) for text in kept["stop"]]
-        options |= {"judges": judges, "stop": stop, "max_new_tokens": kept["max_new_tokens"]}
+        judges = {_text(key): JUDGES[value] for key, value in record["judges"].items()}
+        stop = [_text(text) for text in record["stop"]]
+        options |= {"judges": judges, "stop": stop, "max_new_tokens": record["max_new_tokens"]}
     else:
-        options["normalise"] = kept["normalise"]
+        options["normalise"] = record["normalise"]
     task: PromptedTask = kind(name, **{split: examples}, **options)
-    if "prompting" in kept:
-        how = dict(kept["prompting"])
+    if "prompting" in record:
+        how = dict(record["prompting"])
         shots = tuple(_read(shot) for shot in _listed(how.pop("shots")))
         task._prompting = replace(checked(shots=len(shots), **how)[1], shots=shots)
     return task
 
 
-def _keep_text(task: Any, use: Use) -> Kept:
+def _keep_text(task: Any, use: Use) -> Recorded:
     used = {document for _, document, _ in task.windows(use.split, use.tokenizer, use.max_length)[: use.limit]}
     documents = task.examples(use.split)
     return {"window": task.window, "documents": [documents[i].options[0] for i in sorted(used)]}
 
 
-def _restore_text(kind: Any, name: str, split: str, kept: Kept) -> Task:
-    _check(isinstance(kept["window"], int), "window")
-    documents = [_text(text) for text in _listed(kept["documents"])]
-    return TextTask(name, **{split: documents}, window=kept["window"])
+def _restore_text(kind: Any, name: str, split: str, record: Recorded) -> Task:
+    _check(isinstance(record["window"], int), "window")
+    documents = [_text(text) for text in _listed(record["documents"])]
+    return TextTask(name, **{split: documents}, window=record["window"])
 
 
-def _keep_mixture(task: Any, use: Use) -> Kept:
-    members: dict[str, Kept] = {}
+def _keep_mixture(task: Any, use: Use) -> Recorded:
+    members: dict[str, Recorded] = {}
     counts = task.counts(use.split, use.tokenizer, use.limit, use.max_length)
     for name, member in task.members.items():
         weights = member.weights(use.split, use.tokenizer, use.max_length)
@@ -157,17 +157,17 @@ def _keep_mixture(task: Any, use: Use) -> Kept:
     return {"use": task.use, "shares": task.shares, "members": members}
 
 
-def _restore_mixture(kind: Any, name: str, split: str, kept: Kept) -> Task:
-    members = {_text(key): (restored(member, split), 1.0) for key, member in kept["members"].items()}
-    shares = kept["shares"]
+def _restore_mixture(kind: Any, name: str, split: str, record: Recorded) -> Task:
+    members = {_text(key): (restored(member, split), 1.0) for key, member in record["members"].items()}
+    shares = record["shares"]
     _check(shares.keys() == members.keys() and all(_positive(share) for share in shares.values()), "shares")
-    _check(all("weights" in member for member in kept["members"].values()), "weights")
-    task = MixtureTask(members, use=kept["use"], name=name)
+    _check(all("weights" in member for member in record["members"].values()), "weights")
+    task = MixtureTask(members, use=record["use"], name=name)
     task.shares = {key: float(shares[key]) for key in members}
     return task
 
 
-def _keep_harness(task: Any, use: Use) -> Kept:
+def _keep_harness(task: Any, use: Use) -> Recorded:
     bodies = []
     for example in task._splits.first(use.split, use.limit):
         document = task._documents[example.id]
@@ -179,9 +179,9 @@ def _keep_harness(task: Any, use: Use) -> Kept:
     return {"examples": bodies, "metric": task.metric}
 
 
-def _restore_harness(kind: Any, name: str, split: str, kept: Kept) -> Task:
+def _restore_harness(kind: Any, name: str, split: str, record: Recorded) -> Task:
     examples, documents = [], {}
-    for body in _listed(kept["examples"]):
+    for body in _listed(record["examples"]):
         example, pairs = _read_document(body)
         right, lengths = tuple(body["right"]), tuple(body.get("lengths", ()))
         _check(bool(right) and all(_index(i, len(example.options)) for i in right), "right")
@@ -189,11 +189,11 @@ def _restore_harness(kind: Any, name: str, split: str, kept: Kept) -> Task:
         _check(not lengths or (len(lengths) == len(example.options) and all(map(_positive, lengths))), "lengths")
         examples.append(example)
         documents[example.id] = Document(_text(body["task"]), {}, pairs, right, body["rule"], lengths)
-    metric = _text(kept.get("metric", "acc"))
+    metric = _text(record.get("metric", "acc"))
     return HarnessTask(name, _one_split(name, split, examples), documents, metric=metric)
 
 
-def _keep_written(task: Any, use: Use) -> Kept:
+def _keep_written(task: Any, use: Use) -> Recorded:
     if not task.is_published:
         raise TaskError(f"task {task.name!r} is judged by code of its own, of a task folder")
     bodies = []
@@ -209,9 +209,9 @@ def _keep_written(task: Any, use: Use) -> Kept:
     return {"examples": bodies, "metric": task.metric, "version": task.version}
 
 
-def _restore_written(kind: Any, name: str, split: str, kept: Kept) -> Task:
+def _restore_written(kind: Any, name: str, split: str, record: Recorded) -> Task:
     examples, documents = [], {}
-    for body in _listed(kept["examples"]):
+    for body in _listed(record["examples"]):
         example, pairs = _read_document({**body, "pairs": [(body["context"], body["options"][0])]})
         _check(isinstance(body["doc"], dict) and _index(body["max_gen_toks"] - 1, MOST), "doc")
         examples.append(example)
@@ -223,7 +223,7 @@ def _restore_written(kind: Any, name: str, split: str, kept: Kept) -> Task:
             until=_texts(body["until"]),
             max_gen_toks=body["max_gen_toks"],
         )
-    metric, version = _text(kept["metric"]), _text(kept["version"])
+    metric, version = _text(record["metric"]), _text(record["version"])
     splits = _one_split(name, split, examples)
     return HarnessGenerationTask(name, splits, documents, metric=metric, version=version)
 
@@ -249,13 +249,13 @@ def _one_split(name: str, split: str, examples: Sequence[Example]) -> Splits:
     return Splits(name, **{**dict.fromkeys(SPLITS, ()), split: examples})
 
 
-_KEEP: dict[str, Callable[[Any, Use], Kept]] = {
+_KEEP: dict[str, Callable[[Any, Use], Recorded]] = {
     "lm_eval": _keep_harness,
     "lm_eval_generation": _keep_written,
     "mixture": _keep_mixture,
     "text": _keep_text,
 }
-_RESTORE: dict[str, Callable[[Any, str, str, Kept], Task]] = {
+_RESTORE: dict[str, Callable[[Any, str, str, Recorded], Task]] = {
     "lm_eval": _restore_harness,
     "lm_eval_generation": _restore_written,
     "mixture": _restore_mixture,
@@ -263,9 +263,9 @@ _RESTORE: dict[str, Callable[[Any, str, str, Kept], Task]] = {
 }
 
 
-def _written(example: Example) -> Kept:
+def _written(example: Example) -> Recorded:
     """An example's fields that are not as by default; of its group nothing, since it has its split."""
-    body: Kept = {"as": "blank"} if type(example) is FormerExample else {}
+    body: Recorded = {"as": "blank"} if type(example) is FormerExample else {}
     for field in fields(example):
         value = getattr(example, field.name)
         if field.name != "group" and (field.default is MISSING or value != field.default):
@@ -278,10 +278,10 @@ def _read(body: Mapping[str, Any]) -> Example:
     if kind not in ("example", *former_tasks.EXAMPLES):
         raise TaskError(f"this moeopt knows no example of kind {kind!r:.80}")
     former = kind in former_tasks.EXAMPLES
-    known = [key for key in body if key in _FIELDS and (former or key not in former_tasks.FIELDS)]
-    if not former and set(body) - set(known):
-        raise TaskError(f"an example has the unknown field {(set(body) - set(known)).pop()!r:.80}")
-    given = {key: _FIELDS[key](body[key]) for key in known}
+    readable = _FIELDS.keys() - (() if former else former_tasks.FIELDS)
+    if not former and body.keys() - readable:
+        raise TaskError(f"an example has the unknown field {(body.keys() - readable).pop()!r:.80}")
+    given = {key: _FIELDS[key](body[key]) for key in body.keys() & readable}
     if former and isinstance(body.get("right"), (list, tuple)):
         _check(all(i < len(given["options"]) for i in given["right"]), "right")
     return FormerExample(**given) if former else Example(**given)
@@ -340,11 +340,11 @@ def _weights(runs: Any) -> NDArray[np.float32] | None:
     return np.repeat([value for value, _ in runs], [count for _, count in runs]).astype(np.float32)
 
 
-def _recorded(task: Task, facts: Kept, prints: Mapping[str, str], weights: NDArray[np.float32] | None) -> Task:
+def _recorded(task: Task, facts: Recorded, prints: Mapping[str, str], weights: NDArray[np.float32] | None) -> Task:
     """The task, of a subclass of its class that says of the whole task what was recorded."""
     kind = type(task)
 
-    def describe(self: Task) -> Kept:
+    def describe(self: Task) -> Recorded:
         return {**facts}
 
     def fingerprint(self: Task, split: str | None = None) -> str:
@@ -352,7 +352,7 @@ def _recorded(task: Task, facts: Kept, prints: Mapping[str, str], weights: NDArr
             raise TaskError(f"of task {self.name!r} the study keeps the split {self.splits[0]!r} only, not {split!r}")
         return prints[split or ""]
 
-    members: dict[str, Any] = {"describe": describe, "fingerprint": fingerprint, "kept": True, "_original": kind}
+    members: dict[str, Any] = {"describe": describe, "fingerprint": fingerprint, "recorded": True, "_original": kind}
     if weights is not None:
         members["weights"] = lambda self, split, tokenizer, max_length=None: weights.copy()
     object.__setattr__(task, "__class__", type(kind.__name__, (kind,), members))

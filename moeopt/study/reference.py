@@ -123,12 +123,12 @@ class Reference:
         study.set_user_attr(FULL_MODEL, self.facts)
 
 
-def measure(evaluator: Evaluator, of: str, active_weight: float = 0.0) -> Reference:
+def measure(evaluator: Evaluator, scores_name: str, active_weight: float = 0.0) -> Reference:
     """Evaluate the full model.
 
     Args:
         evaluator: of the study's examples.
-        of: its `moeopt.evaluation.store.scores_name`.
+        scores_name: its `moeopt.evaluation.store.scores_name`.
         active_weight: what the objective adds to a loss for an active expert.
 
     Raises:
@@ -143,7 +143,7 @@ def measure(evaluator: Evaluator, of: str, active_weight: float = 0.0) -> Refere
     chance = float(np.average(chances, weights=evaluation.weights))
     active = round(evaluation.active, 4)
     return Reference(
-        of=of,
+        of=scores_name,
         score=evaluator.score,
         loss=evaluation.loss,
         penalty=active_weight * active,
@@ -203,12 +203,9 @@ def doubts(evaluator: Evaluator, evaluation: Evaluation, chances: NDArray[np.flo
         evaluation: what it gave.
         chances: how likely a blind pick is right on each example, NaN where none is made, float64 (examples,).
     """
-    from moeopt.tasks.mixture import MixtureTask
-
     task, lines = evaluator.task, []
-    parts = {"": np.arange(len(chances))}
-    if isinstance(task, MixtureTask):
-        parts = {f" of {name}": at for name, (at, _) in task.places(evaluator.requests).items()}
+    parts = {f" of {name}": at for name, (at, _) in task.places(evaluator.requests).items()}
+    parts = parts or {"": np.arange(len(chances))}
     for name, at in parts.items():
         right, chance = float(evaluation.correct[at].sum(dtype=np.float64)), np.nan_to_num(chances[at])
         by_guessing = chance.sum() + 0.5 + Z * np.sqrt((chance * (1 - chance)).sum()) if chance.any() else 0.0

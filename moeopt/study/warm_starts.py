@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
@@ -97,17 +98,37 @@ def calibrated(
     new = [name for name, start in starts if start is None and name is not None and name not in run]
     made: dict[str, MethodPlan] = {}
     try:
-        made = objective.calibrated(new) if new else {}
+        made = plans_of_methods(new, objective) if new else {}
     except MoeoptError:
         if not optional:
             raise
         for name in new:
             try:
-                made |= objective.calibrated([name])
+                made |= plans_of_methods([name], objective)
             except MoeoptError as error:
                 warnings.warn(f"the search does not start from {name}: {error}", stacklevel=3)
     planned = [(name, made.get(name or "") if start is None else start) for name, start in starts]
     return [(name, start) for name, start in planned if start is not None]
+
+
+def plans_of_methods(names: Iterable[str], objective: Objective) -> dict[str, MethodPlan]:
+    """What one-shot methods make of an objective's examples, for its space, with k and skip as at its start.
+
+    Raises:
+        MethodError: as `moeopt.methods.plans`.
+    """
+    from moeopt import methods
+
+    options = {name: objective.settings[name] for name in ("split", "limit", "max_length", "score")}
+    options["batch_tokens"] = objective.evaluator.batch_tokens  # fewer than in the settings where memory ran out
+    calibration = methods.Calibration(objective.model, objective.tokenizer, objective.task, **options)
+    space, start = objective.space, objective.space.decode(objective.space.start()).layers
+    plans = methods.plans(names, calibration, keep=space.keep, k=max(layer.k for layer in start), groups=space.groups)
+
+    def started(plan: Plan) -> Plan:
+        return Plan(tuple(replace(a, k=b.k, skip=b.skip) for a, b in zip(plan.layers, start)))
+
+    return {name: replace(made, plan=started(made.plan)) for name, made in plans.items()}
 
 
 def enqueue_new(

@@ -143,8 +143,8 @@ class Task(ABC):
     """What `examples` gives; in other units, such as documents, it is not what a limit counts."""
     origin: str = ""
     """Which split was read from where, in words."""
-    kept: bool = False
-    """Whether it is what a study kept of its task: what the whole one lacks was said when the study was made."""
+    recorded: bool = False
+    """Whether it is what a study recorded of its task: what the whole one lacks was said when the study was made."""
 
     @property
     def chooses(self) -> bool:
@@ -159,6 +159,10 @@ class Task(ABC):
     @property
     def members(self) -> Mapping[str, Task]:
         """The tasks that a mixture is made of, by name; of any other task none."""
+        return {}
+
+    def places(self, requests: Sequence[Request]) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Of a mixture's tasks, by name: where their examples stand, and their weight over that in their own task."""
         return {}
 
     @property

@@ -232,7 +232,7 @@ def test_a_killed_search_goes_on_as_if_uninterrupted(
     if name not in STUBBORN and kind not in ("subset", "active alone"):
         assert len(set(plans(whole.study))) == 10
     made_by = operators(json.loads(json.dumps(whole.samplers[0].settings())))
-    assert made_by is not None, "the sampler has no line in moeopt.samplers.registry.operators"
+    assert made_by is not None, "the class of the sampler names no `operators`"
     assert {genome.origin(trial)["operator"] for trial in whole.study.trials} <= made_by
     history = {obs.number: obs for obs in whole.samplers[0].history(whole.study, whole.study.trials, without=-1)}
     assert len(history) == 10

@@ -13,7 +13,7 @@ from moeopt.errors import SamplerError, StorageError
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import GuidedSampler, Observation, get
 from moeopt.samplers.guided import GUIDED, INTERACTION, SPREAD, SQUARED, _Model
-from moeopt.samplers.local import MOVES
+from moeopt.samplers.moves import MOVES
 from moeopt.spaces import ActiveSpace, EEPSpace, PruneSpace, Space
 from moeopt.study.storage import attributes
 from moeopt.trials import genome

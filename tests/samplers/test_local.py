@@ -13,7 +13,7 @@ from moeopt.errors import SamplerError
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import LocalSampler, Observation
 from moeopt.samplers.bandit import choose
-from moeopt.samplers.local import ACTIVE, MOVES
+from moeopt.samplers.moves import ACTIVE, MOVES
 from moeopt.spaces import NAMED_AT_MOST, ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space
 from moeopt.trials import genome
 

@@ -71,7 +71,7 @@ def _is_plain(value: Any) -> bool:
 
 def _starts_elsewhere(digest: Digest) -> bool:
     """Whether the sampler starts at another point than the space's own, which only the study holds."""
-    from moeopt.samplers.base import digest as digits
+    from moeopt.samplers.checks import digest as digits
 
     start = digest.part("sampler", "start")
     return start is not None and (digest.space is None or start != digits(digest.space.start()))
