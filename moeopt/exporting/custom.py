@@ -92,7 +92,7 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
     Args:
         folder: where config.json lies.
         config: what config.json holds.
-        names: of the checkpoint's tensors.
+        names: of the checkpoint's tensors, those of a quantised weight as one.
         plan: its plan.
 
     Raises:

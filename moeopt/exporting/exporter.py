@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moeopt import __version__
-from moeopt.errors import ExportError, ModelError
+from moeopt.errors import ExportError, ModelError, PlanError
 from moeopt.exporting.companions import companions
 from moeopt.exporting.custom import check_loads, custom_config, rule_of
+from moeopt.exporting.dequantising import dequantised
 from moeopt.exporting.folders import check_folder, locate, real
-from moeopt.exporting.layout import Layout, lay_out
+from moeopt.exporting.layout import Layout, Roles, check_understood, lay_out, placed_parts
+from moeopt.exporting.quantised import Quantised, edit_settings
 from moeopt.exporting.record import card, plan_record
 from moeopt.exporting.source import Source
 from moeopt.exporting.stock import Form, chosen_form, read_config, stock_config, stock_form
@@ -30,7 +32,7 @@ from moeopt.exporting.writing import (
     write_text,
     write_weights,
 )
-from moeopt.models import empty_model, moe_layers, placed
+from moeopt.models import empty_model, moe_layers
 from moeopt.models.gate import CODE, code_for
 from moeopt.plan import Plan
 from moeopt.showing import listed
@@ -136,9 +138,11 @@ class Prepared:
     """All that is decided before the first byte is written.
 
     Attributes:
+        source: the full checkpoint, with those weights dequantised that new ones are made of.
         config: what config.json will hold.
         code: of the class that a custom checkpoint brings, else None.
         layout: of its tensors.
+        names: of its weights, as if none were quantised.
         unread: tensors of the full checkpoint that its model has no place for.
         ignored: names of those among them that are copied.
         written: the plan as the form expresses it.
@@ -157,9 +161,15 @@ class Prepared:
             rule = rule_of(folder)
         except ModelError as error:
             raise ExportError(str(error)) from error
+        if len(plan.layers) != len(layers):
+            raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the checkpoint has {len(layers)}")
         for layer, part in zip(layers, written.layers):
             rule.check(part, layer.name)
-        places = placed(model, source.tensors)
+        full = read_config(folder)
+        quantised = Quantised.among(full, source.tensors)
+        places = placed_parts(model, source.tensors, quantised)
+        roles = Roles(model, layers)
+        experts = check_understood(source, places, roles, quantised)
         self.unread: Unread = unread(source.tensors, places, layers[0].n, layers[0].hidden)
         self.ignored = [name for name in source.tensors if name not in places and name not in self.unread.tensors]
         if form == "custom":
@@ -167,7 +177,16 @@ class Prepared:
             self.code = code_for(str(read_config(folder).get("model_type")))
         if self.unread.prediction:
             without_prediction(self.config)
-        self.layout: Layout = lay_out(source, written, model, layers, form=form, left_out=self.unread.tensors)
+        plans = {module: written.layers[layer.index] for module, layer in experts.items()}
+        self.source = dequantised(source, quantised, plans, model)
+        remaining = Quantised.among(full, self.source.tensors)
+        self.layout: Layout = lay_out(
+            self.source, written, model, layers, form=form, quantised=remaining, left_out=self.unread.tensors
+        )
+        remaining = Quantised.among(full, self.layout.tensors)
+        modules = {name.rpartition(".")[0] for name in quantised.plain(source.tensors)}
+        self.names = set(remaining.plain(self.layout.tensors))
+        edit_settings(self.config, plans, modules, remaining, custom=form == "custom")
         wrong = disagreeing(self.config, self.layout.tensors)
         if wrong:
             raise ExportError(f"{str(folder)!r} holds experts that the plan is not for: {listed(wrong, 2)}")
@@ -214,7 +233,7 @@ def prepare(source: Source, plan: Plan, form: Literal["stock", "custom"]) -> Pre
         if prepared.code is None:
             check_takes(folder, prepared.written)
         else:
-            check_loads(folder, prepared.config, set(prepared.layout.tensors), prepared.written)
+            check_loads(folder, prepared.config, prepared.names, prepared.written)
     return prepared
 
 
@@ -227,7 +246,7 @@ def _write(
     shard_bytes: int,
     about: Mapping[str, Any] | None,
 ) -> None:
-    write_weights(prepared.layout, source, folder, shard_bytes)
+    write_weights(prepared.layout, prepared.source, folder, shard_bytes)
     copy_companions(source.folder, prepared.files, folder)
     write_json(folder / "config.json", prepared.config)
     if prepared.code is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, dtype
 from transformers import PreTrainedModel
 
-from moeopt.errors import ExportError, PlanError
+from moeopt.errors import ExportError
+from moeopt.exporting.quantised import Quantised
 from moeopt.exporting.source import BYTES, Source, Stored, dtype_name, torch_dtype
 from moeopt.models import MoELayer, Placed, lacking, merge, placed
 from moeopt.models.merging import CHUNK_BYTES, DOWN, new_expert, write_down
@@ -111,6 +112,7 @@ def lay_out(
     layers: tuple[MoELayer, ...],
     *,
     form: str,
+    quantised: Quantised,
     left_out: Collection[str] = (),
 ) -> Layout:
     """The layout of a plan's checkpoint.
@@ -120,15 +122,13 @@ def lay_out(
         plan: for `form` "stock", one that `stock_form` gave.
         model: what the full checkpoint's config describes, without weights; `layers` are its MoE layers.
         form: "stock", or "custom": routers that are mapped after their scores stay whole, the mapping joins them.
+        quantised: weights of the checkpoint that are.
         left_out: names of tensors that are not written.
 
     Raises:
         ExportError: when a tensor is missing or not stored as moeopt knows it.
-        PlanError: when the plan is not for this checkpoint.
     """
-    if len(plan.layers) != len(layers):
-        raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the checkpoint has {len(layers)}")
-    places = placed(model, source.tensors)
+    places = placed_parts(model, source.tensors, quantised)
     roles = Roles(model, layers)
     absent = lacking(model, places, {name: layer.n for name, layer in roles.experts.items()})
     if absent:
@@ -152,12 +152,15 @@ def lay_out(
             _check_form(name, stored, state[places[name].name])
             _lay_new(layout, name, source, part, leaf, ExpertForm.from_module(layer.experts))
         elif kind == "experts":
-            _lay_experts(layout, name, source, part)
+            _lay_experts(layout, name, source, part, quantised)
         elif form == "custom" and (part.router == "prob" or part.picks_among_all):
             layout.tensors[name] = stored
             layout.made.append(_copied(name, stored.size))
         else:
             dense = part.router_rows is None
+            if name in quantised.parts:
+                _lay_quantised_rows(layout, name, stored, part, quantised)
+                continue
             _lay_stacked(layout, name, stored, part, part.router_rows, part.router_matrix)
             needed = dtype_name(state[places[name].name].dtype)
             if dense and BYTES[needed] > BYTES[stored.dtype]:  # a router that is float32 in any model
@@ -188,13 +191,59 @@ class Roles:
         return None
 
 
-def _copied(name: str, size: int) -> Made:
-    whole = (Slice(name, 0, size),)
-    return Made(whole, whole, rows=(0,))
+def check_understood(
+    source: Source, places: Mapping[str, Placed], roles: Roles, quantised: Quantised
+) -> dict[str, MoELayer]:
+    """The layers of a checkpoint by what it calls their experts modules.
+
+    Raises:
+        ExportError: when a tensor beside those of experts or routers is none that the model reads, or experts are
+            quantised in a way that their method does not have.
+    """
+    experts: dict[str, MoELayer] = {}
+    routers, of_experts = set(), []
+    for name, place in places.items():
+        role = roles.find(place)
+        number, module = NUMBERED.search(name), quantised.parts.get(name, name).rpartition(".")[0]
+        if role is not None and role[0] == "experts":
+            experts[f"{name[: number.start()]}.experts" if number else module] = role[1]
+            of_experts.append(name)
+        elif role is not None:
+            routers.add(module)
+    quantised.check(source.tensors, of_experts)
+    for name in source.tensors:
+        module = name.rpartition(".")[0]
+        if name not in places and (module in routers or any(name.startswith(f"{inner}.") for inner in experts)):
+            raise ExportError(
+                f"{name!r} is beside the tensors of {'a router' if module in routers else 'experts'}, and moeopt does "
+                "not know what it is, nor how to prune it"
+                + (f"; {quantised.method} has no such tensor" if quantised.method else "")
+            )
+    return experts
 
 
-def _lay_experts(layout: Layout, name: str, source: Source, part: LayerPlan) -> None:
-    stored, numbered = source.tensors[name], _numbered(name, source, part)
+def placed_parts(model: PreTrainedModel, names: Iterable[str], quantised: Quantised) -> dict[str, Placed]:
+    """`placed`, the tensors of a quantised weight where the weight goes."""
+    names = list(names)
+    places = placed(model, quantised.plain(names))
+    weights = {name: quantised.parts.get(name, name) for name in names}
+    return {name: places[weight] for name, weight in weights.items() if weight in places}
+
+
+def _copied(name: str, size: int, new_name: str | None = None) -> Made:
+    return Made((Slice(new_name or name, 0, size),), (Slice(name, 0, size),), rows=(0,))
+
+
+def _lay_experts(layout: Layout, name: str, source: Source, part: LayerPlan, quantised: Quantised) -> None:
+    stored, number = source.tensors[name], NUMBERED.search(name)
+    if number is not None and part.kept is not None and quantised.weights:
+        # all that an expert has goes with it, as some experts may be stored otherwise than others
+        for i in (i for i, j in enumerate(part.kept) if j == int(number[1])):
+            new_name = f"{name[: number.start(1)]}{i}{name[number.end(1) :]}"
+            layout.tensors[new_name] = stored
+            layout.made.append(_copied(name, stored.size, new_name))
+        return
+    numbered = _numbered(name, source, part)
     if numbered is None:
         _lay_stacked(layout, name, stored, part, part.kept, part.expert_matrix)
         return
@@ -287,6 +336,22 @@ def _lay_stacked(
     layout.tensors[name] = replace(stored, shape=(*shape[:place], r, *shape[place + 1 :]))
     inputs, outputs = (tuple(Slice(name, i * length, length) for i in range(count)) for count in (n, r))
     layout.made.append(_made(outputs, inputs, rows, matrix, name, stored))
+
+
+def _lay_quantised_rows(layout: Layout, name: str, stored: Stored, part: LayerPlan, quantised: Quantised) -> None:
+    """A tensor of a router's quantised weight (n, hidden): a scale for all rows, or one entry or more for each."""
+    rows, packing = part.router_rows, quantised.packings[quantised.parts[name]]
+    by_row = stored.shape[:1] == (part.experts,) and not name.endswith(".weight_zero_point")
+    if rows is None or not packing.rows or not (by_row or stored.size == 1):
+        raise ExportError(
+            f"{name!r} is of a router that is quantised by {quantised.method}, whose rows cannot be "
+            f"{'mapped' if rows is None else 'selected'} as they are; export from the unquantised checkpoint"
+        )
+    if by_row:
+        _lay_stacked(layout, name, stored, part, rows, part.router_matrix)
+    else:
+        layout.tensors[name] = stored
+        layout.made.append(_copied(name, stored.size))
 
 
 def _made(

@@ -51,16 +51,20 @@ def main() -> None:
     folder, request, result, text = sys.argv[1:]
     options = json.loads(text)
     import torch
+    import transformers
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(options["threads"])
+    stored_as = options["dequantised_by"]  # the original's weights were, whether or not this machine could do without
+    more = {"quantization_config": getattr(transformers, stored_as)(dequantize=True)} if stored_as else {}
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto",
         device_map=options["device_map"],
         trust_remote_code=options["trust_remote_code"],
         output_loading_info=True,
+        **more,
     )
     info["unexpected_keys"] = set(info["unexpected_keys"]) - set(options["unread"])
     wrong = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[:5]}" for kind, names in info.items() if names]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from moeopt.errors import ExportError
 from moeopt.exporting.folders import check_inside
+from moeopt.exporting.quantised import why_not_quantised
 from moeopt.plan import LayerPlan, Plan
 
 Form = Literal["auto", "stock", "custom"]
@@ -66,14 +67,18 @@ def chosen_form(plan: Plan, source: Path, form: Form = "auto") -> tuple[Literal[
     """Which form the plan of a checkpoint takes, and why it is not stock, if it is not.
 
     Raises:
-        ExportError: when it is to be stock and cannot.
+        ExportError: when it is to be stock and cannot, or the checkpoint is quantised and cannot be so under the plan.
     """
     reason = why_not_stock(plan) or why_not_renormalised(plan, source)
     if form == "stock" and reason is not None:
         raise ExportError(f"a stock checkpoint cannot express this plan: {reason}")
     if form == "custom" and reason is None:
-        return "custom", "it was asked for"
-    return ("stock", None) if reason is None else ("custom", reason)
+        reason = "it was asked for"
+    chosen: Literal["stock", "custom"] = "stock" if reason is None else "custom"
+    refused = why_not_quantised(plan, read_config(source), chosen)
+    if refused is not None:
+        raise ExportError(f"{str(source)!r}: {refused}")
+    return chosen, reason
 
 
 def stock_form(plan: Plan) -> Plan:
@@ -111,10 +116,6 @@ def read_config(source: Path) -> dict[str, Any]:
         raise ExportError(f"{str(path)!r} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ExportError(f"{str(path)!r} must hold a JSON object, it holds {type(config).__name__}")
-    if config.get("quantization_config"):
-        raise ExportError(
-            f"{str(source)!r} is quantised; export from the unquantised checkpoint and quantise the result"
-        )
     return config
 
 

@@ -29,9 +29,10 @@ from moeopt.exporting.writing import write_json
 from moeopt.files import MALFORMED
 from moeopt.models import Admitted, admit, load_model, load_tokenizer, patched
 from moeopt.models.gate import CODE, CUSTOM, code_for
+from moeopt.models.quantisation import DEQUANTISING, StoredQuantised
 from moeopt.models.weight_files import INDEX, weight_files
 from moeopt.plan import Plan
-from moeopt.showing import listed, shown
+from moeopt.showing import first_line, listed, shown
 
 SMALLEST_EPSILON = 2.0**-20
 """Of float32, whose sums depend on how a library splits them, more bits than the last are not asked for."""
@@ -133,7 +134,8 @@ def verify(
     Raises:
         ExportError: when the folder is no checkpoint, nothing says which plan or full model it is of, the original is
             gone, or the checkpoint brings code that is not moeopt's.
-        ModelError: when the original cannot be loaded.
+        ModelError: when the original cannot be loaded and is not quantised; where it is, `Verification.failure` says
+            why not, and tensors and config are compared.
     """
     folder = Path(folder)
     plan, source_folder, form = _read(folder, plan, model)
@@ -149,10 +151,11 @@ def verify(
             right, there = layout.tensors[name], written.tensors[name]
             if (right.dtype, right.shape) != (there.dtype, there.shape):
                 differing.add(name)
-        for name, at, piece in layout.parts(source):
+        for name, at, piece in layout.parts(prepared.source):
             if name not in differing and written.read_bytes(name, at, len(piece)) != bytes(piece):
                 differing.add(name)
         wrong = [*_changed(prepared.config, read_config(full), config), *disagreeing(config, written.tensors)]
+    stored_as = StoredQuantised.of(full)
     compared = Verification(
         form,
         len(layout.tensors),
@@ -161,8 +164,14 @@ def verify(
         remarks=tuple(prepared.unread.lines()),
     )
     stored = max((torch.finfo(kind).eps for kind in layout.merged_dtypes), default=0.0)
-    expected = _expected(full, plan, texts, sequences, length, new_tokens, seed, device_map)
+    try:
+        expected = _expected(full, plan, texts, sequences, length, new_tokens, seed, device_map)
+    except ModelError as error:
+        if stored_as.method is None:
+            raise
+        return replace(compared, failure=f"the original, so that nothing is computed: {first_line(error)}")
     options = {"device_map": device_map, "new_tokens": new_tokens, "unread": prepared.ignored}
+    options["dequantised_by"] = DEQUANTISING.get(stored_as.method or "") if "quantization_config" in config else None
     with tempfile.TemporaryDirectory() as scratch:
         place, trusted = (folder, True) if trust_remote_code else _settings(folder, Path(scratch) / "checkpoint")
         options["trust_remote_code"] = trusted
@@ -244,6 +253,8 @@ def _changed(config: dict[str, Any], original: dict[str, Any], written: dict[str
             of_experts = key in (*EXPERT_KEYS, *ACTIVE_KEYS) or PREDICTION_KEY.search(key)
             if of_experts and value != full.get(key) and value != told.get(key):
                 complaints.append(f"{key} is {told.get(key)}, not {value}")
+        if right.get("quantization_config") != told.get("quantization_config"):
+            complaints.append("quantization_config is not what export makes of the original's")
     return complaints
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ from moeopt.errors import ModelError
 from moeopt.models.bounds import check_size
 from moeopt.models.devices import check_device_map, check_dtype
 from moeopt.models.gate import UNUSABLE, admit
-from moeopt.models.layers import moe_layers, shape_of
+from moeopt.models.layers import is_dense, moe_layers, shape_of
+from moeopt.models.quantisation import StoredQuantised
 from moeopt.plan import ModelShape
 from moeopt.showing import first_line
 
@@ -42,7 +44,10 @@ def load(
         dtype: of the weights; ``"auto"`` keeps the checkpoint's.
         trust_remote_code: whether code that comes with the checkpoint may run.
         experts_implementation: a transformers experts implementation, such as ``"grouped_mm"`` or ``"eager"``.
-        options: passed to `from_pretrained`: `max_memory`, `offload_folder`, `revision`, ...
+        options: passed to `from_pretrained`: `max_memory`, `offload_folder`, `revision`, `quantization_config`, ...
+
+    A checkpoint in FP8, MXFP4 or compressed-tensors is dequantised as it loads, which a warning says, unless
+    `quantization_config` is given; so may a `BitsAndBytesConfig` be for a checkpoint that is not quantised.
 
     Raises:
         ModelError: when there is no such checkpoint, device or dtype, it has no tokenizer, it is not a causal language
@@ -100,26 +105,37 @@ def load_model(
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
-    admitted = admit(
-        source,
-        trust_remote_code=trust_remote_code,
-        **{name: options[name] for name in HUB if name in options},
-    )
-    try:
-        model, info = admitted.model_class.from_pretrained(
-            source,
-            device_map=device_map,
-            dtype=dtype,
-            trust_remote_code=admitted.trusted,
-            output_loading_info=True,
-            **options,
+    hub = {name: options[name] for name in HUB if name in options}
+    admitted = admit(source, trust_remote_code=trust_remote_code, **hub)
+    stored = StoredQuantised.of(source, **hub)
+    dequantising = None
+    if "quantization_config" not in options:
+        dequantising = stored.dequantising(
+            lambda: is_dense(empty_model(source, trust_remote_code=trust_remote_code, **hub))
         )
+    if dequantising is not None:
+        options["quantization_config"] = dequantising
+    try:
+        with warnings.catch_warnings():
+            # transformers', that the checkpoint's settings are used but for what is asked for
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")
+            model, info = admitted.model_class.from_pretrained(
+                source,
+                device_map=device_map,
+                dtype=dtype,
+                trust_remote_code=admitted.trusted,
+                output_loading_info=True,
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"the weights of {str(source)!r} cannot be loaded: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ModelError(f"{str(source)!r} lacks tensors that would be filled with random numbers: {named}")
+    stored.check_scales(model, info["unexpected_keys"])
+    if dequantising is not None:
+        stored.say_dequantised(model)
     return model.eval()
 
 

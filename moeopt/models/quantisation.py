@@ -1,0 +1,117 @@
+"""Loading quantised checkpoints: transformers dequantises those that it can, the others are refused before any work."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig
+
+from moeopt.errors import ModelError
+
+DEQUANTISING = {
+    "fp8": "FineGrainedFP8Config",
+    "mxfp8": "FineGrainedFP8Config",
+    "mxfp4": "Mxfp4Config",
+    "compressed-tensors": "CompressedTensorsConfig",
+}
+"""By quantisation method, the class of transformers whose `dequantize` makes floats of the weights as they load."""
+NO_EXPERTS = ("awq", "gptq", "auto-round")
+"""Methods whose experts transformers has no modules for."""
+SCALES = re.compile(
+    r"(_scale_inv|weight_scale|weight_packed|weight_zero_point|g_idx|qweight|qzeros|_blocks|_scales|absmax)$"
+)
+"""Ends of names of tensors without which a weight is not what it was."""
+
+
+@dataclass(frozen=True)
+class StoredQuantised:
+    """How a checkpoint is quantised.
+
+    Args:
+        source: its name.
+        method: by which, such as ``"fp8"``; None: it is not.
+        settings: the `quantization_config` of its config.json.
+    """
+
+    source: str
+    method: str | None
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, source: Any, **hub: Any) -> StoredQuantised:
+        """That of a checkpoint which `moeopt.models.gate.admit` let pass."""
+        config = PreTrainedConfig.get_config_dict(source, **hub)[0]
+        for part in (config, config.get("text_config")):
+            settings = part.get("quantization_config") if isinstance(part, dict) else None
+            if isinstance(settings, dict) and settings:
+                return cls(str(source), str(settings.get("quant_method")), settings)
+        return cls(str(source), None, {})
+
+    def dequantising(self, is_dense: Callable[[], bool]) -> Any:
+        """What makes transformers dequantise it as it loads, as `quantization_config`; None: nothing to do.
+
+        Args:
+            is_dense: tells whether the model has no experts; asked only where those could not be loaded.
+
+        Raises:
+            ModelError: when it has experts that transformers cannot load, or a package is missing.
+        """
+        reason = None
+        if self.method in NO_EXPERTS:
+            reason = "transformers has no experts to load such weights into"
+        elif self.method == "compressed-tensors":
+            reason = _why_not_compressed(self.settings)
+        if reason is not None and not is_dense():
+            raise ModelError(
+                f"{self.source!r} is quantised by {self.method}, and {reason}: search on the unquantised checkpoint, "
+                "or one in FP8, and export the plan from this one: moeopt.export(plan, folder, model=...)"
+            )
+        name = DEQUANTISING.get(self.method or "")
+        try:
+            return None if name is None else getattr(transformers, name)(dequantize=True)
+        except ImportError as error:
+            raise ModelError(f"{self.source!r} is quantised by {self.method}: {error}") from None
+
+    def say_dequantised(self, model: Any) -> None:
+        """Warn that weights take more memory than the files say."""
+        size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+        dtype = str(model.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"{self.source!r} is quantised by {self.method}; its weights were dequantised to {dtype} and take "
+            f"{size:.2f} GiB in memory: sizes and speeds are those of {dtype}. A plan that keeps experts is exported "
+            "in the checkpoint's own form",
+            stacklevel=4,
+        )
+
+    def check_scales(self, model: nn.Module, unexpected: Iterable[str]) -> None:
+        """Raise ModelError where a module was loaded without scales that the checkpoint has for it."""
+        modules = {name for name, _ in model.named_modules()} if self.method else set()
+        for name in sorted(unexpected):
+            owner = re.sub(r"\.experts\.\d+\..*", ".experts", name.rpartition(".")[0])
+            if owner in modules and SCALES.search(name):
+                raise ModelError(
+                    f"transformers loads {self.source!r} without its tensor {name!r}, so that weights would be wrong: "
+                    "search on the unquantised checkpoint and export its plan from this one"
+                )
+
+
+def _why_not_compressed(settings: dict[str, Any]) -> str | None:
+    """Why transformers cannot load experts of compressed-tensors, as far as is known of 5.23."""
+    for group in (settings.get("config_groups") or {}).values():
+        weights = group.get("weights") or {}
+        stored_as = group.get("format") or settings.get("format")
+        if weights.get("type") != "int":
+            continue
+        if stored_as != "pack-quantized":
+            return f"transformers does not dequantise experts stored as {stored_as}"
+        if not weights.get("symmetric", True):
+            return "transformers does not read the zero points of experts (symmetric: false)"
+        if weights.get("actorder") in ("group", True):
+            return "transformers does not read the order of experts' columns (actorder)"
+    return None
