@@ -146,16 +146,16 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "uns
 
 def unsafe(tree: ast.AST) -> list[str]:
     """What a file does that may run code that others wrote: how, and in which line."""
-    found = []
+    uses = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            found += [f"{node.lineno}: {name}" for name in names if name.split(".")[0] in UNSAFE_MODULES]
+            uses += [f"{node.lineno}: {name}" for name in names if name.split(".")[0] in UNSAFE_MODULES]
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             every = [*node.args.posonlyargs, *node.args.args]
             defaults = [*zip(every[len(every) - len(node.args.defaults) :], node.args.defaults)]
             defaults += [*zip(node.args.kwonlyargs, node.args.kw_defaults)]
-            found += [
+            uses += [
                 f"{node.lineno}: {argument.arg} by default"
                 for argument, default in defaults
                 if argument.arg in ("trust_remote_code", "unsafe_code") and ast.unparse(default or node) == "True"
@@ -172,8 +172,8 @@ def unsafe(tree: ast.AST) -> list[str]:
             or given.get("shell", "False") != "False"
             or given.get("trust_remote_code") == "True"
         ):
-            found.append(f"{node.lineno}: {ast.unparse(node)[:80]}")
-    return found
+            uses.append(f"{node.lineno}: {ast.unparse(node)[:80]}")
+    return uses
 
 
 def test_nothing_runs_what_others_wrote() -> None:

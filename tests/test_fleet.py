@@ -126,13 +126,13 @@ def test_devices_and_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_database_in_memory_has_no_room_for_workers(folder: Path) -> None:
-    found = subprocess.run(
+    refused = subprocess.run(
         [
             sys.executable, "-P", "-m", "moeopt", "search", "model", "--task", "slow.py:Slow", "--study", "s", "--keep",
             "2", "--workers", "2", "--storage", "sqlite://",
         ],
         cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
-    assert found.returncode == 2
-    assert json.dumps(found.stderr).count("Error: ") == 1
-    assert "memory" in found.stderr
+    assert refused.returncode == 2
+    assert json.dumps(refused.stderr).count("Error: ") == 1
+    assert "memory" in refused.stderr

@@ -290,8 +290,10 @@ def test_compare_leaves_out_what_another_sampler_made(
     record = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert record["foreign"] == ["random-1", "local-1"]
     compared = benchmarking.compare([opened(name, url) for name in ("random-0", "local-0")])
-    assert {one.name for one in compared.optimisers} >= {"random"}
-    assert any(one.name.startswith("local from plan ") for one in compared.optimisers)  # what was enqueued is told
+    assert {optimiser.name for optimiser in compared.optimisers} >= {"random"}
+    assert any(
+        optimiser.name.startswith("local from plan ") for optimiser in compared.optimisers
+    )  # what was enqueued is told
     with pytest.raises(StudyError, match=r"'random-1', as all that were given, .* the first is 3"):
         benchmarking.compare([turned])
     assert main(["show", "random-1", "--storage", url]) == 0

@@ -140,8 +140,8 @@ def test_what_a_process_could_reuse_changes_no_proposal(sampler: str, rungs: int
     costs = [[trial.user_attrs["layer_tokens"] for trial in study.trials] for study in (whole, part)]
     assert costs[0] != costs[1]
     assert [trial.value for trial in whole.trials] == [trial.value for trial in part.trials]
-    for one, other in zip(whole.trials, part.trials):
-        assert np.array_equal(genome.read(one), genome.read(other))
+    for trial, other in zip(whole.trials, part.trials):
+        assert np.array_equal(genome.read(trial), genome.read(other))
 
 
 def test_plans_that_merge_get_none(make: Any, model: Any) -> None:

@@ -159,8 +159,8 @@ def test_what_a_pruned_trial_knows_is_taken_and_the_rest_is_run(make: Any, model
     assert whole.user_attrs["tokens"] == sum(tokens[2:])
     assert whole.value == pytest.approx(unraced.evaluator.evaluate(one_hot()).loss, abs=1e-5)
     assert list(whole.intermediate_values) == list(objective.evaluator.rungs)
-    scores, known = genome.read_scores(whole), genome.read_scores(pruned)
-    np.testing.assert_array_equal(scores[:, :10], known)
+    scores, earlier = genome.read_scores(whole), genome.read_scores(pruned)
+    np.testing.assert_array_equal(scores[:, :10], earlier)
     study.pruner = Stop(5)
     (again,) = enqueue(study, objective, one_hot())
     assert (again.state, again.value) == (TrialState.COMPLETE, whole.value)  # known in full: nothing to save
@@ -211,8 +211,8 @@ def test_a_retried_trial_goes_on_from_its_scores(make: Any, model: Any, url: str
     study = moeopt.create_study("s", objective=objective, storage=url, warm_starts=[one_hot()])
     race = objective.evaluator.race
 
-    def interrupted(plan: Any, known: Any) -> Any:
-        for i, evaluation in enumerate(race(plan, known)):
+    def interrupted(plan: Any, earlier: Any) -> Any:
+        for i, evaluation in enumerate(race(plan, earlier)):
             yield evaluation
             if i == 1:
                 raise KeyboardInterrupt
@@ -403,13 +403,13 @@ def test_a_study_killed_in_the_middle_of_a_race_goes_on_as_if_it_had_not_been(
     dead = optuna.load_study(study_name="s", storage=urls[1]).trials[-1]
     assert (dead.state, len(dead.intermediate_values)) == (TrialState.RUNNING, 1)
     assert genome.read_scores(dead) is not None
-    found = []
+    outcomes = []
     for storage in urls:
         objective, study = raced(model, tiny_tokenizer, storage)
         moeopt.optimize(study, objective, n_trials=16)
         done = [t for t in study.trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
         assert sorted(genome.origin(t)["slot"] for t in done) == list(range(16))
-        found.append(
+        outcomes.append(
             {
                 genome.origin(t)["slot"]: (
                     t.state,
@@ -421,8 +421,8 @@ def test_a_study_killed_in_the_middle_of_a_race_goes_on_as_if_it_had_not_been(
                 for t in done
             }
         )
-    assert found[0] == found[1]
-    assert TrialState.PRUNED in {state for state, *_ in found[0].values()}
+    assert outcomes[0] == outcomes[1]
+    assert TrialState.PRUNED in {state for state, *_ in outcomes[0].values()}
 
 
 # Failures -----------------------------------------------------------------------------------------------------------
@@ -435,9 +435,9 @@ def poisoned(make: Any, make_mixtral: Any, value: float, rungs: int = 4) -> tupl
     evaluator = objective.evaluator
     race = evaluator.race
 
-    def break_later(plan: Any = None, known: Any = None) -> Any:
+    def break_later(plan: Any = None, earlier: Any = None) -> Any:
         experts = model.model.layers[2].mlp.experts
-        for i, evaluation in enumerate(race(plan, known)):
+        for i, evaluation in enumerate(race(plan, earlier)):
             yield evaluation
             if i == 1 and 0 in plan.layers[2].kept:
                 with torch.no_grad():
@@ -579,11 +579,11 @@ def test_racing_stops_a_plan_for_its_active_experts(make: Any, model: Any, weigh
     """A plan that is as good as the incumbent but runs twice the experts is stopped only if experts weigh something."""
     objective = make(space=active_space(model), rungs=4, active_weight=weight)
     study = plain_study(objective, RacingPruner(error=0.05, noise_floor=0.0, n_min=4))
-    one, two = enqueue(study, objective, FULL.with_k(1), FULL)
+    single, pair = enqueue(study, objective, FULL.with_k(1), FULL)
     losses = [make(space=active_space(model)).evaluator.evaluate(plan).loss for plan in (FULL.with_k(1), FULL)]
     assert losses[1] - losses[0] < 0.01
-    assert one.state == TrialState.COMPLETE
-    assert two.state == (TrialState.PRUNED if weight else TrialState.COMPLETE)
+    assert single.state == TrialState.COMPLETE
+    assert pair.state == (TrialState.PRUNED if weight else TrialState.COMPLETE)
 
 
 def test_scores_of_an_older_version_are_taken_where_their_k_says_what_ran(make: Any, model: Any) -> None:

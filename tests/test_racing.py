@@ -88,11 +88,11 @@ def ends(study: optuna.Study) -> list[int | None]:
 def test_variance_is_that_of_the_mean_over_all_samples_without_replacement(n):
     rng = np.random.default_rng(n)
     losses, reference, ones = rng.exponential(1, 9), np.ones(9), np.ones(9)
-    found = []
+    estimates = []
     for sample in combinations(range(9), n):
         order = [*sample, *(i for i in range(9) if i not in sample)]
-        found.append(mean_difference(losses[order][:n], reference, ones)[:2])
-    means, variances = np.array(found).T
+        estimates.append(mean_difference(losses[order][:n], reference, ones)[:2])
+    means, variances = np.array(estimates).T
     assert means.mean() == pytest.approx(losses.mean() - 1)
     assert variances.mean() == pytest.approx(means.var())
 
@@ -101,11 +101,11 @@ def test_variance_of_the_ratio_estimator_of_weighted_examples():
     rng = np.random.default_rng(0)
     size, n = 16, 8
     losses, weights = rng.normal(0, 1, size), rng.integers(10, 60, size).astype(float)
-    found = []
+    estimates = []
     for _ in range(20_000):
         order = rng.permutation(size)
-        found.append(mean_difference(losses[order][:n], np.zeros(size), weights[order])[:2])
-    means, variances = np.array(found).T
+        estimates.append(mean_difference(losses[order][:n], np.zeros(size), weights[order])[:2])
+    means, variances = np.array(estimates).T
     assert means.mean() == pytest.approx(np.average(losses, weights=weights), abs=0.02)
     assert variances.mean() == pytest.approx(means.var(), rel=0.1)
 

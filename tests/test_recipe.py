@@ -51,13 +51,13 @@ def create(objective: moeopt.Objective, url: str, **options: Any) -> optuna.Stud
 
 def told(study: optuna.Study, space: moeopt.EEPSpace) -> list[Any]:
     """The genotypes that a study's sampler proposes for its first trials."""
-    found = []
+    genotypes = []
     for i in range(6):
         trial = study.ask()
         space.vector(trial)
-        found.append(genome.read(attributes.frozen_trial(trial)))
+        genotypes.append(genome.read(attributes.frozen_trial(trial)))
         study.tell(trial, float(i % 3))
-    return found
+    return genotypes
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -150,9 +150,9 @@ def test_code_of_the_user_s_is_missing_with_a_reason(model: Any, tiny_tokenizer:
     with pytest.raises(StudyError, match=r"does not hold its task .*'mine' is code of its own, Mine"):
         recipe.task_of(held)
     racing = moeopt.RacingPruner()
-    own = type("OwnRacing", (moeopt.RacingPruner,), {})()
+    pruner = type("OwnRacing", (moeopt.RacingPruner,), {})()
     assert recipe.made(objective, samplers.get("eep", space), racing).pruner is not None
-    assert "OwnRacing" in recipe.made(objective, samplers.get("eep", space), own).missing["pruner"]
+    assert "OwnRacing" in recipe.made(objective, samplers.get("eep", space), pruner).missing["pruner"]
 
 
 def test_a_task_that_is_too_large_is_missing_with_a_reason(
@@ -180,9 +180,9 @@ def test_a_recipe_is_small_and_in_pieces_that_every_database_holds(model: Any, t
 def test_a_model_that_lies_in_a_folder_is_never_named(
     objective: moeopt.Objective, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, kept in ((str(tmp_path), None), ("../up", None), ("org/name", "org/name"), ("a/b/c", None)):
+    for name, recorded in ((str(tmp_path), None), ("../up", None), ("org/name", "org/name"), ("a/b/c", None)):
         monkeypatch.setattr(objective.model.config, "_name_or_path", name)
-        assert recipe.read(create(objective, url)).model == kept
+        assert recipe.read(create(objective, url)).model == recorded
 
 
 def test_the_number_of_trials_wanted_is_what_was_last_said(objective: moeopt.Objective, url: str) -> None:

@@ -70,9 +70,9 @@ def counted(objective: moeopt.Objective) -> list[Any]:
     """The plans that an objective evaluates from now on."""
     race, plans = objective.evaluator.race, []
 
-    def counting(plan: Any = None, known: Any = None) -> Any:
+    def counting(plan: Any = None, earlier: Any = None) -> Any:
         plans.append(plan)
-        return race(plan, known)
+        return race(plan, earlier)
 
     objective.evaluator.race = counting  # type: ignore[method-assign]
     return plans
@@ -182,12 +182,12 @@ def test_interrupted_while_the_full_model_is_scored_no_trial_is_lost(make: Any, 
 
 
 def test_what_trials_cost_does_not_depend_on_it(make: Any) -> None:
-    found = []
+    outcomes = []
     for options in ({}, {"reference": False}):
         objective = make(rungs=2, **options)
         study = moeopt.create_study(objective=objective, storage=None, sampler="local", seed=0)
         study.optimize(objective, n_trials=6)
-        found.append([(t.value, t.user_attrs["layer_tokens"]) for t in study.trials])
+        outcomes.append([(t.value, t.user_attrs["layer_tokens"]) for t in study.trials])
         assert (reference.read(study) is None) == bool(options)
         if options:
             assert study.trials[-1].user_attrs["spent"] == sum(costs(study))
@@ -195,7 +195,7 @@ def test_what_trials_cost_does_not_depend_on_it(make: Any) -> None:
             objective.reference(study)  # asked for later, it is made
             study.optimize(objective, n_trials=1)
             assert costs(study)[:-1] == before
-    assert found[0] == found[1]
+    assert outcomes[0] == outcomes[1]
 
 
 def test_workers_that_begin_at_once_leave_one(
@@ -241,11 +241,11 @@ def test_threads_score_the_full_model_once(make: Any) -> None:
 def test_of_other_examples_or_another_weight_it_is_made_anew(make: Any, model: Any) -> None:
     space = moeopt.ActiveSpace.of(model, k=(1, 2))
     study = plain(make(space=space))
-    known = [make(space=space, **o).reference(study) for o in ({}, {"limit": 8}, {"active_weight": 0.5})]
-    assert [held.examples for held in known] == [24, 8, 24]
-    assert len({held.of for held in known}) == 2
-    assert [held.penalty for held in known] == [0, 0, 1.0]
-    assert make(space=space, active_weight=0.5).reference(study).facts == known[2].facts
+    references = [make(space=space, **o).reference(study) for o in ({}, {"limit": 8}, {"active_weight": 0.5})]
+    assert [held.examples for held in references] == [24, 8, 24]
+    assert len({held.of for held in references}) == 2
+    assert [held.penalty for held in references] == [0, 0, 1.0]
+    assert make(space=space, active_weight=0.5).reference(study).facts == references[2].facts
 
 
 def test_a_plan_in_force_is_not_the_full_model(make: Any, model: Any) -> None:
@@ -312,8 +312,8 @@ def test_chance_is_the_share_of_right_options(tiny_tokenizer: Any, examples: lis
     expected = [1 / len(example.options) for example in task.examples("search")]
     np.testing.assert_allclose(task.chance("search", requests), expected)
     few = max(1, len(examples) // 2)
-    found = task.chance("search", task.requests("search", tiny_tokenizer, limit=few))
-    np.testing.assert_allclose(found, expected[:few])
+    chance = task.chance("search", task.requests("search", tiny_tokenizer, limit=few))
+    np.testing.assert_allclose(chance, expected[:few])
 
 
 def test_chance_of_other_tasks(tiny_tokenizer: Any, harness_tasks: Path) -> None:

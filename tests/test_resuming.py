@@ -37,20 +37,20 @@ LAYERS, EXPERTS, TRIALS = 3, 6, 7
 @pytest.fixture(scope="module")
 def folder(make_mixtral: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, rows and a plan, under names that a shell would take apart."""
-    found = tmp_path_factory.mktemp("it's a place")
-    make_mixtral(layers=LAYERS, experts=EXPERTS, hidden=16, intermediate=16).save_pretrained(found / "a model")
-    tiny_tokenizer.save_pretrained(found / "a model")
+    place = tmp_path_factory.mktemp("it's a place")
+    make_mixtral(layers=LAYERS, experts=EXPERTS, hidden=16, intermediate=16).save_pretrained(place / "a model")
+    tiny_tokenizer.save_pretrained(place / "a model")
     rows = [{"prompt": f"{i} and 1 make", "options": [str(i + 1), str(i + 2)], "answer": i % 2} for i in range(60)]
-    (found / "the $rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Plan.one_hot([[1, 3, 5]] * LAYERS, experts=EXPERTS, k=2).save(found / "a plan.safetensors")
+    (place / "the $rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Plan.one_hot([[1, 3, 5]] * LAYERS, experts=EXPERTS, k=2).save(place / "a plan.safetensors")
     for name, does in (
         ("alone", f'exec {shlex.quote(sys.executable)} -P -m moeopt "$@"'),
         ("here", 'printf "%s\\0" "$PWD" "${MOEOPT_STORAGE-}" "$@" > "$CALL"'),
     ):
-        (found / name).mkdir()
-        (found / name / "moeopt").write_text(f"#!/bin/sh\n{does}\n")
-        (found / name / "moeopt").chmod(0o755)
-    return found
+        (place / name).mkdir()
+        (place / name / "moeopt").write_text(f"#!/bin/sh\n{does}\n")
+        (place / name / "moeopt").chmod(0o755)
+    return place
 
 
 def run(command: str, folder: Path, cwd: Path, alone: bool = False, **env: str) -> None:
@@ -162,12 +162,12 @@ def test_what_is_printed_and_what_is_noted_resume(
     for command, cwd, more in ((printed, folder, env), (resume, tmp_path, {})):
         shutil.copy(tmp_path / "kept.db", file)
         run(command, folder, cwd, alone=command == printed and name == "eep, its options", **more)
-        found = by_slot(part, study)
+        resumed = by_slot(part, study)
         if "local" in name:  # which goes by measured costs, and a new process has no hidden states to reuse
-            assert found.keys() == expected.keys()
-            assert {operator for _, operator, _ in found.values()} <= {"enqueued", "swap", "route", "remap"}
+            assert resumed.keys() == expected.keys()
+            assert {operator for _, operator, _ in resumed.values()} <= {"enqueued", "swap", "route", "remap"}
         else:
-            assert found == expected
+            assert resumed == expected
         assert not list(folder.glob("*.db"))
 
 

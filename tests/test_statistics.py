@@ -74,7 +74,7 @@ def slow_height(costs: s.Floats, losses: s.Floats, at: float) -> float:
 def test_curves_are_the_least_loss_so_far(seed: int) -> None:
     costs, losses = a_run(seed)
     at = np.linspace(-1, costs[-1] + 3, 200)
-    expected = [slow_height(costs, losses, one) for one in at]
+    expected = [slow_height(costs, losses, budget) for budget in at]
     np.testing.assert_array_equal(s.sample(costs, s.best_so_far(losses), at), expected)
 
 
@@ -84,7 +84,7 @@ def test_mean_height_is_the_area_by_its_length(seed: int) -> None:
     curve = s.best_so_far(losses)
     start, end = float(costs[np.isfinite(curve)][0]) + 0.5, float(costs[-1]) - 0.25
     middles = start + (np.arange(200_000) + 0.5) * (end - start) / 200_000
-    expected = np.mean([slow_height(costs, losses, one) for one in middles[::100]])
+    expected = np.mean([slow_height(costs, losses, budget) for budget in middles[::100]])
     assert s.mean_height(costs, curve, start, end) == pytest.approx(expected, rel=2e-3)
     assert math.isnan(s.mean_height(costs, curve, -1.0, end))
     assert math.isnan(s.mean_height(costs, curve, end, end))
@@ -121,7 +121,7 @@ def test_ecdf_is_the_share_of_targets_and_seeds() -> None:
     rng = np.random.default_rng(0)
     times = np.where(rng.random((5, 20)) < 0.2, np.inf, rng.integers(1, 30, size=(5, 20)))
     at = np.arange(0, 40.0)
-    expected = [sum(time <= one for time in times.ravel()) / times.size for one in at]
+    expected = [sum(time <= budget for time in times.ravel()) / times.size for budget in at]
     np.testing.assert_allclose(s.ecdf(times, at), expected)
 
 

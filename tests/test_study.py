@@ -204,11 +204,11 @@ def test_threads_record_the_losses_of_their_own_plans(objective: moeopt.Objectiv
 def test_methods_are_warm_starts(objective: moeopt.Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     ran: list[list[str]] = []
-    own = methods.plans
+    calibrate = methods.plans
 
     def plans(names: Any, *args: Any, **options: Any) -> Any:
         ran.append(list(names))
-        return own(ran[-1], *args, **options)
+        return calibrate(ran[-1], *args, **options)
 
     monkeypatch.setattr(methods, "plans", plans)
     names = ["naee", "frequency", "m_smoe_summed"]
@@ -220,12 +220,14 @@ def test_methods_are_warm_starts(objective: moeopt.Objective, tmp_path: Path, mo
     space, evaluator = objective.space, objective.evaluator
     calibration = methods.Calibration(objective.model, objective.tokenizer, objective.task)
     for trial in study.trials:
-        found = own([trial.user_attrs["method"]], calibration, keep=3, groups=space.groups)[trial.user_attrs["method"]]
-        assert space.plan(trial).fingerprint == found.plan.fingerprint
-        assert trial.value == evaluator.evaluate(found.plan).loss
-        assert trial.user_attrs["calibration_layer_tokens"] == found.layer_tokens > 0
-    found = own(["reap"], calibration, keep=3, groups=space.groups)
-    study = moeopt.create_study("s", objective=objective, storage=url, warm_starts=found, load_if_exists=True)
+        made = calibrate([trial.user_attrs["method"]], calibration, keep=3, groups=space.groups)[
+            trial.user_attrs["method"]
+        ]
+        assert space.plan(trial).fingerprint == made.plan.fingerprint
+        assert trial.value == evaluator.evaluate(made.plan).loss
+        assert trial.user_attrs["calibration_layer_tokens"] == made.layer_tokens > 0
+    made = calibrate(["reap"], calibration, keep=3, groups=space.groups)
+    study = moeopt.create_study("s", objective=objective, storage=url, warm_starts=made, load_if_exists=True)
     study.ask()
     assert study.trials[-1].user_attrs["method"] == "reap"
 

@@ -232,12 +232,12 @@ class Teacher:
         index, length = self._likeliest(logits)
         first = logits.argmax(1, keepdim=True)  # of equally likely ones the lowest, however they were sorted
         index = torch.cat([first, torch.where(index == first, index[:, :1], index)[:, 1:]], 1)
-        kept = torch.arange(index.shape[1], device=index.device) < length[:, None]
-        index = torch.where(kept, index, first)
+        within = torch.arange(index.shape[1], device=index.device) < length[:, None]
+        index = torch.where(within, index, first)
         log_p, rest, _ = _log_probabilities(logits, index)
         if rest.isnan().any():
             raise ModelError("the full model gives logits that are not finite: no plan can be held against it")
-        return tuple(t.cpu() for t in (length, index[kept], log_p[kept], rest))
+        return tuple(t.cpu() for t in (length, index[within], log_p[within], rest))
 
     def _likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens by falling probability, (rows, most of any row), and how many of them each row needs, (rows,)."""
@@ -282,13 +282,13 @@ class _Distributions:
         position = position.to(self.start.device)
         length = self.length[position, None]
         step = torch.arange(int(length.max()), device=length.device)
-        kept = step < length
+        within = step < length
         at = self.start[position, None] + step.minimum(length - 1)
         index = self.tokens[at].long().to(logits.device)
         log_q, rest, first = _log_probabilities(logits[row.to(logits.device)].float(), index)
         log_p = torch.cat([self.log_p[at], self.rest[position, None]], 1).double()
         log_q = torch.cat([log_q, rest[:, None]], 1).to(log_p)
-        log_q[:, :-1] = torch.where(kept, log_q[:, :-1], log_p[:, :-1])
+        log_q[:, :-1] = torch.where(within, log_q[:, :-1], log_p[:, :-1])
         p, q = log_p.exp(), log_q.exp()
         kl = (q - p - torch.where(p > 0, p * (log_q - log_p), 0.0)).sum(1)
         distance = (p - q).clamp_min(0).sum(1)

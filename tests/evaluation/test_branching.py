@@ -183,7 +183,7 @@ def test_batches_score_every_token_of_every_option_once(
     questions: list[Question], batch_tokens: int, branching: bool
 ) -> None:
     requests = Given(questions).list
-    found: list[tuple[int, tuple[int, ...], int]] = []
+    scored: list[tuple[int, tuple[int, ...], int]] = []
     for batch in pack(requests, batch_tokens, branching=branching):
         width = batch.ids.shape[1]
         for cell, target, request in zip(batch.cell.tolist(), batch.target.tolist(), batch.request.tolist()):
@@ -194,9 +194,9 @@ def test_batches_score_every_token_of_every_option_once(
             else:
                 seen = batch.sees[row, column]
                 context = ids[seen][batch.position[row][seen].argsort()].tolist()
-            found.append((request, tuple(context), target))
+            scored.append((request, tuple(context), target))
     expected = [(i, r.ids[:t], r.ids[t]) for i, r in enumerate(requests) for t in range(r.scored_from, len(r.ids))]
-    assert sorted(found) == sorted(expected)
+    assert sorted(scored) == sorted(expected)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 400])

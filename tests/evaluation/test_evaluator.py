@@ -241,11 +241,11 @@ def test_active_counts_the_experts_that_ran(make_mixtral, tiny_tokenizer, questi
         evaluator.passes.runner = Whole(model, 3)
     plan = skipping((2, 0.9), (3, 0.6), (1, 0.0))
     evaluator.evaluate(plan)  # what it checks first runs experts, too
-    pairs, own = [], type(model.model.layers[0].mlp.experts).forward.__wrapped__
+    pairs, forward = [], type(model.model.layers[0].mlp.experts).forward.__wrapped__
 
     def counting(self, hidden_states, top_k_index, top_k_weights):
         pairs.append(top_k_index.numel())
-        return own(self, hidden_states, top_k_index, top_k_weights)
+        return forward(self, hidden_states, top_k_index, top_k_weights)
 
     monkeypatch.setattr(type(model.model.layers[0].mlp.experts).forward, "__wrapped__", counting)
     places = 0

@@ -55,8 +55,8 @@ def slowly(model, tokenizer, task: GenerationTask, split: str, ends: set[int]) -
                 break
             ids.append(token)
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            if found := [text.index(stop) for stop in prompt.stop if stop in text]:
-                text = text[: min(found)]
+            if stops := [text.index(stop) for stop in prompt.stop if stop in text]:
+                text = text[: min(stops)]
                 break
         texts.append(text)
     return texts
@@ -64,20 +64,20 @@ def slowly(model, tokenizer, task: GenerationTask, split: str, ends: set[int]) -
 
 def test_batches_equal_one_sequence_at_a_time_without_cache(make_mixtral, tiny_tokenizer, letters):
     model = make_mixtral(layers=2, experts=4)
-    found = Evaluator(model, tiny_tokenizer, letters).generate()
-    assert list(found.texts) == slowly(model, tiny_tokenizer, letters, "search", {257})
-    one = Evaluator(model, tiny_tokenizer, letters, batch_tokens=1).generate()
-    assert one.texts == found.texts
-    assert one.tokens == found.tokens
-    assert found.layer_tokens == 2 * found.tokens
+    batched = Evaluator(model, tiny_tokenizer, letters).generate()
+    assert list(batched.texts) == slowly(model, tiny_tokenizer, letters, "search", {257})
+    alone = Evaluator(model, tiny_tokenizer, letters, batch_tokens=1).generate()
+    assert alone.texts == batched.texts
+    assert alone.tokens == batched.tokens
+    assert batched.layer_tokens == 2 * batched.tokens
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "minimax", "deepseek_v3"], indirect=True)
 def test_families_with_other_caches(build_family, family, tiny_tokenizer, letters):
     """Sliding windows, linear attention (whose rows are never dropped), latent attention."""
     model = build_family(family, vocabulary=300)
-    found = Evaluator(model, tiny_tokenizer, letters).generate()
-    assert list(found.texts) == slowly(model, tiny_tokenizer, letters, "search", {2, 257})
+    written = Evaluator(model, tiny_tokenizer, letters).generate()
+    assert list(written.texts) == slowly(model, tiny_tokenizer, letters, "search", {2, 257})
 
 
 def test_where_padding_changes_answers_there_is_none(build_family, tiny_tokenizer, letters):
@@ -87,16 +87,16 @@ def test_where_padding_changes_answers_there_is_none(build_family, tiny_tokenize
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
-    found = Evaluator(model, tiny_tokenizer, letters).generate()
-    assert list(found.texts) == slowly(model, tiny_tokenizer, letters, "search", {2, 257})
+    written = Evaluator(model, tiny_tokenizer, letters).generate()
+    assert list(written.texts) == slowly(model, tiny_tokenizer, letters, "search", {2, 257})
 
 
 def test_answers_of_different_lengths_end_on_their_own(demo):
     model, tokenizer = demo
     task = skill("roman", 16, max_new_tokens=18)
-    found = Evaluator(model, tokenizer, task, split="test").generate()
-    assert list(found.texts) == slowly(model, tokenizer, task, "test", {tokenizer.eos_token_id})
-    assert len(set(map(len, found.texts))) > 2
+    written = Evaluator(model, tokenizer, task, split="test").generate()
+    assert list(written.texts) == slowly(model, tokenizer, task, "test", {tokenizer.eos_token_id})
+    assert len(set(map(len, written.texts))) > 2
 
 
 def test_teacher_forcing_says_what_is_generated(demo):
@@ -127,10 +127,10 @@ def test_special_tokens_are_stop_texts_too(make_mixtral, tiny_tokenizer):
     model = make_mixtral(layers=2, experts=4)
     examples = [Example(str(i), "abc de" * (1 + i % 3) + str(i), (" x",), 0) for i in range(8)]
     task = GenerationTask("turns", examples, stop=turns, max_new_tokens=12)
-    found = Evaluator(model, tokenizer, task).generate()
-    assert list(found.texts) == slowly(model, tokenizer, task, "search", set(range(257, 300)))
+    written = Evaluator(model, tokenizer, task).generate()
+    assert list(written.texts) == slowly(model, tokenizer, task, "search", set(range(257, 300)))
     going_on = Evaluator(model, tokenizer, GenerationTask("on", examples, max_new_tokens=12)).generate()
-    assert found.tokens < going_on.tokens
+    assert written.tokens < going_on.tokens
 
 
 def test_a_checkpoint_s_generation_config_is_overridden_and_back_afterwards(
@@ -138,14 +138,14 @@ def test_a_checkpoint_s_generation_config_is_overridden_and_back_afterwards(
 ):
     model = make_mixtral(layers=2, experts=4)
     greedy = Evaluator(model, tiny_tokenizer, letters).generate()
-    own = GenerationConfig(
+    shipped = GenerationConfig(
         do_sample=True, temperature=9.0, top_k=2, repetition_penalty=3.0, no_repeat_ngram_size=1, num_beams=3,
         min_new_tokens=9, max_length=21, suppress_tokens=[1, 2, 3], eos_token_id=257,
     )  # fmt: skip
-    model.generation_config = own
+    model.generation_config = shipped
     model.train()
     assert Evaluator(model, tiny_tokenizer, letters).generate().texts == greedy.texts
-    assert model.generation_config is own
+    assert model.generation_config is shipped
     assert model.training
     assert not recwarn
 
@@ -184,12 +184,12 @@ def test_offloaded_weights(make_mixtral, tiny_tokenizer, letters, recwarn):
 def test_text_under_a_plan_is_that_of_the_exported_checkpoint(demo, tmp_path):
     model, tokenizer = demo
     task = skill("roman", 30)
-    found = Evaluator(model, tokenizer, task, split="test").generate(PLAN)
+    written = Evaluator(model, tokenizer, task, split="test").generate(PLAN)
     small = AutoModelForCausalLM.from_pretrained(moeopt.export(PLAN, tmp_path / "small", model=MODEL))
     assert small.config.num_local_experts == 4
     again = Evaluator(small, tokenizer, task, split="test").generate()
-    assert again.texts == found.texts
-    np.testing.assert_array_equal(again.metrics["exact_match"], found.metrics["exact_match"])
+    assert again.texts == written.texts
+    np.testing.assert_array_equal(again.metrics["exact_match"], written.metrics["exact_match"])
 
 
 def test_running_out_of_memory_halves_the_batch(make_mixtral, tiny_tokenizer, letters):

@@ -65,8 +65,8 @@ def test_a_tokenizer_that_ends_every_text_gets_the_numbers_of_one_that_does_not(
     options = {"include_path": harness_tasks, "limit": 8, "bootstrap_iters": 0}
     plain = lm_eval_report(tiny_model, tiny_tokenizer, KINDS, PLAN, **options)
     with pytest.warns(UserWarning, match=r"the tokenizer ends every text with \['</s>'\]: left out here"):
-        found = lm_eval_report(tiny_model, ending, KINDS, PLAN, **options)
-    assert {name: found[name].samples for name in KINDS} == {name: plain[name].samples for name in KINDS}
+        report = lm_eval_report(tiny_model, ending, KINDS, PLAN, **options)
+    assert {name: report[name].samples for name in KINDS} == {name: plain[name].samples for name in KINDS}
     assert ending("a")["input_ids"][-1] == 257
 
 

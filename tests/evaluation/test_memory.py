@@ -102,11 +102,11 @@ def test_memory_that_runs_out_in_a_later_rung(model: Any, tiny_tokenizer: Any, t
     evaluator = Evaluator(model, tiny_tokenizer, task, rungs=rungs)
     device = Small(model.model.layers[-1].mlp)
     race = evaluator.race(ONE_HOT)
-    found = [next(race), next(race)]
+    raced = [next(race), next(race)]
     device.tokens = 2 * max(batch.ids.shape[1] for batch in evaluator.batches)
     with pytest.warns(UserWarning, match="out of memory"):
-        found.append(next(race))
-    for a, b in zip(found, expected, strict=True):
+        raced.append(next(race))
+    for a, b in zip(raced, expected, strict=True):
         np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
         assert a.tokens == b.tokens
     np.testing.assert_allclose(evaluator.evaluate(ONE_HOT).losses, expected[-1].losses, atol=1e-5)

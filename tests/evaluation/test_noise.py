@@ -26,26 +26,26 @@ def model(make_mixtral):
 
 def test_every_row_is_the_difference_of_two_evaluations(model, tiny_tokenizer, text):
     plan = Plan.one_hot([[0, 2], [1, 3]], experts=4, k=2)
-    found = noise_floor(model, tiny_tokenizer, text, plan=plan, limit=9, batch_tokens=256, dtypes=[torch.float32])
-    assert [(row.cause, row.setting) for row in found.movements] == [
+    floor = noise_floor(model, tiny_tokenizer, text, plan=plan, limit=9, batch_tokens=256, dtypes=[torch.float32])
+    assert [(row.cause, row.setting) for row in floor.movements] == [
         ("backend", "eager"),
         ("batch", "128 tokens"),
         ("batch", "64 tokens"),
         ("dtype", "float32"),
     ]
     base = Evaluator(model, tiny_tokenizer, text, limit=9, batch_tokens=256).evaluate(plan)
-    assert found.loss == base.loss
-    assert found.examples == 9
+    assert floor.loss == base.loss
+    assert floor.examples == 9
     halved = Evaluator(model, tiny_tokenizer, text, limit=9, batch_tokens=128).evaluate(plan)
     with experts_backend(model, "eager"):
         eager = Evaluator(model, tiny_tokenizer, text, limit=9, batch_tokens=256).evaluate(plan)
     exact = Evaluator(model.float(), tiny_tokenizer, text, limit=9, batch_tokens=256).evaluate(plan)
-    for row, other in zip(found.movements, (eager, halved, None, exact)):
+    for row, other in zip(floor.movements, (eager, halved, None, exact)):
         if other is not None:
             assert row.mean == pytest.approx(abs(other.loss - base.loss))
             assert row.largest == pytest.approx(np.abs(other.losses - base.losses).max(), rel=1e-5)
         assert row.mean <= row.largest + 1e-7
-    assert found.movements[-1].mean > 0
+    assert floor.movements[-1].mean > 0
 
 
 def test_value_is_the_largest_movement_of_the_mean_by_backend_or_batch():
@@ -55,10 +55,10 @@ def test_value_is_the_largest_movement_of_the_mean_by_backend_or_batch():
 
 
 def test_what_the_model_has_or_does_not_offer_is_passed_over(model, tiny_tokenizer, text):
-    found = noise_floor(model, tiny_tokenizer, text, limit=3, batch_tokens=1, backends=("grouped_mm", "abacus"))
-    assert found.movements == ()
-    found = noise_floor(model, tiny_tokenizer, text, limit=3, batch_tokens=256, backends=("batched_mm",))
-    assert found.movements[0].setting == "batched_mm"
+    floor = noise_floor(model, tiny_tokenizer, text, limit=3, batch_tokens=1, backends=("grouped_mm", "abacus"))
+    assert floor.movements == ()
+    floor = noise_floor(model, tiny_tokenizer, text, limit=3, batch_tokens=256, backends=("batched_mm",))
+    assert floor.movements[0].setting == "batched_mm"
 
 
 def test_model_is_left_as_it_was(model, tiny_tokenizer, text):

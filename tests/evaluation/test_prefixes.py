@@ -74,7 +74,7 @@ def layer_bytes(evaluator: Evaluator) -> int:
 
 def held(evaluator: Evaluator) -> int:
     """Bytes of the different tensors that a cache really holds."""
-    tensors = {id(t): t for kept in cache(evaluator)._entries.values() for t in kept.states}
+    tensors = {id(t): t for entry in cache(evaluator)._entries.values() for t in entry.states}
     return sum(t.nbytes for t in tensors.values())
 
 
@@ -226,9 +226,9 @@ def test_whatever_is_kept_stays_within_the_budget(budget: int, actions: list[tup
         held.keep(name, (0, 1, b"%d" % key), states(count))
         if judged:
             held.judge(name, float(key))
-        tensors = {id(t): t for kept in held._entries.values() for t in kept.states}
+        tensors = {id(t): t for entry in held._entries.values() for t in entry.states}
         assert sum(t.nbytes for t in tensors.values()) == held.nbytes <= budget
-        assert all(kept.trails for kept in held._entries.values())
+        assert all(entry.trails for entry in held._entries.values())
         assert all(key in held._entries for keys in held._trails.values() for key in keys)
     held.clear()
     assert held.nbytes == 0

@@ -68,7 +68,7 @@ def reference(model: Any, tokenizer: Any, task: Any, plan: Plan) -> np.ndarray:
     """Of each example, a sequence at a time in float64: mean KL, total variation, agreement; and its positions."""
     seen: dict[int, dict[tuple[int, ...], tuple[float, float, float]]] = {}
     for request in task.requests("search", tokenizer):
-        ids, found = torch.tensor([request.ids]), seen.setdefault(request.example, {})
+        ids, contexts = torch.tensor([request.ids]), seen.setdefault(request.example, {})
         with torch.no_grad():
             both = [model(input_ids=ids).logits[0].double().numpy()]
             with patched(model, plan):
@@ -76,28 +76,28 @@ def reference(model: Any, tokenizer: Any, task: Any, plan: Plan) -> np.ndarray:
         for t in range(request.scored_from, len(request.ids)):
             p, q = (np.exp(x[t - 1]) / np.exp(x[t - 1]).sum() for x in both)
             values = (p * np.log(p / q)).sum(), 1 - np.minimum(p, q).sum(), float(p.argmax() == q.argmax())
-            found[request.ids[:t]] = values
-    rows = [[*np.mean(list(found.values()), 0), len(found)] for found in seen.values()]
+            contexts[request.ids[:t]] = values
+    rows = [[*np.mean(list(contexts.values()), 0), len(contexts)] for contexts in seen.values()]
     return np.array(rows).T
 
 
 @pytest.mark.parametrize("plan", [PRUNED, MERGED], ids=["pruned", "merged"])
 def test_losses_are_those_of_the_whole_softmax(model, tiny_tokenizer, make, task, plan) -> None:
     kl, distance, agreement, positions = reference(model, tiny_tokenizer, task, plan)
-    found = {score: make(task, score=score, compression=EXACT).evaluate(plan) for score in LABEL_FREE}
-    np.testing.assert_allclose(found["kl"].losses, kl, atol=1e-5)
-    np.testing.assert_allclose(found["acceptance"].losses, distance, atol=1e-5)
-    for evaluation in found.values():
+    by_score = {score: make(task, score=score, compression=EXACT).evaluate(plan) for score in LABEL_FREE}
+    np.testing.assert_allclose(by_score["kl"].losses, kl, atol=1e-5)
+    np.testing.assert_allclose(by_score["acceptance"].losses, distance, atol=1e-5)
+    for evaluation in by_score.values():
         np.testing.assert_array_equal(evaluation.weights, positions)
         np.testing.assert_allclose(evaluation.correct, agreement, atol=1e-6)
         means = np.array([kl, 1 - distance, agreement]) @ positions / positions.sum()
         assert list(evaluation.metrics) == ["kl", "acceptance", "agreement"]
         np.testing.assert_allclose(list(evaluation.metrics.values()), means, atol=1e-5)
         assert evaluation.accuracy == pytest.approx(means[2], abs=1e-6)
-    assert found["kl"].loss == pytest.approx(found["kl"].metrics["kl"], abs=1e-6)
-    assert found["acceptance"].loss == pytest.approx(1 - found["acceptance"].metrics["acceptance"], abs=1e-6)
-    assert found["kl"].loss > 0
-    assert 0 < found["acceptance"].loss < 1
+    assert by_score["kl"].loss == pytest.approx(by_score["kl"].metrics["kl"], abs=1e-6)
+    assert by_score["acceptance"].loss == pytest.approx(1 - by_score["acceptance"].metrics["acceptance"], abs=1e-6)
+    assert by_score["kl"].loss > 0
+    assert 0 < by_score["acceptance"].loss < 1
 
 
 def test_a_position_that_options_share_counts_once(make) -> None:
@@ -129,15 +129,15 @@ def test_a_compressed_teacher_gives_bounds(make, top_p: float, tokens: int, rows
     positions = int(exact.weights.sum())
     memory = positions * (16 + TOKEN_BYTES * tokens)
     evaluator = make(compression=Compression(top_p, memory))
-    found, teacher = evaluator.evaluate(plan), teacher_of(evaluator)
+    bound, teacher = evaluator.evaluate(plan), teacher_of(evaluator)
     assert teacher.nbytes <= memory
     assert teacher.most == tokens
     assert 1 <= teacher.tokens_kept <= tokens
-    assert (found.losses >= 0).all()
-    assert (found.losses <= exact.losses + 1e-6).all()
-    np.testing.assert_array_equal(found.correct, exact.correct)
-    assert found.metrics["acceptance"] >= exact.metrics["acceptance"] - 1e-7
-    assert found.metrics["acceptance"] <= exact.metrics["acceptance"] + teacher.rest + 1e-6
+    assert (bound.losses >= 0).all()
+    assert (bound.losses <= exact.losses + 1e-6).all()
+    np.testing.assert_array_equal(bound.correct, exact.correct)
+    assert bound.metrics["acceptance"] >= exact.metrics["acceptance"] - 1e-7
+    assert bound.metrics["acceptance"] <= exact.metrics["acceptance"] + teacher.rest + 1e-6
     if tokens == VOCAB:
         assert teacher.rest <= 1 - top_p + 1e-6
 
@@ -207,8 +207,8 @@ def test_prefix_reuse_and_threads_change_no_bit(make) -> None:
     expected = [make(prefix_memory=0).evaluate(plan).losses for plan in plans]
     evaluator = make()
     with ThreadPoolExecutor(3) as pool:
-        found = [evaluation.losses for evaluation in pool.map(evaluator.evaluate, plans)]
-    np.testing.assert_array_equal(found, expected)
+        losses = [evaluation.losses for evaluation in pool.map(evaluator.evaluate, plans)]
+    np.testing.assert_array_equal(losses, expected)
 
 
 def test_the_teacher_runs_once_and_is_charged_to_no_evaluation(make) -> None:

@@ -36,9 +36,9 @@ def test_blocks_cover_the_space_once() -> None:
     for space in (SPACE, EEPSpace(ModelShape(7, 8, 2), keep=4), PruneSpace(ModelShape(5, 8, 2), keep=4)):
         per_group = space.size // len(space.groups)
         for size in (1, 3, 7, per_group, 2 * per_group, 100, 10_000):
-            found = blocks(space, size)
-            assert [i for first, stop in found for i in range(first, stop)] == list(range(space.size))
-            for first, stop in found:
+            parts = blocks(space, size)
+            assert [i for first, stop in parts for i in range(first, stop)] == list(range(space.size))
+            for first, stop in parts:
                 assert stop - first <= size
                 whole = first % per_group == stop % per_group == 0
                 assert whole or first // per_group == (stop - 1) // per_group
@@ -54,9 +54,9 @@ def test_k_and_betas_have_blocks_of_their_own() -> None:
     for space in (both, alone):
         for size in (1, 2, 4, 6, 100):
             sampler = BlockCMAESSampler(space, seed=0, block_size=size)
-            found = [sampler.numbers(block).tolist() for block in sampler.blocks]
-            assert sorted(i for numbers in found for i in numbers) == list(range(space.size))
-            for numbers in found:
+            parts = [sampler.numbers(block).tolist() for block in sampler.blocks]
+            assert sorted(i for numbers in parts for i in numbers) == list(range(space.size))
+            for numbers in parts:
                 assert len(numbers) <= max(size, 2 if space is both else 1)
                 assert max(numbers) < space.inner.size or min(numbers) >= space.inner.size
     sampler = BlockCMAESSampler(both, seed=0, block_size=4)

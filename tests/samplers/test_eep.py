@@ -282,14 +282,14 @@ def test_active_experts_alone_make_a_phase_of_their_own() -> None:
 
 @given(st.integers(1, 1000))
 def test_a_small_budget_is_spent_in_the_published_proportions(trials: int) -> None:
-    found = scaled(trials)
+    sizes = scaled(trials)
     if trials >= 400:
-        assert found == {"initial": 30, "prune_until": 100}
+        assert sizes == {"initial": 30, "prune_until": 100}
         return
-    initial, prune_until = found["initial"], found["prune_until"]
+    initial, prune_until = sizes["initial"], sizes["prune_until"]
     assert initial == max(2, round(trials * 30 / 400))
     assert initial < prune_until <= max(3, round(trials * 100 / 400))
-    sampler = EEPSampler(SPACE, **found)
+    sampler = EEPSampler(SPACE, **sizes)
     assert (sampler.shortfall(trials) is None) == (trials > 3)
 
 

@@ -58,14 +58,14 @@ def test_same_as_nevergrad_itself() -> None:
 def test_kept_optimiser_equals_a_rebuilt_one(optimizer: str) -> None:
     """Duplicates, too, are asked and told alike; the space is small, so that there are many."""
     space = PruneSpace(ModelShape(layers=1, experts=5, k=2), keep=3)
-    kept = optuna.create_study(sampler=NevergradSampler(space, optimizer, seed=1, redraw=4))
-    evaluate(kept, space, 20)
+    going_on = optuna.create_study(sampler=NevergradSampler(space, optimizer, seed=1, redraw=4))
+    evaluate(going_on, space, 20)
     rebuilt = optuna.create_study()
     for _ in range(20):
         rebuilt.sampler = NevergradSampler(space, optimizer, seed=1, redraw=4)
         evaluate(rebuilt, space, 1)
-    assert genotypes(kept) == genotypes(rebuilt)
-    assert max(genome.origin(trial)["notes"].get("asks", 0) for trial in kept.trials) > 1
+    assert genotypes(going_on) == genotypes(rebuilt)
+    assert max(genome.origin(trial)["notes"].get("asks", 0) for trial in going_on.trials) > 1
 
 
 def test_trials_it_did_not_ask_for_are_told() -> None:
@@ -173,9 +173,9 @@ def test_what_fails_inside_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("optimizer", ["OldCMA", "DiagonalCMA", "DE", "PSO", "NGOpt"])
 def test_one_number_and_fixed_numbers(optimizer: str) -> None:
     """CMA of Nevergrad wants two numbers or more; a range of one value is no range."""
-    one = PruneSpace(ModelShape(layers=2, experts=8, k=2), keep=4, groups=1, encoding="subset")
-    study = optuna.create_study(sampler=NevergradSampler(one, optimizer, seed=0))
-    evaluate(study, one, 12)
+    single = PruneSpace(ModelShape(layers=2, experts=8, k=2), keep=4, groups=1, encoding="subset")
+    study = optuna.create_study(sampler=NevergradSampler(single, optimizer, seed=0))
+    evaluate(study, single, 12)
     assert len(set(genotypes(study))) > 5
     everything = PruneSpace(ModelShape(layers=2, experts=4, k=2), keep=4, encoding="subset")
     study = optuna.create_study(sampler=NevergradSampler(everything, optimizer, seed=0, redraw=2))

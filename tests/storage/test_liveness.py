@@ -108,9 +108,9 @@ def test_what_a_connection_waits_for_is_bounded_but_for_what_the_url_says(direct
     }
     parsed = make_url(direct)
     postgres = parsed.get_backend_name() == "postgresql"
-    own = {"options": "-c lock_timeout=77s", "tcp_user_timeout": "1"}
+    chosen = {"options": "-c lock_timeout=77s", "tcp_user_timeout": "1"}
     if not postgres:
-        own = {"init_command": "SET innodb_lock_wait_timeout = 77", "read_timeout": "7"}
+        chosen = {"init_command": "SET innodb_lock_wait_timeout = 77", "read_timeout": "7"}
 
     def told(url: str) -> list[Any]:
         storage = open_storage(url)
@@ -118,10 +118,10 @@ def test_what_a_connection_waits_for_is_bounded_but_for_what_the_url_says(direct
             return list(connection.execute(text(limits[parsed.get_backend_name()])).one())
 
     assert told(direct) == (["10s", "30s"] if postgres else [10, 30])
-    named = parsed.update_query_dict(own)
+    named = parsed.update_query_dict(chosen)
     assert told(named.render_as_string(hide_password=False)) == (["77s", "30s"] if postgres else [77, 30])
     given = links.options(named)["connect_args"]
-    assert not set(given) & set(own)
+    assert not set(given) & set(chosen)
     assert given["connect_timeout"] == 10
 
 

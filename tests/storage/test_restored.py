@@ -24,7 +24,7 @@ from .conftest import backend, loss, opened, said, slots
 
 
 @pytest.fixture
-def own(database: str, tmp_path: Path) -> Iterator[Own]:
+def server(database: str, tmp_path: Path) -> Iterator[Own]:
     made = Own(database, tmp_path)
     yield made
     made.drop()
@@ -36,22 +36,22 @@ def facts(study: optuna.Study) -> list[tuple[Any, ...]]:
 
 @pytest.mark.slow
 def test_a_worker_goes_on_from_the_state_that_was_restored(
-    own: Own, name: str, caplog: pytest.LogCaptureFixture
+    server: Own, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Others run more trials meanwhile than were lost, none, and fewer; each time a worker that saw no restore yet."""
-    moeopt.optimize(opened(own.url, name), loss, n_trials=2)
-    restore = own.backup()
+    moeopt.optimize(opened(server.url, name), loss, n_trials=2)
+    restore = server.backup()
     for lost, others, trials in ((2, 3, 6), (5, 0, 4), (3, 1, 4)):
-        mine = opened(own.url, name)
+        mine = opened(server.url, name)
         moeopt.optimize(mine, loss, n_trials=2 + lost)
         restore()
         if others:
-            moeopt.optimize(opened(own.url, name), lambda trial: loss(trial) + 100, n_trials=2 + others)
+            moeopt.optimize(opened(server.url, name), lambda trial: loss(trial) + 100, n_trials=2 + others)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "moeopt"):
             moeopt.optimize(mine, loss, n_trials=trials)
         assert slots(mine) == list(range(trials))
-        assert facts(mine) == facts(opened(own.url, name))
+        assert facts(mine) == facts(opened(server.url, name))
         assert [trial.value >= 100 for trial in mine.trials] == [2 <= i < 2 + others for i in range(trials)]
         assert len([text for text in said(caplog) if "set back to an earlier state" in text]) == 1
 
@@ -63,11 +63,11 @@ def test_a_worker_goes_on_from_the_state_that_was_restored(
     indirect=["database"],
 )
 def test_a_trial_that_has_the_number_of_another_one_now_is_not_written_to(
-    own: Own, name: str, others: str, step: str
+    server: Own, name: str, others: str, step: str
 ) -> None:
-    mine, other = opened(own.url, name), opened(own.url, name)
+    mine, other = opened(server.url, name), opened(server.url, name)
     moeopt.optimize(mine, loss, n_trials=2)
-    restore = own.backup()
+    restore = server.backup()
     calls: list[int] = []
     theirs: list[optuna.Trial] = []
 
@@ -91,7 +91,7 @@ def test_a_trial_that_has_the_number_of_another_one_now_is_not_written_to(
         return loss(trial)
 
     moeopt.optimize(mine, objective, n_trials=6)
-    assert facts(mine) == facts(opened(own.url, name))
+    assert facts(mine) == facts(opened(server.url, name))
     assert slots(mine) == list(range(6))
     assert [trial.value >= 100 for trial in mine.trials] == [others != "none" and i in (2, 3, 4) for i in range(6)]
     assert not any("note" in trial.user_attrs or trial.intermediate_values for trial in mine.trials)
@@ -101,12 +101,12 @@ def test_a_trial_that_has_the_number_of_another_one_now_is_not_written_to(
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["proposed", "told"])
 def test_a_trial_that_is_gone_between_two_steps_of_optuna_s_is_run_again(
-    own: Own, name: str, step: str, monkeypatch: pytest.MonkeyPatch
+    server: Own, name: str, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before it is asked whether its plan is taken; and after it was told, when it is read once more."""
-    mine = opened(own.url, name)
+    mine = opened(server.url, name)
     moeopt.optimize(mine, loss, n_trials=2)
-    restores = [own.backup()]
+    restores = [server.backup()]
     storage = backend(mine).storage
     call = "write_trial" if step == "proposed" else "_end"
     original = getattr(storage, call)
@@ -123,38 +123,38 @@ def test_a_trial_that_is_gone_between_two_steps_of_optuna_s_is_run_again(
     moeopt.optimize(mine, loss, n_trials=4)
     assert not restores
     assert slots(mine) == list(range(4))
-    assert facts(mine) == facts(opened(own.url, name))
+    assert facts(mine) == facts(opened(server.url, name))
 
 
 @pytest.mark.slow
-def test_a_trial_that_ran_when_the_backup_was_made_is_done_once(own: Own, name: str) -> None:
-    mine = opened(own.url, name, grace_period=2)
+def test_a_trial_that_ran_when_the_backup_was_made_is_done_once(server: Own, name: str) -> None:
+    mine = opened(server.url, name, grace_period=2)
     backups: list[Callable[[], None]] = []
 
     def objective(trial: optuna.Trial) -> float:
         if trial.number == 1 and not backups:
-            backups.append(own.backup())
+            backups.append(server.backup())
         if trial.number == 3 and len(backups) == 1:
             backups.append(backups[0])
             backups[0]()
         return loss(trial)
 
     moeopt.optimize(mine, objective, n_trials=5)
-    trials = opened(own.url, name).trials
+    trials = opened(server.url, name).trials
     assert slots(mine) == list(range(5))
     assert [trial.state for trial in trials if trial.number != 1] == [TrialState.COMPLETE] * (len(trials) - 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["proposal", "attribute", "report"])
-def test_a_trial_that_lost_what_was_written_to_it_is_run_again(own: Own, name: str, lost: str) -> None:
-    mine = opened(own.url, name)
+def test_a_trial_that_lost_what_was_written_to_it_is_run_again(server: Own, name: str, lost: str) -> None:
+    mine = opened(server.url, name)
     backups: list[Callable[[], None]] = []
     proposes = mine.sampler.before_trial
 
     def before_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         if trial.number == 1:
-            backups.append(own.backup())
+            backups.append(server.backup())
         proposes(study, trial)
 
     def objective(trial: optuna.Trial) -> float:
@@ -162,7 +162,7 @@ def test_a_trial_that_lost_what_was_written_to_it_is_run_again(own: Own, name: s
         if lost == "report":
             trial.report(1.0, 0)
         if first and lost != "proposal":
-            backups.append(own.backup())
+            backups.append(server.backup())
         attributes.write(mine, trial, {}, {"note": trial.number})
         trial.report(2.0, 1)
         if first:
@@ -173,7 +173,7 @@ def test_a_trial_that_lost_what_was_written_to_it_is_run_again(own: Own, name: s
         mine.sampler.before_trial = before_trial  # type: ignore[method-assign]
     moeopt.optimize(mine, objective, n_trials=3)
     assert slots(mine) == list(range(3))
-    for trial in opened(own.url, name).trials:
+    for trial in opened(server.url, name).trials:
         if trial.state == TrialState.COMPLETE:
             assert trial.value == float(((genome.read(trial) - 0.25) ** 2).sum())  # type: ignore[operator]
             assert trial.user_attrs["note"] == trial.number
@@ -184,25 +184,25 @@ def test_a_trial_that_lost_what_was_written_to_it_is_run_again(own: Own, name: s
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["tables", "database"])
 def test_a_database_that_was_dropped_is_waited_for_until_it_is_back(
-    own: Own, name: str, what: str, caplog: pytest.LogCaptureFixture
+    server: Own, name: str, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    study = opened(own.url, name)
+    study = opened(server.url, name)
     moeopt.optimize(study, loss, n_trials=2)
-    restore = own.backup()
+    restore = server.backup()
 
     def bring_back() -> None:
         if what == "database":
-            own.create()
-        opened(own.url, f"{name}-other")  # makes the tables
+            server.create()
+        opened(server.url, f"{name}-other")  # makes the tables
         time.sleep(1.5)
         restore()
 
     def objective(trial: optuna.Trial) -> float:
         if trial.number == 2 and not threads[0].ident:
             if what == "database":
-                own.drop()
+                server.drop()
             else:
-                engine = own.engine()
+                engine = server.engine()
                 TABLES.drop_all(engine)
                 engine.dispose()
             threads[0].start()
@@ -213,28 +213,28 @@ def test_a_database_that_was_dropped_is_waited_for_until_it_is_back(
         moeopt.optimize(study, objective, n_trials=4)
     threads[0].join()
     assert slots(study) == list(range(4))
-    assert facts(study) == facts(opened(own.url, name))
+    assert facts(study) == facts(opened(server.url, name))
     assert any("it was dropped" in text for text in said(caplog))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["dropped", "made anew", "tables made anew"])
-def test_a_database_that_does_not_come_back_is_one_error(own: Own, name: str, what: str) -> None:
-    study = opened(own.url, name, patience=1)
+def test_a_database_that_does_not_come_back_is_one_error(server: Own, name: str, what: str) -> None:
+    study = opened(server.url, name, patience=1)
     storage = backend(study).storage
 
     def objective(trial: optuna.Trial) -> float:
-        engine = own.engine()
+        engine = server.engine()
         if trial.number == 1 and engine.name == "mysql":
             time.sleep(1.1)  # it knows by the second when its tables were made
         if trial.number == 1 and what == "tables made anew":
             TABLES.drop_all(engine)
             TABLES.create_all(engine)
         elif trial.number == 1:
-            own.drop()
-            own.create()
+            server.drop()
+            server.create()
             if what == "made anew":
-                opened(own.url, f"{name}-other")
+                opened(server.url, f"{name}-other")
         engine.dispose()
         return loss(trial)
 

@@ -39,13 +39,13 @@ def content(url: str, name: str, sampler: Any) -> list[Any]:
     moeopt.optimize(study, objective, n_trials=5)
     study = opened(url, name, sampler)
     moeopt.optimize(study, objective, n_trials=9)
-    found = []
+    contents = []
     for trial in opened(url, name, sampler).trials:
         system = dict(trial.system_attrs)
         system[genome.ORIGIN] = {k: v for k, v in system[genome.ORIGIN].items() if k not in TIMES}
         facts = (trial.number, trial.state, trial.values, trial.params, trial.distributions, trial.user_attrs, system)
-        found.append(facts)
-    return found
+        contents.append(facts)
+    return contents
 
 
 @pytest.mark.slow

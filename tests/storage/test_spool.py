@@ -137,10 +137,10 @@ def test_a_file_that_is_none_of_ours_harms_nothing(broken: Any, tmp_path_factory
         else:
             content = json.loads(result.file.read_text()) | {broken[0]: broken[1]}
             result.file.write_text(json.dumps(content))
-        for found in spool.results("a" * 32):
-            assert found.study == "a" * 32
-            assert found.file == result.file
-            assert found.state in (None, *spool.STATES)
+        for spooled in spool.results("a" * 32):
+            assert spooled.study == "a" * 32
+            assert spooled.file == result.file
+            assert spooled.state in (None, *spool.STATES)
         assert [*spool.results("../" + "a" * 29)] == []
 
 

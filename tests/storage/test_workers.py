@@ -309,11 +309,11 @@ def test_a_plan_is_taken_that_another_worker_wrote_while_this_one_waited(url: st
 def test_a_plan_that_another_worker_took_meanwhile_is_drawn_again(url: str, name: str) -> None:
     mine, other = opened(url, name, "local"), opened(url, name)
     mine.optimize(loss, n_trials=2)
-    own, taken = mine.sampler._new_plan, []  # type: ignore[attr-defined]
+    new_plan, taken = mine.sampler._new_plan, []  # type: ignore[attr-defined]
 
     def slow(history: Any, slot: int) -> Any:
         """Another worker proposes the same before this one stores it, once."""
-        proposal = own(history, slot)
+        proposal = new_plan(history, slot)
         if not taken:
             x = SPACE.snap(proposal.x)
             moeopt.enqueue(other, SPACE, SPACE.decode(x))
