@@ -105,13 +105,13 @@ def uninterrupted(make: Make) -> Callable[[str | None], dict[int, Any]]:
     """The trials of a search that no one came between, by its pruner."""
 
     @cache
-    def found(pruner: str | None) -> dict[int, Any]:
+    def trials_of(pruner: str | None) -> dict[int, Any]:
         objective = make(rungs=1 if pruner is None else 2)
         study = moeopt.create_study("whole", objective=objective, storage=None, seed=3, pruner=pruner, **EEP)
         moeopt.optimize(study, objective, n_trials=6)
         return by_slot(study)
 
-    return found
+    return trials_of
 
 
 @pytest.mark.slow
@@ -291,9 +291,8 @@ def test_compare_leaves_out_what_another_sampler_made(
     assert record["foreign"] == ["random-1", "local-1"]
     compared = benchmarking.compare([opened(name, url) for name in ("random-0", "local-0")])
     assert {optimiser.name for optimiser in compared.optimisers} >= {"random"}
-    assert any(
-        optimiser.name.startswith("local from plan ") for optimiser in compared.optimisers
-    )  # what was enqueued is told
+    # what was enqueued is told
+    assert any(optimiser.name.startswith("local from plan ") for optimiser in compared.optimisers)
     with pytest.raises(StudyError, match=r"'random-1', as all that were given, .* the first is 3"):
         benchmarking.compare([turned])
     assert main(["show", "random-1", "--storage", url]) == 0

@@ -288,10 +288,7 @@ RANGES = {
 
 @pytest.mark.parametrize(
     ("content", "k", "seeds"),
-    [
-        (SINGLE, None, [(0, 10), (1, 11), (2, 12)]),
-        (RANGES, 1, [(0, 1), (0, 1), (4, 3), (2, 3), (4, 5), (4, 5)]),
-    ],
+    [(SINGLE, None, [(0, 10), (1, 11), (2, 12)]), (RANGES, 1, [(0, 1), (0, 1), (4, 3), (2, 3), (4, 5), (4, 5)])],
 )
 def test_eep_files_place_their_matrices(
     tmp_path: Path, content: dict[str, Any], k: int | None, seeds: list[tuple[int, int]]

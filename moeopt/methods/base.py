@@ -44,10 +44,7 @@ class Budget:
         """Raise MethodError when `keep` or `active` is out of range; `among_all`: of routers that pick among all n."""
         every = f"the {self.experts} experts each layer has"
         picks = (self.experts, every) if among_all else (self.keep, f"the {self.keep} experts kept")
-        for name, value, high, why in (
-            ("keep", self.keep, self.experts, every),
-            ("k", self.active, *picks),
-        ):
+        for name, value, high, why in (("keep", self.keep, self.experts, every), ("k", self.active, *picks)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= high:
                 raise MethodError(f"{name} must be an integer between 1 and {why}, got {value!r}")
 

@@ -12,15 +12,7 @@ import torch
 from moeopt.errors import MethodError, ModelError
 from moeopt.methods.layer_activations import Hook, Observe
 from moeopt.methods.sequences import Batch, packed
-from moeopt.models import (
-    evaluation_mode,
-    experts_run_by,
-    layerwise,
-    moe_layers,
-    patched,
-    routing_rules,
-    without_plan,
-)
+from moeopt.models import evaluation_mode, experts_run_by, layerwise, moe_layers, patched, routing_rules, without_plan
 from moeopt.models.layers import is_offloaded
 from moeopt.models.layerwise import input_device
 from moeopt.plan import ModelShape, Plan
@@ -92,12 +84,7 @@ class Calibration:
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     def run(
-        self,
-        observe: Observe,
-        *,
-        plan: Plan | None = None,
-        layer_by_layer: bool = False,
-        all_outputs: bool = False,
+        self, observe: Observe, *, plan: Plan | None = None, layer_by_layer: bool = False, all_outputs: bool = False
     ) -> None:
         """One pass: `observe` is called with what every MoE layer sees of every batch, under a plan if there is one.
 

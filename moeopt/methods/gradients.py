@@ -189,13 +189,7 @@ class LossGradients:
         return whole
 
     def _through(
-        self,
-        i: int,
-        batches: list[Batch],
-        calls: list[list[Call]],
-        entering: States,
-        back: States,
-        observe: Observe,
+        self, i: int, batches: list[Batch], calls: list[list[Call]], entering: States, back: States, observe: Observe
     ) -> States:
         """dL/dh of the hidden states that enter decoder layer `i`, from those that leave it."""
         moe = [layer for layer, place in zip(self.layers, self.parts.moe) if place == i]

@@ -69,13 +69,7 @@ def _mixed(part: LayerPlan, name: str, layer: MoELayer) -> LayerPlan:
 
 
 def plan(
-    name: str,
-    calibration: Calibration,
-    *,
-    keep: int,
-    k: int | None = None,
-    groups: Groups | None = None,
-    seed: int = 0,
+    name: str, calibration: Calibration, *, keep: int, k: int | None = None, groups: Groups | None = None, seed: int = 0
 ) -> Plan:
     """The plan of one method; see `plans`."""
     return plans([name], calibration, keep=keep, k=k, groups=groups, seed=seed)[name].plan

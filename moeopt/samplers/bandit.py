@@ -21,12 +21,7 @@ A = TypeVar("A", bound=Hashable)
 
 
 def choose(
-    rng: np.random.Generator,
-    arms: Sequence[A],
-    plays: Sequence[tuple[A, float, float]],
-    *,
-    prior: float,
-    memory: float,
+    rng: np.random.Generator, arms: Sequence[A], plays: Sequence[tuple[A, float, float]], *, prior: float, memory: float
 ) -> A:
     """The arm whose drawn gain per unit of cost is largest.
 

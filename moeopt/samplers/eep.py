@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from moeopt.errors import SamplerError
 from moeopt.plan import Matrix
 from moeopt.samplers.base import GenomeSampler, Proposal
-from moeopt.samplers.checks import check_counts
+from moeopt.samplers.checks import check_at_least_0, check_counts, check_positive, check_probabilities
 from moeopt.samplers.history import Observation
 from moeopt.spaces.base import Phase, Space
 
@@ -109,14 +109,11 @@ class EEPSampler(GenomeSampler):
             "p_change": p_change, "p_row": p_row, "p_crossover": p_crossover,
             "p_first": p_first, "p_entry": p_entry, "p_normalise": p_normalise,
         }  # fmt: skip
-        for name, value in probabilities.items():
-            if not _is_number(value) or not 0 <= value <= 1:
-                raise SamplerError(f"{name} is a probability between 0 and 1, got {value!r}")
+        check_probabilities(probabilities)
         if score not in get_args(Fitness):
             raise SamplerError(f"score must be 'loss' or 'accuracy', got {score!r}")
         check_counts({"initial": initial, "prune_until": prune_until, "crossover_pool": crossover_pool})
-        if not _is_number(sigma) or sigma <= 0:
-            raise SamplerError(f"sigma must be a positive number, got {sigma!r}")
+        check_positive({"sigma": sigma})
         bands = BANDS[score]
         self.initial, self.prune_until, self.crossover_pool = initial, prune_until, crossover_pool
         self.p_change, self.p_row, self.p_crossover, self.p_first = p_change, p_row, p_crossover, p_first
@@ -124,9 +121,7 @@ class EEPSampler(GenomeSampler):
         self.score: Fitness = score
         self.band = bands[0] if band is None else band
         self.crossover_band = bands[1] if crossover_band is None else crossover_band
-        for name, width in {"band": self.band, "crossover_band": self.crossover_band}.items():
-            if not _is_number(width) or width < 0:
-                raise SamplerError(f"{name} must be a number of at least 0, got {width!r}")
+        check_at_least_0({"band": self.band, "crossover_band": self.crossover_band})
         self.prune_crossover = prune_crossover
 
     def shortfall(self, trials: int) -> str | None:
@@ -254,10 +249,6 @@ def scaled(trials: int, given: Mapping[str, Any] | None = None) -> dict[str, Any
         least = sizes["initial"] + 1 if isinstance(sizes["initial"], int) else 1
         sizes["prune_until"] = max(least, prune_until)
     return sizes
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 def _is_pruning(matrices: Matrix) -> bool:

@@ -24,7 +24,7 @@ from moeopt.errors import SamplerError
 from moeopt.plan import Plan
 from moeopt.samplers.bandit import choose, gain, layers_run, most_tokens
 from moeopt.samplers.base import Proposal, StartingSampler
-from moeopt.samplers.checks import check_counts, check_positive
+from moeopt.samplers.checks import check_at_least_0, check_counts, check_positive
 from moeopt.samplers.history import Observation, noted
 from moeopt.samplers.moves import ACTIVE, MOVES
 from moeopt.spaces.base import Space
@@ -91,8 +91,7 @@ class LocalSampler(StartingSampler):
         super().__init__(space, seed=seed, redraw=redraw, start=start)
         check_counts({"population": population, "bands": bands, **{f"widths[{i}]": w for i, w in enumerate(widths)}})
         check_positive({"sigma": sigma, "prior": prior, "memory": memory})
-        if not 0 <= fade < float("inf"):
-            raise SamplerError(f"fade must be a number of at least 0, got {fade!r}")
+        check_at_least_0({"fade": fade})
         if not 0 < p_entry <= 1:
             raise SamplerError(f"p_entry is a probability above 0 and at most 1, got {p_entry!r}")
         if not widths:

@@ -174,11 +174,7 @@ def test_any_questions(model: Any, questions: list[Question], batch_tokens: int)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    questions=st.lists(question, min_size=1, max_size=6),
-    batch_tokens=st.integers(1, 60),
-    branching=st.booleans(),
-)
+@given(questions=st.lists(question, min_size=1, max_size=6), batch_tokens=st.integers(1, 60), branching=st.booleans())
 def test_batches_score_every_token_of_every_option_once(
     questions: list[Question], batch_tokens: int, branching: bool
 ) -> None:

@@ -23,11 +23,7 @@ from moeopt.plan import Plan
 from moeopt.tasks import Example, MultipleChoiceTask, TextTask
 
 KEPT = [[0, 3, 5, 6], [7, 1, 2, 4], [1, 2, 3, 4]]
-MASKS = {
-    "none": None,
-    "right": [[1] * 13, [1] * 8 + [0] * 5],
-    "left": [[0] * 4 + [1] * 9, [1] * 13],
-}
+MASKS = {"none": None, "right": [[1] * 13, [1] * 8 + [0] * 5], "left": [[0] * 4 + [1] * 9, [1] * 13]}
 
 
 def masked(ids: Tensor, kind: str) -> dict[str, Tensor]:

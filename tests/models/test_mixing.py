@@ -205,10 +205,7 @@ def test_an_order_of_experts_that_are_not_mixed_is_no_order() -> None:
         ({"neurons": [[0, 1], [1]]}, "neurons must be an array of numbers"),
         ({"w_em": "abc"}, "w_em must be an array of numbers"),
         ({"merge": "mean"}, "merge must be one of linear, ties, slerp, karcher, got 'mean'"),
-        (
-            {"merge": "ties", "w_em": [[1, -1, 0, 0], [0, 0, 1, 0]]},
-            "needs rows of w_em without a negative",
-        ),
+        ({"merge": "ties", "w_em": [[1, -1, 0, 0], [0, 0, 1, 0]]}, "needs rows of w_em without a negative"),
     ],
 )
 def test_what_is_no_order_or_no_mean_is_refused(options: dict[str, Any], match: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import Counter
 from typing import Any
@@ -145,25 +144,6 @@ def test_bandit_prefers_the_block_that_gained() -> None:
     assert chosen[sampler.blocks[1]] > 80
 
 
-def test_population_and_settings() -> None:
+def test_population_of_a_block() -> None:
     sampler = BlockCMAESSampler(SPACE, seed=0, block_size=24)
     assert sampler.trials((0, 24)) == 4 + math.floor(3 * math.log(24))
-    assert set(sampler.settings()) == set(inspect.signature(BlockCMAESSampler).parameters) - {"space"} | {"name"}
-    assert sampler.settings() != BlockCMAESSampler(SPACE, seed=0, block_size=24, start=SPACE.high).settings()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sigma": 0.0}, "sigma must be a positive number, got 0.0"),
-        ({"prior": -1}, "prior must be a positive number, got -1"),
-        ({"memory": float("nan")}, "memory must be a positive number, got nan"),
-        ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
-        ({"generations": 1.5}, "generations must be an integer of at least 1, got 1.5"),
-        ({"population_size": 3}, "population_size must be an integer of at least 4, got 3"),
-        ({"start": [1.0, 2.0]}, "MergeSpace has 96 numbers, got 2"),
-    ],
-)
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        BlockCMAESSampler(SPACE, **options)

@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 import pytest
 
-from moeopt.errors import SamplerError, StorageError
+from moeopt.errors import StorageError
 from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import GuidedSampler, Observation, get
 from moeopt.samplers.guided import GUIDED, INTERACTION, SPREAD, SQUARED, _Model
@@ -111,18 +111,6 @@ def test_without_a_guide_it_proposes_what_local_does() -> None:
     assert all(np.array_equal(genome.read(a), genome.read(b)) for a, b in zip(*(s.trials for s in studies)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rows", "active"])
-def test_a_resumed_search_is_an_uninterrupted_one(kind: str, tmp_path: Any) -> None:
-    space, whole = SPACES[kind], search(GuidedSampler(SPACES[kind], seed=5), 24)
-    url = f"sqlite:///{tmp_path}/study.db"
-    for _ in range(3):
-        sampler = GuidedSampler(space, seed=5)
-        part = optuna.create_study(study_name="s", storage=url, sampler=sampler, load_if_exists=True)
-        search(sampler, 8, study=part)
-    assert [genome.read(t).tolist() for t in part.trials] == [genome.read(t).tolist() for t in whole.trials]  # type: ignore[union-attr]
-
-
 def model_of(trials: int) -> _Model:
     rng = np.random.default_rng(1)
     signed, squared = rng.normal(size=(2, 3, 5))
@@ -172,15 +160,6 @@ def test_the_radius_grows_where_predictions_hold(losses: list[float | None], rad
     for slot, loss in enumerate(losses, start=1):
         history.append(obs(slot, loss, notes={"parent": 0, "first": 0, "width": 1, "predicted": 0.1}))
     assert GuidedSampler(SPACES["eep"], seed=0).reach(history, 0) == radius
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [({"radius": 0}, "radius must be an integer"), ({"patience": 1.5}, "patience must be"), ({"moves": []}, "moves")],
-)
-def test_options_are_checked(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(SamplerError, match=said):
-        GuidedSampler(SPACES["eep"], seed=0, **options)
 
 
 def test_a_damaged_guide_is_said_to_be() -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
 import optuna
 import pytest
 
-from moeopt.errors import SamplerError
-from moeopt.plan import ModelShape
+from moeopt.errors import MoeoptError, SamplerError
+from moeopt.plan import ModelShape, Plan
 from moeopt.samplers import (
     SAMPLERS,
     CMAESSampler,
@@ -65,12 +66,31 @@ def test_objects() -> None:
         ("eep", {"score": "f1"}, "score must be 'loss' or 'accuracy', got 'f1'"),
         ("random", {"redraw": -1}, "redraw must be an integer of at least 0, got -1"),
         ("random", {"seed": -1}, "seed must be at least 0, got -1"),
+        ("blockcmaes", {"prior": -1}, "prior must be a positive number, got -1"),
+        ("blockcmaes", {"memory": float("nan")}, "memory must be a positive number, got nan"),
+        ("blockcmaes", {"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
+        ("blockcmaes", {"generations": 1.5}, "generations must be an integer of at least 1, got 1.5"),
+        ("blockcmaes", {"population_size": 3}, "population_size must be an integer of at least 4, got 3"),
+        ("blockcmaes", {"start": [1.0, 2.0]}, "PruneSpace has 12 numbers, got 2"),
+        ("local", {"population": 0}, "population must be an integer of at least 1, got 0"),
+        ("local", {"bands": 2.0}, "bands must be an integer of at least 1, got 2.0"),
+        ("local", {"widths": [1, 0]}, r"widths\[1\] must be an integer of at least 1, got 0"),
+        ("local", {"widths": []}, "widths must name at least one width"),
+        ("local", {"fade": -0.1}, "fade must be a number of at least 0, got -0.1"),
+        ("local", {"memory": float("inf")}, "memory must be a positive number, got inf"),
+        ("local", {"p_entry": 1.5}, "p_entry is a probability above 0 and at most 1, got 1.5"),
+        ("local", {"moves": ["swop"]}, "moves must be some of swap for this space, got"),
+        ("local", {"moves": []}, "moves must be some of"),
+        ("local", {"start": Plan.one_hot([[0, 1]] * 4, experts=6, k=2)}, "the space"),
+        ("guided", {"radius": 0}, "radius must be an integer"),
+        ("guided", {"patience": 1.5}, "patience must be"),
         (3, {}, "a sampler is a name or an Optuna sampler object, got 3"),
     ],
 )
 def test_bad_arguments(name: str, options: dict, message: str) -> None:
-    with pytest.raises(SamplerError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         get(name, SPACE, **options)
+    assert isinstance(error.value, MoeoptError)
 
 
 def test_a_sampler_of_another_space_is_refused() -> None:
@@ -91,8 +111,11 @@ def test_optional_packages_are_imported_when_used() -> None:
     assert output.strip() == "set()"
 
 
-def test_every_name_is_documented_by_its_class() -> None:
-    assert all(getattr(make, "func", make).__doc__ for make in SAMPLERS.values())
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"nevergrad"}))
+def test_every_name_is_documented_and_its_settings_are_all_arguments(name: str) -> None:
+    kind = getattr(SAMPLERS[name], "func", SAMPLERS[name])
+    assert kind.__doc__
+    assert set(get(name, SPACE).settings()) == set(inspect.signature(kind).parameters) - {"space"} | {"name"}
 
 
 def test_code_of_a_users_own_makes_anything() -> None:

@@ -329,9 +329,7 @@ def test_a_plan_that_another_worker_took_meanwhile_is_drawn_again(url: str, name
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("database", "again", "at"),
-    diagonal(["deleted", "made anew"], ["evaluating", "between"]),
-    indirect=["database"],
+    ("database", "again", "at"), diagonal(["deleted", "made anew"], ["evaluating", "between"]), indirect=["database"]
 )
 def test_a_worker_of_a_deleted_study_ends_and_leaves_the_next_one_alone(
     url: str, name: str, spool: Path, at: str, again: str
