@@ -138,11 +138,11 @@ class LayerActivations:
         names = ("hidden", "logits", "gates", "routed")
         return replace(self, **{name: getattr(self, name).detach() for name in names})
 
-    def without_states(self, every: int = 1) -> LayerActivations:
-        """The same without hidden states: what routing needs; of the first of every so many tokens."""
+    def without_states(self, tokens: slice = slice(None)) -> LayerActivations:
+        """The same without hidden states: what routing needs; of some of the tokens."""
         nothing = self.hidden.new_empty(0, self.hidden.shape[1])  # not a view, which would hold the whole
-        thinned = {name: getattr(self, name)[::every] for name in ("logits", "gates", "index", "sequence")}
-        if every > 1:
+        thinned = {name: getattr(self, name)[tokens] for name in ("logits", "gates", "index", "sequence")}
+        if tokens.step not in (None, 1):
             thinned = {name: tensor.clone() for name, tensor in thinned.items()}
         return replace(self, hidden=nothing, routed=nothing, every=None, target=None, entered=None, **thinned)
 

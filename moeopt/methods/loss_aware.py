@@ -43,8 +43,8 @@ from moeopt.errors import MethodError, ModelError
 from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
 from moeopt.methods.base import Budget, Groups, MethodPlan, Planner
 from moeopt.methods.gradients import LossGradients
+from moeopt.methods.kept_sets import KeptSet
 from moeopt.methods.layer_activations import LayerActivations
-from moeopt.methods.naee import KeptSet
 from moeopt.methods.set_changes import CURVATURE, DEFAULT, RULES, SKETCHES, Changes, products_of
 from moeopt.plan import Plan
 

@@ -6,41 +6,30 @@ C(n, r) errors come from one pass over all experts: with G the Gram matrix of a 
 difference of weights, the squared error of the token is d' G d. Layers that share a choice add up their squares.
 
 Beyond `MOST_SETS` sets, the r experts of largest gated output norm, and those that a greedy elimination leaves, are
-improved by the best swap until none helps. That comes with no guarantee.
+improved by swaps until none of those that promise most helps (`token_grams`). That comes with no guarantee.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cache
 from math import comb
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moeopt.methods.base import Budget, Method
+from moeopt.methods.kept_sets import MOST_SETS, KeptSet, kept_sets, masks
 from moeopt.methods.layer_activations import LayerActivations
-from moeopt.methods.statistics import Array, Statistic, gram
+from moeopt.methods.output_errors import AT_ONCE, BATCH, Problem, Sums
+from moeopt.methods.statistics import Array, Statistic
+from moeopt.methods.token_grams import TokenGrams
 from moeopt.plan import LayerPlan
 
-MOST_SETS = 20_000
-BATCH = 8
-"""Sequences a calibration batch, as in NAEE's code."""
 MOST_RANKED = 20
 """Up to so many experts, which ones a token would pick of a set is looked up (see `ByRank`)."""
-AT_ONCE = 1 << 24
-"""Numbers in memory at a time."""
-
-KeptSet = tuple[int, ...]
-
-
-def kept_sets(n: int, r: int) -> list[KeptSet]:
-    """All sets of r out of n experts, in lexicographic order."""
-    return list(itertools.combinations(range(n), r))
 
 
 class SetErrors(Statistic):
@@ -84,96 +73,6 @@ class SetErrors(Statistic):
         return self.sets[int(self.errors.argmin())]
 
 
-class TokenGrams(Statistic):
-    """Every token's Gram matrix and routing, for choices too many to add up. Grows with tokens: 4 n (n + 1) bytes each.
-
-    Args:
-        n: experts of the layer.
-        batch: sequences a calibration batch.
-    """
-
-    outputs = "all"
-    by_layer = True
-
-    def __init__(self, n: int, *, batch: int = BATCH) -> None:
-        self.n, self.batch = n, batch
-        self.norms = np.zeros(n)
-        self._problems: list[Problem] = []
-
-    def add(self, acts: LayerActivations) -> None:
-        problem = Problem.to_match(acts)
-        norms = problem.grams.diagonal(dim1=1, dim2=2)[:, : self.n].clamp_min(0).sqrt()
-        self.norms += (acts.full_weights * norms).sum(0).double().cpu().numpy()
-        self._problems.append(problem)
-
-    def errors(self, choose: Callable[[LayerActivations], tuple[Tensor, Tensor]]) -> Array:
-        """Errors, as `SetErrors.errors`, of choices given as `LayerActivations.chosen` gives them: (choices,)."""
-        sums = Sums(self.batch)
-        for problem in self._problems:
-            sums.add(problem.acts, problem.squared_errors(*choose(problem.acts)))
-        return sums.norms
-
-    def of_sets(self, sets: list[KeptSet], active: int) -> Array:
-        """Errors of some kept sets, (sets,)."""
-        step = max(1, AT_ONCE // (self.n * max(len(problem.grams) for problem in self._problems)))
-        parts = [masks(sets[first : first + step], self.n) for first in range(0, len(sets), step)]
-
-        def choose(part: Tensor) -> Callable[[LayerActivations], tuple[Tensor, Tensor]]:
-            return lambda acts: acts.chosen(part.to(acts.logits.device), active)
-
-        return np.concatenate([self.errors(choose(part)) for part in parts])
-
-    def fits(self) -> Array:
-        """A_j = sum over X_j of g_j^2 G, (n, n, n), g being the layer's own weights."""
-        fits = np.zeros((self.n,) * 3)
-        for problem in self._problems:
-            squares = problem.acts.full_weights.double() ** 2
-            grams = problem.grams[:, : self.n, : self.n].double()
-            fits += torch.einsum("tj,tab->jab", squares, grams).cpu().numpy()
-        return fits
-
-
-def best_set(tokens: TokenGrams, r: int, active: int) -> KeptSet:
-    """The better of two descents by swaps: from the largest gated output norms, and from a greedy elimination."""
-    by_norm = tuple(sorted(np.argsort(-tokens.norms, kind="stable")[:r].tolist()))
-    kept = tuple(range(tokens.n))
-    while len(kept) > r:
-        smaller = [kept[:i] + kept[i + 1 :] for i in range(len(kept))]
-        kept = smaller[int(tokens.of_sets(smaller, active).argmin())]
-    return min((_descended(tokens, start, active) for start in (by_norm, kept)), key=lambda end: end[0])[1]
-
-
-def _descended(tokens: TokenGrams, kept: KeptSet, active: int) -> tuple[float, KeptSet]:
-    best = float(tokens.of_sets([kept], active)[0])
-    while True:
-        others = [e for e in range(tokens.n) if e not in kept]
-        swapped = [tuple(sorted({*kept} - {a} | {b})) for a in kept for b in others]
-        errors = tokens.of_sets(swapped, active) if swapped else np.zeros(0)
-        if not errors.size or float(errors.min()) >= best:
-            return best, kept
-        best, kept = float(errors.min()), swapped[int(errors.argmin())]
-
-
-class Sums:
-    """Adds up squared errors by calibration batch."""
-
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
-        self._squares: dict[int, Array] = {}
-
-    def add(self, acts: LayerActivations, squares: Tensor) -> None:
-        """`squares` is (tokens, choices)."""
-        batches = torch.div(acts.sequence, self.batch, rounding_mode="floor").to(squares.device)
-        for number in batches.unique().tolist():
-            added = squares[batches == number].sum(0, dtype=torch.float64).cpu().numpy()
-            self._squares[number] = self._squares.get(number, 0.0) + added
-
-    @property
-    def norms(self) -> Array:
-        """The sum over calibration batches of the norm, (choices,)."""
-        return np.asarray(sum(np.sqrt(self._squares[number]) for number in sorted(self._squares)))
-
-
 class Naee(Method):
     """Keeps the set of least error, layer by layer, each layer being given what it is given in the full model."""
 
@@ -190,7 +89,7 @@ class Naee(Method):
         if isinstance(errors, SetErrors):
             return budget.pruned(errors.best)
         assert isinstance(errors, TokenGrams)
-        return budget.pruned(best_set(errors, budget.keep, budget.active))
+        return budget.pruned(errors.best_set(budget.keep, budget.active))
 
 
 class NaeeProgressive(Naee):
@@ -198,60 +97,6 @@ class NaeeProgressive(Naee):
 
     summary = "naee, each layer after the earlier ones are pruned; targets of the full model"
     progressive = alone = targets = True
-
-
-def masks(sets: Sequence[KeptSet], n: int) -> Tensor:
-    """bool (sets, n)."""
-    rows: NDArray[np.bool_] = np.zeros((len(sets), n), dtype=bool)
-    for row, kept in zip(rows, sets):
-        row[list(kept)] = True
-    return torch.from_numpy(rows)
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """What a layer's output is to be matched with, for every token of a batch.
-
-    Args:
-        acts: the batch, without its hidden states.
-        grams: inner products of the experts' outputs, and of the target's where it is not the layer's own output,
-            float32 (tokens, m, m), m being n, or n + 1.
-        cross: inner products of each expert's output with what is to be matched, float64 (tokens, n).
-        norms: squared norm of what is to be matched, float64 (tokens,).
-    """
-
-    acts: LayerActivations
-    grams: Tensor
-    cross: Tensor
-    norms: Tensor
-
-    @classmethod
-    def to_match(cls, acts: LayerActivations) -> Problem:
-        """The layer's own output, or `LayerActivations.target`, is to be matched."""
-        if acts.target is None:
-            grams, weights = gram(acts.outputs), acts.full_weights.double()
-        else:
-            grams = gram(torch.cat([acts.outputs, acts.target[None].to(acts.outputs)]))
-            weights = torch.zeros(grams.shape[:2], dtype=torch.float64, device=grams.device)
-            weights[:, -1] = 1
-        cross = (grams.double() @ weights[..., None])[..., 0]
-        return cls(acts.without_states(), grams, cross[:, : acts.layer.n], (cross * weights).sum(-1))
-
-    def squared_errors(self, index: Tensor, weights: Tensor) -> Tensor:
-        """Squared norms of the difference when experts `index` run with `weights`, both (tokens, choices, k).
-
-        Returns:
-            float64 (tokens, choices).
-        """
-        tokens, choices, k = index.shape
-        weights, flat = weights.double(), index.reshape(tokens, -1)
-        # |sum_e w_e f_e - y|^2 = |y|^2 - 2 sum_e w_e <f_e, y> + sum_ef w_e w_f <f_e, f_f>, in float64: the three terms
-        # nearly cancel where the error is small
-        linear = (weights * self.cross.gather(1, flat).view_as(weights)).sum(-1)
-        pairs = index[..., :, None] * self.grams.shape[1] + index[..., None, :]
-        inner = self.grams.flatten(1).gather(1, pairs.reshape(tokens, -1)).view(tokens, choices, k, k).double()
-        quadratic = (weights[..., :, None] * inner * weights[..., None, :]).sum((-1, -2))
-        return (self.norms[:, None] - 2 * linear + quadratic).clamp_min(0)
 
 
 @cache

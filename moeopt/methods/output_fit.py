@@ -26,9 +26,10 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from moeopt.methods.base import Budget, Method, statistic
+from moeopt.methods.kept_sets import KeptSet, kept_sets
 from moeopt.methods.layer_activations import LayerActivations
-from moeopt.methods.naee import KeptSet, TokenGrams, best_set, kept_sets
 from moeopt.methods.statistics import Array, Statistic
+from moeopt.methods.token_grams import TokenGrams
 from moeopt.plan import LayerPlan, one_hot
 
 MOST_SETS = 500
@@ -51,7 +52,7 @@ class OutputFit(Method):
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
         tokens = statistic(statistics, TokenGrams)
         n, r, fits = budget.experts, budget.keep, tokens.fits()
-        sets: list[KeptSet] = [best_set(tokens, r, budget.active)]
+        sets: list[KeptSet] = [tokens.best_set(r, budget.active)]
         if comb(n, r) <= MOST_SETS:
             every = kept_sets(n, r)
             sets = [every[int(tokens.of_sets(every, budget.active).argmin())]]

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from moeopt.methods.base import Budget
+from moeopt.methods.kept_sets import MOST_SETS, KeptSet, descended, eliminated, kept_sets, masks
 from moeopt.methods.layer_activations import TINY, LayerActivations
-from moeopt.methods.naee import AT_ONCE, MOST_RANKED, MOST_SETS, KeptSet, by_rank, kept_sets, masks
+from moeopt.methods.naee import MOST_RANKED, by_rank
+from moeopt.methods.output_errors import AT_ONCE
 from moeopt.methods.statistics import Array
 
 SKETCHES = 8
 """Random directions a token that squared norms are estimated by; errors cancel over tokens."""
-STEPS = 2
-"""An elimination drops this part of the excess at a time, of the experts without which least changes."""
-SWAPS = 16
-"""Swaps that are tried at a time."""
 
 
 class Sums:
@@ -143,7 +141,7 @@ class Changes:
         if self.all_sets is not None:
             self.all_sets.add(acts, products)
         else:
-            self._held.append((acts.without_states(self.every), products[:: self.every].clone()))
+            self._held.append((acts.without_states(slice(None, None, self.every)), products[:: self.every].clone()))
 
     def __add__(self, other: Self) -> Self:
         total = copy(self)
@@ -169,27 +167,15 @@ class Changes:
         """The kept set of least change; of sets too many to add up, one that no swap tried betters."""
         if self.all_sets is not None:
             return self.all_sets.sets[int(rule(self.all_sets).argmin())]
-        kept = self.now
-        while (excess := len(kept) - self.budget.keep) > 0:
-            order = np.argsort(rule(self.toggled(kept, kept)), kind="stable")
-            dropped = {kept[i] for i in order[: -(-excess // STEPS)]}
-            kept = tuple(e for e in kept if e not in dropped)
-        least = rule(self.of_sets([kept]))[0]
-        while sets := self._swapped(kept, rule):
-            scores = rule(self.of_sets(sets))
-            if scores.min() >= least:
-                break
-            kept, least = sets[int(scores.argmin())], scores.min()
-        return kept
 
-    def _swapped(self, kept: KeptSet, rule: Rule) -> list[KeptSet]:
-        """The sets after each of the swaps that promise most, by what dropping one and adding the other would do."""
-        others = tuple(e for e in range(self.budget.experts) if e not in kept)
-        pairs = [(i, j) for i in range(len(kept)) for j in range(len(others))]
-        if len(pairs) > SWAPS:
-            without, added = rule(self.toggled(kept, kept)), rule(self.toggled(kept, others))
-            pairs = sorted(pairs, key=lambda pair: without[pair[0]] + added[pair[1]])[:SWAPS]
-        return [tuple(sorted({*kept} - {kept[i]} | {others[j]})) for i, j in pairs]
+        def of_sets(sets: list[KeptSet]) -> Array:
+            return rule(self.of_sets(sets))
+
+        def toggled(base: KeptSet, experts: KeptSet) -> Array:
+            return rule(self.toggled(base, experts))
+
+        kept = eliminated(self.now, self.budget.keep, toggled)
+        return descended(kept, self.budget.experts, of_sets, toggled)[1]
 
 
 Rule = Callable[[Sums], Array]

@@ -11,7 +11,7 @@ import torch
 from moeopt import methods
 from moeopt.errors import MethodError
 from moeopt.evaluation import Evaluator
-from moeopt.methods import loss_aware, naee, set_changes
+from moeopt.methods import kept_sets, loss_aware, output_errors, set_changes
 from moeopt.methods.base import Budget
 from moeopt.methods.gradients import LossGradients
 from moeopt.methods.set_changes import RULES, Changes, Sums, Toggles, products_of
@@ -96,7 +96,7 @@ def changes_by_patching(model, layer, acts, gradient, sets, k, now):
 @pytest.mark.slow
 @pytest.mark.parametrize("enumerated", [True, False])
 def test_sums_are_those_of_patched_layers(family, build_family, tiny_tokenizer, text, enumerated, monkeypatch):
-    monkeypatch.setattr(set_changes, "MOST_SETS", naee.MOST_SETS if enumerated else 1)
+    monkeypatch.setattr(set_changes, "MOST_SETS", kept_sets.MOST_SETS if enumerated else 1)
     model = build_family(family, vocabulary=300, corrected=True)
     seen_of, _ = gradients_of(Evaluator(model, tiny_tokenizer, text, limit=3))
     n, k = moe_layers(model)[0].n, moe_layers(model)[0].k
@@ -155,7 +155,7 @@ def test_the_best_set_is_one_that_no_swap_betters(make_mixtral, tiny_tokenizer, 
     budget = Budget(experts=8, k=2, keep=4, active=2)
     for batches in seen_of:
         best: list[dict[str, float]] = []
-        for most in (naee.MOST_SETS, 1):
+        for most in (kept_sets.MOST_SETS, 1):
             monkeypatch.setattr(set_changes, "MOST_SETS", most)
             changes, draws = Changes(tuple(range(8)), 2, budget), torch.Generator().manual_seed(0)
             with torch.no_grad():
@@ -176,13 +176,13 @@ def test_sketches_estimate_the_change_of_the_output(make_mixtral, tiny_tokenizer
     """Without bias: over all tokens of ten draws, within 2 %."""
     model = make_mixtral()
     seen_of, _ = gradients_of(Evaluator(model, tiny_tokenizer, text, limit=3))
-    sets = naee.kept_sets(8, 4)
+    sets = kept_sets.kept_sets(8, 4)
     for layer, batches in zip(moe_layers(model), seen_of):
         exact, estimated = 0.0, 0.0
         draws = torch.Generator().manual_seed(layer.index)
         for acts, gradient in batches:
             with torch.no_grad():
-                errors = naee.Problem.to_match(acts).squared_errors(*acts.chosen(naee.masks(sets, 8), 2))
+                errors = output_errors.Problem.to_match(acts).squared_errors(*acts.chosen(kept_sets.masks(sets, 8), 2))
                 exact = exact + (gradient.double().norm(dim=1)[:, None] * errors).sum(0).numpy()
                 for _ in range(20):
                     sums = Sums(sets, 2, tuple(range(8)), 2, 8)

@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 from moeopt import methods
 from moeopt.errors import MethodError, ModelError
 from moeopt.evaluation import Evaluator
-from moeopt.methods import clustering, naee, output_fit
+from moeopt.methods import clustering, kept_sets, naee, output_fit, token_grams
 from moeopt.methods.names import PROGRESSIVE
 from moeopt.methods.statistics import MeanOutputs, Norms, Routing, Spread
 from moeopt.models import moe_layers, patched
@@ -407,7 +407,7 @@ def test_padding_does_not_count(make_mixtral, tiny_tokenizer, text, dtype):
 
 
 def test_what_is_kept_of_a_token_is_small(calibration):
-    made = [naee.TokenGrams(8) for _ in range(3)]
+    made = [token_grams.TokenGrams(8) for _ in range(3)]
     calibration.run(lambda acts: made[acts.layer.index].add(acts))
     for problem in made[0]._problems:
         assert problem.acts.hidden.untyped_storage().nbytes() == problem.acts.routed.untyped_storage().nbytes() == 0
@@ -422,6 +422,41 @@ def test_outputs_that_are_not_finite_are_named(make_mixtral, tiny_tokenizer, tex
         with pytest.raises(MethodError, match=r"layers\.1\..*not finite in torch.float32"):
             methods.plan(name, calibration, keep=4)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "sigmoid", "not renormalised"])
+def test_one_expert_more_or_less_errs_as_the_whole_set_does(family, make_mixtral, tiny_tokenizer, text, monkeypatch):
+    """What a set toggled by one expert changes, against the set as it is."""
+    calibration = methods.Calibration(make_mixtral(), tiny_tokenizer, text, limit=4)
+    rule = calibration.rules[0]
+    rule = {
+        "mixtral": rule,
+        "sigmoid": replace(rule, score="sigmoid"),
+        "not renormalised": replace(rule, score="softmax", renormalise=False),
+    }[family]
+    grams = [token_grams.TokenGrams(8) for _ in range(3)]
+    calibration.run(lambda acts: grams[acts.layer.index].add(replace(acts, rule=rule)))
+    for base in ((0, 2, 3, 6), (1, 5), (4,)):
+        others = tuple(e for e in range(8) if e not in base)
+        for experts, active in ((base, 1), (others, 1), (base, 2), (others, 2)):
+            sets = [tuple(sorted({*base} ^ {e})) for e in experts]
+            if len(sets[0]) >= active:
+                slow = grams[0].of_sets(sets, active)
+                np.testing.assert_allclose(grams[0].toggled(base, experts, active), slow, rtol=1e-5, atol=1e-6)
+
+
+def test_gram_matrices_are_thinned_to_a_bound_and_it_is_said(calibration, monkeypatch):
+    whole, thinned = ([token_grams.TokenGrams(8) for _ in range(3)] for _ in range(2))
+    calibration.run(lambda acts: whole[acts.layer.index].add(acts))
+    bound = sum(problem.grams.nbytes for problem in whole[0]._problems) // 3
+    monkeypatch.setattr(token_grams, "MOST_BYTES", bound)
+    with pytest.warns(UserWarning, match="one token in 4"):
+        calibration.run(lambda acts: thinned[acts.layer.index].add(acts))
+    assert sum(problem.grams.nbytes for problem in thinned[0]._problems) <= bound
+    np.testing.assert_array_equal(thinned[0].norms, whole[0].norms)
+    sets = kept_sets.kept_sets(8, 4)
+    a, b = (grams[0].of_sets(sets, 2) for grams in (whole, thinned))
+    assert np.corrcoef(a, b)[0, 1] > 0.8
 
 
 def test_naee_beyond_enumeration(calibration, monkeypatch):

@@ -1,0 +1,138 @@
+"""Every token's Gram matrix of its experts' outputs, for choices of experts too many to add up one by one (`naee`)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeopt.methods.kept_sets import Array, KeptSet, descended, eliminated, masks
+from moeopt.methods.layer_activations import TINY, LayerActivations
+from moeopt.methods.output_errors import AT_ONCE, BATCH, Problem, Sums
+from moeopt.methods.statistics import Statistic
+
+MOST_BYTES = 1 << 30
+"""Bytes of Gram matrices that are held of a layer; beyond, those of every so many tokens."""
+
+Choose = Callable[[LayerActivations], tuple[Tensor, Tensor]]
+
+
+class TokenGrams(Statistic):
+    """Every token's Gram matrix and routing: 4 n (n + 1) bytes a token, up to `MOST_BYTES`.
+
+    Args:
+        n: experts of the layer.
+        batch: sequences a calibration batch.
+
+    Attributes:
+        norms: sum over tokens of g_j ||f_j||, (n,).
+        every: the first of every so many tokens of a batch is held.
+    """
+
+    outputs = "all"
+    by_layer = True
+
+    def __init__(self, n: int, *, batch: int = BATCH) -> None:
+        self.n, self.batch = n, batch
+        self.norms = np.zeros(n)
+        self.every = 1
+        self._problems: list[Problem] = []
+
+    def add(self, acts: LayerActivations) -> None:
+        problem = Problem.to_match(acts)
+        norms = problem.grams.diagonal(dim1=1, dim2=2)[:, : self.n].clamp_min(0).sqrt()
+        self.norms += (acts.full_weights * norms).sum(0).double().cpu().numpy()
+        self._problems.append(problem.part(slice(None, None, self.every)))
+        while len(self._problems) > 1 and sum(held.grams.nbytes for held in self._problems) > MOST_BYTES:
+            self.every *= 2
+            self._problems = [held.part(slice(None, None, 2)) for held in self._problems]
+            warnings.warn(
+                f"Gram matrices of {self.n} experts' outputs for all tokens would take more than {MOST_BYTES >> 20} "
+                f"MiB a layer: those of one token in {self.every} are taken",
+                stacklevel=2,
+            )
+
+    def errors(self, choose: Choose) -> Array:
+        """Errors, as `SetErrors.errors`, of choices given as `LayerActivations.chosen` gives them: (choices,)."""
+        sums = Sums(self.batch)
+        for problem in self._problems:
+            sums.add(problem.acts, problem.squared_errors(*choose(problem.acts)))
+        return sums.norms
+
+    def of_sets(self, sets: list[KeptSet], active: int) -> Array:
+        """Errors of some kept sets, (sets,)."""
+        step = max(1, AT_ONCE // (self.n * max(len(problem.grams) for problem in self._problems)))
+        parts = [masks(sets[first : first + step], self.n) for first in range(0, len(sets), step)]
+
+        def choose(part: Tensor, acts: LayerActivations) -> tuple[Tensor, Tensor]:
+            return acts.chosen(part.to(acts.logits.device), active)
+
+        return np.concatenate([self.errors(partial(choose, part)) for part in parts])
+
+    def toggled(self, base: KeptSet, experts: KeptSet, active: int) -> Array:
+        """Errors of a set without each of its experts, or with each of others, (experts,).
+
+        No set is ranked anew: what a token picks differs by one expert from what it picks of `base`. Where an order of
+        choice depends on the set (a softmax that is corrected), it is taken to be that of `base`.
+        """
+        sums = Sums(self.batch)
+        for problem in self._problems:
+            step = max(1, AT_ONCE // (len(experts) * active**2))
+            parts = [problem.part(slice(i, i + step)) for i in range(0, len(problem.grams), step)]
+            sums.add(problem.acts, torch.cat([_toggled(part, base, experts, active) for part in parts]))
+        return sums.norms
+
+    def fits(self) -> Array:
+        """A_j = sum over X_j of g_j^2 G, (n, n, n), g being the layer's own weights."""
+        fits = np.zeros((self.n,) * 3)
+        for problem in self._problems:
+            squares = problem.acts.full_weights.double() ** 2
+            grams = problem.grams[:, : self.n, : self.n].double()
+            fits += torch.einsum("tj,tab->jab", squares, grams).cpu().numpy()
+        return fits
+
+    def best_set(self, r: int, active: int) -> KeptSet:
+        """The better of two descents by swaps: from the largest gated output norms, and from a greedy elimination."""
+
+        def of_sets(sets: list[KeptSet]) -> Array:
+            return self.of_sets(sets, active)
+
+        def toggled(base: KeptSet, experts: KeptSet) -> Array:
+            return self.toggled(base, experts, active)
+
+        by_norm = tuple(sorted(np.argsort(-self.norms, kind="stable")[:r].tolist()))
+        starts = by_norm, eliminated(tuple(range(self.n)), r, toggled)
+        return min((descended(start, self.n, of_sets, toggled) for start in starts), key=lambda end: end[0])[1]
+
+
+def _toggled(problem: Problem, base: KeptSet, experts: KeptSet, active: int) -> Tensor:
+    """Squared errors of every token, float64 (tokens, experts), as `TokenGrams.toggled`."""
+    acts = problem.acts
+    inside, toggled = masks([base], acts.layer.n)[0].to(acts.logits.device), torch.tensor(experts)
+    toggled = toggled.to(acts.logits.device)
+    scores = acts.probabilities
+    softmax = acts.rule.score != "sigmoid"
+    whole = (scores * inside).sum(-1, keepdim=True).clamp_min(TINY) if softmax else torch.ones_like(scores[:, :1])
+    choice = scores / whole if acts.correction is None else scores / whole + acts.correction
+    ranked = choice.masked_fill(~inside, -torch.inf)
+    taken_out = experts[0] in base
+    # One more than run: whichever is taken out, those that run instead are the others. None more where all run.
+    picks = ranked.topk(min(active + taken_out, len(base))).indices
+    picks = picks[:, None].expand(-1, len(experts), -1)
+    if taken_out:
+        # the place of what goes is given to the last of the ranking, which is one too many
+        index = torch.where(picks == toggled[:, None], picks[..., -1:], picks)[..., :-1]
+    else:
+        enters = choice[:, toggled, None] > ranked.gather(1, picks[:, 0, -1:])[..., None]
+        index = picks.clone()
+        if active > len(base):
+            index = torch.cat([index, toggled[:, None].expand(len(index), -1, 1)], dim=-1)
+        else:
+            index[..., -1:] = torch.where(enters, toggled[:, None], index[..., -1:])
+    left = whole + (-1 if taken_out else 1) * scores[:, toggled] if softmax else torch.ones_like(scores[:, toggled])
+    picked = scores.gather(1, index.flatten(1)).view(index.shape) / left.clamp_min(TINY)[..., None]
+    return problem.squared_errors(index, acts.gated(picked))
