@@ -81,7 +81,7 @@ class TokenGrams(Statistic):
         """
         sums = Sums(self.batch)
         for problem in self._problems:
-            step = max(1, AT_ONCE // (len(experts) * active**2))
+            step = max(1, AT_ONCE // (len(experts) * (active + 1)))
             parts = [problem.part(slice(i, i + step)) for i in range(0, len(problem.grams), step)]
             sums.add(problem.acts, torch.cat([_toggled(part, base, experts, active) for part in parts]))
         return sums.norms
@@ -111,28 +111,47 @@ class TokenGrams(Statistic):
 
 def _toggled(problem: Problem, base: KeptSet, experts: KeptSet, active: int) -> Tensor:
     """Squared errors of every token, float64 (tokens, experts), as `TokenGrams.toggled`."""
-    acts = problem.acts
-    inside, toggled = masks([base], acts.layer.n)[0].to(acts.logits.device), torch.tensor(experts)
-    toggled = toggled.to(acts.logits.device)
-    scores = acts.probabilities
-    softmax = acts.rule.score != "sigmoid"
+    acts, device = problem.acts, problem.grams.device
+    inside, toggled = masks([base], acts.layer.n)[0].to(device), torch.tensor(experts, device=device)
+    softmax, scores = acts.rule.score != "sigmoid", acts.probabilities.double()
     whole = (scores * inside).sum(-1, keepdim=True).clamp_min(TINY) if softmax else torch.ones_like(scores[:, :1])
     choice = scores / whole if acts.correction is None else scores / whole + acts.correction
     ranked = choice.masked_fill(~inside, -torch.inf)
     taken_out = experts[0] in base
-    # One more than run: whichever is taken out, those that run instead are the others. None more where all run.
+    # Of those that run, and one more where one is taken out: scores s, <f, y> and <f, sum of s f>.
     picks = ranked.topk(min(active + taken_out, len(base))).indices
-    picks = picks[:, None].expand(-1, len(experts), -1)
-    if taken_out:
-        # the place of what goes is given to the last of the ranking, which is one too many
-        index = torch.where(picks == toggled[:, None], picks[..., -1:], picks)[..., :-1]
+    s, cross = scores.gather(1, picks), problem.cross.gather(1, picks)
+    pairs = picks[:, :, None] * problem.grams.shape[1] + picks[:, None]
+    inner = problem.grams.flatten(1).gather(1, pairs.flatten(1)).view(pairs.shape).double()
+    along = (inner @ s[..., None])[..., 0]
+    # Sums over the picks but each one: of s, of s <f, y>, and the squared norm of the sum of s f.
+    total, linear = s.sum(1, keepdim=True), (s * cross).sum(1, keepdim=True)
+    quadratic = (s * along).sum(1, keepdim=True)
+    norms = inner.diagonal(dim1=1, dim2=2)
+    totals, linears = total - s, linear - s * cross
+    quadratics = quadratic - 2 * s * along + s**2 * norms
+    if taken_out:  # one of the picks, or else the last of them, which is one too many
+        places = torch.arange(picks.shape[1], device=device).expand_as(picks)
+        place = torch.full(scores.shape, picks.shape[1] - 1, device=device).scatter(1, picks, places)[:, toggled]
+        total, linear, quadratic = (sums.gather(1, place) for sums in (totals, linears, quadratics))
+        left = whole - scores[:, toggled]
     else:
-        enters = choice[:, toggled, None] > ranked.gather(1, picks[:, 0, -1:])[..., None]
-        index = picks.clone()
+        entering = scores[:, toggled]
+        stay = picks if active > len(base) else picks[:, :-1]  # beside one that enters
+        to_stay = toggled[:, None] * problem.grams.shape[1] + stay[:, None]
+        beside = problem.grams.flatten(1).gather(1, to_stay.flatten(1)).view(to_stay.shape).double()
+        beside = (beside @ s[:, : stay.shape[1], None])[..., 0]
         if active > len(base):
-            index = torch.cat([index, toggled[:, None].expand(len(index), -1, 1)], dim=-1)
+            before, enters = (total, linear, quadratic), torch.ones_like(entering, dtype=torch.bool)
         else:
-            index[..., -1:] = torch.where(enters, toggled[:, None], index[..., -1:])
-    left = whole + (-1 if taken_out else 1) * scores[:, toggled] if softmax else torch.ones_like(scores[:, toggled])
-    picked = scores.gather(1, index.flatten(1)).view(index.shape) / left.clamp_min(TINY)[..., None]
-    return problem.squared_errors(index, acts.gated(picked))
+            before = totals[:, -1:], linears[:, -1:], quadratics[:, -1:]
+            enters = choice[:, toggled] > ranked.gather(1, picks[:, -1:])
+        size = problem.grams.diagonal(dim1=1, dim2=2)[:, toggled].double()
+        added = entering, entering * problem.cross[:, toggled], 2 * entering * beside + entering**2 * size
+        total, linear, quadratic = (
+            torch.where(enters, rest + more, now) for rest, more, now in zip(before, added, (total, linear, quadratic))
+        )
+        left = whole + entering
+    share = 1 / left.clamp_min(TINY) if softmax else torch.ones_like(left)
+    weight = share * acts.factor(total * share)
+    return (problem.norms[:, None] - 2 * weight * linear + weight**2 * quadratic).clamp_min(0)

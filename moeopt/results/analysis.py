@@ -13,7 +13,8 @@ from moeopt import methods
 from moeopt.errors import MethodError
 from moeopt.evaluation import Evaluation, Evaluator
 from moeopt.methods import Calibration, LayerActivations
-from moeopt.methods.naee import MOST_SETS, KeptSet, SetErrors
+from moeopt.methods.kept_sets import MOST_SETS, KeptSet
+from moeopt.methods.naee import SetErrors
 from moeopt.plan import LayerPlan, Plan
 
 
