@@ -55,7 +55,7 @@ class Members:
         self, task: Any, requests: Sequence[Request], rungs: Sequence[int], make: Callable[..., Evaluator]
     ) -> None:
         self.members: dict[str, Member] = {}
-        self.rungs, requests_of = rungs, task.own(requests)
+        self.rungs, requests_of = rungs, task.by_member(requests)
         for name, (at, scale) in task.places(requests).items():
             # A member pauses where the mixture does, unless it has no example yet.
             sizes = sorted({int(n) for n in np.searchsorted(at, rungs) if n})

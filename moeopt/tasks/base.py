@@ -116,6 +116,16 @@ class Scores:
     members: Mapping[str, Scores] | None = None
 
 
+def scored_options(
+    requests: Sequence[Request], log_likelihood: Float64, greedy: Int64
+) -> dict[int, list[tuple[float, bool, int]]]:
+    """By example, of its options in their order: log-likelihood, whether greedy decoding writes it, and its tokens."""
+    options: dict[int, list[tuple[float, bool, int]]] = {}
+    for request, total, hits in zip(requests, log_likelihood, greedy, strict=True):
+        options.setdefault(request.example, []).append((float(total), int(hits) == request.scored, request.scored))
+    return options
+
+
 def choice_loss(compared: Sequence[float], right: Sequence[int]) -> float:
     """- log of the right options' share in the softmax over all options: what accuracy is made of, but smooth.
 
@@ -178,7 +188,11 @@ class Task(ABC):
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
     ) -> list[Request]:
-        """The sequences to score, of at most `max_length` tokens, for the first `limit` examples (or windows)."""
+        """The sequences to score, of at most `max_length` tokens, for the first `limit` examples (or windows).
+
+        Raises:
+            TaskError: naming the example of which a text has no tokens, or does not fit.
+        """
 
     @abstractmethod
     def reduce(self, split: str, requests: Sequence[Request], log_likelihood: Float64, greedy: Int64) -> Scores:

@@ -59,10 +59,8 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _opened(path: Path) -> IO[bytes]:
     packed = path.suffix.lower()
     if packed == ".zst":
-        try:
-            from pyarrow import CompressedInputStream  # type: ignore[import-untyped]
-        except ImportError as error:
-            raise TaskError(f"reading {path} needs the pyarrow package: pip install pyarrow") from error
+        from pyarrow import CompressedInputStream  # type: ignore[import-untyped]
+
         with path.open("rb") as source, CompressedInputStream(source, "zstd") as stream:
             return io.BytesIO(stream.read())
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -74,8 +72,7 @@ def _lines(path: Path, file: IO[bytes]) -> Rows:
     for number, line in enumerate(file, start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            values = _json(where, line, "utf-8-sig" if number == 1 else "utf-8")
-            yield where, _object(where, values)
+            yield where, _object(where, _json(where, line, "utf-8-sig" if number == 1 else "utf-8"))
 
 
 def _objects(path: Path, file: IO[bytes]) -> Rows:
@@ -144,11 +141,9 @@ def _cell(text: str) -> Any:
 
 
 def _parquet(path: Path, file: IO[bytes]) -> Rows:
-    try:
-        from pyarrow import ArrowException, BufferReader
-        from pyarrow.parquet import read_table  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise TaskError(f"reading {path} needs the pyarrow package: pip install pyarrow") from error
+    from pyarrow import ArrowException, BufferReader
+    from pyarrow.parquet import read_table  # type: ignore[import-untyped]
+
     try:
         source = BufferReader(file.read()) if path.suffix.lower() in PACKED else path
         table = read_table(source, partitioning=None).to_pylist()  # a path such as a=1/ adds no column

@@ -19,10 +19,9 @@ from moeopt.errors import TaskError, nearest
 from moeopt.tasks.answers import METRICS, Judge
 from moeopt.tasks.base import Example, Float32, Float64, Int64, Request, Scores
 from moeopt.tasks.delimiter import Delimiter
-from moeopt.tasks.labels import has_label
 from moeopt.tasks.prompted import PromptedTask
-from moeopt.tasks.rows import Data, Row, load, origin, own_examples
-from moeopt.tasks.splits import FRACTIONS, from_own
+from moeopt.tasks.rows import Data, Row, has_label
+from moeopt.tasks.splits import FRACTIONS
 
 GREEDY = "greedy_match"
 """Name of the teacher-forced metric: the share of examples whose reference greedy decoding writes, to the token."""
@@ -49,12 +48,10 @@ class GenerationTask(PromptedTask):
     none.
 
     Args:
-        name: what studies record.
-        search, dev, test: examples; a split may be empty, the same example may not be in two of them.
+        name, search, dev, test, template: as for `PromptedTask`.
         judges: metrics by name, or a name of `moeopt.tasks.answers.METRICS`; the first is the one reported.
         stop: texts that end an answer and do not belong to it.
         max_new_tokens: most tokens of an answer.
-        template: name and version of whatever wrote the prompts; recorded with the results.
 
     Raises:
         TaskError: if splits overlap, there are no examples, or an argument is out of range.
@@ -91,13 +88,9 @@ class GenerationTask(PromptedTask):
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
     ) -> list[Request]:
-        """One request an example: its reference answer behind its prompt, with that of `prompts` as `source`.
-
-        Raises:
-            TaskError: if a text has no tokens, or there is no room for a prompt; it names the example.
-        """
+        """One request an example: its reference answer behind its prompt, with that of `prompts` as `source`."""
         examples = self._splits.first(split, limit)
-        references = [_with_reference_only(example) for example in examples]
+        references = [replace(example, options=(example.options[example.answer],), answer=0) for example in examples]
         encoded = self._prompting.encode(self.name, tokenizer, references, max_length, room=self.max_new_tokens)
         return [
             Request(i, example.answer, tuple(ids), first, source=tuple(prompt))
@@ -117,20 +110,16 @@ class GenerationTask(PromptedTask):
     def prompts(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
     ) -> list[Prompt]:
-        """What to generate from, for the first `limit` examples.
+        """What to generate from, for the first `limit` examples; raises as `requests`.
 
         A prompt that leaves no room for `max_new_tokens` (or for its reference) within `max_length` loses its
         beginning, with a warning.
-
-        Raises:
-            TaskError: as `requests`.
         """
         return self.prompts_of(self.requests(split, tokenizer, limit, max_length))
 
     def prompts_of(self, requests: Sequence[Request]) -> list[Prompt]:
         """What to generate from, for the examples of requests that `requests` gave."""
-        ids = [r.ids[: r.scored_from] if r.source is None else r.source for r in requests]
-        return [Prompt(r.example, prompt, self.stop, self.max_new_tokens) for r, prompt in zip(requests, ids)]
+        return [Prompt(request.example, request.source, self.stop, self.max_new_tokens) for request in requests]
 
     def judge(self, split: str, texts: Sequence[str], first: int = 0) -> dict[str, Float32]:
         """Metrics in [0, 1] of generated texts, each float32 (texts,), by name; the first is the reported one.
@@ -141,26 +130,13 @@ class GenerationTask(PromptedTask):
             first: position of the first text's example.
         """
         examples = self.examples(split)[first : first + len(texts)]
-        pairs = [(text, accepted(example)) for text, example in zip(texts, examples, strict=True)]
+        accepted = [e.references or tuple((option.strip(),) for option in e.options) for e in examples]
+        pairs = list(zip(texts, accepted, strict=True))
         return {name: np.asarray([judge(*pair) for pair in pairs], np.float32) for name, judge in self.judges.items()}
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "kind": "generation",
-            "fingerprint": self.fingerprint(),
-            "examples": self._splits.counts(),
-            "template": self.template,
-            "metrics": list(self.judges),
-            "stop": list(self.stop),
-            "max_new_tokens": self.max_new_tokens,
-            **self._prompting.describe(),
-        }
-
-
-def accepted(example: Example) -> tuple[tuple[str, ...], ...]:
-    """The accepted answers that a generated one is judged against, each in its parts."""
-    return example.references or tuple((option.strip(),) for option in example.options)
+        judging = {"metrics": list(self.judges), "stop": list(self.stop), "max_new_tokens": self.max_new_tokens}
+        return self.facts("generation", self.template) | judging | self._prompting.describe()
 
 
 def judges_named(metric: str) -> dict[str, Judge]:
@@ -211,21 +187,6 @@ def generation_task(
         return row.values.get("answer") == "-1" or has_label(row, "answer")  # which may be what is to be written
 
     judges, joiner = judges_named(metric), Delimiter(delimiter)
-    rows = load(data, config)
-    examples = own_examples("generation", rows, to_example, ("answer",), labelled)
-    joiner.say("generation")
-    task = GenerationTask(
-        "generation",
-        **from_own(examples, fractions, "generation"),
-        judges=judges,
-        stop=stop,
-        max_new_tokens=max_new_tokens,
-        template="verbatim v1",
-    )
-    task.origin = origin(examples, rows)
-    return task
-
-
-def _with_reference_only(example: Example) -> Example:
-    """The example with the answer whose likelihood is the loss as its only option."""
-    return replace(example, options=(example.options[example.answer],), answer=0)
+    how: dict[str, Any] = {"labelled": labelled, "delimiter": joiner, "fractions": fractions, "config": config}
+    how |= {"judges": judges, "stop": stop, "max_new_tokens": max_new_tokens}
+    return GenerationTask.from_data("generation", data, to_example, **how)

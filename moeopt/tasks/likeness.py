@@ -64,9 +64,8 @@ def group_names(group: Any) -> tuple[str, ...]:
         name = re.sub(r"^(\d+)\.0+$", r"\1", group)  # as a table writes the numbers of a column with gaps
         return (name,) if name.strip() else ()
     if isinstance(group, Real) and not isinstance(group, bool):
-        if isinstance(group, Integral):
-            return (str(group),)
-        return (f"{group:.0f}" if float(group).is_integer() else str(group),)
+        whole = not isinstance(group, Integral) and float(group).is_integer()
+        return (f"{group:.0f}" if whole else str(group),)
     raise TaskError(f"a group must be a text or a number, got {shown(group)}")
 
 

@@ -30,8 +30,10 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -100,7 +102,13 @@ class MixtureTask(Task):
         if not self._splits:
             have = "; ".join(f"{key} has {', '.join(task.splits)}" for key, task in self.members.items())
             raise TaskError(f"the tasks of the mixture have no split in common: {have}")
-        self._check_overlap()
+        check_apart(
+            {
+                (split, name): [*task.examples(split), *(task.shown() if split == "search" else ())]
+                for split in self._splits
+                for name, task in self.members.items()
+            }
+        )
         self.unit = " and ".join(sorted({task.unit for task in self.members.values()}, reverse=True))
         self.origin = "; ".join(f"{key}: {task.summary}" for key, task in self.members.items())
 
@@ -126,14 +134,11 @@ class MixtureTask(Task):
 
         Warns of what is left out when there is no limit, and of members that a small limit leaves out.
         """
-        tasks = list(self.members.values())
-        weights = [task.weights(self._checked(split), tokenizer, max_length) for task in tasks]
-        scales = self._scales(weights)
-        order = _order([len(s) for s in scales])
+        weights, scales, order = self._laid_out(split, tokenizer, max_length)
         used = order[: checked_limit(limit)]
         self._warn(limit, order, used, [len(w) for w in weights])
         requests: list[Request] = []
-        for m, task in enumerate(tasks):
+        for m, task in enumerate(self.members.values()):
             at = [position for position, member in enumerate(used) if member == m]
             for request in task.requests(split, tokenizer, len(at), max_length) if at else ():
                 i = request.example
@@ -145,8 +150,7 @@ class MixtureTask(Task):
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
     ) -> dict[str, int]:
         """How many examples of each member are among the first `limit`."""
-        weights = [task.weights(self._checked(split), tokenizer, max_length) for task in self.members.values()]
-        used = _order(self._in_use([len(w) for w in weights]))[: checked_limit(limit)]
+        used = self._laid_out(split, tokenizer, max_length)[2][: checked_limit(limit)]
         return {name: used.count(m) for m, name in enumerate(self.members)}
 
     def reduce(self, split: str, requests: Sequence[Request], log_likelihood: Float64, greedy: Int64) -> Scores:
@@ -191,7 +195,7 @@ class MixtureTask(Task):
                 places[name] = np.array(sorted(scales)), np.array([scales[i] for i in sorted(scales)])
         return places
 
-    def own(self, requests: Sequence[Request]) -> dict[str, list[Request]]:
+    def by_member(self, requests: Sequence[Request]) -> dict[str, list[Request]]:
         """Of every member with an example among the requests: its requests, as it made them."""
         names = list(self.members)
         requested: dict[str, list[Request]] = {}
@@ -203,7 +207,7 @@ class MixtureTask(Task):
         """As the members say of their own examples."""
         chances = np.full(len({request.example for request in requests}), np.nan)
         places = self.places(requests)
-        for name, requested in self.own(requests).items():
+        for name, requested in self.by_member(requests).items():
             chances[places[name][0]] = self.members[name].chance(split, requested)
         return chances
 
@@ -216,9 +220,7 @@ class MixtureTask(Task):
         return values
 
     def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> Float32:
-        weights = [task.weights(self._checked(split), tokenizer, max_length) for task in self.members.values()]
-        scales = self._scales(weights)
-        order = _order([len(s) for s in scales])
+        weights, scales, order = self._laid_out(split, tokenizer, max_length)
         return np.asarray([weights[m][i] * scales[m][i] for m, i in zip(order, _ranks(order))], np.float32)
 
     def solutions(self, split: str, requests: Sequence[Request]) -> list[Request]:
@@ -263,39 +265,33 @@ class MixtureTask(Task):
         if self.use == "all":
             return list(counts)
         shares = list(self.shares.values())
-        most = min(count / share for count, share in zip(counts, shares))
-        return [min(count, max(1, math.floor(share * most + 1e-9))) for count, share in zip(counts, shares)]
+        most = min(n / share for n, share in zip(counts, shares))
+        return [min(n, max(1, math.floor(share * most + 1e-9))) for n, share in zip(counts, shares)]
 
-    def _scales(self, weights: Sequence[Float32]) -> list[Float64]:
-        """v / w of every example in use, by member, from all of its weights."""
+    def _laid_out(
+        self, split: str, tokenizer: Any, max_length: int | None
+    ) -> tuple[list[Float32], list[Float64], list[int]]:
+        """By member all weights, and v / w of every example in use; and the member at every position."""
+        weights = [task.weights(self._checked(split), tokenizer, max_length) for task in self.members.values()]
         used = self._in_use([len(w) for w in weights])
-        total = sum(used)
         sums = [float(w[:n].sum(dtype=np.float64)) for w, n in zip(weights, used)]
-        return [np.full(n, s * total / w) for n, s, w in zip(used, self.shares.values(), sums)]
+        scales = [np.full(n, s * sum(used) / w) for n, s, w in zip(used, self.shares.values(), sums)]
+        return weights, scales, _order(used)
 
     def _warn(self, limit: int | None, order: Sequence[int], used: Sequence[int], counts: Sequence[int]) -> None:
-        for m, (name, count) in enumerate(zip(self.members, counts)):
+        for m, (name, total) in enumerate(zip(self.members, counts)):
             if m not in used:
                 warnings.warn(
                     f"task {self.name!r}: none of the first {len(used)} examples is of {name!r}, whose first is number"
                     f" {order.index(m) + 1}",
                     stacklevel=3,
                 )
-            elif limit is None and order.count(m) < 0.9 * count:
+            elif limit is None and order.count(m) < 0.9 * total:
                 warnings.warn(
-                    f"task {self.name!r}: {order.count(m)} of {count} examples of {name!r} are in use, as its share"
+                    f"task {self.name!r}: {order.count(m)} of {total} examples of {name!r} are in use, as its share"
                     " says where another task has no more; use='all' takes all",
                     stacklevel=3,
                 )
-
-    def _check_overlap(self) -> None:
-        check_apart(
-            {
-                (split, name): [*task.examples(split), *(task.shown() if split == "search" else ())]
-                for split in self._splits
-                for name, task in self.members.items()
-            }
-        )
 
 
 def _order(counts: Sequence[int]) -> list[int]:
@@ -310,9 +306,5 @@ def _order(counts: Sequence[int]) -> list[int]:
 
 def _ranks(order: Sequence[int]) -> list[int]:
     """How many positions before each are of the same member."""
-    seen: dict[int, int] = {}
-    ranks = []
-    for member in order:
-        ranks.append(seen.get(member, 0))
-        seen[member] = ranks[-1] + 1
-    return ranks
+    counts: defaultdict[int, Iterator[int]] = defaultdict(count)
+    return [next(counts[member]) for member in order]

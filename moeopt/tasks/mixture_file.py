@@ -23,17 +23,10 @@ ENTRY = ("task", "data", "weight", "options", "name")
 
 
 def read_mixture(data: str | Path, task_named: Callable[..., Task], *, use: Use = "share") -> MixtureTask:
-    """A mixture from a JSON file as at the top of this file.
+    """As `moeopt.tasks.registry.mixture_task`, with `moeopt.tasks.get` as `task_named`.
 
-    Args:
-        data: the file. Each of its tasks has "task", a name that `moeopt.tasks.get` takes but no Python file, and may
-            have "data", where that is a path from the file's folder, "weight" (1), "options" of the task, and "name"
-            (the task's).
-        task_named: `moeopt.tasks.get`.
-        use: "share" or "all", see `moeopt.tasks.mixture`.
-
-    Raises:
-        TaskError: naming the file and whatever is missing, unknown or malformed in it.
+    Each task of the file has "task", a name that `moeopt.tasks.get` takes but no Python file, and may have "data",
+    where that is a path from the file's folder, "weight" (1), "options" of the task, and "name" (the task's).
     """
     path = Path(data)
     try:

@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 
 from moeopt.errors import TaskError
-from moeopt.tasks.base import Example, Float64, Int64, Request, Scores, choice_loss
+from moeopt.tasks.base import Example, Float64, Int64, Request, Scores, choice_loss, scored_options
 from moeopt.tasks.delimiter import Delimiter
-from moeopt.tasks.labels import has_label, integer
 from moeopt.tasks.prompted import PromptedTask
-from moeopt.tasks.rows import Data, Row, load, origin, own_examples
-from moeopt.tasks.splits import FRACTIONS, from_own
+from moeopt.tasks.rows import Data, Row, has_label, integer
+from moeopt.tasks.splits import FRACTIONS
 
 NORMALISE = ("tokens", "none", "characters")
 
@@ -36,9 +35,7 @@ class MultipleChoiceTask(PromptedTask):
     """A task of questions with at least two options each, built from examples that are already in splits.
 
     Args:
-        name: what studies record.
-        search, dev, test: examples; a split may be empty, the same example may not be in two of them.
-        template: name and version of whatever wrote the prompts; recorded with the results.
+        name, search, dev, test, template: as for `PromptedTask`.
         normalise: how options are compared, see the top of this file; recorded unless it is "tokens".
 
     Raises:
@@ -82,11 +79,7 @@ class MultipleChoiceTask(PromptedTask):
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
     ) -> list[Request]:
-        """One request an option. What is too long for `max_length` is shortened from its beginning, with a warning.
-
-        Raises:
-            TaskError: if a prompt or an option has no tokens, or an option alone is too long; it names the example.
-        """
+        """One request an option. What is too long for `max_length` is shortened from its beginning, with a warning."""
         chosen = [(i, self.parts(example)) for i, example in enumerate(self._splits.first(split, limit))]
         every = [part for _, parts in chosen for part in parts]
         encoded = iter(self._prompting.encode(self.name, tokenizer, every, max_length))
@@ -98,22 +91,15 @@ class MultipleChoiceTask(PromptedTask):
 
     def reduce(self, split: str, requests: Sequence[Request], log_likelihood: Float64, greedy: Int64) -> Scores:
         examples = self._splits.examples(split)
-        totals: dict[int, list[tuple[float, int]]] = {}
-        for request, total in zip(requests, log_likelihood, strict=True):
-            totals.setdefault(request.example, []).append((float(total), request.scored))
-        losses, chosen, correct, choices = [], [], [], []
-        for i, options in totals.items():
+        rows = []
+        for i, options in scored_options(requests, log_likelihood, greedy).items():
             right = self.right(examples[i])
-            means = [total / length for total, length in options]
-            compared = self._compared(examples[i], options)
-            choice = int(np.argmax(compared))
-            choices.append(choice_loss(compared, right))
-            losses.append(-max(means[j] for j in right))
-            chosen.append(choice)
-            correct.append(choice in right)
-        weights = np.ones(len(losses), np.float32)
-        columns = [np.asarray(column, np.float32) for column in (losses, correct, choices)]
-        return Scores(columns[0], weights, columns[1], np.asarray(chosen), columns[2])
+            compared = self._compared(examples[i], [(total, length) for total, _, length in options])
+            pick = int(np.argmax(compared))
+            loss = -max(options[j][0] / options[j][2] for j in right)
+            rows.append((loss, pick in right, choice_loss(compared, right), pick))
+        losses, correct, choices = np.asarray(rows, np.float32).T[:3]
+        return Scores(losses, np.ones_like(losses), correct, np.asarray([row[3] for row in rows]), choices)
 
     def chance(self, split: str, requests: Sequence[Request]) -> Float64:
         """The share of an example's options that are right."""
@@ -132,15 +118,8 @@ class MultipleChoiceTask(PromptedTask):
         return [total / tokens for total, tokens in options]
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "kind": "multiple_choice",
-            "fingerprint": self.fingerprint(),
-            "examples": self._splits.counts(),
-            "template": self.template,
-            **({} if self.normalise == "tokens" else {"normalise": self.normalise}),
-            **self._prompting.describe(),
-        }
+        normalise = {} if self.normalise == "tokens" else {"normalise": self.normalise}
+        return self.facts("multiple_choice", self.template) | normalise | self._prompting.describe()
 
 
 def multiple_choice_task(
@@ -180,14 +159,5 @@ def multiple_choice_task(
         return has_label(row, "answer") or (isinstance(options, list) and row.values.get("answer") in options)
 
     joiner = Delimiter(delimiter)
-    rows = load(data, config)
-    examples = own_examples("multiple_choice", rows, to_example, ("answer",), labelled)
-    joiner.say("multiple_choice")
-    task = MultipleChoiceTask(
-        "multiple_choice",
-        **from_own(examples, fractions, "multiple_choice"),
-        template="verbatim v1",
-        normalise=normalise,
-    )
-    task.origin = origin(examples, rows)
-    return task
+    how: dict[str, Any] = {"labelled": labelled, "delimiter": joiner, "fractions": fractions, "config": config}
+    return MultipleChoiceTask.from_data("multiple_choice", data, to_example, **how, normalise=normalise)

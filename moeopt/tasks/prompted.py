@@ -9,9 +9,10 @@ from typing import Any, Self
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import Example
+from moeopt.tasks.delimiter import Delimiter
 from moeopt.tasks.prompting import SEPARATOR, Prompting, checked, draw
-from moeopt.tasks.rows import examples_of
-from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, divide
+from moeopt.tasks.rows import Data, Row, labelled_examples, load, origin
+from moeopt.tasks.splits import FRACTIONS, DividedTask, Splits, divide, divide_given
 
 
 class PromptedTask(DividedTask):
@@ -54,8 +55,35 @@ class PromptedTask(DividedTask):
         Raises:
             TaskError: also when `to_example` fails on a row; it names the row.
         """
-        parts: dict[str, Any] = {**divide(examples_of(name, rows, to_example), fractions)}
+        examples = []
+        for number, row in enumerate(rows):
+            try:
+                examples.append(to_example(row))
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise TaskError(f"task {name!r}, row {number}: {type(error).__name__}: {error}") from error
+        parts: dict[str, Any] = {**divide(examples, fractions)}
         return cls(name, **parts, **options)
+
+    @classmethod
+    def from_data(
+        cls,
+        name: str,
+        data: Data,
+        to_example: Callable[[Row], Example],
+        *,
+        labelled: Callable[[Row], bool],
+        delimiter: Delimiter,
+        fractions: Sequence[float],
+        config: str | None,
+        **options: Any,
+    ) -> Self:
+        """A task from rows that are the user's; raises as `moeopt.tasks.rows.load` and `labelled_examples`."""
+        rows = load(data, config)
+        examples = labelled_examples(name, rows, to_example, ("answer",), labelled)
+        delimiter.say(name)
+        task = cls(name, **divide_given(examples, fractions, name), template="verbatim v1", **options)
+        task.origin = origin(examples, rows)
+        return task
 
     def prompted(
         self, *, shots: int = 0, chat: bool = False, system: str | None = None, separator: str = SEPARATOR

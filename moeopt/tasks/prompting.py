@@ -220,14 +220,14 @@ def checked(
     Raises:
         TaskError: naming an option that is of the wrong type, or has nothing to act on.
     """
-    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0:
-        raise TaskError(f"shots must be an integer of at least 0, got {shots!r}")
-    if not isinstance(chat, bool):
-        raise TaskError(f"chat must be true or false, got {chat!r}")
-    if system is not None and (not isinstance(system, str) or not system.strip()):
-        raise TaskError(f"system must be a text, got {system!r}")
-    if not isinstance(separator, str):
-        raise TaskError(f"separator must be a text, got {separator!r}")
+    for name, value, holds, what in (
+        ("shots", shots, type(shots) is int and shots >= 0, "an integer of at least 0"),
+        ("chat", chat, isinstance(chat, bool), "true or false"),
+        ("system", system, system is None or (isinstance(system, str) and system.strip()), "a text"),
+        ("separator", separator, isinstance(separator, str), "a text"),
+    ):
+        if not holds:
+            raise TaskError(f"{name} must be {what}, got {value!r}")
     if system is not None and not chat:
         raise TaskError("a system message needs chat=True")
     if separator != SEPARATOR and (chat or not shots):

@@ -74,7 +74,7 @@ def get(name: str, data: Any = None, **options: Any) -> Task:
     shared = [p for p in OPTIONS if p not in parameters and not published and name not in PROMPTLESS]
     for option in options:
         if option not in allowed + shared:
-            hint = _renamed(name, option, options[option]) if published else nearest(option, allowed + shared)
+            hint = _renamed(name, option) if published else nearest(option, allowed + shared)
             raise TaskError(f"task {name!r} has no option {option!r}{hint} (it has {', '.join(allowed + shared)})")
     prompting = {option: options.pop(option) for option in shared if option in options}
     checked(**prompting)
@@ -84,13 +84,10 @@ def get(name: str, data: Any = None, **options: Any) -> Task:
         options["data"] = data
     elif data is not None:
         raise TaskError(f"task {name!r} takes no data, got {data!r}")
-    for option, parameter in parameters.items():
-        needed = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
-        if needed and option not in options:
-            raise TaskError(f"task {name!r} needs the option {option!r}")
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise TaskError(f"task {name!r}: {error}") from None
     task = make(**options)
     return task.prompted(**prompting) if prompting else task
 
@@ -104,13 +101,11 @@ def summaries() -> dict[str, str]:
     return kinds | {name: f"{line} EEP's prompt." if name.startswith(EEP) else line for name, line in lines.items()}
 
 
-def _renamed(name: str, option: str, value: Any) -> str:
-    """What an option of the former benchmarks is called now."""
-    short = name.removeprefix(PREFIX)
+def _renamed(name: str, option: str) -> str:
+    """What the harness calls an option, or where EEP's prompt of a task is."""
+    eep = EEP + name.removeprefix(PREFIX)
     if option == "template":
-        if value == "eep":
-            return f": the prompt of EEP is the task {EEP + short!r}" if EEP + short in ours() else ""
-        return ": the task's prompt is lm-evaluation-harness's; leave it out"
+        return f": the task's prompt is the harness's{f', that of EEP the task {eep!r}' if eep in ours() else ''}"
     if option in HARNESS_NAMES:
         return f": lm-evaluation-harness calls it {HARNESS_NAMES[option]}"
     return nearest(option, list(inspect.signature(lm_eval_task).parameters))

@@ -3,6 +3,7 @@ set of the Hugging Face hub or one that was saved to disk; and the examples that
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,6 @@ from moeopt.showing import line, listed, shown
 from moeopt.tasks.base import Example
 from moeopt.tasks.folders import WORDS, split_files
 from moeopt.tasks.formats import read_rows
-from moeopt.tasks.labels import has_label, integer
 from moeopt.tasks.likeness import group_names
 from moeopt.tasks.splits import OWN
 
@@ -23,6 +23,8 @@ Data = str | Path
 """A file of rows (.jsonl, .json, .parquet, .csv or .tsv, also packed as .gz, .bz2, .xz or .zst), a folder with one for
 each split, a folder that `save_to_disk` of the datasets package wrote, or a hub id such as "google/boolq"."""
 
+_YES_NO = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+_WHOLE = re.compile(r"(\d{1,18})(?:\.0*)?")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+")
 
 
@@ -43,40 +45,36 @@ class Row:
         """Which columns there are, for messages."""
         return f"it has {', '.join(map(shown, list(self.values)[:20])) or 'nothing'}"
 
+    def _checked(self, column: str, holds: Callable[[Any], bool], what: str) -> Any:
+        if not holds(value := self[column]):
+            raise TaskError(f"{self.where}: {column!r} must be {what}, got {shown(value)}")
+        return value
+
     def text(self, column: str) -> str:
         """A column that must be text."""
-        value = self[column]
-        if not isinstance(value, str):
-            raise TaskError(f"{self.where}: {column!r} must be text, got {shown(value)}")
-        return value
+        return str(self._checked(column, lambda value: isinstance(value, str), "text"))
 
     def texts(self, column: str) -> list[str]:
         """A column that must be a list of at least one text."""
-        value = self[column]
-        if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-            raise TaskError(f"{self.where}: {column!r} must be a list of texts, got {shown(value)}")
-        return value
+        return list(self._checked(column, lambda value: bool(value) and _all(value, str), "a list of texts"))
 
     def number(self, column: str) -> int:
         """A column that must be an integer >= 0, also as text or as a float."""
-        value = integer(self[column])
-        if value is None:
-            raise TaskError(f"{self.where}: {column!r} must be a number >= 0, got {shown(self[column])}")
-        return value
+        return int(self._checked(column, lambda value: integer(value) is not None, "a number >= 0"))
 
     def inner(self, column: str) -> Row:
-        """A column that must be an object, as a row of its own."""
-        value = self[column]
-        if not isinstance(value, Mapping):
-            raise TaskError(f"{self.where}: {column!r} must be an object, got {shown(value)}")
+        """A column that must be an object, as a row."""
+        value = self._checked(column, lambda value: isinstance(value, Mapping), "an object")
         return Row(f"{self.where}, {column!r}", value)
 
     def inners(self, column: str) -> list[Row]:
-        """A column that must be a list of objects, as rows of their own."""
-        value = self[column]
-        if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-            raise TaskError(f"{self.where}: {column!r} must be a list of objects, got {shown(value)}")
-        return [Row(f"{self.where}, {column!r} {i}", item) for i, item in enumerate(value)]
+        """A column that must be a list of objects, as rows."""
+        values = self._checked(column, lambda value: _all(value, Mapping), "a list of objects")
+        return [Row(f"{self.where}, {column!r} {i}", item) for i, item in enumerate(values)]
+
+
+def _all(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def load(data: Data, config: str | None = None) -> dict[str, list[Row]]:
@@ -119,7 +117,8 @@ def from_hub(name: str, config: str | None) -> dict[str, list[Row]]:
 
     Other splits are named in a warning.
     """
-    datasets = _datasets(f"reading {name!r} from the hub")
+    import datasets
+
     try:
         splits = datasets.load_dataset(name, config)
     except Exception as error:
@@ -128,7 +127,7 @@ def from_hub(name: str, config: str | None) -> dict[str, list[Row]]:
             f"cannot load {name!r}{f' ({config})' if config else ''}: it is no local file, and the hub answered:"
             f" {reason}"
         ) from error
-    return _own(name, splits)
+    return _by_split(name, splits)
 
 
 def is_saved(path: str | Path) -> bool:
@@ -136,33 +135,33 @@ def is_saved(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def from_disk(path: str | Path) -> dict[str, list[Row]]:
-    """As `from_hub`, of a folder that `save_to_disk` wrote; a data set without splits is "train"."""
-    datasets = _datasets(f"reading {path}")
+def saved(path: str | Path, alone: str = "train") -> Mapping[str, Iterable[Any]]:
+    """The splits of a folder that `save_to_disk` wrote; a data set without splits is the one called `alone`."""
+    import datasets
+
     try:
-        saved = datasets.load_from_disk(str(path))
+        read = datasets.load_from_disk(str(path))
     except Exception as error:
         raise TaskError(f"cannot read the saved data set {path}: {shown(error)}") from error
-    return _own(str(path), saved if isinstance(saved, datasets.DatasetDict) else {"train": saved})
+    return read if isinstance(read, datasets.DatasetDict) else {alone: read}
 
 
-def _datasets(what: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise TaskError(f"{what} needs the datasets package: pip install datasets") from error
-    return datasets
+def from_disk(path: str | Path) -> dict[str, list[Row]]:
+    """As `from_hub`, of a folder that `save_to_disk` wrote; a data set without splits is "train"."""
+    return _by_split(str(path), saved(path))
 
 
-def _own(name: str, splits: Mapping[str, Iterable[Any]]) -> dict[str, list[Row]]:
+def numbered(name: str, split: str, rows: Iterable[Any]) -> list[Row]:
+    """The rows of a split of a data set."""
+    return [Row(f"{name} {split}, row {i}", row) for i, row in enumerate(rows)]
+
+
+def _by_split(name: str, splits: Mapping[str, Iterable[Any]]) -> dict[str, list[Row]]:
     chosen = {split: split for split in OWN if split in splits}
     for split in splits:  # "val" or "eval" where there is no "validation" or "test"
         if split not in chosen.values() and split.lower() in WORDS:
             chosen.setdefault(WORDS[split.lower()], split)
-    rows = {
-        split: [Row(f"{name} {key}, row {i}", row) for i, row in enumerate(splits[key])]
-        for split, key in chosen.items()
-    }
+    rows = {split: numbered(name, key, splits[key]) for split, key in chosen.items()}
     if not any(rows.values()):
         raise TaskError(f"data set {name!r} has no train, validation or test split (it has {', '.join(splits)})")
     over = [line(split, 80) for split in splits if split not in chosen.values()]
@@ -172,28 +171,27 @@ def _own(name: str, splits: Mapping[str, Iterable[Any]]) -> dict[str, list[Row]]
     return rows
 
 
-def own_examples(
+def labelled_examples(
     task: str,
-    own: Mapping[str, Iterable[Row]],
+    rows: Mapping[str, Sequence[Row]],
     to_example: Callable[[Row], Example],
     columns: Sequence[str],
     labelled: Callable[[Row], bool] | None = None,
 ) -> dict[str, list[Example]]:
-    """Examples by own split. Rows without a label, such as all of a published test split, are left out with a warning.
+    """Examples by the data set's own split; rows without a label, as in published test splits, left out with a warning.
 
     A row's column "group", a text or a number, says with whom it stays in one split, beside what `to_example` says.
 
     Args:
         task: its name, for messages.
-        own: rows by own split.
+        rows: by the data set's own split.
         to_example: what becomes of a row.
         columns: which hold the label; one is enough.
-        labelled: whether a row has one; None: by `moeopt.tasks.labels.has_label`.
+        labelled: whether a row has one; None: by `has_label`.
 
     Raises:
         TaskError: when no row has a label.
     """
-    rows = {split: list(items) for split, items in own.items()}
     has = labelled or (lambda row: has_label(row, *columns))
     labelled_rows = {split: [row for row in items if has(row)] for split, items in rows.items()}
     label = " or ".join(map(repr, columns))
@@ -238,9 +236,9 @@ def grouped(example: Example, row: Row) -> Example:
     return replace(example, group=(*names, *group_names(example.group))) if names else example
 
 
-def origin(own: Mapping[str, Sequence[Row | Example]], rows: Mapping[str, Sequence[Row]]) -> str:
-    """Which split was read from where, in words; `own` are the data set's own splits in use, of these `rows`."""
-    return sources({split: _places(rows[split]) for split in OWN if own.get(split)})
+def origin(examples: Mapping[str, Sequence[Row | Example]], rows: Mapping[str, Sequence[Row]]) -> str:
+    """Which split was read from where, in words: of the data set's own splits, those with examples, of these rows."""
+    return sources({split: _places(rows[split]) for split in OWN if examples.get(split)})
 
 
 def sources(names: Mapping[str, str]) -> str:
@@ -259,14 +257,46 @@ def _places(rows: Sequence[Row]) -> str:
     return listed((line(Path(place).name if Path(place).exists() else place, 80) for place in places), most=2)
 
 
-def examples_of(
-    task: str, rows: Iterable[Mapping[str, Any]], to_example: Callable[[Mapping[str, Any]], Example]
-) -> list[Example]:
-    """Examples from any rows; raises `TaskError` also when `to_example` fails on one, and names it."""
-    examples = []
-    for number, row in enumerate(rows):
-        try:
-            examples.append(to_example(row))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise TaskError(f"task {task!r}, row {number}: {type(error).__name__}: {error}") from error
-    return examples
+def has_label(row: Row, *columns: str) -> bool:
+    """Whether one of the columns holds a label; unlabelled rows lack it, or say null, NaN, -1, "-1", "" or []."""
+    return any(is_label(row.values.get(column)) for column in columns)
+
+
+def integer(value: Any) -> int | None:
+    """The integer >= 0 that a value is, as a number (1, 1.0) or as text ("1", "1.0"); None if it is none."""
+    match = None if isinstance(value, bool) else _WHOLE.fullmatch(str(value).strip())
+    return int(match[1]) if match else None
+
+
+def yes_no(row: Row, *columns: str) -> bool:
+    """The label in the first of the columns that the row has: a bool, 0 or 1, or "true" or "false" as text."""
+    column = next((c for c in columns if is_label(row.values.get(c))), columns[0])
+    label = _YES_NO.get(text_of(row[column]).lower())
+    if label is None:
+        raise TaskError(f"{row.where}: {column!r} must be true or false (or 0 or 1), got {row[column]!r}")
+    return label
+
+
+def which(row: Row, column: str, names: Sequence[str], *, index: bool = True) -> int:
+    """The position in `names` of the label in a column: one of the names or, if `index`, its index from 0."""
+    text, number = text_of(row[column]), integer(row[column])
+    if text in names:
+        return names.index(text)
+    if index and number is not None and number < len(names):
+        return number
+    other = f" (or an index below {len(names)})" if index else ""
+    raise TaskError(f"{row.where}: {column!r} must be {' or '.join(names)}{other}, got {row[column]!r}")
+
+
+def text_of(value: Any) -> str:
+    """A label as text, a whole number without a fraction: 1.0 is "1"."""
+    number = integer(value)
+    return str(value).strip() if number is None else str(number)
+
+
+def is_label(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip() not in ("", "-1")
+    if isinstance(value, float) and math.isnan(value):
+        return False
+    return value not in (None, -1, [])

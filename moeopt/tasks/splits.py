@@ -18,6 +18,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from moeopt.errors import TaskError
 from moeopt.showing import listed, shown
@@ -46,11 +47,11 @@ def divide(examples: Iterable[Example], fractions: Sequence[float] = FRACTIONS) 
     return parts
 
 
-def from_own(
-    own: Mapping[str, Sequence[Example]], fractions: Sequence[float] = FRACTIONS, task: str = ""
+def divide_given(
+    splits: Mapping[str, Sequence[Example]], fractions: Sequence[float] = FRACTIONS, task: str = ""
 ) -> dict[str, list[Example]]:
     """Maps a data set's own splits (keys among `OWN`) to search, dev and test; `task` is its name, for a warning."""
-    given = [own[name] for name in OWN if own.get(name)]
+    given = [splits[name] for name in OWN if splits.get(name)]
     if len(given) < 2:
         return divide(given[0] if given else (), fractions)
     if len(given) == 2:
@@ -98,9 +99,7 @@ def check_apart(parts: Mapping[tuple[str, ...], Sequence[Example]], where: str =
         first, other = owner.setdefault(family, (place, example))
         if first[0] == place[0]:
             continue
-        here, there = (" of ".join(map(repr, one)) for one in (place, first))
-        if len(place) == 1 and example.likeness == other.likeness:
-            raise TaskError(f"{where}example {example.id!r} is in both {there} and {here}")
+        here, there = (" of ".join(map(repr, names)) for names in (place, first))
         if example.likeness == other.likeness:
             raise TaskError(f"{where}example {example.id!r} is in {here} and in {there}")
         raise TaskError(
@@ -166,6 +165,12 @@ class DividedTask(Task):
 
     def fingerprint(self, split: str | None = None) -> str:
         return self._splits.fingerprint(split)
+
+    def facts(self, kind: str, template: str) -> dict[str, Any]:
+        """What `describe` says of any kind."""
+        examples = self._splits.counts()
+        facts = {"name": self.name, "kind": kind, "fingerprint": self.fingerprint(), "examples": examples}
+        return {**facts, "template": template}
 
 
 def checked_limit(limit: int | None) -> int | None:

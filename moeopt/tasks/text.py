@@ -27,7 +27,7 @@ from moeopt.tasks.base import SPLITS, Example, Float32, Float64, Int64, Request,
 from moeopt.tasks.folders import files_of, splits_named
 from moeopt.tasks.formats import PACKED, form_of
 from moeopt.tasks.rows import Row, from_disk, from_hub, grouped, is_missing_file, is_saved, origin, read, sources
-from moeopt.tasks.splits import FRACTIONS, OWN, DividedTask, Splits, checked_limit, content_hash, divide, from_own
+from moeopt.tasks.splits import FRACTIONS, OWN, DividedTask, Splits, checked_limit, content_hash, divide, divide_given
 from moeopt.tasks.tokens import Encoder
 
 SHORTEST = 16
@@ -104,23 +104,14 @@ class TextTask(DividedTask):
 
     def reduce(self, split: str, requests: Sequence[Request], log_likelihood: Float64, greedy: Int64) -> Scores:
         tokens = _scored(requests)
-        return Scores(
-            (-log_likelihood / tokens).astype(np.float32),
-            tokens.astype(np.float32),
-            (greedy / tokens).astype(np.float32),
-        )
+        losses, correct = (-log_likelihood / tokens).astype(np.float32), (greedy / tokens).astype(np.float32)
+        return Scores(losses, tokens.astype(np.float32), correct)
 
     def weights(self, split: str, tokenizer: Any, max_length: int | None = None) -> Float32:
         return _scored(self.requests(split, tokenizer, max_length=max_length)).astype(np.float32)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "kind": "text",
-            "fingerprint": self.fingerprint(),
-            "examples": self._splits.counts(),
-            "template": f"windows of {self.window} v1",
-        }
+        return self.facts("text", f"windows of {self.window} v1")
 
 
 def text_task(
@@ -159,12 +150,12 @@ def text_task(
     hub = isinstance(data, str) and not Path(data).exists() and not _is_pattern(data) and not is_missing_file(data)
     if isinstance(data, str | Path) and (saved or hub):
         rows = from_disk(data) if saved else from_hub(str(data), config)
-        own, said = {split: _of_rows(rows[split], column) for split in rows}, origin(rows, rows)
+        documents, said = {split: _of_rows(rows[split], column) for split in rows}, origin(rows, rows)
     else:
         paths = [data] if isinstance(data, str | Path) else data
-        own, said = _by_name([file for path in paths for file in _read_all(path, column, keep)])
-    pieces = {split: [part for document in own[split] for part in _pieces(document, piece)] for split in own}
-    parts = from_own(pieces, fractions, "text")
+        documents, said = _by_name([file for path in paths for file in _read_all(path, column, keep)])
+    pieces = {split: [part for text in texts for part in _pieces(text, piece)] for split, texts in documents.items()}
+    parts = divide_given(pieces, fractions, "text")
     for split, fraction in zip(SPLITS, fractions, strict=True):
         if fraction > 0 and not parts[split]:
             raise TaskError(

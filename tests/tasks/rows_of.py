@@ -1,33 +1,28 @@
-"""Rows in the hub's schema for every benchmark, made up, with labels of all kinds: for plumbing, not for quality."""
+"""Rows in the hub's schema for every benchmark, made up, with labels of all kinds; files of rows, and helpers."""
 
 from __future__ import annotations
 
+import bz2
+import copy
+import csv
+import gzip
+import io
 import json
+import lzma
 import random
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from moeopt.tasks import Example, Task
 
 Make = Callable[[random.Random, int], dict[str, Any]]
 
-WORDS = (
-    "ice",
-    "river",
-    "stone",
-    "cat",
-    "fish",
-    "glass",
-    "moon",
-    "wind",
-    "tree",
-    "road",
-    "bird",
-    "salt",
-    "lamp",
-    "rope",
-)
+WORDS = "ice river stone cat fish glass moon wind tree road bird salt lamp rope".split()  # noqa: SIM905
 SUBJECTS = ("anatomy", "astronomy", "philosophy", "sociology", "virology")
 
 
@@ -41,8 +36,8 @@ def choices(rng: random.Random, n: int, letters: str = "ABCDE") -> dict[str, lis
 
 def arc(rng: random.Random, i: int) -> dict[str, Any]:
     n, labels = rng.choice((3, 4, 4, 5)), rng.choice(("ABCDE", "12345"))
-    found = choices(rng, n, labels)
-    return {"id": f"q{i}", "question": sentence(rng)[:-1] + "?", "choices": found, "answerKey": labels[i % n]}
+    listed = choices(rng, n, labels)
+    return {"id": f"q{i}", "question": sentence(rng)[:-1] + "?", "choices": listed, "answerKey": labels[i % n]}
 
 
 def openbookqa(rng: random.Random, i: int) -> dict[str, Any]:
@@ -106,9 +101,9 @@ def hellaswag(rng: random.Random, i: int) -> dict[str, Any]:
 
 
 def winogrande(rng: random.Random, i: int) -> dict[str, Any]:
-    one, two, thing = rng.sample(WORDS, 3)
-    text = f"{i}: the {one} beat the {two} since the _ was {thing} {i}."
-    return {"sentence": text, "option1": one, "option2": two, "answer": "12"[i % 2]}
+    first, second, thing = rng.sample(WORDS, 3)
+    text = f"{i}: the {first} beat the {second} since the _ was {thing} {i}."
+    return {"sentence": text, "option1": first, "option2": second, "answer": "12"[i % 2]}
 
 
 def mmlu(rng: random.Random, i: int) -> dict[str, Any]:
@@ -148,24 +143,15 @@ def math(rng: random.Random, i: int) -> dict[str, Any]:
 
 
 MAKE: dict[str, Make] = {
-    "arc_challenge": arc,
-    "arc_easy": arc,
-    "boolq": boolq,
-    "cb": cb,
-    "copa": copa,
-    "hellaswag": hellaswag,
-    "mmlu": mmlu,
-    "multirc": multirc,
-    "openbookqa": openbookqa,
-    "record": record,
-    "sglue_rte": rte,
-    "wic": wic,
-    "winogrande": winogrande,
-    "wsc": wsc,
-}
-
-
+    "arc_challenge": arc, "arc_easy": arc, "boolq": boolq, "cb": cb, "copa": copa, "hellaswag": hellaswag, "mmlu": mmlu,
+    "multirc": multirc, "openbookqa": openbookqa, "record": record, "sglue_rte": rte, "wic": wic,
+    "winogrande": winogrande, "wsc": wsc,
+}  # fmt: skip
 GENERATED: dict[str, Make] = {"drop": drop, "gsm8k": gsm8k, "hendrycks_math_algebra": math, "squad": squad}
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def rows_of(task: str, n: int = 20, seed: int = 0) -> list[dict[str, Any]]:
@@ -175,12 +161,52 @@ def rows_of(task: str, n: int = 20, seed: int = 0) -> list[dict[str, Any]]:
     return [(MAKE | GENERATED)[name](rng, i + 1000 * seed) for i in range(n)]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """The rows as JSON lines, and the file's name."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write(path: Path, rows: Sequence[Any]) -> str:
+    """Rows in the form that the file's name says, of another form their JSON lines (texts as they are); its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.name.lower()
+    packing = next((ending for ending in PACK if name.endswith(ending)), "")
+    form = Path(name.removesuffix(packing)).suffix
+    data = "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows).encode()
+    if form == ".parquet":
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), sink)
+        data = sink.getvalue()
+    elif form == ".json" and len(rows) % 2 == 0:
+        data = json.dumps(rows, indent=1).encode()
+    elif form in (".csv", ".tsv"):
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, delimiter="," if form == ".csv" else "\t")
+        writer.writerow(rows[0])
+        writer.writerows([v if isinstance(v, str) else json.dumps(v) for v in row.values()] for row in rows)
+        data = text.getvalue().encode()
+    path.write_bytes(PACK[packing](data) if packing else data)
     return str(path)
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+    ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+}  # fmt: skip
+
+
+def chatting(tokenizer: Any, template: str | None = CHATML) -> Any:
+    """A copy of the tokenizer, with a chat template."""
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
 
 
 def all_examples(task: Task) -> list[Example]:
     return [example for split in task.splits for example in task.examples(split)]
+
+
+def apart(task: Task, key: Callable[[Example], Any], least: int = 2) -> None:
+    """Every key, or each of several in a set, is in one split only, and there are at least so many."""
+    places = defaultdict(set)
+    for split in task.splits:
+        for example in task.examples(split):
+            for name in keys if isinstance(keys := key(example), set) else {keys}:
+                places[name].add(split)
+    assert all(len(splits) == 1 for splits in places.values()), places
+    assert len(places) >= least

@@ -24,15 +24,15 @@ def slow_normalised(text: str) -> str:
 
 @given(TEXTS, TEXTS)
 def test_f1_and_exact_match_are_those_of_squad(text, answer):
-    found, wanted = slow_normalised(text).split(), slow_normalised(answer).split()
+    said, wanted = slow_normalised(text).split(), slow_normalised(answer).split()
     rest, same = list(wanted), 0
-    for word in found:
+    for word in said:
         if word in rest:
             rest.remove(word)
             same += 1
-    expected = 2 * Fraction(same, len(found) + len(wanted)) if same else 0
+    expected = 2 * Fraction(same, len(said) + len(wanted)) if same else 0
     assert answers.f1(text, [(answer,)]) == pytest.approx(float(expected))
-    assert answers.exact_match(text, [(answer,)]) == (found == wanted)
+    assert answers.exact_match(text, [(answer,)]) == (said == wanted)
 
 
 def test_squad_by_hand():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows_of import chatting
 from tokenizer_kinds import ENDS, KINDS, LOSSLESS, REAL, real, small
 
 from moeopt.errors import TaskError
@@ -18,36 +18,14 @@ from moeopt.evaluation import Evaluator
 from moeopt.tasks import Example, GenerationTask, MultipleChoiceTask, TextTask, get
 
 PIECES = [
-    "hello",
-    " hello",
-    "wor",
-    "ld",
-    " world",
-    "word",
-    "Answer",
-    ":",
-    " ",
-    "\n",
-    "\n\n",
-    "  ",
-    "\t",
-    "2+2=",
-    "4",
-    " 10",
-]
-PIECES += ["yes", " yes", "No", "'s", '"', "(", ")", ".", " [INST]", "[/INST]", "ü", "你好", "é", "🙂", "def", "_", "x"]
+    "hello", " hello", "wor", "ld", " world", "word", "Answer", ":", " ", "\n", "\n\n", "  ", "\t", "2+2=", "4", " 10",
+    "yes", " yes", "No", "'s", '"', "(", ")", ".", " [INST]", "[/INST]", "ü", "你好", "é", "🙂", "def", "_", "x",
+]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join)
 BORDERS = [
-    ("Answer:", " yes"),
-    ("Answer: ", "yes"),
-    ("hello wor", "ld"),
-    ("hello wor", "d"),
-    ("2+2=", "4"),
-    ("Answer:\n\n", "yes"),
-    ("Answer:\n", " yes"),
-    ("it", "'s"),
-    ("x\n ", "\nyes"),
-]
+    ("Answer:", " yes"), ("Answer: ", "yes"), ("hello wor", "ld"), ("hello wor", "d"), ("2+2=", "4"),
+    ("Answer:\n\n", "yes"), ("Answer:\n", " yes"), ("it", "'s"), ("x\n ", "\nyes"),
+]  # fmt: skip
 
 
 def requests_of(tokenizer: Any, prompt: str, options: tuple[str, ...], **how: Any) -> list[Any]:
@@ -136,9 +114,8 @@ def test_prompt_and_option_are_one_text_for_every_kind_of_tokenizer(kind, around
 @pytest.mark.parametrize("name", REAL)
 def test_requests_are_the_harness_s_on_the_vocabularies_of_mixtral_deepseek_and_qwen(name):
     tokenizer = real(name)
-    found = {border: of_harness(tokenizer, *border) for border in BORDERS}
     if not name.endswith("</s>"):
-        assert sum(theirs is not None for theirs in found.values()) > len(BORDERS) // 2
+        assert sum(of_harness(tokenizer, *border) is not None for border in BORDERS) > len(BORDERS) // 2
     for border in BORDERS:
         check(tokenizer, *border)
 
@@ -158,10 +135,10 @@ def test_what_is_scored_and_continued_decodes_to_the_text(kind):
         bos = "<s>" if "<s>" in around else ""
         space = " " if "prefix space" in kind and not bos else ""
         for prompt, option in BORDERS:
-            for own in ("", "<s>"):  # a prompt may be written with it
-                task = GenerationTask("t", test=[Example("a", own + prompt, (option,), 0)], max_new_tokens=4)
+            for written in ("", "<s>"):  # a prompt may be written with it
+                task = GenerationTask("t", test=[Example("a", written + prompt, (option,), 0)], max_new_tokens=4)
                 (request,), (asked,) = task.requests("test", tokenizer), task.prompts("test", tokenizer)
-                begin = (bos or own) + (space if not own else "")
+                begin = (bos or written) + (space if not written else "")
                 assert tokenizer.decode(request.ids).replace("<s> ", "<s>") == begin + prompt + option
                 assert tokenizer.decode(asked.ids).replace("<s> ", "<s>") == begin + prompt
                 assert 2 not in request.ids + asked.ids
@@ -202,23 +179,12 @@ def test_a_prompt_that_is_cut_ends_where_the_option_begins(kind):
         assert cut.ids[cut.scored_from :] == whole.ids[whole.scored_from :]
 
 
-def test_the_answer_to_a_long_prompt_has_its_room():
-    tokenizer = small("byte level")
-    task = GenerationTask("t", test=[Example("a", "hello world " * 9, ("yes",), 0)], max_new_tokens=5)
-    with pytest.warns(UserWarning, match="cut at their beginning"):
-        (request,) = task.requests("test", tokenizer, max_length=12)
-    (prompt,) = task.prompts_of([request])
-    assert len(prompt.ids) == 12 - 5
-    assert tokenizer.decode(prompt.ids).endswith("hello world ")
-    assert tokenizer.decode(request.ids).endswith("hello world yes")
-
-
 @pytest.mark.parametrize("around", ENDS)
 def test_a_chat_has_the_special_tokens_that_its_template_writes(around):
-    tokenizer = copy.deepcopy(small("sentencepiece", around))
-    tokenizer.chat_template = (
+    tokenizer = chatting(
+        small("sentencepiece", around),
         "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST] "
-        "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+        "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
     )
     task = MultipleChoiceTask("t", test=[Example("a", "is ice cold?", ("yes", "no"), 0)]).prompted(chat=True)
     for request, option in zip(task.requests("test", tokenizer), ("yes", "no")):
@@ -254,5 +220,5 @@ def test_options_with_prompts_of_their_own_are_scored_as_each_alone(make_mixtral
         first = request.scored_from
         totals.append(float(scores[first - 1 : -1].gather(1, ids[first:, None]).sum()))
     expected = task.reduce("test", requests, np.array(totals), np.zeros(len(totals), np.int64))
-    found = Evaluator(model, tokenizer, task, split="test").evaluate()
-    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-4)
+    evaluation = Evaluator(model, tokenizer, task, split="test").evaluate()
+    np.testing.assert_allclose(evaluation.losses, expected.losses, rtol=1e-4)

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
-import io
-import json
-import lzma
 import re
 import shutil
 import tempfile
@@ -15,18 +9,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rows_of import PACK, all_examples, write
+from rows_of import rows_of as benchmark
 
 from moeopt import tasks
 from moeopt.errors import TaskError
 from moeopt.tasks.rows import from_disk, load
 
 FORMS = (".jsonl", ".ndjson", ".json", ".JSON", ".csv", ".Csv", ".tsv", ".parquet", ".PARQUET")
-PACKED = ("", ".gz", ".bz2", ".xz", ".zst", ".GZ")
+PACKED = ("", *PACK, ".GZ")
 
 
 def rows_of(name: str, n: int = 20) -> list[dict[str, Any]]:
@@ -34,40 +28,6 @@ def rows_of(name: str, n: int = 20) -> list[dict[str, Any]]:
         {"prompt": f'{name} "{i}",\n\tis it?\nAnswer:', "options": ["yes", f"no {i}"], "answer": i % 2}
         for i in range(n)
     ]
-
-
-def table(rows: list[dict[str, Any]], delimiter: str) -> bytes:
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, delimiter=delimiter)
-    writer.writerow(rows[0])
-    writer.writerows([value if isinstance(value, str) else json.dumps(value) for value in row.values()] for row in rows)
-    return out.getvalue().encode()
-
-
-def pack(data: bytes, ending: str) -> bytes:
-    if ending == ".zst":
-        packed: bytes = pa.Codec("zstd").compress(data, asbytes=True)
-        return packed
-    return {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[ending](data)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Rows in the form that the file's name says; of another form their JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.name.lower()
-    packing = next((ending for ending in (".gz", ".bz2", ".xz", ".zst") if name.endswith(ending)), "")
-    form = Path(name.removesuffix(packing)).suffix
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    if form == ".parquet":
-        sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows), sink)
-        data = sink.getvalue()
-    elif form == ".json" and len(rows) % 2 == 0:
-        data = json.dumps(rows, indent=1).encode()
-    elif form in (".csv", ".tsv"):
-        data = table(rows, "," if form == ".csv" else "\t")
-    path.write_bytes(pack(data, packing))
-    return path
 
 
 @pytest.mark.parametrize("packing", PACKED)
@@ -78,7 +38,7 @@ def test_every_form_is_read_alike(tmp_path, form, packing):
         path = write(tmp_path / f"rows.{count}{form}{packing}", rows_of("q", count))
         task = tasks.get("multiple_choice", path)
         assert count != 20 or task.describe() == plain.describe()
-        assert sum(len(task.examples(split)) for split in task.splits) == count
+        assert len(all_examples(task)) == count
 
 
 @pytest.mark.parametrize("form", [".jsonl", ".json", ".csv", ".tsv", ".parquet.gz", ".jsonl.bz2", ".csv.xz"])
@@ -94,25 +54,17 @@ def test_a_folder_is_read_alike_in_every_form(tmp_path, form):
 
 
 NAMES = {
-    "test.jsonl": "test",
-    "Test.JSONL": "test",
-    "mytask_test.jsonl": "test",
-    "my-task.test.csv": "test",
-    "eval.jsonl": "test",
-    "evaluation.json": "test",
-    "testing2.parquet": "test",
-    "test-00000-of-00001.parquet": "test",
-    "test-00000-of-00001-0a1b2c.parquet": "test",
-    "data/test.jsonl": "test",
-    "data/en/test-00000-of-00001.parquet": "test",
-    "test/part.jsonl": "test",
-    "val.jsonl": "validation",
-    "valid.tsv": "validation",
-    "dev.jsonl.xz": "validation",
-    "my_dev_1.jsonl": "validation",
-    "VALIDATION.csv.gz": "validation",
-    "validation/0.jsonl": "validation",
-}
+    **dict.fromkeys(
+        ("test.jsonl", "Test.JSONL", "mytask_test.jsonl", "my-task.test.csv", "eval.jsonl", "evaluation.json",
+         "testing2.parquet", "test-00000-of-00001.parquet", "test-00000-of-00001-0a1b2c.parquet", "data/test.jsonl",
+         "data/en/test-00000-of-00001.parquet", "test/part.jsonl"),
+        "test",
+    ),
+    **dict.fromkeys(
+        ("val.jsonl", "valid.tsv", "dev.jsonl.xz", "my_dev_1.jsonl", "VALIDATION.csv.gz", "validation/0.jsonl"),
+        "validation",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,26 +73,15 @@ def test_names_tell_the_split(tmp_path, name):
     write(tmp_path / name, rows_of("other"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        own = load(tmp_path)
-    assert {split: rows[0].text("prompt").split()[0] for split, rows in own.items()} == {
-        "train": "train",
-        NAMES[name]: "other",
-    }
+        splits = load(tmp_path)
+    first = {split: rows[0].text("prompt").split()[0] for split, rows in splits.items()}
+    assert first == {"train": "train", NAMES[name]: "other"}
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "test.txt",
-        "test",
-        "test.jsonl.zip",
-        "eval.arrow",
-        "test/data.bin",
-        "more.jsonl",
-        "latest.csv",
-        "train_or_test.csv",
-    ],
-)
+    ["test.txt", "test", "test.zip", "eval.arrow", "test/data.bin", "more.jsonl", "latest.csv", "train_or_test.csv"],
+)  # fmt: skip
 def test_what_is_not_read_is_named(tmp_path, name):
     write(tmp_path / "train.jsonl", rows_of("train"))
     write(tmp_path / name, rows_of("other"))
@@ -155,23 +96,19 @@ def test_the_file_with_the_split_s_own_name_at_the_top_is_the_split(tmp_path):
     write(tmp_path / "dataset_info.json", [{"a": 1}])
     said = r"not read: .cache/test.jsonl, old/test.jsonl and test_answers.csv \(read are"
     with pytest.warns(UserWarning, match=said) as seen:
-        own = load(tmp_path)
+        splits = load(tmp_path)
     assert len(seen) == 1
-    assert own["test"][0].text("prompt").startswith("test.jsonl")
+    assert splits["test"][0].text("prompt").startswith("test.jsonl")
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        ("test.jsonl", "test.csv"),
-        ("test.jsonl", "test.jsonl.gz"),
-        ("test.jsonl", "eval.jsonl"),
-        ("a_test.jsonl", "b_test.jsonl"),
-        ("en/test.jsonl", "de/test.jsonl"),
-        ("val.jsonl", "dev.jsonl"),
+        ("test.jsonl", "test.csv"), ("test.jsonl", "test.jsonl.gz"), ("test.jsonl", "eval.jsonl"),
+        ("a_test.jsonl", "b_test.jsonl"), ("en/test.jsonl", "de/test.jsonl"), ("val.jsonl", "dev.jsonl"),
         ("train.csv", "train2.csv"),
     ],
-)
+)  # fmt: skip
 def test_two_files_for_one_split_are_refused(tmp_path, names):
     for name in ("train.jsonl", *names) if "train" not in names[0] else names:
         write(tmp_path / name, rows_of(name))
@@ -186,8 +123,8 @@ def test_pieces_of_one_split_are_read_together_and_missing_ones_told(tmp_path):
         write(tmp_path / f"test_{i}.jsonl", rows_of(f"test {i}"))
         write(tmp_path / "validation" / f"{'ab'[i]}.csv", rows_of(f"validation {i}"))
     with pytest.warns(UserWarning, match="has 2 of 3 pieces of its train split"):
-        own = load(tmp_path)
-    assert {split: len(rows) for split, rows in own.items()} == dict.fromkeys(("train", "validation", "test"), 40)
+        splits = load(tmp_path)
+    assert {split: len(rows) for split, rows in splits.items()} == dict.fromkeys(("train", "validation", "test"), 40)
 
 
 def test_a_folder_with_one_file_of_rows_is_that_file(tmp_path):
@@ -223,12 +160,12 @@ def test_whatever_the_folder_no_split_is_passed_over_in_silence(names):
         for name in names:
             write(Path(folder, name), rows_of(f"<{name}>", 2))
         try:
-            own = load(folder)
+            splits = load(folder)
         except TaskError as error:
             if re.search("several files|no train, validation or test file", str(error)):
                 return
             raise
-        prompts = [row.text("prompt") for rows in own.values() for row in rows]
+        prompts = [row.text("prompt") for rows in splits.values() for row in rows]
         said = " ".join(str(warning.message).partition("(read are")[0] for warning in seen)
         for name in names:
             read = any(prompt.startswith(f"<{name}>") for prompt in prompts)
@@ -243,44 +180,12 @@ def test_whatever_the_folder_no_split_is_passed_over_in_silence(names):
         assert len(seen) <= 1
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("r.csv", b'prompt,options,answer\nq,"[""a"", ""b""]"\n', "line 2: 2 cells in a table of 3 columns"),
-        ("r.csv", b'prompt,answer\n"q,1\n', "line 2: unexpected end of data"),
-        ("r.csv", b"prompt,prompt\na,b\n", "line 1: the first line must name every column, once"),
-        ("r.csv", b"prompt,answer\n\xff,1\n", "is not UTF-8"),
-        ("r.tsv", b"prompt\n", "has no rows"),
-        ("r.json", b"[1, 2]", "row 0: expected a JSON object, got 1"),
-        ("r.json", b'[{"a": 1}', "not JSON"),
-        ("r.json", b"[]", "has no rows"),
-        ("r.jsonl.gz", b"{}", "cannot read data file .*r.jsonl.gz"),
-        ("r.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "cannot read data file .*r.jsonl.gz"),
-        ("r.jsonl.xz", b"{}", "cannot read data file .*r.jsonl.xz"),
-        ("r.jsonl.bz2", b"{}", "cannot read data file .*r.jsonl.bz2"),
-        ("r.jsonl.zst", b"{}", "cannot read data file .*r.jsonl.zst"),
-        ("r.parquet.gz", gzip.compress(b"{}", mtime=0), "cannot read data file .*r.parquet.gz"),
-    ],
-)
-def test_what_is_malformed_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(TaskError, match=message):
-        tasks.get("multiple_choice", tmp_path / name)
-
-
 def test_cells_are_text_but_for_lists_of_texts_and_objects(tmp_path):
     path = tmp_path / "r.csv"
     path.write_bytes(b'\xef\xbb\xbfa,b,c,d,e\r\n\r\n1,"[""x""]","[1, 2]","{""k"": 1}",{x\r\n')
     (row,) = load(path)["train"]
     assert row.values == {"a": "1", "b": ["x"], "c": "[1, 2]", "d": {"k": 1}, "e": "{x"}
     assert row.where == f"{path}, line 3"
-
-
-def test_a_benchmark_from_csv(tmp_path):
-    rows = [{"word": "was", "sentence1": f"It was {i}.", "sentence2": f"He was {i}.", "start1": 3, "end1": 6,
-             "label": "false"} for i in range(30)]  # fmt: skip
-    jsonl, table = (tasks.get("wic", write(tmp_path / name, rows)) for name in ("w.jsonl", "w.csv"))
-    assert jsonl.fingerprint() == table.fingerprint()
 
 
 def test_columns_of_another_table_are_no_unlabelled_split(tmp_path):
@@ -296,15 +201,13 @@ def test_other_splits_of_a_data_set_are_named(tmp_path):
     parts = {name: Dataset.from_list(rows_of(name)) for name in ("train", "val", "eval", "extra")}
     DatasetDict(parts).save_to_disk(tmp_path / "set")
     with pytest.warns(UserWarning, match=r"not read: the splits extra \(read are train, validation from val and test"):
-        own = from_disk(tmp_path / "set")
-    assert {split: rows[0].text("prompt").split()[0] for split, rows in own.items()} == {
+        splits = from_disk(tmp_path / "set")
+    assert {split: rows[0].text("prompt").split()[0] for split, rows in splits.items()} == {
         "train": "train", "validation": "val", "test": "eval",
     }  # fmt: skip
 
 
 def test_mmlu_does_not_read_its_auxiliary_split(tmp_path):
-    from rows_of import rows_of as benchmark
-
     for i, name in enumerate(("validation", "test", "dev", "auxiliary_train")):
         write(tmp_path / f"{name}-00000-of-00001.parquet", benchmark("mmlu", 40, seed=i))
     with pytest.warns(UserWarning, match="not read: auxiliary_train"):
@@ -330,7 +233,7 @@ def test_text_files_named_as_splits_are_these(tmp_path):
 def test_packed_rows_of_text_are_documents(tmp_path, name):
     path = write(tmp_path / name, [{"text": f"document {i}, " * 9} for i in range(40)])
     task = tasks.get("text", path)
-    assert sum(len(task.examples(split)) for split in task.splits) == 40
+    assert len(all_examples(task)) == 40
 
 
 @pytest.mark.parametrize("form", [".jsonl", ".jsonl.gz", ".csv"])

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
+from rows_of import write
 
 from moeopt import tasks
 from moeopt.errors import TaskError
 from moeopt.tasks import Example, GenerationTask
-
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-
-
-def own_row(i: int) -> dict[str, object]:
-    return {"prompt": f"{i} is", "answer": [NUMBERS[i % 10], f"number {i}"] if i % 2 else NUMBERS[i % 10]}
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_long_prompts_leave_room_for_the_answer(tiny_tokenizer):
@@ -54,22 +41,20 @@ def test_references_are_part_of_the_fingerprint():
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "message"),
+    ("row", "options", "message"),
     [
-        ("generation", {"prompt": "p", "answer": [""]}, "line 1: 'answer' must be a text or a list of texts"),
-        ("generation", {"prompt": "p"}, "line 1: no 'answer'"),
+        ({"prompt": "p", "answer": [""]}, {}, "line 1: 'answer' must be a text or a list of texts"),
+        ({"prompt": "p"}, {}, "line 1: no 'answer'"),
+        ({}, {"metric": "f2"}, "unknown metric 'f2'; did you mean 'f1'"),
+        ({"prompt": "p", "answer": "a"}, {"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got"),
+        ({"prompt": "p", "answer": "a"}, {"stop": ["\n", ""]}, "stop must be non-empty texts"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, name, row, message):
+def test_bad_rows_and_options_are_named(tmp_path, row, options, message):
     with pytest.raises(TaskError, match=message):
-        tasks.get(name, write(tmp_path / "bad.jsonl", [row]))
+        tasks.get("generation", write(tmp_path / "bad.jsonl", [row]), **options)
 
 
-def test_bad_options_are_named(tmp_path):
-    file = write(tmp_path / "rows.jsonl", [own_row(i) for i in range(9)])
-    with pytest.raises(TaskError, match="unknown metric 'f2'; did you mean 'f1'"):
-        tasks.get("generation", file, metric="f2")
-    with pytest.raises(TaskError, match="max_new_tokens must be an integer of at least 1, got 0"):
-        tasks.get("generation", file, max_new_tokens=0)
-    with pytest.raises(TaskError, match="stop must be non-empty texts"):
-        tasks.get("generation", file, stop=["\n", ""])
+def test_an_answer_that_is_minus_one_is_one(tmp_path):
+    task = tasks.get("generation", write(tmp_path / "r.jsonl", [{"prompt": "2 - 3 =", "answer": "-1"}]))
+    assert [option.strip() for option in task.examples(task.splits[0])[0].options] == ["-1"]

@@ -73,30 +73,20 @@ def test_no_function_of_a_folder_runs_unless_it_is_trusted(
     quick = lambda path: TaskManager(include_path=path, include_defaults=False)  # noqa: E731  reading all takes a minute
     monkeypatch.setattr(moeopt.tasks.lm_eval.loading, "_whole", quick)
     fields = dict(WAYS[way])
-    if through == "include":
-        write(evil, "base", fields)
-        (evil / "base.yaml").rename(evil / "base")
-        (evil / "asked.yaml").write_text("include: base\ntask: asked\n")
-    elif through == "chain":
-        (evil / "deep").mkdir()
-        write(evil, "base", fields)
-        (evil / "base.yaml").rename(evil / "deep" / "base")
-        (evil / "tricks.py").rename(evil / "deep" / "tricks.py")
-        (evil / "middle").write_text(f"include: [{evil / 'deep' / 'base'}]\n")
-        (evil / "asked.yaml").write_text("include: middle\ntask: asked\n")
-    elif through == "group":
-        write(evil, "member", fields)
-        (evil / "asked.yaml").write_text("group: asked\ntask: [member]\n")
-    elif through == "member":
-        write(evil, "member", {})
-        text = "\n".join(f"    {key}: {value}" for key, value in fields.items() if "\n" not in value)
-        (evil / "asked.yaml").write_text(
-            f"group: asked\ntask:\n  - task: member\n{text or '    x: !function tricks.it'}\n"
-        )
-    elif through == "tag":
-        write(evil, "member", fields, tag="asked")
-    else:
-        write(evil, "asked", fields)
+    name = {"itself": "asked", "include": "base", "chain": "base"}.get(through, "member")
+    write(evil, name, {} if through == "member" else fields, **({"tag": "asked"} if through == "tag" else {}))
+    asked = {"include": "include: base\ntask: asked\n", "chain": "include: middle\ntask: asked\n"}
+    text = "\n".join(f"    {key}: {value}" for key, value in fields.items() if "\n" not in value)
+    asked["member"] = f"group: asked\ntask:\n  - task: member\n{text or '    x: !function tricks.it'}\n"
+    asked["group"] = "group: asked\ntask: [member]\n"
+    if through in asked:
+        (evil / "asked.yaml").write_text(asked[through])
+    if name == "base":
+        deep = evil / "deep" if through == "chain" else evil
+        deep.mkdir(exist_ok=True)
+        (evil / "base.yaml").rename(deep / "base")
+        (evil / "tricks.py").rename(deep / "tricks.py")
+        (evil / "middle").write_text(f"include: [{deep / 'base'}]\n")
     with pytest.raises(TaskError, match=REFUSED):
         moeopt.tasks.get("lm_eval:asked", include_path=evil)
     assert not (evil / "ran").exists()

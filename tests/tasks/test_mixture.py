@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows_of import write as write_rows
 
 import moeopt
 from moeopt import tasks
-from moeopt.cli import main
 from moeopt.demo import skills
 from moeopt.errors import TaskError
 from moeopt.evaluation.evaluation import Evaluation
@@ -52,29 +53,21 @@ def quiet(mixture: MixtureTask, *args, **kwargs):
         return mixture.requests(*args, **kwargs)
 
 
-@pytest.mark.parametrize("split", ["search", "test"])
-def test_loss_of_all_is_the_weighted_mean_of_the_members(tiny_model, tiny_tokenizer, members, plan, split):
-    mixture = MixtureTask(members, use="all")
-    got = moeopt.Evaluator(tiny_model, tiny_tokenizer, mixture, split=split).evaluate(plan)
+@pytest.mark.parametrize(("use", "counts"), [("all", (10, 30, None)), ("share", (10, 5, 15))])
+def test_loss_is_the_weighted_mean_of_the_members_over_what_is_in_use(
+    tiny_model, tiny_tokenizer, members, plan, use, counts
+):
+    warned = pytest.warns(UserWarning, match="5 of 30 examples of 'b' are in use, as its share says")
+    with warned if use == "share" else nullcontext():
+        got = moeopt.Evaluator(tiny_model, tiny_tokenizer, MixtureTask(members, use=use), split="search").evaluate(plan)
     loss = accuracy = 0.0
-    for name, (task, weight) in members.items():
-        own = moeopt.Evaluator(tiny_model, tiny_tokenizer, task, split=split).evaluate(plan)
-        loss += weight / 6 * own.loss
-        accuracy += weight / 6 * own.accuracy
-        assert got.metrics[f"{name}/accuracy"] == pytest.approx(own.metrics["accuracy"], abs=1e-6)
+    for n, (name, (task, weight)) in zip(counts, members.items(), strict=True):
+        alone = moeopt.Evaluator(tiny_model, tiny_tokenizer, task, split="search", limit=n).evaluate(plan)
+        loss += weight / 6 * alone.loss
+        accuracy += weight / 6 * alone.accuracy
+        assert got.metrics[f"{name}/accuracy"] == pytest.approx(alone.metrics["accuracy"], abs=1e-6)
     assert got.loss == pytest.approx(loss, abs=1e-5)
     assert got.accuracy == got.metrics["score"] == pytest.approx(accuracy, abs=1e-5)
-
-
-def test_loss_in_shares_is_the_weighted_mean_over_what_is_in_use(tiny_model, tiny_tokenizer, members, plan):
-    mixture = MixtureTask(members)
-    with pytest.warns(UserWarning, match="5 of 30 examples of 'b' are in use, as its share says"):
-        got = moeopt.Evaluator(tiny_model, tiny_tokenizer, mixture).evaluate(plan)
-    loss = 0.0
-    for (task, weight), n in zip(members.values(), (10, 5, 15), strict=True):
-        loss += weight / 6 * moeopt.Evaluator(tiny_model, tiny_tokenizer, task, limit=n).evaluate(plan).loss
-    assert len(got.losses) == 30
-    assert got.loss == pytest.approx(loss, abs=1e-5)
     assert got.weights.mean() == pytest.approx(1, abs=1e-6)
 
 
@@ -99,21 +92,6 @@ def test_every_prefix_holds_each_member_by_its_rate(sizes, use, weights):
 
 
 @pytest.mark.parametrize("use", USES)
-def test_limits_are_nested_with_the_same_weights(tiny_tokenizer, members, use):
-    mixture = MixtureTask(members, use=use)
-    everything = quiet(mixture, "search", tiny_tokenizer)
-    weights = mixture.weights("search", tiny_tokenizer)
-    for limit in (1, 2, 7, 20, len(weights), 1000):
-        requests = quiet(mixture, "search", tiny_tokenizer, limit)
-        assert requests == everything[: len(requests)]
-        n = len({request.example for request in requests})
-        assert n == min(limit, len(weights))
-        zeros = np.zeros(len(requests))
-        scores = mixture.reduce("search", requests, zeros, zeros.astype(np.int64))
-        np.testing.assert_array_equal(scores.weights, weights[:n])
-
-
-@pytest.mark.parametrize("use", USES)
 def test_rungs_race_as_one_evaluation(tiny_model, tiny_tokenizer, members, plan, use):
     mixture = MixtureTask(members, use=use)
     whole = moeopt.Evaluator(tiny_model, tiny_tokenizer, mixture, limit=24).evaluate(plan)
@@ -122,8 +100,8 @@ def test_rungs_race_as_one_evaluation(tiny_model, tiny_tokenizer, members, plan,
     for part, size in zip(seen, (6, 12, 24), strict=True):
         np.testing.assert_array_equal(part.weights, whole.weights[:size])
         np.testing.assert_allclose(part.losses, whole.losses[:size], atol=1e-5)
-    known = Evaluation(*seen[1].scores, tokens=0, layer_tokens=0, seconds=0.0, active=2.0)
-    *_, last = raced.race(plan, known)
+    part = Evaluation(*seen[1].scores, tokens=0, layer_tokens=0, seconds=0.0, active=2.0)
+    *_, last = raced.race(plan, part)
     np.testing.assert_allclose(last.losses, whole.losses, atol=1e-5)
     assert last.tokens < seen[-1].tokens
     assert honest_estimate(seen[0].scores, whole.scores) == pytest.approx(whole.loss, abs=1e-5)
@@ -152,11 +130,11 @@ def test_the_metric_of_a_member_that_writes_is_that_of_its_text(use):
     loss = 0.0
     for name, (at, _) in mixture.places(quiet(mixture, "search", tokenizer, 24)).items():
         task = members[name][0]
-        own = moeopt.Evaluator(model, tokenizer, task, limit=len(at), score="metric").evaluate(plan)
-        np.testing.assert_allclose(seen[-1].correct[at], own.correct, atol=0.02)  # other batches
-        assert seen[-1].metrics[f"{name}/{task.metric}"] == pytest.approx(own.accuracy, abs=0.02)
-        loss += own.losses.astype(float) @ likelihood.weights[at].astype(float)
-        assert name != "w" or use == "all" or 0 < own.accuracy < 1
+        alone = moeopt.Evaluator(model, tokenizer, task, limit=len(at), score="metric").evaluate(plan)
+        np.testing.assert_allclose(seen[-1].correct[at], alone.correct, atol=0.02)  # other batches
+        assert seen[-1].metrics[f"{name}/{task.metric}"] == pytest.approx(alone.accuracy, abs=0.02)
+        loss += alone.losses.astype(float) @ likelihood.weights[at].astype(float)
+        assert name != "w" or use == "all" or 0 < alone.accuracy < 1
     assert seen[-1].loss == pytest.approx(loss / likelihood.weights.sum(dtype=float), abs=0.02)
     for part, size in zip(seen, (5, 11, 24)):
         np.testing.assert_array_equal(part.scores, seen[-1].scores[:, :size])
@@ -164,20 +142,6 @@ def test_the_metric_of_a_member_that_writes_is_that_of_its_text(use):
     np.testing.assert_array_equal(last.scores, seen[-1].scores)
     assert 0 < last.tokens < seen[-1].tokens
     assert evaluator.fingerprint != moeopt.Evaluator(model, tokenizer, mixture, limit=24).fingerprint
-
-
-def test_raced_search_compares_trials_on_the_same_weights(tiny_model, tiny_tokenizer, members):
-    space = moeopt.PruneSpace.of(tiny_model, keep=2)
-    objective = moeopt.Objective(tiny_model, tiny_tokenizer, MixtureTask(members), space, limit=24, rungs=3)
-    study = moeopt.create_study(objective=objective, storage=None, sampler="random", pruner="racing", seed=0)
-    study.optimize(objective, n_trials=6)
-    scores = [moeopt.trials.genome.read_scores(trial) for trial in study.trials]
-    longest = max(scores, key=lambda s: s.shape[1])
-    for one in scores:
-        np.testing.assert_array_equal(one[1], longest[1, : one.shape[1]])
-    best = study.best_trial
-    full = objective.evaluator.evaluate(space.plan(best))
-    assert full.loss == pytest.approx(best.value, abs=1e-5)
 
 
 def test_methods_calibrate_on_the_members_right_answers(tiny_model, tiny_tokenizer, members):
@@ -197,7 +161,7 @@ def test_mixture_of_mixtures(tiny_model, tiny_tokenizer, members):
     inner = MixtureTask({"a": members["a"], "b": (members["b"][0], 2)}, use="all", name="inner")
     nested = MixtureTask([(inner, 4), members["t"]], use="all")
     flat = MixtureTask({**members, "b": (members["b"][0], 2)} | {"t": members["t"]}, use="all")
-    losses = [moeopt.Evaluator(tiny_model, tiny_tokenizer, one).evaluate().loss for one in (nested, flat)]
+    losses = [moeopt.Evaluator(tiny_model, tiny_tokenizer, mixed).evaluate().loss for mixed in (nested, flat)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert nested.examples("search")[0].id.startswith(("inner/a/", "inner/b/", "text/"))
 
@@ -242,36 +206,30 @@ def test_splits_and_overlap(members):
         mixture.examples("train")
     shared = Example("x", "q", ("a", "b"), 0)
     other = [Example(str(i), f"{i}", ("a", "b"), 0) for i in range(2)]
-    one = MultipleChoiceTask("one", [shared], (), other[:1])
-    two = MultipleChoiceTask("two", other[1:], (), [shared])
+    first = MultipleChoiceTask("one", [shared], (), other[:1])
+    second = MultipleChoiceTask("two", other[1:], (), [shared])
     with pytest.raises(TaskError, match="example 'x' is in 'test' of 'two' and in 'search' of 'one'"):
-        MixtureTask([(one, 1), (two, 1)])
+        MixtureTask([(first, 1), (second, 1)])
     with pytest.raises(TaskError, match="no split in common: s has search; d has dev"):
         MixtureTask({"s": (only, 1), "d": (MultipleChoiceTask("d", dev=other), 1)})
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"),
+    ("members", "options", "message"),
     [
-        ((1, 0), "weight of 'b' must be a number above 0, got 0"),
-        ((1, float("nan")), "weight of 'b' must be"),
-        ((True, 1), "weight of 'a' must be a number above 0, got True"),
+        ({"a": 1, "b": 0}, {}, "weight of 'b' must be a number above 0, got 0"),
+        ({"a": 1, "b": float("nan")}, {}, "weight of 'b' must be"),
+        ({"a": True, "b": 1}, {}, "weight of 'a' must be a number above 0, got True"),
+        ({}, {}, "needs at least one task"),
+        ([1, 1], {}, "two tasks of the mixture are called 'a'"),
+        ({"a": 1}, {"use": "some"}, "use must be one of share, all, got 'some'"),
     ],
 )
-def test_bad_weights_are_named(weights, message):
+def test_bad_mixtures_are_named(members, options, message):
+    pairs = members.items() if isinstance(members, dict) else zip("aa", members)
+    made = [(questions(name, 3), weight) for name, weight in pairs]
     with pytest.raises(TaskError, match=message):
-        MixtureTask({name: (questions(name, 3), w) for name, w in zip("ab", weights, strict=True)})
-
-
-def test_other_bad_mixtures_are_named(members):
-    with pytest.raises(TaskError, match="needs at least one task"):
-        MixtureTask({})
-    with pytest.raises(TaskError, match="two tasks of the mixture are called 'a'"):
-        MixtureTask([members["a"], members["a"]])
-    with pytest.raises(TaskError, match="use must be one of share, all, got 'some'"):
-        MixtureTask(members, use="some")
-    with pytest.raises(TaskError, match="give shots and chat to its tasks"):
-        MixtureTask(members).prompted(shots=2)
+        MixtureTask(made, **options)
 
 
 def test_fingerprint_tells_weights_and_members(members):
@@ -279,13 +237,13 @@ def test_fingerprint_tells_weights_and_members(members):
     shots = {**members, "a": (members["a"][0].prompted(shots=1), 2.0)}
     doubled = {name: (task, 2 * weight) for name, (task, weight) in members.items()}
     made = [MixtureTask(members), MixtureTask(members, use="all"), MixtureTask(changed), MixtureTask(shots)]
-    assert len({one.fingerprint("search") for one in made}) == 4
+    assert len({mixed.fingerprint("search") for mixed in made}) == 4
     assert MixtureTask(doubled).describe() == made[0].describe()
 
 
 def write(folder, entries) -> str:
     rows = [{"prompt": f"{i} and 1 make", "options": [str(i + 1), str(i + 2)], "answer": i % 2} for i in range(60)]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "sums.jsonl", rows)
     (folder / "notes").mkdir(exist_ok=True)
     for i in range(12):
         (folder / "notes" / f"{i}.txt").write_text(f"note {i}: " + "all is well and more is to come. " * 4)
@@ -304,6 +262,12 @@ def test_file(tmp_path, tiny_tokenizer):
     assert mixture.shares == {"sums": 2 / 3, "text": 1 / 3}
     assert mixture.splits == ("search", "dev", "test")
     assert mixture.requests("search", tiny_tokenizer)
+    with pytest.raises(TaskError, match="give shots and chat to its tasks"):
+        mixture.prompted(shots=2)
+    with pytest.raises(TaskError, match="'mixture' has no option 'shots'"):
+        tasks.get("mixture", path, shots=2)
+    with pytest.raises(TaskError, match=r"cannot read mixture file .*absent.json: No such file"):
+        tasks.get("mixture", str(tmp_path / "absent.json"))
 
 
 @pytest.mark.parametrize(
@@ -316,10 +280,7 @@ def test_file(tmp_path, tiny_tokenizer):
         ([SUMS, {"data": "x"}], "task 2: expected an object"),
         ([SUMS | {"wieght": 1}], "task 1: unknown 'wieght'; did you mean 'weight'"),
         ([SUMS | {"task": "bolq"}], "task 1: unknown task 'bolq'; did you mean 'boolq'"),
-        (
-            [SUMS | {"task": "mixture"}],
-            "task 1: a mixture's file takes neither Python files nor mixtures, got 'mixture'",
-        ),
+        ([SUMS | {"task": "mixture"}], "task 1: a mixture's file takes neither .* nor mixtures, got 'mixture'"),
         ([SUMS | {"task": "mine.py:Mine"}], "task 1: a mixture's file takes neither .*'mine.py:Mine'"),
         ([{"task": "boolq", "options": {"trust_remote_code": True}}], "task 1: .* leave trust_remote_code out"),
         ([SUMS | {"data": "absent.jsonl"}], "task 1: data file .*absent.jsonl does not exist"),
@@ -333,28 +294,3 @@ def test_file(tmp_path, tiny_tokenizer):
 def test_malformed_file_is_named(tmp_path, entries, message):
     with pytest.raises(TaskError, match=message):
         tasks.get("mixture", write(tmp_path, entries))
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(TaskError, match=r"cannot read mixture file .*absent.json: No such file"):
-        tasks.get("mixture", str(tmp_path / "absent.json"))
-    with pytest.raises(TaskError, match="'mixture' has no option 'shots'"):
-        tasks.get("mixture", write(tmp_path, [SUMS]), shots=2)
-
-
-def test_search_from_the_command_line(tmp_path, capsys):
-    path = write(tmp_path, [SUMS, NOTES])
-    storage = f"sqlite:///{tmp_path}/s.db"
-    command = ["search", str(moeopt.demo.MODEL), "--task", "mixture", "--data", path, "--limit", "12", "--keep", "4"]
-    command += ["--sampler", "random", "--trials", "2", "--storage", storage, "--study", "m"]
-    assert main(command) == 0
-    out, err = capsys.readouterr()
-    assert "2 trials done" in out
-    loaded = [number for number, line in enumerate(err.splitlines()) if line.startswith("loading")]
-    (told,) = [number for number, line in enumerate(err.splitlines()) if line.startswith("task mixture: search ")]
-    assert told < loaded[0]
-    assert "divided by hash from sums.jsonl" in err
-    assert "divided by hash from 0.txt, 1.txt and 10 more" in err
-    write(tmp_path, [SUMS | {"weight": 3}, NOTES])
-    assert main(command) == 2
-    assert "task.members.sums.share: study has 0.666" in capsys.readouterr().err

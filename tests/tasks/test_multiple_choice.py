@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import gzip
 import subprocess
 import sys
 import warnings
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from rows_of import all_examples, write
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from moeopt import tasks
 from moeopt.demo.skills import MODEL
@@ -24,21 +25,8 @@ from moeopt.tasks.rows import from_hub
 from moeopt.tasks.splits import OWN
 
 
-def write(path: Path, rows: list[object]) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
-
-
-def make(n: int) -> MultipleChoiceTask:
-    return MultipleChoiceTask("t", search=[Example(str(i), f"q{i}:", (" no", " maybe"), i % 2) for i in range(n)])
-
-
-def all_examples(task: tasks.Task) -> list[Example]:
-    return [example for split in task.splits for example in task.examples(split)]
-
-
 def test_scored_tokens_are_exactly_the_options(tiny_tokenizer):
-    task = make(5)
+    task = MultipleChoiceTask("t", [Example(str(i), f"q{i}:", (" no", " maybe"), i % 2) for i in range(5)])
     examples = task.examples("search")
     for request in task.requests("search", tiny_tokenizer):
         example = examples[request.example]
@@ -46,25 +34,12 @@ def test_scored_tokens_are_exactly_the_options(tiny_tokenizer):
         assert tiny_tokenizer.decode(request.ids[: request.scored_from]) == "<s>" + example.prompt
 
 
-@given(st.integers(1, 12), st.integers(1, 12))
-def test_limits_are_nested(tiny_tokenizer, a, b):
-    task = make(10)
-    small, large = (task.requests("search", tiny_tokenizer, limit=n) for n in sorted((a, b)))
-    assert large[: len(small)] == small
-    assert len(large) == 2 * min(max(a, b), 10)
-
-
-def test_limit_below_one_is_refused(tiny_tokenizer):
-    with pytest.raises(TaskError, match="limit must be at least 1, got 0"):
-        make(2).requests("search", tiny_tokenizer, limit=0)
+def bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Any:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=merges)))
 
 
 def test_option_that_merges_with_the_prompt_is_scored_by_the_token_that_has_it():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "c": 2, "ab": 3}, merges=[("a", "b")]))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer = bpe({"a": 0, "b": 1, "c": 2, "ab": 3}, [("a", "b")])
     task = MultipleChoiceTask("t", search=[Example("1", "ca", ("b", "c"), 0)])
     assert [(r.ids, r.scored_from) for r in task.requests("search", tokenizer)] == [((2, 3), 1), ((2, 0, 2), 2)]
 
@@ -79,13 +54,10 @@ def test_long_prompt_loses_its_beginning_but_not_the_bos_token(tiny_tokenizer):
 
 
 def test_text_without_tokens_is_refused():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])))
     for prompt, option in (("a", "?"), ("", "a")):
+        task = MultipleChoiceTask("t", search=[Example("7", prompt, (option, "b"), 0)])
         with pytest.raises(TaskError, match="'7' has no tokens"):
-            MultipleChoiceTask("t", search=[Example("7", prompt, (option, "b"), 0)]).requests("search", tokenizer)
+            task.requests("search", bpe({"a": 0, "b": 1}, []))
 
 
 def test_loss_is_length_normalised(tiny_tokenizer):
@@ -97,15 +69,11 @@ def test_loss_is_length_normalised(tiny_tokenizer):
     assert [scores.losses.item(), scores.correct.item()] == [1.0, 0.0]
 
 
-def test_own_task_in_a_few_lines():
-    rows = [{"q": f"{i} + 1 =", "a": i + 1} for i in range(50)]
-    task = MultipleChoiceTask.from_rows(
-        "sums", rows, lambda r: Example(r["q"], r["q"], (f" {r['a']}", f" {r['a'] + 1}"), 0)
-    )
-    assert task.splits == ("search", "dev", "test")
-    assert len(all_examples(task)) == 50
+def test_a_row_that_a_function_of_the_user_s_fails_on_is_named():
     with pytest.raises(TaskError, match="task 'sums', row 1: KeyError: 'a'"):
-        MultipleChoiceTask.from_rows("sums", [rows[0], {"q": ""}], lambda r: Example("", r["q"], ("x", str(r["a"])), 0))
+        MultipleChoiceTask.from_rows(
+            "sums", [{"a": 1}, {}], lambda r: Example(str(r["a"]), "1 + 1 =", (" 2", f" {r['a']}"), 0)
+        )
 
 
 def test_hub_layout_is_read_through_datasets(tmp_path, monkeypatch):
@@ -114,9 +82,9 @@ def test_hub_layout_is_read_through_datasets(tmp_path, monkeypatch):
     folder.mkdir()
     for name in ("train", "validation"):
         write(folder / f"{name}.jsonl", [{"question": f"{name} {i}", "answer": True} for i in range(30)])
-    own = from_hub(str(folder), None)
-    assert {split: len(rows) for split, rows in own.items()} == {"train": 30, "validation": 30}
-    assert own["train"][0].text("question") == "train 0"
+    rows = from_hub(str(folder), None)
+    assert {split: len(part) for split, part in rows.items()} == {"train": 30, "validation": 30}
+    assert rows["train"][0].text("question") == "train 0"
 
 
 def test_a_data_set_saved_to_disk_equals_its_files(tmp_path):
@@ -127,9 +95,8 @@ def test_a_data_set_saved_to_disk_equals_its_files(tmp_path):
         write(tmp_path / f"{name}.jsonl", rows[name])
     DatasetDict({name: Dataset.from_list(rows[name]) for name in OWN}).save_to_disk(tmp_path / "all")
     Dataset.from_list(rows["train"]).save_to_disk(tmp_path / "one")
-    for saved, files in (("one", tmp_path / "train.jsonl"),):
-        task = tasks.get("boolq", tmp_path / saved)
-        assert task.fingerprint() == tasks.get("boolq", files).fingerprint()
+    file = tasks.get("boolq", tmp_path / "train.jsonl")
+    assert tasks.get("boolq", tmp_path / "one").fingerprint() == file.fingerprint()
     texts = tasks.get("text", tmp_path / "all", column="question")
     assert {split: len(texts.examples(split)) for split in texts.splits} == {"search": 20, "dev": 20, "test": 20}
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"x")
@@ -137,61 +104,50 @@ def test_a_data_set_saved_to_disk_equals_its_files(tmp_path):
         tasks.get("boolq", tmp_path / "one")
 
 
-def test_generic_file(tmp_path):
-    row = {"prompt": "Ice is", "options": ["hot", "cold"]}
-    for answer in (1, "cold"):
-        (example,) = all_examples(
-            tasks.get("multiple_choice", write(tmp_path / "m.jsonl", [row | {"answer": answer, "id": "a"}]))
-        )
-        assert example == Example("a", "Ice is", (" hot", " cold"), 1)
-    row = {"prompt": "Ice is ", "options": ["hot", " cold"], "answer": 0}
+@pytest.mark.parametrize(
+    ("prompt", "options", "answer", "index"),
+    [
+        ("Ice is ", ["hot", "cold"], 1, 1), ("Ice is ", ["hot", "cold"], "cold", 1), ("2 - 3 =", ["1", "-1"], "-1", 1),
+        ("2 - 3 =", ["1", "-1"], 1, 1), ("2 - 3 =", ["1", "-1"], 1.0, 1), ("2 - 3 =", ["1", "-1"], "1", 0),
+        ("2 - 3 =", ["1", "-1"], 0.0, 0),
+    ],
+)  # fmt: skip
+def test_an_answer_is_an_index_or_an_option(tmp_path, prompt, options, answer, index):
+    row = {"prompt": prompt, "options": options, "answer": answer, "id": "a"}
     (example,) = all_examples(tasks.get("multiple_choice", write(tmp_path / "m.jsonl", [row])))
-    assert example.options == ("hot", " cold")
+    assert example == Example("a", prompt, tuple(options), index)
 
 
 def prompts_of(tmp_path, *rows, kind="multiple_choice", **options):
     """Prompt and options of each row, as one text, and what was warned."""
     answer = {"multiple_choice": lambda o: {"options": o, "answer": 0}, "generation": lambda o: {"answer": o}}[kind]
-    lines = [{"prompt": prompt, "id": str(i), **answer(own)} for i, (prompt, own) in enumerate(rows)]
+    lines = [{"prompt": prompt, "id": str(i), **answer(texts)} for i, (prompt, texts) in enumerate(rows)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         task = tasks.get(kind, write(tmp_path / "rows.jsonl", lines), **options)
     ordered = sorted(all_examples(task), key=lambda example: int(example.id))
-    return [[e.prompt + option for option in e.options] for e in ordered], [str(one.message) for one in caught]
+    return [[e.prompt + option for option in e.options] for e in ordered], [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "generation"])
 def test_a_space_of_the_rows_is_neither_doubled_nor_lost(tmp_path, kind):
     verbatim = [
-        ("Answer: ", ["yes", "no"]),
-        ("Answer:", [" yes", " no"]),
-        ("Answer:\n", ["yes", "no"]),
-        ("caesar abc>1=", ["bcd", "bce"]),
-        ("2+2=", ["4", "5"]),
-        ("sqrt(", ["4)", "5)"]),
-        ("a path/", ["x", "y"]),
-        ('He said "', ["yes", "no"]),
-        ("Ice is cold", [".", "?"]),
-        ("答案：", ["是", "否"]),
+        ("Answer: ", ["yes", "no"]), ("Answer:", [" yes", " no"]), ("Answer:\n", ["yes", "no"]), ("2+2=", ["4", "5"]),
+        ("caesar abc>1=", ["bcd", "bce"]), ("sqrt(", ["4)", "5)"]), ("a path/", ["x", "y"]),
+        ('He said "', ["yes", "no"]), ("Ice is cold", [".", "?"]), ("答案：", ["是", "否"]),
         ("ice is col", ["\td", "\nd"]),
-    ]
-    found, warned = prompts_of(tmp_path, *verbatim, kind=kind)
-    assert found == [[prompt + option for option in options] for prompt, options in verbatim]
+    ]  # fmt: skip
+    read, warned = prompts_of(tmp_path, *verbatim, kind=kind)
+    assert read == [[prompt + option for option in options] for prompt, options in verbatim]
     assert warned == []
     spaced = [
-        ("Is ice cold?", ["yes", "no"]),
-        ("Answer:", ["yes", " no"]),
-        ("Ice is", ["cold", ".5 cold"]),
-        ("3 + 4 are", ["-7", "7"]),
-        ('"Ice"', ["cold", "hot"]),
-        ("**Answer:**", ["cold", "hot"]),
+        ("Is ice cold?", ["yes", "no"]), ("Answer:", ["yes", " no"]), ("Ice is", ["cold", ".5 cold"]),
+        ("3 + 4 are", ["-7", "7"]), ('"Ice"', ["cold", "hot"]), ("**Answer:**", ["cold", "hot"]),
         ("얼음은", ["차다", "뜨겁다"]),
-    ]
-    found, warned = prompts_of(tmp_path, *verbatim, *spaced, kind=kind)
-    assert found[len(verbatim) :] == [
-        [f"{prompt} {option.strip()}" for option in options] for prompt, options in spaced
-    ]
-    assert found[: len(verbatim)] == [[prompt + option for option in options] for prompt, options in verbatim]
+    ]  # fmt: skip
+    read, warned = prompts_of(tmp_path, *verbatim, *spaced, kind=kind)
+    assert read[len(verbatim) :] == [[f"{prompt} {option.strip()}" for option in options] for prompt, options in spaced]
+    assert read[: len(verbatim)] == [[prompt + option for option in options] for prompt, options in verbatim]
     (said,) = warned
     assert said == (
         f"task {kind!r}: 7 of 18 rows have no white space between prompt and answer, and got a space, as in"
@@ -202,10 +158,10 @@ def test_a_space_of_the_rows_is_neither_doubled_nor_lost(tmp_path, kind):
 def test_a_delimiter_that_is_said_is_put_where_there_is_no_white_space(tmp_path):
     rows = [("Ice is", ["cold", " hot"]), ("2+2=", ["4", "5"]), ("Ice: ", ["cold", "hot"])]
     for delimiter in ("", " ", "\n", "|"):
-        found, warned = prompts_of(tmp_path, *rows, delimiter=delimiter)
-        assert found[0] == [f"Ice is{delimiter}cold", "Ice is hot"]
-        assert found[1] == [f"2+2={delimiter}4", f"2+2={delimiter}5"]
-        assert found[2] == ["Ice: cold", "Ice: hot"]
+        read, warned = prompts_of(tmp_path, *rows, delimiter=delimiter)
+        assert read[0] == [f"Ice is{delimiter}cold", "Ice is hot"]
+        assert read[1] == [f"2+2={delimiter}4", f"2+2={delimiter}5"]
+        assert read[2] == ["Ice: cold", "Ice: hot"]
         assert warned == []
     with pytest.raises(TaskError, match="delimiter must be a text, got 3"):
         prompts_of(tmp_path, *rows, delimiter=3)
@@ -243,26 +199,31 @@ def test_malformed_line_is_named(tmp_path, row, message):
     assert path in str(error.value) or "surrogate" in message
 
 
-def test_bad_files_are_named(tmp_path):
-    (tmp_path / "bytes.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
-    (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "broken.parquet").write_text("no parquet")
-    (tmp_path / "table.csv").write_text("a,b")
-    (tmp_path / "table.xlsx").write_text("a,b")
-    (tmp_path / "folder").mkdir()
-    for name, message in (
-        ("bytes.jsonl", "bytes.jsonl, line 1: not UTF-8"),
-        ("empty.jsonl", "empty.jsonl has no rows"),
-        ("broken.parquet", "cannot read data file .*broken.parquet"),
-        ("table.csv", "table.csv has no rows"),
-        ("table.xlsx", r"table.xlsx must end in .jsonl, .json, .parquet, .csv or .tsv \(also packed"),
-        ("folder", "has no train, validation or test file"),
-        ("missing.jsonl", "missing.jsonl does not exist"),
-    ):
-        with pytest.raises(TaskError, match=message):
-            tasks.get("multiple_choice", str(tmp_path / name))
-    with pytest.raises(TaskError, match=r"data must be a path or a hub id, got \[\]"):
-        tasks.get("multiple_choice", [])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bytes.jsonl", b'{"prompt": "\xff"}\n', "bytes.jsonl, line 1: not UTF-8"),
+        ("empty.jsonl", b"\n", "empty.jsonl has no rows"),
+        ("broken.parquet", b"no parquet", "cannot read data file .*broken.parquet"),
+        ("table.csv", b"a,b", "table.csv has no rows"),
+        ("table.xlsx", b"a,b", r"table.xlsx must end in .jsonl, .json, .parquet, .csv or .tsv \(also packed"),
+        ("missing.jsonl", None, "missing.jsonl does not exist"),
+        ("r.csv", b'prompt,options,answer\nq,"[""a"", ""b""]"\n', "line 2: 2 cells in a table of 3 columns"),
+        ("r.csv", b'prompt,answer\n"q,1\n', "line 2: unexpected end of data"),
+        ("r.csv", b"prompt,prompt\na,b\n", "line 1: the first line must name every column, once"),
+        ("r.csv", b"prompt,answer\n\xff,1\n", "is not UTF-8"),
+        ("r.json", b"[1, 2]", "row 0: expected a JSON object, got 1"),
+        ("r.json", b'[{"a": 1}', "not JSON"),
+        ("r.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "cannot read data file .*r.jsonl.gz"),
+        ("r.parquet.gz", gzip.compress(b"{}", mtime=0), "cannot read data file .*r.parquet.gz"),
+        *((f"r.jsonl{end}", b"{}", f"cannot read data file .*r.jsonl{end}") for end in (".gz", ".xz", ".bz2", ".zst")),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(TaskError, match=message):
+        tasks.get("multiple_choice", tmp_path / name)
 
 
 def test_unreachable_hub_data_set_is_named(monkeypatch):
@@ -271,10 +232,11 @@ def test_unreachable_hub_data_set_is_named(monkeypatch):
         tasks.get("multiple_choice", "nobody/nothing", config="boolq")
 
 
-def test_tasks_need_neither_torch_nor_datasets_to_start():
-    heavy = "torch", "datasets", "pyarrow", "lm_eval"
-    code = f"import sys, moeopt.tasks; sys.exit(any(name in sys.modules for name in {heavy}))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_tasks_of_rows_need_neither_torch_nor_datasets_nor_the_harness(tmp_path):
+    heavy = {"torch", "datasets", "pyarrow", "lm_eval"}
+    code = f"import sys, moeopt.tasks as t; t.get('multiple_choice', sys.argv[1]); print({heavy} & sys.modules.keys())"
+    command = [sys.executable, "-c", code, write(tmp_path / "rows.jsonl", [GOOD])]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_unknown_names_get_a_hint():

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 
 import pytest
+from rows_of import CHATML, chatting, write
 
-import moeopt
 from moeopt import tasks
-from moeopt.errors import StudyError, TaskError
+from moeopt.errors import TaskError
 from moeopt.tasks import SPLITS, Example, MultipleChoiceTask
 from moeopt.tasks.splits import content_hash
 
 PLAIN = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
-CHATML = PLAIN + "{% if add_generation_prompt %}[assistant]{% endif %}"
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 )
@@ -28,16 +26,6 @@ THINKING = (
     "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}(no thought)\n{% endif %}{{ m.content }}</s>"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-
-
-@pytest.fixture
-def chat_tokenizer(tiny_tokenizer):
-    def make(template=CHATML):
-        tokenizer = copy.deepcopy(tiny_tokenizer)
-        tokenizer.chat_template = template
-        return tokenizer
-
-    return make
 
 
 def question(i: int, group: str | None = None) -> Example:
@@ -116,17 +104,17 @@ def test_too_long_loses_whole_shots_first_and_then_the_question(tiny_tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert prompt(needed) == full
-    for kept in (2, 1, 0):
+    for left in (2, 1, 0):
         with pytest.warns(UserWarning, match="1 of 1 prompts lost shots, the first ones, to fit"):
-            assert prompt(needed - 1) == "<s>" + "\n\n".join([*shots[3 - kept :], example.prompt])
-        needed -= len(shots[2 - kept]) + 2
+            assert prompt(needed - 1) == "<s>" + "\n\n".join([*shots[3 - left :], example.prompt])
+        needed -= len(shots[2 - left]) + 2
     with pytest.warns(UserWarning, match="1 of 1 prompts were cut at their beginning"):
         assert prompt(needed - 2) == "<s>" + example.prompt[2:]
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_chat_tokens_are_those_of_the_whole_conversation(chat_tokenizer, system):
-    tokenizer = chat_tokenizer()
+def test_chat_tokens_are_those_of_the_whole_conversation(tiny_tokenizer, system):
+    tokenizer = chatting(tiny_tokenizer)
     task = make().prompted(shots=2, chat=True, system=system)
     messages = [] if system is None else [{"role": "system", "content": system}]
     for shot in task._prompting.shots:
@@ -155,28 +143,17 @@ def test_chat_tokens_are_those_of_the_whole_conversation(chat_tokenizer, system)
         (PLAIN, "<s>[user]q100:</s>[assistant]", "maybe"),
     ],
 )
-def test_what_a_template_puts_before_the_reply(chat_tokenizer, template, prompt, scored):
-    tokenizer = chat_tokenizer(template)
+def test_what_a_template_puts_before_the_reply(tiny_tokenizer, template, prompt, scored):
+    tokenizer = chatting(tiny_tokenizer, template)
     task = make(test=1).prompted(chat=True)
     request = task.requests("test", tokenizer)[1]
     assert tokenizer.decode(request.ids[: request.scored_from]) == prompt
     assert tokenizer.decode(request.ids[request.scored_from :]) == scored
 
 
-def test_room_for_what_the_model_writes(tiny_tokenizer):
-    example = Example("1", "abcdefgh", (" yes",), 0)
-    prompting = make().prompted(shots=1)._prompting
-    with pytest.warns(UserWarning, match="1 of 1 prompts lost shots"):
-        ((prompt, ((ids, first),)),) = prompting.encode("t", tiny_tokenizer, [example], 15, room=6)
-    assert tiny_tokenizer.decode(ids) == "<s>abcdefgh yes"
-    assert ids[:first] == prompt
-    with pytest.raises(TaskError, match="task 't': 15 new tokens leave no room for its prompt within 15"):
-        prompting.encode("t", tiny_tokenizer, [example], 15, room=15)
-
-
 @pytest.mark.filterwarnings("ignore:.*lost shots")
-def test_too_long_chat_keeps_its_template(chat_tokenizer):
-    tokenizer = chat_tokenizer()
+def test_too_long_chat_keeps_its_template(tiny_tokenizer):
+    tokenizer = chatting(tiny_tokenizer)
     text = "abcdefghijklmnopqrstuvwxyz"
     task = MultipleChoiceTask("t", [question(1), question(2)], (), [Example("1", text, (" no", " yes"), 0)])
     task = task.prompted(shots=1, chat=True, system="S")
@@ -203,8 +180,8 @@ def test_too_long_chat_keeps_its_template(chat_tokenizer):
         ("{% broken", "chat template refuses"),
     ],
 )
-def test_tokenizer_that_cannot_chat(chat_tokenizer, template, message):
-    tokenizer = chat_tokenizer(template)
+def test_tokenizer_that_cannot_chat(tiny_tokenizer, template, message):
+    tokenizer = chatting(tiny_tokenizer, template)
     task = make().prompted(chat=True, system="Be brief.")
     for use in (lambda: task.check(tokenizer), lambda: task.requests("search", tokenizer)):
         with pytest.raises(TaskError, match=message):
@@ -212,10 +189,10 @@ def test_tokenizer_that_cannot_chat(chat_tokenizer, template, message):
     make().check(tokenizer)
 
 
-def test_white_space_is_no_reply(chat_tokenizer):
+def test_white_space_is_no_reply(tiny_tokenizer):
     task = MultipleChoiceTask("t", [Example("1", "q", (" ", "a"), 0)]).prompted(chat=True)
     with pytest.raises(TaskError, match="option ' ' is white space"):
-        task.requests("search", chat_tokenizer())
+        task.requests("search", chatting(tiny_tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -238,24 +215,19 @@ def test_bad_options_are_named_before_data_are_read(options, message):
 
 
 def test_options_of_every_task(tmp_path):
-    path = tmp_path / "b.jsonl"
     rows = [{"prompt": f"p{i}:", "options": [" a", " b"], "answer": i % 2} for i in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plain = tasks.get("multiple_choice", str(path))
-    task = tasks.get("multiple_choice", str(path), shots=3, chat=True, system="Be brief.")
+    path = write(tmp_path / "b.jsonl", rows)
+    plain = tasks.get("multiple_choice", path)
+    task = tasks.get("multiple_choice", path, shots=3, chat=True, system="Be brief.")
     assert len(task.examples("search")) == len(plain.examples("search")) - 3
-    assert task.describe()["prompting"] | {"shown": ""} == {
-        "shots": 3,
-        "shown": "",
-        "chat": True,
-        "system": "Be brief.",
-    }
+    facts = {key: value for key, value in task.describe()["prompting"].items() if key != "shown"}
+    assert facts == {"shots": 3, "chat": True, "system": "Be brief."}
     assert "prompting" not in plain.describe()
     with pytest.raises(TaskError, match=r"no option 'shot'; did you mean 'shots'.*shots, chat, system, separator"):
-        tasks.get("multiple_choice", str(path), shot=3)
+        tasks.get("multiple_choice", path, shot=3)
     for option in ({"shots": 3}, {"chat": True}):
         with pytest.raises(TaskError, match="task 'text' has no option"):
-            tasks.get("text", str(path), **option)
+            tasks.get("text", path, **option)
         with pytest.raises(TaskError, match="has no prompts of its own"):
             tasks.TextTask("mine", search=["a" * 50]).prompted(**option)
     with pytest.raises(TaskError, match="has shots or chat already"):
@@ -264,36 +236,11 @@ def test_options_of_every_task(tmp_path):
 
 def test_fingerprints_and_descriptions_differ_by_what_is_shown():
     task = make(40)
-    made = [
-        task,
-        task.prompted(shots=1),
-        task.prompted(shots=2),
-        task.prompted(shots=2, separator="\n"),
-        task.prompted(chat=True),
-        task.prompted(chat=True, system="x"),
-        task.prompted(shots=2, chat=True),
-    ]
+    options = [{"shots": 1}, {"shots": 2}, {"shots": 2, "separator": "\n"}, {"shots": 2, "chat": True}]
+    options += [{"chat": True}, {"chat": True, "system": "x"}]
+    made = [task, *(task.prompted(**how) for how in options)]
     for split in (*task.splits, None):
-        assert len({one.fingerprint(split) for one in made}) == len(made)
-    assert len({json.dumps(one.describe()) for one in made}) == len(made)
+        assert len({prompted.fingerprint(split) for prompted in made}) == len(made)
+    assert len({json.dumps(prompted.describe()) for prompted in made}) == len(made)
     assert task.prompted().fingerprint() == task.fingerprint()
     assert set(task.splits) <= set(SPLITS)
-
-
-def test_resume_is_refused_when_shots_differ(tiny_model, tiny_tokenizer, tmp_path):
-    space = moeopt.PruneSpace.of(tiny_model, keep=2)
-    storage = f"sqlite:///{tmp_path}/s.db"
-
-    def study(shots):
-        task = make(30).prompted(shots=shots)
-        objective = moeopt.Objective(tiny_model, tiny_tokenizer, task, space, limit=4)
-        made = moeopt.create_study(
-            "s", objective=objective, storage=storage, sampler="random", seed=0, load_if_exists=True
-        )
-        made.optimize(objective, n_trials=1)
-        return made
-
-    study(2)
-    assert len(study(2).trials) == 2
-    with pytest.raises(StudyError, match=r"task\.prompting\.shots: study has 2, now 3"):
-        study(3)

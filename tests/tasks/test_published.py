@@ -10,26 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rows_of import MAKE, SUBJECTS, all_examples, rows_of, write
+from rows_of import MAKE, SUBJECTS, all_examples, chatting, rows_of, write
 
 from moeopt import Evaluator, tasks
 from moeopt.cli import main
 from moeopt.errors import TaskError
-from moeopt.tasks import Example, GenerationTask, answers
+from moeopt.tasks import GenerationTask
 from moeopt.tasks.lm_eval.catalogue import ours, theirs
 from moeopt.tasks.lm_eval.published import all_right, f1a, multirc, record
 
 PROMPTS = [json.loads(line) for line in Path(__file__).with_name("prompts.jsonl").read_text().splitlines()]
 """A row of each data set, and the texts that it is to become."""
-CHATML = (
-    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-
-
-def only(tmp_path: Path, name: str, row: dict[str, Any], **options: Any) -> Example:
-    (example,) = all_examples(tasks.get(name, write(tmp_path / "rows.jsonl", [row]), **options))
-    return example
 
 
 @pytest.mark.parametrize("case", PROMPTS, ids=lambda case: case["task"])
@@ -39,39 +30,6 @@ def test_a_row_becomes_the_published_prompt(tmp_path, case):
     assert list(dict.fromkeys(context for context, _ in document.pairs)) == case["contexts"]
     assert list(dict.fromkeys(continuation for _, continuation in document.pairs)) == case["options"]
     assert document.right == (example.answer,) == (case["answer"],)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*(case["task"] for case in PROMPTS), "squad", "eep_squad"])
-def test_every_task_runs_end_to_end(tmp_path, tiny_model, tiny_tokenizer, name):
-    """From a folder of hub rows with an unlabelled test split, on a random model: plumbing."""
-    for split, seed in (("train", 0), ("dev" if "mmlu" in name else "validation", 1), ("test", 2)):
-        write(tmp_path / f"{split}.jsonl", rows_of(name, 20, seed=seed))
-    if "mmlu" in name:
-        (tmp_path / "train.jsonl").rename(tmp_path / "validation.jsonl")
-    task = tasks.get(name, tmp_path)
-    result = Evaluator(tiny_model, tiny_tokenizer, task, split="test", max_length=512).evaluate(None)
-    assert np.isfinite(result.losses).all()
-    assert len(result.losses) == 20
-    if task.metric in result.metrics:
-        assert result.metrics[task.metric] == pytest.approx(float(np.mean(result.correct)))
-
-
-@pytest.mark.parametrize("form", ["parquet", "jsonl.gz", "csv"])
-def test_data_are_read_in_every_form(tmp_path, form):
-    import pandas as pd
-
-    rows = [{key: value for key, value in row.items() if key != "idx"} for row in rows_of("boolq", 20)]
-    path = tmp_path / f"rows.{form}"
-    table = pd.DataFrame(rows)
-    if form == "parquet":
-        table.to_parquet(path)
-    elif form == "csv":
-        table.to_csv(path, index=False)
-    else:
-        table.to_json(path, orient="records", lines=True)
-    plain = tasks.get("boolq", write(tmp_path / "rows.jsonl", rows))
-    assert tasks.get("boolq", path).fingerprint() == plain.fingerprint()
 
 
 MALFORMED: list[tuple[str, dict[str, Any], str]] = [
@@ -138,12 +96,12 @@ def test_labels_are_the_same_however_they_are_written(tmp_path, name):
     assert len(prints) == 1
 
 
-def own_wsc(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def authors_wsc(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     spans = [{column: row[column] for column in row if column.startswith("span")} for row in rows]
     return [{"text": r["text"], "idx": r["idx"], "target": s, "label": r["label"] == 1} for r, s in zip(rows, spans)]
 
 
-def own_science(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def authors_science(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     changed = []
     for row in rows:
         stem = "question" if "question" in row else "question_stem"
@@ -153,7 +111,7 @@ def own_science(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return changed
 
 
-def own_multirc(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def authors_multirc(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     paragraphs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         there = paragraphs.setdefault(row["paragraph"], {}).setdefault(row["question"], [])
@@ -164,7 +122,7 @@ def own_multirc(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def own_record(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def authors_record(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     passages: dict[str, dict[str, Any]] = {}
     for row in rows:
         row["entities"] = [entity.removeprefix("The ") for entity in row["entities"]]
@@ -178,27 +136,15 @@ def own_record(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("wsc", own_wsc), ("eep_wsc", own_wsc), ("arc_easy", own_science), ("eep_openbookqa", own_science),
-        ("multirc", own_multirc), ("record", own_record),
+        ("wsc", authors_wsc), ("arc_easy", authors_science), ("eep_openbookqa", authors_science),
+        ("multirc", authors_multirc), ("record", authors_record),
     ],
 )  # fmt: skip
 def test_the_authors_own_form_of_a_data_set_equals_the_hubs(tmp_path, name, change):
     rows = rows_of(name)
     changed = change(rows)
-    hub, own = (tasks.get(name, write(tmp_path / f"{i}.jsonl", given)) for i, given in enumerate((rows, changed)))
-    assert own.fingerprint() == hub.fingerprint()
-
-
-def test_folder_of_splits_as_in_superglue(tmp_path):
-    for name, n, label in (("train", 40, {"label": True}), ("val", 10, {"label": False}), ("test", 5, {})):
-        rows = [{"question": "q", "passage": f"{name} {i}"} | label for i in range(n)]
-        write(tmp_path / f"{name}.jsonl", rows)
-    with pytest.warns(UserWarning, match="not read: test.jsonl"):
-        task = tasks.get("boolq", tmp_path)
-    assert task.origin == "search and dev divided by hash from the train documents, test from the validation documents"
-    assert {e.answer for e in task.examples("test")} == {0}
-    assert len(task.examples("test")) == 10
-    assert {e.answer for e in (*task.examples("search"), *task.examples("dev"))} == {1}
+    prints = {tasks.get(name, write(tmp_path / "rows.jsonl", form)).fingerprint() for form in (rows, changed)}
+    assert len(prints) == 1
 
 
 # MMLU
@@ -315,18 +261,6 @@ def test_upstream_s_multirc_and_record_are_not_yet_mended(tmp_path):
         exec(compile((folder / "record" / "util.py").read_text(), "util.py", "exec"), {})
 
 
-def test_winogrande_scores_what_follows_the_name_and_nothing_else(tmp_path, tiny_tokenizer):
-    rows = rows_of("winogrande")
-    task = tasks.get("winogrande", write(tmp_path / "rows.jsonl", rows))
-    for split in task.splits:
-        for request in task.requests(split, tiny_tokenizer):
-            text = tiny_tokenizer.decode(request.ids, skip_special_tokens=True)
-            scored = tiny_tokenizer.decode(request.ids[request.scored_from :])
-            row = next(r for r in rows if r["sentence"].split("_")[0] == text[: len(r["sentence"].split("_")[0])])
-            assert text == row["sentence"].replace("_", (row["option1"], row["option2"])[request.option])
-            assert scored == row["sentence"].split("_")[1]
-
-
 def test_options_are_compared_as_the_metric_says(tmp_path, tiny_tokenizer):
     row = {**rows_of("hellaswag", 1)[0], "endings": ["aa", "aaaa", "é", "zzzzzzzz"], "label": "2"}
     totals = np.asarray([-3.0, -5.0, -3.5, -9.0])
@@ -377,65 +311,22 @@ def test_the_reference_is_right_and_continues_the_prompt(tmp_path, tiny_tokenize
         task.prompts("search", tiny_tokenizer, max_length=task.max_new_tokens)
 
 
-def test_prompts_of_generated_answers(tmp_path):
-    squad = only(tmp_path, "squad", rows_of("squad", 4)[3])
-    assert (
-        squad.prompt
-        == "Title: Towers\n\nBackground: Passage 1: one towers stand in Rome.\n\nQuestion: How many, 3?\n\nAnswer:"
-    )
-    eep = only(tmp_path, "eep_squad", rows_of("squad", 4)[3])
-    assert eep.prompt.endswith("answer `impossible to answer`:\nQuestion: How many, 3?\nAnswer:")
-    for name, said in (("squad", " unanswerable"), ("eep_squad", " impossible to answer")):
-        row = {**rows_of("squad", 1)[0], "answers": {"text": [], "answer_start": []}}
-        assert only(tmp_path, name, row).options == (said,)
-    gsm8k = only(tmp_path, "eep_gsm8k", rows_of("gsm8k", 8)[7])
-    assert gsm8k.prompt.count("Let's think step by step\nAnswer:") == 5
-    assert gsm8k.options == ("\n7 + 7 = 14.\nThe answer is 1014",)
-    drop = only(tmp_path, "eep_drop", rows_of("drop", 8)[7])
-    assert drop.prompt.startswith("Text: In the county, the population")
-    assert drop.options == (" So the answer is 7.",)
-    for name in ("squad", "drop"):
-        assert only(tmp_path, name, rows_of(name, 4)[3]).group
-
-
 def test_gsm8k_without_a_number_is_refused(tmp_path):
     row = {"question": "?", "answer": "four"}
     with pytest.raises(TaskError, match="'answer' must end in '#### ' and a number, got 'four'"):
         tasks.get("eep_gsm8k", write(tmp_path / "rows.jsonl", [row]))
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*cut at their beginning")
-@pytest.mark.parametrize("name", ["squad", "eep_drop", "gsm8k"])
-def test_answers_are_generated_and_judged_as_objectives(tmp_path, make_mixtral, tiny_tokenizer, name):
-    task = tasks.get(name, write(tmp_path / "rows.jsonl", rows_of(name, 20)), num_fewshot=0)
-    model = make_mixtral(layers=1)
-    evaluator = Evaluator(model, tiny_tokenizer, task, limit=2, score="metric")
-    generation = evaluator.generate()
-    np.testing.assert_allclose(evaluator.evaluate().losses, 1 - generation.metrics[task.metric])
-
-
 # Names and options
 
 
-def test_names_are_those_of_the_harness_and_ours():
-    from lm_eval.tasks import TaskManager
-
-    known = set(theirs())
-    folder = Path(next(iter(theirs()["boolq"]))).parents[2]
-    for part in ("mmlu", "super_glue", "afrimgsm", "openai-mmmlu", "gpqa", "bertaqa", "mlqa", "arc", "flores"):
-        if (folder / part).is_dir():
-            names = set(TaskManager(include_path=str(folder / part), include_defaults=False).all_tasks)
-            assert names <= known, part
-    assert {case["task"] for case in PROMPTS if case["task"].startswith("eep_")} <= set(ours())
-    assert {"multirc", "record", "squad"} <= set(ours())
-
-
 @pytest.mark.slow
-def test_every_name_of_the_harness_s_own_task_manager_is_known():
+def test_every_name_of_the_harness_s_own_task_manager_and_of_ours_is_there():
     from lm_eval.tasks import TaskManager
 
     assert set(TaskManager().all_tasks) <= set(theirs())
+    assert {case["task"] for case in PROMPTS if case["task"].startswith("eep_")} <= set(ours())
+    assert {"multirc", "record", "squad"} <= set(ours())
 
 
 @pytest.mark.parametrize(
@@ -445,8 +336,7 @@ def test_every_name_of_the_harness_s_own_task_manager_is_known():
         ("lm_eval:bolq", {}, "unknown task 'bolq'; did you mean 'boolq'"),
         ("multiple_chioce", {}, "did you mean 'multiple_choice'"),
         ("math", {}, "it is hendrycks_math"),
-        ("boolq", {"template": "eep"}, "the prompt of EEP is the task 'eep_boolq'"),
-        ("boolq", {"template": "harness"}, "leave it out"),
+        ("boolq", {"template": "eep"}, "the task's prompt is the harness's, that of EEP the task 'eep_boolq'"),
         ("boolq", {"shots": 5}, "lm-evaluation-harness calls it num_fewshot"),
         ("boolq", {"chat": True}, "lm-evaluation-harness calls it apply_chat_template"),
         ("boolq", {"system": "x"}, "calls it system_instruction"),
@@ -489,19 +379,13 @@ def test_tasks_are_listed_a_line_each(capsys):
 # Chats
 
 
-@pytest.fixture
-def chat_tokenizer(tiny_tokenizer):
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = CHATML
-    return tokenizer
-
-
 @pytest.mark.parametrize("multiturn", [True, False])
 @pytest.mark.parametrize("name", ["arc_easy", "winogrande", "squad"])
-def test_chats_are_the_harness_s(tmp_path, chat_tokenizer, tiny_model, name, multiturn):
+def test_chats_are_the_harness_s(tmp_path, tiny_tokenizer, tiny_model, name, multiturn):
     """Contexts and continuations are those that the harness itself makes with the tokenizer's template."""
     from lm_eval.models.huggingface import HFLM
 
+    chat_tokenizer = chatting(tiny_tokenizer)
     for split, seed in (("train", 0), ("validation", 1), ("test", 2)):
         write(tmp_path / f"{split}.jsonl", rows_of(name, 12, seed=seed))
     options = {"apply_chat_template": True, "system_instruction": "Be brief.", "fewshot_as_multiturn": multiturn}
@@ -534,8 +418,3 @@ def test_chats_are_the_harness_s(tmp_path, chat_tokenizer, tiny_model, name, mul
     chat_tokenizer.chat_template = None
     with pytest.raises(TaskError, match="has no chat template"):
         task.check(chat_tokenizer)
-
-
-def test_answers_contain_by_eeps_rule():
-    assert answers.contains("The answer is Saint Bernadette, in 1858.", [("bernadette",)]) == 1
-    assert answers.contains("In 1858, Bernadette", [("bernadette",)]) == 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rows_of import all_examples, write
 
 from moeopt import tasks
 from moeopt.errors import TaskError
@@ -17,7 +17,7 @@ DOCUMENTS = [f"document {i} " + "abcdefghij" * i for i in range(30)]
 
 
 def texts(task: tasks.Task) -> set[str]:
-    return {example.options[0] for split in task.splits for example in task.examples(split)}
+    return {example.options[0] for example in all_examples(task)}
 
 
 @given(st.integers(0, 300), st.integers(16, 64))
@@ -38,21 +38,6 @@ def test_without_a_bos_token_the_first_of_a_window_is_context(tiny_tokenizer):
     assert (len(request.ids), request.scored_from) == (20, 1)
 
 
-def test_limits_are_nested_and_spread_over_documents(tiny_tokenizer):
-    task = TextTask("t", search=DOCUMENTS, window=32)
-    requests = [task.requests("search", tiny_tokenizer, limit=n) for n in (3, 20, None)]
-    assert requests[0] == requests[1][:3]
-    assert requests[1] == requests[2][:20]
-    assert [r.example for r in requests[2]] == list(range(len(requests[2])))
-
-
-def test_refusals_that_need_the_tokenizer(tiny_tokenizer):
-    with pytest.raises(TaskError, match="windows of 256 tokens exceed the limit of 128"):
-        TextTask("t", search=DOCUMENTS).requests("search", tiny_tokenizer, max_length=128)
-    with pytest.raises(TaskError, match="no document of split 'search' has 16 tokens"):
-        TextTask("t", search=["short"]).requests("search", tiny_tokenizer)
-
-
 def test_files_folder_list_and_pattern_agree(tmp_path):
     (tmp_path / "deep" / ".hidden").mkdir(parents=True)
     (tmp_path / "deep" / ".hidden" / "x.py").write_text("hidden")
@@ -68,8 +53,7 @@ def test_files_folder_list_and_pattern_agree(tmp_path):
 
 
 def test_rows_of_a_column(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"body": text}) for text in DOCUMENTS))
+    path = write(tmp_path / "rows.jsonl", [{"body": text} for text in DOCUMENTS])
     assert texts(tasks.get("text", path, column="body")) == set(DOCUMENTS)
     with pytest.raises(TaskError, match=r"rows\.jsonl, line 1: no 'text'"):
         tasks.get("text", path)
@@ -99,23 +83,28 @@ def test_files_that_are_not_text(tmp_path):
         tasks.get("text", [tmp_path / "image.png"])
 
 
-def test_missing_files_are_named(tmp_path):
-    for data, message in (
-        (tmp_path / "none.txt", "none.txt does not exist"),
-        (str(tmp_path / "none"), "none does not exist"),
-        (f"{tmp_path}/*.py", r"has no text files"),
-        (tmp_path, "has no text files"),
-    ):
-        with pytest.raises(TaskError, match=message):
-            tasks.get("text", data)
-    with pytest.raises(TaskError, match=r"ending in \.py"):
-        tasks.get("text", tmp_path, suffixes=[".py"])
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("none.txt", {}, "none.txt does not exist"),
+        ("none", {}, "none does not exist"),
+        ("*.py", {}, r"has no text files"),
+        ("", {}, "has no text files"),
+        ("", {"suffixes": [".py"]}, r"ending in \.py"),
+        ("", {"piece": 0}, "piece must be at least 1"),
+    ],
+)
+def test_missing_files_and_bad_options_are_named(tmp_path, data, options, message):
+    with pytest.raises(TaskError, match=message):
+        tasks.get("text", f"{tmp_path}/{data}", **options)
 
 
-def test_bad_options_are_refused(tmp_path):
+def test_bad_tasks_are_refused(tiny_tokenizer):
+    with pytest.raises(TaskError, match="windows of 256 tokens exceed the limit of 128"):
+        TextTask("t", search=DOCUMENTS).requests("search", tiny_tokenizer, max_length=128)
+    with pytest.raises(TaskError, match="no document of split 'search' has 16 tokens"):
+        TextTask("t", search=["short"]).requests("search", tiny_tokenizer)
     with pytest.raises(TaskError, match="window must be at least 16 tokens, got 2"):
         TextTask("t", search=["a"], window=2)
-    with pytest.raises(TaskError, match="piece must be at least 1"):
-        tasks.get("text", tmp_path, piece=0)
     with pytest.raises(TaskError, match="expected text, got 3"):
         TextTask("t", search=[3])  # type: ignore[list-item]

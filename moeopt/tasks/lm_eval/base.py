@@ -111,11 +111,7 @@ class PublishedTask(DividedTask):
     def describe(self) -> dict[str, Any]:
         assert self.harness is not None
         return {
-            "name": self.name,
-            "kind": "lm_eval",
-            "fingerprint": self.fingerprint(),
-            "examples": self._splits.counts(),
-            "template": f"lm_eval {self.harness.version}",
+            **self.facts("lm_eval", f"lm_eval {self.harness.version}"),
             "tasks": {
                 name: {
                     "version": task.VERSION,

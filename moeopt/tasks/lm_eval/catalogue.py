@@ -52,18 +52,10 @@ def ours() -> Mapping[str, Path]:
 
 @cache
 def harness_folder() -> Path:
-    """Where the harness keeps its tasks.
-
-    Raises:
-        TaskError: if the harness is not installed.
-    """
-    try:
-        spec = find_spec("lm_eval")
-    except ValueError:  # of a module that was put into sys.modules by hand
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise TaskError("published tasks need lm-evaluation-harness, which is not installed: pip install lm-eval")
-    return Path(next(iter(spec.submodule_search_locations))) / "tasks"
+    """Where the harness keeps its tasks."""
+    spec = find_spec("lm_eval")
+    assert spec is not None and spec.origin is not None  # noqa: PT018
+    return Path(spec.origin).parent / "tasks"
 
 
 @cache

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeopt.errors import TaskError
-from moeopt.tasks.labels import text_of, which, yes_no
-from moeopt.tasks.rows import Row
+from moeopt.tasks.rows import Row, text_of, which, yes_no
 
 Values = Mapping[str, Any]
 

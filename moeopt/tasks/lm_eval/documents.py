@@ -12,12 +12,11 @@ from typing import Any
 
 from moeopt.errors import TaskError
 from moeopt.tasks.base import Example
-from moeopt.tasks.labels import is_label
 from moeopt.tasks.lm_eval.data_sets import SEARCHED, ties
 from moeopt.tasks.lm_eval.loading import SEED
 from moeopt.tasks.prompting import templated
-from moeopt.tasks.rows import Row, grouped, sources
-from moeopt.tasks.splits import from_own
+from moeopt.tasks.rows import Row, grouped, is_label, sources
+from moeopt.tasks.splits import divide_given
 
 ROLES = {"train": "training", "validation": "validation", "test": "test"}
 """A data set's own splits, and what the harness calls them."""
@@ -132,7 +131,7 @@ class Reader:
             warnings.warn(
                 f"task {name!r}: left out {total - read:,} of {total:,} documents without label", stacklevel=4
             )
-        parts = from_own({split: examples for split, examples in plain.items() if examples}, fractions, name)
+        parts = divide_given({split: examples for split, examples in plain.items() if examples}, fractions, name)
         shots = int(leaf.get_config("num_fewshot"))
         self.origin = sources(
             {split: f"the {leaf.get_config(f'{ROLES[split]}_split')} documents" for split in docs_of if plain[split]}

@@ -76,11 +76,7 @@ class HarnessGenerationTask(PublishedTask, GenerationTask):
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
     ) -> list[Request]:
-        """One request an example, its reference behind its context, with what to generate from as `source`.
-
-        Raises:
-            TaskError: if a text has no tokens, or there is no room for a prompt; it names the example.
-        """
+        """One request an example, its reference behind its context, with what to generate from as `source`."""
         examples = self._splits.first(split, limit)
         requests = self._encoded(examples, tokenizer, max_length, self.max_new_tokens)
         documents = [self._documents[example.id] for example in examples]

@@ -88,7 +88,7 @@ def load(
         trust_remote_code: whether tasks in `include_path` may run Python: `!function`, or a metric of their own.
 
     Raises:
-        TaskError: if the harness is not installed, a name is unknown, a task or its data cannot be loaded, or a task
+        TaskError: if a name is unknown, a task or its data cannot be loaded, or a task
             runs Python that is not trusted.
     """
     names = tuple(dict.fromkeys(names))
@@ -163,12 +163,10 @@ def judging(docs: Mapping[str, Sequence[Mapping[str, Any]]], version: str) -> Ha
 
 
 def harness_version() -> str:
-    """The version of lm-evaluation-harness, which is imported; raises `TaskError` if it cannot be."""
-    try:
-        import lm_eval
-        import lm_eval.tasks
-    except ImportError as error:
-        raise TaskError(f"published tasks need lm-evaluation-harness ({error}): pip install lm-eval") from error
+    """The version of lm-evaluation-harness, which is imported."""
+    import lm_eval
+    import lm_eval.tasks
+
     sandboxed()
     return str(lm_eval.__version__)
 

@@ -18,9 +18,8 @@ from moeopt.errors import TaskError
 from moeopt.showing import listed, shown
 from moeopt.tasks.folders import WORDS, files_of, splits_named, topmost, warn_passed_over
 from moeopt.tasks.formats import form_of
-from moeopt.tasks.labels import has_label
 from moeopt.tasks.lm_eval.data_sets import SEARCHED, form, subject
-from moeopt.tasks.rows import Row, is_saved, read, refuse_unlabelled
+from moeopt.tasks.rows import Row, has_label, is_saved, numbered, read, refuse_unlabelled, saved
 
 Data = str | Path
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
@@ -102,7 +101,8 @@ class LocalData:
             if not self.path.is_dir():
                 splits = {evaluated: read(self.path)}
             elif is_saved(self.path):
-                splits = {split: rows for split, rows in self._saved(evaluated).items() if split in names}
+                parts = saved(self.path, evaluated)
+                splits = {split: numbered(str(self.path), split, parts[split]) for split in parts if split in names}
             else:
                 files = {split: split_files for split in names if (split_files := _files_of(self.path, split, names))}
                 splits = {split: [row for file in files[split] for row in read(file)] for split in files}
@@ -118,19 +118,6 @@ class LocalData:
             self._read[names] = splits
         self._rows = self._read[names]
         return self._rows
-
-    def _saved(self, evaluated: str) -> dict[str, list[Row]]:
-        import datasets
-
-        try:
-            saved = datasets.load_from_disk(str(self.path))
-        except Exception as error:
-            raise TaskError(f"cannot read the saved data set {self.path}: {shown(error)}") from error
-        parts = saved if isinstance(saved, datasets.DatasetDict) else {evaluated: saved}
-        return {
-            split: [Row(f"{self.path} {split}, row {i}", row) for i, row in enumerate(rows)]
-            for split, rows in parts.items()
-        }
 
     def _values(self, rows: Sequence[Row], source: str, name: str | None, split: str) -> list[Mapping[str, Any]]:
         """The rows of one configuration that have a label, in the hub's schema."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moeopt.errors import TaskError
-from moeopt.tasks.base import Example, Float64, Int64, Request, Scores, choice_loss
+from moeopt.tasks.base import Example, Float64, Int64, Request, Scores, choice_loss, scored_options
 from moeopt.tasks.lm_eval.base import PublishedTask, aggregated
 from moeopt.tasks.lm_eval.documents import Document
 from moeopt.tasks.lm_eval.loading import contained, is_number, reason
@@ -85,38 +85,30 @@ class HarnessTask(PublishedTask):
     def requests(
         self, split: str, tokenizer: Any, limit: int | None = None, max_length: int | None = None
     ) -> list[Request]:
-        """One request a context and continuation of the harness, of at most `max_length` tokens before the last.
-
-        Raises:
-            TaskError: if a continuation has no tokens or alone is too long; it names the example.
-        """
+        """One request a context and continuation of the harness, of at most `max_length` tokens before the last."""
         return list(self._encoded(self._splits.first(split, limit), tokenizer, max_length))
 
     def reduce(self, split: str, requests: Sequence[Request], log_likelihood: Float64, greedy: Int64) -> HarnessScores:
         examples = self._splits.examples(split)
-        scored: dict[int, dict[int, tuple[float, bool, int]]] = {}
-        for request, total, hits in zip(requests, log_likelihood, greedy, strict=True):
-            answer = float(total), int(hits) == request.scored, request.scored
-            scored.setdefault(request.example, {})[request.option] = answer
-        losses, correct, chosen, choices, results, tasks = [], [], [], [], [], []
-        for number, options in scored.items():
+        rows, results, tasks = [], [], []
+        for number, answers in scored_options(requests, log_likelihood, greedy).items():
             document = self._documents[examples[number].id]
-            answers = [options[j] for j in range(len(document.pairs))]
             totals = [answers[j][0] / length for j, length in self._lengths(document, len(examples[number].options))]
             pick = int(np.argmax(totals))
-            choices.append(choice_loss(totals, document.right))
             result = self._results(document, pick, [(total, hit) for total, hit, _ in answers])
-            losses.append(min(-answers[j][0] / answers[j][2] for j in document.right))
-            correct.append(float(result.get(self.metric, pick in document.right)))
-            chosen.append(pick)
+            correct = float(result.get(self.metric, pick in document.right))
+            loss = min(-answers[j][0] / answers[j][2] for j in document.right)
+            rows.append((loss, correct, choice_loss(totals, document.right), pick))
             results.append(result)
             tasks.append(document.task)
+        losses, corrects, choices = np.asarray(rows, np.float32).T[:3]
+        chosen = np.asarray([row[3] for row in rows]) if self.chooses else None
         return HarnessScores(
-            np.asarray(losses, np.float32),
-            np.ones(len(losses), np.float32),
-            np.asarray(correct, np.float32),
-            np.asarray(chosen) if self.chooses else None,
-            np.asarray(choices, np.float32) if self.chooses else None,
+            losses,
+            np.ones_like(losses),
+            corrects,
+            chosen,
+            choices if self.chooses else None,
             results=tuple(results),
             tasks=tuple(tasks),
         )

@@ -112,15 +112,18 @@ def drop(doc: Doc, results: Sequence[str]) -> dict[str, float]:
 
 def squad(doc: Doc, results: Sequence[str], impossible: str = "unanswerable") -> dict[str, float]:
     """F1 and exact match of SQuAD 1.1; where there is no answer, `impossible` is the one accepted."""
-    accepted = [(text,) for text in doc["answers"]["text"] if text.strip()] or [(impossible,)]
+    accepted = _accepted(doc, impossible)
     return {"f1": answers.f1(results[0], accepted), "exact_match": answers.exact_match(results[0], accepted)}
 
 
 def eep_squad(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     """EEP's rule first: an accepted answer occurs in the text up to its first line break, full stop or comma."""
     impossible = "impossible to answer"
-    accepted = [(text,) for text in doc["answers"]["text"] if text.strip()] or [(impossible,)]
-    return {"contains": answers.contains(results[0], accepted), **squad(doc, results, impossible)}
+    return {"contains": answers.contains(results[0], _accepted(doc, impossible)), **squad(doc, results, impossible)}
+
+
+def _accepted(doc: Doc, impossible: str) -> list[tuple[str]]:
+    return [(text,) for text in doc["answers"]["text"] if text.strip()] or [(impossible,)]
 
 
 def _is_number(text: str) -> bool:

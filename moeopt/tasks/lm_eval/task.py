@@ -82,7 +82,7 @@ def lm_eval_task(
         trust_remote_code: whether tasks in `include_path` may run Python.
 
     Raises:
-        TaskError: if the harness is not installed, the task is unknown, can be no objective, or cannot be loaded.
+        TaskError: if the task is unknown, can be no objective, or cannot be loaded.
     """
     multiturn = apply_chat_template if fewshot_as_multiturn is None else fewshot_as_multiturn
     prompts = PromptOptions(apply_chat_template, system_instruction, multiturn)
