@@ -166,10 +166,7 @@ def generation_task(
         metric: "exact_match" or "f1" (both as in SQuAD), or "last_number".
         stop: a text, or several, before which an answer ends.
         max_new_tokens: most tokens of an answer.
-        fractions: of search, dev and test, where the data has no splits of its own.
-        delimiter: put between prompt and answer unless one of them has white space there; None: a space where prose
-            has one, see `moeopt.tasks.delimiter`. How many rows got it is said in a warning.
-        config: configuration of a hub data set.
+        fractions, delimiter, config: as for `moeopt.tasks.multiple_choice.multiple_choice_task`.
 
     Raises:
         TaskError: naming file and line of whatever is missing or malformed.

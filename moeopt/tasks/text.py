@@ -206,21 +206,20 @@ Document = tuple[Path, list[Example]]
 def _by_name(files: Sequence[Document]) -> tuple[dict[str, list[Example]], str]:
     """Documents by split, and in words from where: by the files' names where these are splits, else all as one."""
     named = [splits_named(path) for path, _ in files]
-    if all(len(splits) == 1 for splits in named) and {"train"} < set.union(*named):
-        parts: dict[str, list[Example]] = {split: [] for split in OWN}
-        names: dict[str, list[str]] = {split: [] for split in OWN}
-        for (path, documents), (split,) in zip(files, named, strict=True):
-            parts[split] += documents
-            names[split].append(path.name)
-        return parts, sources({split: listed(names[split], most=2) for split in OWN if parts[split]})
+    are_splits = all(len(splits) == 1 for splits in named) and {"train"} < set.union(*named)
     alike = [str(path) for (path, _), splits in zip(files, named, strict=True) if splits and _is_text(path)]
-    if alike and len(files) > 1:
+    if alike and len(files) > 1 and not are_splits:
         warnings.warn(
             f"divided by hash with the other files, not read as splits, whatever their names say: {listed(alike)}",
             stacklevel=3,
         )
-    every = [document for _, documents in files for document in documents]
-    return {"train": every}, sources({"train": listed((path.name for path, _ in files), most=2)})
+    parts: dict[str, list[Example]] = {split: [] for split in OWN}
+    names: dict[str, list[str]] = {split: [] for split in OWN}
+    for (path, documents), splits in zip(files, named, strict=True):
+        split = splits.pop() if are_splits else "train"
+        parts[split] += documents
+        names[split].append(path.name)
+    return parts, sources({split: listed(names[split], most=2) for split in OWN if parts[split]})
 
 
 def _is_text(path: Path) -> bool:

@@ -48,37 +48,37 @@ def own_task(folder: Path) -> Task:
 def mixture(folder: Path, use: str) -> Task:
     """Of every kind, mixtures among them."""
     inner = MixtureTask({"t": (KINDS["text"](folder), 2), "s": (KINDS["published, generated"](folder), 1)})
-    members = {"c": (KINDS["multiple choice, shots"](folder), 1), "o": (KINDS["published, options"](folder), 3)}
+    members = {"c": (VARIANTS["multiple choice, shots"](folder), 1), "o": (KINDS["published, options"](folder), 3)}
     return MixtureTask({**members, "i": (inner, 1.1)}, use=use)  # type: ignore[arg-type]
 
 
 KINDS: dict[str, Callable[[Path], Task]] = {
     "multiple choice": lambda folder: rows_task(folder, "multiple_choice", normalise="characters"),
-    "multiple choice, shots": lambda folder: rows_task(folder, "multiple_choice", shots=2, separator="\n"),
-    "multiple choice, chat": lambda folder: rows_task(folder, "multiple_choice", chat=True, system="Hi.", shots=1),
     "generation": lambda folder: rows_task(folder, "generation"),
-    "generation, shots": lambda folder: rows_task(folder, "generation", shots=1),
     "text": lambda folder: TextTask.from_documents("text", TEXTS, window=32),
-    "mixture, shares": lambda folder: mixture(folder, "share"),
-    "mixture, all": lambda folder: mixture(folder, "all"),
+    "mixture": lambda folder: mixture(folder, "share"),
     "own": own_task,
     "published, options": lambda folder: rows_task(folder, "hellaswag", metric="acc_norm"),
-    "published, options, chat": lambda folder: rows_task(
-        folder, "copa", apply_chat_template=True, system_instruction="Hi."
-    ),
-    "published, several right": lambda folder: rows_task(folder, "record"),
     "published, generated": lambda folder: rows_task(folder, "squad"),
+}
+VARIANTS: dict[str, Callable[[Path], Task]] = {
+    "multiple choice, shots": lambda folder: rows_task(folder, "multiple_choice", shots=2, separator="\n"),
+    "multiple choice, chat": lambda folder: rows_task(folder, "multiple_choice", chat=True, system="Hi.", shots=1),
+    "generation, shots": lambda folder: rows_task(folder, "generation", shots=1),
+    "mixture, all": lambda folder: mixture(folder, "all"),
+    "published, chat": lambda folder: rows_task(folder, "copa", apply_chat_template=True, system_instruction="Hi."),
+    "published, several right": lambda folder: rows_task(folder, "record"),
     "published, generated, chat": lambda folder: rows_task(folder, "squad", apply_chat_template=True),
 }
 PUBLISHED = [name for short in (*MAKE, *GENERATED) for name in (short, f"eep_{short}")]
 PUBLISHED = [{"eep_sglue_rte": "eep_rte"}.get(name, name) for name in PUBLISHED if name != "eep_hendrycks_math_algebra"]
-CASES = [*KINDS, *(pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED)]
+CASES = [*KINDS, *(pytest.param(name, marks=pytest.mark.slow) for name in (*VARIANTS, *PUBLISHED))]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[[str], Task]:
     def made(kind: str) -> Task:
-        return KINDS[kind](tmp_path) if kind in KINDS else rows_task(tmp_path, kind)
+        return (KINDS | VARIANTS).get(kind, lambda folder: rows_task(folder, kind))(tmp_path)
 
     return made
 

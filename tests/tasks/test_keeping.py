@@ -118,7 +118,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 def specimens(tmp_path_factory, tiny_tokenizer, harness_tasks) -> list[Any]:
     folder = tmp_path_factory.mktemp("kept")
     made = [rows_task(folder, name) for name in ("multirc", "record", "winogrande", "generation", "squad")]
-    made += [KINDS["text"](folder), KINDS["multiple choice, shots"](folder)]
+    made += [KINDS["text"](folder), rows_task(folder, "multiple_choice", shots=1)]
     made += [MixtureTask({"a": (made[0], 1), "b": (made[5], 2)})]
     made += [tasks.get("lm_eval:sums", include_path=harness_tasks)]
     return [json.loads(json.dumps(keep(task, Use("search", tiny_tokenizer, 2)))) for task in made]

@@ -45,13 +45,18 @@ Pair = tuple[Context, str]
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How contexts are written, by the harness's names."""
+    """How contexts are written, by the harness's names; examples are turns of a chat unless `fewshot_as_multiturn` is
+    False."""
 
     apply_chat_template: bool = False
     system_instruction: str | None = None
-    fewshot_as_multiturn: bool = True
+    fewshot_as_multiturn: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise TaskError("fewshot_as_multiturn is of chats: it needs apply_chat_template=True")
+        if self.fewshot_as_multiturn is None:
+            object.__setattr__(self, "fewshot_as_multiturn", self.apply_chat_template)
         for name in ("apply_chat_template", "fewshot_as_multiturn"):
             if not isinstance(getattr(self, name), bool):
                 raise TaskError(f"{name} must be true or false, got {getattr(self, name)!r}")

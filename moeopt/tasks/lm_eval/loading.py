@@ -69,27 +69,17 @@ def load(
     unsafe_code: bool = False,
     trust_remote_code: bool = False,
 ) -> Harness:
-    """Tasks, groups and tags of the harness, their data sets read.
+    """Tasks, groups and tags of the harness, their data sets read; arguments as for `lm_eval_task`, but:
 
     Args:
         names: names as on the harness's command line, or of tasks of ours (`moeopt.tasks.lm_eval.catalogue`).
-        include_path: a folder with tasks of one's own, whose names go before all others.
-        data: for the task of each name, local data in its data set's schema: a file of rows for the split that the
-            harness evaluates, or a folder with a file for every split, named after it, or one that `save_to_disk` of
-            the datasets package wrote; or the hub id of another data set of that schema. See
-            `moeopt.tasks.lm_eval.local_data`.
-        config: another configuration of the hub data set than the task's.
-        subjects: of a group, the tasks, groups and tags within it to load, by their names, also without the group's in
-            front: "stem" and "anatomy" are `mmlu_stem` and `mmlu_anatomy`. Empty for all.
-        held_out: load what is not among `subjects` instead.
-        num_fewshot: examples in front of every question; None for what the task says. A task that says 0 keeps 0, with
-            a warning, as in the harness.
+        data: of the task of each name, see `moeopt.tasks.lm_eval.local_data`; or a hub id.
+        subjects: empty for all; also without the group's name in front: "stem" is `mmlu_stem`.
+        num_fewshot: a task that says 0 keeps 0, with a warning, as in the harness.
         unsafe_code: whether tasks that run code written by the model are allowed.
-        trust_remote_code: whether tasks in `include_path` may run Python: `!function`, or a metric of their own.
 
     Raises:
-        TaskError: if a name is unknown, a task or its data cannot be loaded, or a task
-            runs Python that is not trusted.
+        TaskError: if a name is unknown, a task or its data cannot be loaded, or a task runs Python that is not trusted.
     """
     names = tuple(dict.fromkeys(names))
     subjects = list(subjects)

@@ -84,10 +84,7 @@ def lm_eval_task(
     Raises:
         TaskError: if the task is unknown, can be no objective, or cannot be loaded.
     """
-    multiturn = apply_chat_template if fewshot_as_multiturn is None else fewshot_as_multiturn
-    prompts = PromptOptions(apply_chat_template, system_instruction, multiturn)
-    if fewshot_as_multiturn and not apply_chat_template:
-        raise TaskError("fewshot_as_multiturn is of chats: it needs apply_chat_template=True")
+    prompts = PromptOptions(apply_chat_template, system_instruction, fewshot_as_multiturn)
     if not isinstance(held_out, bool):
         raise TaskError(f"held_out must be true or false, got {held_out!r}")
     short = name.removeprefix(PREFIX)
