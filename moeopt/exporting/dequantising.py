@@ -160,8 +160,10 @@ class Dequantised(Source):
         return self._mapped[stored.file][at : at + size]
 
 
-def dequantised(source: Source, quantised: Quantised, plans: Mapping[str, LayerPlan], model: PreTrainedModel) -> Source:
-    """The checkpoint with the experts of those layers as floats that get new weights; as it is where none do.
+def dequantised(
+    source: Source, quantised: Quantised, plans: Mapping[str, LayerPlan], model: PreTrainedModel
+) -> tuple[Source, list[str]]:
+    """The checkpoint with quantised experts as floats where new ones are made of them, and the modules of these.
 
     Args:
         source: the checkpoint.
@@ -169,6 +171,8 @@ def dequantised(source: Source, quantised: Quantised, plans: Mapping[str, LayerP
         plans: of each module of experts, by its name in the checkpoint.
         model: what its config describes, in its dtype.
     """
-    made = tuple(f"{module}." for module, part in plans.items() if part.makes_experts)
-    weights = {weight for weight in quantised.weights if weight.startswith(made)} if made else set()
-    return Dequantised(source, quantised, weights, model.dtype) if weights else source
+    weights: dict[str, str] = {}
+    for module in (module for module, part in plans.items() if part.makes_experts):
+        weights |= {weight: module for weight in quantised.weights if weight.startswith(f"{module}.")}
+    modules = list(dict.fromkeys(weights.values()))
+    return (Dequantised(source, quantised, weights, model.dtype) if weights else source), modules

@@ -143,6 +143,7 @@ class Prepared:
         code: of the class that a custom checkpoint brings, else None.
         layout: of its tensors.
         names: of its weights, as if none were quantised.
+        dequantised: names of the modules whose experts are floats now and were quantised.
         unread: tensors of the full checkpoint that its model has no place for.
         ignored: names of those among them that are copied.
         written: the plan as the form expresses it.
@@ -178,7 +179,7 @@ class Prepared:
         if self.unread.prediction:
             without_prediction(self.config)
         plans = {module: written.layers[layer.index] for module, layer in experts.items()}
-        self.source = dequantised(source, quantised, plans, model)
+        self.source, self.dequantised = dequantised(source, quantised, plans, model)
         remaining = Quantised.among(full, self.source.tensors)
         self.layout: Layout = lay_out(
             self.source, written, model, layers, form=form, quantised=remaining, left_out=self.unread.tensors
@@ -195,18 +196,31 @@ class Prepared:
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What moeopt.json says of tensors and files that are left out, or copied though nothing reads them."""
+        """What moeopt.json says of tensors and files that are left out, copied though nothing reads them, or written
+        otherwise than they were."""
         lists = {
             "left_out": self.unread.left_out,
             "copied_unread": self.unread.copied,
             "files_left_out": self.files_left,
+            "dequantised": self.dequantised,
         }
         return {key: list(names) for key, names in lists.items() if names}
 
     def said(self) -> list[str]:
         """The same for people."""
         files = listed(self.files_left)
-        return [*self.unread.lines(), *([f"files that are not the model's were left behind: {files}"] if files else [])]
+        return [*self.remarks, *([f"files that are not the model's were left behind: {files}"] if files else [])]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the model card says of tensors."""
+        if not self.dequantised:
+            return self.unread.lines()
+        names = listed(self.dequantised)
+        return [
+            *self.unread.lines(),
+            f"new experts are no longer quantised, as those that they are made of are: {names}",
+        ]
 
 
 def check_takes(folder: Path, plan: Plan) -> None:
@@ -254,5 +268,5 @@ def _write(
     with room_for(folder / "plan.safetensors", plan.nbytes):
         plan.save(folder / "plan.safetensors", about=about)
     write_json(folder / "moeopt.json", record | {"plan": plan_record(prepared.written)})
-    text = card(source.folder, prepared.written, record, prepared.layout.nbytes, source.nbytes, prepared.unread.lines())
+    text = card(source.folder, prepared.written, record, prepared.layout.nbytes, source.nbytes, prepared.remarks)
     write_text(folder / "README.md", text)

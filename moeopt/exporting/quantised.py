@@ -48,13 +48,14 @@ class Packing:
         return (*(end for group in self.needed for end in group), *self.more)
 
 
-_INPUTS = (".input_scale", ".input_zero_point", ".input_global_scale")
+OF_INPUTS = (".input_scale", ".input_zero_point", ".input_global_scale", ".activation_scale", ".qscale_act")
+"""Ends of tensors by which a layer quantises what it is given; who dequantises its weights needs none."""
 _FP8 = (
     Packing(
         ".weight",
         ".weight",
         ((".weight_scale_inv", ".weight_scale", ".scale", ".qscale_weight"),),
-        (".activation_scale", ".input_scale", ".qscale_act"),
+        OF_INPUTS,
     ),
     Packing("", "", (("_scale_inv",),), ("_activation_scale",)),  # all experts in one tensor
 )
@@ -68,9 +69,9 @@ METHODS: dict[str, tuple[Packing, ...]] = {
             ".weight",
             ".weight_packed",
             ((".weight_scale",),),
-            (".weight_shape", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale", *_INPUTS),
+            (".weight_shape", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale", *OF_INPUTS),
         ),
-        Packing(".weight", ".weight", ((".weight_scale",),), (".weight_zero_point", ".weight_g_idx", *_INPUTS)),
+        Packing(".weight", ".weight", ((".weight_scale",),), (".weight_zero_point", ".weight_g_idx", *OF_INPUTS)),
     ),
     "awq": (Packing(".weight", ".qweight", _COLUMNS, rows=False),),
     "gptq": (Packing(".weight", ".qweight", (*_COLUMNS, (".g_idx",)), rows=False),),
@@ -255,6 +256,8 @@ class _Renumbering:
             for i, j in enumerate(() if layer.makes_experts or layer.kept is None else layer.kept):
                 numbers[j].append(i)
             self.new[name] = dict(numbers)
+        blocks = (NUMBER.match(name) for name in modules)
+        self.blocks = {match[1] for match in blocks if match}
         self.modules = set(modules) | {match[1] + "." + match[2] for m in modules if (match := NUMBER.match(m))}
 
     def name(self, entry: str) -> list[str]:
@@ -263,7 +266,7 @@ class _Renumbering:
         if match is None:
             return [entry]
         layers = [match[1]] if match[1] in self.new else []
-        if not any(name.startswith(f"{match[1]}.") for name in self.modules):  # not as the checkpoint names them
+        if match[1] not in self.blocks:  # not as the checkpoint names them
             layers = [name for name in self.new if _same_place(name, match[1])]
         if not layers:  # of a block that the model does not read
             return [entry]

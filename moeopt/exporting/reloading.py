@@ -4,7 +4,7 @@
 
 REQUEST is a safetensors file of token sequences, int64 (1, tokens) each; RESULT gets the logits of each, float32, and
 ``generated``, the tokens that greedy decoding puts behind ``prompt``. OPTIONS is JSON; its ``unread`` are tensors that
-the class of the original does not read either.
+the class of the original does not read either, and ``beside`` ends of names of others, which quantised layers use.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def main() -> None:
         output_loading_info=True,
         **more,
     )
-    info["unexpected_keys"] = set(info["unexpected_keys"]) - set(options["unread"])
+    unexpected = set(info["unexpected_keys"]) - set(options["unread"])
+    info["unexpected_keys"] = {name for name in unexpected if not name.endswith(tuple(options["beside"]))}
     wrong = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[:5]}" for kind, names in info.items() if names]
     if wrong:
         raise SystemExit("; ".join(wrong))

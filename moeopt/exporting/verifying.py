@@ -21,6 +21,7 @@ from torch import Tensor
 from moeopt.errors import ExportError, ModelError
 from moeopt.exporting.exporter import prepare
 from moeopt.exporting.folders import locate
+from moeopt.exporting.quantised import OF_INPUTS
 from moeopt.exporting.reloading import compute
 from moeopt.exporting.source import Source
 from moeopt.exporting.stock import ACTIVE_KEYS, EXPERT_KEYS, Form, chosen_form, read_config
@@ -171,7 +172,8 @@ def verify(
             raise
         return replace(compared, failure=f"the original, so that nothing is computed: {first_line(error)}")
     options = {"device_map": device_map, "new_tokens": new_tokens, "unread": prepared.ignored}
-    options["dequantised_by"] = DEQUANTISING.get(stored_as.method or "") if "quantization_config" in config else None
+    options["dequantised_by"] = DEQUANTISING.get(StoredQuantised.of(folder).method or "")
+    options["beside"] = list(OF_INPUTS)
     with tempfile.TemporaryDirectory() as scratch:
         place, trusted = (folder, True) if trust_remote_code else _settings(folder, Path(scratch) / "checkpoint")
         options["trust_remote_code"] = trusted

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from moeopt.errors import ModelError
-from moeopt.models.weight_files import weight_files
+from moeopt.models.weight_files import tensor_names, weight_files
 from moeopt.plan.checks import MOST_EXPERTS
 
 MOST_LAYERS = 4096
@@ -32,7 +31,7 @@ def check_counts(config: dict[str, Any], folder: Path) -> None:
         config: what config.json holds.
         folder: the checkpoint's, whose tensors limit the number of layers, where it is here and they can be counted.
     """
-    tensors = _tensors(folder) if folder.is_dir() else 0
+    tensors = len(tensor_names(folder)) if folder.is_dir() else 0
     for path, value in _numbers(config):
         key = path.rpartition(".")[2]
         most = next((most for pattern, most in COUNTS if pattern.search(key)), None)
@@ -57,18 +56,6 @@ def check_size(model: nn.Module, folder: Path) -> None:
             f"the weights of {str(folder)!r} cannot be loaded: by config.json they are {parameters} parameters, and "
             f"the files hold {bits // 8} bytes"
         )
-
-
-def _tensors(folder: Path) -> int:
-    """How many tensors a checkpoint holds, by its index or the header of its file; 0 where that cannot be told."""
-    files, named = weight_files(folder)
-    if named or len(files) != 1 or files[0].suffix != ".safetensors":
-        return len(named)
-    try:
-        with safe_open(str(files[0]), framework="pt") as file:
-            return len(file.keys())
-    except (SafetensorError, OSError):
-        return 0  # loading it says what is wrong
 
 
 def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, int]]:

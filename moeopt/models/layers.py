@@ -140,11 +140,10 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(p.is_meta for p in module.parameters(recurse=False))
 
 
-def is_quantised(model: nn.Module, layer: MoELayer) -> bool:
-    """Whether the layer's experts are stored in a form that cannot be averaged."""
-    if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
-        return True
-    return any(t.dtype not in FLOATS for t in stacked(layer.experts, layer.n).values())
+def is_quantised(layer: MoELayer) -> bool:
+    """Whether the layer's experts are stored in a form that cannot be averaged, whatever other modules are."""
+    weights = [t for t in stacked(layer.experts, layer.n).values() if t.ndim > 2 or t.dtype not in FLOATS]
+    return not weights or any(t.dtype not in FLOATS for t in weights)
 
 
 def materialised(module: nn.Module, name: str) -> Tensor:

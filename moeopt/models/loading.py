@@ -136,6 +136,8 @@ def load_model(
     stored.check_scales(model, info["unexpected_keys"])
     if dequantising is not None:
         stored.say_dequantised(model)
+    elif options.get("quantization_config") is not None:
+        stored.say_partly_quantised(model)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from moeopt.errors import ModelError
+from moeopt.models.weight_files import tensor_names
 
 DEQUANTISING = {
     "fp8": "FineGrainedFP8Config",
@@ -27,6 +29,8 @@ SCALES = re.compile(
     r"(_scale_inv|weight_scale|weight_packed|weight_zero_point|g_idx|qweight|qzeros|_blocks|_scales|absmax)$"
 )
 """Ends of names of tensors without which a weight is not what it was."""
+UNREAD_FP8 = re.compile(r"\.experts\.(\w+_scale_inv|.*\.weight_scale)$")
+"""Scales of FP8 experts that transformers 5.23 does not read: of all in one tensor, or by another name."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ class StoredQuantised:
                 return cls(str(source), str(settings.get("quant_method")), settings)
         return cls(str(source), None, {})
 
+    @property
+    def _names(self) -> list[str]:
+        """Names of its tensors, where it is a folder here."""
+        folder = Path(self.source).expanduser()
+        return tensor_names(folder) if folder.is_dir() else []
+
     def dequantising(self, is_dense: Callable[[], bool]) -> Any:
         """What makes transformers dequantise it as it loads, as `quantization_config`; None: nothing to do.
 
@@ -67,6 +77,8 @@ class StoredQuantised:
             reason = "transformers has no experts to load such weights into"
         elif self.method == "compressed-tensors":
             reason = _why_not_compressed(self.settings)
+        elif self.method == "fp8" and (names := [name for name in self._names if UNREAD_FP8.search(name)]):
+            reason = f"transformers does not read scales such as {names[0]!r}"
         if reason is not None and not is_dense():
             raise ModelError(
                 f"{self.source!r} is quantised by {self.method}, and {reason}: search on the unquantised checkpoint, "
@@ -88,6 +100,20 @@ class StoredQuantised:
             "in the checkpoint's own form",
             stacklevel=4,
         )
+
+    def say_partly_quantised(self, model: Any) -> None:
+        """Warn where a model was quantised as it loaded, and its experts were not."""
+        experts = {
+            module: None for m in model.modules() if isinstance(module := getattr(m, "experts", None), nn.Module)
+        }
+        floats = [p for module in experts for p in module.parameters() if p.ndim > 2 and p.is_floating_point()]
+        size = sum(p.numel() * p.element_size() for p in floats if p.dtype.itemsize > 1) / 2**30
+        if self.method is None and size:
+            warnings.warn(
+                f"{self.source!r} was quantised as it was loaded, but for its experts, which transformers has no "
+                f"quantised form for: they take {size:.2f} GiB. An export is of the checkpoint as it is stored",
+                stacklevel=4,
+            )
 
     def check_scales(self, model: nn.Module, unexpected: Iterable[str]) -> None:
         """Raise ModelError where a module was loaded without scales that the checkpoint has for it."""

@@ -62,7 +62,7 @@ def checked_model(model: nn.Module) -> CheckedModel:
     return checked
 
 
-def check_plan(model: nn.Module, checked: CheckedModel, plan: Plan) -> None:
+def check_plan(checked: CheckedModel, plan: Plan) -> None:
     """Raise PlanError unless the plan fits the model, ModelError where the model cannot do what it asks for."""
     if len(plan.layers) != len(checked.layers):
         raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the model has {len(checked.layers)}")
@@ -72,7 +72,7 @@ def check_plan(model: nn.Module, checked: CheckedModel, plan: Plan) -> None:
             raise PlanError(f"{where} is for {part.experts} experts, {layer.name} has {layer.n}")
         checked.rules[layer.index].check(part, layer.name)
         if part.makes_experts:
-            check_merging(model, checked, layer)
+            check_merging(checked, layer)
         if part.down is not None:
             form = expert_form(layer)
             if part.down.shape[1:] != (form.hidden, form.inner):
@@ -95,9 +95,9 @@ def check_plan(model: nn.Module, checked: CheckedModel, plan: Plan) -> None:
             _check_dispatch(layer, "skipped")
 
 
-def check_merging(model: nn.Module, checked: CheckedModel, layer: MoELayer, what: str = "merged") -> None:
+def check_merging(checked: CheckedModel, layer: MoELayer, what: str = "merged") -> None:
     """One expert given by w_em must compute, bit for bit, what the same expert computes when merely kept."""
-    if is_quantised(model, layer):
+    if is_quantised(layer):
         instead = "keep experts instead (a one-hot plan), or " if what == "merged" else ""
         raise ModelError(
             f"{layer.name}: the experts are quantised and cannot be {what}; {instead}load the model unquantised"

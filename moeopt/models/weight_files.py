@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from moeopt.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -28,6 +30,22 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         if index in maps:
             return sorted({folder / file for file in maps[index].values()}), maps[index]
     return [], {}
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Names of a checkpoint's tensors, by its index or the header of its file; none where they cannot be told.
+
+    Raises:
+        ModelError: as `weight_files`.
+    """
+    files, named = weight_files(folder)
+    if named or len(files) != 1 or files[0].suffix != ".safetensors":
+        return list(named)
+    try:
+        with safe_open(str(files[0]), framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError):
+        return []  # loading it says what is wrong
 
 
 def _weight_map(index: Path) -> dict[str, str]:

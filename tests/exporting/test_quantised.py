@@ -13,12 +13,14 @@ import pytest
 import quantised_files
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import FineGrainedFP8Config, GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moeopt
 from moeopt.errors import ExportError, ModelError
+from moeopt.evaluation import Evaluator
 from moeopt.exporting import verify
 from moeopt.plan import DownProjections, LayerPlan, Plan
+from moeopt.tasks.text import TextTask
 
 KEPT = [[4, 1, 2], [0, 3, 5], [5, 4, 3]]
 PRUNING = Plan.one_hot(KEPT, experts=6, k=2)
@@ -102,6 +104,10 @@ def test_what_is_loaded_is_the_patched_original(name: str, kind: str, write: Wri
     settings = config_of(tmp_path / "small").get("quantization_config")
     attention_only = name == "mxfp4" and kind == "merged"  # and that is not quantised
     assert (settings is None) == attention_only
+    record = json.loads((tmp_path / "small" / "moeopt.json").read_text())
+    made = [f"model.layers.{i}.mlp.experts" for i, part in enumerate(plan.layers) if part.makes_experts]
+    assert record.get("dequantised", []) == made
+    assert ("no longer quantised" in (tmp_path / "small" / "README.md").read_text()) == bool(made)
     if kind == "merged-in-one":
         assert settings["modules_to_not_convert"][-1] == "model.layers.1.mlp.experts"
 
@@ -208,8 +214,33 @@ def test_scales_that_transformers_would_leave_out_are_refused(write: Write) -> N
             state[f"model.layers.0.mlp.experts.gate_up_proj{suffix}"] = torch.cat([gate, up], 1)
             state[f"model.layers.0.mlp.experts.down_proj{suffix}"] = down
 
+    folder = altered(write("fp8"), fuse)
+    with pytest.raises(ModelError, match=r"does not read scales such as .*_proj_scale_inv"):
+        moeopt.load(folder)
     with pytest.raises(ModelError, match=r"without its tensor .*_proj_scale_inv"):
-        moeopt.load(altered(write("fp8"), fuse))
+        moeopt.load(folder, quantization_config=FineGrainedFP8Config(dequantize=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fp8", "float8", "mxfp4"])
+def test_a_search_on_a_quantised_checkpoint_is_verified(name: str, write: Write, tmp_path: Path) -> None:
+    """With scales of activations, which dequantised weights do not need."""
+
+    def add_inputs(state: dict[str, torch.Tensor]) -> None:
+        layers = [key.removesuffix("_proj.weight") for key in state if key.endswith("_proj.weight")]
+        state |= {f"{layer}_proj.input_scale": torch.ones(1) for layer in layers}
+
+    with pytest.warns(UserWarning, match="dequantised"):
+        full, tokenizer = moeopt.load(altered(write(name), add_inputs if name == "float8" else lambda state: None))
+    task = TextTask("toy", search=["one text that is long enough", "another one, also long"], window=32)
+    objective = moeopt.Objective(full, tokenizer, task, moeopt.PruneSpace.of(full, keep=3))
+    study = moeopt.create_study(objective=objective, storage=None, sampler="local", warm_starts=["reap"])
+    moeopt.optimize(study, objective, n_trials=3)
+    moeopt.export(study.best_trial, tmp_path / "small", study=study, model=full)
+    small, _ = moeopt.load(tmp_path / "small")
+    evaluated = Evaluator(small, tokenizer, task).evaluate()
+    assert evaluated.loss == study.best_trial.value
+    assert verify(tmp_path / "small").ok
 
 
 ENTRIES = {
