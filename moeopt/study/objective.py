@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from functools import cached_property
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import optuna
 
-from moeopt.errors import NonFiniteLossError, OutOfMemoryError, StudyError, without_storage
+from moeopt.errors import NonFiniteLossError, StudyError, without_storage
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
 from moeopt.evaluation.checks import check_parts
 from moeopt.evaluation.memory import ran_out
-from moeopt.evaluation.store import scores_name
-from moeopt.models import MergedWeights, describe, lock_of, shape_of
+from moeopt.models import MergedWeights, describe, shape_of
 from moeopt.samplers import racing
 from moeopt.spaces import Space
-from moeopt.study import reference
 from moeopt.study.checks import check_options, check_space, warn_of_too_little
 from moeopt.study.guides import Guides
-from moeopt.study.reference import Reference
+from moeopt.study.reference import FullModel, Reference
 from moeopt.study.scores import FINISHED, active_experts, evaluated_before, packed, penalty
 from moeopt.study.storage import attributes
 from moeopt.trials import genome
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moeopt.evaluation import Compression
@@ -131,9 +126,7 @@ class Objective:
         )  # fmt: skip
         if not task.recorded:
             warn_of_too_little(task, split, limit, self.evaluator.examples)
-        self._searched: Callable[[], optuna.Study | None] = lambda: None
-        self._refers = reference
-        self._reference: Reference | None = None
+        self._full_model = FullModel(self.evaluator, self.active_weight, wanted=reference)
         self._checked: tuple[Callable[[], optuna.Study | None], object, object] = (lambda: None, None, None)
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
         self.settings: dict[str, Any] = {
@@ -147,7 +140,7 @@ class Objective:
         self._guides: Guides | None = None
         if guide:
             self.settings["guide"] = self.guide
-            self._guides = Guides(self.evaluator, space, self._scores_name, self.guide)
+            self._guides = Guides(self.evaluator, space, self._full_model.scores_name, self.guide)
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> float:
         """The loss of the trial's plan, active experts weighed in, NaN where there is none.
@@ -192,18 +185,18 @@ class Objective:
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
         if study is not None:
-            self._begin(study)
+            self._full_model.begin(study)
         started = self.evaluator.clock()
         x = self.space.vector(trial)
         plan = self.space.decode(x)
         facts = _facts(genome.origin(attributes.frozen_trial(trial)))
         attrs: dict[str, Any] = {}
         evaluation: Evaluation | None = None
-        pruned, examples = False, self.evaluator.examples
+        pruned, examples, name = False, self.evaluator.examples, self._full_model.scores_name
         try:
-            earlier = None if study is None else evaluated_before(study, trial, plan, self._scores_name, facts)
+            earlier = None if study is None else evaluated_before(study, trial, plan, name, facts)
             for evaluation in self.evaluator.race(plan, earlier):
-                attrs = packed(evaluation, self._scores_name, self.active_weight)
+                attrs = packed(evaluation, name, self.active_weight)
                 n = len(evaluation.losses)
                 if len(self.evaluator.rungs) > 1:
                     if study is not None and n < examples:
@@ -217,7 +210,7 @@ class Objective:
             finite = not isinstance(error, NonFiniteLossError)
             if finite and not ran_out(error):
                 raise
-            attrs = {} if finite else {genome.NOT_FINITE: self._scores_name}
+            attrs = {} if finite else {genome.NOT_FINITE: name}
             self._note(study, trial, attrs, facts | {genome.FAILURE: str(error).partition("\n")[0]})
             return float("nan")
         assert evaluation is not None
@@ -239,27 +232,6 @@ class Objective:
             raise optuna.TrialPruned
         return loss
 
-    def _begin(self, study: optuna.Study) -> None:
-        """Once a study, before its first trial here: it gets its reference, and forgets what was run for it or others.
-
-        So no study saves layer-tokens by what another one ran, and a resumed one costs what one that went on does.
-        """
-        if self._searched() is study:
-            return
-        with lock_of(self.model):
-            if self._searched() is study:  # another thread did it meanwhile
-                return
-            self._reference = self._stored_reference(study) if self._refers else reference.read(study)
-            if self._refers and self._reference is None:
-                try:
-                    self._reference = self.reference(study)
-                    for warning in self._reference.warnings:
-                        warnings.warn(f"{warning} It is {reference.first_prompt(self.evaluator)}", stacklevel=4)
-                except (NonFiniteLossError, OutOfMemoryError) as error:
-                    warnings.warn(f"the full model gives no reference: {error}", stacklevel=4)
-            self.evaluator.clear(keep_teacher=True)
-            self._searched = weakref.ref(study)
-
     def reference(self, study: optuna.Study) -> Reference:
         """The full model's scores on the objective's examples: those that the study holds, or made here and kept there.
 
@@ -268,45 +240,19 @@ class Objective:
             OutOfMemoryError: when a single sequence does not fit.
             StudyError, StorageError: when what the study holds is damaged.
         """
-        with lock_of(self.model):
-            stored = self._stored_reference(study)
-            if stored is not None:
-                return stored
-            self.evaluator.clear(keep_teacher=True)
-            measured = reference.measure(self.evaluator, self._scores_name, self.active_weight)
-            self.evaluator.clear(keep_teacher=True)  # what trials cost does not depend on where this was run
-            stored = self._stored_reference(study)  # another process may have made it meanwhile
-            if stored is None:
-                measured.keep(study)
-            return stored or measured
-
-    def _stored_reference(self, study: optuna.Study) -> Reference | None:
-        """The reference that a study holds, where it is of what this objective scores."""
-        stored = reference.read(study)
-        if stored is None or stored.of != self._scores_name:
-            return None
-        return stored if stored.penalty == self.active_weight * stored.active else None
+        return self._full_model.reference(study)
 
     def _note(
         self, study: optuna.Study | None, trial: optuna.trial.BaseTrial, attrs: dict[str, Any], facts: dict[str, Any]
     ) -> None:
         if study is not None:
             ended = study.get_trials(deepcopy=False, states=FINISHED)
-            spent = self._spent(ended) + facts.get("layer_tokens", 0)
+            costs = [trial.user_attrs.get("layer_tokens") for trial in ended] + [facts.get("layer_tokens")]
+            spent = self._full_model.layer_tokens + sum(cost for cost in costs if isinstance(cost, int))
             attributes.write(study, trial, attrs, facts | {SPENT: spent})
             return
         for key, value in facts.items():
             trial.set_user_attr(key, value)
-
-    def _spent(self, trials: Iterable[FrozenTrial]) -> int:
-        """Layer-tokens of these trials, and of the reference."""
-        costs = (trial.user_attrs.get("layer_tokens") for trial in trials)
-        reference = 0 if self._reference is None else self._reference.layer_tokens
-        return reference + sum(cost for cost in costs if isinstance(cost, int))
-
-    @cached_property
-    def _scores_name(self) -> str:
-        return scores_name(self.evaluator)
 
     def _report(self, trial: optuna.trial.BaseTrial, evaluation: Evaluation) -> None:
         n, rungs = len(evaluation.losses), self.evaluator.rungs
@@ -315,7 +261,7 @@ class Objective:
         trial.report(float(np.average(losses, weights=weights)) + penalty(self.active_weight, evaluation), n)
 
     def _estimate(self, study: optuna.Study | None, evaluation: Evaluation) -> float:
-        best = None if study is None else racing.incumbent(study, evaluation.scores, self._scores_name)
+        best = None if study is None else racing.incumbent(study, evaluation.scores, self._full_model.scores_name)
         reference = None if best is None else genome.read_scores(best)
         loss = evaluation.loss if reference is None else racing.honest_estimate(evaluation.scores, reference)
         return loss + penalty(self.active_weight, evaluation)

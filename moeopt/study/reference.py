@@ -12,14 +12,19 @@ anything right. In a mixture every task is judged alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeopt.errors import NonFiniteLossError, StorageError
+from moeopt.errors import NonFiniteLossError, OutOfMemoryError, StorageError
+from moeopt.evaluation.store import scores_name
+from moeopt.models import lock_of
 from moeopt.showing import line, shown
 from moeopt.study.storage import attributes
 from moeopt.trials import genome
@@ -158,6 +163,72 @@ def measure(evaluator: Evaluator, scores_name: str, active_weight: float = 0.0) 
         warnings=() if evaluator.teacher is not None else tuple(doubts(evaluator, evaluation, chances)),
         scores=evaluation.scores,
     )
+
+
+class FullModel:
+    """Gives the studies of an objective their references, each before its first trial here.
+
+    Args:
+        evaluator: of the objective.
+        active_weight: what the objective adds to a loss for an active expert.
+        wanted: whether a study that has no reference gets one.
+
+    Attributes:
+        layer_tokens: what the reference of the study that is searched cost; 0 where it has none.
+    """
+
+    def __init__(self, evaluator: Evaluator, active_weight: float, *, wanted: bool) -> None:
+        self.evaluator, self.active_weight, self.wanted = evaluator, active_weight, wanted
+        self.layer_tokens = 0
+        self._searched: Callable[[], optuna.Study | None] = lambda: None
+
+    @cached_property
+    def scores_name(self) -> str:
+        """`moeopt.evaluation.store.scores_name` of the evaluator."""
+        return scores_name(self.evaluator)
+
+    def begin(self, study: optuna.Study) -> None:
+        """Once a study: it gets its reference, and the evaluator forgets what was run for it or others.
+
+        So no study saves layer-tokens by what another one ran, and a resumed one costs what one that went on does.
+        """
+        if self._searched() is study:
+            return
+        with lock_of(self.evaluator.model):
+            if self._searched() is study:  # another thread did it meanwhile
+                return
+            held = self._stored(study) if self.wanted else read(study)
+            if self.wanted and held is None:
+                try:
+                    held = self.reference(study)
+                    for warning in held.warnings:
+                        warnings.warn(f"{warning} It is {first_prompt(self.evaluator)}", stacklevel=4)
+                except (NonFiniteLossError, OutOfMemoryError) as error:
+                    warnings.warn(f"the full model gives no reference: {error}", stacklevel=4)
+            self.layer_tokens = 0 if held is None else held.layer_tokens
+            self.evaluator.clear(keep_teacher=True)
+            self._searched = weakref.ref(study)
+
+    def reference(self, study: optuna.Study) -> Reference:
+        """As `Objective.reference`."""
+        with lock_of(self.evaluator.model):
+            held = self._stored(study)
+            if held is not None:
+                return held
+            self.evaluator.clear(keep_teacher=True)
+            measured = measure(self.evaluator, self.scores_name, self.active_weight)
+            self.evaluator.clear(keep_teacher=True)  # what trials cost does not depend on where this was run
+            held = self._stored(study)  # another process may have made it meanwhile
+            if held is None:
+                measured.keep(study)
+            return held or measured
+
+    def _stored(self, study: optuna.Study) -> Reference | None:
+        """The reference that a study holds, where it is of what the objective scores."""
+        held = read(study)
+        if held is None or held.of != self.scores_name:
+            return None
+        return held if held.penalty == self.active_weight * held.active else None
 
 
 def read(study: optuna.Study) -> Reference | None:
