@@ -128,8 +128,7 @@ def numbers(evaluation: Evaluation) -> tuple[str, str]:
 
 
 def interval(a: Evaluation, b: Evaluation) -> str:
-    change = moeopt.paired_bootstrap(a, b)
-    return f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
+    return str(moeopt.paired_bootstrap(a, b))
 
 
 def arguments() -> argparse.Namespace:

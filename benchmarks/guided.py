@@ -245,8 +245,7 @@ class Bench:
 
 def difference(a: Evaluation, b: Evaluation, what: Literal["loss", "accuracy"]) -> str:
     """The mean of a less that of b, and its interval."""
-    i = paired_bootstrap(a, b, of=what)
-    return f"{i.mean:+.4f} [{i.low:+.4f}, {i.high:+.4f}]"
+    return str(paired_bootstrap(a, b, of=what))
 
 
 def arguments() -> argparse.Namespace:

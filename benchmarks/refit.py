@@ -163,7 +163,7 @@ def plans(args: argparse.Namespace, calibration: methods.Calibration, keep: int)
 def differences(after: Evaluation, full: Evaluation, before: Evaluation, accuracy: bool) -> list[str]:
     others = [paired_bootstrap(after, full), None if after is before else paired_bootstrap(after, before)]
     others.append(paired_bootstrap(after, full, of="accuracy") if accuracy else None)
-    return ["" if i is None else f"{i.mean:+.4f} [{i.low:+.4f}, {i.high:+.4f}]" for i in others]
+    return ["" if gap is None else str(gap) for gap in others]
 
 
 def one_layer(args: argparse.Namespace) -> None:

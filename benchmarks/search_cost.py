@@ -185,7 +185,7 @@ def main() -> None:
                     test.evaluate(space.plan(runs[key, seed].best_within(limit))) for key in (PUBLISHED, name)
                 )
                 gap = moeopt.paired_bootstrap(ours, theirs)
-                difference = f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
+                difference = str(gap)
                 table.add_row(
                     name, str(seed), f"{100 * share:.0f}", f"{theirs.loss:.4f}", f"{ours.loss:.4f}", difference
                 )

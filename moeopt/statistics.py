@@ -35,11 +35,27 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the ends of its confidence interval."""
+    """A mean and the ends of its confidence interval.
+
+    >>> gap = Interval(0.1, 0.05, 0.15)
+    >>> str(gap), gap.judged, str(-gap)
+    ('+0.1000 [+0.0500, +0.1500]', 'worse', '-0.1000 [-0.1500, -0.0500]')
+    """
 
     mean: float
     low: float
     high: float
+
+    def __neg__(self) -> Interval:
+        return Interval(-self.mean, -self.high, -self.low)
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+    @property
+    def judged(self) -> Literal["better", "worse", "no difference"]:
+        """What a difference of losses says of the first: one that does not exclude 0 says nothing."""
+        return "better" if self.high < 0 else "worse" if self.low > 0 else "no difference"
 
 
 def paired_bootstrap(

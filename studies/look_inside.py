@@ -93,8 +93,7 @@ def curve(row: list[Evaluation], full: Evaluation) -> tuple[list[float], list[tu
 
 def against(test: moeopt.Evaluator, plan: Plan) -> str:
     pruned, full = test.evaluate(plan), test.evaluate(None)
-    gap = moeopt.paired_bootstrap(pruned, full)
-    return f"{pruned.loss:.4f}, test - full {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
+    return f"{pruned.loss:.4f}, test - full {moeopt.paired_bootstrap(pruned, full)}"
 
 
 def standing(layer: Mapping[tuple[int, ...], float], experts: tuple[int, ...]) -> tuple[int, float]:

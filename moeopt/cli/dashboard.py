@@ -47,11 +47,7 @@ def dashboard(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     cached = optuna.storages.get_storage(opened)
-    refresher = Refresher(
-        cached,
-        hidden(anywhere(storage)),
-        report=lambda line: err.say(line, style="yellow"),
-    )
+    refresher = Refresher(cached, hidden(anywhere(storage)), report=lambda line: err.say(line, style="yellow"))
     if once:
         with readable_errors(storage):
             names = refresher.refresh()

@@ -106,5 +106,5 @@ def export(
     console.say(
         "stock form: any loader of the original reads it"
         if taken == "stock"
-        else f"custom form, which loads with trust_remote_code=True: {reason}",
+        else f"custom form, which loads with trust_remote_code=True: {reason}"
     )

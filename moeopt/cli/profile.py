@@ -55,8 +55,7 @@ def profile(
     device_map: opt.DeviceMap = "auto",
     dtype: opt.Dtype = "auto",
     experts: Annotated[
-        str | None,
-        MACHINE(metavar="NAME", help="Experts implementation of transformers. Default: the model's own."),
+        str | None, MACHINE(metavar="NAME", help="Experts implementation of transformers. Default: the model's own.")
     ] = None,
     threads: Annotated[int | None, MACHINE(metavar="N", min=1, help="Threads of torch. Default: torch's own.")] = None,
     trust_remote_code: opt.TrustRemoteCode = False,

@@ -274,7 +274,7 @@ def search(
         gap = full.difference(best)
         compared = f"Full model: {full}" + (f", {full.active:.2f} experts active" if space.searched else "")
         if gap is not None:
-            compared += f". Best - full: loss {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
+            compared += f". Best - full: loss {gap}"
         compared += "\n"
     if held and "dev" in chosen_task.splits:
         compared += _held(record, objective)
@@ -282,7 +282,7 @@ def search(
     out.say(
         f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n{compared}"
         f"  {arguments.show_again(study, storage)}\n"
-        f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --study {shlex.quote(study)}",
+        f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --study {shlex.quote(study)}"
     )
     if refit is not None:
         run_refit(

@@ -37,8 +37,7 @@ def select(
     dev_limit: opt.DevLimit = None,
     test_limit: Annotated[int | None, GOAL(metavar="N", min=1, help="Use N test examples. Default: all.")] = None,
     score: Annotated[
-        opt.Score | None,
-        GOAL(help="What the plan is chosen by on dev. Default: what the study minimised."),
+        opt.Score | None, GOAL(help="What the plan is chosen by on dev. Default: what the study minimised.")
     ] = None,
     refit: opt.RefitFile = None,
     refit_rank: opt.RefitRank = None,

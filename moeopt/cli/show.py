@@ -27,14 +27,7 @@ def show(
     """List the studies of a storage, or show one: what it searches, its best trials and the best plan."""
     from moeopt import study as room
     from moeopt.report.tables import json_text
-    from moeopt.report.terminal import (
-        consoles,
-        layer_rows,
-        studies_table,
-        study_record,
-        study_summary,
-        study_view,
-    )
+    from moeopt.report.terminal import consoles, layer_rows, studies_table, study_record, study_summary, study_view
     from moeopt.study.storage import hidden, open_storage, readable_errors, study_names
     from moeopt.trials.description import reading
 
@@ -94,7 +87,7 @@ def plan(
     console.say(
         "An ordinary checkpoint can hold this plan."
         if reason is None
-        else f"No ordinary checkpoint holds it, a custom one does: {reason}",
+        else f"No ordinary checkpoint holds it, a custom one does: {reason}"
     )
     if out is not None:
         console.say(f"saved to {out}")

@@ -33,5 +33,5 @@ def tasks(
     if not part:
         console.say(
             f"and {len(set(theirs()) - set(ours())):,} tasks, groups and tags of lm-evaluation-harness, such as boolq:"
-            " moeopt tasks PART lists those with PART in their names",
+            " moeopt tasks PART lists those with PART in their names"
         )

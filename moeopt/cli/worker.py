@@ -132,8 +132,7 @@ def on_ray(
     data: opt.Data = None,
     task_option: opt.TaskOption = None,
     gpus_per_worker: Annotated[
-        float,
-        MACHINE(metavar="X", min=0, help="GPUs of each: 0.5 for two that share one, 2 for models of that size."),
+        float, MACHINE(metavar="X", min=0, help="GPUs of each: 0.5 for two that share one, 2 for models of that size.")
     ] = 1.0,
     cpus_per_worker: Annotated[float, MACHINE(metavar="X", min=0, help="Cores of each.")] = 1.0,
     address: Annotated[

@@ -15,8 +15,7 @@ from rich.text import Text
 from moeopt.evaluation import Evaluation, Interval
 from moeopt.plan import Plan
 from moeopt.report import tables
-from moeopt.report.formatting import interval, number, percent
-from moeopt.results.differences import judged
+from moeopt.report.formatting import number, percent
 from moeopt.statistics import Floats
 
 FULL, RANDOM, SEARCH, REFIT = "full model", "mean random pruning", "guided search", " + refit"
@@ -120,7 +119,7 @@ def _sentences(result: DemoResult) -> Iterator[Text]:
     yield Text("The last line's test loss less theirs, with a 95% interval (paired over examples); below 0 is better:")
     width = max(map(len, result.differences)) + 10
     for other, change in result.differences.items():
-        yield Text(f"  {'against ' + other:<{width}}{interval(change)}  {judged(change)}")
+        yield Text(f"  {'against ' + other:<{width}}{change}  {change.judged}")
     difference = result.reloaded_loss - best
     yield Text(
         f"Exported, and reloaded with plain transformers: test loss {result.reloaded_loss:.6f}, "

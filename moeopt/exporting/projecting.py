@@ -74,13 +74,7 @@ class Projection:
 
 
 def project(
-    plan: Plan,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    task: Task,
-    *,
-    limit: int | None = None,
-    batch_tokens: int = 512,
+    plan: Plan, model: PreTrainedModel, tokenizer: Any, task: Task, *, limit: int | None = None, batch_tokens: int = 512
 ) -> tuple[Plan, Projection]:
     """The nearest plan that a stock checkpoint expresses, for loaders that know no other, and what it costs.
 
@@ -271,13 +265,7 @@ def _softmax(mapped: Array) -> Array:
 
 
 def _measured(
-    plan: Plan,
-    projected: Plan,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    task: Task,
-    dev: Any,
-    options: dict[str, Any],
+    plan: Plan, projected: Plan, model: PreTrainedModel, tokenizer: Any, task: Task, dev: Any, options: dict[str, Any]
 ) -> tuple[float, float, float, float, float]:
     """Losses before and after, KL, top-1 and top-k agreement, as `Projection` has them."""
     evaluator = Evaluator(model, tokenizer, task, split="dev", **options)

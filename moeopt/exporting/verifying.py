@@ -158,11 +158,7 @@ def verify(
         wrong = [*_changed(prepared.config, read_config(full), config), *disagreeing(config, written.tensors)]
     stored_as = StoredQuantised.of(full)
     compared = Verification(
-        form,
-        len(layout.tensors),
-        tuple(sorted(differing)),
-        config=tuple(wrong),
-        remarks=tuple(prepared.unread.lines()),
+        form, len(layout.tensors), tuple(sorted(differing)), config=tuple(wrong), remarks=tuple(prepared.unread.lines())
     )
     stored = max((torch.finfo(kind).eps for kind in layout.merged_dtypes), default=0.0)
     try:

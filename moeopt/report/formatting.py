@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 
-from moeopt.results.differences import signed
-
 DASH = "–"
-interval = signed
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -15,9 +15,8 @@ from rich.text import Text
 from moeopt.evaluation import Interval
 from moeopt.evaluation.teacher import LABEL_FREE
 from moeopt.report import tables
-from moeopt.report.formatting import interval, number, percent, short
+from moeopt.report.formatting import number, percent, short
 from moeopt.report.tables import csv_of, json_text, write
-from moeopt.results.differences import judged, reversed_difference
 from moeopt.results.method_comparison.checks import ComparisonError
 from moeopt.results.method_comparison.comparison import MethodComparison, Row
 from moeopt.results.method_comparison.folder import PLANS
@@ -63,7 +62,7 @@ def _columns(c: MethodComparison, *, several: bool) -> Iterator[tuple[str, Calla
         best = c.best_one_shot(row.keep, row.k)
         if best is not None and best.plan == row.plan:
             return "best" if best is row else "same plan"
-        return "" if row.against_best is None else interval(row.against_best)
+        return "" if row.against_best is None else str(row.against_best)
 
     def loss_on(split: str) -> Callable[[tuple[Row, bool]], str]:
         return lambda line: number((line[0].loss_sd if line[1] else line[0].loss).get(split))
@@ -82,7 +81,7 @@ def _columns(c: MethodComparison, *, several: bool) -> Iterator[tuple[str, Calla
     )
     if "test" in c.splits:
         full = "test − full\n[95% interval]"
-        yield full, of_row(lambda row: "" if row.against_full is None else interval(row.against_full))
+        yield full, of_row(lambda row: "" if row.against_full is None else str(row.against_full))
         yield f"test − best one-shot\n(on {c.chosen_on}) [95%]", of_row(against_best)
     yield "active", of_row(lambda row: f"{row.active:.2f}")
     yield "layer-\ntokens", of_row(lambda row: short(row.layer_tokens) if row.layer_tokens else "")
@@ -107,15 +106,14 @@ def sentences(comparison: MethodComparison, keep: int) -> list[str]:
             if search is not None and search.against_best is not None:
                 said.append(where + _verdict(search.name, one_shot, search.against_best))
             elif random is not None and random.against_best is not None:
-                change = reversed_difference(random.against_best)
-                said.append(where + _verdict(one_shot, f"the {random.name} prunings", change))
+                said.append(where + _verdict(one_shot, f"the {random.name} prunings", -random.against_best))
     return said
 
 
 def _verdict(a: str, b: str, change: Interval) -> str:
-    if judged(change) == "no difference":
-        return f"no difference on test between {a} and {b}: {interval(change)}."
-    says, by = ("is worse than", change) if judged(change) == "worse" else ("beats", reversed_difference(change))
+    if change.judged == "no difference":
+        return f"no difference on test between {a} and {b}: {change}."
+    says, by = ("is worse than", change) if change.judged == "worse" else ("beats", -change)
     return f"{a} {says} {b} on test by {by.mean:.4f} [{by.low:.4f}, {by.high:.4f}]."
 
 

@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from moeopt.errors import StudyError
-from moeopt.report.formatting import interval, number, percent
+from moeopt.report.formatting import number, percent
 from moeopt.report.tables import Columns, json_text, table, write
-from moeopt.results.differences import judged
 from moeopt.results.selection.record import FULL, SEARCH_BEST, WINNER, Selection, check_record
 from moeopt.showing import line
+from moeopt.statistics import Interval
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +61,7 @@ def _compared(record: Mapping[str, Any]) -> Table:
 
     def change(name: str) -> str:
         gap = record["test_minus"].get(FULL, {}).get("loss") if name == WINNER else None
-        return "" if gap is None else "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**gap)
+        return "" if gap is None else str(Interval(**gap))
 
     return table(
         f"the best of {len(record['candidates']['trial'])} plans{stock}, chosen on dev",
@@ -98,9 +98,9 @@ def refit_lines(refit: JudgedRefit | None) -> Iterable[str]:
     scores = (
         f"{name} {e.loss:.4f}, {refit.metric} {percent(e.accuracy)}" for name, e in refit.evaluations.items()
     )  # fmt: skip
-    verdict = judged(refit.change).replace("worse", "worse: keep the plan as it was")
+    verdict = refit.change.judged.replace("worse", "worse: keep the plan as it was")
     count = len(refit.evaluations["plan"].losses)
     return [
         f"loss on {count:,} dev examples: {'; '.join(scores)}",
-        f"refitted - plan: {interval(refit.change)}, {verdict}",
+        f"refitted - plan: {refit.change}, {verdict}",
     ]

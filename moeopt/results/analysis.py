@@ -56,11 +56,7 @@ def numbers(part: LayerPlan) -> NDArray[np.int64]:
 
 
 def ensemble_losses(
-    evaluator: Evaluator,
-    calibration: Calibration,
-    *,
-    method: str = "soft_activation",
-    layers: Sequence[int] = (),
+    evaluator: Evaluator, calibration: Calibration, *, method: str = "soft_activation", layers: Sequence[int] = ()
 ) -> Mapping[str, list[Evaluation]]:
     """Scores as all layers, and each of `layers` alone, keep their 1, 2, ..., n best experts (EEP, figure 3).
 

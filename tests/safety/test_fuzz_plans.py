@@ -26,10 +26,7 @@ def plan() -> Plan:
     rng = np.random.default_rng(0)
     w_em, w_rm = rng.random((2, 2, 3)).astype(np.float32)
     return Plan(
-        (
-            LayerPlan(3, 2, kept=(0, 2)),
-            LayerPlan(3, 2, w_em=w_em, w_rm=w_rm, router="prob", negative="eep", skip=0.5),
-        )
+        (LayerPlan(3, 2, kept=(0, 2)), LayerPlan(3, 2, w_em=w_em, w_rm=w_rm, router="prob", negative="eep", skip=0.5))
     )
 
 

@@ -45,12 +45,7 @@ class Refresher:
     """
 
     def __init__(
-        self,
-        storage: BaseStorage,
-        url: str,
-        *,
-        every: float = EVERY,
-        report: Callable[[str], None] = lambda line: None,
+        self, storage: BaseStorage, url: str, *, every: float = EVERY, report: Callable[[str], None] = lambda line: None
     ) -> None:
         self.storage, self.url, self.every, self.report = storage, url, every, report
         self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeopt.defaults import Score
-from moeopt.evaluation import Evaluation, Evaluator, Interval
+from moeopt.evaluation import Evaluation, Evaluator, Interval, paired_bootstrap
 from moeopt.evaluation.store import StoredEvaluators
 from moeopt.models import Sizes, describe, shape_of, without_plan
-from moeopt.results.differences import difference
 from moeopt.results.method_comparison.checks import ComparisonError, check, check_methods
 from moeopt.results.method_comparison.comparison import MethodComparison, Row, Size, best_one_shot
 from moeopt.results.method_comparison.folder import Workspace
@@ -158,7 +157,7 @@ def _with_intervals(rows: Sequence[Row], chosen_on: str) -> list[Row]:
     def against(row: Row, other: Mapping[str, Evaluation]) -> Interval | None:
         if "test" not in row.evaluations or row.evaluations is other:
             return None
-        return difference(row.evaluations["test"], other["test"])
+        return paired_bootstrap(row.evaluations["test"], other["test"])
 
     judged = []
     for row in rows:

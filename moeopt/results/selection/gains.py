@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moeopt.errors import StudyError
-from moeopt.results.differences import difference, reversed_difference
+from moeopt.statistics import paired_bootstrap
 from moeopt.trials.description import HELD, held_facts
 from moeopt.trials.genome import WARM_START
 
@@ -83,7 +83,7 @@ def held(study: optuna.Study, objective: Objective) -> Held | None:
         return Held(**facts)
     evaluators = StudyEvaluators(study, objective, limits={"dev": objective.settings["limit"]})
     before, after = (evaluators.evaluate(objective.space.plan(trial), "dev") for trial in (start, best))
-    gained = reversed_difference(difference(after, before))
+    gained = -paired_bootstrap(after, before)
     searched = (start.value or 0.0) - (best.value or 0.0)
     made = Held(best.number, start.number, searched, gained.mean, gained.low, gained.high, len(before.losses))
     study.set_user_attr(HELD, asdict(made))
@@ -148,4 +148,4 @@ def judged_refit(
     plans = {"full model": None, "plan": plan, "refitted plan": refitted}
     evaluations = {name: evaluator.evaluate(each) for name, each in plans.items()}
     metric = "agreement" if evaluator.teacher is not None else task.metric
-    return JudgedRefit(metric, evaluations, difference(evaluations["refitted plan"], evaluations["plan"]))
+    return JudgedRefit(metric, evaluations, paired_bootstrap(evaluations["refitted plan"], evaluations["plan"]))

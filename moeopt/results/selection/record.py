@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moeopt import __version__
 from moeopt.errors import StudyError
-from moeopt.results.differences import difference, reversed_difference, signed
 from moeopt.showing import line, shown
+from moeopt.statistics import paired_bootstrap
 from moeopt.trials.description import (
     COUNT,
     FLAG,
@@ -104,8 +104,8 @@ class Selection:
         test = self.evaluations["test"]
         return {
             name: {
-                "loss": difference(test[WINNER], test[name]),
-                self.metric: difference(test[WINNER], test[name], of="accuracy"),
+                "loss": paired_bootstrap(test[WINNER], test[name]),
+                self.metric: paired_bootstrap(test[WINNER], test[name], of="accuracy"),
             }
             for name in (FULL, SEARCH_BEST)
             if name in test
@@ -114,7 +114,7 @@ class Selection:
     @property
     def test_gain(self) -> Interval:
         """`gain("test")` with its 95% interval."""
-        return reversed_difference(self.intervals[FULL]["loss"])
+        return -self.intervals[FULL]["loss"]
 
     @property
     def verdict(self) -> Verdict:
@@ -135,13 +135,13 @@ class Selection:
     @property
     def sentences(self) -> list[str]:
         """The verdict, and how the winner stands to the full model in the metric and to the best plan of the search."""
-        best, changed = self.search_best, signed(self.intervals[FULL][self.metric])
+        best, changed = self.search_best, self.intervals[FULL][self.metric]
         sentences = [self.sentence, f"Winner - full model on test, {self.metric}: {changed}."]
         if best is self.winner:
             return [*sentences, "The best plan of the search is also the best on dev."]
         if SEARCH_BEST not in self.intervals:
             return [*sentences, f"The best of the search (trial {best.trial}) has no finite loss on test."]
-        changed = signed(self.intervals[SEARCH_BEST]["loss"])
+        changed = self.intervals[SEARCH_BEST]["loss"]
         return [*sentences, f"Winner - best of the search (trial {best.trial}) on test, loss: {changed}."]
 
     @cached_property
@@ -209,7 +209,7 @@ def verdict(search: float, test: Interval) -> Verdict:
 def sentence(search: float, test: Interval) -> str:
     """`verdict` in words, with the numbers that it rests on."""
     there = f"{test.mean:.4f} [{test.low:.4f}, {test.high:.4f}]"
-    gained, changed = f"The gain on search ({search:.4f})", signed(reversed_difference(test))
+    gained, changed = f"The gain on search ({search:.4f})", -test
     words = {
         "none": f"No gain on search to lose: winner - full is {-search:+.4f} there, {changed} on test.",
         "reversed": f"{gained} reversed on test ({there}): the winner is worse than the full model.",
