@@ -307,11 +307,11 @@ def by_slot(storage: str, study: str = "s") -> dict[int, tuple[Any, ...]]:
     """Loss, operator and genotype of every completed trial, by its place in the sequence of proposals."""
     trials = load_study(study, storage).get_trials()
     done = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    place = {
+    slots = {
         genome.slot(t, trials): (t.value, t.user_attrs["operator"], np.asarray(genome.read(t)).tobytes()) for t in done
     }
-    assert len(place) == len(done)
-    return place
+    assert len(slots) == len(done)
+    return slots
 
 
 @pytest.mark.slow
@@ -420,8 +420,8 @@ def test_k_and_skipping_are_searched(place: Place, capsys: pytest.CaptureFixture
     alone = ["--space", "active", "--active", "1-2", "--around", str(file), "--sampler", "tpe", "--trials", "3"]
     assert main(place.search(*alone, storage=storage, study="around")) == 0
     opened = load_study("around", storage)
-    place = space_of(opened).plan(opened.trials[0])
-    assert [layer.kept for layer in place.layers] == [layer.kept for layer in Plan.load(file).layers]
+    plan = space_of(opened).plan(opened.trials[0])
+    assert [layer.kept for layer in plan.layers] == [layer.kept for layer in Plan.load(file).layers]
 
 
 def refused_late(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

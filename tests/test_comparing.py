@@ -71,11 +71,11 @@ def study(demo: Demo) -> optuna.Study:
     calibration = methods.Calibration(demo.model, demo.tokenizer, demo.task, limit=LIMITS["search"])
     pruned = methods.plan("soft_activation", calibration, keep=KEEP)
     merged = [LayerPlan(8, 2, w_em=x.expert_matrix + 0.01, w_rm=x.expert_matrix, router="prob") for x in pruned.layers]
-    compared = moeopt.create_study(
+    made = moeopt.create_study(
         "s", objective=objective, storage=None, sampler="eep", warm_starts=[Plan(tuple(merged))], initial=8
     )
-    moeopt.optimize(compared, objective, n_trials=4)
-    return compared
+    moeopt.optimize(made, objective, n_trials=4)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def evaluators(demo: Demo) -> dict[str, Evaluator]:
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take most of the time; `found` has them."""
+    """Figures take most of the time; `compared` has them."""
     monkeypatch.setattr("moeopt.report.method_comparison.find_spec", lambda name: None)
 
 
@@ -535,11 +535,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("compare-cli")
     rows = moeopt.demo.rows("caesar", "search", 64)
     (folder / "caesar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    compared = Place(folder / "caesar.jsonl", f"sqlite:///{folder / 'studies.db'}")
-    goal = ["--task", "multiple_choice", "--data", str(compared.data), "--limit", "8", "--storage", compared.storage]
+    place = Place(folder / "caesar.jsonl", f"sqlite:///{folder / 'studies.db'}")
+    goal = ["--task", "multiple_choice", "--data", str(place.data), "--limit", "8", "--storage", place.storage]
     search = ["--space", "prune", "--sampler", "random", "--trials", "3", "--study", "s", "--keep", "4"]
     assert main(["search", str(MODEL), *goal, *search]) == 0
-    return compared
+    return place
 
 
 @pytest.mark.slow

@@ -92,7 +92,8 @@ def test_note_and_figures_tell_what_the_study_holds() -> None:
     study = searched()
     text = refreshed(study)
     best = study.best_trial
-    for part in ("`a/model`", "`caesar`", "keep 3 of 6 experts", "`local`", "seed=3", f"| trial | {best.number} |"):
+    said = ("`a/model (Mixtral", "`caesar, split search", "keep 3 of 6 experts", "`local: seed=3")
+    for part in (*said, f"| trial | {best.number} |"):
         assert part in text
     assert f"| loss | {best.value:.4f} |" in text
     assert "| accuracy | 50.0% |" in text

@@ -37,11 +37,11 @@ def tried(call: Any, *args: Any) -> Any:
     try:
         return call(*args)
     except MoeoptError as error:
-        given = error
-    assert visible_only(str(given)), str(given)
-    assert "\n" not in str(given)
-    assert len(str(given)) < 2000
-    return given
+        refusal = error
+    assert visible_only(str(refusal)), str(refusal)
+    assert "\n" not in str(refusal)
+    assert len(str(refusal)) < 2000
+    return refusal
 
 
 def shown(study: optuna.Study) -> None:
@@ -73,11 +73,11 @@ READERS = {
 
 
 def read_all(study: optuna.Study, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    given = {name: tried(reader, study) for name, reader in READERS.items()}
+    results = {name: tried(reader, study) for name, reader in READERS.items()}
     out = capsys.readouterr()
     assert visible_only(out.out + out.err)
     assert len(out.out) < 100_000
-    return given
+    return results
 
 
 def copied(study: optuna.Study, **attrs: Any) -> optuna.Study:
@@ -91,8 +91,8 @@ def copied(study: optuna.Study, **attrs: Any) -> optuna.Study:
 
 def test_an_honest_study_reads(capsys: pytest.CaptureFixture[str]) -> None:
     for space in hostile.SPACES:
-        given = read_all(hostile.honest(space=space), capsys)
-        errors = {name: error for name, error in given.items() if isinstance(error, MoeoptError)}
+        results = read_all(hostile.honest(space=space), capsys)
+        errors = {name: error for name, error in results.items() if isinstance(error, MoeoptError)}
         assert errors.keys() <= {"on test", "resumed", "best stock"}, errors
 
 
@@ -106,8 +106,8 @@ def test_descriptions_of_any_form(space: str, capsys: pytest.CaptureFixture[str]
         whole = mutated if space == "eep" or not isinstance(mutated, dict) else {**description, **mutated}
         study.set_user_attr(DESCRIPTION, whole)
         try:
-            given = tried(space_of, study), tried(study_summary, study)
-            if not isinstance(given[0], MoeoptError):
+            read, _ = tried(space_of, study), tried(study_summary, study)
+            if not isinstance(read, MoeoptError):
                 tried(shown, study)
                 tried(READERS["resumed"], study)
                 assert visible_only(capsys.readouterr().out)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeopt.errors import MoeoptError, StudyError
+from moeopt.report import facts
 from moeopt.showing import line
 from moeopt.spaces import Space, from_description
 from moeopt.spaces.base import range_names
@@ -100,10 +101,7 @@ class Digest:
 
     def part(self, *path: str) -> Any:
         """A field of the description, or None."""
-        value: Any = self.about
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return value
+        return facts.part(self.about, *path)
 
 
 def digest(study: optuna.Study, read: dict[int, Row] | None = None) -> Digest:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moeopt.report.dashboard.digest import LONGEST, Digest, number
+from moeopt.report.dashboard.digest import LONGEST, Digest
 from moeopt.report.dashboard.resuming import resuming
+from moeopt.report.facts import facts, is_label_free
 from moeopt.showing import line
 from moeopt.study.reference import MOST_SHOWN
 
@@ -33,7 +33,8 @@ def note(digest: Digest, command: Any, storage: str, trials: int | None = None) 
     if digest.problems:
         parts.append("\n".join(f"- **Cannot be read in full:** {code(problem, 200)}" for problem in digest.problems))
     if digest.about:
-        parts.append("### What it searches\n\n" + _table(_facts(digest)))
+        searched = [(name, code(text, 400)) for name, text in facts(digest.about)]
+        parts.append("### What it searches\n\n" + _table(searched))
         parts.append("### How to resume\n\n" + resuming(digest, command, storage, trials))
     parts.append("### Best so far\n\n" + _best(digest))
     return "\n\n".join(parts) + "\n"
@@ -57,57 +58,27 @@ def _table(facts: list[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts)])
 
 
-def _facts(digest: Digest) -> list[tuple[str, str]]:
-    part = digest.part
-    name, architecture, limit = part("model", "name_or_path"), part("model", "architecture"), part("task", "limit")
-    scored = f"{line(part('task', 'split'), LONGEST)} split" + (f", {limit} examples" if number(limit) > 0 else "")
-    facts = [
-        ("model", code(name) + (f" ({code(architecture)})" if isinstance(architecture, str) else "")),
-        ("task", f"{code(part('task', 'name'))}, {code(scored)}"),
-        ("score", code(part("evaluation", "score") or "likelihood")),
-    ]
-    space = digest.space
-    if space is not None:
-        shape, groups = space.shape, len(space.groups)
-        choices = f"{groups} choices for {shape.layers} layers" if groups < shape.layers else f"{shape.layers} layers"
-        searched = (
-            f"{line(part('space', 'kind'), LONGEST)}: keep {space.keep} of {shape.experts} experts, {choices}, "
-            f"{space.k} active, router {space.router}, {space.size} numbers"
-        )
-        facts.append(("space", code(searched, 200)))
-    sampler = part("sampler")
-    if isinstance(sampler, Mapping):
-        settings = [item for item in list(sampler.items())[:24] if item[0] != "name"]
-        options = ", ".join(f"{line(key, LONGEST)}={line(value, LONGEST)}" for key, value in settings)
-        facts.append(("sampler", code(sampler.get("name")) + (f" ({code(options, 400)})" if options else "")))
-    pruner = part("pruner", "name")
-    if isinstance(pruner, str) and pruner != "NopPruner":
-        facts.append(("pruner", code(pruner)))
-    return facts
-
-
 def _best(digest: Digest) -> str:
     best, full = digest.best, digest.full
-    facts = []
+    told = []
     if best is not None:
-        facts = [("trial", str(best.number)), ("loss", f"{best.loss:.4f}")]
+        told = [("trial", str(best.number)), ("loss", f"{best.loss:.4f}")]
         if not math.isnan(digest.accuracy):
-            label_free = digest.part("evaluation", "score") in ("kl", "acceptance")
-            facts.append(("agreement" if label_free else "accuracy", f"{100 * digest.accuracy:.1f}%"))
+            told.append(("agreement" if is_label_free(digest.about) else "accuracy", f"{100 * digest.accuracy:.1f}%"))
         if best.operator:
-            facts.append(("made by", code(best.operator)))
+            told.append(("made by", code(best.operator)))
     if full is not None:
-        facts.append(("full model", code(str(full), 200)))
-        facts += [("**warning**", code(warning, 600)) for warning in full.warnings[:MOST_SHOWN]]
+        told.append(("full model", code(str(full), 200)))
+        told += [("**warning**", code(warning, 600)) for warning in full.warnings[:MOST_SHOWN]]
     if best is not None and digest.held is not None:
         from moeopt.results.selection.gains import Held
 
-        facts.append(("held", code(str(Held(**digest.held)), 400)))
-    parts = ([] if best is not None else ["No trial has a loss yet."]) + ([_table(facts)] if facts else [])
+        told.append(("held", code(str(Held(**digest.held)), 400)))
+    parts = ([] if best is not None else ["No trial has a loss yet."]) + ([_table(told)] if told else [])
     sentences = None if best is None or digest.selection is None else digest.selection.get("sentences")
-    told = [code(text, 300) for text in sentences[:4] if isinstance(text, str)] if isinstance(sentences, list) else []
-    if told:
-        parts.append("\n".join(["**Selected on dev, reported on test:**\n", *(f"- {text}" for text in told)]))
+    said = [code(text, 300) for text in sentences[:4] if isinstance(text, str)] if isinstance(sentences, list) else []
+    if said:
+        parts.append("\n".join(["**Selected on dev, reported on test:**\n", *(f"- {text}" for text in said)]))
     if digest.plan is not None:
         parts.append(_plan(digest.plan))
     return "\n\n".join(parts)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeopt import __version__
+from moeopt.report.facts import facts
 from moeopt.report.figures import pages
 from moeopt.report.figures.pages import bullets, details, escape, place, section
 from moeopt.report.formatting import DASH, count, loss, quantity, short
@@ -60,21 +61,15 @@ def page(c: OptimiserComparison) -> str:
 
 
 def _header(c: OptimiserComparison, title: str) -> str:
-    task, space, model, evaluation = (c.description[part] for part in ("task", "space", "model", "evaluation"))
-    shape = space.get("shape") if isinstance(space.get("shape"), dict) else {}
-    limit = f", first {task['limit']} examples" if task.get("limit") else ""
-    layers = f"{shape.get('layers', '?')} MoE layers of {shape.get('experts', '?')} experts"
+    model = {key: value for key, value in c.description["model"].items() if key != "name_or_path"}
     studies = f"{count(len(c.optimisers), 'optimiser')}, {count(len(c.seeds), 'seed')} common to all"
-    facts = [
-        ("model", f"{model.get('architecture', '?')}, {layers}"),
-        ("task", f"{task.get('name', 'a task')}, {task.get('split', '?')} split{limit}"),
-        ("space", f"{space.get('kind', '?')}, keep {space.get('keep', '?')}"),
-        ("loss", str(evaluation.get("score", "likelihood"))),
+    told = [
+        *facts({**c.description, "model": model}),
         ("studies", f"{len(c.runs)}: {studies}"),
         ("budget", quantity(c.budget, c.cost)),
     ]
-    listed = "".join(f"<div><dt>{name}</dt><dd>{escape(text, 90)}</dd></div>" for name, text in facts)
-    return f"<header><h1>{escape(title, 90)}</h1><dl>{listed}</dl></header>"
+    shown = "".join(f"<div><dt>{name}</dt><dd>{escape(text, 150)}</dd></div>" for name, text in told)
+    return f"<header><h1>{escape(title, 90)}</h1><dl>{shown}</dl></header>"
 
 
 def _summary(c: OptimiserComparison) -> str:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from moeopt.errors import MoeoptError
 from moeopt.plan import Plan
+from moeopt.report.facts import facts, is_label_free
 from moeopt.report.formatting import DASH, number, percent
 from moeopt.report.tables import Columns, table
 from moeopt.report.terminal.plans import plan_table
@@ -123,30 +124,22 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
     """A study's description, phases, best trials, its best plan, and what was selected."""
     about = record["description"]
     full = None if record["full_model"] is None else of_facts(record["full_model"])
-    facts = Table.grid(padding=(0, 2))
-    for label, text in (
-        (
-            "study",
-            f"{line(record['name'])}: " + ", ".join(f"{count} {state}" for state, count in record["trials"].items()),
-        ),
-        ("model", f"{line(about['model']['name_or_path'])} ({line(about['model']['architecture'])})"),
-        ("task", _task_line(about["task"])),
-        ("score", line(_evaluation(about).get("score") or "likelihood")),
-        ("space", _space_line(about["space"])),
-        ("sampler", _sampler_line(about["sampler"])),
-        ("full model", "not scored" if full is None else str(full)),
-        *(("", line(warning, 1000)) for warning in (() if full is None else full.warnings[:MOST_SHOWN])),
-    ):
-        facts.add_row(Text(label, style="bold"), Text(text, style="" if label else "yellow"))
+    shown = Table.grid(padding=(0, 2))
+    trials = ", ".join(f"{count} {state}" for state, count in record["trials"].items())
+    lines = [("study", f"{line(record['name'])}: {trials}"), *facts(about)]
+    lines.append(("full model", "not scored" if full is None else str(full)))
+    lines += [("", line(warning, 1000)) for warning in (() if full is None else full.warnings[:MOST_SHOWN])]
     if record["held"] is not None:
         from moeopt.results.selection.gains import Held
 
-        facts.add_row(Text("held", style="bold"), Text(str(Held(**record["held"]))))
+        lines.append(("held", str(Held(**record["held"]))))
     if record["foreign"]:
         numbers = ", ".join(map(str, record["foreign"][:20])) + (", ..." if len(record["foreign"]) > 20 else "")
-        facts.add_row(Text("foreign", style="bold"), Text(f"another sampler than the study's made trials {numbers}"))
+        lines.append(("foreign", f"another sampler than the study's made trials {numbers}"))
+    for label, text in lines:
+        shown.add_row(Text(label, style="bold"), Text(text, style="" if label else "yellow"))
     if record["best"] is None:
-        return Group(facts, Text("no trial is finished yet"))
+        return Group(shown, Text("no trial is finished yet"))
     phases: Columns = [
         ("phase", itemgetter("phase")),
         ("trials", lambda phase: str(phase["trials"])),
@@ -154,53 +147,28 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         ("layer-tokens", lambda phase: f"{phase['layer_tokens']:,}"),
         ("seconds", lambda phase: number(phase["seconds"], 1)),
     ]
-    label_free = _evaluation(about).get("score") in ("kl", "acceptance")
-    trials: Columns = [
+    columns: Columns = [
         ("trial", lambda trial: str(trial["number"])),
         ("loss", lambda trial: number(trial["loss"])),
-        ("agreement" if label_free else "accuracy", lambda trial: percent(trial["accuracy"])),
+        ("agreement" if is_label_free(about) else "accuracy", lambda trial: percent(trial["accuracy"])),
         ("operator", lambda trial: str(trial["method"] or trial["operator"] or "")),
         ("parents", lambda trial: " ".join(map(str, trial["parents"] or ()))),
         ("layer-tokens", lambda trial: f"{trial['layer_tokens'] or 0:,}"),
         ("seconds", lambda trial: number(trial["seconds"], 2)),
     ]
     top = [] if full is None else [_as_trial(full)]
-    best = table("best trials", trials, [*top, *record["top"]], text=("operator", "parents"))
-    shown: list[RenderableType] = [facts, table("phases", phases, record["phases"]), best]
+    best = table("best trials", columns, [*top, *record["top"]], text=("operator", "parents"))
+    parts: list[RenderableType] = [shown, table("phases", phases, record["phases"]), best]
     if plan is not None:
-        shown.append(plan_table(plan, f"plan of the best trial, {record['best']['number']}"))
+        parts.append(plan_table(plan, f"plan of the best trial, {record['best']['number']}"))
     if record["selection"] is not None:
         from moeopt.report.selection import view
 
-        shown.append(view(record["selection"]))
-    return Group(*shown)
+        parts.append(view(record["selection"]))
+    return Group(*parts)
 
 
 def _as_trial(full: Reference) -> dict[str, Any]:
-    facts = {"number": "full model", "loss": full.loss + full.penalty, "accuracy": full.accuracy}
+    values = {"number": "full model", "loss": full.loss + full.penalty, "accuracy": full.accuracy}
     none = dict.fromkeys(("method", "operator", "parents"))
-    return {**facts, **none, "layer_tokens": full.layer_tokens, "seconds": full.seconds}
-
-
-def _task_line(task: dict[str, Any]) -> str:
-    count = (task.get("examples") or {}).get(task["split"])
-    limit = f", first {task['limit']}" if task.get("limit") else ""
-    return f"{line(task['name'])}, split {line(task['split'])}" + (f" of {count} examples{limit}" if count else limit)
-
-
-def _space_line(space: dict[str, Any]) -> str:
-    shape, groups = space["shape"], len(space["groups"])
-    return (
-        f"{line(space['kind'])}: {shape['layers']} layers in {groups} groups, {space['keep']} of {shape['experts']} "
-        f"experts kept, {space['k']} active, router {line(space['router'])}"
-    )
-
-
-def _sampler_line(sampler: dict[str, Any]) -> str:
-    settings = (f"{line(key, 40)}={line(value, 80)}" for key, value in sampler.items() if key != "name")
-    return f"{line(sampler.get('name') or '?')}: {', '.join(settings)}"
-
-
-def _evaluation(description: dict[str, Any]) -> dict[str, Any]:
-    """How trials were scored; studies of the first versions do not say, as there was one way."""
-    return description.get("evaluation") or {}
+    return {**values, **none, "layer_tokens": full.layer_tokens, "seconds": full.seconds}
