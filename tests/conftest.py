@@ -35,6 +35,23 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/study.db" if request.param == "sqlite" else str(request.param)
 
 
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """Runs a command that must be refused: exit code 2, nothing on stdout, one line on stderr, which is returned."""
+    from moeopt.cli import main
+
+    def run(arguments: list[str]) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("Error: ")
+        assert err.count("\n") == 1, err
+        return err
+
+    return run
+
+
 class MakeMixtral(Protocol):
     def __call__(
         self,

@@ -72,22 +72,6 @@ def place(make_mixtral: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempP
 Refused = Callable[..., str]
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command that must be refused: exit code 2, nothing on stdout, one line on stderr, which is returned."""
-
-    def run(arguments: list[str]) -> str:
-        capsys.readouterr()
-        assert main(arguments) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("Error: ")
-        assert err.count("\n") == 1, err
-        return err
-
-    return run
-
-
 BAD_SEARCH = {
     "more experts than there are": (["--keep", "9"], "keep=9", "6"),
     "fewer experts than active": (["--keep", "1"], "keep=1", "k=2"),
@@ -222,7 +206,10 @@ def test_sources_of_plans_are_checked(place: Place, refused: Refused, tmp_path: 
 @pytest.mark.slow
 def test_help_versions_and_early_errors_import_nothing_slow(place: Place) -> None:
     plain = place.search()
+    goal = ["compare-methods", str(place.model), "--task", "multiple_choice", "--data", str(place.data), "--keep", "3"]
+    wrong = ["--methods nae", "--active 0", "--keep 4,1", "--calibration-task txt", "--calibration-option window=32"]
     early = [
+        *([*goal, *options.split()] for options in wrong),
         *([command, "-h"] for command in COMMANDS),
         [],
         ["--version"],

@@ -220,30 +220,32 @@ def test_bad_plans_and_shapes() -> None:
         ModelShape(layers=0, experts=8, k=2)
 
 
-def test_bad_files(tmp_path: Path) -> None:
+HEAD = {"format": "moeopt-plan", "version": "1"}
+RECORD = '[{"experts": 4, "k": %d, "kept": [0, 1], "router": "rows", "negative": "clamp"}]'
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({"a": np.zeros(2)}, None, "not a moeopt plan"),
+        ({}, HEAD | {"version": "4"}, r"plan format version '4'; this is moeopt .*, which reads 1 to 3"),
+        ({}, HEAD | {"layers": "[{}]"}, "malformed plan metadata"),
+        ({}, HEAD | {"layers": RECORD % 3}, "k must be between 1 and the 2 experts kept"),
+        ({"layers.7.w_em": np.ones((2, 4), np.float32)}, HEAD | {"layers": RECORD % 1}, "metadata does not place"),
+    ],
+)
+def test_bad_files(tmp_path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None, message: str) -> None:
+    save_file(tensors, tmp_path / "plan", metadata=metadata)
+    with pytest.raises(PlanError, match=message):
+        Plan.load(tmp_path / "plan")
+
+
+def test_what_is_no_file_of_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no plan file at"):
         Plan.load(tmp_path / "missing")
     (tmp_path / "text").write_text("hello")
     with pytest.raises(PlanError, match="cannot be read as a safetensors file"):
         Plan.load(tmp_path / "text")
-    save_file({"a": np.zeros(2)}, tmp_path / "other")
-    with pytest.raises(PlanError, match="not a moeopt plan"):
-        Plan.load(tmp_path / "other")
-    save_file({}, tmp_path / "newer", metadata={"format": "moeopt-plan", "version": "4"})
-    with pytest.raises(PlanError, match=r"plan format version '4'; this is moeopt .*, which reads 1 to 3"):
-        Plan.load(tmp_path / "newer")
-    head = {"format": "moeopt-plan", "version": "1"}
-    save_file({}, tmp_path / "malformed", metadata=head | {"layers": "[{}]"})
-    with pytest.raises(PlanError, match="malformed plan metadata"):
-        Plan.load(tmp_path / "malformed")
-    record = '[{"experts": 4, "k": 3, "kept": [0, 1], "router": "rows", "negative": "clamp"}]'
-    save_file({}, tmp_path / "invalid", metadata=head | {"layers": record})
-    with pytest.raises(PlanError, match="k must be between 1 and the 2 experts kept"):
-        Plan.load(tmp_path / "invalid")
-    extra = {"layers.7.w_em": np.ones((2, 4), np.float32)}
-    save_file(extra, tmp_path / "extra", metadata=head | {"layers": record.replace('"k": 3', '"k": 1')})
-    with pytest.raises(PlanError, match="holds tensors that its metadata does not place"):
-        Plan.load(tmp_path / "extra")
 
 
 def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,23 +39,17 @@ ROMAN = (
 
 
 def rows(skill: str, split: str, limit: int | None = None) -> list[Any]:
-    """The first `limit` examples of a skill's split.
+    """The first `limit` examples of a skill's split, "train", "search", "dev" or "test"; no example is in two of them.
 
-    Parameters
-    ----------
-    skill: one of ``SKILLS``
-    split: ``"train"``, ``"search"``, ``"dev"`` or ``"test"``; no example is in two of them
-    limit: how many at most; by default all documents of ``text`` and up to 1,000 rows of the others (``add`` and
-        ``roman`` have fewer to hold out)
+    Args:
+        limit: None: all documents of ``text``, up to 1,000 rows of the others (``add`` and ``roman`` have fewer).
 
-    Returns
-    -------
-    For ``text`` documents (plain strings), otherwise rows ``{"id": str, "prompt": str, "options": list of 4
-    distinct strings, "answer": int}``; the model's text is ``prompt + options[answer]``.
+    Returns:
+        For ``text`` documents (plain strings), otherwise rows ``{"id": str, "prompt": str, "options": list of 4
+        distinct strings, "answer": int}``; the model's text is ``prompt + options[answer]``.
 
-    Raises
-    ------
-    ValueError: unknown skill or split, or a negative limit.
+    Raises:
+        ValueError: unknown skill or split, or a negative limit.
     """
     if skill not in SKILLS:
         raise ValueError(f"unknown demo skill {skill!r}; known: {', '.join(SKILLS)}")

@@ -8,17 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moeopt.lazily import lazily
-
-_HOMES = {
-    "OptimiserComparison": "comparison",
-    "HeldOut": "runs",
-    "Optimiser": "comparison",
-    "Pair": "comparison",
-    "Run": "runs",
-    "compare": "comparison",
-    "read": "runs",
-}
+from moeopt.lazily import homes, lazily
 
 __all__ = ["HeldOut", "Optimiser", "OptimiserComparison", "Pair", "Run", "compare", "read"]
 
@@ -26,6 +16,7 @@ if TYPE_CHECKING:
     from moeopt.results.optimiser_comparison.comparison import Optimiser, OptimiserComparison, Pair, compare
     from moeopt.results.optimiser_comparison.runs import HeldOut, Run, read
 
-
-__getattr__ = lazily(__name__, _HOMES)
+__getattr__ = lazily(
+    __name__, homes(comparison="Optimiser OptimiserComparison Pair compare", runs="HeldOut Run read")
+)  # fmt: skip
 """Arguments can be checked without numpy and Optuna."""
