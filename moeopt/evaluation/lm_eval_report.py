@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234}
 """The harness's defaults."""
+PUBLISHED = ("version", "num_fewshot", "metrics", "stderr", "higher_is_better", "samples", "documents")
+"""Attributes of a result that its JSON has."""
 CORPUS = ("bleu", "chrf", "chrfpp", "ter")
 """Aggregations that are slow; the harness draws fewer bootstrap samples of them too."""
 
@@ -129,22 +131,10 @@ class HarnessReport:
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
-        return {
-            "lm_eval": self.version,
-            "limit": self.limit,
-            "results": {
-                name: {
-                    "version": result.version,
-                    "num_fewshot": result.num_fewshot,
-                    "metrics": dict(result.metrics),
-                    "stderr": dict(result.stderr),
-                    "higher_is_better": dict(result.higher_is_better),
-                    "samples": {key: [_plain(value) for value in values] for key, values in result.samples.items()},
-                    "documents": list(result.documents),
-                }
-                for name, result in self.results.items()
-            },
+        results = {
+            name: {key: _plain(getattr(result, key)) for key in PUBLISHED} for name, result in self.results.items()
         }
+        return {"lm_eval": self.version, "limit": self.limit, "results": results}
 
 
 def lm_eval_report(
@@ -328,7 +318,9 @@ def _numbers(row: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]
 
 
 def _plain(value: Any) -> Any:
-    """A value of a document, a number, text or a nest of them, as JSON knows it."""
+    """A value of a result, a number, text or a nest of them, as JSON knows it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

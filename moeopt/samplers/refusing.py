@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optuna.samplers import BaseSampler
 from optuna.study import Study
@@ -13,9 +13,6 @@ from optuna.trial import FrozenTrial, TrialState
 from moeopt.errors import StudyError
 from moeopt.study.storage import attributes
 from moeopt.trials import genome
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 
 class UnknownSampler(BaseSampler):
@@ -32,16 +29,10 @@ class UnknownSampler(BaseSampler):
         end_refused(attributes.whole_study(study), trial, self.why, again=True)
         raise StudyError(self.why)
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def _refuse(self, *_: Any, **__: Any) -> Any:
         raise StudyError(self.why)
 
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        raise StudyError(self.why)
-
-    def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
-        raise StudyError(self.why)
+    infer_relative_search_space = sample_relative = sample_independent = _refuse
 
 
 def end_refused(study: Study, trial: FrozenTrial, reason: str, *, again: bool) -> None:

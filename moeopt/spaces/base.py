@@ -294,16 +294,8 @@ class Space(ABC):
     def _description(self, kind: str, **more: Any) -> dict[str, Any]:
         groups = [[first, last] for first, last in self.groups]
         shape = {"layers": self.shape.layers, "experts": self.shape.experts, "k": self.shape.k}
-        return {
-            "kind": kind,
-            "shape": shape,
-            "keep": self.keep,
-            "k": self.k,
-            "groups": groups,
-            "router": self.router,
-            "negative": self.negative,
-            **more,
-        }
+        given = {name: getattr(self, name) for name in ("keep", "k", "router", "negative")}
+        return {"kind": kind, "shape": shape, "groups": groups, **given, **more}
 
     def group_names(self) -> list[str]:
         """`L00-07`, `L08-15`, ...: the layers of each group."""
