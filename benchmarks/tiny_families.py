@@ -71,6 +71,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config.layer_types": ["indexed_attention"] * LAYERS},
     "dots3_note_text": {"layer_types": ["indexed_attention"] * LAYERS},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]}},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 290},
     "step3p7": {"text_config.sliding_window": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "attention"]},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -141,10 +142,13 @@ def tiny_config(model_type: str) -> Any:
 
 def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A model of a type in eval mode, float32, whose every bias and correction is random."""
-    auto = next(auto for mapping, auto in AUTO.items() if model_type in getattr(modeling_auto, mapping))
+    config = tiny_config(model_type)
+    autos = [auto for mapping, auto in AUTO.items() if model_type in getattr(modeling_auto, mapping)]
+    # of a model of images and text the whole is saved, as it is released, whatever loads it
+    auto = autos[-1] if config.get_text_config() is not config else autos[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = auto.from_config(tiny_config(model_type), dtype=torch.float32).eval()
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32).eval()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_floating_point() and re.search(r"bias|correction", name):
                 nn.init.normal_(tensor, std=0.1)

@@ -19,7 +19,7 @@ def test_the_page_names_every_moe_type_that_transformers_has() -> None:
     assert not set(moe_types()) - set(ROWS), "run python -m benchmarks.families --write"
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "jetmoe", "doge"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_vl_moe", "jetmoe", "doge"])
 def test_a_row_says_what_the_steps_give(model_type: str) -> None:
     for step, reason in tried(model_type, ("attach", "identity", "load", "stock")).items():
         assert (reason is None) == passed(ROWS[model_type])[step], reason

@@ -28,22 +28,19 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]
     model_type = str(config.get("model_type"))
     if "auto_map" in config:
         raise ExportError(f"{str(source)!r} comes with code of its own, and moeopt has no custom form for such a model")
-    if "text_config" in config:
-        raise ExportError(
-            f"moeopt has no custom form for {model_type!r}, a model of more than text; only a stock plan exports"
-        )
     try:
         classes = auto_map(model_type)
     except ModelError as error:
         raise ExportError(str(error)) from None
-    defaults = AutoConfig.for_model(model_type)
+    defaults = AutoConfig.for_model(model_type).get_text_config()
     alias = getattr(defaults, "attribute_map", {})
-    experts, active = keys_of(config, plan.layers[0].experts, source)
+    text = config.get("text_config", config)  # fields of a model of text and more, in a dictionary of their own
+    experts, active = keys_of(text, plan.layers[0].experts, source)
     maps = any(part.router == "prob" or part.skip for part in plan.layers)
     full: dict[str, dict[str, int]] = {"experts": {}, "active": {}}
     for kind, keys in (("experts", experts), ("active", active or [ACTIVE_KEYS[0]])):
         for key in keys:
-            value = config.pop(key, getattr(defaults, key, None))
+            value = text.pop(key, getattr(defaults, key, None))
             full[kind][alias.get(key, key)] = value
     layers = plan.layers
     lists = {
@@ -53,10 +50,11 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]
         "negative": [p.negative for p in layers],
         "skip": [p.skip for p in layers],
     }
-    if config.get("output_router_logits"):
-        config["output_router_logits"] = False  # the family's load balancing loss takes layers that are all alike
+    if text.get("output_router_logits"):
+        text["output_router_logits"] = False  # the family's load balancing loss takes layers that are all alike
+    text.update({key: lists[kind] for kind, keys in full.items() for key in keys})
     return config | {
-        "architectures": [classes["AutoModelForCausalLM"].partition(".")[2]],
+        "architectures": [next(name for auto, name in classes.items() if auto != "AutoConfig").partition(".")[2]],
         "auto_map": classes,
         "model_type": f"{CUSTOM}{model_type}",
         "moeopt": {
@@ -64,7 +62,6 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]
             "full": full,
             "rule": {**vars(rule), "normalised": rule.normalised} if maps else None,
         },
-        **{key: lists[kind] for kind, keys in full.items() for key in keys},
     }
 
 

@@ -33,7 +33,7 @@ from moeopt.exporting.writing import (
     write_weights,
 )
 from moeopt.models import empty_model, moe_layers
-from moeopt.models.gate import CODE, code_for
+from moeopt.models.gate import CODE, auto_class, code_for
 from moeopt.plan import Plan
 from moeopt.showing import listed
 
@@ -268,5 +268,6 @@ def _write(
     with room_for(folder / "plan.safetensors", plan.nbytes):
         plan.save(folder / "plan.safetensors", about=about)
     write_json(folder / "moeopt.json", record | {"plan": plan_record(prepared.written)})
-    text = card(source.folder, prepared.written, record, prepared.layout.nbytes, source.nbytes, prepared.remarks)
+    sizes, auto = (prepared.layout.nbytes, source.nbytes), auto_class(prepared.config).__name__
+    text = card(source.folder, prepared.written, record, *sizes, prepared.remarks, auto)
     write_text(folder / "README.md", text)

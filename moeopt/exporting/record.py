@@ -48,10 +48,16 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 
 
 def card(
-    source: Path, plan: Plan, record: dict[str, Any], total: int, original: int, remarks: Sequence[str] = ()
+    source: Path,
+    plan: Plan,
+    record: dict[str, Any],
+    total: int,
+    original: int,
+    remarks: Sequence[str] = (),
+    auto_class: str = "AutoModelForCausalLM",
 ) -> str:
     """The model card; `total` and `original` are bytes of weights, `remarks` what is said of tensors that no class
-    reads."""
+    reads, `auto_class` transformers' class that loads the checkpoint."""
     layers = plan.layers
     n, name = layers[0].experts, _code(source.name)
     r, k = (_range([getattr(p, field) for p in layers]) for field in ("kept_experts", "k"))
@@ -80,9 +86,9 @@ def card(
             f"Why not an ordinary one: {record['why_custom']}.",
             "",
             "```python",
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import {auto_class}",
             "",
-            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+            f"model = {auto_class}.from_pretrained(folder, trust_remote_code=True)",
             "```",
         ]
     for remark in remarks:

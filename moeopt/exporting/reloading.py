@@ -3,8 +3,9 @@
     python reloading.py FOLDER REQUEST RESULT OPTIONS
 
 REQUEST is a safetensors file of token sequences, int64 (1, tokens) each; RESULT gets the logits of each, float32, and
-``generated``, the tokens that greedy decoding puts behind ``prompt``. OPTIONS is JSON; its ``unread`` are tensors that
-the class of the original does not read either, and ``beside`` ends of names of others, which quantised layers use.
+``generated``, the tokens that greedy decoding puts behind ``prompt``. OPTIONS is JSON; its ``auto_class`` is the class
+of transformers that loads the checkpoint, its ``unread`` are tensors that the class of the original does not read
+either, and ``beside`` ends of names of others, which quantised layers use.
 """
 
 from __future__ import annotations
@@ -53,12 +54,11 @@ def main() -> None:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(options["threads"])
     stored_as = options["dequantised_by"]  # the original's weights were, whether or not this machine could do without
     more = {"quantization_config": getattr(transformers, stored_as)(dequantize=True)} if stored_as else {}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = getattr(transformers, options["auto_class"]).from_pretrained(
         folder,
         dtype="auto",
         device_map=options["device_map"],

@@ -29,7 +29,7 @@ from moeopt.exporting.unread import PREDICTION_KEY, disagreeing
 from moeopt.exporting.writing import write_json
 from moeopt.files import MALFORMED
 from moeopt.models import Admitted, admit, load_model, load_tokenizer, patched
-from moeopt.models.gate import CODE, CUSTOM, code_for
+from moeopt.models.gate import CODE, CUSTOM, auto_class, code_for
 from moeopt.models.quantisation import DEQUANTISING, StoredQuantised
 from moeopt.models.weight_files import INDEX, weight_files
 from moeopt.plan import Plan
@@ -172,7 +172,7 @@ def verify(
     options["beside"] = list(OF_INPUTS)
     with tempfile.TemporaryDirectory() as scratch:
         place, trusted = (folder, True) if trust_remote_code else _settings(folder, Path(scratch) / "checkpoint")
-        options["trust_remote_code"] = trusted
+        options |= {"trust_remote_code": trusted, "auto_class": auto_class(read_config(place)).__name__}
         got = _reloaded(place, expected.request, Path(scratch), options)
     if isinstance(got, str):
         return replace(compared, failure=got)

@@ -13,10 +13,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from moeopt.errors import ModelError, got
@@ -27,6 +36,11 @@ CODE = "modeling_moeopt.py"
 """The file of the class that a custom checkpoint of moeopt brings."""
 CUSTOM = "moeopt_"
 """Begins the model types of custom checkpoints."""
+AUTO_CLASSES: dict[Any, str] = {
+    AutoModelForCausalLM: "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    AutoModelForImageTextToText: "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+}
+"""transformers' classes that load a checkpoint, the first one that can does, and where they look up the model's."""
 TRUST = "read it, and if you trust it: trust_remote_code=True, or --trust-remote-code"
 UNUSABLE = (
     ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError, IndexError,
@@ -57,7 +71,7 @@ class Admitted:
     def empty(self, config: PreTrainedConfig) -> PreTrainedModel:
         """The model of a config, on the device in force."""
         if not self.is_custom:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trusted)
+            return self.model_class.from_config(config, trust_remote_code=self.trusted)
         model: PreTrainedModel = self.model_class._from_config(config)
         return model
 
@@ -84,7 +98,7 @@ def admit(source: str | os.PathLike[str], *, trust_remote_code: bool = False, **
     except ModelError as error:
         raise ModelError(f"{str(source)!r}: {error}") from None
     if trust_remote_code:
-        return Admitted(True, AutoConfig, AutoModelForCausalLM)
+        return Admitted(True, AutoConfig, auto_class(config))
     foreign = _elsewhere(config)
     if (folder / "adapter_config.json").exists():
         foreign.append("adapter_config.json")
@@ -97,18 +111,21 @@ def admit(source: str | os.PathLike[str], *, trust_remote_code: bool = False, **
             f"{str(source)!r} brings code ({', '.join(foreign[:5])}) that is not, byte for byte, what this moeopt "
             f"ships; {TRUST}"
         )
-    return Admitted(False, *custom_classes(model_type.removeprefix(CUSTOM))) if is_custom else _STOCK
+    if is_custom:
+        return Admitted(False, *custom_classes(model_type.removeprefix(CUSTOM)))
+    return Admitted(False, AutoConfig, auto_class(config))
 
 
 def code_for(model_type: str) -> bytes:
     """The modeling file of a family, such as ``"mixtral"``, that goes into its custom checkpoints.
 
     Raises:
-        ModelError: when transformers knows no such family of causal language models.
+        ModelError: when transformers knows no such family of language models.
     """
     family = _family(model_type)
-    template = (Path(__file__).parent / CODE).read_text(encoding="utf-8")
-    return template.replace("Mixtral", family).replace("mixtral", model_type).encode()
+    text = (Path(__file__).parent / CODE).read_text(encoding="utf-8")
+    text = text.replace("MixtralForCausalLM", family.model).replace("MixtralConfig", family.config)
+    return text.replace("Mixtral", family.config.removesuffix("Config")).replace("mixtral", model_type).encode()
 
 
 @cache
@@ -131,27 +148,47 @@ def custom_classes(model_type: str) -> tuple[Any, Any]:
     classes = {auto: getattr(module, place.partition(".")[2]) for auto, place in auto_map(model_type).items()}
     for auto, kind in classes.items():
         kind.register_for_auto_class(auto)
-    return classes["AutoConfig"], classes["AutoModelForCausalLM"]
+    return classes["AutoConfig"], classes[_family(model_type).auto]
 
 
 def auto_map(model_type: str) -> dict[str, str]:
     """The field of config.json that names the classes of a family's custom checkpoints."""
-    names = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
-    return {auto: f"{CODE.removesuffix('.py')}.Moeopt{_family(model_type)}{end}" for auto, end in names.items()}
+    family = _family(model_type)
+    names = {"AutoConfig": family.config, family.auto: family.model}
+    return {auto: f"{CODE.removesuffix('.py')}.Moeopt{name}" for auto, name in names.items()}
 
 
-_STOCK = Admitted(False, AutoConfig, AutoModelForCausalLM)
+def auto_class(config: dict[str, Any]) -> Any:
+    """transformers' class that loads a checkpoint: of language models where it can, else of models of images and text.
+
+    Args:
+        config: what config.json holds.
+    """
+    model_type, own = config.get("model_type"), config.get("auto_map")
+    own = own if isinstance(own, dict) else {}
+    for auto, mapping in AUTO_CLASSES.items():
+        if auto.__name__ in own or model_type in getattr(modeling_auto, mapping):
+            return auto
+    return AutoModelForCausalLM
 
 
-def _family(model_type: str) -> str:
-    """What the names of a family's classes begin with, such as ``"Mixtral"``."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+class _Family(NamedTuple):
+    """Names of a family's classes in transformers, and of the auto class that loads its models."""
 
-    family = str(CONFIG_MAPPING_NAMES.get(model_type)).removesuffix("Config")
-    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) != f"{family}ForCausalLM":
-        raise ModelError(f"moeopt has no custom form for models of type {model_type!r}; only a stock plan exports")
-    return family
+    config: str
+    model: str
+    auto: str
+
+
+@cache
+def _family(model_type: str) -> _Family:
+    config = str(CONFIG_MAPPING_NAMES.get(model_type))
+    for auto, mapping in AUTO_CLASSES.items():
+        model = getattr(modeling_auto, mapping).get(model_type)
+        # a model of text and more may have a class for its text alone, which takes the config of the text
+        if isinstance(model, str) and getattr(transformers, model).config_class.__name__ == config:
+            return _Family(config, model, auto.__name__)
+    raise ModelError(f"moeopt has no custom form for models of type {model_type!r}; only a stock plan exports")
 
 
 def _config(source: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:

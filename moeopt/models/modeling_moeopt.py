@@ -57,15 +57,16 @@ class MoeoptMixtralConfig(MixtralConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         for full in (config_dict.get("moeopt") or {"full": {}})["full"].values():
-            config_dict = {**config_dict, **full}
+            text = config_dict.get("text_config")
+            config_dict = {**config_dict, **(full if text is None else {"text_config": {**text, **full}})}
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self):
-        found = super().to_dict()
+        fields = super().to_dict()
         if self.moeopt is not None:
             for kind, full in self.moeopt["full"].items():
-                found.update({key: list(self.moeopt[kind]) for key in full})
-        return found
+                fields.get("text_config", fields).update({key: list(self.moeopt[kind]) for key in full})
+        return fields
 
 
 class MoeoptRouter:
@@ -255,6 +256,8 @@ def _resize(module, n, r):
             setattr(module, name, r)
 
 
-mapping = get_checkpoint_conversion_mapping("mixtral")
-if mapping is not None:  # the names that the tensors of a checkpoint have on disk
-    register_checkpoint_conversion_mapping("moeopt_mixtral", mapping, overwrite=True)
+# the names that the tensors of a checkpoint have on disk, by type and by class
+for theirs, own in (("mixtral", "moeopt_mixtral"), ("MixtralForCausalLM", "MoeoptMixtralForCausalLM")):
+    mapping = get_checkpoint_conversion_mapping(theirs)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(own, mapping, overwrite=True)

@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from exporting.conftest import build_plans
-from transformers import AutoModelForCausalLM, MixtralForCausalLM
+from tiny_families import tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, MixtralForCausalLM
 
 import moeopt
 from moeopt.errors import ExportError
-from moeopt.exporting import why_not_stock
-from moeopt.exporting.custom import custom_config
+from moeopt.exporting import verify, why_not_stock
+from moeopt.models import load_model
 from moeopt.plan import LayerPlan, Plan
 
 KINDS = tuple(build_plans())
@@ -185,11 +187,26 @@ def test_the_form_is_chosen_or_refused(full: Any, plans: dict[str, Plan], tmp_pa
     assert "trust_remote_code=True" in card.read_text()
 
 
-def test_a_text_model_inside_another_one_has_no_custom_form(plans: dict[str, Plan], tmp_path: Path) -> None:
-    config = {"model_type": "qwen3_5_moe", "text_config": {"num_experts": 6, "num_experts_per_tok": 2}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ExportError, match="'qwen3_5_moe', a model of more than text; only a stock plan exports"):
-        custom_config(tmp_path, plans["mixed-r"], None)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "key"), [("qwen3_vl_moe", "num_local_experts"), ("qwen3_5_moe", "num_experts")])
+def test_a_model_of_images_and_text_is_exported_whole(
+    saved: Any, tiny_tokenizer: Any, tmp_path: Path, model_type: str, key: str
+) -> None:
+    full = saved(tiny_model(model_type), tiny_tokenizer, tmp_path / "full")
+    stock = Plan.one_hot([[0, 2, 5]] * 3, experts=8, k=2)
+    others = stock.layers[1:]
+    custom = Plan((LayerPlan(8, 1, kept=(0, 1, 3, 4), w_rm=np.eye(8)[1:5] + 0.1, router="prob"), *others))
+    for plan, form in ((stock, "stock"), (custom, "custom")):
+        moeopt.export(plan, tmp_path / form, model=full)
+        small = json.loads((tmp_path / form / "config.json").read_text())
+        assert small["text_config"][key] == (3 if form == "stock" else [4, 3, 3])
+        assert key not in small
+        assert verify(tmp_path / form).ok  # as transformers alone loads it
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / form, trust_remote_code=form == "custom")
+        assert any("visual" in name for name, _ in model.named_parameters())
+        model.save_pretrained(tmp_path / f"{form} again")
+        again = load_model(tmp_path / f"{form} again")
+        torch.testing.assert_close(computed(again), computed(model.eval()))
 
 
 def test_families_that_need_code_of_their_own_are_refused_before_writing(full: Any, tmp_path: Path) -> None:
