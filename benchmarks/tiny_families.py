@@ -150,6 +150,8 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32).eval()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_floating_point() and re.search(r"bias|correction", name):
-                nn.init.normal_(tensor, std=0.1)
+            if tensor.is_floating_point() and re.search(r"bias|correction|per_expert_scale", name):
+                nn.init.normal_(tensor, mean=float(name.endswith("scale")), std=0.1)
+            elif tensor.is_floating_point() and tensor.ndim > 1 and not tensor.any():
+                nn.init.normal_(tensor, std=0.2)
     return model

@@ -13,6 +13,7 @@ from moeopt.errors import ExportError, ModelError
 from moeopt.exporting.stock import ACTIVE_KEYS, keys_of, read_config
 from moeopt.models import RoutingRule, empty_model, lacking, moe_layers, placed
 from moeopt.models.gate import CUSTOM, auto_map, custom_classes
+from moeopt.models.layers import call_router, given_tensors
 from moeopt.models.routing import learn_rule
 from moeopt.plan import Plan
 from moeopt.showing import first_line
@@ -76,9 +77,15 @@ def rule_of(source: Path) -> RoutingRule:
     model = empty_model(source)
     layer = moe_layers(model)[0]
     layer.router.to_empty(device="cpu")
+    tensors: list[torch.Tensor] = [*layer.router.parameters(), *layer.router.buffers()]
+    for name in given_tensors(layer.block, layer.router):
+        empty = torch.empty_like(getattr(layer.block, name), device="cpu")
+        is_parameter = name in layer.block._parameters
+        setattr(layer.block, name, torch.nn.Parameter(empty, requires_grad=False) if is_parameter else empty)
+        tensors.append(getattr(layer.block, name))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for tensor in [*layer.router.parameters(), *layer.router.buffers()]:
+        for tensor in tensors:
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
     return learn_rule(layer)
 
@@ -102,7 +109,7 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
         for block, part in zip((b for b in model.modules() if _is_block(b)), plan.layers):
             router = block.gate if isinstance(getattr(block, "gate", None), torch.nn.Module) else block.router
             weight = next(p for p in router.parameters() if p.ndim == 2)
-            index = router(torch.zeros(2, weight.shape[1], device="meta", dtype=model.dtype))[2]
+            index = call_router(block, router, torch.zeros(2, weight.shape[1], device="meta", dtype=model.dtype))[2]
             if tuple(index.shape) != (2, part.k):
                 raise ValueError(f"a router picks {index.shape[1]} experts in place of {part.k}")
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:

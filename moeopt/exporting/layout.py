@@ -15,9 +15,10 @@ from moeopt.errors import ExportError
 from moeopt.exporting.quantised import Quantised
 from moeopt.exporting.source import BYTES, Source, Stored, dtype_name, torch_dtype
 from moeopt.models import MoELayer, Placed, lacking, merge, placed
+from moeopt.models.layers import given_tensors
 from moeopt.models.merging import CHUNK_BYTES, DOWN, new_expert, write_down
 from moeopt.models.mixing import ExpertForm
-from moeopt.models.names import NUMBERED
+from moeopt.models.names import NUMBERED, renamed
 from moeopt.plan import LayerPlan, Matrix, Plan
 from moeopt.showing import listed
 
@@ -181,6 +182,9 @@ class Roles:
         names = {module: name for name, module in model.named_modules()}
         self.routers = {names[layer.router]: layer for layer in layers}
         self.experts = {names[layer.experts]: layer for layer in layers}
+        self._given = {
+            f"{layer.name}.{tensor}": layer for layer in layers for tensor in given_tensors(layer.block, layer.router)
+        }
 
     def find(self, place: Placed | None) -> tuple[str, MoELayer] | None:
         """Whether a tensor is a router's or experts', and of which layer."""
@@ -188,7 +192,8 @@ class Roles:
             for module, layer in modules.items():
                 if place is not None and place.name.startswith(f"{module}."):
                     return kind, layer
-        return None
+        given = None if place is None else self._given.get(place.name)
+        return None if given is None else ("routers", given)
 
 
 def check_understood(
@@ -379,9 +384,13 @@ def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Rol
         end = f".{module.rpartition('.')[2]}.weight"
         beside = (name for name, place in places.items() if place.name == f"{module}.weight" and name.endswith(end))
         router = next(beside, f"{module}.weight").removesuffix(".weight")
-        experts = f"{router.rpartition('.')[0]}.experts"
         for leaf, tensor in _mappings(plan.layers[layer.index]).items():
-            name = f"{experts if leaf == 'novices' else router}.{leaf}"
+            # some conversions rename the router's weight alone: then what joins it has the model's own name on disk
+            name, own = (
+                f"{place.rpartition('.')[0]}.experts.{leaf}" if leaf == "novices" else f"{place}.{leaf}"
+                for place in (router, module)
+            )
+            name = own if renamed(model, name) != own and renamed(model, own) == own else name
             layout.tensors[name] = Stored(dtype_name(tensor.dtype), tuple(tensor.shape))
             layout.given[name] = lambda source, tensor=tensor: tensor  # type: ignore[misc]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moeopt.errors import MethodError
 from moeopt.methods.sequences import Batch
-from moeopt.models import MoELayer, RoutingRule, materialised
+from moeopt.models import MoELayer, RoutingRule, routing_tensor
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -124,7 +124,7 @@ class LayerActivations:
     def correction(self) -> Tensor | None:
         """What the router adds to its scores for the choice of experts only, (n,)."""
         name = self.rule.correction
-        return None if name is None else materialised(self.layer.router, name).reshape(-1).to(self.logits.device)
+        return None if name is None else routing_tensor(self.layer, name).reshape(-1).to(self.logits.device)
 
     @cached_property
     def outputs(self) -> Tensor:

@@ -6,7 +6,7 @@ It imports `plan` alone, and is where what depends on transformers' classes belo
 from moeopt.models.devices import check_device, check_device_map, check_dtype
 from moeopt.models.gate import Admitted, admit
 from moeopt.models.identity import describe, fingerprint
-from moeopt.models.layers import MoELayer, check_model, is_dense, materialised, moe_layers, shape_of
+from moeopt.models.layers import MoELayer, check_model, is_dense, materialised, moe_layers, routing_tensor, shape_of
 from moeopt.models.layerwise import Layerwise, layerwise
 from moeopt.models.loading import check_checkpoint, empty_model, load, load_model, load_tokenizer
 from moeopt.models.merging import MergedCache, merge
@@ -64,6 +64,7 @@ __all__ = [
     "placed",
     "plan_in_force",
     "routing_rules",
+    "routing_tensor",
     "shape_of",
     "without_plan",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from moeopt.errors import ModelError, got
 from moeopt.plan import ModelShape
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OF_BLOCK = "../"
+"""Begins the name of a tensor that is the block's, in rules that name those of the router."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +89,7 @@ def moe_layers(model: nn.Module) -> tuple[MoELayer, ...]:
         try:
             if not isinstance(router, nn.Module):
                 raise ModelError("it has no router module under .gate or .router")
-            n, k = _interface(router, experts)
+            n, k = _interface(block, router, experts)
         except ModelError as error:
             complaints.setdefault(str(error), name)
         else:
@@ -189,7 +193,34 @@ def expert_groups(*modules: nn.Module) -> tuple[int, int]:
     return 1, 1
 
 
-def _interface(router: nn.Module, experts: nn.Module) -> tuple[int, int]:
+def routing_tensor(layer: MoELayer, name: str) -> Tensor:
+    """A tensor that a rule names, with its data: of the router, or, behind `OF_BLOCK`, of its block."""
+    if name.startswith(OF_BLOCK):
+        return materialised(layer.block, name.removeprefix(OF_BLOCK))
+    return materialised(layer.router, name)
+
+
+def given_tensors(block: nn.Module, router: nn.Module) -> tuple[str, ...]:
+    """Names of the tensors of a block that its router is called with after the hidden states.
+
+    A parameter of the router's forward stands for the tensor of that name, such as ``"e_score_correction_bias"``.
+    """
+    forwards = (vars(kind)["forward"] for kind in type(router).__mro__ if "forward" in vars(kind))
+    names = dict.fromkeys(name for forward in forwards for name in inspect.signature(forward).parameters)
+    return tuple(name for name in names if isinstance(getattr(block, name, None), Tensor))
+
+
+def call_router(block: nn.Module, router: nn.Module, hidden: Tensor) -> Any:
+    """What a router returns for hidden states (tokens, hidden), called as its block calls it, but without hooks."""
+    names = given_tensors(block, router)
+    given = {n: getattr(block, n) if hidden.is_meta else materialised(block, n).to(hidden.device) for n in names}
+    try:
+        return router.forward(hidden, **given)
+    except ValueError:  # some unpack (rows, width, hidden)
+        return router.forward(hidden[None], **given)
+
+
+def _interface(block: nn.Module, router: nn.Module, experts: nn.Module) -> tuple[int, int]:
     if isinstance(experts, nn.ModuleList):
         raise ModelError(
             "its experts are a ModuleList, one module an expert, not one module of stacked (n, ...) parameters"
@@ -205,7 +236,7 @@ def _interface(router: nn.Module, experts: nn.Module) -> tuple[int, int]:
     try:
         with torch.no_grad():
             # Not router(...): hooks, such as those of a plan in force, must not show here.
-            output = router.forward(torch.zeros(2, weight.shape[1], device=device, dtype=dtype))
+            output = call_router(block, router, torch.zeros(2, weight.shape[1], device=device, dtype=dtype))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(

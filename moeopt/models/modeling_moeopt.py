@@ -36,6 +36,7 @@ no stock class takes the checkpoint for one of its own.
 # mypy: ignore-errors
 
 import functools
+import inspect
 
 import torch
 import transformers
@@ -127,6 +128,8 @@ class MoeoptRouter:
         name = self.moeopt["rule"]["correction"]
         if name is None:
             return None
+        if name.startswith("../"):  # of the block
+            return getattr(self.block[0], name[3:]).reshape(-1)
         path, _, leaf = name.rpartition(".")
         return getattr(self.get_submodule(path), leaf).reshape(-1)
 
@@ -222,14 +225,16 @@ def _fit(block, n, plan):
     router = block.gate if isinstance(getattr(block, "gate", None), nn.Module) else block.router
     experts, r = block.experts, plan["experts"]
     _resize(experts, n, r)
-    for module in router.modules() if plan["router"] == "rows" else ():
-        _resize(module, n, r)
+    if plan["router"] == "rows":
+        for module in router.modules():
+            _resize(module, n, r)
+        _resize(block, n, r, inspect.signature(router.forward).parameters)  # what it gives its router
     for module in (block, router):
         if hasattr(module, "top_k"):
             module.top_k = plan["active"]
     if plan["router"] != "rows" or plan["skip"]:
         router.__class__ = type(f"Moeopt{type(router).__name__}", (MoeoptRouter, type(router)), {})
-        router.moeopt = plan
+        router.moeopt, router.block = plan, (block,)  # in a tuple, as a module would be a part of the router
     if plan["router"] == "prob":
         router.register_buffer("w_rm", torch.eye(r, n, dtype=torch.float32))
     if plan["router"] == "alias":
@@ -244,9 +249,11 @@ def _fit(block, n, plan):
         experts.__class__ = type(f"Moeopt{type(experts).__name__}", (mixed, type(experts)), {})
 
 
-def _resize(module, n, r):
+def _resize(module, n, r, only=None):
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
+            if only is not None and name not in only:
+                continue
             if tensor is not None and tensor.ndim and n in (tensor.shape[0], tensor.shape[-1]):
                 smaller = tensor.detach().narrow(0 if tensor.shape[0] == n else -1, 0, r).clone()
                 is_parameter = isinstance(tensor, nn.Parameter)

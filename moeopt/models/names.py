@@ -55,6 +55,12 @@ def placed(model: nn.Module, names: Iterable[str]) -> dict[str, Placed]:
     return places
 
 
+def renamed(model: nn.Module, name: str) -> str:
+    """What a tensor of a checkpoint is called in `model`, by renaming alone, whether or not the model has it."""
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    return str(rename_source_key(name, renamings, [])[0])
+
+
 def lacking(model: nn.Module, places: Mapping[str, Placed], experts: Mapping[str, int]) -> list[str]:
     """What `model` needs and a checkpoint with these tensors does not hold, in words; of tied tensors one is enough.
 

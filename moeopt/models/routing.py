@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeopt.errors import ModelError, PlanError
-from moeopt.models.layers import MoELayer, gate_weight, materialised
+from moeopt.models.layers import OF_BLOCK, MoELayer, call_router, gate_weight, given_tensors, routing_tensor
 from moeopt.models.merging import merge
 from moeopt.plan import LayerPlan
 
@@ -39,7 +39,8 @@ class RoutingRule:
         weight: name of the router's (n, hidden) weight.
         bias: name of the (n,) tensor added to the logits, if there is one.
         float32_logits: whether the logits are computed in float32, whatever the dtype of the hidden states.
-        correction: name of the (n,) tensor added to the scores for the choice of experts only (DeepSeek-V3), if any.
+        correction: name of the (n,) tensor added to the scores for the choice of experts only (DeepSeek-V3), if any; of
+            one of the block, which gives it to its router (MiniMax-M2), behind ``"../"``.
         score: ``"softmax"`` or ``"sigmoid"`` of all logits, or ``"selected"``: softmax of the top-k logits only.
         float32_scores: whether scores are computed in float32 rather than in the dtype of the logits.
         renormalise: whether the top-k scores are divided by their sum (plus `epsilon`).
@@ -204,12 +205,13 @@ class _Probe:
     def run(cls, layer: MoELayer) -> _Probe:
         name = gate_weight(layer.router, layer.n)[0]
         candidates = [*layer.router.named_parameters(), *layer.router.named_buffers()]
+        candidates += [(f"{OF_BLOCK}{n}", getattr(layer.block, n)) for n in given_tensors(layer.block, layer.router)]
         names = [name, *(other for other, t in candidates if t.numel() == layer.n and other != name)]
         hidden = probe_tokens(layer, PROBE_TOKENS)
         with torch.no_grad():  # `forward`, so that no hook takes part; a copy, as a router may work in place
-            output = layer.router.forward(hidden.clone())
+            output = call_router(layer.block, layer.router, hidden.clone())
         device = output[0].device
-        tensors = {other: materialised(layer.router, other).to(device) for other in names}
+        tensors = {other: routing_tensor(layer, other).to(device) for other in names}
         return cls(name, tensors, hidden.to(device), output)
 
     def vectors(self, kind: Literal["bias", "correction"]) -> list[str | None]:
@@ -275,7 +277,7 @@ class MappedRouter:
         for role, name in (("weight", rule.weight), ("bias", rule.bias), ("correction", rule.correction)):
             if name is None or (maps_scores and role != "correction"):
                 continue
-            source = materialised(layer.router, name)
+            source = routing_tensor(layer, name)
             source = source.reshape(-1) if role != "weight" else source
             if maps_scores:
                 self._tensors[role] = matrix.to(source.device) @ source.float()
