@@ -10,12 +10,14 @@ the first mean; none of them is told, as they were not drawn from the distributi
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moeopt.errors import SamplerError
 from moeopt.plan import Plan
 from moeopt.samplers.base import Proposal, StartingSampler
 from moeopt.samplers.checks import check_counts, check_positive
@@ -23,21 +25,27 @@ from moeopt.samplers.history import Observation, noted
 from moeopt.spaces.base import Space
 
 OPERATOR = "cmaes"
+FULL_AT_MOST = 1_000
+"""Numbers up to which the whole covariance is adapted unless told."""
+FULL_REFUSED = 10_000
+"""Numbers beyond which it is not, even if told."""
 
 
 class CMAESSampler(StartingSampler):
     """Covariance matrix adaptation. The full matrix suits up to about 500 numbers, the separable one any size.
+
+    A full matrix of m numbers is 8 m^2 bytes, and its eigenvectors take m^3 steps a generation: minutes at 6,144.
 
     Args:
         space: what to search.
         seed, redraw: as for `GenomeSampler`.
         sigma: first standard deviation of each number, as a multiple of `space.step`.
         start: the plan or vector (size,) to start at; by default `space.start()`.
-        separable: adapt the diagonal of the covariance only.
+        separable: adapt the diagonal of the covariance only. None: for more than `FULL_AT_MOST` numbers, which is said.
         population_size: trials per generation; by default 4 + floor(3 ln size).
 
     Raises:
-        SamplerError: naming the argument that does not fit.
+        SamplerError: naming the argument that does not fit; for a full matrix of more than `FULL_REFUSED` numbers.
         SpaceError: when `start` is not of this space.
     """
 
@@ -52,7 +60,7 @@ class CMAESSampler(StartingSampler):
         redraw: int = 20,
         sigma: float = 1.0,
         start: Plan | ArrayLike | None = None,
-        separable: bool = False,
+        separable: bool | None = None,
         population_size: int | None = None,
     ) -> None:
         super().__init__(space, seed=seed, redraw=redraw, start=start)
@@ -60,6 +68,21 @@ class CMAESSampler(StartingSampler):
         if population_size is None:
             population_size = 4 + math.floor(3 * math.log(space.size))
         check_counts({"population_size": population_size}, least=3)
+        if separable is None:
+            separable = space.size > FULL_AT_MOST
+            if separable:
+                warnings.warn(
+                    "cmaes adapts the diagonal of the covariance alone (separable=True), as the space has "
+                    f"{space.size:,} numbers, more than {FULL_AT_MOST:,}; separable=False takes "
+                    f"{8 * space.size**2 / 1e9:.1f} GB",
+                    stacklevel=2,
+                )
+        if not separable and space.size > FULL_REFUSED:
+            raise SamplerError(
+                f"a full covariance of {space.size:,} numbers would take {8 * space.size**2 / 1e9:.1f} GB and hours a "
+                f"generation, the most is {FULL_REFUSED:,}: use 'sepcmaes', 'blockcmaes', or a PruneSpace, which has "
+                "a number an expert"
+            )
         self.sigma, self.separable, self.population_size = float(sigma), bool(separable), population_size
         self._cache: tuple[Any, list[Any], Any] | None = None
 

@@ -13,6 +13,7 @@ import copy
 import inspect
 import json
 import uuid
+import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 OPERATOR = "sampled"
+TPE_SLOW, TPE_AT_MOST = 2_048, 50_000
+"""Numbers beyond which `tpe` is warned of, and refused."""
 NOTES_AT_MOST = 16_000
 """Characters of JSON that a sampler may keep per trial."""
 
@@ -95,11 +98,16 @@ class ShadowSampler(StartingSampler):
 class TPESampler(ShadowSampler):
     """Optuna's tree-structured Parzen estimator (Bergstra et al., 2011).
 
+    It walks all trials once a number: about a millisecond a number and proposal, growing with trials.
+
     Args:
         space, seed, redraw, start: as for `ShadowSampler`.
         n_startup_trials: random trials before the estimator is used.
         n_ei_candidates: candidates drawn per proposal.
         multivariate, group, constant_liar: as for `optuna.samplers.TPESampler`.
+
+    Raises:
+        SamplerError: for a space of more than `TPE_AT_MOST` numbers.
     """
 
     name = "tpe"
@@ -117,6 +125,17 @@ class TPESampler(ShadowSampler):
         group: bool = False,
         constant_liar: bool = True,
     ) -> None:
+        if space.size > TPE_AT_MOST:
+            raise SamplerError(
+                f"tpe would take minutes a trial for {space.size:,} numbers, the most is {TPE_AT_MOST:,}: use 'eep', "
+                "'local', 'guided' or 'sepcmaes', or a PruneSpace, which has a number an expert"
+            )
+        if space.size > TPE_SLOW:
+            warnings.warn(
+                f"tpe takes about {space.size / 1000:.0f} s a trial for {space.size:,} numbers, more with every "
+                "hundred trials; 'eep', 'local', 'guided' and 'sepcmaes' take a fraction of a second",
+                stacklevel=2,
+            )
         self.estimator = {
             "n_startup_trials": n_startup_trials, "n_ei_candidates": n_ei_candidates,
             "multivariate": multivariate, "group": group, "constant_liar": constant_liar,

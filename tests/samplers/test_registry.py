@@ -19,7 +19,7 @@ from moeopt.samplers import (
     get,
     operators,
 )
-from moeopt.spaces import PruneSpace
+from moeopt.spaces import EEPSpace, PruneSpace
 
 SPACE = PruneSpace(ModelShape(layers=4, experts=6, k=2), keep=3, groups=2)
 
@@ -33,6 +33,21 @@ def test_names_and_options() -> None:
     assert short.settings() == get("nevergrad", SPACE, optimizer="DE", budget=50).settings()
     assert get("random", SPACE, seed=7).seed == 7
     assert get("random", SPACE, seed=None).seed != get("random", SPACE, seed=None).seed
+
+
+def test_sizes_that_a_sampler_is_not_for() -> None:
+    """48 layers of 128 experts: numbers an expert are many, numbers an entry of W_EM and W_RM too many for some."""
+    shape = ModelShape(layers=48, experts=128, k=8)
+    scores, entries = PruneSpace(shape, keep=64), EEPSpace(shape, keep=64)
+    with pytest.warns(UserWarning, match=r"diagonal of the covariance alone .* 6,144 numbers, more than 1,000"):
+        assert get("cmaes", scores).settings()["separable"]
+    assert not get("cmaes", scores, separable=False).settings()["separable"]
+    with pytest.warns(UserWarning, match="about 6 s a trial for 6,144 numbers"):
+        get("tpe", scores)
+    refused: list[tuple[str, dict[str, bool]]] = [("tpe", {}), ("cmaes", {"separable": False})]
+    for name, options in refused:
+        with pytest.raises(SamplerError, match=r"786,432 numbers.*the most is .* PruneSpace"):
+            get(name, entries, **options)
 
 
 def test_objects() -> None:
