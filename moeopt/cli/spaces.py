@@ -63,10 +63,11 @@ class SpaceOptions:
         ),
     ] = "eep"
     router: Annotated[
-        Literal["prob", "logit"] | None,
+        Literal["prob", "logit", "rows"] | None,
         SPACE(
-            help="Merged routers act on probabilities, as in EEP, or on logits, which an ordinary checkpoint can "
-            "hold. Default: prob."
+            help="Merged routers act on probabilities, as in EEP; on logits, which an ordinary checkpoint can hold; or "
+            "are rows of the router as it is, which it can hold, too. Default: prob, or logit where routers correct "
+            "their choice by a bias or choose groups first."
         ),
     ] = None
     encoding: Annotated[

@@ -34,7 +34,7 @@ class Aimer(Planner):
         started, layers = time.perf_counter(), []
         for first, last in ranges:
             scores = np.sum([aimer(layer) for layer in calibration.layers[first : last + 1]], axis=0)
-            part = budget.pruned(np.argsort(scores, kind="stable")[: budget.keep].tolist())
+            part = budget.pruned(budget.best(-scores))
             layers += [part] * (last - first + 1)
         return MethodPlan(Plan(tuple(layers)), 0, time.perf_counter() - started)
 

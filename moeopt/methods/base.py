@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from math import comb
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeopt.errors import MethodError
-from moeopt.plan import LayerPlan, Plan
+from moeopt.plan import LayerPlan, Plan, why_unequal
 
 if TYPE_CHECKING:
     from moeopt.methods.calibration import Calibration
@@ -32,6 +34,8 @@ class Budget:
         keep: r, experts kept per layer.
         active: experts that run per token in the plan, at most `keep`.
         seed: of methods that draw.
+        router_groups: in how many groups of consecutive experts routers choose first (`ModelShape`); every method keeps
+            as many experts of each.
     """
 
     experts: int
@@ -39,6 +43,7 @@ class Budget:
     keep: int
     active: int
     seed: int = 0
+    router_groups: int = 1
 
     def check(self, *, among_all: bool = False) -> None:
         """Raise MethodError when `keep` or `active` is out of range; `among_all`: of routers that pick among all n."""
@@ -47,6 +52,39 @@ class Budget:
         for name, value, high, why in (("keep", self.keep, self.experts, every), ("k", self.active, *picks)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= high:
                 raise MethodError(f"{name} must be an integer between 1 and {why}, got {value!r}")
+        unequal = why_unequal(self.keep, self.router_groups)
+        if unequal is not None:
+            raise MethodError(unequal)
+
+    @property
+    def parts(self) -> list[range]:
+        """The experts of each group that routers choose first; one of all where there are none."""
+        size = self.experts // self.router_groups
+        return [range(first, first + size) for first in range(0, self.experts, size)]
+
+    @property
+    def share(self) -> int:
+        """How many experts are kept of each of `parts`."""
+        return self.keep // self.router_groups
+
+    def best(self, scores: NDArray[Any]) -> list[int]:
+        """The experts to keep by a score each, (n,), as many of each of `parts`, in order of number.
+
+        Those of largest score are, the lower number first at a tie.
+        """
+        order = [part[0] + np.argsort(-scores[part], kind="stable")[: self.share] for part in map(list, self.parts)]
+        return sorted(int(e) for e in np.concatenate(order))
+
+    def spare(self, kept: Iterable[int]) -> list[int]:
+        """Those of the experts kept that may go, as more than `share` of their part are kept."""
+        members, size = sorted(kept), self.experts // self.router_groups
+        counts = np.bincount([e // size for e in members], minlength=self.router_groups)
+        return [e for e in members if counts[e // size] > self.share]
+
+    @property
+    def sets(self) -> int:
+        """How many sets of experts there are that may be kept."""
+        return int(comb(self.experts // self.router_groups, self.share) ** self.router_groups)
 
     def pruned(self, kept: tuple[int, ...] | list[int]) -> LayerPlan:
         """The layer that keeps these experts, in order of number."""

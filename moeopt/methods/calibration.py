@@ -72,7 +72,7 @@ class Calibration:
         with evaluation_mode(model), without_plan(model), torch.inference_mode():
             self.layers, self.rules = moe_layers(model), routing_rules(model)
         first = self.layers[0]
-        self.shape = ModelShape(len(self.layers), first.n, first.k)
+        self.shape = ModelShape(len(self.layers), first.n, first.k, first.groups)
         self.requests = task.requests(split, tokenizer, limit=limit, max_length=max_length)
         sequences = [request.ids for request in task.solutions(split, self.requests)]
         self.sequences, self.tokens = len(sequences), sum(map(len, sequences))

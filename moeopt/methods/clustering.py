@@ -4,7 +4,7 @@ HC-SMoE (arXiv 2410.08589) clusters experts by their mean outputs, agglomerative
 2310.01334) keeps the most frequent experts and lets every other join the one whose router logits are most like its own.
 As published, the router still picks k of all n experts and its picks are aliased to the merged ones
 (``router="alias"``). The ``_summed`` variants add up a cluster's probabilities before top-k (W_RM), which EEP's space
-can express.
+can express. Where routers choose among groups of experts first, each of these is clustered alone.
 
 M-SMoE also permutes neurons before it merges, which ``m_smoe:aligned`` does (`matching.by_weights`). Left out: it gives
 layers different numbers of experts.
@@ -74,17 +74,24 @@ def merged(members: Array, visits: Array) -> Array:
 
 def by_outputs(statistics: Mapping[str, Any], budget: Budget) -> Labels:
     """HC-SMoE: average linkage of mean expert outputs under the Euclidean distance, cut where r clusters are left."""
-    tree = linkage(statistics["MeanOutputs"].means, method="average")
-    return numbered(fcluster(tree, budget.keep, criterion="maxclust"), budget.keep)
+    means, share = statistics["MeanOutputs"].means, budget.share
+    labels = []
+    for i, part in enumerate(budget.parts):
+        # a single expert has no tree
+        clusters = fcluster(linkage(means[part], method="average"), share, "maxclust") if len(part) > 1 else np.ones(1)
+        labels.append(numbered(clusters, share) + i * share)
+    return np.concatenate(labels)
 
 
 def by_logits(statistics: Mapping[str, Any], budget: Budget) -> Labels:
     """M-SMoE: the r most frequent experts, joined by those whose logits have the largest cosine with theirs."""
     routing: Routing = statistics["Routing"]
-    dominant = np.sort(np.argsort(-routing.visits, kind="stable")[: budget.keep])
+    dominant = np.array(budget.best(routing.visits))
     norms = np.sqrt(np.maximum(routing.logits.diagonal(), np.finfo(float).tiny))
     cosine = routing.logits / norms / norms[:, None]
-    labels: Labels = cosine[:, dominant].argmax(axis=1).astype(np.int64)
+    size = budget.experts // budget.router_groups
+    alike = np.where(np.arange(budget.experts)[:, None] // size == dominant // size, cosine[:, dominant], -np.inf)
+    labels: Labels = alike.argmax(axis=1).astype(np.int64)
     labels[dominant] = np.arange(budget.keep)
     return labels
 

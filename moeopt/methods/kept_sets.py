@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeopt.methods.base import Budget
+
 Array = NDArray[np.float64]
 KeptSet = tuple[int, ...]
 
@@ -21,9 +23,11 @@ SWAPS = 16
 """Swaps that are tried at a time."""
 
 
-def kept_sets(n: int, r: int) -> list[KeptSet]:
-    """All sets of r out of n experts, in lexicographic order."""
-    return list(itertools.combinations(range(n), r))
+def kept_sets(n: int, r: int, groups: int = 1) -> list[KeptSet]:
+    """All sets of r out of n experts, in lexicographic order; as many of each of so many groups of consecutive ones."""
+    parts = (range(first, first + n // groups) for first in range(0, n, n // groups))
+    chosen = itertools.product(*(itertools.combinations(part, r // groups) for part in parts))
+    return [tuple(itertools.chain(*each)) for each in chosen]
 
 
 def masks(sets: Sequence[KeptSet], n: int) -> Tensor:
@@ -34,29 +38,33 @@ def masks(sets: Sequence[KeptSet], n: int) -> Tensor:
     return torch.from_numpy(rows)
 
 
-def eliminated(kept: KeptSet, r: int, toggled: Callable[[KeptSet, KeptSet], Array]) -> KeptSet:
+def eliminated(kept: KeptSet, budget: Budget, toggled: Callable[[KeptSet, KeptSet], Array]) -> KeptSet:
     """A set of r experts, from a larger one by dropping, a part of the excess at a time, those missed least.
 
     Args:
         kept: the set to begin with.
-        r: experts to keep.
+        budget: says how many experts to keep.
         toggled: scores of a set without each of its experts, or with each of others, (experts,); lower is better.
     """
-    while (excess := len(kept) - r) > 0:
-        order = np.argsort(toggled(kept, kept), kind="stable")
-        dropped = {kept[i] for i in order[: -(-excess // STEPS)]}
-        kept = tuple(e for e in kept if e not in dropped)
+    while (excess := len(kept) - budget.keep) > 0:
+        left = excess - -(-excess // STEPS)
+        for e in [kept[i] for i in np.argsort(toggled(kept, kept), kind="stable")]:
+            if len(kept) > budget.keep + left and e in budget.spare(kept):
+                kept = tuple(other for other in kept if other != e)
     return kept
 
 
 def descended(
-    kept: KeptSet, n: int, of_sets: Callable[[list[KeptSet]], Array], toggled: Callable[[KeptSet, KeptSet], Array]
+    kept: KeptSet,
+    budget: Budget,
+    of_sets: Callable[[list[KeptSet]], Array],
+    toggled: Callable[[KeptSet, KeptSet], Array],
 ) -> tuple[float, KeptSet]:
     """The best swap of one expert for another, of `SWAPS` that promise most, again and again until none betters.
 
     Args:
         kept: the set to begin with.
-        n: experts of the layer.
+        budget: says which experts there are; one of a group that routers choose first makes way for one of it.
         of_sets: scores of sets, (sets,); lower is better.
         toggled: as for `eliminated`. A swap promises what dropping the one and adding the other would do together.
 
@@ -64,11 +72,12 @@ def descended(
         The score of the set, and the set.
     """
     least = float(of_sets([kept])[0])
-    while others := tuple(e for e in range(n) if e not in kept):
-        pairs = list(itertools.product(range(len(kept)), range(len(others))))
+    size = budget.experts // budget.router_groups
+    while others := tuple(e for e in range(budget.experts) if e not in kept):
+        pairs = np.argwhere(np.equal.outer(np.array(kept) // size, np.array(others) // size))
         if len(pairs) > SWAPS:
-            promised = np.add.outer(toggled(kept, kept), toggled(kept, others)).ravel()
-            pairs = [pairs[i] for i in np.argsort(promised, kind="stable")[:SWAPS]]
+            promised = np.add.outer(toggled(kept, kept), toggled(kept, others))[tuple(pairs.T)]
+            pairs = pairs[np.argsort(promised, kind="stable")[:SWAPS]]
         sets = [tuple(sorted({*kept} - {kept[i]} | {others[j]})) for i, j in pairs]
         scores = of_sets(sets)
         if scores.min() >= least:

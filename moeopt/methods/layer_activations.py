@@ -89,9 +89,11 @@ class LayerActivations:
         p = self.probabilities[:, None, :].masked_fill(~kept, 0.0)
         if self.rule.score != "sigmoid":
             p = p / p.sum(-1, keepdim=True).clamp_min(TINY)
-        choice = p if self.correction is None else p + self.correction
-        index = choice.masked_fill(~kept, -torch.inf).topk(k, dim=-1).indices
-        return index, self.gated(p.gather(-1, index))
+        choice = (p if self.correction is None else p + self.correction).masked_fill(~kept, -torch.inf)
+        ranked, index = self.rule.limited(choice, outside=-torch.inf).topk(k, dim=-1)
+        # where the groups that a token chooses have fewer left than run
+        scores = p.gather(-1, index).masked_fill(ranked == -torch.inf, 0.0)
+        return index, self.gated(scores)
 
     def gated(self, scores: Tensor) -> Tensor:
         """The weights that the layer makes of the scores of the experts that run, (..., k)."""
@@ -111,7 +113,8 @@ class LayerActivations:
     @property
     def depends_on_set(self) -> bool:
         """Whether what is kept changes the weights, or the order of choice, of experts that run in any case."""
-        return self.rule.score != "sigmoid" and (self.correction is not None or not self.rule.normalised)
+        softmax = self.rule.score != "sigmoid"
+        return self.rule.groups > 1 or (softmax and (self.correction is not None or not self.rule.normalised))
 
     @cached_property
     def full_weights(self) -> Tensor:

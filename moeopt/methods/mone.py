@@ -43,10 +43,10 @@ class Mone(Method):
         self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator, group: Sequence[int]
     ) -> list[LayerPlan]:
         spread = statistic(statistics, Spread)
-        ranked = np.argsort(-mone(spread), kind="stable")
-        remaining, dropped = (np.sort(part) for part in (ranked[: budget.keep], ranked[budget.keep :]))
+        kept = tuple(budget.best(mone(spread)))
+        dropped = np.setdiff1d(np.arange(budget.experts), kept)
         constants = [spread.means[layer][dropped].astype(np.float32) for layer in group]
-        n, k, kept = budget.experts, budget.active, tuple(remaining.tolist())
+        n, k = budget.experts, budget.active
         return [LayerPlan(n, k, kept=kept, router="whole", novices=novices) for novices in constants]
 
 

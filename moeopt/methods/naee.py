@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from functools import cache
-from math import comb
 
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ class SetErrors(Statistic):
         n: experts of the layer.
         r: experts kept.
         active: experts that run per token in the pruned layer.
+        groups: in how many groups of consecutive experts tokens choose first, of which as many are kept.
         batch: sequences a calibration batch.
 
     Attributes:
@@ -47,8 +47,8 @@ class SetErrors(Statistic):
 
     outputs = "all"
 
-    def __init__(self, n: int, *, r: int, active: int, batch: int = BATCH) -> None:
-        self.sets, self.active = kept_sets(n, r), active
+    def __init__(self, n: int, *, r: int, active: int, groups: int = 1, batch: int = BATCH) -> None:
+        self.sets, self.active = kept_sets(n, r, groups), active
         self._masks = masks(self.sets, n)
         self._by_rank = by_rank(n, active) if n <= MOST_RANKED else None
         self._sums = Sums(batch)
@@ -79,17 +79,17 @@ class Naee(Method):
     summary = "the kept set that changes the layer's output least (exact up to 20,000 sets)"
 
     def needs(self, budget: Budget) -> dict[str, Statistic]:
-        n, r = budget.experts, budget.keep
-        if comb(n, r) > MOST_SETS:
+        n, r, groups = budget.experts, budget.keep, budget.router_groups
+        if budget.sets > MOST_SETS:
             return {"TokenGrams": TokenGrams(n)}
-        return {f"SetErrors {r} {budget.active}": SetErrors(n, r=r, active=budget.active)}
+        return {f"SetErrors {r} {budget.active}": SetErrors(n, r=r, active=budget.active, groups=groups)}
 
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
         (errors,) = statistics.values()
         if isinstance(errors, SetErrors):
             return budget.pruned(errors.best)
         assert isinstance(errors, TokenGrams)
-        return budget.pruned(errors.best_set(budget.keep, budget.active))
+        return budget.pruned(errors.best_set(budget))
 
 
 class NaeeProgressive(Naee):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from math import comb
 
 import numpy as np
 import torch
@@ -51,10 +50,10 @@ class OutputFit(Method):
 
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
         tokens = statistic(statistics, TokenGrams)
-        n, r, fits = budget.experts, budget.keep, tokens.fits()
-        sets: list[KeptSet] = [tokens.best_set(r, budget.active)]
-        if comb(n, r) <= MOST_SETS:
-            every = kept_sets(n, r)
+        n, fits = budget.experts, tokens.fits()
+        sets: list[KeptSet] = [tokens.best_set(budget)]
+        if budget.sets <= MOST_SETS:
+            every = kept_sets(n, budget.keep, budget.router_groups)
             sets = [every[int(tokens.of_sets(every, budget.active).argmin())]]
             sets.append(
                 min(every, key=lambda kept: sum(column(fits[j], kept, j)[1] for j in range(n) if j not in kept))

@@ -1,4 +1,7 @@
-"""Prunings by a score per expert: the r experts of largest score are kept, the lower number first at a tie."""
+"""Prunings by a score per expert: the r experts of largest score are kept, the lower number first at a tie.
+
+Where routers choose among m groups of experts first, the r / m of largest score are kept of each.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class Ranking(Method):
         scores = np.asarray(self.score(statistics[self.kinds[0].__name__]), np.float64)
         if scores.shape != (budget.experts,) or not np.isfinite(scores).all():
             raise MethodError(f"{self.summary}: a score is {budget.experts} finite numbers, got {scores!r}")
-        return budget.pruned(np.argsort(-scores, kind="stable")[: budget.keep].tolist())
+        return budget.pruned(budget.best(scores))
 
 
 class Random(Method):
@@ -43,7 +46,7 @@ class Random(Method):
     summary = "r uniformly drawn experts per layer"
 
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
-        return budget.pruned(rng.permutation(budget.experts)[: budget.keep].tolist())
+        return budget.pruned(budget.best(-np.argsort(rng.permutation(budget.experts))))
 
 
 def reap(norms: Norms) -> Array:

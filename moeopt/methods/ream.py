@@ -100,7 +100,7 @@ class Ream(Method):
         routing, likeness = statistic(statistics, Routing), statistic(statistics, Likeness)
         assert likeness.gated is not None
         saliency = likeness.saliency(routing.visits)
-        leads, labels = grouped(saliency, alike(likeness.gated, routing.logits), budget.keep)
+        leads, labels = grouped(saliency, alike(likeness.gated, routing.logits), budget)
         members = labels[None, :] == np.arange(budget.keep)[:, None]
         weights = members * saliency
         w_em = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -126,16 +126,19 @@ def alike(gated: Array, logits: Array) -> Array:
     return result
 
 
-def grouped(saliency: Array, likeness: Array, r: int) -> tuple[list[int], NDArray[np.int64]]:
-    """The experts that lead, by number, and which of their groups, 0 to r - 1, each expert is in, (n,)."""
-    n = len(saliency)
+def grouped(saliency: Array, likeness: Array, budget: Budget) -> tuple[list[int], NDArray[np.int64]]:
+    """The experts that lead, by number, and which of their groups, 0 to r - 1, each expert is in, (n,).
+
+    Where routers choose among groups of experts first, leads take those of their own.
+    """
+    n, r = len(saliency), budget.keep
     most = max(GROUP, math.ceil(n / r))
-    ranked = np.argsort(-saliency, kind="stable")[:r]
-    leads = sorted(int(lead) for lead in ranked)
+    leads = budget.best(saliency)
     labels = np.full(n, -1, dtype=np.int64)
     labels[leads] = np.arange(r)
-    for lead in ranked:
-        free = [j for j in np.argsort(-likeness[lead], kind="stable") if labels[j] < 0]
+    for lead in sorted(leads, key=lambda lead: -saliency[lead]):
+        part = next(part for part in budget.parts if lead in part)
+        free = [j for j in np.argsort(-likeness[lead], kind="stable") if labels[j] < 0 and j in part]
         labels[free[: most - 1]] = labels[lead]
     return leads, labels
 

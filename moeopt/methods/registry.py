@@ -104,7 +104,7 @@ def plans(
         raise MethodError(f"names must be a list of methods, such as [{names!r}], got {names!r}")
     chosen = {name: get(name) for name in names}
     shape = calibration.shape
-    budget = Budget(shape.experts, shape.k, keep, shape.k if k is None else k, seed)
+    budget = Budget(shape.experts, shape.k, keep, shape.k if k is None else k, seed, shape.router_groups)
     for name in chosen:
         budget.check(among_all=parsed(name).router in AMONG_ALL)
     layers = {layer.index: layer for layer in calibration.layers}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from math import comb
 from typing import Self
 
 import numpy as np
@@ -85,7 +84,8 @@ class Toggles(Sums):
 
     def values(self, acts: LayerActivations, products: Tensor, part: slice) -> Tensor:
         softmax = acts.rule.score != "sigmoid"
-        if softmax and acts.correction is not None:  # whose order changes with the set that probabilities are over
+        # an order of choice that changes with the set, as probabilities are over it, or groups are chosen by it
+        if (softmax and acts.correction is not None) or acts.rule.groups > 1:
             return super().values(acts, products, part)
         base, experts = self._base.to(products.device), self.experts[part].to(products.device)
         scores = acts.probabilities
@@ -132,9 +132,9 @@ class Changes:
     def __init__(self, now: KeptSet, k: int, budget: Budget, every: int = 1) -> None:
         self.now, self.k, self.budget, self.every = now, k, budget, every
         self._held: list[tuple[LayerActivations, Tensor]] = []
-        n, keep = budget.experts, budget.keep
-        all_of_them = comb(n, keep) <= MOST_SETS
-        self.all_sets = Sums(kept_sets(n, keep), budget.active, now, k, n) if all_of_them else None
+        n, few = budget.experts, budget.sets <= MOST_SETS
+        sets = kept_sets(n, budget.keep, budget.router_groups) if few else []
+        self.all_sets = Sums(sets, budget.active, now, k, n) if few else None
 
     def add(self, acts: LayerActivations, products: Tensor) -> None:
         """A batch: what the layer saw, and `products_of` that."""
@@ -174,8 +174,8 @@ class Changes:
         def toggled(base: KeptSet, experts: KeptSet) -> Array:
             return rule(self.toggled(base, experts))
 
-        kept = eliminated(self.now, self.budget.keep, toggled)
-        return descended(kept, self.budget.experts, of_sets, toggled)[1]
+        kept = eliminated(self.now, self.budget, toggled)
+        return descended(kept, self.budget, of_sets, toggled)[1]
 
 
 Rule = Callable[[Sums], Array]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeopt.methods.base import Budget
 from moeopt.methods.kept_sets import Array, KeptSet, descended, eliminated, masks
 from moeopt.methods.layer_activations import TINY, LayerActivations
 from moeopt.methods.output_errors import AT_ONCE, BATCH, Problem, Sums
@@ -79,6 +80,8 @@ class TokenGrams(Statistic):
         No set is ranked anew: what a token picks differs by one expert from what it picks of `base`. Where an order of
         choice depends on the set (a softmax that is corrected), it is taken to be that of `base`.
         """
+        if self._problems[0].acts.rule.groups > 1:  # by what is left of them, tokens choose groups anew
+            return self.of_sets([tuple(sorted({*base} ^ {e})) for e in experts], active)
         sums = Sums(self.batch)
         for problem in self._problems:
             step = max(1, AT_ONCE // (len(experts) * (active + 1)))
@@ -95,18 +98,17 @@ class TokenGrams(Statistic):
             fits += torch.einsum("tj,tab->jab", squares, grams).cpu().numpy()
         return fits
 
-    def best_set(self, r: int, active: int) -> KeptSet:
+    def best_set(self, budget: Budget) -> KeptSet:
         """The better of two descents by swaps: from the largest gated output norms, and from a greedy elimination."""
 
         def of_sets(sets: list[KeptSet]) -> Array:
-            return self.of_sets(sets, active)
+            return self.of_sets(sets, budget.active)
 
         def toggled(base: KeptSet, experts: KeptSet) -> Array:
-            return self.toggled(base, experts, active)
+            return self.toggled(base, experts, budget.active)
 
-        by_norm = tuple(sorted(np.argsort(-self.norms, kind="stable")[:r].tolist()))
-        starts = by_norm, eliminated(tuple(range(self.n)), r, toggled)
-        return min((descended(start, self.n, of_sets, toggled) for start in starts), key=lambda end: end[0])[1]
+        starts = tuple(budget.best(self.norms)), eliminated(tuple(range(self.n)), budget, toggled)
+        return min((descended(start, budget, of_sets, toggled) for start in starts), key=lambda end: end[0])[1]
 
 
 def _toggled(problem: Problem, base: KeptSet, experts: KeptSet, active: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.errors import ModelError, got
+from moeopt.models.gate import CUSTOM, auto_map
 from moeopt.plan import ModelShape
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,6 +35,10 @@ class MoELayer:
         k: experts activated per token.
         groups: in how many groups of consecutive experts the router chooses first, by its own account; 1: in none.
         kept_groups: how many of them it chooses.
+
+    Attributes:
+        corrects: whether the router has, or is given by its block, a tensor of n numbers beside weight and bias, as
+            those that correct their choice of experts.
     """
 
     index: int
@@ -50,6 +55,13 @@ class MoELayer:
     def dtype(self) -> torch.dtype:
         """The dtype of the hidden states the layer works on."""
         return _float_dtype(self.experts, gate_weight(self.router, self.n)[1].dtype)
+
+    @property
+    def corrects(self) -> bool:
+        tensors = [*self.router.named_parameters(), *self.router.named_buffers()]
+        vectors = (name.rpartition(".")[2] for name, tensor in tensors if tensor.numel() == self.n)
+        given = given_tensors(self.block, self.router)
+        return any(name not in ("bias", "weight") for name in (*vectors, *given))
 
     @property
     def hidden(self) -> int:
@@ -106,16 +118,27 @@ def moe_layers(model: nn.Module) -> tuple[MoELayer, ...]:
     )
 
 
+def has_custom_form(model: nn.Module) -> bool:
+    """Whether a plan that no stock checkpoint expresses exports, with a class of its own."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None or model_type.startswith(CUSTOM):
+        return True  # no checkpoint's, or exported so
+    try:
+        return bool(auto_map(model_type))
+    except ModelError:
+        return False
+
+
 def is_dense(model: nn.Module) -> bool:
     """Whether no module of the model holds experts, of whatever interface."""
     return not any(isinstance(getattr(module, "experts", None), nn.Module) for module in model.modules())
 
 
 def shape_of(model: nn.Module) -> ModelShape:
-    """Number of MoE layers, experts a layer, and experts per token of `model`.
+    """Number of MoE layers, experts a layer, experts per token and groups of `model`, and where its routers are mapped.
 
     Raises:
-        ModelError: when the model has no MoE layers, or its layers differ in either number.
+        ModelError: when the model has no MoE layers, or its layers differ in one of these numbers.
     """
     layers = moe_layers(model)
     first = layers[0]
@@ -125,7 +148,13 @@ def shape_of(model: nn.Module) -> ModelShape:
                 f"the MoE layers of {type(model).__name__} differ: {first.name} has {first.n} experts, top-{first.k}, "
                 f"but {layer.name} has {layer.n}, top-{layer.k}; moeopt needs equal layers"
             )
-    return ModelShape(len(layers), first.n, first.k)
+        if layer.groups != first.groups:
+            raise ModelError(
+                f"{first.name} chooses among {first.groups} groups of experts first, but {layer.name} among "
+                f"{layer.groups}; moeopt needs equal layers"
+            )
+    stays_stock = first.groups > 1 or any(layer.corrects for layer in layers) or not has_custom_form(model)
+    return ModelShape(len(layers), first.n, first.k, first.groups, "logit" if stays_stock else "prob")
 
 
 def stacked(experts: nn.Module, n: int) -> dict[str, Tensor]:

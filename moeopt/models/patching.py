@@ -17,6 +17,7 @@ from moeopt.models.merging import MergedCache
 from moeopt.models.patch import Patch, Run, as_they_are, dispatches, merging, skipping, with_novices
 from moeopt.models.routing import MappedRouter, RoutingRule
 from moeopt.models.self_checks import CheckedModel, check_merging, check_plan, checked_model, expert_form
+from moeopt.models.use import lock_of
 from moeopt.plan import Plan
 
 MergedWeights = Literal["auto", "resident", "scratch"]
@@ -149,6 +150,12 @@ def routing_rules(model: nn.Module) -> tuple[RoutingRule, ...]:
     """
     with _suspended(model):
         return checked_model(model).rules
+
+
+def check_takes(model: nn.Module, plan: Plan) -> None:
+    """Raise, as `patched`, unless the model takes the plan; what is checked once for all plans is so now."""
+    with lock_of(model), _suspended(model):
+        check_plan(model, checked_model(model), plan)
 
 
 def check_makes(model: nn.Module) -> None:

@@ -116,7 +116,11 @@ class RoutingRule:
         if self.groups == 1:
             return choice
         grouped = choice.unflatten(-1, (self.groups, -1))
-        best = grouped.amax(-1) if self.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
+        if self.group_score == "max":
+            best = grouped.amax(-1)
+        else:
+            first, second = grouped.topk(2, dim=-1).values.unbind(-1)
+            best = first + second.masked_fill(second == -torch.inf, 0.0)  # -inf: of sets with one expert of a group
         index = best.topk(self.kept_groups, dim=-1, sorted=False).indices
         inside = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, index, True)
         if outside is None:

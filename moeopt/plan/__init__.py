@@ -19,7 +19,7 @@ from moeopt.plan.down import DownProjections
 from moeopt.plan.layer import AMONG_ALL, LayerPlan, Merge, Negative, Router
 from moeopt.plan.matrices import Matrix, Orders, one_hot
 from moeopt.plan.plan import Plan
-from moeopt.plan.shape import ModelShape
+from moeopt.plan.shape import ModelShape, why_unequal
 
 __all__ = [
     "AMONG_ALL",
@@ -33,4 +33,5 @@ __all__ = [
     "Plan",
     "Router",
     "one_hot",
+    "why_unequal",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +80,9 @@ def ensemble_losses(
     if not methods.parsed(method).prunes:
         raise MethodError(f"{method} does more than prune; give a method that only prunes, such as soft_activation")
     full = Plan.identity(shape.layers, shape.experts, shape.k)
-    best = [methods.plan(method, calibration, keep=m, k=min(m, shape.k)) for m in range(1, shape.experts)]
+    groups = shape.router_groups
+    sizes = range(groups, shape.experts, groups)
+    best = [methods.plan(method, calibration, keep=m, k=min(m, shape.k)) for m in sizes]
     curves = {"all layers": [*best, full]}
     for layer in layers:
         before, after = full.layers[:layer], full.layers[layer + 1 :]
@@ -99,10 +100,14 @@ def kept_set_errors(calibration: Calibration, *, keep: int, k: int | None = None
     """
     shape = calibration.shape
     active = shape.k if k is None else k
-    methods.Budget(shape.experts, shape.k, keep, active).check()
-    sets = comb(shape.experts, keep)
-    if sets > MOST_SETS:
-        raise MethodError(f"C({shape.experts}, {keep}) = {sets} kept sets are too many to show; at most {MOST_SETS}")
-    by_layer = [SetErrors(shape.experts, r=keep, active=active) for _ in range(shape.layers)]
+    budget = methods.Budget(shape.experts, shape.k, keep, active, router_groups=shape.router_groups)
+    budget.check()
+    if budget.sets > MOST_SETS:
+        raise MethodError(
+            f"C({shape.experts}, {keep}) = {budget.sets} kept sets are too many to show; at most {MOST_SETS}"
+        )
+    by_layer = [
+        SetErrors(shape.experts, r=keep, active=active, groups=shape.router_groups) for _ in range(shape.layers)
+    ]
     calibration.run(lambda acts: by_layer[acts.layer.index].add(acts), all_outputs=True)
     return [dict(zip(layer.sets, layer.errors.tolist())) for layer in by_layer]

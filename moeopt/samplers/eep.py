@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeopt.errors import SamplerError
-from moeopt.plan import Matrix
+from moeopt.plan import Matrix, ModelShape
 from moeopt.samplers.base import GenomeSampler, Proposal
 from moeopt.samplers.checks import check_at_least_0, check_counts, check_positive, check_probabilities
 from moeopt.samplers.history import Observation
@@ -150,8 +150,10 @@ class EEPSampler(GenomeSampler):
             return Proposal(self.space.sample(rng), "initial", phase=self.space.phases[0])
         phase, space = self.phase(len(population)), self.space
         changed = rng.random((len(self.space.groups), 2)) < self.p_change
-        while not changed.any():
+        varies = np.array([True, space.router != "rows"])  # W_RM that follows is nothing to change
+        while not (changed & varies).any():
             changed = rng.random(changed.shape) < (self.p_change or 1.0)
+        changed &= varies
         if phase == "prune" and len(self.space.phases) > 1:
             population = [obs for obs in population if _is_pruning(self.space.matrices(obs.x))] or population
         crossing = (phase == "merge" or self.prune_crossover) and len(population) > 1
@@ -194,14 +196,17 @@ class EEPSampler(GenomeSampler):
         return -100.0 * accuracy
 
     def repoint(self, rng: np.random.Generator, child: Matrix, changed: NDArray[np.bool_]) -> Matrix:
-        """Prune mutation of (groups, 2, r, n): rows re-pointed to experts that no other row of the group uses."""
+        """Prune mutation of (groups, 2, r, n): rows re-pointed to experts that no other row of the group uses.
+
+        Where routers choose among groups of experts first, to one of the row's own.
+        """
         n = child.shape[3]
         for group in np.flatnonzero(changed[:, 0]):
             rows = child[group, 0].argmax(axis=1)
             for i in range(len(rows)):
                 if rng.random() < self.p_row:
-                    free = np.setdiff1d(np.arange(n), np.delete(rows, i))
-                    rows[i] = rng.choice(free)
+                    free = np.setdiff1d(self.space.shape.same_group(rows[i]), np.delete(rows, i))
+                    rows[i] = rng.choice(free) if free.size else rows[i]
             child[group] = np.eye(n, dtype=np.float32)[rows]
         return child
 
@@ -225,7 +230,7 @@ class EEPSampler(GenomeSampler):
             from_first[:, 1] = from_first[:, 0]
         child = np.where(from_first[..., None], first, second)
         if phase == "prune":
-            _make_distinct(rng, child)
+            _make_distinct(rng, child, self.space.shape)
         return child
 
 
@@ -255,12 +260,13 @@ def _is_pruning(matrices: Matrix) -> bool:
     return bool(((matrices == 0) | (matrices == 1)).all())
 
 
-def _make_distinct(rng: np.random.Generator, child: Matrix) -> None:
+def _make_distinct(rng: np.random.Generator, child: Matrix, shape: ModelShape) -> None:
     """Re-point rows that a crossover made equal, so that a pruning keeps r distinct experts."""
     n = child.shape[3]
     for group in child:
         rows = group[0].argmax(axis=1)
         for i in range(1, len(rows)):
             if rows[i] in rows[:i]:
-                rows[i] = rng.choice(np.setdiff1d(np.arange(n), rows))
+                free = np.setdiff1d(shape.same_group(rows[i]), rows)
+                rows[i] = rng.choice(free) if free.size else rows[i]
         group[:] = np.eye(n, dtype=np.float32)[rows]

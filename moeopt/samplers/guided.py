@@ -81,7 +81,7 @@ class GuidedSampler(LocalSampler):
         patience: int = 6,
         population: int = 1,
         fade: float = 0.1,
-        moves: Sequence[str] = ("swap", "route", "remap", "active"),
+        moves: Sequence[str] | None = None,
     ) -> None:
         super().__init__(space, seed=seed, redraw=redraw, start=start, population=population, fade=fade, moves=moves)
         check_counts({"patience": patience, **({} if radius is None else {"radius": radius})})
@@ -177,9 +177,15 @@ class GuidedSampler(LocalSampler):
         if kept is None or kept.all():
             return None
         drawn, mean = model.draw(rng, widen).reshape(kept.shape), model.mean().reshape(kept.shape)
-        out = np.where(kept, drawn, -np.inf).argmax(axis=1)
-        into = np.where(kept, np.inf, drawn).argmin(axis=1)
         groups = np.arange(len(kept))
+        # in each of the groups that routers choose first, and then in the best of these
+        parts = (len(kept), self.space.shape.router_groups, -1)
+        out = np.where(kept, drawn, -np.inf).reshape(parts).argmax(axis=2)
+        into = np.where(kept, np.inf, drawn).reshape(parts).argmin(axis=2)
+        offsets = np.arange(0, kept.shape[1], kept.shape[1] // parts[1])
+        out, into = out + offsets, into + offsets
+        best_part = (drawn[groups[:, None], out] - drawn[groups[:, None], into]).argmax(axis=1)
+        out, into = out[groups, best_part], into[groups, best_part]
         gains = drawn[groups, out] - drawn[groups, into]
         layers = self.space.shape.layers
         best, chosen = -np.inf, groups[:0]

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moeopt.errors import SamplerError
-from moeopt.plan import Plan
+from moeopt.plan import Matrix, Plan
 from moeopt.samplers.bandit import choose, gain, layers_run, most_tokens
 from moeopt.samplers.base import Proposal, StartingSampler
 from moeopt.samplers.checks import check_at_least_0, check_counts, check_positive
 from moeopt.samplers.history import Observation, noted
-from moeopt.samplers.moves import ACTIVE, MOVES
+from moeopt.samplers.moves import ACTIVE, MAPPING, MOVES, NOISY, usual_moves
 from moeopt.spaces.base import Space
 from moeopt.trials.genome import Vector
 
@@ -56,7 +56,7 @@ class LocalSampler(StartingSampler):
             difference between child and parent.
         widths: how many consecutive groups a window may have; those beyond the space's groups are left out.
         bands: parts of the depth, of equal numbers of groups, whose gains the bandit tells apart.
-        moves: which moves to use, as far as the space has them.
+        moves: which moves to use, as far as the space has them; by default those of `usual_moves`.
         sigma: largest standard deviation of noise, as a multiple of `space.step`; each proposal draws its own,
             log-uniformly, from a sixteenth of it up.
         p_entry: probability of an entry of the window to get noise (move ``active``: of a number; one does at least).
@@ -82,7 +82,7 @@ class LocalSampler(StartingSampler):
         fade: float = 0.1,
         widths: Sequence[int] = (1, 2, 3),
         bands: int = 4,
-        moves: Sequence[str] = ("swap", "route", "remap", "active"),
+        moves: Sequence[str] | None = None,
         sigma: float = 2.0,
         p_entry: float = 0.5,
         prior: float = 3.0,
@@ -97,7 +97,9 @@ class LocalSampler(StartingSampler):
         if not widths:
             raise SamplerError("widths must name at least one width")
         able = [move for move, (phase, _) in MOVES.items() if phase in space.phases]
+        able = [move for move in able if move not in MAPPING or space.router != "rows"]
         able += [ACTIVE] if space.extra_groups else []
+        moves = usual_moves(space) if moves is None else moves
         self.moves = tuple(move for move in moves if move in able)
         if not self.moves or set(moves) - {*MOVES, ACTIVE}:
             raise SamplerError(f"moves must be some of {', '.join(able)} for this space, got {list(moves)}")
@@ -195,13 +197,23 @@ class LocalSampler(StartingSampler):
         matrices = self.space.matrices(x).copy()
         scale = self.sigma * float(self.space.step[0]) * 16 ** -rng.random()
         for group in groups:
-            MOVES[move][1](rng, matrices[group], scale, self.p_entry)
+            pair = matrices[group] if move in NOISY else self._one_router_group(rng, matrices[group])
+            MOVES[move][1](rng, pair, scale, self.p_entry)
         window, matrices_part = slice(groups.start, groups.stop), slice(0, self.space.extras.start)
         # A space may write a group's matrices in other numbers than before; those outside of the window stay.
         child, changed = x.copy(), self.space.with_matrices(x, matrices)
         parts = [vector[matrices_part].reshape(len(self.space.groups), -1) for vector in (child, changed)]
         parts[0][window] = parts[1][window]
         return self.space.snap(child)
+
+    def _one_router_group(self, rng: np.random.Generator, pair: Matrix) -> Matrix:
+        """A view of what a pair, (2, r, n), makes of the experts of one of the groups that routers choose first."""
+        parts = self.space.shape.router_groups
+        if parts == 1:
+            return pair
+        part, (_, r, n) = int(rng.integers(parts)), pair.shape
+        r, n = r // parts, n // parts
+        return pair[:, part * r : (part + 1) * r, part * n : (part + 1) * n]
 
     def activated(self, rng: np.random.Generator, x: Vector, move: str, groups: range) -> Vector:
         """A copy of `x` with other extras in these of their groups; integers go a step up or down, where they can."""

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 
 from moeopt.plan import Matrix
-from moeopt.spaces.base import Phase
+from moeopt.spaces.base import Phase, Space
 
 
 def swap(rng: np.random.Generator, pair: Matrix, scale: float, p_entry: float) -> None:
@@ -57,8 +57,17 @@ MOVES: dict[str, tuple[Phase, Callable[[np.random.Generator, Matrix, float, floa
     "perturb": ("merge", perturb),
 }
 """Every move of matrices: the phase whose matrices it makes, and what it does to one group."""
+NOISY = ("remap", "perturb")
+"""Moves that make no difference between experts."""
+MAPPING = ("route", "remap")
+"""Moves of W_RM alone."""
 ACTIVE = "active"
 """The move that changes what an `ActiveSpace` has beyond the matrices."""
+
+
+def usual_moves(space: Space) -> tuple[str, ...]:
+    """The moves of a search that nobody names others for; those of W_EM where W_RM follows it."""
+    return ("swap", "blend", "perturb", ACTIVE) if space.router == "rows" else ("swap", *MAPPING, ACTIVE)
 
 
 def _row(rng: np.random.Generator, pair: Matrix) -> tuple[int, int, int]:

@@ -191,7 +191,9 @@ class _OnePlan(Space):
                 then = "; search k and skipping first, then refit" if beyond.startswith("down") else ""
                 raise SpaceError(f"layer {i} of the plan has {beyond}, which no study keeps{then}")
         keep = min(layer.kept_experts for layer in plan.layers)
-        super().__init__(shape, keep=keep, groups=groups, k=min(keep, *(layer.k for layer in plan.layers)))
+        super().__init__(
+            shape, keep=keep, groups=groups, k=min(keep, *(layer.k for layer in plan.layers)), router="prob"
+        )
         self._plan = plan
 
     def matrices(self, x: Vector) -> Matrix:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linear_sum_assignment
 
 from moeopt.errors import SpaceError
-from moeopt.plan import LayerPlan, Matrix, ModelShape, Negative, Plan, one_hot
+from moeopt.plan import LayerPlan, Matrix, ModelShape, Negative, Plan, one_hot, why_unequal
+from moeopt.plan.matrices import one_hot_rows
 from moeopt.showing import shown
 from moeopt.study.storage.attributes import frozen_trial
 from moeopt.trials import genome
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Groups: TypeAlias = int | Sequence[tuple[int, int]]
-MapAt = Literal["prob", "logit"]
+MapAt = Literal["prob", "logit", "rows"]
 Phase = Literal["prune", "merge", "active"]
 
 NAMED_AT_MOST = 48
@@ -41,7 +43,11 @@ class Space(ABC):
         groups: a number of layer groups of equal size (remainder layers go to the last one, as in EEP), or inclusive
             layer ranges ``[(0, 7), (8, 31)]`` that cover every layer once, in order. None: each layer is its own.
         k: experts activated per token in the planned model; by default the model's.
-        router: where a dense W_RM acts: ``"prob"``, as in EEP, or ``"logit"``, which stock checkpoints express.
+        router: where W_RM acts: ``"prob"``, as in EEP, on probabilities; ``"logit"``, on logits, which stock
+            checkpoints express; or ``"rows"``, where it is no choice of its own: every new expert has the router's row
+            of the expert that weighs most in it (`router_rows`), which stock checkpoints express, too. None: as the
+            shape has it, "prob" unless the model's routers correct their choice by a bias or choose groups of experts
+            first, or its family has no custom form.
         negative: what becomes of negative mapped probabilities: ``"clamp"``, or ``"eep"`` (see `LayerPlan`).
 
     Raises:
@@ -66,13 +72,13 @@ class Space(ABC):
         keep: int,
         groups: Groups | None = None,
         k: int | None = None,
-        router: MapAt = "prob",
+        router: MapAt | None = None,
         negative: Negative = "clamp",
     ) -> None:
         self.shape = shape
         self.keep = _checked_int("keep", keep)
         self.k = shape.k if k is None else _checked_int("k", k)
-        self.router: MapAt = router
+        self.router: MapAt = shape.router if router is None else router
         self.negative: Negative = negative
         if self.k < 1:
             raise SpaceError(f"k must be at least 1, got {self.k}")
@@ -80,8 +86,8 @@ class Space(ABC):
             raise SpaceError(f"keep={self.keep} asks for more experts than the {shape.experts} each layer has")
         if self.keep < self.k:
             raise SpaceError(f"keep={self.keep} is fewer than the k={self.k} experts each token activates")
-        if router not in ("prob", "logit"):
-            raise SpaceError(f"router must be 'prob' or 'logit', got {router!r}")
+        if self.router not in get_args(MapAt):
+            raise SpaceError(f"router must be 'prob', 'logit' or 'rows', got {router!r}")
         if negative not in ("clamp", "eep"):
             raise SpaceError(f"negative must be 'clamp' or 'eep', got {negative!r}")
         self.groups = layer_groups(shape.layers if groups is None else groups, shape.layers)
@@ -126,6 +132,21 @@ class Space(ABC):
     def start(self) -> Vector:
         """Where a search begins when nothing is known."""
 
+    def extremes(self) -> list[Plan]:
+        """Its start, and, as far as it has them, a plan that merges in every layer, and one with all extras largest.
+
+        A model that takes these takes every plan of the space, as far as can be told without running them.
+        """
+        start, matrices = self.start(), slice(0, self.extras.start)
+        merging, active = start.copy(), start.copy()
+        merging[matrices] += self.step[matrices] / 4
+        active[self.extras] = self.high[self.extras]
+        return [
+            self.decode(start),
+            *([self.decode(merging)] if "merge" in self.phases else []),
+            *([self.decode(active)] if active.size > self.extras.start else []),
+        ]
+
     @abstractmethod
     def sample(self, rng: np.random.Generator) -> Vector:
         """A random point, as random search and EEP's initial population draw it."""
@@ -139,6 +160,14 @@ class Space(ABC):
         return self.decode_matrices(self.matrices(self.snap(x)))
 
     def _layer(self, w_em: Matrix, w_rm: Matrix) -> LayerPlan:
+        groups = self.shape.router_groups
+        if self.router == "rows" or groups > 1:
+            rows = one_hot(router_rows(w_em, groups), self.shape.experts)
+            prunes = one_hot_rows(w_em) is not None and (self.router == "rows" or np.array_equal(w_em, w_rm))
+            if groups > 1 and prunes:
+                w_em = w_rm = rows  # it may keep more of one group than of another
+            elif self.router == "rows":
+                w_rm = rows
         plain = LayerPlan(self.shape.experts, self.k, w_em=w_em, w_rm=w_rm, router=self.router, negative=self.negative)
         if plain.kept is not None and plain.router_rows == plain.kept:
             return LayerPlan(self.shape.experts, self.k, kept=tuple(sorted(plain.kept)))
@@ -188,7 +217,10 @@ class Space(ABC):
         return Plan(tuple(layers))
 
     def _limits(self) -> str:
-        return "one-hot rows with the router following" if self.phases == ("prune",) else "entries within its bounds"
+        if self.phases == ("prune",):
+            return "one-hot rows with the router following"
+        follow = ", router rows of the experts that weigh most" if self.router == "rows" else ""
+        return f"entries within its bounds{follow}"
 
     def snap(self, x: ArrayLike) -> Vector:
         """The float32 vector that is stored for `x`: clipped to the bounds, integers rounded, -0 made 0.
@@ -293,9 +325,14 @@ class Space(ABC):
 
     def _description(self, kind: str, **more: Any) -> dict[str, Any]:
         groups = [[first, last] for first, last in self.groups]
-        shape = {"layers": self.shape.layers, "experts": self.shape.experts, "k": self.shape.k}
         given = {name: getattr(self, name) for name in ("keep", "k", "router", "negative")}
-        return {"kind": kind, "shape": shape, "groups": groups, **given, **more}
+        return {"kind": kind, "shape": self.shape.describe(), "groups": groups, **given, **more}
+
+    def _check_equal_groups(self) -> None:
+        """Raise SpaceError unless as many experts of each group can be kept that routers choose first."""
+        why = why_unequal(self.keep, self.shape.router_groups)
+        if why is not None:
+            raise SpaceError(why)
 
     def group_names(self) -> list[str]:
         """`L00-07`, `L08-15`, ...: the layers of each group."""
@@ -303,20 +340,26 @@ class Space(ABC):
 
 
 class EntrySpace(Space):
-    """A space whose numbers are all entries of the matrices, (groups, 2, r, n) flattened."""
+    """A space whose numbers are all entries of the matrices, (groups, 2, r, n) flattened; of W_EM alone where W_RM
+    follows (``router="rows"``)."""
 
     def matrices(self, x: Vector) -> Matrix:
-        return x.reshape(len(self.groups), 2, self.keep, self.shape.experts)
+        n = self.shape.experts
+        entries = x.reshape(len(self.groups), -1, self.keep, n)
+        if self.router != "rows":
+            return entries
+        return np.stack([[w_em, one_hot(router_rows(w_em, self.shape.router_groups), n)] for (w_em,) in entries])
 
     def from_matrices(self, matrices: Matrix) -> Vector:
-        return np.asarray(matrices, dtype=np.float32).reshape(-1)
+        entries = matrices[:, :1] if self.router == "rows" else matrices
+        return np.asarray(entries, dtype=np.float32).reshape(-1)
 
     def entry_names(self) -> tuple[str, ...]:
         """`W_EM.L00-07.0.E3` and so on: one name per entry."""
         return tuple(
             f"{matrix}.{group}.{i}.E{e}"
             for group in self.group_names()
-            for matrix in ("W_EM", "W_RM")
+            for matrix in (("W_EM",) if self.router == "rows" else ("W_EM", "W_RM"))
             for i in range(self.keep)
             for e in range(self.shape.experts)
         )
@@ -369,9 +412,34 @@ def one_hot_pair(rows: NDArray[np.integer[Any]], n: int) -> Matrix:
     return np.stack([np.stack([one_hot(kept, n)] * 2) for kept in rows]).astype(np.float32)
 
 
-def random_rows(rng: np.random.Generator, groups: int, r: int, n: int) -> NDArray[np.int64]:
-    """r distinct experts out of n for each group, uniformly, sorted: int64 (groups, r)."""
-    return np.sort(np.argsort(rng.random((groups, n)), axis=1)[:, :r], axis=1).astype(np.int64)
+def random_rows(rng: np.random.Generator, groups: int, r: int, n: int, router_groups: int = 1) -> NDArray[np.int64]:
+    """r distinct experts out of n for each group, as many of each router group, sorted: int64 (groups, r)."""
+    drawn = np.argsort(rng.random((groups * router_groups, n // router_groups)), axis=1)[:, : r // router_groups]
+    return experts_of(np.sort(drawn, axis=1), n, router_groups)
+
+
+def first_rows(groups: int, r: int, shape: ModelShape) -> NDArray[np.int64]:
+    """The first experts of each router group, as many of each, for every group: int64 (groups, r)."""
+    within = np.arange(r // shape.router_groups)
+    return experts_of(np.tile(within, (groups * shape.router_groups, 1)), shape.experts, shape.router_groups)
+
+
+def experts_of(within: NDArray[np.integer[Any]], n: int, router_groups: int) -> NDArray[np.int64]:
+    """Numbers of experts within their router groups, (groups * router_groups, r / router_groups), as numbers among all
+    n: int64 (groups, r)."""
+    first = np.arange(len(within))[:, None] % router_groups * (n // router_groups)
+    return (within + first).reshape(len(within) // router_groups, -1).astype(np.int64)
+
+
+def router_rows(w_em: Matrix, router_groups: int = 1) -> list[int]:
+    """The router row that each new expert of W_EM, (r, n), gets where W_RM is no choice of its own.
+
+    They are distinct, each of the router group that the new expert is in, and have the largest sum of absolute weights
+    |w_em[i, row i]|: each new expert has that of the expert which weighs most in it, but where two would have one row.
+    """
+    r, n = len(w_em) // router_groups, w_em.shape[1] // router_groups
+    blocks = (np.abs(w_em[g * r : (g + 1) * r, g * n : (g + 1) * n]) for g in range(router_groups))
+    return [g * n + int(j) for g, block in enumerate(blocks) for j in linear_sum_assignment(-block)[1]]
 
 
 def kept_rows(matrices: Matrix) -> NDArray[np.int64]:

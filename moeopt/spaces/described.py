@@ -47,7 +47,7 @@ def from_description(description: Mapping[str, Any]) -> Space:
                 if entries is None:
                     raise KeyError("around")
                 space = EEPSpace(shape, keep=keep, groups=groups, k=k, **mapped)
-                around = space.decode_matrices(entries.reshape(len(groups), 2, keep, shape.experts))
+                around = space.decode_matrices(space.matrices(entries))
                 return MergeSpace(
                     shape, around=around, groups=groups, scale=description["scale"], router=mapped["router"]
                 )

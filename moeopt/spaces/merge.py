@@ -34,12 +34,13 @@ class MergeSpace(EntrySpace):
         around: Plan,
         groups: Groups | None = None,
         scale: float = 0.065,
-        router: MapAt = "prob",
+        router: MapAt | None = None,
     ) -> None:
         first = around.layers[0]
         mapped = [layer.negative for layer in around.layers if layer.router_rows is None]
         negative = mapped[0] if mapped else "clamp"
         super().__init__(shape, keep=first.kept_experts, groups=groups, k=first.k, router=router, negative=negative)
+        self._check_equal_groups()
         if not 0 < scale < float("inf"):
             raise SpaceError(f"scale must be a positive number, got {scale!r}")
         self.around, self.scale = around, float(scale)

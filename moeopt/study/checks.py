@@ -11,7 +11,6 @@ import optuna
 from optuna.pruners import BasePruner, NopPruner
 
 from moeopt.errors import SpaceError, StudyError, got
-from moeopt.plan import ModelShape
 from moeopt.samplers import GenomeSampler, UnknownSampler
 from moeopt.samplers.shadow import describe
 from moeopt.showing import shown
@@ -39,12 +38,22 @@ def check_objective(objective: object) -> None:
         raise StudyError(f"objective must be a moeopt.Objective, got {got(objective)}")
 
 
-def check_space(space: Any, shape: ModelShape) -> None:
-    """Raise SpaceError unless this is a space for models of this shape."""
+def check_space(space: Any, model: nn.Module) -> None:
+    """Raise SpaceError unless this is a space for models of this shape, whose plans the model takes."""
     if not isinstance(space, Space):
         raise SpaceError(f"space must be one of moeopt's, such as moeopt.EEPSpace.of(model, keep=4), got {got(space)}")
+    shape = shape_of(model)
     if shape != space.shape:
         raise SpaceError(f"the space is for {space.shape}, the model has {shape}")
+    for plan in space.extremes():
+        try:
+            check_takes(model, plan)
+        except MoeoptError as error:
+            merges = "prune" in space.phases and any(layer.makes_experts for layer in plan.layers)
+            instead = "; PruneSpace searches prunings" if merges else ""
+            raise SpaceError(
+                f"{type(space).__name__} has plans that the model does not take: {error}{instead}"
+            ) from error
 
 
 def check_options(*, rungs: Any, report: Any, active_weight: Any, guide: Any) -> None:

@@ -13,7 +13,7 @@ from moeopt.errors import NonFiniteLossError, StudyError, without_storage
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
 from moeopt.evaluation.checks import check_parts
 from moeopt.evaluation.memory import ran_out
-from moeopt.models import MergedWeights, describe, shape_of
+from moeopt.models import MergedWeights, describe
 from moeopt.samplers import racing
 from moeopt.spaces import Space
 from moeopt.study.checks import check_options, check_space, warn_of_too_little
@@ -84,7 +84,8 @@ class Objective:
         UserWarning: when the task has no dev or no test split, or fewer distinct examples than `limit`.
 
     Raises:
-        SpaceError: when the space is none, or for a model of another shape.
+        SpaceError: when the space is none, or for a model of another shape, or has plans that the model does not take;
+            the message says why, and what it takes.
         TaskError, ModelError: as `Evaluator`.
         StudyError: when `rungs`, `report`, `active_weight` or `guide` is out of range, or guides cannot be made.
     """
@@ -113,7 +114,7 @@ class Objective:
         guide: float = 0.0,
     ) -> None:
         check_parts(model, tokenizer, task)
-        check_space(space, shape_of(model))
+        check_space(space, model)
         check_options(rungs=rungs, report=report, active_weight=active_weight, guide=guide)
         self.active_weight, self.guide = float(active_weight), float(guide)
         self.model, self.tokenizer, self.task, self.space, self.split = model, tokenizer, task, space, split

@@ -75,8 +75,8 @@ STUDY = {
         "examples": Maybe({TEXT: COUNT}),
     },
     "space": {
-        "kind": TEXT, "shape": {"layers": COUNT, "experts": COUNT, "k": COUNT}, "keep": COUNT, "k": COUNT,
-        "groups": [[COUNT]], "router": TEXT,
+        "kind": TEXT, "keep": COUNT, "k": COUNT, "groups": [[COUNT]], "router": TEXT,
+        "shape": {"layers": COUNT, "experts": COUNT, "k": COUNT, "router_groups": Maybe(COUNT)},
     },
     "sampler": {"name": Maybe(TEXT)},
     "pruner": Maybe({"class": Maybe(TEXT)}),

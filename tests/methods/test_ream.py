@@ -13,6 +13,7 @@ from moeopt import methods
 from moeopt.errors import MethodError, SpaceError
 from moeopt.evaluation import Evaluator
 from moeopt.methods import matching, ream
+from moeopt.methods.base import Budget
 from moeopt.methods.names import MERGING, Name, parsed
 from moeopt.models import moe_layers
 from moeopt.plan import LayerPlan, Merge, ModelShape, Plan
@@ -113,11 +114,11 @@ def test_where_every_expert_is_kept_nothing_changes(make_mixtral: Any, tiny_toke
 def test_groups_take_no_more_than_they_may() -> None:
     rng = np.random.default_rng(0)
     saliency, likeness = rng.random(40), rng.random((40, 40))
-    leads, labels = ream.grouped(saliency, likeness, 3)
+    leads, labels = ream.grouped(saliency, likeness, Budget(len(saliency), 2, 3, 2))
     sizes = np.bincount(labels)[np.argsort(-saliency[leads])]
     assert sizes.tolist() == [16, 16, 8]
     assert set(leads) == set(np.argsort(-saliency)[:3].tolist())
-    assert np.bincount(ream.grouped(saliency, likeness, 2)[1]).tolist() == [20, 20]
+    assert np.bincount(ream.grouped(saliency, likeness, Budget(len(saliency), 2, 2, 2))[1]).tolist() == [20, 20]
 
 
 @pytest.mark.parametrize("name", [name for name in MERGING if name != "ream"])

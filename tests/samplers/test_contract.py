@@ -31,6 +31,7 @@ from moeopt.trials import genome
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 SHAPE = ModelShape(layers=6, experts=6, k=2)
+GROUPED = ModelShape(layers=6, experts=6, k=2, router_groups=2)
 AROUND = Plan.one_hot([[0, 2, 4]] * 3 + [[1, 2, 5]] * 3, experts=6, k=2)
 
 SPACES: dict[str, Callable[[], Space]] = {
@@ -41,6 +42,8 @@ SPACES: dict[str, Callable[[], Space]] = {
     "eep": lambda: EEPSpace(SHAPE, keep=3, groups=2),
     "active": lambda: ActiveSpace(PruneSpace(SHAPE, keep=3, groups=3), k=(1, 2), skip=True, groups=2),
     "active alone": lambda: ActiveSpace(SHAPE, k=(1, 2)),
+    "grouped": lambda: PruneSpace(GROUPED, keep=4, groups=3),
+    "grouped eep": lambda: EEPSpace(GROUPED, keep=4, groups=2, router="rows"),
 }
 
 Make = Callable[..., GenomeSampler]
@@ -82,6 +85,8 @@ def loss_of(plan: Plan) -> float:
         experts, target = _layer_data(i // 2, layer.experts)
         mixture = (layer.expert_matrix + 0.5 * layer.router_matrix).mean(axis=0) @ experts
         total += float(((mixture - target) ** 2).mean())
+        if layer.kept_experts == 4:  # `GROUPED`
+            assert [row // 3 for row in layer.router_rows or ()] == [0, 0, 1, 1]
         total += (2 - layer.k) * (0.2 if i % 3 else -0.3) + layer.skip * (layer.skip - 0.6)
     return total / len(plan.layers)
 

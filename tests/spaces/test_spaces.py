@@ -16,9 +16,11 @@ from moeopt.errors import SpaceError
 from moeopt.plan import LayerPlan, ModelShape, Plan
 from moeopt.samplers import RandomSampler
 from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space, from_description, layer_groups
+from moeopt.spaces.base import router_rows
 from moeopt.trials import genome
 
 SHAPE = ModelShape(layers=5, experts=6, k=2)
+GROUPED = ModelShape(layers=5, experts=6, k=2, router_groups=2)
 PRUNING = Plan.one_hot([[0, 2, 4]] * 2 + [[1, 2, 5]] * 3, experts=6, k=2)
 MERGING = Plan(
     tuple(
@@ -48,6 +50,13 @@ SPACES: dict[str, Space] = {
     "active alone": ActiveSpace(SHAPE, k=(1, 4), skip=True),
     "active around": ActiveSpace(SHAPE, around=MIXED, k=(1, 3)),
 }
+SPACES |= {
+    **{f"grouped {e}": PruneSpace(GROUPED, keep=4, encoding=e) for e in ("scores", "rows", "subset")},  # type: ignore[arg-type]
+    "grouped eep": EEPSpace(GROUPED, keep=4, router="logit"),
+    "grouped eep rows": EEPSpace(GROUPED, keep=4, router="rows"),
+    "eep rows": EEPSpace(SHAPE, keep=3, groups=2, router="rows"),
+    "merge rows": MergeSpace(SHAPE, around=PRUNING, groups=2, router="rows"),
+}
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys())
 
 
@@ -76,6 +85,12 @@ def test_every_vector_is_a_plan_of_the_space(space: Space, seed: int) -> None:
     low, high = getattr(space, "k_range", None) or (2, 2)
     assert {(layer.experts, layer.kept_experts) for layer in plan.layers} == {(6, space.keep)}
     assert all(low <= layer.k <= high for layer in plan.layers)
+    if space.router == "rows" or space.shape.router_groups > 1:
+        rows = [layer.router_rows for layer in plan.layers if layer.router_rows is not None]
+        assert all(len(set(row)) == space.keep for row in rows)
+        blocks = np.arange(space.keep) // (space.keep // space.shape.router_groups)
+        assert all((np.array(row) // (6 // space.shape.router_groups) == blocks).all() for row in rows)
+        assert space.router != "rows" or len(rows) == 5
     for first, last in space.groups:
         assert len({replace(plan.layers[i], k=1) for i in range(first, last + 1)}) == 1
     for first, last in space.extra_groups:
@@ -222,7 +237,10 @@ def test_bad_groups(groups: Any, message: str) -> None:
         (lambda: EEPSpace(SHAPE, keep=3, k=0), "k must be at least 1, got 0"),
         (lambda: PruneSpace(SHAPE, keep=2.5), "keep must be an integer, got 2.5"),  # type: ignore[arg-type]
         (lambda: PruneSpace(SHAPE, keep=True), "keep must be an integer, got True"),
-        (lambda: EEPSpace(SHAPE, keep=3, router="rows"), "router must be 'prob' or 'logit', got 'rows'"),  # type: ignore[arg-type]
+        (lambda: EEPSpace(SHAPE, keep=3, router="top"), "router must be 'prob', 'logit' or 'rows', got 'top'"),  # type: ignore[arg-type]
+        (lambda: EEPSpace(GROUPED, keep=3), "as many of each of the 2 groups .*: keep 2 or 4"),
+        (lambda: PruneSpace(GROUPED, keep=5), "keep 4 or 6"),
+        (lambda: MergeSpace(GROUPED, around=Plan.one_hot([[0, 1, 3]] * 5, experts=6, k=2)), "keep 2 or 4"),
         (lambda: PruneSpace(SHAPE, keep=3, encoding="bits"), "encoding must be one of rows, scores, subset, got"),  # type: ignore[arg-type]
         (lambda: PruneSpace(ModelShape(1, 64, 2), keep=32, encoding="subset"), "too many for encoding='subset'"),
         (lambda: MergeSpace(SHAPE, around=MERGING, groups=2, scale=0.0), "scale must be a positive number, got 0.0"),
@@ -409,3 +427,34 @@ def test_what_is_no_description_of_an_active_space() -> None:
     broken = {**description, "inner": {**description["inner"], "plan": {"layers": []}}}
     with pytest.raises(SpaceError, match="not the description of a space"):
         from_description(broken)
+
+
+def test_router_rows_are_those_of_the_experts_that_weigh_most() -> None:
+    w_em = np.array([[0.9, -2.0, 0, 0.1, 0, 0], [0.2, 0, 0, 0, 0, 0.1], [0, -1.5, 0.3, 0, 0, 0]], dtype=np.float32)
+    assert router_rows(w_em) == [1, 0, 2]  # -2.0 + 0.2 + 0.3 is the largest sum of three that differ
+    twice = np.array([[0, 1, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]], dtype=np.float32)
+    assert len(set(router_rows(twice))) == 2
+    assert router_rows(np.eye(6, dtype=np.float32)[[5, 1, 4]]) == [5, 1, 4]
+    grouped = np.full((4, 6), 0.1, dtype=np.float32)
+    grouped[0, 5], grouped[1, 1], grouped[2, 0], grouped[3, 3] = 9, 1, 9, 1  # those of the other group are no choice
+    assert router_rows(grouped, 2)[1::2] == [1, 3]
+    space = EEPSpace(SHAPE, keep=3, groups=1, router="rows")
+    assert space.size == 3 * 6
+    assert space.decode(w_em / 2).layers[0] == LayerPlan(6, 2, w_em=w_em / 2, w_rm=np.eye(6)[[1, 0, 2]])
+
+
+@each_space
+def test_a_model_that_takes_the_extremes_takes_what_a_space_has(space: Space) -> None:
+    start, *others = space.extremes()
+    assert start == space.decode(space.start())
+    assert any(layer.makes_experts for plan in others for layer in plan.layers) or "merge" not in space.phases
+    if space.extra_groups:
+        assert [layer.k for layer in others[-1].layers] == [layer.k for layer in space.decode(space.high).layers]
+
+
+def test_where_routers_are_mapped_is_the_shapes_unless_it_is_said() -> None:
+    shape = replace(SHAPE, router="logit")
+    assert shape == SHAPE
+    assert EEPSpace(shape, keep=3).router == "logit"
+    assert EEPSpace(shape, keep=3, router="prob").describe() == EEPSpace(SHAPE, keep=3).describe()
+    assert PruneSpace(shape, keep=3).describe() == PruneSpace(SHAPE, keep=3).describe()

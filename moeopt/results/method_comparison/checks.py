@@ -11,7 +11,7 @@ from moeopt import __version__
 from moeopt.errors import MethodError, MoeoptError
 from moeopt.files import MALFORMED
 from moeopt.methods import names as method_names
-from moeopt.plan import ModelShape
+from moeopt.plan import ModelShape, why_unequal
 from moeopt.showing import shown
 
 MANIFEST = "comparison.json"
@@ -39,6 +39,10 @@ def check(shape: ModelShape, keep: Sequence[int], active: Sequence[int] | None =
                 raise ComparisonError(
                     f"{name} must be between 1 and the {shape.experts} experts each layer has, got {value!r}"
                 )
+    for r in keep:
+        unequal = why_unequal(r, shape.router_groups)
+        if unequal is not None:
+            raise ComparisonError(unequal)
     if max(ks) > min(keep):
         hint = "" if active is not None else f", the model's own; ask for fewer with active={min(keep)}"
         raise ComparisonError(f"keep={min(keep)} is fewer than the k={max(ks)} experts each token activates{hint}")

@@ -280,6 +280,6 @@ def kept_experts(plan: Plan) -> int:
 
 def _random(shape: ModelShape, keep: int, k: int, seed: int, draw: int) -> Plan:
     """A random pruning: the same experts whatever k is."""
-    method, budget = METHODS["random"], Budget(shape.experts, shape.k, keep, k)
+    method, budget = METHODS["random"], Budget(shape.experts, shape.k, keep, k, router_groups=shape.router_groups)
     rngs = (np.random.default_rng([seed, draw, layer]) for layer in range(shape.layers))
     return Plan(tuple(method.layer({}, budget, rng) for rng in rngs))

@@ -98,7 +98,8 @@ def run_worker(
         )
     about = described(study)
     shape = check_checkpoint(source)
-    searched = ModelShape(**{key: about["space"]["shape"][key] for key in ("layers", "experts", "k")})
+    of_study = about["space"]["shape"]
+    searched = ModelShape(**{key: of_study[key] for key in shape.describe() if key in of_study})
     experts = (about.get("evaluation") or {}).get("experts")
     if shape != searched:
         raise StudyError(f"study {study_name!r} searches {searched}, {str(source)!r} has {shape}")
