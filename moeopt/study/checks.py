@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.pruners import BasePruner, NopPruner
 
-from moeopt.errors import SpaceError, StudyError, got
+from moeopt.errors import MoeoptError, SpaceError, StudyError, got
 from moeopt.samplers import GenomeSampler, UnknownSampler
 from moeopt.samplers.shadow import describe
 from moeopt.showing import shown
@@ -40,6 +40,8 @@ def check_objective(objective: object) -> None:
 
 def check_space(space: Any, model: nn.Module) -> None:
     """Raise SpaceError unless this is a space for models of this shape, whose plans the model takes."""
+    from moeopt.models import check_takes, shape_of
+
     if not isinstance(space, Space):
         raise SpaceError(f"space must be one of moeopt's, such as moeopt.EEPSpace.of(model, keep=4), got {got(space)}")
     shape = shape_of(model)
@@ -50,10 +52,8 @@ def check_space(space: Any, model: nn.Module) -> None:
             check_takes(model, plan)
         except MoeoptError as error:
             merges = "prune" in space.phases and any(layer.makes_experts for layer in plan.layers)
-            instead = "; PruneSpace searches prunings" if merges else ""
-            raise SpaceError(
-                f"{type(space).__name__} has plans that the model does not take: {error}{instead}"
-            ) from error
+            why = f"{error}; PruneSpace searches prunings" if merges else str(error)
+            raise SpaceError(f"{type(space).__name__} has plans that the model does not take: {why}") from error
 
 
 def check_options(*, rungs: Any, report: Any, active_weight: Any, guide: Any) -> None:
