@@ -16,11 +16,11 @@ Parts = dict[str, Tensor]
 """The tensors of one linear layer, by the last part of their names."""
 
 
-def fp8(weight: Tensor, prefix: str = "", block: tuple[int, int] = (16, 16)) -> Parts:
+def fp8(weight: Tensor, prefix: str = "", block: tuple[int, int] = (16, 16), scale_fmt: str | None = None) -> Parts:
     """Blocks with a float32 scale each, by transformers' own operation (DeepSeek-V3 has 128 x 128)."""
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
-    config = SimpleNamespace(weight_block_size=block, scale_fmt=None)
+    config = SimpleNamespace(weight_block_size=block, scale_fmt=scale_fmt)
     made = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"x.weight": weight})
     return {prefix + name.removeprefix("x."): tensor for name, tensor in made.items()}
 
@@ -31,12 +31,17 @@ def compressed(format: str, **arguments: Any) -> Callable[[Tensor], Parts]:
     def write(weight: Tensor) -> Parts:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-        from compressed_tensors.quantization.utils import calculate_qparams
+        from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
         args = QuantizationArgs(**arguments)
         groups = weight.float().unflatten(-1, (-1, args.group_size or weight.shape[1]))
-        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-        state = {"weight": weight, "weight_scale": scale.to(weight.dtype), "weight_zero_point": zero}
+        state = {"weight": weight}
+        if args.strategy == "tensor_group":
+            state["weight_global_scale"] = generate_gparam(weight.amin().float()[None], weight.amax().float()[None])
+        lows, highs = groups.amin(-1), groups.amax(-1)
+        scale, zero = calculate_qparams(lows, highs, args, global_scale=state.get("weight_global_scale"))
+        state["weight_scale"] = scale if args.scale_dtype else scale.to(weight.dtype)
+        state |= {} if args.type == "float" else {"weight_zero_point": zero}
         scheme = QuantizationScheme(targets=["Linear"], weights=args, format=format)
         return BaseCompressor.get_value_from_registry(format).compress(state, scheme)
 
@@ -44,10 +49,19 @@ def compressed(format: str, **arguments: Any) -> Callable[[Tensor], Parts]:
 
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}
+FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True}
 COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("pack-quantized", {**INT4, "symmetric": True}),
     "int4-zero": ("pack-quantized", {**INT4, "symmetric": False}),
     "int8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {**FLOAT4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"},
+    ),
+    "mxfp4-packed": (
+        "mxfp4-pack-quantized",
+        {**FLOAT4, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    ),
     "float8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}),
 }
 
@@ -106,8 +120,35 @@ def mxfp4(weight: Tensor) -> Parts:
     return {"_blocks": (low | high << 4).to(torch.uint8), "_scales": (exponent + 127).to(torch.uint8)}
 
 
+def fp8_with_exponents(weight: Tensor) -> Parts:
+    """Scales that are powers of two, in float8_e8m0fnu, as DeepSeek-V3.1 and on."""
+    return fp8(weight, scale_fmt="ue8m0")
+
+
+def mxfp8(weight: Tensor) -> Parts:
+    """A scale for 16 numbers of a row (32 in OCP's format), its exponent + 127 in uint8."""
+    return {
+        name: t.view(torch.uint8) if "scale" in name else t for name, t in fp8(weight, "", (1, 16), "ue8m0").items()
+    }
+
+
+def unpacked(parts: Parts, name: str) -> Tensor:
+    """The numbers of a linear layer of "awq" or "gptq", float32 (out, in), by a loop over bits."""
+    columns = torch.stack([parts["qzeros"] >> 4 * i & 15 for i in range(8)], -1)
+    if name == "awq":
+        rows = torch.stack([parts["qweight"] >> 4 * i & 15 for i in range(8)], -1)
+        numbers, zeros = (words[..., [AWQ_ORDER.index(i) for i in range(8)]].flatten(1) for words in (rows, columns))
+        group = torch.arange(len(numbers)) // (len(numbers) // len(zeros))
+    else:
+        rows = torch.stack([parts["qweight"] >> 4 * i & 15 for i in range(8)], 1)
+        numbers, zeros, group = rows.flatten(0, 1), (columns.flatten(1) + 1) % 16, parts["g_idx"]
+    return ((numbers - zeros[group]) * parts["scales"].float()[group]).T
+
+
 WRITERS: dict[str, Callable[[Tensor], Parts]] = {
     "fp8": fp8,
+    "fp8-ue8m0": fp8_with_exponents,
+    "mxfp8": mxfp8,
     "awq": awq,
     "gptq": gptq,
     **{name: compressed(format, **arguments) for name, (format, arguments) in COMPRESSED.items()},
@@ -116,9 +157,11 @@ WRITERS: dict[str, Callable[[Tensor], Parts]] = {
 
 def settings(name: str, ignore: list[str]) -> dict[str, Any]:
     """The `quantization_config` of a format; `ignore` are names of linear layers that are not converted."""
-    if name == "fp8":
-        fixed = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 16]}
-        return {**fixed, "modules_to_not_convert": ignore}
+    if name in ("fp8", "fp8-ue8m0", "mxfp8"):
+        method, _, scale_fmt = name.partition("-")
+        block = [1, 16] if name == "mxfp8" else [16, 16]
+        fixed = {"quant_method": method, "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": block}
+        return {**fixed, **({"scale_fmt": scale_fmt} if scale_fmt else {}), "modules_to_not_convert": ignore}
     if name == "mxfp4":
         return {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head", *ignore]}
     four = {"bits": 4, "group_size": 16}

@@ -73,14 +73,12 @@ METHODS: dict[str, tuple[Packing, ...]] = {
         ),
         Packing(".weight", ".weight", ((".weight_scale",),), (".weight_zero_point", ".weight_g_idx", *OF_INPUTS)),
     ),
-    "awq": (Packing(".weight", ".qweight", _COLUMNS, rows=False),),
-    "gptq": (Packing(".weight", ".qweight", (*_COLUMNS, (".g_idx",)), rows=False),),
+    "awq": (Packing(".weight", ".qweight", _COLUMNS, (".bias",), rows=False),),
+    "gptq": (Packing(".weight", ".qweight", (*_COLUMNS, (".g_idx",)), (".bias",), rows=False),),  # zeros, of AutoGPTQ
 }
 """By the `quant_method` of a config."""
 MERGEABLE = ("fp8", "mxfp8", "mxfp4")
 """Methods whose experts are dequantised to be merged: their loaders take layers that are not converted."""
-DEQUANTISED = (*MERGEABLE, "compressed-tensors")
-"""Methods that transformers dequantises as it loads, also into a class that a checkpoint brings."""
 
 
 def quantisation(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -112,7 +110,7 @@ def _settings(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, A
 
 def why_not_quantised(plan: Plan, config: Mapping[str, Any], form: str) -> str | None:
     """Why a quantised checkpoint cannot be exported under the plan, and what would; None when it can."""
-    method, _ = quantisation(config)
+    method, settings = quantisation(config)
     if method is None:
         return None
     made = [i for i, part in enumerate(plan.layers) if part.makes_experts]
@@ -122,12 +120,21 @@ def why_not_quantised(plan: Plan, config: Mapping[str, Any], form: str) -> str |
             f"quantised by {method}, which they cannot be written in; keep experts (a one-hot plan), or export from "
             "the unquantised checkpoint and quantise the result"
         )
-    if form == "custom" and method not in DEQUANTISED:
+    if form == "custom" and not _is_dequantised(method, settings):
         return (
-            f"the plan needs a class of its own, which transformers cannot load weights of {method} into; search with "
-            "PruneSpace, whose plans are ordinary checkpoints, or export from the unquantised checkpoint"
+            f"it needs a class of its own, which transformers cannot load weights of {method} such as these into: "
+            "search with PruneSpace, whose plans are ordinary checkpoints, or export from the unquantised checkpoint"
         )
     return None
+
+
+def _is_dequantised(method: str, settings: dict[str, Any]) -> bool:
+    """Whether transformers dequantises experts as it loads, also into a class that a checkpoint brings."""
+    if method != "compressed-tensors":
+        return method in MERGEABLE
+    from moeopt.models.quantisation import why_not_compressed  # it loads torch
+
+    return why_not_compressed(settings) is None
 
 
 @dataclass(frozen=True)

@@ -36,25 +36,26 @@ def write(tiny_tokenizer: Any, tmp_path: Path) -> Write:
     """A function: a folder with 3 layers of 6 experts in a quantised format, of gpt-oss for MXFP4, else Qwen3-MoE."""
 
     def write(name: str, **options: Any) -> Path:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            if name == "mxfp4":
-                kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-                config: Any = GptOssConfig(
-                    **COMMON, num_local_experts=6, hidden_size=64, intermediate_size=32, layer_types=kinds
-                )
-                model: Any = GptOssForCausalLM(config)
-            else:
-                config = Qwen3MoeConfig(
-                    **COMMON, num_experts=6, hidden_size=32, moe_intermediate_size=48, norm_topk_prob=True
-                )
-                model = Qwen3MoeForCausalLM(config)
-        model.to(torch.bfloat16).save_pretrained(tmp_path / "full")
+        build(name).save_pretrained(tmp_path / "full")
         tiny_tokenizer.save_pretrained(tmp_path / "full")
         quantised_files.quantise(tmp_path / "full", name, **options)
         return tmp_path / "full"
 
     return write
+
+
+def build(name: str) -> Any:
+    """The model in bfloat16 that `write` quantises."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "mxfp4":
+            kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+            shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 32, "layer_types": kinds}
+            model: Any = GptOssForCausalLM(GptOssConfig(**COMMON, **shape, num_local_experts=6))
+        else:
+            shape = {"hidden_size": 32, "moe_intermediate_size": 64, "norm_topk_prob": True}
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, **shape, num_experts=6))
+    return model.to(torch.bfloat16)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -84,18 +85,23 @@ PLANS: dict[str, Callable[[str], Plan]] = {
     "merged-in-one": lambda name: Plan((KEEP, dense("logit"), KEEP)),
     "mapped": lambda name: Plan((dense("prob"), KEEP, KEEP)),
     "mapped-only": lambda name: Plan((LayerPlan(6, 2, kept=(5, 1, 3), w_rm=dense("prob").w_rm, router="prob"),) * 3),
-    "refitted": lambda name: Plan((refitted(*((64, 32) if name == "mxfp4" else (32, 48))), KEEP, KEEP)),
+    "refitted": lambda name: Plan((refitted(*((64, 32) if name == "mxfp4" else (32, 64))), KEEP, KEEP)),
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [*((name, kind) for name in ("fp8", "mxfp4") for kind in PLANS), ("int4", "pruned"), ("float8", "pruned"),
-     ("int4", "mapped-only"), ("float8", "mapped-only")],
-)  # fmt: skip
+LOADED = [
+    *((name, kind) for name in ("fp8", "mxfp4") for kind in PLANS),
+    *((name, "merged-in-one") for name in ("fp8-ue8m0", "mxfp8")),
+    *((name, kind) for name in ("int4", "float8", "mxfp4-packed") for kind in ("pruned", "mapped-only")),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), LOADED)
 def test_what_is_loaded_is_the_patched_original(name: str, kind: str, write: Write, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="dequantised to bfloat16"):
         full, _ = moeopt.load(write(name))
+    for key, right in build(name).named_parameters():
+        assert (full.get_parameter(key) - right).abs().max() <= 0.2 * right.abs().max(), key
     plan = PLANS[kind](name)
     with moeopt.patched(full, plan):
         patched = logits(full)
@@ -108,6 +114,10 @@ def test_what_is_loaded_is_the_patched_original(name: str, kind: str, write: Wri
     made = [f"model.layers.{i}.mlp.experts" for i, part in enumerate(plan.layers) if part.makes_experts]
     assert record.get("dequantised", []) == made
     assert ("no longer quantised" in (tmp_path / "small" / "README.md").read_text()) == bool(made)
+    if (name, kind) == ("mxfp4", "pruned"):
+        before, after = (load_file(place / "model.safetensors") for place in (tmp_path / "full", tmp_path / "small"))
+        for key in (key for key in after if ".experts." in key):
+            assert torch.equal(after[key], before[key][KEPT[int(key.split(".")[2])]]), key
     if kind == "merged-in-one":
         assert settings["modules_to_not_convert"][-1] == "model.layers.1.mlp.experts"
 
@@ -119,7 +129,7 @@ def test_experts_keep_their_bytes(name: str, write: Write, tmp_path: Path) -> No
     folder = write(name, skipped=lambda layer: layer == odd)
     moeopt.export(PRUNING, tmp_path / "small", model=folder)
     full, small = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "small"))
-    expected = {}
+    original, expected = build(name), {}
     for key, tensor in full.items():
         layer = int(key.split(".")[2]) if "layers." in key else 0
         if key.endswith("mlp.gate.weight"):
@@ -133,6 +143,14 @@ def test_experts_keep_their_bytes(name: str, write: Write, tmp_path: Path) -> No
     for key, tensor in small.items():
         assert (tensor.dtype, tensor.shape) == (expected[key].dtype, expected[key].shape)
         assert torch.equal(tensor.view(torch.uint8), expected[key].view(torch.uint8)), key
+        if key.endswith("qweight") and ".experts." in key:  # from bytes to numbers, by a loop over bits
+            stem = key.removesuffix("qweight")
+            numbers = quantised_files.unpacked({k.removeprefix(stem): t for k, t in small.items() if stem in k}, name)
+            layer, expert = (int(key.split(".")[i]) for i in (2, 5))
+            right = original.get_submodule(f"model.layers.{layer}.mlp.experts")
+            gate, up = right.gate_up_proj[KEPT[layer][expert]].chunk(2)
+            right = {"gate": gate, "up": up, "down": right.down_proj[KEPT[layer][expert]]}[key.split(".")[6][:-5]]
+            assert (numbers - right).abs().max() <= 0.51 * small[f"{stem}scales"].max(), key
     was, now = (json.dumps(config_of(place)["quantization_config"]) for place in (folder, tmp_path / "small"))
     assert re.sub(r"\$\"", '"', now) == re.sub(r"(experts\\*\.)3", r"\g<1>1", was) != was
 
@@ -181,7 +199,7 @@ def test_what_a_format_cannot_hold_is_refused_before_any_work(write: Write, tmp_
     folder = write("gptq")
     with pytest.raises(ExportError, match=r"layer 1 of the plan has experts of new weights.*quantised by gptq"):
         moeopt.export(PLANS["merged-in-one"]("gptq"), tmp_path / "small", model=folder)
-    with pytest.raises(ExportError, match="a class of its own, which transformers cannot load weights of gptq into"):
+    with pytest.raises(ExportError, match="needs a class of its own, which transformers cannot load weights of gptq"):
         moeopt.export(PLANS["mapped-only"]("gptq"), tmp_path / "small", model=folder)
     with pytest.raises(ModelError, match="quantised by gptq, and transformers has no experts"):
         moeopt.load(folder)
@@ -196,13 +214,21 @@ def test_what_a_format_cannot_hold_is_refused_before_any_work(write: Write, tmp_
         moeopt.export(PRUNING, tmp_path / "other", model=folder)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("int8", "stored as int-quantized"), ("int4-zero", "zero points")])
-def test_experts_that_transformers_would_get_wrong_are_not_loaded(name: str, reason: str, write: Write) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("int8", "stored as int-quantized"), ("int4-zero", "zero points"), ("nvfp4", "stored as nvfp4")],
+)
+def test_experts_that_transformers_would_get_wrong_are_not_loaded(
+    name: str, reason: str, write: Write, tmp_path: Path
+) -> None:
+    folder = write(name)
     with pytest.raises(ModelError, match=reason):
-        moeopt.load(write(name))
+        moeopt.load(folder)
+    with pytest.raises(ExportError, match="cannot load weights of compressed-tensors such as these"):
+        moeopt.export(PLANS["mapped-only"](name), tmp_path / "small", model=folder)
 
 
-def test_scales_that_transformers_would_leave_out_are_refused(write: Write) -> None:
+def test_experts_and_scales_in_one_tensor_are_pruned_and_not_loaded(write: Write, tmp_path: Path) -> None:
     def fuse(state: dict[str, torch.Tensor]) -> None:
         """Experts of layer 0 as one tensor with one tensor of scales."""
         for end in ("weight", "weight_scale_inv"):
@@ -219,6 +245,12 @@ def test_scales_that_transformers_would_leave_out_are_refused(write: Write) -> N
         moeopt.load(folder)
     with pytest.raises(ModelError, match=r"without its tensor .*_proj_scale_inv"):
         moeopt.load(folder, quantization_config=FineGrainedFP8Config(dequantize=True))
+    moeopt.export(PRUNING, tmp_path / "small", model=folder)
+    full, small = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "small"))
+    fused = [key for key in small if ".layers.0." in key and ".experts." in key]
+    assert len(fused) == 4
+    for key in fused:
+        assert torch.equal(small[key].view(torch.uint8), full[key][KEPT[0]].view(torch.uint8))
 
 
 @pytest.mark.slow
