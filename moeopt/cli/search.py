@@ -161,7 +161,7 @@ def search(
 
     import optuna
 
-    from moeopt.report.terminal import SearchProgress, consoles
+    from moeopt.report.terminal import SearchProgress, consoles, needs_table
     from moeopt.study import (
         COMMAND,
         automatic,
@@ -169,6 +169,7 @@ def search(
         check_same,
         create_study,
         finished,
+        needs_of,
         optimize,
         recipe,
         stalled,
@@ -211,6 +212,9 @@ def search(
         )  # fmt: skip
         if starts == "auto" and resumed is None and (names := automatic(chosen_space)):
             err.say(f"starting from {' and '.join(names)}; --warm-start chooses others, or none")
+        if resumed is None:
+            by_name = automatic(chosen_space) if starts == "auto" else [s for s in starts if isinstance(s, str)]
+            err.print(needs_table(needs_of(objective, n_trials=trials, warm_starts=by_name, storage=storage)))
         record = create_study(
             study,
             objective=objective,

@@ -32,6 +32,7 @@ from moeopt.models import (
     plan_in_force,
     without_plan,
 )
+from moeopt.models.layerwise import input_device
 from moeopt.plan import Plan
 
 if TYPE_CHECKING:
@@ -90,6 +91,18 @@ class Answers:
         return scores
 
 
+def _that_fits(device: torch.device) -> int:
+    """Bytes for hidden states of earlier plans where none are asked for; fewer where memory is short, which is said."""
+    fits = free_bytes(device) // 4
+    if fits < PREFIX_MEMORY:
+        warnings.warn(
+            f"hidden states of earlier plans get {fits >> 20} MiB of {device}, not {PREFIX_MEMORY >> 20}: a quarter of "
+            "what is free; prefix_device='cpu' keeps them in RAM, prefix_memory= says how many bytes",
+            stacklevel=2,
+        )
+    return min(fits, PREFIX_MEMORY)
+
+
 class Passes:
     """Runs the requests of an evaluator under plans. The model is left as it was found.
 
@@ -121,14 +134,14 @@ class Passes:
         self.cache, self.merged_weights = MergedCache(), merged_weights
         self.runner: LayerMajor | Whole = Whole(model, int(model.config.get_text_config().num_hidden_layers))
         with lock_of(model), torch.inference_mode(), evaluation_mode(model), without_plan(model):
-            self._moe = moe_layers(model)
+            self.moe = moe_layers(model)
             try:
                 parts = layerwise(model)
             except ModelError as error:
                 if prefix_memory:
                     raise ModelError(f"hidden states cannot be reused: {error}") from None
             else:
-                memory = PREFIX_MEMORY if prefix_memory is None else prefix_memory
+                memory = _that_fits(input_device(model)) if prefix_memory is None else prefix_memory
                 self.runner = LayerMajor(parts, memory, prefix_device)
             self.branching = may_branch(self.runner, model, requests)
         self._pack(batch_tokens)
@@ -188,7 +201,7 @@ class Passes:
 
     def stock(self) -> tuple[float, ...]:
         """Experts that a token runs in each MoE layer of the model as it is."""
-        return tuple(float(layer.k) for layer in self._moe)
+        return tuple(float(layer.k) for layer in self.moe)
 
     def _run(self, rung: int, plan: Plan | None, sums: NDArray[np.float64]) -> Run:
         """Fills in what the requests of a rung got, (columns, requests), with smaller batches if memory runs out.
@@ -244,7 +257,7 @@ class Passes:
     def _where_merged(self, plan: Plan) -> MergedWeights:
         if self.merged_weights != "auto" or not any(layer.makes_experts for layer in plan.layers):
             return self.merged_weights
-        needed = merged_bytes(self._moe, plan) - self.cache.nbytes
+        needed = merged_bytes(self.moe, plan) - self.cache.nbytes
         free = free_bytes(next(self.model.parameters()).device)
         return "auto" if needed <= free // 2 else "scratch"
 
@@ -285,7 +298,7 @@ class Passes:
                 bad.append(index)
 
         with ExitStack() as stack:
-            for layer in self._moe:
+            for layer in self.moe:
                 handle = layer.block.register_forward_hook(lambda _m, _i, out, index=layer.index: watch(index, out))
                 stack.callback(handle.remove)
             for _ in Whole(self.model, self.runner.layers).run(0, [batch]).outputs:

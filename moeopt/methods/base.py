@@ -91,6 +91,25 @@ class Budget:
         return LayerPlan(self.experts, self.active, kept=tuple(sorted(int(e) for e in kept)))
 
 
+@dataclass(frozen=True)
+class CalibrationSize:
+    """How much a calibration pass runs.
+
+    Args:
+        tokens: of all examples.
+        batch_tokens: of a forward pass.
+        layers: decoder layers.
+        hidden: numbers of a hidden state.
+        itemsize: bytes of one.
+    """
+
+    tokens: int
+    batch_tokens: int
+    layers: int
+    hidden: int
+    itemsize: int
+
+
 def statistic(statistics: Mapping[str, Statistic], kind: type[S]) -> S:
     """The statistic of a class among those of `Method.needs`."""
     value = statistics[kind.__name__]
@@ -118,6 +137,15 @@ class Method(ABC):
     def needs(self, budget: Budget) -> dict[str, Statistic]:
         """New statistics to fill for one layer, by name; methods that name one alike share it."""
         return {kind.__name__: kind(budget.experts) for kind in self.kinds}
+
+    def bytes_held(self, budget: Budget, size: CalibrationSize) -> int:
+        """Bytes that it takes beside a forward pass, about, as far as they grow with tokens or layers."""
+        statistics = self.needs(budget).values()
+        # Statistics by layer have all batches go through a layer before the next one.
+        held = sum(each.bytes_held(size) for each in statistics)
+        held += size.tokens * size.hidden * size.itemsize * any(each.by_layer for each in statistics)
+        every = any(each.outputs == "all" for each in statistics)
+        return held + budget.experts * size.batch_tokens * size.hidden * size.itemsize * every
 
     @abstractmethod
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:

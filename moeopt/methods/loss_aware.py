@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from math import comb
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,9 +42,9 @@ from torch import Tensor
 
 from moeopt.errors import MethodError, ModelError
 from moeopt.evaluation import Evaluation, Evaluator, paired_bootstrap
-from moeopt.methods.base import Budget, Groups, MethodPlan, Planner
-from moeopt.methods.gradients import LossGradients
-from moeopt.methods.kept_sets import KeptSet
+from moeopt.methods.base import Budget, CalibrationSize, Groups, MethodPlan, Planner
+from moeopt.methods.gradients import MEMORY, LossGradients
+from moeopt.methods.kept_sets import MOST_SETS, KeptSet
 from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.set_changes import CURVATURE, DEFAULT, RULES, SKETCHES, Changes, products_of
 from moeopt.plan import Plan
@@ -77,6 +78,12 @@ class LossAware(Planner):
 
     def __init__(self, summary: str, rounds: int) -> None:
         self.summary, self.rounds = summary, rounds
+
+    def bytes_held(self, budget: Budget, size: CalibrationSize) -> int:
+        """Hidden states at every layer, which gradients go back through, and products, where sets are too many."""
+        states = min(MEMORY, size.tokens * size.layers * size.hidden * size.itemsize)
+        products = size.tokens * size.layers * budget.experts * 4 * (1 + SKETCHES)
+        return states + (min(HELD, products) if comb(budget.experts, budget.keep) > MOST_SETS else 0)
 
     def planned(self, calibration: Calibration, budget: Budget, ranges: Groups) -> MethodPlan:
         try:

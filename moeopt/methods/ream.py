@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeopt.methods.base import Budget, Method, statistic
+from moeopt.methods.base import Budget, CalibrationSize, Method, statistic
 from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.matching import neuron_weights, orders, tensors_of
 from moeopt.methods.neuron_activations import NeuronActivations
@@ -76,6 +76,9 @@ class Likeness(Statistic):
             self.salient[j] += float((norms * p[tokens, j]).double().sum())
         self.layer = acts.layer
         self.hidden.append(acts.hidden)
+
+    def bytes_held(self, size: CalibrationSize) -> int:
+        return size.tokens * size.hidden * size.itemsize
 
     def saliency(self, visits: Array) -> Array:
         """s, (n,), visits being |X_i|."""

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeopt.methods.base import CalibrationSize
 from moeopt.methods.layer_activations import LayerActivations
 
 Array = NDArray[np.float64]
@@ -33,6 +34,10 @@ class Statistic(ABC):
     @abstractmethod
     def add(self, acts: LayerActivations) -> None:
         """Called with every batch."""
+
+    def bytes_held(self, size: CalibrationSize) -> int:
+        """Bytes that it takes of one layer, as far as they grow with tokens."""
+        return 0
 
 
 class Routing(Statistic):

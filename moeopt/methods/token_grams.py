@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeopt.methods.base import Budget
+from moeopt.methods.base import Budget, CalibrationSize
 from moeopt.methods.kept_sets import Array, KeptSet, descended, eliminated, masks
 from moeopt.methods.layer_activations import TINY, LayerActivations
 from moeopt.methods.output_errors import AT_ONCE, BATCH, Problem, Sums
@@ -56,6 +56,9 @@ class TokenGrams(Statistic):
                 f"MiB a layer: those of one token in {self.every} are taken",
                 stacklevel=2,
             )
+
+    def bytes_held(self, size: CalibrationSize) -> int:
+        return min(MOST_BYTES, 4 * self.n * (self.n + 1) * size.tokens)
 
     def errors(self, choose: Choose) -> Array:
         """Errors, as `SetErrors.errors`, of choices given as `LayerActivations.chosen` gives them: (choices,)."""

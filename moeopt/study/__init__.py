@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moeopt.study.checks import check_goes_on, check_study, description_of
     from moeopt.study.creating import COMMAND, create_study
     from moeopt.study.foreign import foreign_trials
+    from moeopt.study.needs import needs_of
     from moeopt.study.opening import check_name, find, load_study, read_study
     from moeopt.study.progress import best_trial, finished, stalled
     from moeopt.study.reclaiming import reclaim
@@ -43,6 +44,7 @@ __all__ = [
     "finished",
     "foreign_trials",
     "load_study",
+    "needs_of",
     "optimize",
     "read_study",
     "reclaim",
@@ -58,6 +60,7 @@ _HOMES = {
     "checks": ("check_goes_on", "check_study", "description_of"),
     "creating": ("COMMAND", "create_study"),
     "foreign": ("foreign_trials",),
+    "needs": ("needs_of",),
     "opening": ("check_name", "find", "load_study", "read_study"),
     "progress": ("best_trial", "finished", "stalled"),
     "reclaiming": ("reclaim",),

@@ -15,6 +15,7 @@ from moeopt.errors import StudyError
 from moeopt.samplers.racing import NOISE_FLOOR, RacingPruner
 from moeopt.study import recipe
 from moeopt.study.checks import check_objective, description_of
+from moeopt.study.needs import needs_of
 from moeopt.study.opening import check_name, find
 from moeopt.study.reclaiming import reclaim
 from moeopt.study.storage import check_storage, is_new, open_storage, readable_errors
@@ -65,7 +66,7 @@ def create_study(
     Raises:
         StudyError: when the name is taken (and `load_if_exists` is not set), or the study to resume was made with
             another model, task, space, sampler or pruner; the message names the fields that differ. Also when the
-            pruner is unknown, or the objective has a single rung.
+            pruner is unknown, the objective has a single rung, or more memory is needed than is free (`needs_of`).
         StorageError: when the storage cannot be opened or is not Optuna's.
         SamplerError: when the sampler is unknown or its options are.
         MethodError: when a method is unknown.
@@ -97,6 +98,8 @@ def create_study(
         with readable_errors(storage):
             check_same(existing, description)
     existing_attrs = [] if existing is None else [trial.user_attrs for trial in existing.get_trials(deepcopy=False)]
+    by_name = [name for name, start in starts if name is not None and start is None]
+    needs_of(objective, warm_starts=by_name, storage=storage).check()
     planned = calibrated(starts, objective, existing_attrs, optional=warm_starts == AUTO)
     if opened is None and isinstance(storage, str):
         opened = open_storage(storage)
