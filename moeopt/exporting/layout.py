@@ -142,6 +142,8 @@ def lay_out(
         if name in left_out:
             continue
         role = roles.find(places.get(name))
+        if role is not None and role[0] == "routers" and role[1].n not in stored.shape:
+            role = None  # such as what hidden states are multiplied with before they are routed
         if role is None:
             layout.tensors[name] = stored
             layout.made.append(_copied(name, stored.size))

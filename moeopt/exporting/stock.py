@@ -14,7 +14,7 @@ from moeopt.plan import LayerPlan, Plan
 
 Form = Literal["auto", "stock", "custom"]
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-ACTIVE_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
+ACTIVE_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
 def why_not_stock(plan: Plan) -> str | None:

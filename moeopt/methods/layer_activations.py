@@ -26,7 +26,8 @@ class LayerActivations:
         layer, rule: the layer and how it routes.
         hidden: hidden states that enter its experts, (tokens, hidden).
         logits: its router's, (tokens, n).
-        gates, index: weights and numbers of the k experts it picks, (tokens, k).
+        gates, index: weights and numbers of the k experts it picks, (tokens, k); without the router's factors of
+            experts, which count as theirs: `outputs` have them.
         routed: what its experts gave, weighted and summed, (tokens, hidden).
         sequence: which sequence each token belongs to, int64 (tokens,).
         every: `outputs`, where they are known already.
@@ -158,7 +159,18 @@ class LayerActivations:
         hidden = self.hidden[tokens]
         number = torch.full((len(hidden), 1), expert, device=hidden.device)
         output: Tensor = self.layer.experts(hidden, number, torch.ones_like(number, dtype=torch.float32))
-        return output
+        factors = factors_of(self.layer, self.rule)
+        return output if factors is None else _scaled(output, factors[expert])
+
+
+def factors_of(layer: MoELayer, rule: RoutingRule) -> Tensor | None:
+    """What the router multiplies the weights of each expert with, (n,), if it does."""
+    device = layer.experts.down_proj.device if isinstance(layer.experts.down_proj, Tensor) else None
+    return None if rule.factor is None else routing_tensor(layer, rule.factor).to(device)
+
+
+def _scaled(outputs: Tensor, factors: Tensor) -> Tensor:
+    return (outputs.float() * factors.float()).to(outputs.dtype)
 
 
 Observe = Callable[[LayerActivations], None]
@@ -170,6 +182,7 @@ class Hook:
 
     def __init__(self, layer: MoELayer, rule: RoutingRule, observe: Observe, current: list[Batch]) -> None:
         self.layer, self.rule, self.observe, self.current = layer, rule, observe, current
+        self.factors = factors_of(layer, rule)
         self._tensors: dict[str, Tensor] = {}
         self.busy = False  # while `observe` runs experts again, which must not be noted
         self._norms: list[tuple[Tensor, Tensor]] = []
@@ -202,8 +215,8 @@ class Hook:
         hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
         self._tensors |= {
             "hidden": hidden.reshape(-1, hidden.shape[-1]),
-            "logits": output[0],
-            "gates": output[1],
+            "logits": self.rule.logits_of(output[0]),
+            "gates": output[1] if self.factors is None else output[1] / self.factors[output[2]],
             "index": output[2],
         }
 
@@ -229,7 +242,7 @@ class Hook:
         every = torch.stack(
             [forward(experts, hidden_states, torch.full_like(top_k_index[:, :1], j), ones) for j in range(self.layer.n)]
         )
-        self._tensors["every"] = every
+        self._tensors["every"] = every if self.factors is None else _scaled(every, self.factors[:, None, None])
         tokens = torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
         weighted = every[top_k_index, tokens].float() * top_k_weights[..., None].float()
         return weighted.sum(1).to(hidden_states.dtype)

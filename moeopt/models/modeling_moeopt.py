@@ -84,6 +84,8 @@ class MoeoptRouter:
             if plan["rule"]["normalised"]:
                 rest = top.sum(-1, keepdim=True)
                 top = top * (whole.sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1.0))
+            factor = self._named("factor")
+            top = top if factor is None else top * factor[index]
         else:
             top = weights
         if plan["router"] == "alias":
@@ -94,13 +96,15 @@ class MoeoptRouter:
 
     def _scores(self, logits):
         rule = self.moeopt["rule"]
+        if rule["returns_scores"]:
+            return logits
         logits = logits.float() if rule["float32_scores"] else logits
         return logits.sigmoid() if rule["score"] == "sigmoid" else logits.softmax(-1)
 
     def _mapped(self, logits):
         """Weights and experts from mapped scores."""
         rule, clamp = self.moeopt["rule"], self.moeopt["negative"] == "clamp"
-        w_rm, correction = self.w_rm.float(), self._correction()
+        w_rm, correction, factor = self.w_rm.float(), self._named("correction"), self._named("factor")
         mapped = self._scores(logits).float() @ w_rm.T
         mapped = mapped.clamp(min=0) if clamp else mapped
         top, index = self._chosen(mapped, None if correction is None else w_rm @ correction.float())
@@ -108,7 +112,8 @@ class MoeoptRouter:
         total = top.sum(-1, keepdim=True)
         if clamp:
             total = total.masked_fill(total == 0, 1.0)
-        return (top / total if rule["normalised"] else top) * rule["scale"], index
+        top = (top / total if rule["normalised"] else top) * rule["scale"]
+        return top if factor is None else top * (w_rm @ factor.float())[index], index
 
     def _selected(self, logits):
         """Weights, before they are rounded, and experts by the family's rule."""
@@ -118,14 +123,14 @@ class MoeoptRouter:
             top, index = logits.topk(k, -1, sorted=rule["ordered"])
             top = top.softmax(-1)
         else:
-            top, index = self._chosen(self._scores(logits), self._correction())
+            top, index = self._chosen(self._scores(logits), self._named("correction"))
         if rule["renormalise"]:
             top = top / (top.sum(-1, keepdim=True) + rule["epsilon"])
         return top * rule["scale"], index
 
-    def _correction(self):
-        """What is added to the n scores for the choice of experts, (n,), if anything is."""
-        name = self.moeopt["rule"]["correction"]
+    def _named(self, role):
+        """What is added to the n scores for the choice, or multiplied with the weights of n experts, (n,), if any."""
+        name = self.moeopt["rule"][role]
         if name is None:
             return None
         if name.startswith("../"):  # of the block

@@ -3,6 +3,7 @@ that a token skips, and has novices in place of others."""
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,17 +43,21 @@ class Patch:
     balancing: tuple[nn.Module, BalancedLoss] | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     implementations: list[tuple[Any, str | None]] = field(default_factory=list)
+    forwards: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
     def attach(self) -> None:
         self.detach()
         for i, hook in self.routers.items():
-            self.handles.append(self.layers[i].router.register_forward_hook(hook, with_kwargs=True))
+            self.handles += hook.attach(self.layers[i].router)
         if self.balancing is not None:
             model, loss = self.balancing
             self.handles.append(model.register_forward_hook(loss, with_kwargs=True))
         for i, run in self.experts.items():
             experts = self.layers[i].experts
             _RUN[experts] = run
+            if not dispatches(self.layers[i]):
+                self._replace_forward(experts)
+                continue
             # transformers looks the implementation up by the config's name at every call of an experts module, so that
             # another name there reaches it without a hook, under offload and generation too. All layers share the
             # config: it is set once, and `_RUN` tells the layers apart.
@@ -70,6 +75,22 @@ class Patch:
         while self.implementations:
             config, backend = self.implementations.pop()
             config._experts_implementation = {"": backend}
+        while self.forwards:
+            experts, place, before = self.forwards.pop()
+            if before is None:
+                delattr(experts, place)
+            else:
+                setattr(experts, place, before)
+
+    def _replace_forward(self, experts: nn.Module) -> None:
+        """Of a class that does not dispatch, on the instance; under accelerate the forward that its hook wraps."""
+        place = "_old_forward" if "_old_forward" in vars(experts) else "forward"
+        self.forwards.append((experts, place, vars(experts).get(place)))
+
+        def stock(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            return type(module).forward(module, *args, **kwargs)  # type: ignore[no-any-return]
+
+        setattr(experts, place, lambda *args, **kwargs: _RUN[experts](stock, experts, *args, **kwargs))
 
 
 def _implementation(backend: str | None) -> str:
@@ -94,6 +115,11 @@ def dispatches(layer: MoELayer) -> bool:
     """Whether the experts run by transformers' experts interface, which what a plan makes of them hooks into."""
     config = getattr(layer.experts, "config", None)
     return hasattr(config, "_experts_implementation") and hasattr(type(layer.experts).forward, "__wrapped__")
+
+
+def takes_picks(layer: MoELayer) -> bool:
+    """Whether the experts are called with hidden states, expert numbers and weights, and run by them alone."""
+    return dispatches(layer) or len(inspect.signature(type(layer.experts).forward).parameters) == 4
 
 
 def merging(store: MergedCache, part: LayerPlan) -> Run:

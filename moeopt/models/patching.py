@@ -83,7 +83,7 @@ def patched(
     check_merged_weights(merged_weights)
     with _suspended(model) as stack:
         checked = checked_model(model)
-        check_plan(checked, plan)
+        check_plan(model, checked, plan)
         patch = _patch_for(checked, model, plan, merged_weights, MergedCache() if cache is None else cache)
         stack.append(patch)
         try:
@@ -163,7 +163,7 @@ def check_makes(model: nn.Module) -> None:
     with _suspended(model):
         checked = checked_model(model)
         for layer in checked.layers:
-            check_merging(checked, layer, "refitted")
+            check_merging(model, checked, layer, "refitted")
             expert_form(layer)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moeopt.errors import ModelError, PlanError
 from moeopt.models.layers import OF_BLOCK, MoELayer, call_router, gate_weight, given_tensors, routing_tensor
@@ -28,10 +29,10 @@ class RoutingRule:
 
     A plan's r new experts are routed by the same rule, with what W_RM, (r, n), makes of the n experts' numbers:
 
-    * ``router="rows"``: r of the rows of the weight, of the bias and of the correction;
+    * ``router="rows"``: r of the rows of the weight, of the bias, of the correction and of the factors;
     * ``router="logit"``: logits by W_RM @ weight and W_RM @ bias, and the correction W_RM @ correction;
     * ``router="prob"``: scores W_RM s, of which weights are made, and the correction W_RM @ correction, which is added
-      to them for the choice alone.
+      to them for the choice alone. With either, factors are W_RM @ factors.
 
     Where the choice is limited to groups, new expert i is in group ``i // (r / groups)``.
 
@@ -52,6 +53,10 @@ class RoutingRule:
         group_score: of corrected scores, ``"max"`` (DeepSeek-V2) or the sum of the two largest, ``"top2"`` (V3).
         zero_outside: what the scores of the other groups' experts become for the choice, 0 or minus infinity.
             With ``"max"`` weights are made of these scores, too.
+        prepared: whether logits are of what the router makes of the hidden states first (Gemma 4: a norm, a scale):
+            what enters the module that holds the weight.
+        returns_scores: whether the first thing that the router returns are scores, not logits.
+        factor: name of the (n,) tensor that the weights are multiplied with at last (Gemma 4), if there is one.
     """
 
     weight: str
@@ -68,6 +73,9 @@ class RoutingRule:
     kept_groups: int = 1
     group_score: GroupScore = "top2"
     zero_outside: bool = False
+    prepared: bool = False
+    returns_scores: bool = False
+    factor: str | None = None
 
     @property
     def normalised(self) -> bool:
@@ -84,6 +92,14 @@ class RoutingRule:
         """(tokens, m) logits -> (tokens, m) scores; for ``"selected"``, the softmax of all logits."""
         logits = logits.float() if self.float32_scores else logits
         return logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+
+    def scores_of(self, returned: Tensor) -> Tensor:
+        """The scores, (tokens, n), that the first thing a router returns stands for."""
+        return returned if self.returns_scores else self.scores(returned)
+
+    def logits_of(self, returned: Tensor) -> Tensor:
+        """The logits, (tokens, n), that it stands for; of scores those whose softmax they are."""
+        return returned.clamp_min(torch.finfo(returned.dtype).tiny).log() if self.returns_scores else returned
 
     def select(self, logits: Tensor, k: int, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(tokens, m) logits -> weights and expert numbers, both (tokens, k), by the stock rule."""
@@ -169,16 +185,22 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
         return likely
     # Which tensor is the bias, and in what dtype logits are, shows in the logits alone; what is made of them is tried
     # only for what reproduces these.
-    for wide, bias in itertools.product((False, True), probe.vectors("bias")):
+    both = (True, False)
+    for wide, bias, returns_scores in itertools.product((False, True), probe.vectors("bias"), (False, True)):
         logits_only = RoutingRule(probe.weight, bias, wide, None, "softmax", True, False, 0.0, 1.0, True)
+        logits_only = replace(logits_only, prepared=probe.prepared, returns_scores=returns_scores)
         if not probe.same_logits(logits_only):
             continue
-        both, corrections = (True, False), probe.vectors("correction")
-        for score, renormalise, float32, epsilon, ordered, correction, limits in itertools.product(
-            get_args(ScoringFunction), both, both, EPSILONS, both, corrections, _limits(layer)
+        nothing: list[str | None] = [None]
+        corrections, factors = probe.vectors("correction"), nothing
+        if returns_scores:  # of the routers that do, one has factors, and none corrections
+            corrections, factors = factors, corrections
+        for score, renormalise, float32, epsilon, ordered, correction, factor, limits in itertools.product(
+            get_args(ScoringFunction), both, both, EPSILONS, both, corrections, factors, _limits(layer)
         ):
             made = score, float32, renormalise, epsilon, 1.0, ordered, *limits
             rule = RoutingRule(probe.weight, bias, wide, correction, *made)
+            rule = replace(rule, prepared=probe.prepared, returns_scores=returns_scores, factor=factor)
             rule = replace(rule, scale=probe.scale(rule))  # the one number that is no choice: read off the weights
             if probe.reproduced_by(rule):
                 return rule
@@ -204,6 +226,7 @@ class _Probe:
     tensors: Mapping[str, Tensor]
     hidden: Tensor
     output: tuple[Tensor, Tensor, Tensor]
+    prepared: bool
 
     @classmethod
     def run(cls, layer: MoELayer) -> _Probe:
@@ -212,11 +235,19 @@ class _Probe:
         candidates += [(f"{OF_BLOCK}{n}", getattr(layer.block, n)) for n in given_tensors(layer.block, layer.router)]
         names = [name, *(other for other, t in candidates if t.numel() == layer.n and other != name)]
         hidden = probe_tokens(layer, PROBE_TOKENS)
-        with torch.no_grad():  # `forward`, so that no hook takes part; a copy, as a router may work in place
-            output = call_router(layer.block, layer.router, hidden.clone())
+        entered: list[Tensor] = []
+        holder = layer.router.get_submodule(name.rpartition(".")[0])
+        note = holder.register_forward_pre_hook(lambda _, args: entered.append(args[0].reshape(-1, layer.hidden)))
+        try:
+            with torch.no_grad():  # `forward`, so that no hook takes part; a copy, as a router may work in place
+                output = call_router(layer.block, layer.router, hidden.clone())
+        finally:
+            note.remove()
         device = output[0].device
         tensors = {other: routing_tensor(layer, other).to(device) for other in names}
-        return cls(name, tensors, hidden.to(device), output)
+        hidden = hidden.to(device)
+        prepared = bool(entered) and not torch.equal(entered[0].to(device, hidden.dtype), hidden)
+        return cls(name, tensors, entered[0].to(device) if prepared else hidden, output, prepared)
 
     def vectors(self, kind: Literal["bias", "correction"]) -> list[str | None]:
         nonzero = [name for name, t in self.tensors.items() if name != self.weight and bool(t.any())]
@@ -228,11 +259,15 @@ class _Probe:
 
     def select(self, rule: RoutingRule) -> tuple[Tensor, Tensor]:
         correction = None if rule.correction is None else self.tensors[rule.correction].reshape(-1)
-        return rule.select(self.output[0], self.output[1].shape[-1], correction)
+        logits = self.logits(rule) if rule.returns_scores else self.output[0]
+        weights, index = rule.select(logits, self.output[1].shape[-1], correction)
+        return weights if rule.factor is None else weights * self.tensors[rule.factor][index], index
 
     @torch.no_grad()
     def same_logits(self, rule: RoutingRule) -> bool:
-        return torch.equal(self.logits(rule).to(self.output[0].dtype), self.output[0])
+        logits = self.logits(rule)
+        returned = rule.scores(logits) if rule.returns_scores else logits
+        return torch.equal(returned.to(self.output[0].dtype), self.output[0])
 
     @torch.no_grad()
     def scale(self, rule: RoutingRule) -> float:
@@ -241,7 +276,8 @@ class _Probe:
 
     @torch.no_grad()
     def reproduced_by(self, rule: RoutingRule) -> bool:
-        if {rule.weight, rule.bias, rule.correction} - {None} - set(self.tensors) or not self.same_logits(rule):
+        named = {rule.weight, rule.bias, rule.correction, rule.factor} - {None}
+        if named - set(self.tensors) or rule.prepared != self.prepared or not self.same_logits(rule):
             return False
         weights, index = self.select(rule)
         return torch.equal(index, self.output[2]) and torch.equal(weights.to(self.output[1].dtype), self.output[1])
@@ -272,14 +308,16 @@ class MappedRouter:
         self._zero: Tensor | None = None
         self._active: Tensor | None = None
         self._tokens = 0
+        self._entered: Tensor | None = None
         self._tensors: dict[str, Tensor] = {}
         rows, whole = plan.router_rows, plan.picks_among_all
         self._tensors |= _numbers(plan, not plan.makes_experts if renumber is None else renumber)
         matrix, maps_scores = torch.from_numpy(plan.router_matrix.copy()), plan.router == "prob"
         if maps_scores:
             self._tensors["w_rm"] = matrix
-        for role, name in (("weight", rule.weight), ("bias", rule.bias), ("correction", rule.correction)):
-            if name is None or (maps_scores and role != "correction"):
+        roles = {"weight": rule.weight, "bias": rule.bias, "correction": rule.correction, "factor": rule.factor}
+        for role, name in roles.items():
+            if name is None or (maps_scores and role in ("weight", "bias")):
                 continue
             source = routing_tensor(layer, name)
             source = source.reshape(-1) if role != "weight" else source
@@ -292,6 +330,17 @@ class MappedRouter:
             else:
                 self._tensors[role] = merge(matrix, source)
 
+    def attach(self, router: nn.Module) -> list[RemovableHandle]:
+        """Hang it on the router."""
+        handles = [router.register_forward_hook(self, with_kwargs=True)]
+        if self.rule.prepared:
+            holder = router.get_submodule(self.rule.weight.rpartition(".")[0])
+            handles.append(holder.register_forward_pre_hook(self._note))
+        return handles
+
+    def _note(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._entered = args[0]
+
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,6 +350,8 @@ class MappedRouter:
             top, index = self._by_probability(logits)
         else:
             hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
+            if self._entered is not None:
+                hidden, self._entered = self._entered, None
             hidden = hidden.reshape(-1, hidden.shape[-1]).to(logits.device)
             weight, bias, correction = (self._on(logits.device, role) for role in ("weight", "bias", "correction"))
             assert weight is not None
@@ -311,7 +362,8 @@ class MappedRouter:
                 # to the sum that they had, not to 1: `scale` and `epsilon` are in it
                 rest = top.sum(-1, keepdim=True)
                 top = top * (whole.sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1.0))
-        numbers = self._on(logits.device, "numbers")
+        numbers, factor = (self._on(logits.device, role) for role in ("numbers", "factor"))
+        top = top if factor is None else top * factor[index]
         return logits, top.to(weights.dtype), index if numbers is None else numbers[index]
 
     def _without_skipped(self, top: Tensor, index: Tensor) -> Tensor:
@@ -332,7 +384,7 @@ class MappedRouter:
     def _by_probability(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         w_rm = self._on(logits.device, "w_rm")
         assert w_rm is not None
-        mapped = self.rule.scores(logits).float() @ w_rm.T
+        mapped = self.rule.scores_of(logits).float() @ w_rm.T
         clamp = self.plan.negative == "clamp"
         correction = self._on(logits.device, "correction")
         top, index = self.rule.choose(mapped.clamp(min=0) if clamp else mapped, self.plan.k, correction)

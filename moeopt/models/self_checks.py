@@ -5,6 +5,7 @@ They run once for each kind of layer (class of the block, number of experts, dty
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from dataclasses import dataclass, field, replace
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from moeopt.errors import ModelError, PlanError
 from moeopt.models.layers import MoELayer, is_quantised, moe_layers
+from moeopt.models.layerwise import input_device
 from moeopt.models.merging import DOWN, MergedCache
 from moeopt.models.mixing import ExpertForm
-from moeopt.models.patch import Patch, dispatches, merging
+from moeopt.models.patch import Patch, merging, takes_picks
 from moeopt.models.routing import MappedRouter, RoutingRule, learn_rule, probe_tokens
 from moeopt.plan import LayerPlan, Plan
 
@@ -57,12 +59,12 @@ def checked_model(model: nn.Module) -> CheckedModel:
     for layer in layers:
         rules.append(learn_rule(layer, rules[-1] if rules else None))
     for layer in {_kind(layer): layer for layer in reversed(layers)}.values():
-        _check_identity(layers, layer, rules[layer.index])
+        _check_identity(model, layers, layer, rules[layer.index])
     by_backends[_backends(layers)] = checked = CheckedModel(layers, tuple(rules))
     return checked
 
 
-def check_plan(checked: CheckedModel, plan: Plan) -> None:
+def check_plan(model: nn.Module, checked: CheckedModel, plan: Plan) -> None:
     """Raise PlanError unless the plan fits the model, ModelError where the model cannot do what it asks for."""
     if len(plan.layers) != len(checked.layers):
         raise PlanError(f"the plan is for {len(plan.layers)} MoE layers, the model has {len(checked.layers)}")
@@ -72,7 +74,7 @@ def check_plan(checked: CheckedModel, plan: Plan) -> None:
             raise PlanError(f"{where} is for {part.experts} experts, {layer.name} has {layer.n}")
         checked.rules[layer.index].check(part, layer.name)
         if part.makes_experts:
-            check_merging(checked, layer)
+            check_merging(model, checked, layer)
         if part.down is not None:
             form = expert_form(layer)
             if part.down.shape[1:] != (form.hidden, form.inner):
@@ -83,7 +85,7 @@ def check_plan(checked: CheckedModel, plan: Plan) -> None:
         if part.neurons is not None and part.neurons.shape[1] != (inner := expert_form(layer).inner):
             raise PlanError(f"{where} orders {part.neurons.shape[1]} neurons, experts of {layer.name} have {inner}")
         if not part.sums_experts:
-            _check_orders(checked, layer)
+            _check_orders(model, checked, layer)
         if part.novices is not None:
             _check_dispatch(layer, "replaced by novices")
             if part.novices.shape[1] != layer.hidden:
@@ -95,7 +97,7 @@ def check_plan(checked: CheckedModel, plan: Plan) -> None:
             _check_dispatch(layer, "skipped")
 
 
-def check_merging(checked: CheckedModel, layer: MoELayer, what: str = "merged") -> None:
+def check_merging(model: nn.Module, checked: CheckedModel, layer: MoELayer, what: str = "merged") -> None:
     """One expert given by w_em must compute, bit for bit, what the same expert computes when merely kept."""
     if is_quantised(layer):
         instead = "keep experts instead (a one-hot plan), or " if what == "merged" else ""
@@ -106,8 +108,8 @@ def check_merging(checked: CheckedModel, layer: MoELayer, what: str = "merged") 
     if _kind(layer) in checked.merging:
         return
     plan, rule = LayerPlan(layer.n, 1, kept=(layer.n - 1,)), _ungrouped(checked.rules[layer.index])
-    picked = _run(layer, Patch(checked.layers, {layer.index: MappedRouter(layer, rule, plan)}, {}))
-    if not _same(picked, _merged_run(checked, layer, plan)):
+    picked = _run(model, layer, Patch(checked.layers, {layer.index: MappedRouter(layer, rule, plan)}, {}))
+    if not _same(picked, _merged_run(model, checked, layer, plan)):
         raise ModelError(
             f"{layer.name}: {type(layer.experts).__name__} gives other results on a merged copy of an expert"
         )
@@ -121,10 +123,10 @@ def expert_form(layer: MoELayer) -> ExpertForm:
     return ExpertForm.from_module(layer.experts)
 
 
-def _check_identity(layers: tuple[MoELayer, ...], layer: MoELayer, rule: RoutingRule) -> None:
+def _check_identity(model: nn.Module, layers: tuple[MoELayer, ...], layer: MoELayer, rule: RoutingRule) -> None:
     """The block, with its router recomputed by the rule, must give the same bits as without."""
     hook = MappedRouter(layer, rule, LayerPlan(layer.n, layer.k, kept=tuple(range(layer.n))))
-    stock, recomputed = _run(layer), _run(layer, Patch(layers, {layer.index: hook}, {}))
+    stock, recomputed = _run(model, layer), _run(model, layer, Patch(layers, {layer.index: hook}, {}))
     if not hook.calls:
         raise ModelError(f"{layer.name}: {type(layer.block).__name__} does not call its router as a module")
     if not _same(stock, recomputed):
@@ -133,7 +135,7 @@ def _check_identity(layers: tuple[MoELayer, ...], layer: MoELayer, rule: Routing
         )
 
 
-def _check_orders(checked: CheckedModel, layer: MoELayer) -> None:
+def _check_orders(model: nn.Module, checked: CheckedModel, layer: MoELayer) -> None:
     """An expert with its neurons in another order must give the same but for rounding."""
     form = expert_form(layer)
     if _kind(layer) in checked.orders:
@@ -145,7 +147,7 @@ def _check_orders(checked: CheckedModel, layer: MoELayer) -> None:
     w_rm = (w_em > 0).astype(np.float32)
     reverse = np.tile(np.arange(form.inner, dtype=np.int32)[::-1], (layer.n, 1))
     straight, reordered = (
-        _merged_run(checked, layer, LayerPlan(layer.n, 1, w_em=w_em, w_rm=w_rm, merge="slerp", neurons=orders))
+        _merged_run(model, checked, layer, LayerPlan(layer.n, 1, w_em=w_em, w_rm=w_rm, merge="slerp", neurons=orders))
         for orders in (None, reverse)
     )
     for a, b in zip(straight, reordered):
@@ -157,9 +159,9 @@ def _check_orders(checked: CheckedModel, layer: MoELayer) -> None:
 
 
 def _check_dispatch(layer: MoELayer, what: str) -> None:
-    if not dispatches(layer):
+    if not takes_picks(layer):
         raise ModelError(
-            f"{layer.name}: {type(layer.experts).__name__} does not dispatch through transformers' experts interface, "
+            f"{layer.name}: {type(layer.experts).__name__} is not called with expert numbers and weights, "
             f"so its experts cannot be {what}; keep experts instead (a one-hot plan)"
         )
 
@@ -172,11 +174,11 @@ def _kind(layer: MoELayer) -> tuple[object, ...]:
     return type(layer.block), layer.n, layer.dtype
 
 
-def _merged_run(checked: CheckedModel, layer: MoELayer, plan: LayerPlan) -> list[Tensor]:
+def _merged_run(model: nn.Module, checked: CheckedModel, layer: MoELayer, plan: LayerPlan) -> list[Tensor]:
     """What the block gives when the layer's one expert is made anew, and so has number 0."""
     rule = _ungrouped(checked.rules[layer.index])
     routers = {layer.index: MappedRouter(layer, rule, plan, renumber=False)}
-    return _run(layer, Patch(checked.layers, routers, {layer.index: merging(MergedCache(), plan)}))
+    return _run(model, layer, Patch(checked.layers, routers, {layer.index: merging(MergedCache(), plan)}))
 
 
 def _ungrouped(rule: RoutingRule) -> RoutingRule:
@@ -184,13 +186,19 @@ def _ungrouped(rule: RoutingRule) -> RoutingRule:
     return replace(rule, groups=1)
 
 
-def _run(layer: MoELayer, patch: Patch | None = None) -> list[Tensor]:
-    """The tensors that a layer's block returns for a few random hidden states, (1, 8, hidden)."""
+def _run(model: nn.Module, layer: MoELayer, patch: Patch | None = None) -> list[Tensor]:
+    """The tensors that a layer's block returns for a few random hidden states, (1, 8, hidden).
+
+    Where the block is a whole decoder layer (Gemma 4), which takes more than these, the model's logits of a few tokens.
+    """
     try:
         if patch is not None:
             patch.attach()
         with torch.no_grad():
-            output = layer.block(probe_tokens(layer, 8)[None])
+            if "attention_mask" in inspect.signature(type(layer.block).forward).parameters:
+                output = model(torch.arange(8, device=input_device(model))[None], use_cache=False).logits
+            else:
+                output = layer.block(probe_tokens(layer, 8)[None])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(

@@ -330,7 +330,30 @@ def deaf(experts):
     experts.__class__ = type("Deaf", (type(experts),), {"forward": type(experts).forward.__wrapped__})
 
 
-@pytest.mark.parametrize(("change", "message"), [(integers, "mlp"), (deaf, "does not dispatch")])
+def closed(experts):
+    """Of a class that is not known to run what it is told to."""
+    base = type(experts)
+    experts.__class__ = type("Closed", (base,), {"forward": lambda self, *args: base.forward.__wrapped__(self, *args)})
+
+
+def test_experts_that_do_not_dispatch_are_merged_all_the_same(make_mixtral, ids, dense_plan):
+    model, other = make_mixtral(), make_mixtral()
+    other.set_experts_implementation("eager")
+    for layer in moe_layers(model):
+        deaf(layer.experts)
+    before = vars(moe_layers(model)[0].experts).copy()
+    with patched(model, dense_plan(router="prob")), patched(other, dense_plan(router="prob")):
+        assert torch.equal(logits(model, ids), logits(other, ids))
+        with patched(model, Plan.one_hot(KEPT, experts=8, k=2).with_skip(0.5)) as state:
+            logits(model, ids)
+            assert max(state.active) < 2
+    assert vars(moe_layers(model)[0].experts) == before
+    assert torch.equal(logits(model, ids), logits(other, ids))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(integers, "mlp"), (closed, "not called with expert numbers and weights")]
+)
 def test_experts_that_cannot_be_merged_are_refused(make_mixtral, dense_plan, change, message):
     model = make_mixtral()
     for layer in moe_layers(model):

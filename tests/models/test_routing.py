@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models.conftest import logits
+from tiny_families import tiny_model
 
 from moeopt.errors import ModelError, PlanError
 from moeopt.models import moe_layers, patched, routing_rules
@@ -29,6 +30,41 @@ def test_identity_changes_no_bit_in_any_family(build_family, family, ids, dtype)
         layer.router.register_forward_hook(hook, with_kwargs=True)
     assert torch.equal(logits(model, ids), expected)
     assert [hook.calls for hook in hooks] == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", ["afmoe", "minimax_m2", "hy_v3", "lfm2_moe", "gemma4_text"])
+def test_identity_changes_no_bit_where_a_block_gives_the_bias_or_a_router_has_factors(model_type, ids, dtype):
+    model = tiny_model(model_type).to(dtype)
+    expected = logits(model, ids)
+    layers, rules = moe_layers(model), routing_rules(model)
+    assert all(rule.factor or rule.correction.startswith("../") for rule in rules)
+    identity = LayerPlan(8, 2, kept=tuple(range(8)))
+    for layer, rule in zip(layers, rules):
+        MappedRouter(layer, rule, identity).attach(layer.router)
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("router", ["rows", "logit", "prob"])
+def test_norm_scores_and_factors_of_gemma_4_are_mapped(router):
+    """Against its router written down: norm, scale, logits, softmax, top-k over their sum, times a factor an expert."""
+    model = tiny_model("gemma4_text")
+    layer = moe_layers(model)[1]
+    w_rm = torch.eye(8)[[6, 1, 4]]
+    if router != "rows":
+        w_rm = w_rm + 0.1 * torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
+    part = LayerPlan(8, 2, kept=(6, 1, 4), w_rm=None if router == "rows" else w_rm.numpy(), router=router)
+    hidden = torch.randn(40, layer.hidden, generator=torch.Generator().manual_seed(0))
+    with patched(model, Plan((part,) * 3)), torch.no_grad():
+        returned, weights, index = layer.router(hidden)
+        normed = hidden * (hidden.square().mean(-1, keepdim=True) + layer.router.eps) ** -0.5
+        ell = normed * layer.router.scale * layer.hidden**-0.5 @ layer.router.proj.weight.T
+        torch.testing.assert_close(returned, ell.softmax(-1))
+        scores = ell.softmax(-1) @ w_rm.T if router == "prob" else (ell @ w_rm.T).softmax(-1)
+        top, place = scores.topk(2)
+        factors = (w_rm @ layer.router.per_expert_scale)[place]
+        torch.testing.assert_close(weights, top / top.sum(-1, keepdim=True) * factors)
+        assert torch.equal(index, torch.tensor([6, 1, 4])[place])
 
 
 @pytest.mark.parametrize("kind", ["pruned", "pruned, corrected", "merged"])
