@@ -155,7 +155,7 @@ def routing_rules(model: nn.Module) -> tuple[RoutingRule, ...]:
 def check_takes(model: nn.Module, plan: Plan) -> None:
     """Raise, as `patched`, unless the model takes the plan; what is checked once for all plans is so now."""
     with lock_of(model), _suspended(model):
-        check_plan(checked_model(model), plan)
+        check_plan(model, checked_model(model), plan)
 
 
 def check_makes(model: nn.Module) -> None:
