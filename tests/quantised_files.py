@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,9 +67,9 @@ COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def rtn(weight: Tensor, group: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+def rtn(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Four bits by rounding to nearest: whole numbers (out, in), scales float16 and zero points (out, groups)."""
-    groups = weight.float().unflatten(1, (-1, group))
+    groups = weight.float().unflatten(1, (-1, math.gcd(16, weight.shape[1])))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = ((high - low) / 15).half().clamp(min=2**-14)
     zero = (-low / scale.float()).round().clamp(0, 15)

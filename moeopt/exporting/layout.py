@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +23,10 @@ from moeopt.models.names import NUMBERED, renamed
 from moeopt.plan import LayerPlan, Matrix, Plan
 from moeopt.showing import listed
 
+SPLIT = re.compile(r"(.*\.experts\.)\d+\.(gate_proj|up_proj|down_proj)\.weight$")
+"""The linear layer of one expert."""
+SPLIT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), DOWN: (DOWN,)}
+"""Which of them a tensor of all experts holds."""
 COPIED = 1 << 22
 """Bytes copied at a time."""
 
@@ -150,6 +155,11 @@ def lay_out(
             continue
         kind, layer = role
         part = plan.layers[layer.index]
+        if kind == "experts" and part.makes_experts and places[name].pattern in ("gate_proj", "up_proj", DOWN):
+            raise ExportError(
+                f"{name!r} is of one expert, and {type(model).__name__} has all in one tensor, and would not load such "
+                "experts made anew: keep experts (a one-hot plan), or export from the unquantised checkpoint"
+            )
         leaf = places[name].name.rpartition(".")[2]
         if kind == "experts" and (not part.sums_experts or (part.down is not None and leaf == DOWN)):
             _check_form(name, stored, state[places[name].name])
@@ -230,10 +240,24 @@ def check_understood(
 
 
 def placed_parts(model: PreTrainedModel, names: Iterable[str], quantised: Quantised) -> dict[str, Placed]:
-    """`placed`, the tensors of a quantised weight where the weight goes."""
-    names = list(names)
-    places = placed(model, quantised.plain(names))
+    """`placed`, the tensors of a quantised weight where the weight goes.
+
+    Tools that quantise linear layers split experts that their family has in one tensor. transformers does not load such
+    files; their experts are told by the layers' usual names.
+    """
     weights = {name: quantised.parts.get(name, name) for name in names}
+    places = placed(model, dict.fromkeys(weights.values()))
+    if quantised.method is not None:
+        split = {
+            weight: match for weight in weights.values() if weight not in places and (match := SPLIT.match(weight))
+        }
+        leaves = {match[1] + leaf for match in split.values() for leaf in SPLIT_PARTS}
+        whole = placed(model, leaves)
+        for weight, match in split.items():
+            leaf = next(leaf for leaf, parts in SPLIT_PARTS.items() if match[2] in parts)
+            if match[1] + leaf in whole:
+                together = SPLIT_PARTS[leaf]
+                places[weight] = Placed(whole[match[1] + leaf].name, pattern=match[2], together=together)
     return {name: places[weight] for name, weight in weights.items() if weight in places}
 
 

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config, GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moeopt
+from benchmarks.tiny_families import tiny_model
 from moeopt.errors import ExportError, ModelError
 from moeopt.evaluation import Evaluator
 from moeopt.exporting import verify
+from moeopt.models.names import NUMBERED
 from moeopt.plan import DownProjections, LayerPlan, Plan
 from moeopt.tasks.text import TextTask
 
@@ -315,3 +317,36 @@ def test_lists_name_experts_by_their_new_numbers(entries: str, write: Write, tmp
     (folder / "config.json").write_text(json.dumps(config))
     moeopt.export(PRUNING, tmp_path / "small", model=folder)
     assert config_of(tmp_path / "small")["quantization_config"] == config["quantization_config"] | (now or was)
+
+
+def test_experts_that_a_tool_split_are_pruned(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Qwen3-VL-MoE, whose own checkpoints have all experts of a layer in one tensor, as AWQ files of it are."""
+    model = tiny_model("qwen3_vl_moe").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "full")
+    tiny_tokenizer.save_pretrained(tmp_path / "full")
+
+    def split(state: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in state if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            tensor, stem = state.pop(key).transpose(1, 2), key.rpartition(".")[0]
+            leaves = ("gate", "up") if "gate_up" in key else ("down",)
+            for leaf, experts in zip(leaves, tensor.chunk(len(leaves), 1)):
+                for i, expert in enumerate(experts):
+                    state[f"{stem}.{i}.{leaf}_proj.weight"] = expert.contiguous()
+
+    folder = altered(tmp_path / "full", split)
+    quantised_files.quantise(folder, "awq", skipped=lambda layer: ".experts." not in layer)
+    shape = moeopt.models.check_checkpoint(folder)
+    plan = Plan.one_hot([[4, 1, 2]] * shape.layers, experts=shape.experts, k=shape.k)
+    moeopt.export(plan, tmp_path / "small", model=folder)
+    full, small = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "small"))
+    experts = [key for key in small if ".experts." in key]
+    assert len(experts) == shape.layers * 3 * 3 * 3
+    for key in experts:
+        i = int(NUMBERED.search(key)[1])
+        assert torch.equal(small[key], full[key.replace(f"experts.{i}.", f"experts.{[4, 1, 2][i]}.")])
+    with pytest.raises(ModelError, match="quantised by awq"):
+        moeopt.load(folder)
+    last = f"language_model.layers.1.mlp.experts.{shape.experts - 1}.up_proj"
+    altered(folder, lambda state: [state.pop(key) for key in list(state) if last in key])
+    with pytest.raises(ExportError, match=r"incomplete.*up_proj"):
+        moeopt.export(plan, tmp_path / "other", model=folder)
