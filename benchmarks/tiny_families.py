@@ -66,6 +66,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma4": {f"text_config.{name}": size for name, size in GEMMA.items()},
     "gemma4_text": GEMMA,
     "glm4v_moe": {"text_config.rope_parameters": {**MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
+    "dbrx": {"attn_config.rope_theta": 10000.0},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
     "diffusion_gemma": {"text_config.global_head_dim": 16, "text_config.moe_intermediate_size": 24},
     "dots3_note": {"text_config.layer_types": ["indexed_attention"] * LAYERS},

@@ -147,8 +147,8 @@ def lay_out(
         if name in left_out:
             continue
         role = roles.find(places.get(name))
-        if role is not None and role[0] == "routers" and role[1].n not in stored.shape:
-            role = None  # such as what hidden states are multiplied with before they are routed
+        if role is not None and role[1].n not in stored.shape and roles.is_shared(places[name].name, *role):
+            role = None
         if role is None:
             layout.tensors[name] = stored
             layout.made.append(_copied(name, stored.size))
@@ -206,6 +206,13 @@ class Roles:
                     return kind, layer
         given = None if place is None else self._given.get(place.name)
         return None if given is None else ("routers", given)
+
+    def is_shared(self, name: str, kind: str, layer: MoELayer) -> bool:
+        """Whether a parameter may be one for all experts: a router's, or of a module inside the experts'.
+
+        Such as what hidden states are multiplied with before they are routed, and norms.
+        """
+        return kind == "routers" or "." in name.removeprefix(f"{layer.name}.experts.")
 
 
 def check_understood(

@@ -167,7 +167,8 @@ def auto_class(config: dict[str, Any]) -> Any:
     model_type, own = config.get("model_type"), config.get("auto_map")
     own = own if isinstance(own, dict) else {}
     for auto, mapping in AUTO_CLASSES.items():
-        if auto.__name__ in own or model_type in getattr(modeling_auto, mapping):
+        name = str(getattr(modeling_auto, mapping).get(model_type))
+        if auto.__name__ in own or (name != "None" and not name.endswith("Diffusion")):  # which writes in no order
             return auto
     return AutoModelForCausalLM
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,12 +107,19 @@ def moe_layers(model: nn.Module) -> tuple[MoELayer, ...]:
             complaints.setdefault(str(error), name)
         else:
             layers.append(MoELayer(len(layers), name, block, router, experts, n, k, *expert_groups(router, block)))
-    if layers:
-        return tuple(layers)
     kind = type(model).__name__
+    reasons = "; ".join(f"{name}: {reason}" for reason, name in complaints.items())
+    if layers:
+        _check_whole(model, layers, reasons)
+        return tuple(layers)
     if complaints:
-        reasons = "; ".join(f"{name}: {reason}" for reason, name in complaints.items())
         raise ModelError(f"{kind} has experts, but none that moeopt can use: {reasons}")
+    said = _experts_said(model)
+    if said is not None:
+        raise ModelError(
+            f"{kind} has experts by its config ({said}), but none that moeopt can use: no module of it holds "
+            "`.experts` beside a router under `.gate` or `.router`"
+        )
     raise ModelError(
         f"{kind} is a dense model: no module of it holds `.experts` beside a router under `.gate` or `.router`; "
         "moeopt needs a Mixture-of-Experts model such as Mixtral"
@@ -130,8 +138,9 @@ def has_custom_form(model: nn.Module) -> bool:
 
 
 def is_dense(model: nn.Module) -> bool:
-    """Whether no module of the model holds experts, of whatever interface."""
-    return not any(isinstance(getattr(module, "experts", None), nn.Module) for module in model.modules())
+    """Whether no module of the model holds experts, of whatever interface, nor its config speaks of any."""
+    held = any(isinstance(getattr(module, "experts", None), nn.Module) for module in model.modules())
+    return not held and _experts_said(model) is None
 
 
 def shape_of(model: nn.Module) -> ModelShape:
@@ -220,6 +229,33 @@ def expert_groups(*modules: nn.Module) -> tuple[int, int]:
         if groups > 1 and isinstance(chosen, int) and getattr(module, "topk_method", None) != "greedy":
             return groups, chosen
     return 1, 1
+
+
+def _check_whole(model: nn.Module, layers: Sequence[MoELayer], reasons: str) -> None:
+    """Raise ModelError where those are not all: a plan would leave the others at n experts, which config.json says."""
+    kind = type(model).__name__
+    if reasons:
+        raise ModelError(f"{kind} has layers of experts that moeopt cannot use beside others that it could: {reasons}")
+    modules = dict(model.named_modules())
+    parents = [layer.name.rpartition(".")[0] for layer in layers]
+    for parent in parents:
+        if parents.count(parent) > 1 and not isinstance(modules[parent], nn.ModuleList):
+            pools = ", ".join(other.name for other in layers if other.name.startswith(f"{parent}."))
+            raise ModelError(
+                f"{kind} has several pools of experts in a layer ({pools}), which its config.json counts together; "
+                "moeopt plans one pool a layer"
+            )
+
+
+def _experts_said(model: nn.Module) -> str | None:
+    """Where a model's config says that it has experts, such as ``"num_experts = 16"``, in a layer that is not dense."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    fields = text.to_dict() if hasattr(text, "to_dict") else {}
+    if any(fields.get(switch) is False for switch in ("is_moe", "enable_moe_block")):
+        return None
+    numbers = {name: value for name, value in fields.items() if re.fullmatch(r"\w*(num|n)_\w*experts", name)}
+    return next((f"{name} = {n}" for name, n in numbers.items() if isinstance(n, int) and n > 1), None)
 
 
 def routing_tensor(layer: MoELayer, name: str) -> Tensor:

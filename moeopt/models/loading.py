@@ -182,7 +182,10 @@ def empty_model(source: Source, *, trust_remote_code: bool = False, **hub: Any) 
         with init_empty_weights(include_buffers=True):
             model = admitted.empty(config)
     except UNUSABLE as error:
-        raise ModelError(f"{str(source)!r} is not a causal language model: {first_line(error)}") from error
+        reason = first_line(error)
+        if "Unrecognized configuration class" in reason:  # before a list of all that there are
+            reason = f"transformers has no model of type {config.model_type!r} that continues text from left to right"
+        raise ModelError(f"{str(source)!r} is not a causal language model: {reason}") from error
     check_size(model, Path(source).expanduser())
     return model
 

@@ -56,6 +56,7 @@ class RoutingRule:
         prepared: whether logits are of what the router makes of the hidden states first (Gemma 4: a norm, a scale):
             what enters the module that holds the weight.
         returns_scores: whether the first thing that the router returns are scores, not logits.
+        multiplier: constant factor of the logits (Muse Spark).
         factor: name of the (n,) tensor that the weights are multiplied with at last (Gemma 4), if there is one.
     """
 
@@ -76,6 +77,7 @@ class RoutingRule:
     prepared: bool = False
     returns_scores: bool = False
     factor: str | None = None
+    multiplier: float = 1.0
 
     @property
     def normalised(self) -> bool:
@@ -85,8 +87,10 @@ class RoutingRule:
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(tokens, hidden) by (m, hidden) -> (tokens, m)."""
         if self.float32_logits:
-            return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-        return F.linear(hidden.to(weight.dtype), weight, bias)
+            logits = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        else:
+            logits = F.linear(hidden.to(weight.dtype), weight, bias)
+        return logits if self.multiplier == 1 else logits * self.multiplier
 
     def scores(self, logits: Tensor) -> Tensor:
         """(tokens, m) logits -> (tokens, m) scores; for ``"selected"``, the softmax of all logits."""
@@ -186,9 +190,12 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
     # Which tensor is the bias, and in what dtype logits are, shows in the logits alone; what is made of them is tried
     # only for what reproduces these.
     both = (True, False)
-    for wide, bias, returns_scores in itertools.product((False, True), probe.vectors("bias"), (False, True)):
+    for wide, bias, returns_scores, multiplier in itertools.product(
+        (False, True), probe.vectors("bias"), (False, True), probe.multipliers
+    ):
         logits_only = RoutingRule(probe.weight, bias, wide, None, "softmax", True, False, 0.0, 1.0, True)
-        logits_only = replace(logits_only, prepared=probe.prepared, returns_scores=returns_scores)
+        seen: dict[str, Any] = {"prepared": probe.prepared, "returns_scores": returns_scores, "multiplier": multiplier}
+        logits_only = replace(logits_only, **seen)
         if not probe.same_logits(logits_only):
             continue
         nothing: list[str | None] = [None]
@@ -200,7 +207,7 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
         ):
             made = score, float32, renormalise, epsilon, 1.0, ordered, *limits
             rule = RoutingRule(probe.weight, bias, wide, correction, *made)
-            rule = replace(rule, prepared=probe.prepared, returns_scores=returns_scores, factor=factor)
+            rule = replace(rule, factor=factor, **seen)
             rule = replace(rule, scale=probe.scale(rule))  # the one number that is no choice: read off the weights
             if probe.reproduced_by(rule):
                 return rule
@@ -227,6 +234,7 @@ class _Probe:
     hidden: Tensor
     output: tuple[Tensor, Tensor, Tensor]
     prepared: bool
+    multipliers: tuple[float, ...]
 
     @classmethod
     def run(cls, layer: MoELayer) -> _Probe:
@@ -247,7 +255,9 @@ class _Probe:
         tensors = {other: routing_tensor(layer, other).to(device) for other in names}
         hidden = hidden.to(device)
         prepared = bool(entered) and not torch.equal(entered[0].to(device, hidden.dtype), hidden)
-        return cls(name, tensors, entered[0].to(device) if prepared else hidden, output, prepared)
+        constants = (value for value in vars(layer.router).values() if isinstance(value, float) and value > 0)
+        multipliers = tuple(dict.fromkeys((1.0, *constants)))
+        return cls(name, tensors, entered[0].to(device) if prepared else hidden, output, prepared, multipliers)
 
     def vectors(self, kind: Literal["bias", "correction"]) -> list[str | None]:
         nonzero = [name for name, t in self.tensors.items() if name != self.weight and bool(t.any())]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_families import tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moeopt.errors import ModelError
-from moeopt.models import materialised, moe_layers, shape_of
+from moeopt.models import is_dense, materialised, moe_layers, shape_of
 from moeopt.plan import ModelShape
 
 
@@ -70,3 +71,18 @@ def test_layers_of_different_size_have_no_shape(make_mixtral):
     model.model.layers[1] = other.model.layers[1]
     with pytest.raises(ModelError, match=r"layers\.0\.mlp has 8 experts, top-2, but model\.layers\.1\.mlp has 4"):
         shape_of(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("doge", r"has experts by its config \(num_experts = 16\), but none that moeopt can use"),
+        ("deepseek_v4", "layers of experts that moeopt cannot use beside others.*input_ids"),
+        ("ernie4_5_vl_moe", "several pools of experts in a layer .*text_moe, .*vision_moe"),
+    ],
+)
+def test_what_holds_other_experts_too_is_refused_and_not_called_dense(model_type, message):
+    model = tiny_model(model_type)
+    assert not is_dense(model)
+    with pytest.raises(ModelError, match=message):
+        moe_layers(model)

@@ -33,12 +33,12 @@ def test_identity_changes_no_bit_in_any_family(build_family, family, ids, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("model_type", ["afmoe", "minimax_m2", "hy_v3", "lfm2_moe", "gemma4_text"])
-def test_identity_changes_no_bit_where_a_block_gives_the_bias_or_a_router_has_factors(model_type, ids, dtype):
+@pytest.mark.parametrize("model_type", ["afmoe", "minimax_m2", "hy_v3", "lfm2_moe", "gemma4_text", "muse_spark"])
+def test_identity_changes_no_bit_where_a_block_gives_the_bias_or_a_router_multiplies(model_type, ids, dtype):
     model = tiny_model(model_type).to(dtype)
     expected = logits(model, ids)
     layers, rules = moe_layers(model), routing_rules(model)
-    assert all(rule.factor or rule.correction.startswith("../") for rule in rules)
+    assert all(rule.factor or rule.multiplier != 1 or rule.correction.startswith("../") for rule in rules)
     identity = LayerPlan(8, 2, kept=tuple(range(8)))
     for layer, rule in zip(layers, rules):
         MappedRouter(layer, rule, identity).attach(layer.router)
