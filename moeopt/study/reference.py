@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeopt.errors import NonFiniteLossError, OutOfMemoryError, StorageError
-from moeopt.evaluation.store import scores_name
-from moeopt.models import lock_of
 from moeopt.showing import line, shown
 from moeopt.study.storage import attributes
 from moeopt.trials import genome
@@ -182,9 +181,17 @@ class FullModel:
         self.layer_tokens = 0
         self._searched: Callable[[], optuna.Study | None] = lambda: None
 
+    @property
+    def _lock(self) -> AbstractContextManager[Any]:
+        from moeopt.models import lock_of
+
+        return lock_of(self.evaluator.model)
+
     @cached_property
     def scores_name(self) -> str:
         """`moeopt.evaluation.store.scores_name` of the evaluator."""
+        from moeopt.evaluation.store import scores_name  # not above: who shows studies does without torch
+
         return scores_name(self.evaluator)
 
     def begin(self, study: optuna.Study) -> None:
@@ -194,7 +201,7 @@ class FullModel:
         """
         if self._searched() is study:
             return
-        with lock_of(self.evaluator.model):
+        with self._lock:
             if self._searched() is study:  # another thread did it meanwhile
                 return
             held = self._stored(study) if self.wanted else read(study)
@@ -211,7 +218,7 @@ class FullModel:
 
     def reference(self, study: optuna.Study) -> Reference:
         """As `Objective.reference`."""
-        with lock_of(self.evaluator.model):
+        with self._lock:
             held = self._stored(study)
             if held is not None:
                 return held
