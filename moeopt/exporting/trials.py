@@ -49,7 +49,7 @@ def check_model(model: PreTrainedModel | str | Path, study: optuna.Study) -> Non
 
     about = described(study)
     if isinstance(model, (str, Path)):
-        its_shape, shape = vars(check_checkpoint(model)), about["space"]["shape"]
+        its_shape, shape = check_checkpoint(model).describe(), about["space"]["shape"]
         if its_shape != shape:
             raise ExportError(f"{str(model)!r} has {its_shape}, the study searched {shape}")
         return

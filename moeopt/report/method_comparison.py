@@ -187,7 +187,8 @@ def record(comparison: MethodComparison) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "model": {key: value for key, value in c.model.items() if key != "name_or_path"} | {"shape": vars(c.shape)},
+        "model": {key: value for key, value in c.model.items() if key != "name_or_path"}
+        | {"shape": c.shape.describe()},
         "task": dict(c.task),
         "score": c.score,
         "splits": {split: vars(size) for split, size in c.splits.items()},
