@@ -147,7 +147,12 @@ def lay_out(
         if name in left_out:
             continue
         role = roles.find(places.get(name))
-        if role is not None and role[1].n not in stored.shape and roles.is_shared(places[name].name, *role):
+        if (
+            role is not None
+            and role[1].n not in stored.shape
+            and name not in quantised.parts
+            and roles.is_shared(places[name].name, *role)
+        ):
             role = None
         if role is None:
             layout.tensors[name] = stored
