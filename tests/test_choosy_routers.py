@@ -14,7 +14,8 @@ from torch import Tensor
 
 import moeopt
 from moeopt import methods
-from moeopt.errors import MethodError, SpaceError
+from moeopt.errors import MethodError, PlanError, SpaceError
+from moeopt.exporting import project
 from moeopt.methods import naee
 from moeopt.methods.names import ROUTERS
 from moeopt.models import moe_layers, routing_rules, shape_of
@@ -27,10 +28,11 @@ MODELS = [("ernie4_5_moe", 1), *((family, groups) for family in GROUPED for grou
 GREEDY = ("deepseek_v2", 1)
 """Neither bias nor groups."""
 ROUTED = (None, "rows", "logit", "prob")
-TEXT = TextTask("t", search=["".join(chr(40 + i * j % 50) for i in range(60)) for j in (3, 7, 9)], window=30)
+LINES = ["".join(chr(40 + i * j % 50) for i in range(60)) for j in (3, 7, 9, 11)]
+TEXT = TextTask("t", search=LINES[:3], dev=LINES[3:], window=30)
 IDS = torch.arange(3, 43).reshape(2, 20) * 7 % 250
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:task 't' has no dev")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:task 't' has no test")]
 
 
 class Checkpoint:
@@ -158,9 +160,43 @@ def test_what_a_model_does_not_take_is_refused_before_a_study(limited: Checkpoin
         moeopt.PruneSpace.of(limited.model, keep=6)
     space = moeopt.PruneSpace.of(limited.model, keep=4)
     if limited.family == "deepseek_v3":  # which ranks a group by its best two
-        with pytest.raises(SpaceError, match="2 at least: r must be a multiple of 4, such as 8, the plan has r=4"):
+        with pytest.raises(
+            SpaceError, match="2 at least to be ranked: r must be a multiple of 4, such as 8, the plan has r=4"
+        ):
             limited.objective(space)
     else:
         limited.objective(space)
-    with pytest.raises(moeopt.errors.PlanError, match="must keep 2 of each"):
+    with pytest.raises(PlanError, match="must keep 2 of each"):
         moeopt.export(Plan.one_hot([range(R)] * 2, experts=N, k=2), limited.folder / "no", model=limited.model)
+
+
+@pytest.mark.parametrize("kind", ["two sizes", "probabilities", "hc_smoe", "mone"])
+def test_a_projected_plan_has_as_many_experts_of_each_group(limited: Checkpoint, kind: str, tmp_path: Path) -> None:
+    sizes = Plan.one_hot([[g * 4 + i for g in range(4) for i in range(n)] for n in (2, 3)], experts=N, k=2)
+    calibration = methods.Calibration(limited.model, limited.tokenizer, TEXT)
+    made = {"two sizes": lambda: sizes, "probabilities": lambda: limited.plan("prob")}
+    plan = made[kind]() if kind in made else methods.plan(kind, calibration, keep=R)
+    projected, projection = project(plan, limited.model, limited.tokenizer, TEXT)
+    assert balanced(projected, 4)
+    assert (projection.r, projection.k) == (12 if kind == "two sizes" else R, 2)
+    if kind == "two sizes":
+        assert projected.layers[1] == sizes.layers[1]
+        assert set(sizes.layers[0].kept or ()) < set(projected.layers[0].expert_matrix.argmax(1).tolist())
+    moeopt.export(projected, tmp_path / "small", model=limited.model, form="stock")
+    with moeopt.patched(limited.model, projected):
+        assert torch.equal(logits(limited.model), logits(moeopt.load(tmp_path / "small")[0]))
+
+
+def test_a_worker_goes_on_with_a_search_of_grouped_experts(limited: Checkpoint, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    space = moeopt.ActiveSpace(moeopt.EEPSpace.of(limited.model, keep=R, router="rows"), k=(1, 2), skip=True)
+    objective = limited.objective(space)
+    study = moeopt.create_study("grouped", objective=objective, storage=url, sampler="local")
+    moeopt.optimize(study, objective, n_trials=3)
+    moeopt.run_worker(url, "grouped", model=limited.folder / "full", n_trials=6)
+    trials = moeopt.load_study("grouped", url).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 6
+    assert moeopt.study.space_of(study).describe() == space.describe()
+    assert all(balanced(space.plan(trial), 4) for trial in trials)
+    with pytest.raises(SpaceError, match="3 at least to run k=6"):
+        limited.objective(moeopt.PruneSpace.of(limited.model, keep=R, k=6))

@@ -162,14 +162,15 @@ def _fit_layer(part: LayerPlan, batches: Sequence[LayerActivations], r: int, k: 
     if plain and part.kept_experts == r:
         same = pruned.k == k and not part.skip
         candidates = [("as it is" if same else "without skipping or with more active", pruned)]
+        places = _places(pruned, [], rule.groups)
     else:
-        padded = _padded(pruned, r, rule.scores(logits).float().mean(0).cpu().numpy())
-        candidates = _candidates(pruned, padded, rule, logits)
+        padded = _padded(pruned, r, rule.scores(logits).float().mean(0).cpu().numpy(), rule.groups)
+        candidates, places = _candidates(pruned, padded, rule, logits), _places(pruned, padded[2], rule.groups)
     before = torch.nn.functional.pad(expert_weights(part, rule, logits, correction), (0, r - part.kept_experts))
     fits = []
     for how, candidate in candidates:
-        stock = replace(candidate, k=k, skip=0.0)
-        gap = (expert_weights(stock, rule, logits, correction) - before).abs().sum(-1).mean().item() / 2
+        stock = replace(_ordered(candidate, places), k=k, skip=0.0)
+        gap = (expert_weights(stock, rule, logits, correction) - before[:, places]).abs().sum(-1).mean().item() / 2
         fits.append((stock, how if part.novices is None else f"{how}, without novices", gap))
     return min(fits, key=lambda fit: fit[2])
 
@@ -181,18 +182,55 @@ def _without_novices(part: LayerPlan) -> LayerPlan:
     return replace(part, k=min(part.k, part.kept_experts), router="rows", novices=None)
 
 
-def _padded(part: LayerPlan, r: int, score: NDArray[np.float32]) -> tuple[tuple[int, ...] | None, Matrix, list[int]]:
-    """Experts kept (or None) and W_EM, (r, n), with those of the full model that come back, and which those are."""
+def _padded(
+    part: LayerPlan, r: int, score: NDArray[np.float32], groups: int
+) -> tuple[tuple[int, ...] | None, Matrix, list[int]]:
+    """Experts kept (or None) and W_EM, (r, n), with those of the full model that come back, and which those are.
+
+    Where routers choose among groups of experts first, each gets back what it lacks.
+    """
     if part.down is not None and r > part.kept_experts:
         raise PlanError(
             f"a refitted layer of {part.kept_experts} experts cannot get back others to have {r}, as a stock "
             "checkpoint needs; project the plan first, then refit it"
         )
     used = set(part.kept or part.expert_matrix.argmax(1).tolist())
-    back = [int(j) for j in np.argsort(-score) if j not in used]
-    back = (back + [j for j in range(part.experts) if j not in back])[: r - part.kept_experts]
+    order = [int(j) for j in np.argsort(-score) if j not in used]
+    order += [j for j in range(part.experts) if j not in order]
+    size, have = part.experts // groups, np.bincount(_groups_of(part, groups), minlength=groups)
+    if r % groups or have.max() > r // groups:
+        raise PlanError(
+            f"tokens choose among {groups} groups of experts first, of which a stock checkpoint has as many each: "
+            f"{' + '.join(map(str, have))} experts cannot become {r}"
+        )
+    back = [j for g in range(groups) for j in [j for j in order if j // size == g][: r // groups - have[g]]]
     kept = None if part.kept is None else (*part.kept, *back)
     return kept, np.concatenate([part.expert_matrix, one_hot(back, part.experts)]), back
+
+
+def _groups_of(part: LayerPlan, groups: int) -> list[int]:
+    """The group that each new expert is in: by its place, or, behind a router that stays whole, by what it is."""
+    if not part.picks_among_all and (part.kept is None or part.router != "rows"):
+        return [i * groups // part.kept_experts for i in range(part.kept_experts)]
+    return [int(j) * groups // part.experts for j in part.kept or part.expert_matrix.argmax(1)]
+
+
+def _places(part: LayerPlan, back: list[int], groups: int) -> list[int]:
+    """The experts of a padded layer in the order of their groups."""
+    of_each = [*_groups_of(part, groups), *(j * groups // part.experts for j in back)]
+    return [int(i) for i in np.argsort(of_each, kind="stable")]
+
+
+def _ordered(part: LayerPlan, places: list[int]) -> LayerPlan:
+    if places == list(range(len(places))):
+        return part
+    if part.down is not None:
+        raise PlanError(
+            "a refitted layer whose experts are not in the order of their groups: project it, then refit it"
+        )
+    kept = None if part.kept is None else tuple(part.kept[i] for i in places)
+    w_em = None if part.w_em is None else part.w_em[places]
+    return replace(part, kept=kept, w_em=w_em, w_rm=part.router_matrix[places])
 
 
 def _candidates(
@@ -202,7 +240,7 @@ def _candidates(
     experts: dict[str, Any] = {"kept": kept} if kept is not None else {"w_em": w_em}
     experts |= {"down": part.down, "neurons": part.neurons, "merge": part.merge}
     scores = rule.scores(logits).double().cpu().numpy()
-    rows = [*(part.router_rows or _likeliest(part, scores)), *back]
+    rows = [*(part.router_rows or _likeliest(part, scores, rule.groups)), *back]
     selected = LayerPlan(part.experts, 1, **experts, w_rm=one_hot(rows, part.experts), router="rows")
     candidates = [("by selected router rows", selected)]
     ell = logits.double().cpu().numpy()
@@ -211,9 +249,11 @@ def _candidates(
     return candidates
 
 
-def _likeliest(part: LayerPlan, scores: Array) -> list[int]:
-    """For each new expert the full model's whose scores make up the most of its own."""
-    return [int(j) for j in (np.abs(part.router_matrix) * scores.mean(0)).argmax(1)]
+def _likeliest(part: LayerPlan, scores: Array, groups: int) -> list[int]:
+    """For each new expert the full model's, of its group, whose scores make up the most of its own."""
+    shares = np.abs(part.router_matrix) * scores.mean(0)
+    inside = np.arange(part.experts) * groups // part.experts == np.array(_groups_of(part, groups))[:, None]
+    return [int(j) for j in np.where(inside, shares, -1.0).argmax(1)]
 
 
 def _fits(part: LayerPlan, scores: Array, logits: Array, back: int, *, sigmoid: bool) -> dict[str, Matrix]:

@@ -155,14 +155,16 @@ class RoutingRule:
         """
         if self.groups == 1 or plan.picks_among_all:
             return
-        r, size = plan.kept_experts, plan.experts // self.groups
-        least = max(2 if self.group_score == "top2" else 1, -(-plan.k // self.kept_groups)) * self.groups
-        where = f"{name} chooses {self.kept_groups} of {self.groups} groups of {size} experts first"
-        if r % self.groups or r < least:
-            near = sorted({max(least, r // self.groups * self.groups), max(least, -(-r // self.groups) * self.groups)})
+        r, size, groups = plan.kept_experts, plan.experts // self.groups, self.groups
+        to_run, to_rank = -(-plan.k // self.kept_groups), 2 if self.group_score == "top2" else 1
+        least = max(to_run, to_rank) * groups
+        where = f"{name} chooses {self.kept_groups} of {groups} groups of {size} experts first"
+        if r % groups or r < least:
+            near = sorted({max(least, r // groups * groups), max(least, -(-r // groups) * groups)})
+            why = f"to run k={plan.k}" if to_run > to_rank else "to be ranked"
             raise PlanError(
-                f"{where}, so that each must keep as many, and {least // self.groups} at least: r must be a multiple "
-                f"of {self.groups}, such as {' or '.join(map(str, near))}, the plan has r={r}"
+                f"{where}, so that each must keep as many, and {least // groups} at least {why}: r must be a multiple "
+                f"of {groups}, such as {' or '.join(map(str, near))}, the plan has r={r}"
             )
         rows = plan.router_rows
         if rows is not None and any(row // size != i // (r // self.groups) for i, row in enumerate(rows)):
