@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
 import torch
 
 from moeopt.models import MoELayer
+from moeopt.models.devices import free_bytes as free_bytes
 from moeopt.plan import Plan
 
 SAID = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
@@ -18,14 +18,6 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in SAID)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes free on a CUDA device, what torch holds in reserve included; elsewhere those of RAM."""
-    if device.type == "cuda":
-        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reserve
-    return int(psutil.virtual_memory().available)
 
 
 def merged_bytes(layers: Sequence[MoELayer], plan: Plan) -> int:

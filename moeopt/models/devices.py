@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 
 from moeopt.errors import ModelError, nearest
@@ -11,6 +12,22 @@ from moeopt.showing import first_line
 
 PLACED = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps of accelerate that are words."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes free on a CUDA device, what torch holds in reserve included; elsewhere those of RAM."""
+    if device.type == "cuda":
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reserve
+    return int(psutil.virtual_memory().available)
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether kernels are queued on this device, so that launching and waiting for them cost, rather than its caches.
+
+    True of every device but ``"cpu"`` and ``"meta"``.
+    """
+    return device.type not in ("cpu", "meta")
 
 
 def check_device_map(device_map: Any) -> None:

@@ -6,7 +6,8 @@ EEP, arXiv 2407.00945, section 3.2.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from moeopt.models.devices import free_bytes, is_accelerator
 from moeopt.models.layers import is_transposed, stacked, weights_map
 from moeopt.models.mixing import ExpertForm, Reader, mixed_expert
 from moeopt.plan import DownProjections, LayerPlan
 
 CHUNK_BYTES = 4 << 20
+"""Of float32 numbers that a CPU mixes at a time, so that they stay in its cache."""
+FUSED_BYTES = 4 << 30
+"""Of float32 numbers, sources and results, that an accelerator mixes at a time: one product a tensor, as a rule."""
 DOWN = "down_proj"
 """Name of the down projections among the tensors of an experts module: (n, hidden, inner), or transposed."""
 
@@ -34,18 +39,48 @@ def merge(matrix: Tensor, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         out: (r, ...) contiguous, of the tensor's dtype and on its device; written and returned. None allocates it.
 
     Returns:
-        (r, ...), in the tensor's dtype. Temporaries stay within a few MiB.
+        (r, ...), in the tensor's dtype. On a CPU temporaries stay within a few MiB, and every sum is rounded as in what
+        `moeopt.export` writes, which mixes on a CPU always. An accelerator multiplies as much at once as a quarter of
+        its free memory holds: its sums may differ from the CPU's, and where that changes how many products a tensor
+        takes, from one another, by the rounding of float32, before they are rounded to the tensor's dtype.
     """
     r, n = matrix.shape
     out = tensor.new_empty((r, *tensor.shape[1:])) if out is None else out
     source, target = tensor.reshape(n, -1), out.view(r, -1)
     matrix = matrix.to(tensor.device, torch.float32)
+    step = _numbers_at_a_time(r, n, tensor.device)
+    with _whole_float32(tensor.device):
+        for start in range(0, source.shape[1], step):
+            target[:, start : start + step] = matrix @ source[:, start : start + step].float()
+    return out
+
+
+def _numbers_at_a_time(r: int, n: int, device: torch.device) -> int:
+    """Of each of n tensors, how many numbers are mixed at a time."""
+    if is_accelerator(device):
+        # a power of two, so that a little more or less free memory changes no sum
+        room = min(FUSED_BYTES, 1 << max(22, (free_bytes(device) // 4).bit_length() - 1))
+        return max(1, room // (4 * (n + r)))
     # Column by column of (n, numbers), so that float32 copies are of a chunk; in these steps rounding is the same in
     # memory and in `exporting`, whatever the size of a tensor.
-    step = max(1, CHUNK_BYTES // (4 * n))
-    for start in range(0, source.shape[1], step):
-        target[:, start : start + step] = matrix @ source[:, start : start + step].float()
-    return out
+    return max(1, CHUNK_BYTES // (4 * n))
+
+
+@contextmanager
+def _whole_float32(device: torch.device) -> Iterator[None]:
+    """Products of float32 with all bits of it, also where the user lets CUDA round the factors to 10 (TF32)."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul: Any = torch.backends.cuda.matmul
+    # PyTorch 2.9 and later refuse to tell by the older name what was set by the newer one
+    name, whole = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, whole)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 class MergedCache:
@@ -114,9 +149,8 @@ def merge_into(buffers: dict[str, Tensor], source: Mapping[str, Tensor], part: L
                     merged = partial(_merged, part, i, name, tensor, experts)
                     write_down(part.down, i, merged, out[i], is_transposed(experts))
             elif part.kept is not None:
-                out.copy_(
-                    tensor[list(part.kept)]
-                )  # not multiplied: a product with 0 would let the nan of another one in
+                # not multiplied: a product with 0 would let the nan of another one in
+                out.copy_(tensor[torch.tensor(part.kept).to(tensor.device)])
             elif part.sums_experts:
                 merge(matrix, tensor, out)
             else:

@@ -101,7 +101,7 @@ def mixed_expert(part: LayerPlan, i: int, name: str, expert: Reader, form: Exper
     """
     row = part.expert_matrix[i]
     members = [int(j) for j in np.flatnonzero(row)]
-    weights = torch.from_numpy(row[members].copy()).to(out.device)
+    weights = torch.from_numpy(row[members].copy())
     views = [list(form.projections(name, expert(j))) for j in members]
     for place, (into, has_neurons) in enumerate(form.projections(name, out)):
         # in one order of numbers, whatever the form, so that sums over them round alike
@@ -113,8 +113,8 @@ def mixed_expert(part: LayerPlan, i: int, name: str, expert: Reader, form: Exper
 
 
 def linear(weights: Tensor, parts: Tensor) -> Tensor:
-    """sum_j w_j W_j, of weights (m,) and parts (m, ...), both float32, as all of these."""
-    return (weights @ parts.flatten(1)).view_as(parts[0])
+    """sum_j w_j W_j, of weights (m,) on the CPU and parts (m, ...), both float32, as all of these."""
+    return (weights.to(parts.device) @ parts.flatten(1)).view_as(parts[0])
 
 
 def ties(weights: Tensor, parts: Tensor) -> Tensor:
@@ -166,7 +166,10 @@ def karcher(weights: Tensor, parts: Tensor) -> Tensor:
 
 def _directions(weights: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shares (m,), norms (m,) and unit vectors (m, numbers) in float64; those of 0 have no direction."""
-    flat = parts.flatten(1).double()  # as angles between near directions are lost in float32
+    weights, flat = (
+        weights.to(parts.device),
+        parts.flatten(1).double(),
+    )  # as angles between near directions are lost in float32
     norms = flat.norm(dim=1)
     return weights.double() / weights.double().sum(), norms, flat / norms.masked_fill(norms == 0, 1.0)[:, None]
 
@@ -184,4 +187,4 @@ def _at_norm(direction: Tensor, shares: Tensor, norms: Tensor, parts: Tensor) ->
 MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear": linear, "ties": ties, "slerp": slerp, "karcher": karcher,
 }  # fmt: skip
-"""From weights (m,) and parts (m, ...), both float32, to the part of one expert."""
+"""From weights (m,), on the CPU, and parts (m, ...), both float32, to the part of one expert."""

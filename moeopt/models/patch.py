@@ -7,6 +7,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeopt.models.balancing import BalancedLoss
+from moeopt.models.devices import is_accelerator
 from moeopt.models.layers import MoELayer
 from moeopt.models.merging import MergedCache, merged_view
 from moeopt.models.routing import MappedRouter
@@ -136,12 +138,21 @@ def as_they_are(forward: Forward, experts: nn.Module, *args: Tensor) -> Tensor:
     return forward(experts, *args)
 
 
+WITHOUT_WAITING = ("grouped_mm", "batched_mm")
+"""Experts implementations of transformers that never ask the device for a number."""
+
+
 def skipping(inner: Run = as_they_are) -> Run:
     """Run only the experts whose weight is not 0."""
 
     def run(
         forward: Forward, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
+        if is_accelerator(hidden_states.device) and _leaves_out(experts):
+            # How many pairs of token and expert run is known to the device alone: asking would make it wait in every
+            # layer. A number beyond the last expert's is left out by the kernels themselves.
+            index = top_k_index.masked_fill(top_k_weights == 0, experts.num_experts)  # type: ignore[arg-type]
+            return inner(partial(_leaving_out, forward), experts, hidden_states, index, top_k_weights)
         active = top_k_weights != 0
         token, place = active.nonzero(as_tuple=True)
         if len(token) == active.numel():
@@ -154,6 +165,20 @@ def skipping(inner: Run = as_they_are) -> Run:
         return outputs.sum(1)
 
     return run
+
+
+def _leaves_out(experts: nn.Module) -> bool:
+    config: Any = experts.config
+    backend = str(config._experts_implementation).removeprefix(PREFIX)
+    return backend in WITHOUT_WAITING and hasattr(experts, "_is_expert_parallel")
+
+
+def _leaving_out(forward: Forward, experts: nn.Module, *args: Tensor) -> Tensor:
+    """Run as one of several devices that share the experts does, where numbers beyond its last are another one's."""
+    view = object.__new__(type(experts))
+    vars(view).update({**vars(experts), "_is_expert_parallel": True})
+    vars(view).pop("forward", None)  # accelerate's, bound to the original
+    return forward(view, *args)
 
 
 def with_novices(inner: Run, part: LayerPlan) -> Run:

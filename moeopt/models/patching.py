@@ -15,7 +15,7 @@ from moeopt.models.balancing import BalancedLoss
 from moeopt.models.layers import MoELayer, is_offloaded
 from moeopt.models.merging import MergedCache
 from moeopt.models.patch import Patch, Run, as_they_are, dispatches, merging, skipping, with_novices
-from moeopt.models.routing import MappedRouter, RoutingRule
+from moeopt.models.routing import MappedRouter, RoutingRule, read_at_once
 from moeopt.models.self_checks import CheckedModel, check_merging, check_plan, checked_model, expert_form
 from moeopt.models.use import lock_of
 from moeopt.plan import Plan
@@ -45,7 +45,8 @@ class Patched:
 
         Such a token gets nothing from the layer's experts. Padding counts like any token.
         """
-        return tuple(self._routers[i].zero_tokens if i in self._routers else 0 for i in range(len(self.layers)))
+        zero = read_at_once({i: router.zero for i, router in self._routers.items()})
+        return tuple(zero.get(layer.index, 0) for layer in self.layers)
 
     @property
     def active(self) -> tuple[float, ...]:
@@ -53,7 +54,11 @@ class Patched:
 
         Padding counts like any token.
         """
-        return tuple(self._routers[x.index].active if x.index in self._routers else float(x.k) for x in self.layers)
+        ran = read_at_once({i: router.ran for i, router in self._routers.items()})
+        return tuple(
+            ran[x.index] / self._routers[x.index].tokens if x.index in ran else float(part.k)
+            for x, part in zip(self.layers, self.plan.layers)
+        )
 
 
 @without_storage

@@ -310,16 +310,22 @@ class MappedRouter:
     The router's logits, (tokens, n), are returned as they are. Weights and expert numbers are those of `plan`: numbers
     of the *original* experts where the plan keeps experts, 0..r-1 where it makes them, and its novices' then r..n-1.
 
+    What is counted stays on the device, where it is read at the end: see `read_at_once`.
+
     Attributes:
         calls: how often the hook ran.
+        ran: experts run so far, summed over tokens, int64 (); None where every token runs k: no skipping, no novices.
+        tokens: how many tokens these are of.
+        zero: tokens so far whose k largest mapped probabilities were all 0, so that the layer added nothing, int64 ();
+            None where that cannot be.
     """
 
     def __init__(self, layer: MoELayer, rule: RoutingRule, plan: LayerPlan, *, renumber: bool | None = None) -> None:
         self.rule, self.plan = rule, plan
         self.calls = 0
-        self._zero: Tensor | None = None
-        self._active: Tensor | None = None
-        self._tokens = 0
+        self.zero: Tensor | None = None
+        self.ran: Tensor | None = None
+        self.tokens = 0
         self._entered: Tensor | None = None
         self._tensors: dict[str, Tensor] = {}
         rows, whole = plan.router_rows, plan.picks_among_all
@@ -338,7 +344,7 @@ class MappedRouter:
             elif whole:
                 self._tensors[role] = source
             elif rows is not None:
-                self._tensors[role] = source[list(rows)]
+                self._tensors[role] = source[torch.tensor(rows).to(source.device)]
             else:
                 self._tensors[role] = merge(matrix, source)
 
@@ -388,9 +394,9 @@ class MappedRouter:
             return top
         largest = top.amax(-1, keepdim=True)
         remaining = top.masked_fill((top < self.plan.skip * largest) & (top < largest), 0.0)
-        active = ((remaining != 0) if runs is None else (remaining != 0) & runs[index]).sum()
-        self._active = active if self._active is None else self._active + active
-        self._tokens += len(top)
+        ran = ((remaining != 0) if runs is None else (remaining != 0) & runs[index]).sum()
+        self.ran = ran if self.ran is None else self.ran + ran
+        self.tokens += len(top)
         return remaining
 
     def _by_probability(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,7 +411,7 @@ class MappedRouter:
         if clamp:
             # counted on the device: a Python number here would make a GPU wait in every layer
             empty = total == 0
-            self._zero = empty.sum() if self._zero is None else self._zero + empty.sum()
+            self.zero = empty.sum() if self.zero is None else self.zero + empty.sum()
             total = total.masked_fill(empty, 1.0)
         return (top / total if self.rule.normalised else top) * self.rule.scale, index
 
@@ -415,15 +421,15 @@ class MappedRouter:
             tensor = self._tensors[role] = tensor.to(device)
         return tensor
 
-    @property
-    def active(self) -> float:
-        """Mean number of experts run per token so far, k without skipping and novices."""
-        return self.plan.k if self._active is None else int(self._active) / self._tokens
 
-    @property
-    def zero_tokens(self) -> int:
-        """Tokens so far whose k largest mapped probabilities were all 0, so that the layer added nothing."""
-        return 0 if self._zero is None else int(self._zero)
+def read_at_once(counters: Mapping[int, Tensor | None]) -> dict[int, int]:
+    """The numbers of counters (), without those that are None: one copy a device, as each makes a GPU wait."""
+    read: dict[int, int] = {}
+    tensors = {i: counter for i, counter in counters.items() if counter is not None}
+    for device in {t.device for t in tensors.values()}:
+        there = {i: t for i, t in tensors.items() if t.device == device}
+        read |= dict(zip(there, torch.stack(list(there.values())).tolist()))
+    return read
 
 
 def _numbers(plan: LayerPlan, original: bool) -> dict[str, Tensor]:
