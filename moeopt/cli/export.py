@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -44,6 +44,8 @@ def export(
     task_option: opt.TaskOption = None,
     limit: opt.Limit = None,
     device_map: opt.DeviceMap = "auto",
+    serve_on: opt.ServeOn = None,
+    serve_parallel: opt.ServeParallel = 1,
 ) -> None:
     """Write the smaller model as a checkpoint that needs nothing of moeopt to load.
 
@@ -51,6 +53,7 @@ def export(
     trust_remote_code.
     """
     from moeopt.exporting import check_folder, chosen_form, locate
+    from moeopt.spaces.serving import check_servers
 
     if project not in (None, "stock"):
         raise ExportError(f"--project must be stock, got {project!r}")
@@ -58,6 +61,10 @@ def export(
         raise ExportError("--project stock needs --task, and goes with --form stock or auto")
     if project is None and task is not None:
         raise ExportError("--task goes with --project stock, which measures on it")
+    served: dict[str, Any] = {
+        "serve_on": check_servers(serve_on or (), serve_parallel),
+        "serve_parallel": serve_parallel,
+    }
     check_folder(out_dir)
     shape = arguments.quick_shape(model)
     chosen, title, opened = arguments.chosen_plan(
@@ -93,9 +100,9 @@ def export(
             from moeopt.plan import Plan
 
             about = Plan.about(plan) if plan is not None and plan.suffix == ".safetensors" else None
-            write(chosen, out_dir, model=model, form=form, about=about, projection=projection)
+            write(chosen, out_dir, model=model, form=form, about=about, projection=projection, **served)
         else:
-            write(opened[1], out_dir, model=model, study=opened[0], form=form)
+            write(opened[1], out_dir, model=model, study=opened[0], form=form, **served)
     for warning in said:  # what was left out
         err.say(line(str(warning.message), 2000))
     best = best_trial(opened[0]) if opened is not None else None

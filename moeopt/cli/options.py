@@ -94,6 +94,17 @@ Trial = Annotated[
         "hold; or selected: what [bold]moeopt select[/bold] chose."
     ),
 ]
+ServeOn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--for",
+        metavar="SERVER",
+        help="Server that shall load the result: vllm, sglang or llama.cpp; repeatable. What it asks for is said.",
+    ),
+]
+ServeParallel = Annotated[
+    int, typer.Option("--for-parallel", metavar="N", min=1, help="Ranks among which it divides the experts of a layer.")
+]
 Timeout = Annotated[
     float | None, typer.Option(metavar="S", min=0, help="Seconds after which no trial starts.", rich_help_panel="Study")
 ]

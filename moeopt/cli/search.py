@@ -101,6 +101,8 @@ def search(
     ] = True,
     refit: opt.RefitFile = None,
     refit_rank: opt.RefitRank = None,
+    serve_on: opt.ServeOn = None,
+    serve_parallel: opt.ServeParallel = 1,
     storage: opt.Storage = DEFAULT_STORAGE,
     resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
     device_map: opt.DeviceMap = "auto",
@@ -129,6 +131,9 @@ def search(
     from moeopt.samplers.guided import GUIDED, SHARE
     from moeopt.samplers.local import RUNGS
     from moeopt.spaces import PruneSpace
+    from moeopt.spaces.serving import check_servers, demands
+
+    servers = check_servers(serve_on or (), serve_parallel)
 
     # Names before data, which may be read from a hub, and data before a config that takes transformers or a download.
     shape = arguments.quick_shape(model)
@@ -172,6 +177,7 @@ def search(
         needs_of,
         optimize,
         recipe,
+        serving_demands,
         stalled,
     )
     from moeopt.study.workers import fleet
@@ -188,6 +194,9 @@ def search(
             f"EEP in {trials} trials: {sizes}, in proportion to {published} as published for {PUBLISHED_TRIALS}; "
             "--sampler-option sets others",
         )  # fmt: skip
+    asked = [*map(str, demands(chosen_space, servers, serve_parallel, arguments.checkpoint_config(model)))]
+    for demand in asked:
+        err.say(f"Warning: {demand}", style="yellow")
     missing = chosen_sampler.shortfall(trials)
     if missing is not None:
         err.say(missing)
@@ -215,21 +224,28 @@ def search(
         if resumed is None:
             by_name = automatic(chosen_space) if starts == "auto" else [s for s in starts if isinstance(s, str)]
             err.print(needs_table(needs_of(objective, n_trials=trials, warm_starts=by_name, storage=storage)))
-        record = create_study(
-            study,
-            objective=objective,
-            storage=storage,
-            sampler=chosen_sampler,
-            pruner="racing" if rungs > 1 else None,
-            load_if_exists=resume,
-            warm_starts=starts,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"(vllm|sglang|llama\.cpp)[:,] ")  # they are said above or below
+            record = create_study(
+                study,
+                objective=objective,
+                storage=storage,
+                sampler=chosen_sampler,
+                pruner="racing" if rungs > 1 else None,
+                load_if_exists=resume,
+                warm_starts=starts,
+                serve_on=servers,
+                serve_parallel=serve_parallel,
+            )
+        for demand in serving_demands(record):
+            if demand not in asked:
+                err.say(f"Warning: {demand}", style="yellow")
         command = arguments.noted_command(ctx.obj, storage)
         if record.user_attrs.get(COMMAND) != command:
             record.set_user_attr(COMMAND, command)
         if resumed is not None:
             err.say(f"resuming study {study!r}: {finished(record)} of {trials} trials done")
-        if "merge" in chosen_space.phases and chosen_space.router == "prob":
+        if "merge" in chosen_space.phases and chosen_space.router == "prob" and not servers:
             err.print("merged routers map probabilities: only prunings export to an ordinary checkpoint (see --router)")
         err.say(f"first prompt, then what is scored: {first_prompt(objective.evaluator)}")
         full = objective.reference(record) if reference else read(record)

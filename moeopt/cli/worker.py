@@ -88,7 +88,7 @@ def worker(
     import optuna
 
     from moeopt.report.terminal import SearchProgress, consoles
-    from moeopt.study import finished, read_study, recipe
+    from moeopt.study import finished, read_study, recipe, serving_demands
     from moeopt.study.workers.fleet import take
     from moeopt.study.workers.worker import run_worker, threads
 
@@ -96,7 +96,10 @@ def worker(
     err = consoles()[1]
     try:
         with _ending_on_signals(while_stdin):
-            target = trials or recipe.wanted(read_study(study, storage))
+            joined = read_study(study, storage)
+            for demand in () if quiet else serving_demands(joined):
+                err.say(f"Warning: {demand}", style="yellow")
+            target = trials or recipe.wanted(joined)
             take(threads(device_map))
             with SearchProgress(err, target, timeout, quiet=quiet) as progress:
                 record = run_worker(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -36,6 +36,7 @@ from moeopt.models import empty_model, moe_layers
 from moeopt.models.gate import CODE, auto_class, code_for
 from moeopt.plan import Plan
 from moeopt.showing import listed
+from moeopt.spaces.serving import check_servers, demands
 
 if TYPE_CHECKING:
     import optuna
@@ -57,6 +58,8 @@ def export(
     about: Mapping[str, Any] | None = None,
     projection: Projection | None = None,
     shard_bytes: int = SHARD_BYTES,
+    serve_on: str | Sequence[str] = (),
+    serve_parallel: int = 1,
 ) -> Path:
     """Write the model that a plan describes as a checkpoint that needs nothing of moeopt to load.
 
@@ -82,17 +85,21 @@ def export(
         about: what the plan's file says of it (`Plan.about`), to be recorded; of a refit the model card tells it.
         projection: what it cost to make the plan one that a stock checkpoint expresses, to be recorded.
         shard_bytes: largest size of one weight file.
+        serve_on: servers that shall load it, of ``"vllm"``, ``"sglang"`` and ``"llama.cpp"``; a warning says what they
+            ask for beside that (`moeopt.spaces.demands`).
+        serve_parallel: over how many ranks they divide the experts of a layer.
 
     Returns:
         The folder written.
 
     Raises:
         ExportError: when the form cannot express the plan (the message says what would), the folder is not empty or
-            not writable, or the full checkpoint is incomplete or not readable.
+            not writable, the full checkpoint is incomplete or not readable, or a server of `serve_on` cannot load it.
         PlanError: when the plan is not for this model.
     """
     if form not in get_args(Form):
         raise ExportError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
+    servers = check_servers(serve_on, serve_parallel)
     record: dict[str, Any] = {"moeopt": __version__}
     if not isinstance(plan, Plan):
         if study is None:
@@ -107,7 +114,13 @@ def export(
     out = Path(out_dir).resolve()
     check_folder(out)
     folder = locate(model)
+    asked = demands(plan, servers, serve_parallel, read_config(folder)) if servers else []
+    refusals = [str(demand) for demand in asked if demand.refused]
+    if refusals:
+        raise ExportError("; ".join(refusals))
     form, reason = chosen_form(plan, folder, form)
+    if servers and form == "custom":
+        raise ExportError(f"{', '.join(servers)} read checkpoints of the model's own class alone: {reason}")
     record |= {"form": form, **({} if reason is None else {"why_custom": reason})}
     record |= {"source": str(folder.resolve()), "fingerprint": plan.fingerprint}
     if about:
@@ -129,8 +142,9 @@ def export(
         file = error.filename2 or error.filename
         which = f" ({file})" if file else ""
         raise ExportError(f"cannot write {str(out)!r} from {str(folder)!r}: {reason}{which}") from error
-    if prepared.notes:
-        warnings.warn(f"{str(out)!r}: {'; '.join(prepared.said())}", stacklevel=2)
+    said = [*prepared.said(), *map(str, asked)]
+    if said:
+        warnings.warn(f"{str(out)!r}: {'; '.join(said)}", stacklevel=2)
     return out
 
 

@@ -11,43 +11,11 @@ from moeopt.errors import ExportError
 from moeopt.exporting.folders import check_inside
 from moeopt.exporting.quantised import why_not_quantised
 from moeopt.plan import LayerPlan, Plan
+from moeopt.plan.stock import why_not_stock as why_not_stock
 
 Form = Literal["auto", "stock", "custom"]
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 ACTIVE_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-
-
-def why_not_stock(plan: Plan) -> str | None:
-    """Why no stock checkpoint expresses the plan, and the nearest thing that would; None when one does."""
-    first = plan.layers[0]
-    for i, layer in enumerate(plan.layers):
-        if (layer.kept_experts, layer.k) != (first.kept_experts, first.k):
-            return (
-                f"layer {i} has (r, k) = {(layer.kept_experts, layer.k)}, layer 0 {(first.kept_experts, first.k)}: "
-                "a stock checkpoint has one r and one k for all layers; search with one keep= and one k="
-            )
-        if layer.novices is not None:
-            return (
-                f"layer {i} has constants (novices) in place of {len(layer.novices)} experts, which a stock checkpoint "
-                "has no place for; moeopt export --project stock leaves them out"
-            )
-        if layer.skip:
-            return (
-                f"layer {i} skips experts token by token (skip={layer.skip:g}), which a stock checkpoint has no place "
-                "for; export the same plan without skipping: plan.with_skip(0)"
-            )
-        if layer.router == "alias":
-            return (
-                f"layer {i} lets its router choose among all {layer.experts} experts and aliases its picks, which a "
-                'stock checkpoint has no place for; a pruning exports, and a merging with router="logit", which moeopt '
-                "export --project stock fits"
-            )
-        if layer.router == "prob" and layer.router_rows is None:
-            return (
-                f"layer {i} maps router probabilities by a dense W_RM, which a stock checkpoint has no place for; "
-                'search with router="logit", or export the best pruning of the study'
-            )
-    return None
 
 
 def why_not_renormalised(plan: Plan, source: Path) -> str | None:

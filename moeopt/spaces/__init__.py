@@ -6,14 +6,18 @@ from moeopt.spaces.described import from_description, space_of
 from moeopt.spaces.eep import EEPSpace
 from moeopt.spaces.merge import MergeSpace
 from moeopt.spaces.prune import PruneSpace
+from moeopt.spaces.serving import Demand, Server, demands
 
 __all__ = [
     "NAMED_AT_MOST",
     "ActiveSpace",
+    "Demand",
     "EEPSpace",
     "MergeSpace",
     "PruneSpace",
+    "Server",
     "Space",
+    "demands",
     "from_description",
     "layer_groups",
     "space_of",

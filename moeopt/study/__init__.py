@@ -7,7 +7,7 @@ from moeopt.lazily import lazily
 if TYPE_CHECKING:
     from moeopt.spaces import space_of
     from moeopt.study.checks import check_goes_on, check_study, description_of
-    from moeopt.study.creating import COMMAND, create_study
+    from moeopt.study.creating import COMMAND, create_study, serving_demands
     from moeopt.study.foreign import foreign_trials
     from moeopt.study.needs import needs_of
     from moeopt.study.opening import check_name, find, load_study, read_study
@@ -48,6 +48,7 @@ __all__ = [
     "optimize",
     "read_study",
     "reclaim",
+    "serving_demands",
     "space_of",
     "stalled",
     "summary",
@@ -58,7 +59,7 @@ _HOMES = {
     "moeopt.trials.description": ("DESCRIPTION", "MAY_DIFFER", "check_same", "differences_of", "summary"),
     "moeopt.trials.genome": ("CALIBRATION", "METHOD", "WARM_START"),
     "checks": ("check_goes_on", "check_study", "description_of"),
-    "creating": ("COMMAND", "create_study"),
+    "creating": ("COMMAND", "create_study", "serving_demands"),
     "foreign": ("foreign_trials",),
     "needs": ("needs_of",),
     "opening": ("check_name", "find", "load_study", "read_study"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -13,6 +14,7 @@ from moeopt import samplers
 from moeopt.defaults import DEFAULT_STORAGE
 from moeopt.errors import StudyError
 from moeopt.samplers.racing import NOISE_FLOOR, RacingPruner
+from moeopt.spaces.serving import check_servers, demands
 from moeopt.study import recipe
 from moeopt.study.checks import check_objective, description_of
 from moeopt.study.needs import needs_of
@@ -20,7 +22,7 @@ from moeopt.study.opening import check_name, find
 from moeopt.study.reclaiming import reclaim
 from moeopt.study.storage import check_storage, is_new, open_storage, readable_errors
 from moeopt.study.warm_starts import AUTO, WarmStarts, calibrated, checked, enqueue_new
-from moeopt.trials.description import DESCRIPTION, check_same
+from moeopt.trials.description import DESCRIPTION, SERVING, check_same, serving
 from moeopt.trials.description import write as write_description
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ def create_study(
     pruner: str | BasePruner | None = None,
     load_if_exists: bool = False,
     warm_starts: WarmStarts = (),
+    serve_on: str | Sequence[str] = (),
+    serve_parallel: int = 1,
     **sampler_options: Any,
 ) -> optuna.Study:
     """Create a study for an objective, or resume it: an ordinary `optuna.Study` that minimises the task loss.
@@ -61,7 +65,13 @@ def create_study(
             ``["naee", "loss_aware"]`` in spaces that prune, as far as they run here, and beyond 64 experts for
             ``["loss_aware"]``. Such trials have their method's name as user attribute ``method``. EEP counts them among
             its initial solutions.
+        serve_on: servers that shall load what is found, of ``"vllm"``, ``"sglang"`` and ``"llama.cpp"``: what they ask
+            for and plans of the space do not give is warned of, and kept in the study's user attribute ``serving``.
+        serve_parallel: over how many ranks they divide the experts of a layer.
         sampler_options: hyperparameters of a sampler given by name.
+
+    Warns:
+        UserWarning: what a server of `serve_on` asks for (`moeopt.spaces.demands`).
 
     Raises:
         StudyError: when the name is taken (and `load_if_exists` is not set), or the study to resume was made with
@@ -71,10 +81,12 @@ def create_study(
         SamplerError: when the sampler is unknown or its options are.
         MethodError: when a method is unknown.
         SpaceError: when a warm start is not a plan of the objective's space.
+        ExportError: when a server is unknown, or `serve_parallel` is no size.
     """
     if study_name is not None:
         check_name(study_name)
     check_objective(objective)
+    servers = check_servers(serve_on, serve_parallel)
     if storage is not None:
         check_storage(storage)
     chosen = samplers.get(sampler, objective.space, seed=seed, **sampler_options)
@@ -82,6 +94,9 @@ def create_study(
         warnings.warn(
             "the sampler 'guided' searches as 'local' does without guides: Objective(guide=0.3)", stacklevel=2
         )
+    asked = demands(objective.space, servers, serve_parallel, objective.model.config.to_dict()) if servers else []
+    for demand in asked:
+        warnings.warn(str(demand), stacklevel=2)
     starts = checked(warm_starts, objective.space)
     racer = _pruner(pruner, objective)
     opened: BaseStorage | None = None
@@ -119,6 +134,9 @@ def create_study(
             check_same(study, description)  # another process may have made it since
         else:
             write_description(study, description)
+        if servers:
+            asks = [str(demand) for demand in asked]
+            study.set_user_attr(SERVING, {"on": list(servers), "parallel": serve_parallel, "asks": asks})
         if isinstance(racer, RacingPruner) and racer.noise_floor is None and NOISE_FLOOR not in study.user_attrs:
             study.set_user_attr(NOISE_FLOOR, objective.noise_floor().value)
         if opened is not None:
@@ -126,6 +144,12 @@ def create_study(
         enqueue_new(study, objective.space, planned, existing_attrs)
         reclaim(study)
     return study
+
+
+def serving_demands(study: optuna.Study) -> list[str]:
+    """What the servers that the study's plans are for ask of them and its space does not give, in sentences."""
+    served = serving(study.user_attrs, study.study_name)
+    return [] if served is None else list(served["asks"])
 
 
 def _taken(study_name: str | None) -> StudyError:

@@ -29,6 +29,8 @@ DESCRIPTION = "moeopt"
 FULL_MODEL = "full_model"
 HELD = "held"
 """User attribute of a study: what the full model gives on its examples (`moeopt.study.reference`)."""
+SERVING = "serving"
+"""User attribute of a study: which servers its plans are for, and what these ask for (`moeopt.spaces.serving`)."""
 FORMAT = 1
 DEEPEST = 64
 """Levels of objects and lists in a description."""
@@ -90,6 +92,7 @@ REFERENCE = {
 GAIN = {
     "trial": COUNT, "start": COUNT, "search": FINITE, "dev": FINITE, "low": FINITE, "high": FINITE, "examples": COUNT,
 }  # fmt: skip
+SERVED = {"on": [TEXT], "parallel": COUNT, "asks": [TEXT]}
 TRIAL = {
     genome.ORIGIN: {
         "slot": Maybe(COUNT), "operator": Maybe(TEXT), "phase": Maybe(TEXT), "parents": Maybe([COUNT]),
@@ -214,6 +217,7 @@ def check_whole(study: optuna.Study) -> dict[str, Any]:
         check_trial(trial, study.study_name)
     full_model(attrs, study.study_name)
     held_facts(attrs, study.study_name)
+    serving(attrs, study.study_name)
     return description
 
 
@@ -236,6 +240,15 @@ def held_facts(attrs: Mapping[str, Any], study_name: str) -> dict[str, Any] | No
     if facts is not None and not facts["search"] > 0:
         raise StudyError(f"study {shown(study_name)}: {HELD!r}.search must be above 0, got {shown(facts['search'])}")
     return facts
+
+
+def serving(attrs: Mapping[str, Any], study_name: str) -> dict[str, Any] | None:
+    """What the user attributes of a study say of servers, of the form `SERVED`; None where they do not.
+
+    Raises:
+        StudyError: when it is of another form.
+    """
+    return _facts(attrs, SERVING, SERVED, study_name)
 
 
 def _facts(attrs: Mapping[str, Any], key: str, form: dict[str, Any], study_name: str) -> dict[str, Any] | None:

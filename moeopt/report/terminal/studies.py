@@ -18,7 +18,7 @@ from moeopt.report.tables import Columns, table
 from moeopt.report.terminal.plans import plan_table
 from moeopt.showing import line
 from moeopt.study.reference import MOST_SHOWN, Reference, of_facts
-from moeopt.trials.description import COUNT, check_whole, full_model, held_facts
+from moeopt.trials.description import COUNT, check_whole, full_model, held_facts, serving
 from moeopt.trials.description import number as numeric
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
         "top": [trial_record(trial) for trial in ranked[:top]],
         "full_model": full_model(study.user_attrs, study.study_name),
         "held": held_facts(study.user_attrs, study.study_name),
+        "serving": serving(study.user_attrs, study.study_name),
         "foreign": foreign_trials(study),
         "selection": recorded(study),
         "description": about,
@@ -133,6 +134,11 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         from moeopt.results.selection.gains import Held
 
         lines.append(("held", str(Held(**record["held"]))))
+    if record["serving"] is not None:
+        served, parallel = record["serving"], record["serving"]["parallel"]
+        ranks = f", experts divided among {parallel} ranks" if parallel > 1 else ""
+        lines.append(("to be served by", line(", ".join(served["on"]), 200) + ranks))
+        lines += [("", line(ask, 1000)) for ask in served["asks"][:MOST_SHOWN]]
     if record["foreign"]:
         numbers = ", ".join(map(str, record["foreign"][:20])) + (", ..." if len(record["foreign"]) > 20 else "")
         lines.append(("foreign", f"another sampler than the study's made trials {numbers}"))
