@@ -57,6 +57,13 @@ def storage(database: str, study_name: str) -> Iterator[str]:
 SMALL: dict[str, Any] = {"initial": 4, "prune_until": 9}
 
 
+def test_the_former_name_of_n_trials_is_taken(objective: moeopt.Objective) -> None:
+    study = moeopt.create_study(objective=objective, storage=None, sampler="random")
+    with pytest.warns(FutureWarning, match="n_trials="):
+        moeopt.optimize(study, objective, trials=2)
+    assert finished(study) == 2
+
+
 @pytest.mark.slow
 def test_a_study_keeps_what_every_trial_was(objective: moeopt.Objective, storage: str, study_name: str) -> None:
     study = moeopt.create_study(study_name, objective=objective, storage=storage, seed=3, **SMALL)

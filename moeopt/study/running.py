@@ -39,6 +39,7 @@ def optimize(
     timeout: float | None = None,
     patience: int | None = None,
     callbacks: Iterable[Callback] = (),
+    trials: int | None = None,
 ) -> None:
     """`study.optimize` until the whole study holds `n_trials` finished trials, so that a resumed run does the rest.
 
@@ -54,6 +55,7 @@ def optimize(
         n_trials: finished trials the study shall hold, those of earlier runs included.
         timeout: seconds for this run.
         patience: stop after so many trials without a better one.
+        trials: the former name of `n_trials`.
 
     Warns where the sampler says that so many trials leave out what it is for (`GenomeSampler.shortfall`).
 
@@ -62,6 +64,9 @@ def optimize(
             made (`Objective.check`), before a trial starts.
         StorageError: when the database was away for longer than its storage waits, or the study was deleted.
     """
+    if trials is not None:
+        warnings.warn("optimize(trials=) is now called n_trials=, as by Optuna", FutureWarning, stacklevel=2)
+        n_trials = trials if n_trials is None else n_trials
     check_limits(n_trials, timeout, patience)
     callbacks = _checked(study, objective, callbacks)
     left_out = study.sampler.shortfall(n_trials) if n_trials and isinstance(study.sampler, GenomeSampler) else None
