@@ -109,9 +109,10 @@ def check_loads(folder: Path, config: dict[str, Any], names: set[str], plan: Pla
         for block, part in zip((b for b in model.modules() if _is_block(b)), plan.layers):
             router = block.gate if isinstance(getattr(block, "gate", None), torch.nn.Module) else block.router
             weight = next(p for p in router.parameters() if p.ndim == 2)
-            index = call_router(block, router, torch.zeros(2, weight.shape[1], device="meta", dtype=model.dtype))[2]
-            if tuple(index.shape) != (2, part.k):
-                raise ValueError(f"a router picks {index.shape[1]} experts in place of {part.k}")
+            output = call_router(block, router, torch.zeros(2, weight.shape[1], device="meta", dtype=model.dtype))
+            k = output[2].shape[1] if len(output) == 3 else router.top_k
+            if k != part.k:
+                raise ValueError(f"a router picks {k} experts in place of {part.k}")
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         reason = first_line(error)
         raise ExportError(f"moeopt has no custom form for {config['architectures'][0]}: {reason}") from error

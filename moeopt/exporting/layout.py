@@ -422,13 +422,14 @@ def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Rol
         end = f".{module.rpartition('.')[2]}.weight"
         beside = (name for name, place in places.items() if place.name == f"{module}.weight" and name.endswith(end))
         router = next(beside, f"{module}.weight").removesuffix(".weight")
+        # some conversions rename the router's weight alone: then what joins it has the model's own name on disk
+        is_renamed = renamed(model, f"{router}.weight") == f"{module}.weight"
         for leaf, tensor in _mappings(plan.layers[layer.index]).items():
-            # some conversions rename the router's weight alone: then what joins it has the model's own name on disk
             name, own = (
                 f"{place.rpartition('.')[0]}.experts.{leaf}" if leaf == "novices" else f"{place}.{leaf}"
                 for place in (router, module)
             )
-            name = own if renamed(model, name) != own and renamed(model, own) == own else name
+            name = own if is_renamed and renamed(model, name) != own else name
             layout.tensors[name] = Stored(dtype_name(tensor.dtype), tuple(tensor.shape))
             layout.given[name] = lambda source, tensor=tensor: tensor  # type: ignore[misc]
 

@@ -72,6 +72,11 @@ class Calibration:
         with evaluation_mode(model), without_plan(model), torch.inference_mode():
             self.layers, self.rules = moe_layers(model), routing_rules(model)
         first = self.layers[0]
+        if first.weighs_inputs:
+            raise MethodError(
+                f"{type(model).__name__} multiplies what enters its experts by their weights, not what they give, "
+                "which is what one-shot methods look at; search instead (samplers eep, local), or keep experts by hand"
+            )
         self.shape = ModelShape(len(self.layers), first.n, first.k, first.groups)
         self.requests = task.requests(split, tokenizer, limit=limit, max_length=max_length)
         sequences = [request.ids for request in task.solutions(split, self.requests)]

@@ -53,6 +53,14 @@ class MoELayer:
     kept_groups: int = 1
 
     @property
+    def weighs_inputs(self) -> bool:
+        """Whether every expert runs for all tokens, on hidden states times its weight, 0 where it is not picked.
+
+        As in Llama 4: the router returns weights (tokens, n) and logits (tokens, n).
+        """
+        return weighs_inputs(self.experts)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the hidden states the layer works on."""
         return _float_dtype(self.experts, gate_weight(self.router, self.n)[1].dtype)
@@ -231,6 +239,19 @@ def expert_groups(*modules: nn.Module) -> tuple[int, int]:
     return 1, 1
 
 
+def weighs_inputs(experts: nn.Module) -> bool:
+    """Whether experts are called with hidden states alone; see `MoELayer.weighs_inputs`."""
+    parameters = inspect.signature(type(experts).forward).parameters.values()
+    return [p.kind for p in parameters] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
+
+
+def as_picks(output: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (tokens, n), and weights and numbers of the k experts picked, of what a router that weighs inputs gave."""
+    weights, logits = output
+    index = logits.topk(k, dim=-1).indices
+    return logits, weights.gather(-1, index), index
+
+
 def _check_whole(model: nn.Module, layers: Sequence[MoELayer], reasons: str) -> None:
     """Raise ModelError where those are not all: a plan would leave the others at n experts, which config.json says."""
     kind = type(model).__name__
@@ -307,6 +328,9 @@ def _interface(block: nn.Module, router: nn.Module, experts: nn.Module) -> tuple
         raise ModelError(
             f"its router {type(router).__name__} cannot be called with hidden states alone ({reason})"
         ) from None
+    top_k = getattr(router, "top_k", None)
+    if weighs_inputs(experts) and isinstance(output, tuple) and len(output) == 2 and isinstance(top_k, int):
+        output = as_picks(output, top_k)
     shapes = [tuple(t.shape) for t in output] if isinstance(output, tuple) and _all_tensors(output) else []
     if len(shapes) != 3 or shapes[0] != (2, n) or shapes[1] != shapes[2] or len(shapes[1]) != 2 or shapes[1][0] != 2:
         returned = f"tensors of shapes {shapes}" if shapes else type(output).__name__

@@ -74,8 +74,13 @@ class MoeoptRouter:
     """Mixed into the family's router, whose forward still gives the logits."""
 
     def forward(self, hidden_states, *args, **kwargs):
-        logits, weights, index = super().forward(hidden_states, *args, **kwargs)
-        plan = self.moeopt
+        plan, output = self.moeopt, super().forward(hidden_states, *args, **kwargs)
+        if len(output) == 2:  # weights of all experts, which hidden states are multiplied with (Llama 4)
+            weights, logits = output
+            index = logits.topk(plan["active"], -1).indices
+            weights = weights.gather(-1, index)
+        else:
+            logits, weights, index = output
         if plan["router"] == "prob":
             top, index = self._mapped(logits)
         elif plan["skip"]:
@@ -92,7 +97,10 @@ class MoeoptRouter:
             index = self.aliases[index]
         if plan["router"] == "whole":
             index = self.places[index]
-        return logits, top.to(weights.dtype), index
+        top = top.to(weights.dtype)
+        if len(output) == 2:
+            return top.new_zeros(len(top), plan["experts"]).scatter_add(1, index, top), logits
+        return logits, top, index
 
     def _scores(self, logits):
         rule = self.moeopt["rule"]
@@ -250,6 +258,8 @@ def _fit(block, n, plan):
         experts.register_buffer("novices", torch.zeros(n - r, hidden, dtype=torch.float32))
         experts.moeopt = plan
     if plan["router"] == "whole" or plan["skip"]:
+        if len(inspect.signature(type(experts).forward).parameters) == 2:
+            raise ValueError("experts that are not told what was picked run for every token, skipped or not")
         mixed = MoeoptNovices if plan["router"] == "whole" else MoeoptExperts
         experts.__class__ = type(f"Moeopt{type(experts).__name__}", (mixed, type(experts)), {})
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moeopt.errors import ModelError, PlanError
-from moeopt.models.layers import OF_BLOCK, MoELayer, call_router, gate_weight, given_tensors, routing_tensor
+from moeopt.models.layers import OF_BLOCK, MoELayer, as_picks, call_router, gate_weight, given_tensors, routing_tensor
 from moeopt.models.merging import merge
 from moeopt.plan import LayerPlan
 
@@ -253,6 +253,7 @@ class _Probe:
                 output = call_router(layer.block, layer.router, hidden.clone())
         finally:
             note.remove()
+        output = as_picks(output, layer.k) if layer.weighs_inputs else output
         device = output[0].device
         tensors = {other: routing_tensor(layer, other).to(device) for other in names}
         hidden = hidden.to(device)
@@ -329,7 +330,10 @@ class MappedRouter:
         self._entered: Tensor | None = None
         self._tensors: dict[str, Tensor] = {}
         rows, whole = plan.router_rows, plan.picks_among_all
-        self._tensors |= _numbers(plan, not plan.makes_experts if renumber is None else renumber)
+        original = not plan.makes_experts if renumber is None else renumber
+        self._tensors |= _numbers(plan, original)
+        self._weighs_inputs, self._k = layer.weighs_inputs, layer.k
+        self._width = layer.n if original else plan.kept_experts
         matrix, maps_scores = torch.from_numpy(plan.router_matrix.copy()), plan.router == "prob"
         if maps_scores:
             self._tensors["w_rm"] = matrix
@@ -360,10 +364,10 @@ class MappedRouter:
         self._entered = args[0]
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         self.calls += 1
-        logits, weights, _ = output
+        logits, weights, _ = as_picks(output, self._k) if self._weighs_inputs else output
         if self.plan.router == "prob":
             top, index = self._by_probability(logits)
         else:
@@ -382,7 +386,10 @@ class MappedRouter:
                 top = top * (whole.sum(-1, keepdim=True) / rest.masked_fill(rest == 0, 1.0))
         numbers, factor = (self._on(logits.device, role) for role in ("numbers", "factor"))
         top = top if factor is None else top * factor[index]
-        return logits, top.to(weights.dtype), index if numbers is None else numbers[index]
+        top, index = top.to(weights.dtype), index if numbers is None else numbers[index]
+        if self._weighs_inputs:
+            return top.new_zeros(len(top), self._width).scatter_add(1, index, top), logits
+        return logits, top, index
 
     def _without_skipped(self, top: Tensor, index: Tensor) -> Tensor:
         """Scores or weights (tokens, k) of those picked, with those below beta times the largest made 0.

@@ -104,7 +104,8 @@ def check_merging(model: nn.Module, checked: CheckedModel, layer: MoELayer, what
         raise ModelError(
             f"{layer.name}: the experts are quantised and cannot be {what}; {instead}load the model unquantised"
         )
-    _check_dispatch(layer, "merged")
+    if not layer.weighs_inputs:
+        _check_dispatch(layer, "merged")
     if _kind(layer) in checked.merging:
         return
     plan, rule = LayerPlan(layer.n, 1, kept=(layer.n - 1,)), _ungrouped(checked.rules[layer.index])

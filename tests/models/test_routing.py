@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 
 import numpy as np
@@ -33,12 +34,15 @@ def test_identity_changes_no_bit_in_any_family(build_family, family, ids, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("model_type", ["afmoe", "minimax_m2", "hy_v3", "lfm2_moe", "gemma4_text", "muse_spark"])
+@pytest.mark.parametrize(
+    "model_type", ["afmoe", "minimax_m2", "hy_v3", "lfm2_moe", "gemma4_text", "muse_spark", "llama4_text"]
+)
 def test_identity_changes_no_bit_where_a_block_gives_the_bias_or_a_router_multiplies(model_type, ids, dtype):
     model = tiny_model(model_type).to(dtype)
     expected = logits(model, ids)
     layers, rules = moe_layers(model), routing_rules(model)
-    assert all(rule.factor or rule.multiplier != 1 or rule.correction.startswith("../") for rule in rules)
+    for layer, rule in zip(layers, rules):
+        assert rule.factor or rule.multiplier != 1 or layer.weighs_inputs or rule.correction.startswith("../")
     identity = LayerPlan(8, 2, kept=tuple(range(8)))
     for layer, rule in zip(layers, rules):
         MappedRouter(layer, rule, identity).attach(layer.router)
@@ -65,6 +69,34 @@ def test_norm_scores_and_factors_of_gemma_4_are_mapped(router):
         factors = (w_rm @ layer.router.per_expert_scale)[place]
         torch.testing.assert_close(weights, top / top.sum(-1, keepdim=True) * factors)
         assert torch.equal(index, torch.tensor([6, 1, 4])[place])
+
+
+@pytest.mark.parametrize("router", ["rows", "logit", "prob"])
+def test_llama_4_weighs_what_enters_its_experts(router):
+    """Against its block written down: the sum over picks of what (merged) experts give for their weight times x."""
+    model = tiny_model("llama4_text")
+    layer = moe_layers(model)[1]
+    noise = 0.1 * torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
+    w_em = torch.eye(8)[[6, 1, 4]] + noise
+    w_rm = w_em if router != "rows" else torch.eye(8)[[6, 1, 4]]
+    part = LayerPlan(8, 2, w_em=w_em.numpy(), w_rm=w_rm.numpy(), router=router)
+    hidden = torch.randn(40, layer.hidden, generator=torch.Generator().manual_seed(0))
+    with patched(model, Plan((part,) * 3)), torch.no_grad():
+        given = layer.block(hidden[None])[0] - layer.block.shared_expert(hidden)
+        ell = hidden @ layer.router.weight.T
+        scores = ell.sigmoid() @ w_rm.T if router == "prob" else (ell @ w_rm.T).sigmoid()
+        weights, index = scores.topk(2)
+        wanted = torch.zeros_like(hidden)
+        up, down = (
+            torch.einsum("rn,n...->r...", w_em, w) for w in (layer.experts.gate_up_proj, layer.experts.down_proj)
+        )
+        for token, place in itertools.product(range(40), range(2)):
+            i = index[token, place]
+            gate, value = (weights[token, place] * hidden[token] @ up[i]).chunk(2)
+            wanted[token] += value * torch.nn.functional.silu(gate) @ down[i]
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ModelError, match="cannot be skipped"), patched(model, Plan((part,) * 3).with_skip(0.5)):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["pruned", "pruned, corrected", "merged"])
