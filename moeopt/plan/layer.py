@@ -47,6 +47,8 @@ class LayerPlan:
         router: where `w_rm` acts. ``"rows"``: it is one-hot and selects rows of the router's weight, so that the
             softmax runs over the r selected logits (a stock checkpoint expresses it). ``"prob"``: on the probabilities,
             after softmax and before top-k, as in the EEP paper. ``"logit"``: on the router's weight, before softmax.
+            Where the router corrects its choice by a bias b, that is then corrected by w_rm @ b; of ``"prob"``, weights
+            are made of w_rm @ p alone (`moeopt.models.RoutingRule`).
             ``"alias"``: after top-k; the router picks k of the n experts as ever, and new expert i, where w_rm[i, j] is
             1, answers for expert j (HC-SMoE, arXiv 2410.08589). Every column then has one 1.
             ``"whole"``: nowhere; the router picks k of the n experts as ever, and what it picks of those that are not

@@ -170,14 +170,18 @@ def test_a_number_of_experts_that_the_family_cannot_route_to_is_refused(
 
 
 def test_a_family_whose_routing_is_not_known_is_refused_before_anything_is_written(
-    build_family: Any, saved: Any, tiny_tokenizer: Any, tmp_path: Path
+    full: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DeepSeek-V3 picks within its best groups of experts: which experts a smaller one would pick, no plan says."""
-    saved(build_family("deepseek_v3", vocabulary=300), tiny_tokenizer, full := tmp_path / "full")
-    config = json.loads((full / "config.json").read_text())
-    (full / "config.json").write_text(json.dumps({**config, "n_routed_experts": 8, "n_group": 2, "topk_group": 1}))
-    with pytest.raises(ExportError, match="does not know the routing rule of DeepseekV3TopkRouter"):
-        moeopt.export(Plan.one_hot([[0, 1, 4, 5]] * 2, experts=8, k=1), tmp_path / "out", model=full)
+    router = type(full.model.layers[0].mlp.gate)
+    stock = router.forward
+
+    def unlike_any(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits, weights, index = stock(self, hidden)
+        return logits, weights.sqrt(), index
+
+    monkeypatch.setattr(router, "forward", unlike_any)
+    with pytest.raises(ExportError, match="does not know the routing rule of MixtralTopKRouter"):
+        moeopt.export(pruning(), tmp_path / "out", model=tmp_path / "full")
     assert not (tmp_path / "out").exists()
 
 
