@@ -61,7 +61,6 @@ NO_PART = {
     "a share of examples": ({"limit": 0.5}, "limit", "0.5"),
     "a flag": ({"limit": True}, "limit", "True"),
     "no tokens": ({"batch_tokens": 0}, "batch_tokens", "0"),
-    "no number of tokens": ({"batch_tokens": None}, "batch_tokens", "None"),
     "half a length": ({"max_length": 1.5}, "max_length", "1.5"),
     "a negative memory": ({"prefix_memory": -1}, "prefix_memory", "-1"),
     "a memory with its unit": ({"prefix_memory": "1GiB"}, "prefix_memory", "'1GiB'"),

@@ -76,6 +76,14 @@ DeviceMap = Annotated[
 ]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], MACHINE(help="Type of the weights in memory.")]
 TrustRemoteCode = Annotated[bool, MACHINE("--trust-remote-code", help="Run code that comes with a checkpoint.")]
+FoundBatchTokens = Annotated[
+    int | None,
+    MACHINE(
+        metavar="N",
+        min=1,
+        help="Padded tokens a forward pass. [what the study holds; else 1024 on a CPU, measured on an accelerator]",
+    ),
+]
 BatchTokens = Annotated[int, MACHINE(metavar="N", min=1, help="Padded tokens a forward pass.")]
 Storage = Annotated[
     str,

@@ -107,7 +107,7 @@ def search(
     resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
     device_map: opt.DeviceMap = "auto",
     dtype: opt.Dtype = "auto",
-    batch_tokens: opt.BatchTokens = 1024,
+    batch_tokens: opt.FoundBatchTokens = None,
     prefix_memory: Annotated[
         int | None,
         MACHINE(metavar="MIB", min=0, help="Memory for hidden states of earlier plans, which spare passes. [1024]"),
@@ -203,6 +203,7 @@ def search(
     try:
         err.say(f"task {chosen_task.name}: {chosen_task.summary}")
         err.say(f"loading {model}")
+        from moeopt.evaluation.throughput import BATCH_TOKENS
         from moeopt.models import load, load_tokenizer
         from moeopt.showing import line
         from moeopt.study.objective import Objective
@@ -214,6 +215,9 @@ def search(
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
         if refit is not None:
             check_can(loaded, tokenizer, chosen_task, limit)
+        if batch_tokens is None and resumed is not None:
+            kept_recipe = recipe.stored(resumed)
+            batch_tokens = (kept_recipe.objective.get("batch_tokens") if kept_recipe else None) or BATCH_TOKENS
         objective = Objective(
             loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
             active_weight=active_weight, prefix_memory=None if prefix_memory is None else prefix_memory << 20,
@@ -307,7 +311,7 @@ def search(
     if refit is not None:
         run_refit(
             ctx, storage, chosen_space.plan(best), refit, model, loaded, tokenizer, chosen_task, rank=refit_rank,
-            limit=limit, dev_limit=limit, score=score, batch_tokens=batch_tokens,
+            limit=limit, dev_limit=limit, score=score, batch_tokens=objective.evaluator.batch_tokens,
         )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def check_settings(
     counts = {"limit": limit, "batch_tokens": batch_tokens, "max_length": max_length, "prefix_memory": prefix_memory}
     for name, value in counts.items():
         least, unit = (0, " bytes") if name == "prefix_memory" else (1, "")
-        if value is None and name != "batch_tokens":
+        if value is None:
             continue
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TaskError(f"{name} must be an integer of at least {least}{unit}, got {got(value)}")

@@ -59,7 +59,8 @@ class Evaluator:
         task: what to score.
         split: "search", "dev" or "test".
         limit: how many examples (windows, for text); None for all.
-        batch_tokens: most padded tokens a forward pass; a longer sequence runs alone. More than 1k bring no speed.
+        batch_tokens: most padded tokens a forward pass; a longer sequence runs alone. None: 1,024 on a CPU, where more
+            bring no speed; on an accelerator what a short measurement finds, see `throughput.batch_tokens_for`.
         max_length: most tokens a sequence; None for the model's `max_position_embeddings`.
         rungs: rising numbers of examples after which `race` pauses, the last being all of them, or a function that
             gives them for a number of examples; None: no pause.
@@ -106,7 +107,7 @@ class Evaluator:
         *,
         split: str = "search",
         limit: int | None = None,
-        batch_tokens: int = 1024,
+        batch_tokens: int | None = None,
         max_length: int | None = None,
         rungs: Sequence[int] | Callable[[int], Sequence[int]] | None = None,
         prefix_memory: int | None = None,
@@ -155,7 +156,7 @@ class Evaluator:
             self._scorer = self._generator
         elif score == "metric" and task.generates:
             alone = partial(
-                Evaluator, model, tokenizer, split=split, batch_tokens=batch_tokens, max_length=max_length,
+                Evaluator, model, tokenizer, split=split, batch_tokens=self.batch_tokens, max_length=max_length,
                 prefix_device=prefix_device, merged_weights=merged_weights, score=score,
             )  # fmt: skip
             memory = None if prefix_memory is None else prefix_memory // len(task.members)
@@ -178,7 +179,7 @@ class Evaluator:
 
     @property
     def batch_tokens(self) -> int:
-        """Most padded tokens a forward pass: as given, or fewer after memory ran out."""
+        """Most padded tokens a forward pass: as given or found, or fewer after memory ran out."""
         return self.passes.batch_tokens
 
     @property

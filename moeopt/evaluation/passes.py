@@ -21,6 +21,7 @@ from moeopt.evaluation.evaluation import Evaluation
 from moeopt.evaluation.memory import free_bytes, merged_bytes, ran_out
 from moeopt.evaluation.runners import Active, LayerMajor, LogitsOf, Run, Whole, state_of
 from moeopt.evaluation.scoring import score
+from moeopt.evaluation.throughput import batch_tokens_for
 from moeopt.models import (
     MergedCache,
     MergedWeights,
@@ -124,7 +125,7 @@ class Passes:
         reading: Reading,
         *,
         teacher: Teacher | None,
-        batch_tokens: int,
+        batch_tokens: int | None,
         prefix_memory: int | None,
         prefix_device: str | None,
         merged_weights: MergedWeights,
@@ -144,7 +145,17 @@ class Passes:
                 memory = _that_fits(input_device(model)) if prefix_memory is None else prefix_memory
                 self.runner = LayerMajor(parts, memory, prefix_device)
             self.branching = may_branch(self.runner, model, requests)
+            if batch_tokens is None:
+                batch_tokens = batch_tokens_for(self.runner, model, requests)
         self._pack(batch_tokens)
+
+    def repack(self, batch_tokens: int) -> None:
+        """Go on with so many padded tokens a forward pass; nothing of earlier passes is kept."""
+        if batch_tokens != self.batch_tokens:
+            self.clear()
+            if self.teacher is not None:
+                self.teacher.forget()
+            self._pack(batch_tokens)
 
     def clear(self) -> None:
         """Free the hidden states and merged experts of earlier plans."""

@@ -262,6 +262,18 @@ def _offloads(module: nn.Module) -> bool:
     return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
 
 
+def runs_on(module: nn.Module) -> torch.device:
+    """Where a module computes: what its weights lie on, or where accelerate takes them from memory or disk."""
+    for part in module.modules():
+        if _offloads(part):
+            hook: Any = part._hf_hook
+            return torch.device(next(h.execution_device for h in getattr(hook, "hooks", (hook,)) if h.offload))
+        for parameter in part.parameters(recurse=False):
+            if not parameter.is_meta:
+                return parameter.device
+    return torch.device("cpu")
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Where token ids go; for offloaded weights the CPU, from where accelerate moves them."""
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]

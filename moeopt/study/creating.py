@@ -13,6 +13,7 @@ from optuna.pruners import BasePruner
 from moeopt import samplers
 from moeopt.defaults import DEFAULT_STORAGE
 from moeopt.errors import StudyError
+from moeopt.evaluation.throughput import BATCH_TOKENS
 from moeopt.samplers.racing import NOISE_FLOOR, RacingPruner
 from moeopt.spaces.serving import check_servers, demands
 from moeopt.study import recipe
@@ -112,6 +113,7 @@ def create_study(
     if existing is not None:
         with readable_errors(storage):
             check_same(existing, description)
+            objective.go_on_as(existing, BATCH_TOKENS)
     existing_attrs = [] if existing is None else [trial.user_attrs for trial in existing.get_trials(deepcopy=False)]
     by_name = [name for name, start in starts if name is not None and start is None]
     needs_of(objective, warm_starts=by_name, storage=storage).check()

@@ -16,6 +16,7 @@ from moeopt.evaluation.memory import ran_out
 from moeopt.models import MergedWeights, describe
 from moeopt.samplers import racing
 from moeopt.spaces import Space
+from moeopt.study import recipe
 from moeopt.study.checks import check_options, check_space, warn_of_too_little
 from moeopt.study.guides import Guides
 from moeopt.study.reference import FullModel, Reference
@@ -65,7 +66,8 @@ class Objective:
         space: what to search; for a model of the same shape.
         split: ``"search"`` unless you know better; ``"dev"`` and ``"test"`` are for afterwards.
         limit: use only so many examples (text: windows), the same ones every time.
-        batch_tokens: padded tokens a forward pass.
+        batch_tokens: padded tokens a forward pass. None: as for `Evaluator`; studies keep the number, and whoever goes
+            on with one takes it from there (1,024 where an older one holds none).
         max_length: tokens a sequence may have; longer prompts lose their beginning.
         rungs: how often a trial may be stopped, the end included; 1: never.
         report: ``"mean"``: rungs grow by 2, and what is reported is the mean so far, for `moeopt.RacingPruner`,
@@ -100,7 +102,7 @@ class Objective:
         *,
         split: str = "search",
         limit: int | None = None,
-        batch_tokens: int = 1024,
+        batch_tokens: int | None = None,
         max_length: int | None = None,
         rungs: int = 1,
         report: Report = "mean",
@@ -131,13 +133,14 @@ class Objective:
         self._checked: tuple[Callable[[], optuna.Study | None], object, object] = (lambda: None, None, None)
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
         self.settings: dict[str, Any] = {
-            **self._limits, "batch_tokens": batch_tokens, "rungs": rungs, "report": report,
+            **self._limits, "batch_tokens": self.evaluator.batch_tokens, "rungs": rungs, "report": report,
             "active_weight": self.active_weight, "prefix_memory": prefix_memory, "score": score,
         }  # fmt: skip
         if compression is not None:
             self.settings |= {"top_p": compression.top_p, "memory": compression.memory}
         if not reference:
             self.settings["reference"] = False
+        self._measured = batch_tokens is None
         self._guides: Guides | None = None
         if guide:
             self.settings["guide"] = self.guide
@@ -182,7 +185,19 @@ class Objective:
         from moeopt.study import check_goes_on
 
         check_goes_on(study, self)
+        self.go_on_as(study)
         self._checked = weakref.ref(study), study.sampler, study.pruner
+
+    def go_on_as(self, study: optuna.Study, otherwise: int | None = None) -> None:
+        """Run as many tokens a forward pass as a study does, or `otherwise`, unless it is given how many.
+
+        Kernels round otherwise in batches of another shape: what a study compares is computed alike.
+        """
+        recorded = recipe.stored(study) if self._measured else None
+        batch_tokens = recorded.objective.get("batch_tokens") if recorded else otherwise
+        if self._measured and batch_tokens:
+            self.settings["batch_tokens"] = batch_tokens
+            self.evaluator.passes.repack(batch_tokens)
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
         if study is not None:
