@@ -76,7 +76,7 @@ def rule_of(source: Path) -> RoutingRule:
     """
     model = empty_model(source)
     layer = moe_layers(model)[0]
-    layer.router.to_empty(device="cpu")
+    layer.router.to_empty(device="cpu").eval()  # some draw at random in training
     tensors: list[torch.Tensor] = [*layer.router.parameters(), *layer.router.buffers()]
     for name in given_tensors(layer.block, layer.router):
         empty = torch.empty_like(getattr(layer.block, name), device="cpu")

@@ -74,6 +74,9 @@ class LayerActivations:
 
         The router's own weights, which sum to 1 only where it renormalises, as REAP's code takes them.
         """
+        if self.rule.score == "sparsemixer":
+            gates, order = self.gates.float().sort(dim=-1, descending=True)
+            return gates, self.index.gather(1, order)
         top, order = self.probabilities.gather(1, self.index).sort(dim=-1, descending=True)
         return self.gated(top), self.index.gather(1, order)
 
@@ -87,6 +90,9 @@ class LayerActivations:
         Returns:
             Numbers, int64, and weights, float32, both (tokens, sets, k).
         """
+        if self.rule.score == "sparsemixer":
+            weights, index = self.rule.select(self.logits[:, None, :].masked_fill(~kept, -torch.inf), k)
+            return index, weights.float()
         p = self.probabilities[:, None, :].masked_fill(~kept, 0.0)
         if self.rule.score != "sigmoid":
             p = p / p.sum(-1, keepdim=True).clamp_min(TINY)
@@ -103,7 +109,16 @@ class LayerActivations:
         return scores * self.rule.scale
 
     def factor(self, total: Tensor) -> Tensor:
-        """What `gated` multiplies scores with that sum to `total`, of any shape."""
+        """What `gated` multiplies scores with that sum to `total`, of any shape.
+
+        Raises:
+            MethodError: where weights are not made of scores alone.
+        """
+        if self.rule.score == "sparsemixer":
+            raise MethodError(
+                f"{self.layer.name} weighs its picks by the logits near the largest (sparsemixer), which methods that "
+                "weigh kept sets do not know; use frequency, reap or ean"
+            )
         if not self.rule.normalised:
             return torch.full_like(total, self.rule.scale)
         return self.rule.scale / self._divisor(total)

@@ -130,6 +130,14 @@ class MoeoptRouter:
             logits = logits.float() if rule["float32_scores"] else logits
             top, index = logits.topk(k, -1, sorted=rule["ordered"])
             top = top.softmax(-1)
+        elif rule["score"] == "sparsemixer":
+            left, picks = logits, []
+            for _ in range(k):
+                largest, index = left.max(-1, keepdim=True)
+                far = (largest - logits) / logits.abs().clamp(min=largest) > 2 * rule["jitter"]
+                picks.append((left.masked_fill(far, -torch.inf).softmax(-1).gather(-1, index), index))
+                left = left.scatter(-1, index, -torch.inf)
+            top, index = (torch.cat(parts, -1) for parts in zip(*picks))
         else:
             top, index = self._chosen(self._scores(logits), self._named("correction"))
         if rule["renormalise"]:

@@ -17,7 +17,7 @@ from moeopt.models.layers import OF_BLOCK, MoELayer, as_picks, call_router, gate
 from moeopt.models.merging import merge
 from moeopt.plan import LayerPlan
 
-ScoringFunction = Literal["softmax", "selected", "sigmoid"]
+ScoringFunction = Literal["softmax", "selected", "sigmoid", "sparsemixer"]
 GroupScore = Literal["max", "top2"]
 EPSILONS = (1e-20, 1e-6)  # the first is too small to show, except where it keeps 0 / 0 from arising
 PROBE_TOKENS = 256
@@ -43,6 +43,8 @@ class RoutingRule:
         correction: name of the (n,) tensor added to the scores for the choice of experts only (DeepSeek-V3), if any; of
             one of the block, which gives it to its router (MiniMax-M2), behind ``"../"``.
         score: ``"softmax"`` or ``"sigmoid"`` of all logits, or ``"selected"``: softmax of the top-k logits only.
+            ``"sparsemixer"`` (Phi-3.5-MoE, arXiv 2409.12136) weighs each pick by the softmax of the logits that are
+            left and not below the largest of these by more than twice `jitter` of it.
         float32_scores: whether scores are computed in float32 rather than in the dtype of the logits.
         renormalise: whether the top-k scores are divided by their sum (plus `epsilon`).
         epsilon: added to that sum.
@@ -57,6 +59,7 @@ class RoutingRule:
             what enters the module that holds the weight.
         returns_scores: whether the first thing that the router returns are scores, not logits.
         multiplier: constant factor of the logits (Muse Spark).
+        jitter: of ``"sparsemixer"``.
         factor: name of the (n,) tensor that the weights are multiplied with at last (Gemma 4), if there is one.
     """
 
@@ -78,6 +81,7 @@ class RoutingRule:
     returns_scores: bool = False
     factor: str | None = None
     multiplier: float = 1.0
+    jitter: float = 0.0
 
     @property
     def normalised(self) -> bool:
@@ -111,11 +115,23 @@ class RoutingRule:
             logits = logits.float() if self.float32_scores else logits
             top, index = logits.topk(k, dim=-1, sorted=self.ordered)
             top = top.softmax(-1)
+        elif self.score == "sparsemixer":
+            top, index = self._sparsely_mixed(logits, k)
         else:
             top, index = self.choose(self.scores(logits), k, correction)
         if self.renormalise:
             top = top / (top.sum(-1, keepdim=True) + self.epsilon)
         return top * self.scale, index
+
+    def _sparsely_mixed(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        left, picks = logits, []
+        for _ in range(k):
+            largest, index = left.max(-1, keepdim=True)
+            far = (largest - logits) / logits.abs().clamp(min=largest) > 2 * self.jitter
+            picks.append((left.masked_fill(far, -torch.inf).softmax(-1).gather(-1, index), index))
+            left = left.scatter(-1, index, -torch.inf)
+        weights, numbers = zip(*picks)
+        return torch.cat(weights, -1), torch.cat(numbers, -1)
 
     def choose(self, scores: Tensor, k: int, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k experts that a token gets of m: their scores, and their numbers, both (..., k).
@@ -153,6 +169,11 @@ class RoutingRule:
 
         Each has as many of the new experts, of rows of its own where rows are selected. `name` is the layer's.
         """
+        if self.score == "sparsemixer" and plan.router == "prob":
+            raise PlanError(
+                f"{name} weighs its picks by the logits that are near the largest (sparsemixer), which mapped "
+                'probabilities do not tell: search with router="logit" or "rows"'
+            )
         if self.groups == 1 or plan.picks_among_all:
             return
         r, size, groups = plan.kept_experts, plan.experts // self.groups, self.groups
@@ -200,12 +221,14 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
         logits_only = replace(logits_only, **seen)
         if not probe.same_logits(logits_only):
             continue
+        seen["jitter"] = getattr(layer.router, "router_jitter_noise", 0.0)
+        scoring = [s for s in get_args(ScoringFunction) if s != "sparsemixer" or seen["jitter"]]
         nothing: list[str | None] = [None]
         corrections, factors = probe.vectors("correction"), nothing
         if returns_scores:  # of the routers that do, one has factors, and none corrections
             corrections, factors = factors, corrections
         for score, renormalise, float32, epsilon, ordered, correction, factor, limits in itertools.product(
-            get_args(ScoringFunction), both, both, EPSILONS, both, corrections, factors, _limits(layer)
+            scoring, both, both, EPSILONS, both, corrections, factors, _limits(layer)
         ):
             made = score, float32, renormalise, epsilon, 1.0, ordered, *limits
             rule = RoutingRule(probe.weight, bias, wide, correction, *made)
