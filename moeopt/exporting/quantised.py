@@ -51,12 +51,7 @@ class Packing:
 OF_INPUTS = (".input_scale", ".input_zero_point", ".input_global_scale", ".activation_scale", ".qscale_act")
 """Ends of tensors by which a layer quantises what it is given; who dequantises its weights needs none."""
 _FP8 = (
-    Packing(
-        ".weight",
-        ".weight",
-        ((".weight_scale_inv", ".weight_scale", ".scale", ".qscale_weight"),),
-        OF_INPUTS,
-    ),
+    Packing(".weight", ".weight", ((".weight_scale_inv", ".weight_scale", ".scale", ".qscale_weight"),), OF_INPUTS),
     Packing("", "", (("_scale_inv",),), ("_activation_scale",)),  # all experts in one tensor
 )
 _COLUMNS = ((".scales",), (".qzeros",))
@@ -161,10 +156,10 @@ class Quantised:
             ExportError: when one lacks a tensor that its method has.
         """
         method, _ = quantisation(config)
-        found = cls(method)
+        quantised = cls(method)
         for packing in METHODS[method] if method else ():
             for name, stored in tensors.items():
-                if not name.endswith(packing.main) or name in found.parts or stored.dtype in FLOATS:
+                if not name.endswith(packing.main) or name in quantised.parts or stored.dtype in FLOATS:
                     continue
                 stem = name[: len(name) - len(packing.main)]
                 beside = {end: stem + end for end in packing.beside if stem + end in tensors}
@@ -174,10 +169,10 @@ class Quantised:
                 for group in packing.needed:
                     if not any(end in beside for end in group):
                         raise ExportError(f"{name!r} is quantised by {method}, and {stem + group[0]!r} is missing")
-                found.weights[weight] = {packing.main: name, **beside}
-                found.packings[weight] = packing
-                found.parts.update(dict.fromkeys((name, *beside.values()), weight))
-        return found
+                quantised.weights[weight] = {packing.main: name, **beside}
+                quantised.packings[weight] = packing
+                quantised.parts.update(dict.fromkeys((name, *beside.values()), weight))
+        return quantised
 
     def plain(self, names: Iterable[str]) -> list[str]:
         """Names of tensors with those of every quantised weight as that of the weight."""

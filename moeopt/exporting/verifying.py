@@ -156,7 +156,7 @@ def verify(
             if name not in differing and written.read_bytes(name, at, len(piece)) != bytes(piece):
                 differing.add(name)
         wrong = [*_changed(prepared.config, read_config(full), config), *disagreeing(config, written.tensors)]
-    stored_as = StoredQuantised.of(full)
+    stored_as = StoredQuantised.read(full)
     compared = Verification(
         form, len(layout.tensors), tuple(sorted(differing)), config=tuple(wrong), remarks=tuple(prepared.unread.lines())
     )
@@ -168,7 +168,7 @@ def verify(
             raise
         return replace(compared, failure=f"the original, so that nothing is computed: {first_line(error)}")
     options = {"device_map": device_map, "new_tokens": new_tokens, "unread": prepared.ignored}
-    options["dequantised_by"] = DEQUANTISING.get(StoredQuantised.of(folder).method or "")
+    options["dequantised_by"] = DEQUANTISING.get(StoredQuantised.read(folder).method or "")
     options["beside"] = list(OF_INPUTS)
     with tempfile.TemporaryDirectory() as scratch:
         place, trusted = (folder, True) if trust_remote_code else _settings(folder, Path(scratch) / "checkpoint")

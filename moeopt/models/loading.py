@@ -107,7 +107,7 @@ def load_model(
         options["experts_implementation"] = experts_implementation
     hub = {name: options[name] for name in HUB if name in options}
     admitted = admit(source, trust_remote_code=trust_remote_code, **hub)
-    stored = StoredQuantised.of(source, **hub)
+    stored = StoredQuantised.read(source, **hub)
     dequantising = None
     if "quantization_config" not in options:
         dequantising = stored.dequantising(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -48,7 +49,7 @@ class StoredQuantised:
     settings: dict[str, Any]
 
     @classmethod
-    def of(cls, source: Any, **hub: Any) -> StoredQuantised:
+    def read(cls, source: Any, **hub: Any) -> StoredQuantised:
         """That of a checkpoint which `moeopt.models.gate.admit` let pass."""
         config = PreTrainedConfig.get_config_dict(source, **hub)[0]
         for part in (config, config.get("text_config")):
@@ -133,6 +134,8 @@ def why_not_compressed(settings: dict[str, Any]) -> str | None:
     By trial of 5.23, which gives NVFP4 experts other numbers and says nothing: what was not seen to be right is not
     loaded.
     """
+    if "dequantize" not in inspect.signature(transformers.CompressedTensorsConfig).parameters:
+        return f"transformers {transformers.__version__} does not dequantise such experts, as 5.23 does"
     schemes: dict[bool, list[Any]] = {True: [], False: []}
     for group in (settings.get("config_groups") or {}).values():
         weights, stored_as = group.get("weights") or {}, group.get("format") or settings.get("format")
