@@ -160,14 +160,13 @@ class Space(ABC):
         return self.decode_matrices(self.matrices(self.snap(x)))
 
     def _layer(self, w_em: Matrix, w_rm: Matrix) -> LayerPlan:
-        groups = self.shape.router_groups
-        if self.router == "rows" or groups > 1:
-            rows = one_hot(router_rows(w_em, groups), self.shape.experts)
-            prunes = one_hot_rows(w_em) is not None and (self.router == "rows" or np.array_equal(w_em, w_rm))
-            if groups > 1 and prunes:
-                w_em = w_rm = rows  # it may keep more of one group than of another
-            elif self.router == "rows":
-                w_rm = rows
+        n, groups = self.shape.experts, self.shape.router_groups
+        if groups > 1 and one_hot_rows(w_em) is not None and (self.router == "rows" or np.array_equal(w_em, w_rm)):
+            w_em = w_rm = one_hot(router_rows(w_em, groups), n)  # it may keep more of one group than of another
+        elif self.router == "rows":
+            w_rm = one_hot(router_rows(w_em, groups), n)
+        elif any(row * groups // n != i * groups // self.keep for i, row in enumerate(one_hot_rows(w_rm) or ())):
+            w_rm = one_hot(router_rows(w_rm, groups), n)
         plain = LayerPlan(self.shape.experts, self.k, w_em=w_em, w_rm=w_rm, router=self.router, negative=self.negative)
         if plain.kept is not None and plain.router_rows == plain.kept:
             return LayerPlan(self.shape.experts, self.k, kept=tuple(sorted(plain.kept)))
@@ -217,10 +216,11 @@ class Space(ABC):
         return Plan(tuple(layers))
 
     def _limits(self) -> str:
+        equal = ", as many of each group that routers choose first" if self.shape.router_groups > 1 else ""
         if self.phases == ("prune",):
-            return "one-hot rows with the router following"
+            return f"one-hot rows with the router following{equal}"
         follow = ", router rows of the experts that weigh most" if self.router == "rows" else ""
-        return f"entries within its bounds{follow}"
+        return f"entries within its bounds{follow}{equal}"
 
     def snap(self, x: ArrayLike) -> Vector:
         """The float32 vector that is stored for `x`: clipped to the bounds, integers rounded, -0 made 0.

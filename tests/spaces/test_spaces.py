@@ -458,3 +458,14 @@ def test_where_routers_are_mapped_is_the_shapes_unless_it_is_said() -> None:
     assert EEPSpace(shape, keep=3).router == "logit"
     assert EEPSpace(shape, keep=3, router="prob").describe() == EEPSpace(SHAPE, keep=3).describe()
     assert PruneSpace(shape, keep=3).describe() == PruneSpace(SHAPE, keep=3).describe()
+
+
+@pytest.mark.parametrize("router", ["prob", "logit", "rows"])
+def test_one_hot_matrices_of_any_rows_keep_to_the_groups_of_routers(router: Any) -> None:
+    space, rng = EEPSpace(GROUPED, keep=4, router=router), np.random.default_rng(0)
+    for _ in range(40):
+        matrices = np.eye(6, dtype=np.float32)[rng.integers(6, size=(5, 2, 4))]
+        matrices[0, 1] = matrices[0, 0]
+        for layer in space.decode_matrices(matrices).layers:
+            assert layer.router_rows is not None
+            assert [row // 3 for row in layer.router_rows] == [0, 0, 1, 1]
