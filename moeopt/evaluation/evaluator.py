@@ -20,7 +20,7 @@ from moeopt.evaluation.mixing import Members
 from moeopt.evaluation.passes import Answers, Passes
 from moeopt.evaluation.prompts import decoded
 from moeopt.evaluation.teacher import LABEL_FREE, Compression, Teacher
-from moeopt.models import MergedWeights, without_plan
+from moeopt.models import MergedWeights, is_exact, without_plan
 from moeopt.plan import Plan
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ class Scorer(Protocol):
 class Evaluator:
     """Evaluates plans on the same examples, tokenised and batched once.
 
-    The same plan always gives bitwise the same losses. All batches go through a layer before the next one, so that
-    merged or offloaded experts are made or moved once. A plan that shares its first layers with an earlier one starts
-    where they part (prefix reuse), which changes no bit. A model that keeps state across layers is run whole instead,
-    batch by batch. With `limit`, the examples are the first of the task's fixed random order, so that a larger limit
-    holds the examples of a smaller one, in front. Threads that share a model take turns. When memory runs out, batches
-    are halved, down to one sequence.
+    The same plan always gives bitwise the same losses, where the model is `exact`. All batches go through a layer
+    before the next one, so that merged or offloaded experts are made or moved once. A plan that shares its first layers
+    with an earlier one starts where they part (prefix reuse), which changes no bit, or none that running it again would
+    not. A model that keeps state across layers is run whole instead, batch by batch. With `limit`, the examples are the
+    first of the task's fixed random order, so that a larger limit holds the examples of a smaller one, in front.
+    Threads that share a model take turns. When memory runs out, batches are halved, down to one sequence.
 
     Args:
         model: a causal language model, on one device or dispatched by accelerate. It is left as it was found.
@@ -176,6 +176,15 @@ class Evaluator:
     def branching(self) -> bool:
         """Whether the options of a question share its prompt."""
         return self.passes.branching
+
+    @property
+    def exact(self) -> bool:
+        """Whether the self-checks so far held bit for bit; else within rounding, as a warning said.
+
+        Those of merged experts run when a plan first merges. Where they did not, the same plan may give other losses in
+        another process or after other plans, by less than `noise_floor`, which racing allows for.
+        """
+        return is_exact(self.model)
 
     @property
     def batch_tokens(self) -> int:

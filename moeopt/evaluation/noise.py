@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moeopt.evaluation.evaluator import Evaluator
+from moeopt.models import is_exact
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +33,13 @@ class Movement:
 
     Args:
         cause: what was changed.
-        setting: to what: an experts implementation, padded tokens a forward pass, a dtype.
+        setting: to what: an experts implementation, padded tokens a forward pass, a dtype; ``"again"`` where nothing
+            was, on a model whose kernels do not give the same bits each time (`Evaluator.exact`).
         mean: the absolute difference of the mean losses.
         largest: the largest absolute difference of an example's losses.
     """
 
-    cause: Literal["backend", "batch", "dtype"]
+    cause: Literal["backend", "batch", "dtype", "repetition"]
     setting: str
     mean: float
     largest: float
@@ -59,7 +61,7 @@ class NoiseFloor:
 
     @property
     def value(self) -> float:
-        """The largest movement of the mean loss by backend or batch size; 0 when neither could be changed.
+        """The largest movement of the mean loss by backend, batch size or repetition; 0 when neither could be changed.
 
         The dtype is left out: it makes another model.
         """
@@ -101,10 +103,12 @@ def noise_floor(
     base = evaluate(model)
     movements: list[Movement] = []
 
-    def note(cause: Literal["backend", "batch", "dtype"], setting: str, other: Evaluation) -> None:
+    def note(cause: Literal["backend", "batch", "dtype", "repetition"], setting: str, other: Evaluation) -> None:
         largest = float(np.abs(other.losses.astype(np.float64) - base.losses).max())
         movements.append(Movement(cause, setting, abs(other.loss - base.loss), largest))
 
+    if not is_exact(model):
+        note("repetition", "again", evaluate(model))
     for backend in backends:
         with experts_backend(model, backend) as changed:
             if changed:

@@ -23,6 +23,7 @@ from moeopt.models.patching import (
     routing_rules,
     without_plan,
 )
+from moeopt.models.rounding import is_exact
 from moeopt.models.routing import RoutingRule
 from moeopt.models.sizes import Size, Sizes
 from moeopt.models.use import evaluation_mode, lock_of
@@ -53,6 +54,7 @@ __all__ = [
     "experts_run_by",
     "fingerprint",
     "is_dense",
+    "is_exact",
     "lacking",
     "layerwise",
     "load",

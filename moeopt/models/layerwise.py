@@ -1,5 +1,7 @@
 """A model taken apart into embedding, decoder layers and head, each run on its own, bit for bit as in the whole.
 
+(Where a kernel gives other bits each time it runs, within rounding: `rounding.is_exact` tells.)
+
 The layers' calls are learnt by running the model's own forward with every decoder layer replaced by a stand-in that
 notes its arguments; the head is that same forward with the last stand-in answering the given hidden states. So masks,
 positions, norms, scalings and soft caps are the model's own, whatever its class.
@@ -19,6 +21,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from moeopt.errors import ModelError
+from moeopt.models import rounding
 from moeopt.models.layers import moe_layers
 
 Inputs = Mapping[str, Any]
@@ -153,7 +156,7 @@ class Layerwise:
         for records, _ in reversed(runs):
             for index, entering, call, output in reversed(records):
                 with self.loaded(index) as there:
-                    if not _equal(call(self.layers[index], entering, there), _first(output)):
+                    if not self._repeats(index, call, entering, _first(output), there):
                         raise ModelError(f"{name} keeps state across layers: layer {index} alone gives something else")
         records, logits = runs[0]
         alone = self.head(_first(records[-1][3]).flatten(0, 1)).view(logits.shape)
@@ -161,6 +164,23 @@ class Layerwise:
         spread = float(logits.float().nan_to_num(posinf=0.0, neginf=0.0).std())
         if not torch.allclose(alone.float(), logits.float(), rtol=off, atol=off * spread, equal_nan=True):
             raise ModelError(f"the head of {name} needs more than the hidden states of its last layer")
+
+    def _repeats(self, index: int, call: Call, entering: Tensor, output: Tensor, there: torch.device | None) -> bool:
+        """Whether a layer alone gives what it gave in the whole model.
+
+        Bit for bit, as shapes are the same; only where it gives something else each time (it adds by atomics), within
+        rounding. What differs from the whole but not from itself is state, however little.
+        """
+        alone = [call(self.layers[index], entering, there)]
+        if _equal(alone[0], output):
+            return True
+        alone += [call(self.layers[index], entering, there) for _ in range(3)]
+        terms = max(size for t in self.layers[index].parameters() for size in t.shape)
+        near = rounding.near([output], [alone[0].to(output.device)], terms, rounding.IN_LAYER)
+        if all(_equal(alone[0], other) for other in alone) or not near:
+            return False
+        rounding.note(self.model, "a decoder layer that runs again")
+        return True
 
     def _watched(self, inputs: Inputs) -> tuple[list[tuple[int, Tensor, Call, Any]], Tensor]:
         """The whole model's run: (index, hidden states entering, call, output) of every layer called, and logits."""

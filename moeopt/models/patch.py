@@ -168,9 +168,10 @@ def skipping(inner: Run = as_they_are) -> Run:
 
 
 def _leaves_out(experts: nn.Module) -> bool:
-    config: Any = experts.config
-    backend = str(config._experts_implementation).removeprefix(PREFIX)
-    return backend in WITHOUT_WAITING and hasattr(experts, "_is_expert_parallel")
+    config: Any = getattr(experts, "config", None)
+    backend = str(getattr(config, "_experts_implementation", None)).removeprefix(PREFIX)
+    by_interface = hasattr(type(experts).forward, "__wrapped__")  # else the config's word is not theirs
+    return by_interface and backend in WITHOUT_WAITING and hasattr(experts, "_is_expert_parallel")
 
 
 def _leaving_out(forward: Forward, experts: nn.Module, *args: Tensor) -> Tensor:

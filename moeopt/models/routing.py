@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moeopt.errors import ModelError, PlanError
+from moeopt.models import rounding
 from moeopt.models.layers import OF_BLOCK, MoELayer, as_picks, call_router, gate_weight, given_tensors, routing_tensor
 from moeopt.models.merging import merge
 from moeopt.plan import LayerPlan
@@ -197,19 +198,34 @@ class RoutingRule:
             )
 
 
-def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRule:
+def learn_rule(layer: MoELayer, likely: RoutingRule | None = None, model: nn.Module | None = None) -> RoutingRule:
     """The rule that reproduces the layer's router bit for bit on seeded random hidden states of several scales.
+
+    Where none does, one whose logits are the router's within rounding, and whose weights follow from the router's own
+    logits bit for bit; that is noted of the model (`rounding`).
 
     Args:
         layer: whose router is called once, on a few hundred tokens.
         likely: a rule to try first, such as that of the layer before.
+        model: the layer's.
 
     Raises:
         ModelError: when no rule known to moeopt reproduces the router.
     """
-    probe = _Probe.run(layer)
-    if likely is not None and probe.reproduced_by(likely):
-        return likely
+    exact = _Probe.run(layer)
+    for probe in (exact, replace(exact, near=True)):
+        rule = likely if likely is not None and probe.reproduced_by(likely) else _learnt(layer, probe)
+        if rule is not None:
+            if probe.near:
+                rounding.note(layer.router if model is None else model, "what a router gives")
+            return rule
+    raise ModelError(
+        f"{layer.name}: moeopt does not know the routing rule of {type(layer.router).__name__}: softmax or sigmoid, "
+        "renormalised or not, scaled or not, none reproduces the weights that it returns for random hidden states"
+    )
+
+
+def _learnt(layer: MoELayer, probe: _Probe) -> RoutingRule | None:
     # Which tensor is the bias, and in what dtype logits are, shows in the logits alone; what is made of them is tried
     # only for what reproduces these.
     both = (True, False)
@@ -236,10 +252,7 @@ def learn_rule(layer: MoELayer, likely: RoutingRule | None = None) -> RoutingRul
             rule = replace(rule, scale=probe.scale(rule))  # the one number that is no choice: read off the weights
             if probe.reproduced_by(rule):
                 return rule
-    raise ModelError(
-        f"{layer.name}: moeopt does not know the routing rule of {type(layer.router).__name__}: softmax or sigmoid, "
-        "renormalised or not, scaled or not, none reproduces the weights that it returns for random hidden states"
-    )
+    return None
 
 
 def _limits(layer: MoELayer) -> list[tuple[Any, ...]]:
@@ -260,6 +273,7 @@ class _Probe:
     output: tuple[Tensor, Tensor, Tensor]
     prepared: bool
     multipliers: tuple[float, ...]
+    near: bool = False
 
     @classmethod
     def run(cls, layer: MoELayer) -> _Probe:
@@ -303,7 +317,10 @@ class _Probe:
     def same_logits(self, rule: RoutingRule) -> bool:
         logits = self.logits(rule)
         returned = rule.scores(logits) if rule.returns_scores else logits
-        return torch.equal(returned.to(self.output[0].dtype), self.output[0])
+        logits = returned.to(self.output[0].dtype)
+        if self.near:
+            return rounding.near([self.output[0]], [logits], self.hidden.shape[-1], steps=1)
+        return torch.equal(logits, self.output[0])
 
     @torch.no_grad()
     def scale(self, rule: RoutingRule) -> float:
