@@ -256,7 +256,7 @@ def shortened(error: Exception, state: Tried | None) -> str:
         text = text.replace(str(state.folder), "")
     text = re.sub(r"^'[^']*': ", "", text)
     text = re.sub(r"^(the MoE layers of )?\w*(model|encoder|decoder)(\.\w+)+: ", "", text)
-    text = re.sub(r"\b[A-Z]\w+(Router|Gate)\b", "the router", text)
+    text = re.sub(r"\b(its router )?[A-Z]\w+(Router|Gate)\b", r"the router", text)
     text = re.sub(r"\b[A-Z]\w+For[A-Z]\w+\b", "the model", text)
     text = re.sub(r"<class '[\w.]+'>", "", text)
     return text if len(text) <= 300 else f"{text[:297]}..."

@@ -170,7 +170,8 @@ def shape_of(model: nn.Module) -> ModelShape:
                 f"{first.name} chooses among {first.groups} groups of experts first, but {layer.name} among "
                 f"{layer.groups}; moeopt needs equal layers"
             )
-    stays_stock = first.groups > 1 or any(layer.corrects for layer in layers) or not has_custom_form(model)
+    maps_logits = any(layer.corrects or getattr(layer.router, "router_jitter_noise", 0) for layer in layers)  # Phi-3.5
+    stays_stock = first.groups > 1 or maps_logits or not has_custom_form(model)
     return ModelShape(len(layers), first.n, first.k, first.groups, "logit" if stays_stock else "prob")
 
 
