@@ -22,7 +22,7 @@ from moeopt.exporting.record import card, plan_record
 from moeopt.exporting.source import Source
 from moeopt.exporting.stock import Form, chosen_form, read_config, stock_config, stock_form
 from moeopt.exporting.trials import check_model, plan_of, trial_record
-from moeopt.exporting.unread import Unread, disagreeing, unread, without_prediction
+from moeopt.exporting.unread import Unread, disagreeing, unfulfilled, unread, without_prediction
 from moeopt.exporting.writing import (
     appearing,
     copy_companions,
@@ -160,6 +160,7 @@ class Prepared:
         dequantised: names of the modules whose experts are floats now and were quantised.
         unread: tensors of the full checkpoint that its model has no place for.
         ignored: names of those among them that are copied.
+        unfulfilled: keys of the config that spoke of a block for multi-token prediction that is not there.
         written: the plan as the form expresses it.
         files: names of the other files that are copied.
         files_left: names of those that are not.
@@ -192,6 +193,9 @@ class Prepared:
             self.code = code_for(str(read_config(folder).get("model_type")))
         if self.unread.prediction:
             without_prediction(self.config)
+        text = model.config.get_text_config().to_dict()
+        self.unfulfilled = unfulfilled(text, source.tensors, self.unread)
+        self.config.get("text_config", self.config).update(dict.fromkeys(self.unfulfilled, 0))
         plans = {module: written.layers[layer.index] for module, layer in experts.items()}
         self.source, self.dequantised = dequantised(source, quantised, plans, model)
         remaining = Quantised.among(full, self.source.tensors)
@@ -228,13 +232,13 @@ class Prepared:
     @property
     def remarks(self) -> list[str]:
         """What the model card says of tensors."""
-        if not self.dequantised:
-            return self.unread.lines()
-        names = listed(self.dequantised)
-        return [
-            *self.unread.lines(),
-            f"new experts are no longer quantised, as those that they are made of are: {names}",
-        ]
+        lines = self.unread.lines()
+        if self.unfulfilled:
+            lines.append(f"no block for multi-token prediction is there, so config.json has {self.unfulfilled[0]} of 0")
+        if self.dequantised:
+            names = listed(self.dequantised)
+            lines.append(f"new experts are no longer quantised, as those that they are made of are: {names}")
+        return lines
 
 
 def check_takes(folder: Path, plan: Plan) -> None:

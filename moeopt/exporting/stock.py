@@ -15,6 +15,10 @@ from moeopt.plan.stock import why_not_stock as why_not_stock
 
 Form = Literal["auto", "stock", "custom"]
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+SERVED = {"deepseek_v3": _SIGMOID, "deepseek_v32": _SIGMOID}
+"""By model type, what servers read in config.json and transformers does not write: its class knows nothing else, while
+llama.cpp and vLLM take a softmax and no correction where it is missing, and SGLang does not start."""
 ACTIVE_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
@@ -102,7 +106,7 @@ def keys_of(config: dict[str, Any], experts: int, source: Path) -> tuple[list[st
 
 
 def stock_config(source: Path, plan: Plan) -> dict[str, Any]:
-    """The checkpoint's config with r and k in place of n and its k, readable by transformers 4 as well as 5."""
+    """The checkpoint's config with r and k in place of n and its k, readable by transformers 4 and 5 and by servers."""
     config = read_config(source)
     config.pop("auto_map", None)  # transformers' own class, which export reads the checkpoint with, needs no other code
     layer = plan.layers[0]
@@ -111,6 +115,8 @@ def stock_config(source: Path, plan: Plan) -> dict[str, Any]:
     if not active and layer.k != 2:
         active = [ACTIVE_KEYS[0]]
     text.update(dict.fromkeys(experts, layer.kept_experts) | dict.fromkeys(active, layer.k))
+    for key, value in SERVED.get(str(text.get("model_type")), {}).items():
+        text.setdefault(key, value)
     rope = text.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         text.setdefault("rope_theta", rope["rope_theta"])  # transformers 4 knows only this key

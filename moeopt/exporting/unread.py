@@ -85,6 +85,21 @@ def unread(tensors: Mapping[str, Stored], read: Collection[str], experts: int, h
     )
 
 
+def unfulfilled(config: Mapping[str, Any], names: Collection[str], unread: Unread) -> list[str]:
+    """Keys by which a config speaks of blocks for multi-token prediction, where no tensor is of one.
+
+    Servers would look for the block: transformers saves none, and keeps the key.
+
+    Args:
+        config: of the text model, its class's defaults included.
+        names: of the checkpoint's tensors.
+        unread: those among them that the class does not read.
+    """
+    if unread.prediction or any(map(PREDICTION.search, (*unread.copied, *names))):
+        return []
+    return [key for key, value in config.items() if PREDICTION_KEY.search(key) and _counts(key, value) and value > 0]
+
+
 def without_prediction(config: dict[str, Any]) -> None:
     """Make a config say that the model has no multi-token prediction block, by all the keys it has for that."""
     text = config.get("text_config", config)
@@ -151,6 +166,10 @@ def _silence(part: dict[str, Any]) -> bool:
             part[key] = []
         elif isinstance(value, bool):
             part[key] = False if key.startswith("use_") else value
-        elif isinstance(value, int) and re.search(r"num|layers|modules|depth", key):
+        elif _counts(key, value):
             part[key], changed = 0, True
     return changed
+
+
+def _counts(key: str, value: Any) -> bool:
+    return isinstance(value, int) and re.search(r"num|layers|modules|depth", key) is not None

@@ -266,3 +266,15 @@ def test_awkward_folders_and_damaged_checkpoints(full: Any, tmp_path: Path, monk
     with pytest.raises(ExportError, match="truncated"):
         moeopt.export(pruning(), tmp_path / "other", model=tmp_path / "full")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_what_servers_read_of_a_config_and_transformers_does_not_write_is_written(
+    build_family: Any, saved: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Of a DeepSeek-V3 without them llama.cpp and vLLM take a softmax for the sigmoid, and no correction."""
+    full = saved(build_family("deepseek_v3", vocabulary=300), tiny_tokenizer, tmp_path / "full")
+    assert "scoring_func" not in json.loads((tmp_path / "full" / "config.json").read_text())
+    layers, n = len(moeopt.models.moe_layers(full)), moeopt.models.moe_layers(full)[0].n
+    small = moeopt.export(Plan.one_hot([range(n - 1)] * layers, experts=n, k=2), tmp_path / "small", model=full)
+    config = json.loads((small / "config.json").read_text())
+    assert (config["scoring_func"], config["topk_method"]) == ("sigmoid", "noaux_tc")

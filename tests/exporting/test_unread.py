@@ -189,6 +189,18 @@ def test_whatever_its_names_a_block_goes_whole_and_nothing_else(
     assert disagreeing(smaller, added)
 
 
+def test_a_config_promises_no_block_that_is_not_there(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """transformers saves no block for multi-token prediction and keeps the key, by which servers look for one."""
+    glm(tmp_path / "full", tiny_tokenizer)
+    assert json.loads((tmp_path / "full" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    with pytest.warns(UserWarning, match="config.json has num_nextn_predict_layers of 0"):
+        small = moeopt.export(
+            Plan.one_hot([[0, 2, 5]] * 2, experts=N, k=2), tmp_path / "small", model=tmp_path / "full"
+        )
+    assert json.loads((small / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert verify(small, model=tmp_path / "full", **FEW).ok
+
+
 def test_a_config_says_in_its_own_words_that_there_is_no_prediction() -> None:
     config: dict[str, Any] = {
         "mtp_num_hidden_layers": 1, "num_mtp_modules": 3, "use_mtp": True, "mtp_layer_types": ["moe"],
