@@ -15,6 +15,7 @@ from typing import Any
 from moeopt.exporting.source import Stored
 from moeopt.exporting.stock import EXPERT_KEYS
 from moeopt.showing import listed
+from moeopt.spaces.serving import PREDICTION_KEY
 
 EXPERTS = re.compile(r"^(.*?)(?:^|(?<=\.))((?!\w*shared)\w*experts?\w*?)(?:[._](\d+))?(?:\.|$)")
 """The module of experts in the name of a tensor: what is before it, its own name, and the number of one expert."""
@@ -22,7 +23,6 @@ GATE = re.compile(r"^(.*?)(?:^|(?<=\.))(?:gate|router)(?:\.\w+)?\.weight$")
 ROUTER = re.compile(r"gate|router|correction|expert")
 PREDICTION = re.compile(r"(^|[._])(mtp|nextn)|predict|(^|\.)(layers?|blocks?|h)\.\d+$")
 """In the name of a module that a class does not read: one for multi-token prediction, often a layer too many."""
-PREDICTION_KEY = re.compile(r"(^|_)(mtp|nextn)(_|$)")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from moeopt.exporting.quantised import OF_INPUTS
 from moeopt.exporting.reloading import compute
 from moeopt.exporting.source import Source
 from moeopt.exporting.stock import ACTIVE_KEYS, EXPERT_KEYS, Form, chosen_form, read_config
-from moeopt.exporting.unread import PREDICTION_KEY, disagreeing
+from moeopt.exporting.unread import disagreeing
 from moeopt.exporting.writing import write_json
 from moeopt.files import MALFORMED
 from moeopt.models import Admitted, admit, load_model, load_tokenizer, patched
@@ -34,6 +34,7 @@ from moeopt.models.quantisation import DEQUANTISING, StoredQuantised
 from moeopt.models.weight_files import INDEX, weight_files
 from moeopt.plan import Plan
 from moeopt.showing import first_line, listed, shown
+from moeopt.spaces.serving import PREDICTION_KEY
 
 SMALLEST_EPSILON = 2.0**-20
 """Of float32, whose sums depend on how a library splits them, more bits than the last are not asked for."""

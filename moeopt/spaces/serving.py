@@ -22,7 +22,8 @@ HELD = ("mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3")
 """Model types whose exports `benchmarks/served.py` holds against what servers read."""
 GGUF_READS = ("fp8", "gptq", "compressed-tensors")
 """Quantisation methods that llama.cpp's converter dequantises (conversion/base.py, `ModelBase.dequant_model`)."""
-PREDICTION = re.compile(r"(^|_)(mtp|nextn)(_|$)")
+PREDICTION_KEY = re.compile(r"(^|_)(mtp|nextn)(_|$)")
+"""In the name of a field of a config: of blocks for multi-token prediction."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,27 @@ def demands(
     asking: dict[Demand, list[Server]] = {}
     for server in check_servers(servers, parallel):
         asked = [*_unwritable(what), *_of_quantisation(server, what, method, model_type), *_of_family(text)]
-        for r, k in _sizes(what):
-            asked += _of_parallel(server, r, parallel, model_type)
-            asked += _of_groups(server, r, k, text, 1 if isinstance(what, Plan) else what.shape.router_groups)
+        for n, r, k in _sizes(what):
+            asked += _of_parallel(server, n, r, k, parallel, model_type)
+            asked += _of_groups(server, n, r, k, text, 1 if isinstance(what, Plan) else what.shape.router_groups)
         for demand in dict.fromkeys(asked):
             asking.setdefault(demand, []).append(server)
     return [replace(demand, servers=tuple(its)) for demand, its in asking.items()]
 
 
-def _sizes(what: Space | Plan) -> list[tuple[int, int]]:
-    """r and k of what is served; where a space searches k, its largest."""
+def _sizes(what: Space | Plan) -> list[tuple[int, int, int]]:
+    """n, r and k of what is served; where a space searches k, its largest."""
     if isinstance(what, Plan):
-        return list(dict.fromkeys((layer.kept_experts, layer.k) for layer in what.layers))
-    return [(what.keep, what.k_range[1] if isinstance(what, ActiveSpace) and what.k_range else what.k)]
+        return list(dict.fromkeys((layer.experts, layer.kept_experts, layer.k) for layer in what.layers))
+    return [
+        (what.shape.experts, what.keep, what.k_range[1] if isinstance(what, ActiveSpace) and what.k_range else what.k)
+    ]
+
+
+def _instead(n: int, k: int, *sizes: int) -> str:
+    """Which of these r would do, k <= r <= n."""
+    possible = [str(r) for r in dict.fromkeys(sizes) if k <= r <= n]
+    return f"keep {' or '.join(possible)}" if possible else f"no r from k={k} to n={n} near it would do"
 
 
 def _unwritable(what: Space | Plan) -> Iterator[Demand]:
@@ -121,7 +130,7 @@ def _unwritable(what: Space | Plan) -> Iterator[Demand]:
         )
 
 
-def _of_parallel(server: Server, r: int, parallel: int, model_type: str) -> Iterator[Demand]:
+def _of_parallel(server: Server, n: int, r: int, k: int, parallel: int, model_type: str) -> Iterator[Demand]:
     """Experts divided over ranks.
 
     SGLang asserts that they come out even (layers/moe/fused_moe_triton/layer.py, `FusedMoE.__init__`); vLLM gives some
@@ -135,8 +144,7 @@ def _of_parallel(server: Server, r: int, parallel: int, model_type: str) -> Iter
         return
     if r % parallel == 0:
         return
-    near = " or ".join(str(m) for m in (r // parallel * parallel, (r // parallel + 1) * parallel) if m)
-    even = f"keep {near}" if near else f"keep {parallel}"
+    even = _instead(n, k, r // parallel * parallel, (r // parallel + 1) * parallel)
     if server == "sglang" or r < parallel or model_type == "gpt_oss":
         yield Demand(f"r={r} experts cannot be divided among {parallel} ranks: {even}", True)
     else:
@@ -146,7 +154,7 @@ def _of_parallel(server: Server, r: int, parallel: int, model_type: str) -> Iter
         )
 
 
-def _of_groups(server: Server, r: int, k: int, text: Mapping[str, Any], groups: int) -> Iterator[Demand]:
+def _of_groups(server: Server, n: int, r: int, k: int, text: Mapping[str, Any], groups: int) -> Iterator[Demand]:
     """Groups that a token chooses first.
 
     llama.cpp scores a group by its best two experts in every family (src/llama-graph.cpp, `build_moe_ffn`) and asserts
@@ -167,7 +175,7 @@ def _of_groups(server: Server, r: int, k: int, text: Mapping[str, Any], groups: 
         yield Demand(f"k={k} experts are chosen in {chosen} of {groups} groups of {size}: keep {least} or more", True)
         return
     if server == "llama.cpp":
-        if r <= groups or (groups > 1 and size < 2):
+        if size < 2 and (groups > 1 or of_config == 1):
             yield Demand(f"each of the {groups} groups needs two experts: keep {2 * groups} or more", True)
         if 1 < groups <= chosen:
             yield Demand(f"topk_group={chosen} of n_group={groups} groups is refused, whatever is kept", True)
@@ -177,7 +185,8 @@ def _of_groups(server: Server, r: int, k: int, text: Mapping[str, Any], groups: 
         yield Demand(f"groups of one expert are left aside, so that outputs differ: keep {2 * groups} or more")
     if server == "sglang" and of_config is not None and r & (r - 1):
         below = 1 << (r.bit_length() - 1)
-        yield Demand(f"its fast kernel routes among a power of two experts: keep {below} or {2 * below}")
+        powers = [power for power in (below, 2 * below) if power % groups == 0]
+        yield Demand(f"its fast kernel routes among a power of two experts: {_instead(n, k, *powers)}")
 
 
 def _of_quantisation(server: Server, what: Space | Plan, method: str, model_type: str) -> Iterator[Demand]:
@@ -212,7 +221,7 @@ def _of_family(text: Mapping[str, Any]) -> Iterator[Demand]:
     model_type = text.get("model_type")
     if model_type is not None and model_type not in HELD:
         yield Demand(f"exports of {model_type} were never held against what is read, as those of {', '.join(HELD)} are")
-    blocks = [key for key, value in text.items() if PREDICTION.search(key) and isinstance(value, int) and value > 0]
+    blocks = [key for key, value in text.items() if PREDICTION_KEY.search(key) and isinstance(value, int) and value > 0]
     if blocks:
         yield Demand(
             f"exports have no block for multi-token prediction ({blocks[0]}): start without speculation by that"
