@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 Key = tuple[int, int, bytes]
@@ -40,6 +43,8 @@ class PrefixCache:
         self._entries: dict[Key, _Entry] = {}
         self._trails: OrderedDict[bytes, set[Key]] = OrderedDict()
         self._best: tuple[float, bytes] | None = None
+        self._streams: dict[torch.device, Any] = {}
+        self._pins = True
 
     def longest(self, keys: Iterable[Key]) -> tuple[int, Sequence[Tensor], tuple[float, ...]] | None:
         """Decoder layer, states, one tensor a batch, and what was noted of the layers before it, of the first of `keys`
@@ -64,8 +69,62 @@ class PrefixCache:
         self._shrink()
 
     def placed(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """The states where this cache keeps them."""
-        return list(states) if self.device is None else [t.to(self.device) for t in states]
+        """The states where this cache keeps them.
+
+        From a GPU to memory they are copied on a stream of their own, while the GPU goes on: they may be read by
+        `arriving` alone, and must not be written. A layer that writes into what enters it is none of `layerwise`'s.
+        """
+        if self.device is None:
+            return list(states)
+        to_memory = torch.device(self.device).type == "cpu"
+        return [self._copied_out(t) if to_memory and is_cuda(t.device) else t.to(self.device) for t in states]
+
+    def arriving(self, states: Sequence[Tensor], device: torch.device | None) -> Iterator[Tensor]:
+        """The states in turn, for a layer on `device`; to a GPU the next one is copied while this one is used."""
+        if device is None or not is_cuda(device):
+            for stream in self._streams.values():
+                stream.synchronize()  # what is still on its way to memory
+            yield from states
+            return
+        here = torch.cuda.current_stream(device)
+        side = self._stream(device)
+
+        def begun(state: Tensor) -> tuple[Tensor, Any]:
+            if state.device.type != "cpu":
+                return state, None
+            with torch.cuda.stream(side):  # behind the copy out, which is on this stream, too
+                copied = state.to(device, non_blocking=True)
+                return copied, side.record_event()
+
+        coming = begun(states[0])
+        for place in range(len(states)):
+            state, arrived = coming
+            if place + 1 < len(states):
+                coming = begun(states[place + 1])
+            if arrived is not None:
+                here.wait_event(arrived)
+                state.record_stream(here)  # else its memory could be used again while the layer reads it
+            yield state
+
+    def _copied_out(self, state: Tensor) -> Tensor:
+        try:
+            target = pinned_like(state) if self._pins else None
+        except RuntimeError as error:
+            self._pins, target = False, None
+            warnings.warn(f"hidden states are kept in memory that is not pinned: {error}", stacklevel=2)
+        if target is None:
+            return state.to("cpu")
+        side = self._stream(state.device)
+        side.wait_stream(torch.cuda.current_stream(state.device))
+        with torch.cuda.stream(side):
+            target.copy_(state, non_blocking=True)
+        state.record_stream(side)
+        return target
+
+    def _stream(self, device: torch.device) -> Any:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
 
     def share(self, trail: bytes, keys: Iterable[Key]) -> None:
         """Let the plan named `trail` hold what is kept under these keys, too."""
@@ -96,3 +155,13 @@ class PrefixCache:
                 if not entry.trails:
                     self.nbytes -= entry.nbytes
                     del self._entries[key]
+
+
+def is_cuda(device: torch.device) -> bool:
+    """Whether copies can be queued on a stream of the device."""
+    return device.type == "cuda"
+
+
+def pinned_like(state: Tensor) -> Tensor:
+    """Memory of the host that a GPU copies to and from by itself, for a tensor like this."""
+    return torch.empty(state.shape, dtype=state.dtype, pin_memory=True)

@@ -123,8 +123,9 @@ class LayerMajor:
             if i > start and i % every == 0 and self.prefixes.budget:
                 passed.append((keys[i], self.prefixes.placed(states)))
             with self.parts.loaded(i) as there:
-                for b, (_, calls) in enumerate(begun):
-                    states[b] = calls[i](self.parts.layers[i], states[b], there)
+                entering = self.prefixes.arriving(states, there) if i == start else iter(states)
+                for b, ((_, calls), hidden) in enumerate(zip(begun, entering)):
+                    states[b] = calls[i](self.parts.layers[i], hidden, there)
         active_by_layer = (*reused, *active()[len(reused) :])
 
         def keep() -> None:
