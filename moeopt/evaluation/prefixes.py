@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.models.devices import is_cuda
+
 Key = tuple[int, int, bytes]
 """Rung, decoder layer, and digest of the plan's layers before it."""
 
@@ -155,11 +157,6 @@ class PrefixCache:
                 if not entry.trails:
                     self.nbytes -= entry.nbytes
                     del self._entries[key]
-
-
-def is_cuda(device: torch.device) -> bool:
-    """Whether copies can be queued on a stream of the device."""
-    return device.type == "cuda"
 
 
 def pinned_like(state: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +120,10 @@ class LayerMajor:
         # Where the states of TRAILS plans between all layers do not fit, those of every so many layers are kept.
         every = max(1, -(-TRAILS * self.layers * self._bytes_a_layer() // max(1, self.prefixes.budget)))
         passed: list[tuple[Any, list[Tensor]]] = []
-        for i in range(start, self.layers):
-            if i > start and i % every == 0 and self.prefixes.budget:
-                passed.append((keys[i], self.prefixes.placed(states)))
-            with self.parts.loaded(i) as there:
+        with closing(self.parts.in_turn(start)) as layers:
+            for i, there in layers:
+                if i > start and i % every == 0 and self.prefixes.budget:
+                    passed.append((keys[i], self.prefixes.placed(states)))
                 entering = self.prefixes.arriving(states, there) if i == start else iter(states)
                 for b, ((_, calls), hidden) in enumerate(zip(begun, entering)):
                     states[b] = calls[i](self.parts.layers[i], hidden, there)

@@ -22,6 +22,11 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def is_cuda(device: torch.device) -> bool:
+    """Whether copies can be queued on streams of the device."""
+    return device.type == "cuda"
+
+
 def is_accelerator(device: torch.device) -> bool:
     """Whether kernels are queued on this device, so that launching and waiting for them cost, rather than its caches.
 

@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import named_module_tensors, send_to_device
 from torch import Tensor, nn
 
 from moeopt.errors import ModelError
 from moeopt.models import rounding
+from moeopt.models.devices import is_cuda
 from moeopt.models.layers import moe_layers
 
 Inputs = Mapping[str, Any]
+Sent = dict[Any, dict[str, Tensor]]
+"""By hook of accelerate's, weights that are on its device before it asks for them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +60,7 @@ class Layerwise:
         self.layers, self.moe = _decoder_layers(model)
         self._model = weakref.ref(model)
         self._tuples = [False] * len(self.layers)
+        self._streams: dict[torch.device, Any] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -115,6 +119,39 @@ class Layerwise:
         Yields their device, to which arguments must be moved.
         """
         return _loaded(self.layers[index].modules())
+
+    def in_turn(self, first: int) -> Generator[tuple[int, torch.device | None], None, None]:
+        """Layers from `first` on as by `loaded`, each in place until the next one is asked for; to be closed.
+
+        Under offload to a CUDA device the next layer's weights are sent, on a stream of their own, when the work of a
+        layer is queued: the device computes meanwhile. Two layers are on it then, or one where memory is short.
+        """
+        sent: Sent = {}
+        for index in range(first, len(self.layers)):
+            with _loaded(self.layers[index].modules(), sent) as there:
+                yield index, there
+                sent = self._sent(index + 1) if index + 1 < len(self.layers) else {}
+
+    def _sent(self, index: int) -> Sent:
+        device = runs_on(self.layers[index])
+        if not is_cuda(device) or not any(_offloads(module) for module in self.layers[index].modules()):
+            return {}
+        here, side = torch.cuda.current_stream(device), self._streams.get(device)
+        if side is None:
+            side = self._streams[device] = torch.cuda.Stream(device)
+        sent: Sent = {}
+        try:
+            with torch.cuda.stream(side):
+                for module in self.layers[index].modules():
+                    for hook in _offloading_hooks(module):
+                        sent[hook] = _values(module, hook, device)
+        except torch.OutOfMemoryError:
+            return {}  # then it is fetched when its turn comes
+        here.wait_stream(side)
+        for values in sent.values():
+            for value in values.values():
+                value.record_stream(here)  # else its memory could be used again while the layer reads it
+        return {hook: values for hook, values in sent.items() if values}
 
     def head_loaded(self) -> AbstractContextManager[torch.device | None]:
         """What follows the decoder layers with its weights in place, for `head` to be called often."""
@@ -262,7 +299,7 @@ def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 
 
 @contextmanager
-def _loaded(modules: Iterable[nn.Module]) -> Iterator[torch.device | None]:
+def _loaded(modules: Iterable[nn.Module], sent: Sent | None = None) -> Iterator[torch.device | None]:
     device = None
     with ExitStack() as stack:
         for module in modules:
@@ -271,23 +308,51 @@ def _loaded(modules: Iterable[nn.Module]) -> Iterator[torch.device | None]:
                 # accelerate wrapped it, which would fetch and drop at each.
                 hook: Any = module._hf_hook
                 stack.callback(hook.post_forward, module, None)
-                hook.pre_forward(module)
+                with _from(sent or {}, _offloading_hooks(module)):
+                    hook.pre_forward(module)
                 stack.enter_context(_forward_is(module, module._old_forward))  # type: ignore[arg-type]
             device = next((p.device for p in module.parameters(recurse=False) if not p.is_meta), device)
         yield device
 
 
-def _offloads(module: nn.Module) -> bool:
+@contextmanager
+def _from(sent: Sent, hooks: Iterable[Any]) -> Iterator[None]:
+    """While the context is open, hooks find what was sent to the device already in place of what they would send."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            if hook in sent:
+                stack.callback(setattr, hook, "weights_map", hook.weights_map)
+                hook.weights_map = sent.pop(hook)
+        yield
+
+
+def _values(module: nn.Module, hook: Any, device: torch.device) -> dict[str, Tensor]:
+    """What a hook would fetch, on the device; nothing where it does more than fetch: tied or 8-bit weights."""
+    if hook.tied_params_names:
+        return {}
+    named = named_module_tensors(
+        module, include_buffers=hook.offload_buffers, recurse=hook.place_submodules, remove_non_persistent=True
+    )
+    values = {name: hook.weights_map[name] for name, _ in named}
+    if any(value.dtype == torch.int8 for value in values.values()):
+        return {}
+    return {name: value.to(device, non_blocking=True) for name, value in values.items()}
+
+
+def _offloading_hooks(module: nn.Module) -> list[Any]:
     hook = getattr(module, "_hf_hook", None)
-    return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
+    return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]
+
+
+def _offloads(module: nn.Module) -> bool:
+    return bool(_offloading_hooks(module))
 
 
 def runs_on(module: nn.Module) -> torch.device:
     """Where a module computes: what its weights lie on, or where accelerate takes them from memory or disk."""
     for part in module.modules():
         if _offloads(part):
-            hook: Any = part._hf_hook
-            return torch.device(next(h.execution_device for h in getattr(hook, "hooks", (hook,)) if h.offload))
+            return torch.device(_offloading_hooks(part)[0].execution_device)
         for parameter in part.parameters(recurse=False):
             if not parameter.is_meta:
                 return parameter.device

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 from contextlib import contextmanager
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 
 from moeopt.evaluation import Evaluator, prefixes
-from moeopt.plan import Plan
+from moeopt.plan import LayerPlan, Plan
 from moeopt.tasks import TextTask
 
+layerwise = importlib.import_module("moeopt.models.layerwise")  # whose function has its name in the package
 TASK = TextTask("words", search=[f"document {i} says one two three four" for i in range(9)], window=24)
 
 
@@ -80,6 +84,40 @@ def test_states_go_out_and_come_back_on_a_side_stream(make_mixtral: Any, tiny_to
     # the next one is sent before this one is waited for, and its memory is held while the layer reads it
     turn = ["sent", "main waits for arrival", "held for main"]
     assert streams.log == ["sent", *turn * (batches - 1), *turn[1:]]
+
+
+@pytest.mark.parametrize("short_of_memory", [False, True])
+def test_the_next_layer_is_sent_before_this_one_is_dropped(
+    make_mixtral: Any,
+    tiny_tokenizer: Any,
+    streams: Streams,
+    monkeypatch: pytest.MonkeyPatch,
+    short_of_memory: bool,
+) -> None:
+    matrix = np.eye(4, 8, dtype=np.float32) + 0.1
+    plan = Plan((LayerPlan(8, 2, w_em=matrix, w_rm=matrix, router="prob"),) * 3)
+    model = make_mixtral(layers=3)
+    expected = Evaluator(model, tiny_tokenizer, TASK, batch_tokens=60, prefix_memory=0).evaluate(plan)
+    away = accelerate.cpu_offload(copy.deepcopy(model), torch.device("cpu"))
+    evaluator = Evaluator(away, tiny_tokenizer, TASK, batch_tokens=60, prefix_memory=0)
+    evaluator.evaluate(Plan.identity(3, 8, 2))
+    values = layerwise._values
+
+    def sent(module: Any, *rest: Any) -> Any:
+        if short_of_memory:
+            raise torch.OutOfMemoryError
+        if module is away.model.layers[1].self_attn.q_proj:
+            gone = away.model.layers[0].self_attn.q_proj.weight.is_meta
+            streams.log.append("layer 0 is gone" if gone else "layer 0 is there")
+        return values(module, *rest)
+
+    monkeypatch.setattr(layerwise, "_values", sent)
+    monkeypatch.setattr(layerwise, "is_cuda", lambda device: True)
+    streams.log.clear()
+    np.testing.assert_array_equal(evaluator.evaluate(plan).losses, expected.losses)
+    assert streams.log.count("main waits for side") == (0 if short_of_memory else 2)
+    assert ("layer 0 is there" in streams.log) != short_of_memory
+    assert all(parameter.is_meta for parameter in away.model.layers.parameters())
 
 
 def test_memory_that_cannot_be_pinned_is_said_once(
