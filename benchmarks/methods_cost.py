@@ -39,7 +39,7 @@ from rich.table import Table
 
 import moeopt
 from moeopt import methods
-from moeopt.methods.naee import kept_sets
+from moeopt.methods.kept_sets import kept_sets
 from moeopt.plan import LayerPlan, Plan
 
 DEFAULT = ["frequency", "reap", "naee", "naee_progressive", "hc_smoe", "output_fit"]
