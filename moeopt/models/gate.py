@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import importlib.util
 import json
 import os
@@ -34,6 +35,8 @@ from moeopt.showing import first_line
 
 CODE = "modeling_moeopt.py"
 """The file of the class that a custom checkpoint of moeopt brings."""
+EARLIER = {"af0b8771c08f4c8027f610907b5d92865d5298a21936f8256df85f7c47ce2a50"}
+"""SHA-256 of what that file was, as moeopt holds it, in versions whose checkpoints today's class loads as they were."""
 CUSTOM = "moeopt_"
 """Begins the model types of custom checkpoints."""
 AUTO_CLASSES: dict[Any, str] = {
@@ -126,6 +129,18 @@ def code_for(model_type: str) -> bytes:
     text = (Path(__file__).parent / CODE).read_text(encoding="utf-8")
     text = text.replace("MixtralForCausalLM", family.model).replace("MixtralConfig", family.config)
     return text.replace("Mixtral", family.config.removesuffix("Config")).replace("mixtral", model_type).encode()
+
+
+def _is_shipped(code: bytes, model_type: str) -> bool:
+    """Whether code is what `code_for` gives, or gave in an earlier version."""
+    if code == code_for(model_type):
+        return True
+    family = _family(model_type)
+    # the way back to the file that moeopt holds; where it goes astray, the digest is another
+    names = family.model, family.config, family.config.removesuffix("Config"), model_type
+    for name, placeholder in zip(names, ("MixtralForCausalLM", "MixtralConfig", "Mixtral", "mixtral")):
+        code = code.replace(name.encode(), placeholder.encode())
+    return hashlib.sha256(code).hexdigest() in EARLIER
 
 
 @cache
@@ -226,12 +241,12 @@ def _not_ours(
 ) -> list[str]:
     """Where a custom checkpoint brings code other than moeopt's, for any loader that is told to trust it."""
     try:
-        code, classes = code_for(family), auto_map(family)
+        classes = auto_map(family)
     except ModelError:
         return [CODE]
     foreign, local = [], folder.is_dir()
     file = folder / CODE if local else cached_file(source, CODE, _raise_exceptions_for_missing_entries=False, **hub)
-    if file is None or not Path(file).is_file() or Path(file).read_bytes() != code:
+    if file is None or not Path(file).is_file() or not _is_shipped(Path(file).read_bytes(), family):
         foreign.append(CODE)
     if config.get("auto_map") != classes:
         foreign.append("auto_map of config.json")

@@ -48,6 +48,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+# of rules, in checkpoints that were written before there were such
+SINCE = {"groups": 1, "returns_scores": False, "multiplier": 1.0, "jitter": 0.0, "factor": None}
 OWN = (".w_rm", ".aliases", ".places", ".novices")
 
 
@@ -215,7 +217,7 @@ class MoeoptMixtralForCausalLM(MixtralForCausalLM):
             raise ValueError(f"config.moeopt describes {len(layers)} MoE layers, the model has {len(blocks)}")
         (n,) = set(config.moeopt["full"]["experts"].values())
         for block, layer in zip(blocks, layers):
-            _fit(block, n, {**layer, "rule": config.moeopt["rule"]})
+            _fit(block, n, {**layer, "rule": {**SINCE, **(config.moeopt["rule"] or {})}})
 
     @functools.wraps(MixtralForCausalLM.forward)
     def forward(self, *args, output_router_logits=None, **kwargs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from tiny_families import tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, MixtralForCausalLM
 
 import moeopt
-from moeopt.errors import ExportError
+from moeopt.errors import ExportError, ModelError
 from moeopt.exporting import verify, why_not_stock
-from moeopt.models import load_model
+from moeopt.models import gate, load_model
 from moeopt.plan import LayerPlan, Plan
 
 KINDS = tuple(build_plans())
@@ -172,6 +173,24 @@ def test_a_lost_mapping_is_an_error_on_loading(full: Any, plans: dict[str, Plan]
         save_file(state, tmp_path / lost / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=rf"lacks model\.layers\.1\.mlp\.{lost}"):
             reloaded(tmp_path / lost)
+
+
+def test_what_an_earlier_version_exported_loads_untrusted(
+    full: Any, plans: dict[str, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code is another, and its rule lacks fields; today's class gives the same logits."""
+    moeopt.export(plans["prob"], tmp_path / "small", model=full)
+    before = load_model(tmp_path / "small")(input_ids=IDS).logits
+    template = (Path(gate.__file__).parent / gate.CODE).read_bytes() + b"# of yore\n"
+    (tmp_path / "small" / gate.CODE).write_bytes(template)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    for since in ("groups", "returns_scores", "multiplier", "jitter", "factor"):
+        del config["moeopt"]["rule"][since]
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="not, byte for byte, what this moeopt ships"):
+        load_model(tmp_path / "small")
+    monkeypatch.setattr(gate, "EARLIER", {hashlib.sha256(template).hexdigest()})
+    assert torch.equal(load_model(tmp_path / "small")(input_ids=IDS).logits, before)
 
 
 def test_the_form_is_chosen_or_refused(full: Any, plans: dict[str, Plan], tmp_path: Path) -> None:
