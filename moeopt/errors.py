@@ -67,11 +67,11 @@ class OutOfMemoryError(MoeoptError, MemoryError):
     """A single sequence needs more memory than there is."""
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, names: list[str]) -> str:
     """A hint for a mistyped name: `"; did you mean 'eep'?"`, or an empty string when nothing is close."""
     from difflib import get_close_matches
 
-    lowered = {k.lower(): k for k in known}
+    lowered = {k.lower(): k for k in names}
     match = get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
     return f"; did you mean {lowered[match[0]]!r}?" if match else ""
 

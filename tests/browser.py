@@ -38,7 +38,7 @@ def binary() -> str | None:
     named = os.environ.get("MOEOPT_TEST_CHROMIUM")
     if named:
         return shutil.which(named)
-    return next((found for name in NAMES if (found := shutil.which(name))), None)
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Tab:

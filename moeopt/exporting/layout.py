@@ -425,11 +425,11 @@ def _add_mappings(layout: Layout, plan: Plan, model: PreTrainedModel, roles: Rol
         # some conversions rename the router's weight alone: then what joins it has the model's own name on disk
         is_renamed = renamed(model, f"{router}.weight") == f"{module}.weight"
         for leaf, tensor in _mappings(plan.layers[layer.index]).items():
-            name, own = (
+            name, in_model = (
                 f"{place.rpartition('.')[0]}.experts.{leaf}" if leaf == "novices" else f"{place}.{leaf}"
                 for place in (router, module)
             )
-            name = own if is_renamed and renamed(model, name) != own else name
+            name = in_model if is_renamed and renamed(model, name) != in_model else name
             layout.tensors[name] = Stored(dtype_name(tensor.dtype), tuple(tensor.shape))
             layout.given[name] = lambda source, tensor=tensor: tensor  # type: ignore[misc]
 

@@ -179,11 +179,11 @@ def auto_class(config: dict[str, Any]) -> Any:
     Args:
         config: what config.json holds.
     """
-    model_type, own = config.get("model_type"), config.get("auto_map")
-    own = own if isinstance(own, dict) else {}
+    model_type, brought = config.get("model_type"), config.get("auto_map")
+    brought = brought if isinstance(brought, dict) else {}
     for auto, mapping in AUTO_CLASSES.items():
         name = str(getattr(modeling_auto, mapping).get(model_type))
-        if auto.__name__ in own or (name != "None" and not name.endswith("Diffusion")):  # which writes in no order
+        if auto.__name__ in brought or (name != "None" and not name.endswith("Diffusion")):  # which writes in no order
             return auto
     return AutoModelForCausalLM
 
