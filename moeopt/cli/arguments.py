@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from moeopt.tasks import Task
 
 
-def quick_shape(model: str) -> ModelShape | None:
-    """The shape that a Mixtral's own config.json tells; None where only transformers can tell."""
+def quick_shape(model: str, *, trust_remote_code: bool = False) -> ModelShape | None:
+    """The shape that a Mixtral's own config.json tells; None where only transformers, or trusted code, can tell."""
     from moeopt.plan import ModelShape
 
     config = checkpoint_config(model)
@@ -33,7 +33,8 @@ def quick_shape(model: str) -> ModelShape | None:
     if not re.search(r"expert|moe|mixtral", json.dumps(config), re.IGNORECASE):
         raise ModelError(f"{model!r} is a dense model: its config.json names no experts")
     numbers: list[Any] = [config.get(key) for key in ("num_hidden_layers", "num_local_experts", "num_experts_per_tok")]
-    if config.get("model_type") != "mixtral" or not all(isinstance(value, int) for value in numbers):
+    own = trust_remote_code and "auto_map" in config
+    if own or config.get("model_type") != "mixtral" or not all(isinstance(value, int) for value in numbers):
         return None
     return ModelShape(*numbers)
 

@@ -75,6 +75,7 @@ def compare_methods(
     out: Annotated[Path, OUT(help="Folder for the table, the plans and all that is known.")] = Path("compare-out"),
     device_map: opt.DeviceMap = "auto",
     dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.TrustRemoteCode = False,
     batch_tokens: opt.BatchTokens = 1024,
 ) -> None:
     """Compare one-shot methods with the full model, random prunings and a search, on examples that none has seen."""
@@ -87,7 +88,7 @@ def compare_methods(
     from moeopt.results import method_comparison as comparing
 
     comparing.check_methods(names)
-    shape = arguments.quick_shape(model)
+    shape = arguments.quick_shape(model, trust_remote_code=trust_remote_code)
     if shape is not None:
         comparing.check(shape, keeps, actives)
     chosen = arguments.open_task(task, data, task_option)
@@ -103,15 +104,15 @@ def compare_methods(
     from moeopt.report.terminal import Steps, consoles
 
     if shape is None:
-        comparing.check(check_checkpoint(model), keeps, actives)
+        comparing.check(check_checkpoint(model, trust_remote_code=trust_remote_code), keeps, actives)
     console, err = consoles()
     try:
         err.say(f"task {chosen.name}: {chosen.summary}")
         err.say(f"loading {model}")
-        early = load_tokenizer(model)
+        early = load_tokenizer(model, trust_remote_code=trust_remote_code)
         for looked_at in (chosen, other or chosen):
             looked_at.check(early)
-        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
         with Steps(err) as progress:
             compared = comparing.compare(
                 loaded, tokenizer, chosen, keep=keeps, methods=names, active=actives, skipping=skip, refits=refit,

@@ -46,6 +46,7 @@ def export(
     device_map: opt.DeviceMap = "auto",
     serve_on: opt.ServeOn = None,
     serve_parallel: opt.ServeParallel = 1,
+    trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Write the smaller model as a checkpoint that needs nothing of moeopt to load.
 
@@ -61,12 +62,13 @@ def export(
         raise ExportError("--project stock needs --task, and goes with --form stock or auto")
     if project is None and task is not None:
         raise ExportError("--task goes with --project stock, which measures on it")
-    served: dict[str, Any] = {
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
         "serve_on": check_servers(serve_on or (), serve_parallel),
         "serve_parallel": serve_parallel,
     }
     check_folder(out_dir)
-    shape = arguments.quick_shape(model)
+    shape = arguments.quick_shape(model, trust_remote_code=trust_remote_code)
     chosen, title, opened = arguments.chosen_plan(
         "--plan", plan, shape.layers if shape else None, storage, study, trial
     )
@@ -84,7 +86,7 @@ def export(
 
         goal = arguments.open_task(str(task), data, task_option)
         with err.status("projecting"):
-            loaded, tokenizer = load(model, device_map=device_map)
+            loaded, tokenizer = load(model, device_map=device_map, trust_remote_code=trust_remote_code)
             chosen, projection = nearest_stock(chosen, loaded, tokenizer, goal, limit=limit)
         console.say("\n".join(projection.lines()))
     try:
@@ -100,9 +102,9 @@ def export(
             from moeopt.plan import Plan
 
             about = Plan.about(plan) if plan is not None and plan.suffix == ".safetensors" else None
-            write(chosen, out_dir, model=model, form=form, about=about, projection=projection, **served)
+            write(chosen, out_dir, model=model, form=form, about=about, projection=projection, **options)
         else:
-            write(opened[1], out_dir, model=model, study=opened[0], form=form, **served)
+            write(opened[1], out_dir, model=model, study=opened[0], form=form, **options)
     for warning in said:  # what was left out
         err.say(line(str(warning.message), 2000))
     best = best_trial(opened[0]) if opened is not None else None

@@ -59,11 +59,12 @@ def refit(
     storage: opt.Storage = DEFAULT_STORAGE,
     device_map: opt.DeviceMap = "auto",
     dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.TrustRemoteCode = False,
     batch_tokens: opt.BatchTokens = 1024,
 ) -> None:
     """Fit what a smaller model's experts give to the full model, in closed form, and judge it on dev."""
     arguments.pairs("--task-option", task_option)
-    shape = arguments.quick_shape(model)
+    shape = arguments.quick_shape(model, trust_remote_code=trust_remote_code)
     check_file(out)
     layers = shape.layers if shape else None
     chosen, title, _ = arguments.chosen_plan("--plan", plan, layers, storage, study, trial)
@@ -77,7 +78,7 @@ def refit(
     try:
         err.say(f"task {goal.name}: {goal.summary}")
         err.say(f"loading {model}; refitting {title}")
-        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
     except KeyboardInterrupt:
         raise opt.interrupted(err, FITTED_SO_FAR, ctx, storage) from None
     run_refit(

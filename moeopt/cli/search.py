@@ -107,6 +107,7 @@ def search(
     resume: Annotated[bool, STUDY(help="Whether to go on with a study that has this name already.")] = True,
     device_map: opt.DeviceMap = "auto",
     dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.TrustRemoteCode = False,
     batch_tokens: opt.FoundBatchTokens = None,
     prefix_memory: Annotated[
         int | None,
@@ -134,9 +135,10 @@ def search(
     from moeopt.spaces.serving import check_servers, demands
 
     servers = check_servers(serve_on or (), serve_parallel)
+    trust = " --trust-remote-code" if trust_remote_code else ""
 
     # Names before data, which may be read from a hub, and data before a config that takes transformers or a download.
-    shape = arguments.quick_shape(model)
+    shape = arguments.quick_shape(model, trust_remote_code=trust_remote_code)
     if shape is not None:
         chosen_space = space.space(shape)
         starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
@@ -146,7 +148,7 @@ def search(
     if shape is None:
         from moeopt.models import check_checkpoint
 
-        shape = check_checkpoint(model)
+        shape = check_checkpoint(model, trust_remote_code=trust_remote_code)
         chosen_space = space.space(shape)
         starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
     resumed = arguments.existing(storage, study, resume=resume)
@@ -209,10 +211,10 @@ def search(
         from moeopt.study.objective import Objective
         from moeopt.study.reference import MOST_SHOWN, first_prompt, read
 
-        chosen_task.check(load_tokenizer(model))
+        chosen_task.check(load_tokenizer(model, trust_remote_code=trust_remote_code))
         shares = fleet.shared(workers, device_map) if workers > 1 else [{}]
         fleet.take(shares[0])
-        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
         if refit is not None:
             check_can(loaded, tokenizer, chosen_task, limit)
         if batch_tokens is None and resumed is not None:
@@ -259,7 +261,7 @@ def search(
                 err.say(f"Warning: {line(warning, 1000)}", style="yellow")
         started = time.monotonic()
         recipe.want(record, trials, patience)
-        again = ["--study", study, "--model", model, "--device-map", device_map]
+        again = ["--study", study, "--model", model, "--device-map", device_map, *trust.split()]
         if workers > 1 and recipe.read(record).task is None:
             again += ["--task", task, *(["--data", data] if data is not None else [])]
             again += [word for option in task_option or () for word in ("--task-option", option)]
@@ -306,7 +308,7 @@ def search(
     out.say(
         f"{finished(record)} trials done. Best: trial {best.number}, {scored} on the search split\n{compared}"
         f"  {arguments.show_again(study, storage)}\n"
-        f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --study {shlex.quote(study)}"
+        f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --study {shlex.quote(study)}{trust}"
     )
     if refit is not None:
         run_refit(

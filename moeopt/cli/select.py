@@ -45,13 +45,14 @@ def select(
     storage: opt.Storage = DEFAULT_STORAGE,
     device_map: opt.DeviceMap = "auto",
     dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.TrustRemoteCode = False,
     batch_tokens: opt.BatchTokens = 1024,
 ) -> None:
     """Judge a study's best plans on dev, and the winner once on test: does what the search gained hold there?"""
     from moeopt import tasks
 
     task_options = arguments.pairs("--task-option", task_option)
-    arguments.quick_shape(model)
+    arguments.quick_shape(model, trust_remote_code=trust_remote_code)
     chosen = tasks.get(task, data=data, **task_options)
     if refit is not None:
         check_file(refit)
@@ -70,7 +71,7 @@ def select(
     try:
         err.say(f"task {chosen.name}: {chosen.summary}")
         err.say(f"loading {model}")
-        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype)
+        loaded, tokenizer = load(model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
         limit = stored(opened)["task"].get("limit")
         if refit is not None:
             check_can(loaded, tokenizer, chosen, limit)

@@ -38,14 +38,18 @@ def verify(
     seed: opt.Seed = 0,
     device_map: opt.DeviceMap = "auto",
     trust_remote_code: Annotated[
-        bool, MACHINE("--trust-remote-code", help="Run code in the checkpoint even if it is not what moeopt ships.")
+        bool,
+        MACHINE(
+            "--trust-remote-code",
+            help="Run code in the checkpoint that is not what moeopt ships, and the full model's.",
+        ),
     ] = False,
 ) -> None:
     """Reload a smaller checkpoint in a fresh process and compare it with the original under its plan.
 
     One that another tool wrote needs --plan and --model.
     """
-    shape = None if model is None else arguments.quick_shape(model)
+    shape = None if model is None else arguments.quick_shape(model, trust_remote_code=trust_remote_code)
     chosen_plan = None if plan is None else arguments.read_plan(plan, shape.layers if shape else None)
     texts: list[str] = []
     chosen = arguments.other_task(task, data, task_option)

@@ -75,6 +75,7 @@ def worker(
     task_option: opt.TaskOption = None,
     device_map: opt.DeviceMap = "auto",
     dtype: Dtype = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     quiet: Annotated[bool, MACHINE("--quiet", help="Print errors only.")] = False,
     while_stdin: Annotated[bool, MACHINE("--while-stdin", hidden=True, help="End when standard input does.")] = False,
 ) -> None:
@@ -84,7 +85,7 @@ def worker(
     """
     chosen = arguments.other_task(task, data, task_option)
     if model is not None:
-        arguments.quick_shape(model)
+        arguments.quick_shape(model, trust_remote_code=trust_remote_code)
     import optuna
 
     from moeopt.report.terminal import SearchProgress, consoles
@@ -104,7 +105,7 @@ def worker(
             with SearchProgress(err, target, timeout, quiet=quiet) as progress:
                 record = run_worker(
                     storage, study, model=model, device_map=device_map, dtype=dtype, n_trials=target, timeout=timeout,
-                    task=chosen, callbacks=[progress],
+                    task=chosen, callbacks=[progress], trust_remote_code=trust_remote_code,
                 )  # fmt: skip
     except KeyboardInterrupt:
         if quiet:
@@ -142,6 +143,7 @@ def on_ray(
         str | None, MACHINE(metavar="ADDRESS", help="The cluster's, or auto. Default: RAY_ADDRESS, or a local one.")
     ] = None,
     dtype: Dtype = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Join a study with workers on a Ray cluster, which places them on its devices and restarts those that die."""
     chosen = arguments.other_task(task, data, task_option)
@@ -158,6 +160,7 @@ def on_ray(
             storage, study, workers=workers, gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker,
             address=address, tell=err.say,
             model=model, n_trials=trials, timeout=timeout, dtype=dtype, task=chosen,
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
     except KeyboardInterrupt:
         raise opt.interrupted(err, STORED, ctx, storage) from None

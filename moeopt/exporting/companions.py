@@ -27,12 +27,15 @@ BELONGS = re.compile(
 """Names of files of tokenizers and processors as transformers knows them, of chat templates and of licences."""
 
 
-def companions(folder: Path, weights: Sequence[Path]) -> tuple[list[str], list[str]]:
+def companions(
+    folder: Path, weights: Sequence[Path], *, trust_remote_code: bool = False
+) -> tuple[list[str], list[str]]:
     """Names of the files of a checkpoint that belong to the model, and of those that do not, or are links out of it.
 
     Args:
         folder: the checkpoint.
         weights: its weight files.
+        trust_remote_code: whether Python that config.json names belongs to the model too.
 
     Returns:
         The first are files whose links, if they are any, stay in the checkpoint. Names of folders end in a slash.
@@ -50,7 +53,7 @@ def companions(folder: Path, weights: Sequence[Path]) -> tuple[list[str], list[s
             taken.append(path.name)
         else:
             left.append(f"{path.name}/" if path.is_dir() else path.name)
-    code = [name for name in _code(folder, taken) if name in left]
+    code = {*_code(folder, [*taken, *(["config.json"] if trust_remote_code else [])])} & {*left}
     return sorted([*taken, *code]), [name for name in left if name not in code]
 
 
@@ -59,11 +62,11 @@ def _belongs(file: Path, folder: Path) -> bool:
 
 
 def _code(folder: Path, names: Sequence[str]) -> Iterator[str]:
-    """Python files that the settings of a tokenizer or processor name, and what these import from beside them."""
+    """Python files that settings of a tokenizer, processor or model name, and what these import from beside them."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
     for name in names:
-        if not name.endswith("_config.json"):
+        if name != "config.json" and not name.endswith("_config.json"):
             continue
         with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
             classes = json.dumps(json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map"))

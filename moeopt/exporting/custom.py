@@ -27,8 +27,6 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]
     """
     config = read_config(source)
     model_type = str(config.get("model_type"))
-    if "auto_map" in config:
-        raise ExportError(f"{str(source)!r} comes with code of its own, and moeopt has no custom form for such a model")
     try:
         classes = auto_map(model_type)
     except ModelError as error:
@@ -66,7 +64,7 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]
     }
 
 
-def rule_of(source: Path) -> RoutingRule:
+def rule_of(source: Path, *, trust_remote_code: bool = False) -> RoutingRule:
     """How the family's routers make weights of logits.
 
     Learnt from a router of random weights, so that bias and correction show, which may be zero in the real ones.
@@ -74,7 +72,7 @@ def rule_of(source: Path) -> RoutingRule:
     Raises:
         ModelError: when the rule is none that moeopt knows.
     """
-    model = empty_model(source)
+    model = empty_model(source, trust_remote_code=trust_remote_code)
     layer = moe_layers(model)[0]
     layer.router.to_empty(device="cpu").eval()  # some draw at random in training
     tensors: list[torch.Tensor] = [*layer.router.parameters(), *layer.router.buffers()]

@@ -60,6 +60,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     serve_on: str | Sequence[str] = (),
     serve_parallel: int = 1,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the model that a plan describes as a checkpoint that needs nothing of moeopt to load.
 
@@ -88,13 +89,17 @@ def export(
         serve_on: servers that shall load it, of ``"vllm"``, ``"sglang"`` and ``"llama.cpp"``; a warning says what they
             ask for beside that (`moeopt.spaces.demands`).
         serve_parallel: over how many ranks they divide the experts of a layer.
+        trust_remote_code: whether code that comes with the full checkpoint may run. If so, the class that it names is
+            the model's own: its files and ``auto_map`` are copied as they are, and the stock form loads with
+            ``trust_remote_code=True``, too. There is no custom form of such a model.
 
     Returns:
         The folder written.
 
     Raises:
         ExportError: when the form cannot express the plan (the message says what would), the folder is not empty or
-            not writable, the full checkpoint is incomplete or not readable, or a server of `serve_on` cannot load it.
+            not writable, the full checkpoint is incomplete, not readable or of a class whose code is not trusted, or a
+            server of `serve_on` cannot load it.
         PlanError: when the plan is not for this model.
     """
     if form not in get_args(Form):
@@ -107,7 +112,7 @@ def export(
         record |= trial_record(plan, study)
         if plan.value is None:
             raise ExportError(f"trial {plan.number} ended without a loss ({plan.state.name}); export a completed one")
-        check_model(model, study)
+        check_model(model, study, trust_remote_code=trust_remote_code)
         plan = plan_of(plan, study)
     if form == "stock":
         stock_form(plan)
@@ -129,7 +134,7 @@ def export(
         record["projection"] = asdict(projection)
     try:
         with Source(folder) as source:
-            prepared = prepare(source, plan, form)
+            prepared = prepare(source, plan, form, trust_remote_code=trust_remote_code)
             record |= prepared.notes
             files = sum(real(folder, name).stat().st_size for name in prepared.files)
             size = prepared.layout.nbytes + files + plan.nbytes
@@ -166,15 +171,17 @@ class Prepared:
         files_left: names of those that are not.
     """
 
-    def __init__(self, source: Source, plan: Plan, form: Literal["stock", "custom"]) -> None:
+    def __init__(
+        self, source: Source, plan: Plan, form: Literal["stock", "custom"], *, trust_remote_code: bool = False
+    ) -> None:
         folder, self.code = source.folder, None
         written = stock_form(plan) if form == "stock" else plan
         if form == "stock":
-            self.config = stock_config(folder, written)
+            self.config = stock_config(folder, written, trust_remote_code=trust_remote_code)
         try:
-            model = empty_model(folder)
+            model = empty_model(folder, trust_remote_code=trust_remote_code)
             layers = moe_layers(model)
-            rule = rule_of(folder)
+            rule = rule_of(folder, trust_remote_code=trust_remote_code)
         except ModelError as error:
             raise ExportError(str(error)) from error
         if len(plan.layers) != len(layers):
@@ -210,19 +217,25 @@ class Prepared:
         if wrong:
             raise ExportError(f"{str(folder)!r} holds experts that the plan is not for: {listed(wrong, 2)}")
         self.written = written
-        self.files, self.files_left = companions(folder, source.files)
+        self.files, self.files_left = companions(folder, source.files, trust_remote_code=trust_remote_code)
 
     @property
     def notes(self) -> dict[str, Any]:
         """What moeopt.json says of tensors and files that are left out, copied though nothing reads them, or written
         otherwise than they were."""
-        lists = {
+        lists: dict[str, Sequence[str]] = {
             "left_out": self.unread.left_out,
             "copied_unread": self.unread.copied,
             "files_left_out": self.files_left,
             "dequantised": self.dequantised,
         }
-        return {key: list(names) for key, names in lists.items() if names}
+        notes: dict[str, Any] = {key: list(names) for key, names in lists.items() if names}
+        return notes | ({"trust_remote_code": True} if self.needs_trust else {})
+
+    @property
+    def needs_trust(self) -> bool:
+        """Whether a stock checkpoint loads as the full one's class, whose code comes with it."""
+        return self.code is None and "auto_map" in self.config
 
     def said(self) -> list[str]:
         """The same for people."""
@@ -241,29 +254,35 @@ class Prepared:
         return lines
 
 
-def check_takes(folder: Path, plan: Plan) -> None:
+def check_takes(folder: Path, plan: Plan, *, trust_remote_code: bool = False) -> None:
     """Raise ExportError unless the class that the config.json in `folder` names routes to k of r experts.
 
     It does not where routers rank groups of experts by their best two, as in DeepSeek-V3, and r leaves these too small.
     """
     r, k = plan.layers[0].kept_experts, plan.layers[0].k
     try:
-        takes = {(layer.n, layer.k) for layer in moe_layers(empty_model(folder))} == {(r, k)}
-    except ModelError:
+        model = empty_model(folder, trust_remote_code=trust_remote_code)
+        takes = {(layer.n, layer.k) for layer in moe_layers(model)} == {(r, k)}
+    except ModelError as error:
+        if trust_remote_code:
+            raise ExportError(f"the class that the checkpoint brings cannot be what is exported: {error}") from error
         takes = False
     if not takes:
         model_type = read_config(folder).get("model_type")
         raise ExportError(f"models of type {model_type!r} cannot route to {k} of {r} experts; keep another number")
 
 
-def prepare(source: Source, plan: Plan, form: Literal["stock", "custom"]) -> Prepared:
+def prepare(
+    source: Source, plan: Plan, form: Literal["stock", "custom"], *, trust_remote_code: bool = False
+) -> Prepared:
     """The checkpoint of a plan before anything is written, held against the class that will load it."""
-    prepared = Prepared(source, plan, form)
+    prepared = Prepared(source, plan, form, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_json(folder / "config.json", prepared.config)
         if prepared.code is None:
-            check_takes(folder, prepared.written)
+            copy_companions(source.folder, [name for name in prepared.files if name.endswith(".py")], folder)
+            check_takes(folder, prepared.written, trust_remote_code=prepared.needs_trust)
         else:
             check_loads(folder, prepared.config, prepared.names, prepared.written)
     return prepared

@@ -63,27 +63,29 @@ def card(
     r, k = (_range([getattr(p, field) for p in layers]) for field in ("kept_experts", "k"))
     pruned = all(p.kept is not None for p in layers)
     active = "active" if all(p.novices is None for p in layers) else "picked, novices among them,"
-    custom = record["form"] == "custom"
+    custom, remote = record["form"] == "custom", record.get("trust_remote_code", False)
+    form = "An ordinary checkpoint: it loads with plain transformers."
+    if custom:
+        form = (
+            "A custom checkpoint: it needs transformers 5 and the class that it brings with it, `modeling_moeopt.py`."
+        )
+    elif remote:
+        form = f"It loads with the code that `{name}` brings, which was copied as it is."
     lines = [
         "---",
         "library_name: transformers",
-        f"tags: [mixture-of-experts, moeopt, pruning{', custom_code' if custom else ''}]",
+        f"tags: [mixture-of-experts, moeopt, pruning{', custom_code' if custom or remote else ''}]",
         "---",
         f"# `{name}`, {n} to {r} experts",
         "",
         f"Each of the {len(layers)} MoE layers of `{name}` {'keeps' if pruned else 'merges its experts into'} "
         f"{r} of {n} experts, {k} {active} per token: {total / 2**20:.1f} MiB of weights, from {original / 2**20:.1f} "
-        "MiB. "
-        + (
-            "A custom checkpoint: it needs transformers 5 and the class that it brings with it, `modeling_moeopt.py`."
-            if custom
-            else "An ordinary checkpoint: it loads with plain transformers."
-        ),
+        f"MiB. {form}",
     ]
     if custom:
+        lines += ["", f"Why not an ordinary one: {record['why_custom']}."]
+    if custom or remote:
         lines += [
-            "",
-            f"Why not an ordinary one: {record['why_custom']}.",
             "",
             "```python",
             f"from transformers import {auto_class}",

@@ -39,7 +39,8 @@ def chosen_form(plan: Plan, source: Path, form: Form = "auto") -> tuple[Literal[
     """Which form the plan of a checkpoint takes, and why it is not stock, if it is not.
 
     Raises:
-        ExportError: when it is to be stock and cannot, or the checkpoint is quantised and cannot be so under the plan.
+        ExportError: when it is to be stock and cannot, or neither form can hold it: the checkpoint brings code of its
+            own, or is quantised and cannot be so under the plan.
     """
     reason = why_not_stock(plan) or why_not_renormalised(plan, source)
     if form == "stock" and reason is not None:
@@ -47,7 +48,13 @@ def chosen_form(plan: Plan, source: Path, form: Form = "auto") -> tuple[Literal[
     if form == "custom" and reason is None:
         reason = "it was asked for"
     chosen: Literal["stock", "custom"] = "stock" if reason is None else "custom"
-    refused = why_not_quantised(plan, read_config(source), chosen)
+    config = read_config(source)
+    if chosen == "custom" and "auto_map" in config:
+        raise ExportError(
+            f"{str(source)!r} comes with code of its own, and moeopt has no custom form for such a model, which this "
+            f"plan needs: {reason}. moeopt.exporting.project, or --project stock, finds the nearest plan of stock form"
+        )
+    refused = why_not_quantised(plan, config, chosen)
     if refused is not None:
         raise ExportError(f"{str(source)!r}: {refused}")
     return chosen, reason
@@ -105,10 +112,14 @@ def keys_of(config: dict[str, Any], experts: int, source: Path) -> tuple[list[st
     return expert_keys, [key for key in ACTIVE_KEYS if key in config]
 
 
-def stock_config(source: Path, plan: Plan) -> dict[str, Any]:
-    """The checkpoint's config with r and k in place of n and its k, readable by transformers 4 and 5 and by servers."""
+def stock_config(source: Path, plan: Plan, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The checkpoint's config with r and k in place of n and its k, readable by transformers 4 and 5 and by servers.
+
+    What names the code that comes with the checkpoint stays only where that is trusted.
+    """
     config = read_config(source)
-    config.pop("auto_map", None)  # transformers' own class, which export reads the checkpoint with, needs no other code
+    if not trust_remote_code:
+        config.pop("auto_map", None)  # transformers' own class, which export then reads the checkpoint with, needs none
     layer = plan.layers[0]
     text = config.get("text_config", config)
     experts, active = keys_of(text, layer.experts, source)

@@ -43,13 +43,16 @@ def best_stock_trial(study: optuna.Study) -> FrozenTrial:
     raise ExportError(f"study {study.study_name!r} has no completed trial that a stock checkpoint can express")
 
 
-def check_model(model: PreTrainedModel | str | Path, study: optuna.Study) -> None:
+def check_model(model: PreTrainedModel | str | Path, study: optuna.Study, *, trust_remote_code: bool = False) -> None:
     """Raise ExportError unless the study searched this model; of a mere path only the shape is compared."""
     from moeopt.models import check_checkpoint, describe
 
     about = described(study)
     if isinstance(model, (str, Path)):
-        its_shape, shape = check_checkpoint(model).describe(), about["space"]["shape"]
+        its_shape, shape = (
+            check_checkpoint(model, trust_remote_code=trust_remote_code).describe(),
+            about["space"]["shape"],
+        )
         if its_shape != shape:
             raise ExportError(f"{str(model)!r} has {its_shape}, the study searched {shape}")
         return

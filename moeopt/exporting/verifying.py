@@ -131,7 +131,8 @@ def verify(
         new_tokens: of the continuation.
         seed: of the random tokens.
         device_map: where accelerate puts the weights; None: the CPU.
-        trust_remote_code: whether code in the checkpoint may run that is not, byte for byte, what moeopt ships.
+        trust_remote_code: whether code in the checkpoint may run that is not, byte for byte, what moeopt ships, and
+            code that comes with the full model.
 
     Raises:
         ExportError: when the folder is no checkpoint, nothing says which plan or full model it is of, the original is
@@ -146,7 +147,7 @@ def verify(
         _admitted(folder)
     full = locate(source_folder)
     with Source(full) as source, Source(folder) as written:
-        prepared = prepare(source, plan, chosen_form(plan, full, form)[0])
+        prepared = prepare(source, plan, chosen_form(plan, full, form)[0], trust_remote_code=trust_remote_code)
         layout = prepared.layout
         differing = set(layout.tensors.keys() ^ written.tensors.keys())
         for name in layout.tensors.keys() & written.tensors.keys():
@@ -157,13 +158,16 @@ def verify(
             if name not in differing and written.read_bytes(name, at, len(piece)) != bytes(piece):
                 differing.add(name)
         wrong = [*_changed(prepared.config, read_config(full), config), *disagreeing(config, written.tensors)]
+        if prepared.needs_trust:
+            code = [name for name in prepared.files if name.endswith(".py")]
+            wrong += [f"{name} is not the original's" for name in code if not _same(full / name, folder / name)]
     stored_as = StoredQuantised.read(full)
     compared = Verification(
         form, len(layout.tensors), tuple(sorted(differing)), config=tuple(wrong), remarks=tuple(prepared.unread.lines())
     )
     stored = max((torch.finfo(kind).eps for kind in layout.merged_dtypes), default=0.0)
     try:
-        expected = _expected(full, plan, texts, sequences, length, new_tokens, seed, device_map)
+        expected = _expected(full, plan, texts, sequences, length, new_tokens, seed, device_map, trust_remote_code)
     except ModelError as error:
         if stored_as.method is None:
             raise
@@ -243,6 +247,10 @@ def _settings(folder: Path, place: Path) -> tuple[Path, bool]:
     return place, _admitted(place).is_custom
 
 
+def _same(file: Path, other: Path) -> bool:
+    return other.is_file() and file.read_bytes() == other.read_bytes()
+
+
 def _changed(config: dict[str, Any], original: dict[str, Any], written: dict[str, Any]) -> list[str]:
     """Where a config.json does not say of experts and of multi-token prediction what export changes there."""
     complaints = []
@@ -266,9 +274,10 @@ def _expected(
     new_tokens: int,
     seed: int,
     device_map: str | None,
+    trust_remote_code: bool,
 ) -> _Expected:
-    tokenizer: Any = load_tokenizer(full) if texts else None
-    model = load_model(full, device_map=device_map)
+    tokenizer: Any = load_tokenizer(full, trust_remote_code=trust_remote_code) if texts else None
+    model = load_model(full, device_map=device_map, trust_remote_code=trust_remote_code)
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(config.vocab_size)

@@ -139,6 +139,8 @@ def has_custom_form(model: nn.Module) -> bool:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None or model_type.startswith(CUSTOM):
         return True  # no checkpoint's, or exported so
+    if type(model).__module__.startswith("transformers_modules."):
+        return False  # its class is trusted code that came with the checkpoint
     try:
         return bool(auto_map(model_type))
     except ModelError:

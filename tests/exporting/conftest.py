@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,11 @@ def full(make_mixtral: Any, tiny_tokenizer: Any, tmp_path: Path) -> Any:
 def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers copies a checkpoint's code into its cache; tests have one of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)  # before those of other modules' tests, for what files import of each other
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            patch.delitem(sys.modules, name)
         yield
 
 

@@ -39,6 +39,7 @@ def run_worker(
     sampler: str | BaseSampler | None = None,
     pruner: BasePruner | None = None,
     callbacks: Iterable[Callback] = (),
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> optuna.Study:
     """Join a study that `create_study` made, and run trials until it holds all that are wanted.
@@ -59,6 +60,7 @@ def run_worker(
         task: what the search was given, where the study cannot hold it (a task that is code of its own).
         sampler, pruner: likewise (an object of Optuna's, code of your own).
         callbacks: of `study.optimize`.
+        trust_remote_code: whether code that comes with the checkpoint may run; a study never says so.
         options: for `moeopt.load`.
 
     Returns:
@@ -97,7 +99,7 @@ def run_worker(
             f"study {study_name!r} does not say where its model is ({recipe.missing.get('model')}): give the checkpoint"
         )
     about = described(study)
-    shape = check_checkpoint(source)
+    shape = check_checkpoint(source, trust_remote_code=trust_remote_code)
     of_study = about["space"]["shape"]
     searched = ModelShape(**{key: of_study[key] for key in shape.describe() if key in of_study})
     experts = (about.get("evaluation") or {}).get("experts")
@@ -111,12 +113,13 @@ def run_worker(
     study.sampler = sampler
     study.pruner = pruner = recipes.pruner_of(recipe) if pruner is None else pruner
     chosen = recipes.task_of(recipe) if task is None else task
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     chosen.check(tokenizer)
     if experts in EXPERTS:
         options.setdefault("experts_implementation", experts)
     placed = local_device() if device_map == "auto" else None
-    loaded, tokenizer = load(source, device_map=placed or device_map, dtype=dtype or recipe.dtype, **options)
+    options |= {"dtype": dtype or recipe.dtype, "trust_remote_code": trust_remote_code}
+    loaded, tokenizer = load(source, device_map=placed or device_map, **options)
     try:
         objective = Objective(loaded, tokenizer, chosen, space, **recipes.arguments(recipe))
     except (TypeError, ValueError) as error:
