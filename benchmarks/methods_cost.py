@@ -19,10 +19,11 @@ SmolMoE (30 layers, 8 experts, top-2, bf16), 1,536 tokens of Python text, one th
 | output_fit (likewise) | 3.60 | 3.32 |
 | brute force (70 and 28 sets) | 49.4 | 20.9 |
 
-With many experts (random weights, hidden size 32, top-8, half of the experts kept, 4k tokens, CPU seconds of one thread,
-model included): naee 169 at 48 layers of 128 experts, in 1.0 GB, where it had not ended after 900 s; at 2 layers of 128,
-output_fit 9, ream 2, loss_aware 69 (7 ways of adding up, each searched); at 2 layers of 256, naee 23, output_fit 31. On
-FineMoE (32 experts, r = 16 and 8) naee's sets are those that all swaps give, in a fifth of the time.
+With many experts (random weights, hidden size 32, top-8, half of the experts kept, 4k tokens, CPU seconds of one
+thread, model included): naee 169 at 48 layers of 128 experts, in 1.0 GB, where it had not ended after 900 s; at 2
+layers of 128, output_fit 9, ream 2, loss_aware 69 (7 ways of adding up, each searched); at 2 layers of 256, naee 23,
+output_fit 31. On FineMoE (32 experts, r = 16 and 8) naee's sets are those that all swaps give, in a fifth of the
+time.
 
 The goal of 3 is met at r = 4, and at r = 6, where naee does the same work, within what repeats differ by.
 """
