@@ -18,7 +18,6 @@ from moeopt.samplers.racing import NOISE_FLOOR, RacingPruner
 from moeopt.spaces.serving import check_servers, demands
 from moeopt.study import recipe
 from moeopt.study.checks import check_objective, description_of
-from moeopt.study.needs import needs_of
 from moeopt.study.opening import check_name, find
 from moeopt.study.reclaiming import reclaim
 from moeopt.study.storage import check_storage, is_new, open_storage, readable_errors
@@ -110,13 +109,18 @@ def create_study(
                 raise _taken(study_name)
             chosen.adopt_seed(existing)
     description = description_of(objective, chosen, racer)
+    evaluates = hasattr(objective, "evaluator")  # an objective of the user's own may score a space without a model
     if existing is not None:
         with readable_errors(storage):
             check_same(existing, description)
-            objective.go_on_as(existing, BATCH_TOKENS)
+            if evaluates:
+                objective.go_on_as(existing, BATCH_TOKENS)
     existing_attrs = [] if existing is None else [trial.user_attrs for trial in existing.get_trials(deepcopy=False)]
-    by_name = [name for name, start in starts if name is not None and start is None]
-    needs_of(objective, warm_starts=by_name, storage=storage).check()
+    if evaluates:
+        from moeopt.study.needs import needs_of
+
+        by_name = [name for name, start in starts if name is not None and start is None]
+        needs_of(objective, warm_starts=by_name, storage=storage).check()
     planned = calibrated(starts, objective, existing_attrs, optional=warm_starts == AUTO)
     if opened is None and isinstance(storage, str):
         opened = open_storage(storage)
