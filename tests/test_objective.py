@@ -656,3 +656,15 @@ def test_a_limit_of_text_counts_windows(make: Any) -> None:
     assert said(make, task, limit=3) == []
     (message,) = said(make, task, limit=50)
     assert "but the search split of task 't' gives 3 windows (it has search 1, dev 1 and test 1 documents)" in message
+
+
+def test_plans_that_run_and_do_not_export_are_warned_of(make: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family whose mapped probabilities moeopt has no class for."""
+    monkeypatch.setattr("moeopt.models.layers.has_custom_form", lambda model: False)
+    assert moeopt.EEPSpace.of(model, keep=4).router == "logit"
+    with pytest.warns(UserWarning, match="maps probabilities, .* only prunings export; with router='logit' or 'rows'"):
+        make(space=moeopt.EEPSpace.of(model, keep=4, router="prob"))
+    for space in (moeopt.EEPSpace.of(model, keep=4), moeopt.PruneSpace.of(model, keep=4)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*maps probabilities")
+            make(space=space)

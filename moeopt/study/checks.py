@@ -39,8 +39,12 @@ def check_objective(objective: object) -> None:
 
 
 def check_space(space: Any, model: nn.Module) -> None:
-    """Raise SpaceError unless this is a space for models of this shape, whose plans the model takes."""
+    """Raise SpaceError unless this is a space for models of this shape, whose plans the model takes.
+
+    Warns where plans run on the model, and moeopt could not export them.
+    """
     from moeopt.models import check_takes, shape_of
+    from moeopt.models.layers import has_custom_form
 
     if not isinstance(space, Space):
         raise SpaceError(f"space must be one of moeopt's, such as moeopt.EEPSpace.of(model, keep=4), got {got(space)}")
@@ -54,6 +58,12 @@ def check_space(space: Any, model: nn.Module) -> None:
             merges = "prune" in space.phases and any(layer.makes_experts for layer in plan.layers)
             why = f"{error}; PruneSpace searches prunings" if merges else str(error)
             raise SpaceError(f"{type(space).__name__} has plans that the model does not take: {why}") from error
+    if "merge" in space.phases and space.router == "prob" and not has_custom_form(model):
+        warnings.warn(
+            f"{type(space).__name__} maps probabilities, which needs a class that moeopt has none of for "
+            f"{type(model).__name__}: of its plans only prunings export; with router='logit' or 'rows' all do",
+            stacklevel=3,
+        )
 
 
 def check_options(*, rungs: Any, report: Any, active_weight: Any, guide: Any) -> None:
