@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.filesize import decimal
 from rich.table import Table
 
 from moeopt.report.tables import table
-from moeopt.study.needs import Needs
+
+if TYPE_CHECKING:
+    from moeopt.study.needs import Needs
 
 
 def needs_table(needs: Needs) -> Table:
