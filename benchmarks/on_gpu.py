@@ -36,6 +36,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,7 @@ class Bench:
         task = GenerationTask("letters", search=rows, max_new_tokens=length)
         evaluator = Evaluator(self.model, self.tokenizer, task, batch_tokens=self.evaluator.batch_tokens)
         for case, made_plan in (("generation, bare", None), ("generation, one-hot", self.one_hot())):
-            self._case(case, lambda made_plan=made_plan: evaluator.generate(made_plan), tokens=16 * length)
+            self._case(case, partial(evaluator.generate, made_plan), tokens=16 * length)
 
     def one_hot(self) -> Plan:
         n, keep = self.shape.experts, max(self.shape.k, self.shape.experts // 2)
