@@ -287,10 +287,12 @@ def made(name: str, device: Device, small: bool) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=device.dtype).eval()
 
-    one, two = (sum(p.nbytes for p in empty(layers).parameters()) for layers in (1, 2))
-    fitting = int((FILLED * free_bytes(device.device) - (2 * one - two)) // (two - one))
+    with_one, with_two = (sum(p.nbytes for p in empty(layers).parameters()) for layers in (1, 2))
+    fitting = int((FILLED * free_bytes(device.device) - (2 * with_one - with_two)) // (with_two - with_one))
     if fitting < 2:
-        raise SystemExit(f"not even two layers of {name}, {two / 1e9:.1f} GB, fit into {FILLED:.0%} of free memory")
+        raise SystemExit(
+            f"not even two layers of {name}, {with_two / 1e9:.1f} GB, fit into {FILLED:.0%} of free memory"
+        )
     model = empty(min(settings["num_hidden_layers"], fitting))
     rotary = type(model.model.rotary_emb)
     model.to_empty(device=device.device)

@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(merging, monkeypatch,
 
 def test_merged_experts_that_fill_memory_are_made_anew(merging, monkeypatch):
     whole = by_name(merging)["merged experts"].bytes
-    monkeypatch.setattr(needs, "free_bytes", lambda device: whole + 1)
+    monkeypatch.setattr(passes, "free_bytes", lambda device: whole + 1)
     row = by_name(merging)["merged experts"]
     assert row.bytes * len(merging.evaluator.passes.moe) == whole
     assert "scratch" in row.how

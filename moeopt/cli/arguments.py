@@ -33,8 +33,8 @@ def quick_shape(model: str, *, trust_remote_code: bool = False) -> ModelShape | 
     if not re.search(r"expert|moe|mixtral", json.dumps(config), re.IGNORECASE):
         raise ModelError(f"{model!r} is a dense model: its config.json names no experts")
     numbers: list[Any] = [config.get(key) for key in ("num_hidden_layers", "num_local_experts", "num_experts_per_tok")]
-    own = trust_remote_code and "auto_map" in config
-    if own or config.get("model_type") != "mixtral" or not all(isinstance(value, int) for value in numbers):
+    brings_code = trust_remote_code and "auto_map" in config
+    if brings_code or config.get("model_type") != "mixtral" or not all(isinstance(value, int) for value in numbers):
         return None
     return ModelShape(*numbers)
 

@@ -207,7 +207,7 @@ class Passes:
             if plan is None:
                 yield self.stock
                 return
-            with patched(self.model, plan, merged_weights=self._where_merged(plan), cache=self.cache) as state:
+            with patched(self.model, plan, merged_weights=self.where_merged(plan), cache=self.cache) as state:
                 yield partial(getattr, state, "active")
 
     def stock(self) -> tuple[float, ...]:
@@ -265,7 +265,8 @@ class Passes:
         finally:
             teacher.seconds += time.perf_counter() - started
 
-    def _where_merged(self, plan: Plan) -> MergedWeights:
+    def where_merged(self, plan: Plan) -> MergedWeights:
+        """Where a plan's merged experts live now: as asked, or in scratch if they took over half of the free memory."""
         if self.merged_weights != "auto" or not any(layer.makes_experts for layer in plan.layers):
             return self.merged_weights
         needed = merged_bytes(self.moe, plan) - self.cache.nbytes

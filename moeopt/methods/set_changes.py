@@ -12,10 +12,11 @@ from torch import Tensor
 
 from moeopt.methods.base import Budget
 from moeopt.methods.kept_sets import MOST_SETS, KeptSet, descended, eliminated, kept_sets, masks
-from moeopt.methods.layer_activations import TINY, LayerActivations
+from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.naee import MOST_RANKED, by_rank
 from moeopt.methods.output_errors import AT_ONCE
 from moeopt.methods.statistics import Array
+from moeopt.methods.toggling import Toggling
 
 SKETCHES = 8
 """Random directions a token that squared norms are estimated by; errors cancel over tokens."""
@@ -79,41 +80,22 @@ class Toggles(Sums):
         sets = [tuple(sorted({*base} ^ {e})) for e in experts]
         # What a set of which fewer remain than run would do is that of all that remain.
         super().__init__(sets, min(active, len(sets[0])), now, k, n)
-        self.experts, self._base = torch.tensor(experts), masks([base], n)[0]
-        self.taken_out, self.size = len(sets[0]) < len(base), len(base)
+        self.base, self.experts = base, torch.tensor(experts)
 
     def values(self, acts: LayerActivations, products: Tensor, part: slice) -> Tensor:
-        softmax = acts.rule.score != "sigmoid"
         # an order of choice that changes with the set, as probabilities are over it, or groups are chosen by it
-        if (softmax and acts.correction is not None) or acts.rule.groups > 1:
+        if (acts.rule.score != "sigmoid" and acts.correction is not None) or acts.rule.groups > 1:
             return super().values(acts, products, part)
-        base, experts = self._base.to(products.device), self.experts[part].to(products.device)
-        scores = acts.probabilities
-        choice = scores if acts.correction is None else scores + acts.correction
-        whole = (scores * base).sum(-1, keepdim=True).clamp_min(TINY) if softmax else torch.ones_like(scores[:, :1])
-        scores = scores / whole
-        ranked = choice.masked_fill(~base, -torch.inf)
-        picks = ranked.topk(self.active + 1 if self.taken_out else min(self.active, self.size)).indices
-        picked = scores.gather(1, picks)
+        experts = self.experts[part].to(products.device)
+        toggling = Toggling(acts, self.base, experts, self.active)
+        picks, picked = toggling.picks, toggling.scores
         parts = picked[..., None] * products.gather(1, picks[..., None].expand(-1, -1, products.shape[2]))
         # Scores and products of the picks but each one: sums, as differences would cancel where one outweighs all.
         others = 1 - torch.eye(picks.shape[1], device=products.device)
         totals, sums = picked @ others, torch.einsum("tim,ij->tjm", parts, others)
-        toggled, toggled_sums = scores[:, experts], scores[:, experts, None] * products[:, experts]
-        if self.taken_out:  # one of the picks, or else the last of them, which is one too many
-            places = torch.arange(picks.shape[1], device=products.device).expand_as(picks)
-            place = torch.full(scores.shape, picks.shape[1] - 1, device=products.device).scatter(1, picks, places)
-            place = place[:, experts]
-            total, summed = totals.gather(1, place), sums.gather(1, place[..., None].expand(-1, -1, sums.shape[2]))
-        elif self.active > self.size:
-            total, summed = picked.sum(1, keepdim=True) + toggled, parts.sum(1, keepdim=True) + toggled_sums
-        else:
-            enters = choice[:, experts] > ranked.gather(1, picks[:, -1:])
-            total = torch.where(enters, totals[:, -1:] + toggled, picked.sum(1, keepdim=True))
-            summed = torch.where(enters[..., None], sums[:, -1:] + toggled_sums, parts.sum(1, keepdim=True))
-        if softmax:  # over what is left
-            share = 1 / (1 - toggled if self.taken_out else 1 + toggled).clamp_min(TINY)
-            total, summed = total * share, summed * share[..., None]
+        total = toggling.summed(picked.sum(1, keepdim=True), totals, toggling.toggled) * toggling.share
+        added = toggling.toggled[..., None] * products[:, experts]
+        summed = toggling.summed(parts.sum(1, keepdim=True), sums, added) * toggling.share[..., None]
         return summed * acts.factor(total)[..., None]
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moeopt.methods.base import Budget, CalibrationSize
 from moeopt.methods.kept_sets import Array, KeptSet, descended, eliminated, masks
-from moeopt.methods.layer_activations import TINY, LayerActivations
+from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.output_errors import AT_ONCE, BATCH, Problem, Sums
 from moeopt.methods.statistics import Statistic
+from moeopt.methods.toggling import Toggling
 
 MOST_BYTES = 1 << 30
 """Bytes of Gram matrices that are held of a layer; beyond, those of every so many tokens."""
@@ -116,47 +117,32 @@ class TokenGrams(Statistic):
 
 def _toggled(problem: Problem, base: KeptSet, experts: KeptSet, active: int) -> Tensor:
     """Squared errors of every token, float64 (tokens, experts), as `TokenGrams.toggled`."""
-    acts, device = problem.acts, problem.grams.device
-    inside, toggled = masks([base], acts.layer.n)[0].to(device), torch.tensor(experts, device=device)
-    softmax, scores = acts.rule.score != "sigmoid", acts.probabilities.double()
-    whole = (scores * inside).sum(-1, keepdim=True).clamp_min(TINY) if softmax else torch.ones_like(scores[:, :1])
-    choice = scores / whole if acts.correction is None else scores / whole + acts.correction
-    ranked = choice.masked_fill(~inside, -torch.inf)
-    taken_out = experts[0] in base
-    # Of those that run, and one more where one is taken out: scores s, <f, y> and <f, sum of s f>.
-    picks = ranked.topk(min(active + taken_out, len(base))).indices
-    s, cross = scores.gather(1, picks), problem.cross.gather(1, picks)
-    pairs = picks[:, :, None] * problem.grams.shape[1] + picks[:, None]
-    inner = problem.grams.flatten(1).gather(1, pairs.flatten(1)).view(pairs.shape).double()
-    along = (inner @ s[..., None])[..., 0]
-    # Sums over the picks but each one: of s, of s <f, y>, and the squared norm of the sum of s f.
-    total, linear = s.sum(1, keepdim=True), (s * cross).sum(1, keepdim=True)
+    grams, toggled = problem.grams, torch.tensor(experts, device=problem.grams.device)
+    toggling = Toggling(problem.acts, base, toggled, active, torch.float64)
+    picks, s, entering = toggling.picks, toggling.scores, toggling.toggled
+
+    def inner(rows: Tensor, columns: Tensor) -> Tensor:
+        """<f_row, f_column> of every token, (tokens, rows, columns); its arguments are (tokens, ...) or (...)."""
+        pairs = rows[..., :, None] * grams.shape[1] + columns[..., None, :]
+        return grams.flatten(1).gather(1, pairs.flatten(1)).view(pairs.shape).double()
+
+    cross, norms = problem.cross, grams.diagonal(dim1=1, dim2=2).double()
+    linear, among = s * cross.gather(1, picks), inner(picks, picks)
+    along = (among @ s[..., None])[..., 0]
     quadratic = (s * along).sum(1, keepdim=True)
-    norms = inner.diagonal(dim1=1, dim2=2)
-    totals, linears = total - s, linear - s * cross
-    quadratics = quadratic - 2 * s * along + s**2 * norms
-    if taken_out:  # one of the picks, or else the last of them, which is one too many
-        places = torch.arange(picks.shape[1], device=device).expand_as(picks)
-        place = torch.full(scores.shape, picks.shape[1] - 1, device=device).scatter(1, picks, places)[:, toggled]
-        total, linear, quadratic = (sums.gather(1, place) for sums in (totals, linears, quadratics))
-        left = whole - scores[:, toggled]
-    else:
-        entering = scores[:, toggled]
-        stay = picks if active > len(base) else picks[:, :-1]  # beside one that enters
-        to_stay = toggled[:, None] * problem.grams.shape[1] + stay[:, None]
-        beside = problem.grams.flatten(1).gather(1, to_stay.flatten(1)).view(to_stay.shape).double()
-        beside = (beside @ s[:, : stay.shape[1], None])[..., 0]
-        if active > len(base):
-            before, enters = (total, linear, quadratic), torch.ones_like(entering, dtype=torch.bool)
-        else:
-            before = totals[:, -1:], linears[:, -1:], quadratics[:, -1:]
-            enters = choice[:, toggled] > ranked.gather(1, picks[:, -1:])
-        size = problem.grams.diagonal(dim1=1, dim2=2)[:, toggled].double()
-        added = entering, entering * problem.cross[:, toggled], 2 * entering * beside + entering**2 * size
-        total, linear, quadratic = (
-            torch.where(enters, rest + more, now) for rest, more, now in zip(before, added, (total, linear, quadratic))
-        )
-        left = whole + entering
-    share = 1 / left.clamp_min(TINY) if softmax else torch.ones_like(left)
-    weight = share * acts.factor(total * share)
+    beside = torch.zeros_like(entering)
+    if not toggling.takes_out:  # else nothing comes to stand beside the picks that stay
+        beside = (inner(toggled, toggling.stay) @ s[:, : toggling.stay.shape[1], None])[..., 0]
+    # Over the picks, and over those but each one: sums of s, of s <f, y>, and the squared norm of the sum of s f.
+    sums = [
+        (s.sum(1, keepdim=True), s.sum(1, keepdim=True) - s, entering),
+        (linear.sum(1, keepdim=True), linear.sum(1, keepdim=True) - linear, entering * cross[:, toggled]),
+        (
+            quadratic,
+            quadratic - 2 * s * along + s**2 * among.diagonal(dim1=1, dim2=2),
+            2 * entering * beside + entering**2 * norms[:, toggled],
+        ),
+    ]
+    total, linear, quadratic = (toggling.summed(*parts) for parts in sums)
+    weight = toggling.share * problem.acts.factor(total * toggling.share)
     return (problem.norms[:, None] - 2 * weight * linear + weight**2 * quadratic).clamp_min(0)

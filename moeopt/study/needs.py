@@ -6,13 +6,10 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from moeopt.errors import StudyError
 from moeopt.evaluation.memory import free_bytes, merged_bytes
@@ -20,6 +17,7 @@ from moeopt.evaluation.runners import LayerMajor, hidden_dtype
 from moeopt.methods.base import Budget, CalibrationSize
 from moeopt.models.layerwise import input_device
 from moeopt.plan import Plan
+from moeopt.study.storage.opening import sqlite_file
 from moeopt.trials import genome
 
 if TYPE_CHECKING:
@@ -83,6 +81,9 @@ def needs_of(
         n_trials: trials that the study shall hold; None: of each trial.
         warm_starts: names of methods that are calibrated first, on the objective's examples.
         storage: the study's, as for `create_study`; of an SQLite file it is told what its disk has left.
+
+    Raises:
+        StorageError: when `storage` is a string that is no URL.
     """
     evaluator, space = objective.evaluator, objective.space
     model, passes = evaluator.model, evaluator.passes
@@ -100,7 +101,7 @@ def needs_of(
         if prefixes.budget:
             rows.append(Need("reused prefixes", str(prefixes.device or device), prefixes.budget, "prefix_memory"))
     if "merge" in space.phases:
-        rows.append(_merged(objective, free[str(device)], str(device)))
+        rows.append(_merged(objective, str(device)))
     batch_tokens = max(batch.ids.numel() for rung in passes.batches for batch in rung)
     shape = CalibrationSize(evaluator.tokens, batch_tokens, evaluator.layers, hidden, dtype.itemsize)
     budget = Budget(space.shape.experts, space.shape.k, space.keep, space.k)
@@ -114,14 +115,13 @@ def needs_of(
     return Needs(tuple(rows), free if disk is None else {**free, STORAGE: disk})
 
 
-def _merged(objective: Objective, free: int, device: str) -> Need:
+def _merged(objective: Objective, device: str) -> Need:
     """Experts of the plan that merges most, kept or made anew at every pass."""
     passes = objective.evaluator.passes
     largest = max(objective.space.extremes(), key=lambda plan: merged_bytes(passes.moe, plan))
     whole = merged_bytes(passes.moe, largest)
     scratch = max(merged_bytes([layer], Plan((part,))) for layer, part in zip(passes.moe, largest.layers))
-    resident = passes.merged_weights == "resident" or (passes.merged_weights == "auto" and whole <= free // 2)
-    if resident:
+    if passes.where_merged(largest) != "scratch":
         return Need("merged experts", device, whole, "resident, or less with merged_weights='scratch'")
     return Need("merged experts", device, scratch, f"scratch; resident would take {whole / 1e9:.1f} GB")
 
@@ -143,11 +143,5 @@ def _trials(space: Space, examples: int, n_trials: int | None) -> list[Need]:
 
 def _disk(storage: object) -> int | None:
     """Bytes free where an SQLite file is or will be; None for what is no such file."""
-    try:
-        url = make_url(storage) if isinstance(storage, str) else None
-    except ArgumentError:
-        return None
-    if url is None or not url.drivername.startswith("sqlite") or not url.database or url.database == ":memory:":
-        return None
-    folder = Path(url.database).absolute().parent
-    return shutil.disk_usage(folder).free if folder.is_dir() else None
+    file = sqlite_file(storage) if isinstance(storage, str) else None
+    return None if file is None or not file.parent.is_dir() else shutil.disk_usage(file.parent).free

@@ -139,16 +139,27 @@ def in_memory(url: str) -> bool:
     return parsed.get_backend_name() == "sqlite" and (memory or parsed.query.get("mode") == "memory")
 
 
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite database; None for another database, or one in memory.
+
+    Raises:
+        StorageError: when it is no URL.
+    """
+    parsed = _parsed(url)
+    if parsed.get_backend_name() != "sqlite" or in_memory(url):
+        return None
+    return Path(re.sub(r"^file:(//(localhost)?(?=/))?", "", str(parsed.database)))
+
+
 def is_new(url: str) -> bool:
     """Whether a URL names an SQLite file that is not there yet; it is not made, but its folder is checked.
 
     Raises:
         StorageError: when it is no URL, or the folder does not exist or cannot be written.
     """
-    parsed = _parsed(url)
-    if parsed.get_backend_name() != "sqlite" or in_memory(url):
+    file = sqlite_file(url)
+    if file is None:
         return False
-    file = Path(re.sub(r"^file:(//(localhost)?(?=/))?", "", str(parsed.database)))
     if not file.parent.is_dir():
         raise StorageError(f"the folder of {hidden(url)} does not exist: {str(file.parent)!r}")
     if file.exists():
