@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         **options,
     )
 
-    def killed_inside(trial: optuna.Trial) -> float:
+    def killed_inside(trial: optuna.Trial) -> float | tuple[float, ...]:
         if trial.number == args.kill_at:
             race = objective.evaluator.race
 

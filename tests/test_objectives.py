@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from moeopt.errors import StudyError
 from moeopt.statistics import hypervolume
-from moeopt.trials import objectives
+from moeopt.trials import front, objectives
 
 GRIDS = st.integers(1, 4).flatmap(
     lambda m: arrays(np.float64, st.tuples(st.integers(0, 9), st.just(m)), elements=st.integers(0, 5))
@@ -25,7 +25,7 @@ def test_front_is_what_no_other_dominates(at: np.ndarray) -> None:
     def beaten(i: int) -> bool:
         return any((at[j] <= at[i]).all() and ((at[j] < at[i]).any() or j < i) for j in range(len(at)) if j != i)
 
-    chosen = objectives.nondominated(at)
+    chosen = front.nondominated(at)
     assert sorted(chosen) == [i for i in range(len(at)) if not beaten(i)]
     assert [tuple(at[i]) for i in chosen] == sorted(tuple(at[i]) for i in chosen)
 
@@ -48,9 +48,6 @@ def test_front_of_a_study_is_optunas() -> None:
     rng = np.random.default_rng(0)
     for values in rng.integers(0, 20, (60, 2)).tolist():
         study.add_trial(optuna.create_trial(values=values, system_attrs={"constraints:bytes": values[0] - 15.0}))
-    study.set_user_attr("moeopt", {"evaluation": {"objectives": ["loss", "bytes"]}})
-    with pytest.raises(StudyError, match="must be"):
-        objectives.front(study)  # what describes the study is checked
-    trials = objectives.completed(study)
-    front = [trials[i] for i in objectives.nondominated(objectives.points(trials, ("loss", "bytes")))]
-    assert {tuple(t.values) for t in front} == {tuple(t.values) for t in study.best_trials}
+    chosen = front.front(study)
+    assert {tuple(t.values) for t in chosen} == {tuple(t.values) for t in study.best_trials}
+    assert [t.values[0] for t in chosen] == sorted(t.values[0] for t in chosen)

@@ -8,19 +8,23 @@ from moeopt.samplers.guided import GuidedSampler
 from moeopt.samplers.history import Observation
 from moeopt.samplers.local import LocalSampler
 from moeopt.samplers.nevergrad import NevergradSampler
+from moeopt.samplers.optunas import GPSampler, NSGAIIISampler, NSGASampler, TPESampler
 from moeopt.samplers.random import RandomSampler
 from moeopt.samplers.refusing import UnknownSampler
 from moeopt.samplers.registry import SAMPLERS, from_settings, get, operators
-from moeopt.samplers.shadow import ShadowSampler, TPESampler
+from moeopt.samplers.shadow import ShadowSampler
 
 __all__ = [
     "SAMPLERS",
     "BlockCMAESSampler",
     "CMAESSampler",
     "EEPSampler",
+    "GPSampler",
     "GenomeSampler",
     "GuidedSampler",
     "LocalSampler",
+    "NSGAIIISampler",
+    "NSGASampler",
     "NevergradSampler",
     "Observation",
     "Proposal",

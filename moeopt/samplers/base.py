@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 START = "start"
 """Operator of a search's own first trial, its start."""
 
+SEVERAL = "nsgaii, nsgaiii, tpe, gp, random and Optuna's own samplers"
+
 _asking = threading.RLock()
 """Threads of one process ask one after the other, so that each sees what the others already try."""
 
@@ -88,6 +90,7 @@ class GenomeSampler(BaseSampler):
         options: attributes that hold its hyperparameters, JSON values or tuples of them, which settings record.
         operators: what its proposals may bear (`Proposal.operator`), by which trials of another sampler are told from
             its own; empty: anything.
+        several: whether it takes several objectives.
 
     Args:
         space: what to search.
@@ -98,6 +101,7 @@ class GenomeSampler(BaseSampler):
     name: str = ""
     options: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
+    several: bool = False
 
     def __init__(self, space: Space, *, seed: int | None = None, redraw: int = 20) -> None:
         if not isinstance(space, Space):
@@ -141,6 +145,14 @@ class GenomeSampler(BaseSampler):
         """What a search of so many trials leaves out of the sampler; None for nothing."""
         return None
 
+    def check_objectives(self, count: int) -> None:
+        """Raise SamplerError unless it takes so many objectives."""
+        if count > 1 and not self.several:
+            raise SamplerError(
+                f"{self.name or type(self).__name__} optimises one objective, the study has {count}; several are for "
+                f"{SEVERAL}"
+            )
+
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Give a trial its genotype.
 
@@ -160,10 +172,9 @@ class GenomeSampler(BaseSampler):
             self._before_trial(whole, trial)
 
     def _before_trial(self, whole: Study, trial: FrozenTrial) -> None:
-        if len(whole.directions) != 1:
-            raise SamplerError(f"{type(self).__name__} optimises one objective, the study has {len(whole.directions)}")
+        self.check_objectives(len(whole.directions))
         trials = whole.get_trials(deepcopy=False)
-        description.check_trial(trial, whole.study_name)
+        description.check_trial(trial, whole.study_name, len(whole.directions))
         slot = genome.slot(trial, trials)
         recorded = {key: value for key, value in genome.origin(trial).items() if key != "claim"}
         if recorded.get("worker") != process.this_worker():  # the storage did not say so

@@ -26,6 +26,7 @@ save 2% of the examples more, and at a tie break the stated rate where differenc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from scipy.special import ndtr, stdtrit
 
 from moeopt.errors import StudyError
 from moeopt.trials import description, genome
+from moeopt.trials.front import is_feasible
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -92,12 +94,33 @@ class RacingPruner(BasePruner):
         n = 0 if scores is None else scores.shape[1]
         if scores is None or n < self.n_min or trial.last_step != n:
             return False
-        best = incumbent(study, scores, genome.scores_of(trial))
-        if best is None:
-            return False
-        reference = genome.read_scores(best)
-        assert reference is not None
         looks = tuple(sorted(step for step in trial.intermediate_values if self.n_min <= step <= n))
+        return self._beaten(study, trial, incumbent(study, scores, genome.scores_of(trial)), looks)
+
+    def dominated(self, study: Study, trial: FrozenTrial, rungs: Sequence[int], values: Sequence[float | None]) -> bool:
+        """Whether to stop a trial of several objectives: a complete one will surely be better in all of them.
+
+        Optuna lets no trial of several objectives report; the objective asks here instead. Held against is, of the
+        trials that are at least as good in all other objectives, the one of least loss.
+
+        Args:
+            study: it.
+            trial: holds the scores of the examples so far.
+            rungs: rising numbers of examples after which it was asked, or will be.
+            values: of the trial, as the study orders them; None for the loss, which is raced.
+        """
+        scores = genome.read_scores(trial)
+        n = 0 if scores is None else scores.shape[1]
+        if scores is None or n < self.n_min:
+            return False
+        best = incumbent(study, scores, genome.scores_of(trial), values)
+        return self._beaten(study, trial, best, tuple(rung for rung in rungs if self.n_min <= rung <= n))
+
+    def _beaten(self, study: Study, trial: FrozenTrial, best: FrozenTrial | None, looks: tuple[int, ...]) -> bool:
+        scores = genome.read_scores(trial)
+        reference = None if best is None else genome.read_scores(best)
+        if best is None or scores is None or reference is None:
+            return False
         p = critical(looks, reference.shape[1], self.error)[-1]
         worse = lower_bound(scores[0], reference[0], reference[1], p) + penalty(trial) - penalty(best)
         return worse > self._floor(study)
@@ -114,16 +137,31 @@ def penalty(trial: FrozenTrial) -> float:
     return float(head.get(PENALTY, 0.0)) if isinstance(head, dict) else 0.0
 
 
-def incumbent(study: Study, scores: Array | None = None, scores_name: str | None = None) -> FrozenTrial | None:
-    """The complete trial of least value, the earliest of equals, whose scores `genome.read_scores` reads; or None.
+def incumbent(
+    study: Study,
+    scores: Array | None = None,
+    scores_name: str | None = None,
+    values: Sequence[float | None] = (None,),
+) -> FrozenTrial | None:
+    """The complete trial of least loss, the earliest of equals, whose scores `genome.read_scores` reads; or None.
 
-    With the `scores` (3, n) of another trial it must have more examples, the first n of them with the same weights, and
-    their `scores_name` must be its own (`genome.scores_of`).
+    One that breaks a constraint is none.
+
+    Args:
+        study: it.
+        scores: of another trial, (3, n): it must have more examples, the first n of them with the same weights.
+        scores_name: of that trial; its own (`genome.scores_of`) must be the same.
+        values: where the study has several objectives, those of that trial, in their order, None for the loss: in the
+            others it must be at least as good.
     """
+    at = list(values).index(None)
+    others = [(i, value) for i, value in enumerate(values) if value is not None]
+    signs = [-1.0 if each == StudyDirection.MAXIMIZE else 1.0 for each in study.directions]
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    for trial in sorted((t for t in done if t.value is not None), key=lambda t: (t.value, t.number)):
+    able = (t for t in done if t.values and all(signs[i] * t.values[i] <= signs[i] * value for i, value in others))
+    for trial in sorted(able, key=lambda t: (t.values[at], t.number)):
         theirs = genome.read_scores(trial)
-        if theirs is None:
+        if theirs is None or not is_feasible(trial):
             continue
         paired = scores is None or (theirs.shape[1] > scores.shape[1] and _paired(scores, theirs))
         if paired and (scores is None or genome.scores_of(trial) == scores_name):

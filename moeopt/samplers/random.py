@@ -11,6 +11,7 @@ class RandomSampler(GenomeSampler):
 
     name = "random"
     operators = ("random",)
+    several = True
 
     def propose(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         return Proposal(self.space.sample(self.rng(slot, attempt)), "random")

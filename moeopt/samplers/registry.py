@@ -17,8 +17,9 @@ from moeopt.samplers.eep import EEPSampler
 from moeopt.samplers.guided import GUIDED, GuidedSampler
 from moeopt.samplers.local import LocalSampler
 from moeopt.samplers.nevergrad import NevergradSampler
+from moeopt.samplers.optunas import GPSampler, NSGAIIISampler, NSGASampler, TPESampler
 from moeopt.samplers.random import RandomSampler
-from moeopt.samplers.shadow import ShadowSampler, TPESampler
+from moeopt.samplers.shadow import ShadowSampler
 from moeopt.spaces.base import Space
 from moeopt.trials.description import ENQUEUED
 
@@ -37,6 +38,9 @@ SAMPLERS: dict[str, Callable[..., GenomeSampler]] = {
     "local": LocalSampler,
     GUIDED: GuidedSampler,
     "blockcmaes": BlockCMAESSampler,
+    "nsgaii": NSGASampler,
+    "nsgaiii": NSGAIIISampler,
+    "gp": GPSampler,
 }
 """Every sampler that `get` knows by name. ``"nevergrad:DE"`` is short for ``"nevergrad"`` with ``optimizer="DE"``."""
 

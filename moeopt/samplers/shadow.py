@@ -1,10 +1,10 @@
 """Any Optuna or OptunaHub sampler over a genotype of any size, through a shadow study in memory.
 
 The shadow holds, at index i, the trial of slot i: finished and running ones with their decoded numbers as parameters
-and their loss to be minimised, all others as failed. For every proposal a fresh copy of the sampler, seeded by
-(seed, slot, attempt), samples one more trial of it. Small attributes that the sampler sets on that trial and on its
-study (NSGA-II's generation, QMC's place in its sequence) are noted on the real trial, and put back when another process
-builds the shadow anew; a sampler that keeps much more than that is refused.
+and their values, signed so that all are minimised, and constraints; all others as failed. For every proposal a fresh
+copy of the sampler, seeded by (seed, slot, attempt), samples one more trial of it. Small attributes that the sampler
+sets on that trial and on its study (NSGA-II's generation, QMC's place in its sequence) are noted on the real trial, and
+put back when another process builds the shadow anew; a sampler that keeps much more than that is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import copy
 import inspect
 import json
 import uuid
-import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -33,13 +32,12 @@ from moeopt.samplers.history import Observation
 from moeopt.samplers.seeding import reseed
 from moeopt.spaces.base import Space
 from moeopt.trials.genome import Vector
+from moeopt.trials.objectives import PREFIX
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 OPERATOR = "sampled"
-TPE_SLOW, TPE_AT_MOST = 2_048, 50_000
-"""Numbers beyond which `tpe` is warned of, and refused."""
 NOTES_AT_MOST = 16_000
 """Characters of JSON that a sampler may keep per trial."""
 
@@ -59,7 +57,7 @@ class ShadowSampler(StartingSampler):
         SpaceError: when `start` is not of this space.
     """
 
-    name, operators = "optuna", (OPERATOR,)
+    name, operators, several = "optuna", (OPERATOR,), True
 
     def __init__(
         self,
@@ -84,10 +82,15 @@ class ShadowSampler(StartingSampler):
         return super().settings() | {"sampler": describe(self.sampler)}
 
     def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
-        if self._shadow is None or not self._shadow.leads_to(history, slot, attempt):
-            self._shadow = _Shadow(self.space)
+        count = self.history.objectives
+        if (
+            self._shadow is None
+            or self._shadow.objectives != count
+            or not self._shadow.leads_to(history, slot, attempt)
+        ):
+            self._shadow = _Shadow(self.space, count)
         self._shadow.tell(history, slot)
-        running = any(obs.loss is None and not obs.failed for obs in history)
+        running = any(obs.values is None and not obs.failed for obs in history)
         for again in range(self._shadow.asks, attempt + 1):
             sampler = copy.deepcopy(self.sampler if running else self._alone)
             reseed(sampler, int(self.rng(slot, again).integers(1 << 62)))
@@ -95,72 +98,19 @@ class ShadowSampler(StartingSampler):
         return Proposal(x, OPERATOR, notes=notes)
 
 
-class TPESampler(ShadowSampler):
-    """Optuna's tree-structured Parzen estimator (Bergstra et al., 2011).
-
-    It walks all trials once a number: about a millisecond a number and proposal, growing with trials.
-
-    Args:
-        space, seed, redraw, start: as for `ShadowSampler`.
-        n_startup_trials: random trials before the estimator is used.
-        n_ei_candidates: candidates drawn per proposal.
-        multivariate, group, constant_liar: as for `optuna.samplers.TPESampler`.
-
-    Raises:
-        SamplerError: for a space of more than `TPE_AT_MOST` numbers.
-    """
-
-    name = "tpe"
-
-    def __init__(
-        self,
-        space: Space,
-        *,
-        seed: int | None = None,
-        redraw: int = 20,
-        start: Plan | ArrayLike | None = None,
-        n_startup_trials: int = 10,
-        n_ei_candidates: int = 24,
-        multivariate: bool = False,
-        group: bool = False,
-        constant_liar: bool = True,
-    ) -> None:
-        if space.size > TPE_AT_MOST:
-            raise SamplerError(
-                f"tpe would take minutes a trial for {space.size:,} numbers, the most is {TPE_AT_MOST:,}: use 'eep', "
-                "'local', 'guided' or 'sepcmaes', or a PruneSpace, which has a number an expert"
-            )
-        if space.size > TPE_SLOW:
-            warnings.warn(
-                f"tpe takes about {space.size / 1000:.0f} s a trial for {space.size:,} numbers, more with every "
-                "hundred trials; 'eep', 'local', 'guided' and 'sepcmaes' take a fraction of a second",
-                stacklevel=2,
-            )
-        self.estimator = {
-            "n_startup_trials": n_startup_trials, "n_ei_candidates": n_ei_candidates,
-            "multivariate": multivariate, "group": group, "constant_liar": constant_liar,
-        }  # fmt: skip
-        try:
-            sampler = optuna.samplers.TPESampler(**self.estimator)  # type: ignore[arg-type]
-            alone = optuna.samplers.TPESampler(**self.estimator | {"constant_liar": False})  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise SamplerError(f"tpe: {error}") from None
-        super().__init__(space, sampler, seed=seed, redraw=redraw, start=start)
-        self._alone = alone  # the same proposals in less time: no lie is told when no other trial runs
-
-    def settings(self) -> dict[str, Any]:
-        return StartingSampler.settings(self) | self.estimator
-
-
 class _Shadow:
     """The in-memory study: at index i what became of slot i, then the open trial that is being asked for.
+
+    Args:
+        space: of the genotypes.
+        objectives: how many it has.
 
     Attributes:
         asks: how many points the open trial was asked for.
     """
 
-    def __init__(self, space: Space) -> None:
-        self.space = space
+    def __init__(self, space: Space, objectives: int = 1) -> None:
+        self.space, self.objectives = space, objectives
         self.distributions = _Shared(space.distributions())
         self.storage = InMemoryStorage()
         self.asks = 0
@@ -172,7 +122,7 @@ class _Shadow:
         verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
-            self._id = self.storage.create_new_study([StudyDirection.MINIMIZE], self._name)
+            self._id = self.storage.create_new_study([StudyDirection.MINIMIZE] * objectives, self._name)
         finally:
             optuna.logging.set_verbosity(verbosity)
 
@@ -182,7 +132,7 @@ class _Shadow:
         for old, new in zip(self._observations, wanted):
             if old is new:
                 continue
-            settled = old is None or old.loss is not None or old.failed
+            settled = old is None or old.values is not None or old.failed
             if (old is None) != (new is None) or (settled and _facts(old) != _facts(new)):
                 return False
             if old is not None and new is not None and not np.array_equal(old.x, new.x):
@@ -255,10 +205,10 @@ class _Shadow:
             return
         now, state = datetime.now(), _state(obs)
         trial = FrozenTrial(
-            number=-1, trial_id=-1, state=state, value=obs.loss,
+            number=-1, trial_id=-1, state=state, value=None, values=obs.values,
             datetime_start=now, datetime_complete=now if state.is_finished() else None,
             params=_Shared(self._values(obs)), distributions=self.distributions,
-            system_attrs=dict(obs.notes.get("trial", {})) if obs.operator == OPERATOR else {},
+            system_attrs={**_constraints(obs), **(obs.notes.get("trial", {}) if obs.operator == OPERATOR else {})},
             user_attrs={}, intermediate_values={},
         )  # fmt: skip
         self.storage.create_new_trial(self._id, trial)
@@ -271,7 +221,9 @@ class _Shadow:
 
     def _finish(self, trial_id: int, obs: Observation) -> None:
         if _state(obs).is_finished():
-            self.storage.set_trial_state_values(trial_id, _state(obs), None if obs.loss is None else [obs.loss])
+            for key, value in _constraints(obs).items():
+                self.storage.set_trial_system_attr(trial_id, key, value)
+            self.storage.set_trial_state_values(trial_id, _state(obs), obs.values)
 
 
 class _Shared(dict[str, Any]):
@@ -287,13 +239,17 @@ def _by_index(history: list[Observation], slot: int) -> list[Observation | None]
 
 
 def _facts(obs: Observation | None) -> Any:
-    return obs and (obs.fingerprint, obs.operator, obs.loss, obs.failed)
+    return obs and (obs.fingerprint, obs.operator, obs.values, obs.failed)
+
+
+def _constraints(obs: Observation) -> dict[str, float]:
+    return {PREFIX + name: value for name, value in obs.constraints.items()}
 
 
 def _state(obs: Observation) -> TrialState:
     if obs.failed:
         return TrialState.FAIL
-    return TrialState.RUNNING if obs.loss is None else TrialState.COMPLETE
+    return TrialState.RUNNING if obs.values is None else TrialState.COMPLETE
 
 
 def describe(sampler: BaseSampler | BasePruner) -> dict[str, Any]:

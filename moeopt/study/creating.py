@@ -90,6 +90,8 @@ def create_study(
     if storage is not None:
         check_storage(storage)
     chosen = samplers.get(sampler, objective.space, seed=seed, **sampler_options)
+    directions = list(getattr(objective, "directions", ["minimize"]))  # an objective of the user's own has one
+    chosen.check_objectives(len(directions))
     if isinstance(chosen, samplers.GuidedSampler) and not getattr(objective, "guide", 0.0):
         warnings.warn(
             "the sampler 'guided' searches as 'local' does without guides: Objective(guide=0.3)", stacklevel=2
@@ -131,11 +133,13 @@ def create_study(
                 storage=opened,
                 sampler=chosen,
                 pruner=racer,
-                direction="minimize",
+                directions=directions,
                 load_if_exists=load_if_exists,
             )
         except DuplicatedStudyError:
             raise _taken(study_name) from None
+        if len(directions) > 1 and existing is None:
+            study.set_metric_names(list(objective.objectives))
         if DESCRIPTION in study.user_attrs:
             check_same(study, description)  # another process may have made it since
         else:
@@ -174,4 +178,11 @@ def _pruner(pruner: str | BasePruner | None, objective: Objective) -> BasePruner
             f"pruner {pruner if isinstance(pruner, str) else type(pruner).__name__!r} has nothing to prune: the "
             f"objective scores its {objective.evaluator.examples} examples in one rung; give it Objective(rungs=5)"
         )
-    return pruner if isinstance(pruner, BasePruner) else RacingPruner()
+    racer = pruner if isinstance(pruner, BasePruner) else RacingPruner()
+    names = objective.objectives
+    if not objective.goals.races or (len(names) > 1 and not isinstance(racer, RacingPruner)):
+        raise StudyError(
+            f"pruner {type(racer).__name__!r} cannot prune trials of {', '.join(names)}: RacingPruner races the loss, "
+            "beside objectives that are of a plan alone, such as bytes"
+        )
+    return racer

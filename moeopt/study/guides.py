@@ -14,6 +14,7 @@ from moeopt.methods.guiding import Guiding
 from moeopt.plan import Plan
 from moeopt.spaces import Space
 from moeopt.trials import guide
+from moeopt.trials.front import front
 
 if TYPE_CHECKING:
     import optuna
@@ -50,9 +51,9 @@ class Guides:
         if any(trial.state == TrialState.WAITING for trial in trials):
             return {}
         trials = [trial for trial in trials if trial.state.is_finished()]
-        better = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None and t.value <= loss]
-        if better:
-            plan = self._space.decode(self._space.vector(min(better, key=lambda trial: (trial.value, trial.number))))
+        best = next(iter(front(study)), None)  # of several objectives, the best in the first
+        if best is not None and best.values[0] <= loss:
+            plan = self._space.decode(self._space.vector(best))
         cost, guides = self._guiding.layer_tokens, guide.cost(trials)
         guided = (plan.fingerprint, self._scores_name) in {guide.plan_of(trial) for trial in trials}
         if guided or not all(layer.kept is not None for layer in plan.layers):

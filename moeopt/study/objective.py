@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 
 from moeopt.errors import NonFiniteLossError, StudyError, without_storage
 from moeopt.evaluation import Evaluation, Evaluator, NoiseFloor, noise_floor
@@ -18,11 +19,13 @@ from moeopt.samplers import racing
 from moeopt.spaces import Space
 from moeopt.study import recipe
 from moeopt.study.checks import check_options, check_space, warn_of_too_little
+from moeopt.study.goals import Goals
 from moeopt.study.guides import Guides
 from moeopt.study.reference import FullModel, Reference
 from moeopt.study.scores import FINISHED, active_experts, evaluated_before, packed, penalty
 from moeopt.study.storage import attributes
 from moeopt.trials import genome
+from moeopt.trials.objectives import LOSS, PREFIX, Direction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +41,12 @@ BACKENDS = {"attention": "attn", "experts": "experts"}
 
 
 class Objective:
-    """`objective(trial) -> float`: the task loss of the trial's plan; works with any `study.optimize`.
+    """`objective(trial)`: the task loss of the trial's plan, or several numbers of it; works with any `study.optimize`.
+
+    With several `objectives` it gives a tuple, in their order, to studies of as many `directions`
+    (``optuna.create_study(directions=objective.directions)``); `moeopt.create_study` makes such a study. Constraints
+    are Optuna's: numbers by name that are at most 0 where they hold (`FrozenTrial.constraints`), of which every trial
+    is told; samplers prefer what keeps them.
 
     With `active_weight` it is the task loss plus so much for every expert that a token runs in an MoE layer, on
     average: without it, an `ActiveSpace` would be searched for as many active experts as may be.
@@ -76,6 +84,10 @@ class Objective:
         active_weight: what one more active expert per token and layer must gain in loss; at least 0.
         prefix_memory, prefix_device, merged_weights, score, compression: as for `Evaluator`.
         reference: whether a study gets the full model's scores, for one evaluation.
+        objectives: what is optimised, names of `moeopt.trials.objectives`: ``"loss"``, ``"metric"`` (the accuracy),
+            ``"bytes"`` of the exported checkpoint, ``"active"`` experts a token runs, ``"latency"``; of a mixture
+            ``"worst"``, its worst member's loss over the full model's, and ``"loss:NAME"`` and ``"metric:NAME"``.
+        constraints: bounds of any of these, as ``"bytes <= 24GB"`` or ``"metric >= 0.8"``.
         guide: the largest share of the study's layer-tokens that guides may take, the first one aside, where trials
             are counted as if they reused nothing; 0: there are none. After a trial the objective may leave, packed,
             what each expert taken out of the best pruning so far, or back in, would change of the loss
@@ -89,7 +101,8 @@ class Objective:
         SpaceError: when the space is none, or for a model of another shape, or has plans that the model does not take;
             the message says why, and what it takes.
         TaskError, ModelError: as `Evaluator`.
-        StudyError: when `rungs`, `report`, `active_weight` or `guide` is out of range, or guides cannot be made.
+        StudyError: when `rungs`, `report`, `active_weight` or `guide` is out of range, guides cannot be made, or an
+            objective or constraint is none, or not one of this task.
     """
 
     @without_storage
@@ -114,6 +127,8 @@ class Objective:
         compression: Compression | None = None,
         reference: bool = True,
         guide: float = 0.0,
+        objectives: Sequence[str] = (LOSS,),
+        constraints: Sequence[str] = (),
     ) -> None:
         check_parts(model, tokenizer, task)
         check_space(space, model)
@@ -129,6 +144,9 @@ class Objective:
         )  # fmt: skip
         if not task.recorded:
             warn_of_too_little(task, split, limit, self.evaluator.examples)
+        self.goals = Goals(self.evaluator, objectives, constraints, self.active_weight)
+        if self.goals.needs_reference and not reference:
+            raise StudyError("objective 'worst' is relative to the full model: it needs reference=True")
         self._full_model = FullModel(self.evaluator, self.active_weight, wanted=reference)
         self._checked: tuple[Callable[[], optuna.Study | None], object, object] = (lambda: None, None, None)
         self._limits: dict[str, Any] = {"split": split, "limit": limit, "max_length": max_length}
@@ -140,23 +158,37 @@ class Objective:
             self.settings |= {"top_p": compression.top_p, "memory": compression.memory}
         if not reference:
             self.settings["reference"] = False
+        self.settings |= self.goals.settings
         self._measured = batch_tokens is None
         self._guides: Guides | None = None
         if guide:
             self.settings["guide"] = self.guide
             self._guides = Guides(self.evaluator, space, self._full_model.scores_name, self.guide)
 
-    def __call__(self, trial: optuna.trial.BaseTrial) -> float:
-        """The loss of the trial's plan, active experts weighed in, NaN where there is none.
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Their names, in the order of trials' values."""
+        return self.goals.objectives
+
+    @property
+    def directions(self) -> list[Direction]:
+        """Whether each is minimised or maximised, as `optuna.create_study` takes it."""
+        return self.goals.directions
+
+    def __call__(self, trial: optuna.trial.BaseTrial) -> float | tuple[float, ...]:
+        """The loss of the trial's plan, active experts weighed in, or a number for each objective; NaN without one.
 
         Raises:
-            StudyError: when the study maximises, or does not go on as it was made (`check`); the trial has failed, and
-                is run again once the study does.
+            StudyError: when the study has other directions, or does not go on as it was made (`check`); the trial has
+                failed, and is run again once the study does.
             optuna.TrialPruned: when the study's pruner says so.
         """
         study = getattr(trial, "study", None)
-        if study is not None and study.direction.name == "MAXIMIZE":
-            raise StudyError("the objective is a loss: create the study with direction='minimize'")
+        if study is not None and [each.name.lower() for each in study.directions] != self.directions:
+            raise StudyError(
+                f"the objective gives {', '.join(self.objectives)}: create the study with "
+                + (f"directions={self.directions}" if len(self.objectives) > 1 else f"direction={self.directions[0]!r}")
+            )
         if study is not None:
             try:
                 self.check(study)
@@ -199,7 +231,7 @@ class Objective:
             self.settings["batch_tokens"] = batch_tokens
             self.evaluator.passes.repack(batch_tokens)
 
-    def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float:
+    def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float | tuple[float, ...]:
         if study is not None:
             self._full_model.begin(study)
         started = self.evaluator.clock()
@@ -207,6 +239,7 @@ class Objective:
         plan = self.space.decode(x)
         facts = _facts(genome.origin(attributes.frozen_trial(trial)))
         attrs: dict[str, Any] = {}
+        early = self.goals.early(plan)
         evaluation: Evaluation | None = None
         pruned, examples, name = False, self.evaluator.examples, self._full_model.scores_name
         try:
@@ -217,9 +250,8 @@ class Objective:
                 if len(self.evaluator.rungs) > 1:
                     if study is not None and n < examples:
                         attributes.write(study, trial, attrs)  # for the pruner
-                    self._report(trial, evaluation)
                     finished = n == examples or (earlier is not None and len(earlier.losses) == examples)
-                    if not finished and trial.should_prune():
+                    if self._is_beaten(trial, study, evaluation, early, finished):
                         pruned = True
                         break
         except (NonFiniteLossError, RuntimeError, MemoryError) as error:
@@ -228,7 +260,7 @@ class Objective:
                 raise
             attrs = {} if finite else {genome.NOT_FINITE: name}
             self._note(study, trial, attrs, facts | {genome.FAILURE: str(error).partition("\n")[0]})
-            return float("nan")
+            return self.goals.values(dict.fromkeys(self.objectives, float("nan")))
         assert evaluation is not None
         loss = evaluation.loss + penalty(self.active_weight, evaluation)
         facts |= {
@@ -239,14 +271,18 @@ class Objective:
             "layer_tokens": evaluation.layer_tokens,
             "drift": round(self.space.drift(x), 6),
         }
+        reference = self._reference_scores(study) if self.goals.needs_reference and not pruned else None
+        numbers = early if pruned else self.goals.numbers(plan, evaluation, reference)
+        facts |= {name: numbers[name] for name in self.goals.quantities if name in numbers}
+        attrs |= self.goals.broken(numbers)
         if pruned:
-            facts[genome.ESTIMATE] = self._estimate(study, evaluation)
+            facts[genome.ESTIMATE] = self._estimate(study, evaluation, early)
         elif study is not None and self._guides is not None:
             attrs |= self._guides.next(study, plan, loss, facts)
         self._note(study, trial, attrs, facts)
         if pruned:
             raise optuna.TrialPruned
-        return loss
+        return self.goals.values(numbers)
 
     def reference(self, study: optuna.Study) -> Reference:
         """The full model's scores on the objective's examples: those that the study holds, or made here and kept there.
@@ -269,6 +305,33 @@ class Objective:
             return
         for key, value in facts.items():
             trial.set_user_attr(key, value)
+        for key, value in attrs.items():
+            if key.startswith(PREFIX):
+                trial.set_constraint(key.removeprefix(PREFIX), value)
+
+    def _reference_scores(self, study: optuna.Study | None) -> NDArray[np.float32] | None:
+        """The full model's scores, (3, examples)."""
+        return self.evaluator.full_model().scores if study is None else self._full_model.reference(study).scores
+
+    def _is_beaten(
+        self,
+        trial: optuna.trial.BaseTrial,
+        study: optuna.Study | None,
+        evaluation: Evaluation,
+        early: Mapping[str, float],
+        finished: bool,
+    ) -> bool:
+        """Whether a trial is to end here. What there is so far is reported, where Optuna lets a trial report."""
+        if len(self.objectives) == 1:
+            if self.objectives == (LOSS,):
+                self._report(trial, evaluation)
+                return not finished and trial.should_prune()
+            return False
+        pruner = None if study is None else study.pruner
+        if finished or study is None or not isinstance(pruner, racing.RacingPruner) or not self.goals.races:
+            return False
+        values = [early.get(name) for name in self.objectives]
+        return pruner.dominated(study, attributes.frozen_trial(trial), self.evaluator.rungs, values)
 
     def _report(self, trial: optuna.trial.BaseTrial, evaluation: Evaluation) -> None:
         n, rungs = len(evaluation.losses), self.evaluator.rungs
@@ -276,11 +339,19 @@ class Objective:
         losses, weights = evaluation.losses[first:].astype(np.float64), evaluation.weights[first:]
         trial.report(float(np.average(losses, weights=weights)) + penalty(self.active_weight, evaluation), n)
 
-    def _estimate(self, study: optuna.Study | None, evaluation: Evaluation) -> float:
-        best = None if study is None else racing.incumbent(study, evaluation.scores, self._full_model.scores_name)
+    def _estimate(
+        self, study: optuna.Study | None, evaluation: Evaluation, early: Mapping[str, float]
+    ) -> float | list[float]:
+        """What a pruned trial would give over all examples."""
+        values = [early.get(name) for name in self.objectives]
+        best = None
+        if study is not None:
+            best = racing.incumbent(study, evaluation.scores, self._full_model.scores_name, values)
         reference = None if best is None else genome.read_scores(best)
         loss = evaluation.loss if reference is None else racing.honest_estimate(evaluation.scores, reference)
-        return loss + penalty(self.active_weight, evaluation)
+        loss += penalty(self.active_weight, evaluation)
+        estimates = [loss if value is None else value for value in values]
+        return estimates if len(estimates) > 1 else loss
 
     def noise_floor(self) -> NoiseFloor:
         """How much the full model's loss on the first rung moves with experts backend and batch size.
@@ -308,7 +379,14 @@ class Objective:
             "model": describe(self.model),
             "task": {**self.task.describe(), **self._limits},
             "space": self.space.describe(),
-            "evaluation": {"rungs": list(self.evaluator.rungs), "report": self.report, **backends, **score, **weight},
+            "evaluation": {
+                "rungs": list(self.evaluator.rungs),
+                "report": self.report,
+                **backends,
+                **score,
+                **weight,
+                **self.goals.describe(),
+            },
         }
 
 

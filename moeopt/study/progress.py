@@ -5,7 +5,9 @@ from __future__ import annotations
 import optuna
 from optuna.trial import FrozenTrial
 
+from moeopt.errors import StudyError
 from moeopt.trials import genome
+from moeopt.trials.front import front
 
 
 def finished(study: optuna.Study) -> int:
@@ -15,13 +17,27 @@ def finished(study: optuna.Study) -> int:
 
 
 def stalled(study: optuna.Study) -> int:
-    """Finished trials since the best one."""
+    """Finished trials since the best one; of several objectives, since the front last changed."""
     done = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    best = best_trial(study)
-    return len(done) if best is None else sum(t.number > best.number for t in done)
+    last = max((t.number for t in best_trials(study)), default=-1)
+    return sum(t.number > last for t in done)
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The completed trial of least loss, the first of equals."""
-    done = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE" and t.value is not None]
-    return min(done, key=lambda t: (t.value, t.number), default=None)
+    """The completed trial that is best in the study's one objective, the first of equals, and keeps its constraints.
+
+    Raises:
+        StudyError: when the study has several objectives, of which no trial is the best.
+    """
+    count = len(study.directions)
+    if count > 1:
+        raise StudyError(
+            f"study {study.study_name!r} has {count} objectives and no best trial: choose one of its front (moeopt "
+            "front, study.best_trials) by number"
+        )
+    return next(iter(front(study)), None)
+
+
+def best_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The best trial, or, of several objectives, all trials of the front; none as long as there is none."""
+    return front(study)

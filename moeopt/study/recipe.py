@@ -50,6 +50,7 @@ SETTINGS: dict[str, Any] = {
     "active_weight": Maybe(_at_most(1e9, int, float)), "prefix_memory": Maybe(_at_most(1 << 44, int)),
     "score": Maybe(TEXT), "top_p": Maybe(_at_most(1, int, float)), "memory": Maybe(_at_most(1 << 44, int)),
     "reference": Maybe(FLAG), "guide": Maybe(_at_most(1, int, float)),
+    "objectives": Maybe([TEXT]), "constraints": Maybe([TEXT]),
 }  # fmt: skip
 """Settings of an objective that a recipe holds."""
 FORM = {

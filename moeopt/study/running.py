@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +28,13 @@ from moeopt.study.storage.failures import NoSlotLeft, SetBack, StudyIsGone
 
 SHORTEST_LOOK, LONGEST_LOOK = 0.05, 1.0
 """Seconds between two looks for a trial to start, while others run elsewhere."""
+Goal = Callable[[optuna.Trial], "float | Sequence[float]"]
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 
 def optimize(
     study: optuna.Study,
-    objective: Callable[[optuna.Trial], float],
+    objective: Goal,
     *,
     n_trials: int | None = None,
     timeout: float | None = None,
@@ -144,21 +145,22 @@ def check_limits(n_trials: Any = None, timeout: Any = None, patience: Any = None
         raise StudyError(f"timeout must be a number of seconds of at least 0, got {timeout!r}")
 
 
-def _on_disk_first(study: optuna.Study, objective: Callable[[optuna.Trial], float]) -> Callable[[optuna.Trial], float]:
+def _on_disk_first(study: optuna.Study, objective: Goal) -> Goal:
     """The objective; what it gives is on this host's disk before Optuna tells the storage, which may be away."""
     team = attributes.team(study)
     if team is None:
         return objective
     storage = team.storage
 
-    def evaluated(trial: optuna.Trial) -> float:
+    def evaluated(trial: optuna.Trial) -> float | Sequence[float]:
         try:
             value = objective(trial)
         except optuna.TrialPruned:
             storage.hold(attributes.key(trial), TrialState.PRUNED)
             raise
-        if isinstance(value, numbers.Real) and not math.isnan(value):
-            storage.hold(attributes.key(trial), TrialState.COMPLETE, [float(value)])
+        values: Sequence[Any] = value if isinstance(value, (tuple, list)) else [value]
+        if all(isinstance(each, numbers.Real) and not math.isnan(each) for each in values):
+            storage.hold(attributes.key(trial), TrialState.COMPLETE, [float(each) for each in values])
         else:
             storage.hold(attributes.key(trial), TrialState.FAIL)
         return value

@@ -19,6 +19,7 @@ from moeopt import __version__
 from moeopt.errors import MoeoptError, StorageError, StudyError
 from moeopt.showing import shown
 from moeopt.trials import genome
+from moeopt.trials.objectives import LOSS, PREFIX, check_names, direction
 
 if TYPE_CHECKING:
     import optuna
@@ -82,7 +83,12 @@ STUDY = {
     },
     "sampler": {"name": Maybe(TEXT)},
     "pruner": Maybe({"class": Maybe(TEXT)}),
-    "evaluation": Maybe({"score": Maybe(TEXT), "top_p": Maybe(FINITE), "active_weight": Maybe(FINITE)}),
+    "evaluation": Maybe(
+        {
+            "score": Maybe(TEXT), "top_p": Maybe(FINITE), "active_weight": Maybe(FINITE), "objectives": Maybe([TEXT]),
+            "constraints": Maybe([TEXT]),
+        }
+    ),
 }  # fmt: skip
 REFERENCE = {
     "of": TEXT, "score": TEXT, "loss": NUMBER, "penalty": FINITE, "accuracy": FINITE, "metrics": {TEXT: NUMBER},
@@ -205,20 +211,33 @@ def check_whole(study: optuna.Study) -> dict[str, Any]:
         Its description.
 
     Raises:
-        StudyError: as `described`, when it does not minimise one value, or a trial is not of that form.
+        StudyError: as `described`, when its directions are not those of its objectives, or a trial is not of that form.
         StorageError: when it cannot be read.
     """
     description = described(study)
     with reading(study.study_name):
         directions, trials, attrs = study.directions, study.get_trials(deepcopy=False), study.user_attrs
-    if [direction.name for direction in directions] != ["MINIMIZE"]:
-        raise StudyError(f"study {shown(study.study_name)} does not minimise one value, as studies of moeopt do")
+    names = objective_names(description)
+    if [each.name.lower() for each in directions] != [direction(name) for name in names]:
+        raise StudyError(
+            f"study {shown(study.study_name)} does not {' and '.join(f'{direction(n)} {shown(n)}' for n in names)}, as "
+            "it was made to"
+        )
     for trial in trials:
-        check_trial(trial, study.study_name)
+        check_trial(trial, study.study_name, len(names))
     full_model(attrs, study.study_name)
     held_facts(attrs, study.study_name)
     serving(attrs, study.study_name)
     return description
+
+
+def objective_names(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the objectives that a description holds, in the order of trials' values; the loss where none is.
+
+    Raises:
+        StudyError: when they are no objectives.
+    """
+    return check_names((description.get("evaluation") or {}).get("objectives") or [LOSS])
 
 
 def full_model(attrs: Mapping[str, Any], study_name: str) -> dict[str, Any] | None:
@@ -258,14 +277,22 @@ def _facts(attrs: Mapping[str, Any], key: str, form: dict[str, Any], study_name:
     return {name: attrs[key].get(name) for name in form}
 
 
-def check_trial(trial: FrozenTrial, study_name: str) -> None:
-    """Raise StudyError, naming the trial, unless what moeopt reads of it is of the form that moeopt writes."""
+def check_trial(trial: FrozenTrial, study_name: str, objectives: int = 1) -> None:
+    """Raise StudyError, naming the trial, unless what moeopt reads of it is of the form that moeopt writes.
+
+    Args:
+        objectives: how many values a trial of its study has.
+    """
     where = f"study {shown(study_name)}, trial {trial.number}"
     values = trial.values
     complete = trial.state.name == "COMPLETE"
     check(values, [NUMBER] if complete else Maybe([NUMBER]), f"{where}: its values")
-    if values is not None and (len(values) != 1 or (complete and math.isnan(values[0]))):
-        raise StudyError(f"{where}: a trial has one value, of a completed one not NaN; got {shown(values)}")
+    if values is not None and (len(values) != objectives or (complete and any(map(math.isnan, values)))):
+        count = "one value" if objectives == 1 else f"{objectives} values"
+        raise StudyError(f"{where}: a trial has {count}, of a completed one not NaN; got {shown(values)}")
+    for key, value in trial.system_attrs.items():
+        if key.startswith(PREFIX):
+            check(value, NUMBER, f"{where}: {shown(key)}")
     for key, form in TRIAL.items():
         if key in trial.system_attrs:
             check_depth(trial.system_attrs[key], f"{where}: {key!r}")

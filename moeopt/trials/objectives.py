@@ -1,28 +1,23 @@
-"""What a study optimises: its objectives by name, their directions, and the trials that no other beats in all of them.
+"""Objectives by name, with their directions, and constraints as texts.
 
 An objective is ``"loss"`` (what a study without others minimises), ``"metric"``, ``"worst"`` (of a mixture, its worst
 member's loss over the full model's), ``"bytes"``, ``"active"`` or ``"latency"``; of one member of a mixture,
 ``"loss:NAME"`` and ``"metric:NAME"``. Metrics are maximised, all else is minimised. A study keeps the names, in the
 order of its trials' values, in its description; one that names none has the loss alone.
 
-A constraint is Optuna's: a number by name (`FrozenTrial.constraints`), at most 0 where it holds.
+A constraint bounds one of them, as ``"bytes <= 24GB"``. It is Optuna's: a number by name (`FrozenTrial.constraints`),
+at most 0 where it holds.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
-from optuna.trial import FrozenTrial, TrialState
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from moeopt.errors import StudyError, nearest
-from moeopt.showing import shown
-from moeopt.trials.description import DESCRIPTION, described
-
-if TYPE_CHECKING:
-    import optuna
 
 LOSS = "loss"
 OF_TASK = (LOSS, "metric", "worst")
@@ -30,8 +25,15 @@ OF_TASK = (LOSS, "metric", "worst")
 NAMES = (*OF_TASK, "bytes", "active", "latency")
 OF_MEMBERS = (LOSS, "metric")
 """Objectives that a mixture has of each of its members, as ``"loss:NAME"``."""
+PREFIX = "constraints:"
+"""Of the system attributes that Optuna keeps a trial's constraints in."""
 
 Direction = Literal["minimize", "maximize"]
+
+UNITS = {
+    "": 1, **{unit + "B": 1000**i for i, unit in enumerate(("", "k", "M", "G", "T"))},
+    **{unit + "iB": 1024**i for i, unit in enumerate(("", "K", "M", "G", "T")) if i}, "KB": 1000,
+}  # fmt: skip
 
 
 def check_names(objectives: Any) -> tuple[str, ...]:
@@ -41,15 +43,19 @@ def check_names(objectives: Any) -> tuple[str, ...]:
     if not isinstance(objectives, (tuple, list)) or not objectives:
         raise StudyError(f"objectives must be names such as ('loss', 'bytes'), got {objectives!r:.120}")
     for name in objectives:
-        kind, colon, member = name.partition(":") if isinstance(name, str) else (name, "", "")
-        if kind not in NAMES or (colon and (kind not in OF_MEMBERS or not member)):
-            raise StudyError(
-                f"an objective is one of {', '.join(NAMES)}, or of a mixture's member as loss:NAME, got "
-                f"{name!r:.80}{nearest(str(name), [*NAMES])}"
-            )
+        _check_name(name)
         if objectives.count(name) > 1:
             raise StudyError(f"objective {name!r} is named twice")
     return tuple(objectives)
+
+
+def _check_name(name: Any) -> None:
+    kind, colon, member = name.partition(":") if isinstance(name, str) else (name, "", "")
+    if kind not in NAMES or (colon and (kind not in OF_MEMBERS or not member)):
+        raise StudyError(
+            f"an objective is one of {', '.join(NAMES)}, or of a mixture's member as loss:NAME, got "
+            f"{name!r:.80}{nearest(str(name), [*NAMES])}"
+        )
 
 
 def direction(name: str) -> Direction:
@@ -57,72 +63,74 @@ def direction(name: str) -> Direction:
     return "maximize" if name.partition(":")[0] == "metric" else "minimize"
 
 
-def objectives_of(study: optuna.Study) -> tuple[str, ...]:
-    """The names of a study's objectives, in the order of its trials' values.
+def size_of(text: Any) -> int:
+    """Bytes, from a number or a text such as ``"24GB"`` (10**9 bytes), ``"24GiB"`` (2**30) or ``"24e9"``.
 
     Raises:
-        StudyError: when the description names others than the study has directions, or what is none.
+        StudyError: when it is none, or below 1.
     """
-    if DESCRIPTION not in study.user_attrs:
-        names: tuple[str, ...] = (LOSS,)
-    else:
-        names = check_names((described(study).get("evaluation") or {}).get("objectives", [LOSS]))
-    directions = [each.name.lower() for each in study.directions]
-    if directions != [direction(name) for name in names]:
-        raise StudyError(
-            f"study {shown(study.study_name)}: its objectives are {', '.join(map(shown, names))}, and its directions "
-            f"{', '.join(directions)}; moeopt's objectives are minimised, metrics maximised"
-        )
-    return names
+    match = re.fullmatch(r"\s*(\d+\.?\d*(?:e\+?\d+)?)\s*([kKMGT]?i?B)?\s*", str(text))
+    size = float(match[1]) * UNITS.get(match[2] or "", math.nan) if match else math.nan
+    if not 1 <= size < 1 << 63:
+        raise StudyError(f"a size is a number of bytes, such as 24GB, 24GiB or 24e9, got {text!r:.80}")
+    return round(size)
 
 
-def is_feasible(trial: FrozenTrial) -> bool:
-    """Whether a trial keeps all of its constraints; one without constraints does."""
-    return all(value <= 0 for value in trial.constraints.values())
+@dataclass(frozen=True)
+class Constraint:
+    """A bound of an objective's number.
 
+    Args:
+        name: of the objective.
+        at_most: whether the bound is the largest that may be, or the smallest.
+        bound: it.
 
-def points(trials: Sequence[FrozenTrial], names: Sequence[str]) -> NDArray[np.float64]:
-    """The values of complete trials, signed so that less is better in all: (trials, objectives)."""
-    signs = np.array([-1.0 if direction(name) == "maximize" else 1.0 for name in names])
-    values = [[np.nan if value is None else value for value in trial.values] for trial in trials]
-    signed: NDArray[np.float64] = np.array(values, dtype=np.float64).reshape(len(trials), len(signs)) * signs
-    return signed
-
-
-def completed(study: optuna.Study) -> list[FrozenTrial]:
-    """Complete trials that keep their constraints and whose values are finite, by number."""
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [t for t in done if t.values is not None and np.isfinite(t.values).all() and is_feasible(t)]
-
-
-def front(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials of `completed` that no other is at least as good as in all objectives and better in one.
-
-    Of trials with equal values the first; by their first objective, the best first.
+    >>> str(parsed("bytes<=24GB")), parsed("bytes <= 100").value(120.0)
+    ('bytes <= 24000000000', 20.0)
     """
-    names, trials = objectives_of(study), completed(study)
-    at = points(trials, names)
-    return [trials[i] for i in nondominated(at)]
+
+    name: str
+    at_most: bool
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {'<=' if self.at_most else '>='} {self.bound:.16g}"
+
+    def value(self, number: float) -> float:
+        """How much a number lies beyond the bound; at most 0 where it holds."""
+        return number - self.bound if self.at_most else self.bound - number
 
 
-def nondominated(at: NDArray[np.float64]) -> list[int]:
-    """Rows of `at`, (n, m), less being better, that no other dominates, of equal ones the first; by their columns.
+def parsed(text: Any) -> Constraint:
+    """The constraint that a text states.
 
-    Two columns take a sort; more take a sort and a comparison with the front for every row.
+    Raises:
+        StudyError: when it states none.
     """
-    order = np.lexsort((np.arange(len(at)), *at.T[::-1]))  # a row comes after all that dominate it
-    chosen: list[int] = []
-    front = np.empty((0, at.shape[1]))
-    least = np.inf
-    for i in order:
-        if at.shape[1] <= 2:
-            last = float(at[i, -1])
-            if last >= least or (at.shape[1] == 1 and chosen):
-                continue
-            least = last
-        elif (front <= at[i]).all(axis=1).any():
-            continue
-        else:
-            front = np.vstack([front, at[i]])
-        chosen.append(int(i))
-    return chosen
+    match = re.fullmatch(r"\s*(\S.*?)\s*(<=|>=)\s*(\S+)\s*", text) if isinstance(text, str) else None
+    if match is None:
+        raise StudyError(f"a constraint is a text such as 'bytes <= 24GB' or 'metric >= 0.8', got {text!r:.120}")
+    name, sign, bound = match.groups()
+    _check_name(name)
+    number = float(size_of(bound)) if name == "bytes" else _number(bound)
+    if not math.isfinite(number):
+        raise StudyError(f"the bound of constraint {text!r:.120} must be a finite number, got {bound!r:.80}")
+    return Constraint(name, sign == "<=", number)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def check_constraints(texts: Sequence[str]) -> tuple[Constraint, ...]:
+    """The constraints that texts state; StudyError, naming the text, for what is none or is stated twice."""
+    if isinstance(texts, str) or not isinstance(texts, (tuple, list)):
+        raise StudyError(f"constraints is a list of texts such as 'bytes <= 24GB', got {texts!r:.120}")
+    constraints = tuple(parsed(text) for text in texts)
+    for constraint in constraints:
+        if constraints.count(constraint) > 1:
+            raise StudyError(f"constraint {str(constraint)!r} is stated twice")
+    return constraints
