@@ -19,10 +19,12 @@ _HOMES = {
     "MethodPlan": "base",
     "Refit": "refitting",
     "check": "names",
+    "check_ranks": "names",
     "get": "registry",
     "parsed": "names",
     "plan": "registry",
     "plans": "registry",
+    "ranking": "ordering",
     "refit": "refitting",
     "skipping": "thresholds",
 }
@@ -37,10 +39,12 @@ __all__ = [
     "MethodPlan",
     "Refit",
     "check",
+    "check_ranks",
     "get",
     "parsed",
     "plan",
     "plans",
+    "ranking",
     "refit",
     "skipping",
 ]
@@ -49,7 +53,8 @@ if TYPE_CHECKING:
     from moeopt.methods.base import Budget, Method, MethodPlan
     from moeopt.methods.calibration import Calibration
     from moeopt.methods.layer_activations import LayerActivations
-    from moeopt.methods.names import ROUTERS, check, parsed
+    from moeopt.methods.names import ROUTERS, check, check_ranks, parsed
+    from moeopt.methods.ordering import ranking
     from moeopt.methods.refitting import Refit, refit
     from moeopt.methods.registry import METHODS, get, plan, plans
     from moeopt.methods.thresholds import skipping

@@ -182,6 +182,17 @@ class MethodPlan:
     how: str = ""
 
 
+class Scored(Method):
+    """A method that keeps the experts of largest score, with the same score whatever number is kept."""
+
+    @abstractmethod
+    def scores(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> NDArray[Any]:
+        """A number for every expert of a layer, (n,), the largest for what is kept first; arguments as of `layer`."""
+
+    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
+        return budget.pruned(budget.best(self.scores(statistics, budget, rng)))
+
+
 class Planner(Method):
     """A method that makes the plan of all layers at once, with passes of its own or none."""
 

@@ -33,11 +33,13 @@ loss gets lower. Of all methods here, these two alone look at derivatives: of ac
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import comb
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeopt.errors import MethodError, ModelError
@@ -51,6 +53,7 @@ from moeopt.plan import Plan
 
 if TYPE_CHECKING:
     from moeopt.methods.calibration import Calibration
+    from moeopt.tasks import Request
 
 JUDGED = 0.25
 """The share of the calibration examples that ways of adding up are judged on."""
@@ -92,6 +95,44 @@ class LossAware(Planner):
             raise MethodError(f"derivatives need a model that runs layer by layer: {error}") from error
 
 
+def ranked(calibration: Calibration) -> NDArray[np.int64]:
+    """The experts of every layer, best first, int64 (layers, n), by the default way of adding up (`Changes.order`).
+
+    Raises:
+        MethodError: when the model cannot be run layer by layer.
+    """
+    shape = calibration.shape
+    budget = Budget(shape.experts, shape.k, shape.experts, shape.k, router_groups=shape.router_groups)
+    try:
+        gradients = LossGradients(_evaluator(calibration, calibration.requests))
+    except ModelError as error:
+        raise MethodError(f"derivatives need a model that runs layer by layer: {error}") from error
+    every, draws = _every([gradients], budget), torch.Generator().manual_seed(0)
+    now = tuple(range(shape.experts))
+    changes = [Changes(now, shape.k, budget, every, held=True) for _ in range(shape.layers)]
+
+    def observe(acts: LayerActivations, gradient: Tensor) -> None:
+        changes[acts.layer.index].add(acts, products_of(acts, gradient, draws))
+
+    gradients.run(observe)
+    return np.array([layer.order(RULES[DEFAULT]) for layer in changes])
+
+
+def _evaluator(calibration: Calibration, requests: list[Request]) -> Evaluator:
+    """Of the loss of some of the calibration's requests."""
+    return Evaluator(
+        calibration.model, calibration.tokenizer, calibration.task, requests=requests, split=calibration.split,
+        batch_tokens=calibration.batch_tokens, score=calibration.loss, prefix_memory=0,
+    )  # fmt: skip
+
+
+def _every(gradients: Sequence[LossGradients], budget: Budget) -> int:
+    """Each how many-th token's products are held, so that they fit into `HELD`."""
+    layers = len(gradients[0].layers)
+    bytes_held = sum(part.tokens for part in gradients) * layers * budget.experts * 4 * (2 + SKETCHES)
+    return max(1, -(-bytes_held // HELD))
+
+
 class _Search:
     """The passes of one method call."""
 
@@ -99,19 +140,10 @@ class _Search:
         self.started = time.perf_counter()
         self.budget, self.ranges = budget, ranges
         self.group_of = [group for group, (first, last) in enumerate(ranges) for _ in range(first, last + 1)]
-        self.fit, self.judge = (
-            Evaluator(
-                calibration.model, calibration.tokenizer, calibration.task, requests=part, split=calibration.split,
-                batch_tokens=calibration.batch_tokens, score=calibration.loss, prefix_memory=0,
-            )
-            for part in _divided(calibration)
-        )  # fmt: skip
+        self.fit, self.judge = (_evaluator(calibration, part) for part in _divided(calibration))
         self.rules = RULES if self.fit.teacher is None else CURVATURE
         self.gradients = [LossGradients(self.fit), LossGradients(self.judge)]
-        bytes_held = (
-            sum(part.tokens for part in self.gradients) * len(self.group_of) * budget.experts * 4 * (2 + SKETCHES)
-        )
-        self.every = max(1, -(-bytes_held // HELD))
+        self.every = _every(self.gradients, budget)
         self.layer_tokens = 0
         self.evaluations: dict[str, Evaluation] = {}
 
@@ -190,7 +222,7 @@ class _Search:
         return min((name for name in judged if name == DEFAULT or better(name)), key=lambda name: judged[name].loss)
 
 
-def _divided(calibration: Calibration) -> tuple[list, list]:  # type: ignore[type-arg]
+def _divided(calibration: Calibration) -> tuple[list[Request], list[Request]]:
     """The requests of the first three quarters of the examples, and of the others."""
     examples = sorted({request.example for request in calibration.requests})
     if len(examples) < 2:

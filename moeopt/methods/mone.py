@@ -23,17 +23,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moeopt.methods.base import Budget, Method, statistic
+from moeopt.methods.base import Budget, Scored, statistic
 from moeopt.methods.statistics import Array, Spread, Statistic
 from moeopt.plan import LayerPlan
 
 
-class Mone(Method):
+class Mone(Scored):
     """See the top of this file."""
 
     summary = "experts whose output varies least and is weighed least replaced by their mean output"
 
     kinds = (Spread,)
+
+    def scores(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> Array:
+        return mone(statistic(statistics, Spread))
 
     def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
         (layer,) = statistic(statistics, Spread).means

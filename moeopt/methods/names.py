@@ -40,6 +40,8 @@ MERGING = ("hc_smoe", "hc_smoe_summed", "m_smoe", "m_smoe_summed", "ream")
 ALIGNING = ("ream",)
 """Those of them that put neurons in order in any case."""
 ALIGNED = "aligned"
+UNRANKED = (*MERGING, *PROGRESSIVE, "naee", "output_fit", "loss_aware_rounds")
+"""Methods that do not say which expert is better than which, whatever number is kept: they choose whole sets."""
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,10 @@ def parsed(name: str) -> Name:
 def check(name: str) -> None:
     """Raise MethodError, as `parsed`, when there is no such method."""
     parsed(name)
+
+
+def check_ranks(name: str) -> None:
+    """Raise MethodError when there is no such method, or it ranks no experts (`moeopt.methods.ranking`)."""
+    if parsed(name).method in UNRANKED:
+        ranked = ", ".join(method for method in ROUTERS if method not in UNRANKED)
+        raise MethodError(f"{name} chooses whole sets of experts, or merges them, and ranks none; {ranked} do")

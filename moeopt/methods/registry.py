@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from moeopt.errors import MethodError, ModelError
-from moeopt.methods import clustering, matching, ranking
+from moeopt.methods import clustering, matching, rankings
 from moeopt.methods.aimer import Aimer
 from moeopt.methods.base import Budget, Groups, Method, MethodPlan, Planner
 from moeopt.methods.calibration import Calibration, Stream
@@ -26,8 +26,8 @@ from moeopt.models import MoELayer
 from moeopt.plan import AMONG_ALL, LayerPlan, Plan
 
 METHODS: dict[str, Method] = {
-    "random": ranking.Random(),
-    **ranking.RANKINGS,
+    "random": rankings.Random(),
+    **rankings.RANKINGS,
     "aimer": Aimer(),
     "mone": Mone(),
     "naee": Naee(),

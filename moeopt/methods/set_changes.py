@@ -18,6 +18,8 @@ from moeopt.methods.output_errors import AT_ONCE
 from moeopt.methods.statistics import Array
 from moeopt.methods.toggling import Toggling
 
+ELIMINATED = 16
+"""Experts are ranked by dropping, of so many that are left, one at a time."""
 SKETCHES = 8
 """Random directions a token that squared norms are estimated by; errors cancel over tokens."""
 
@@ -26,7 +28,7 @@ class Sums:
     """What sets of experts kept in one layer, or several that share a choice, would change of the loss.
 
     Args:
-        sets: the sets, all of as many of the n experts.
+        sets: the sets, of the n experts.
         active: how many of a set run.
         now, k: experts that may be routed to in the plan at which derivatives are taken, and how many of them run.
         n: experts of a layer.
@@ -109,12 +111,13 @@ class Changes:
         now, k: as for `Sums`.
         wanted: what is asked.
         every: of the tokens that are held, each first of so many.
+        held: whether products are held however few sets there are.
     """
 
-    def __init__(self, now: KeptSet, k: int, budget: Budget, every: int = 1) -> None:
+    def __init__(self, now: KeptSet, k: int, budget: Budget, every: int = 1, *, held: bool = False) -> None:
         self.now, self.k, self.budget, self.every = now, k, budget, every
         self._held: list[tuple[LayerActivations, Tensor]] = []
-        n, few = budget.experts, budget.sets <= MOST_SETS
+        n, few = budget.experts, budget.sets <= MOST_SETS and not held
         sets = kept_sets(n, budget.keep, budget.router_groups) if few else []
         self.all_sets = Sums(sets, budget.active, now, k, n) if few else None
 
@@ -133,7 +136,7 @@ class Changes:
         return total
 
     def of_sets(self, sets: Sequence[KeptSet]) -> Sums:
-        """Sums of any sets of `budget.keep` experts, where products are held."""
+        """Sums of any sets of experts, where products are held."""
         return self._summed(Sums(sets, self.budget.active, self.now, self.k, self.budget.experts))
 
     def toggled(self, base: KeptSet, experts: KeptSet) -> Sums:
@@ -144,6 +147,19 @@ class Changes:
         for acts, products in self._held:
             sums.add(acts, products)
         return sums
+
+    def order(self, rule: Rule) -> list[int]:
+        """All experts, best first: what is dropped from the worst on changes least, where products are held.
+
+        Of `ELIMINATED` experts that are left the one that changes least is dropped at a time, and what the others would
+        change is taken anew.
+        """
+        kept, dropped = self.now, list[int]()
+        while len(kept) > 1:
+            scores = rule(self.toggled(kept, kept))
+            dropped += [kept[i] for i in np.argsort(scores, kind="stable")[: max(1, len(kept) // ELIMINATED)]]
+            kept = tuple(e for e in kept if e not in dropped)
+        return [*kept, *reversed(dropped)]
 
     def best(self, rule: Rule) -> KeptSet:
         """The kept set of least change; of sets too many to add up, one that no swap tried betters."""

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from moeopt.errors import MethodError
-from moeopt.methods.base import Budget, Method
+from moeopt.methods.base import Budget, Method, Scored
 from moeopt.methods.statistics import Array, Moves, Norms, Routing, Statistic
-from moeopt.plan import LayerPlan
 
 
-class Ranking(Method):
+class Ranking(Scored):
     """Keeps the experts of largest score.
 
     Args:
@@ -33,20 +32,20 @@ class Ranking(Method):
         self.summary, self.kinds, self.score = summary, (kind,), score
         self.progressive = self.alone = progressive
 
-    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
+    def scores(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> Array:
         scores = np.asarray(self.score(statistics[self.kinds[0].__name__]), np.float64)
         if scores.shape != (budget.experts,) or not np.isfinite(scores).all():
             raise MethodError(f"{self.summary}: a score is {budget.experts} finite numbers, got {scores!r}")
-        return budget.pruned(budget.best(scores))
+        return scores
 
 
-class Random(Method):
+class Random(Scored):
     """Keeps r uniformly drawn experts."""
 
     summary = "r uniformly drawn experts per layer"
 
-    def layer(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> LayerPlan:
-        return budget.pruned(budget.best(-np.argsort(rng.permutation(budget.experts))))
+    def scores(self, statistics: Mapping[str, Statistic], budget: Budget, rng: np.random.Generator) -> Array:
+        return -np.argsort(rng.permutation(budget.experts)).astype(np.float64)
 
 
 def reap(norms: Norms) -> Array:
