@@ -43,13 +43,18 @@ def compare(
     ] = "layer-tokens",
     target: Annotated[
         float | None,
-        typer.Option(metavar="LOSS", help="Loss to give times for. Default: what half of the studies reached."),
+        typer.Option(
+            metavar="LOSS",
+            help="Loss, or missing hypervolume, to give times for. Default: what half of the studies reached.",
+        ),
     ] = None,
     out: Annotated[Path, OUT(metavar="DIR", help="Folder for the page, the CSV files and the JSON.")] = Path(
         "compare-optimisers"
     ),
 ) -> None:
     """Compare optimisers over repeated seeds: how low a loss, for how much, and what may be concluded from it.
+
+    Studies of several objectives are compared by the hypervolume of their fronts, between bounds that they share.
 
     Studies must be of the same model, task, space and evaluation; those that differ in the sampler's seed alone are
     repeats of one optimiser.

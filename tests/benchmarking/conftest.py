@@ -13,6 +13,8 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from moeopt.trials.objectives import direction as objective_direction
+
 BEGAN = datetime(2026, 1, 1)
 ABOUT: dict[str, Any] = {
     "version": "0.1.0",
@@ -33,7 +35,7 @@ Facts = dict[str, Any]
 
 
 def trial(
-    loss: float | None = None,
+    loss: float | Sequence[float] | None = None,
     *,
     state: TrialState = TrialState.COMPLETE,
     start: float = 0.0,
@@ -41,9 +43,10 @@ def trial(
     system: Facts | None = None,
     **user: Any,
 ) -> FrozenTrial:
-    """An ended trial; seconds are from `BEGAN`."""
+    """An ended trial, of several objectives by their values; seconds are from `BEGAN`."""
+    values: Facts = {"value": None, "values": list(loss)} if isinstance(loss, Sequence) else {"value": loss}
     return FrozenTrial(
-        number=0, trial_id=0, state=state, value=loss, params={}, distributions={}, intermediate_values={},
+        number=0, trial_id=0, state=state, **values, params={}, distributions={}, intermediate_values={},
         datetime_start=BEGAN + timedelta(seconds=start),
         datetime_complete=BEGAN + timedelta(seconds=start + 1 if end is None else end),
         user_attrs=user, system_attrs=system or {},
@@ -52,7 +55,7 @@ def trial(
 
 def make(
     name: str,
-    trials: Sequence[FrozenTrial] | Sequence[float],
+    trials: Sequence[FrozenTrial] | Sequence[float] | Sequence[Sequence[float]],
     sampler: str = "eep",
     seed: int = 0,
     *,
@@ -61,13 +64,17 @@ def make(
     test_loss: float | None = None,
     storage: Any = None,
     direction: str = "minimize",
+    objectives: Sequence[str] = (),
 ) -> optuna.Study:
     """A study of these trials; of losses: a second and 10 layer-tokens each. `change` sets dotted fields of `ABOUT`."""
-    study = optuna.create_study(study_name=name, storage=storage, direction=direction)
+    directions = [objective_direction(each) for each in objectives] or [direction]
+    study = optuna.create_study(study_name=name, storage=storage, directions=directions)
     about = copy.deepcopy(ABOUT) | {"sampler": {"name": sampler, "seed": seed, "redraw": 20, **(options or {})}}
     for path, value in (change or {}).items():
         part, _, key = path.partition(".")
         about[part][key] = value
+    if objectives:
+        about["evaluation"]["objectives"] = list(objectives)
     study.set_user_attr("moeopt", about)
     if test_loss is not None:
         scores = {"search": {}, "dev": {}, "test": {"winner": {"loss": test_loss}}}

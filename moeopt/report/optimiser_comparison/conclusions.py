@@ -17,7 +17,7 @@ def conclusions(c: OptimiserComparison) -> list[str]:
         alone = f"There is one optimiser, {line(c.optimisers[0].name)}, and nothing to compare it with."
         return [alone, *_left_out(c)]
     return [
-        *_orders(c.pairs, "search loss"),
+        *_orders(c.pairs, c.measure),
         *_equality(c),
         *_same(c),
         *_held_out(c),
@@ -41,15 +41,16 @@ def _equality(c: OptimiserComparison) -> list[str]:
     told = "is refuted" if c.friedman <= ALPHA else "is not refuted"
     seeds = count(len(c.seeds), "seed")
     return [
-        f"That all {len(c.optimisers)} optimisers are equal in search loss {told} "
+        f"That all {len(c.optimisers)} optimisers are equal in {c.measure} {told} "
         f"(Friedman's test over {seeds}, {p_value(c.friedman)})."
     ]
 
 
 def _same(c: OptimiserComparison) -> list[str]:
     """Pairs that did not part within the budget, such as two that begin with the same random trials."""
+    what = c.measure.removeprefix("search ")
     return [
-        f"Within this budget {line(pair.first)} and {line(pair.second)} found the same loss on every common seed."
+        f"Within this budget {line(pair.first)} and {line(pair.second)} found the same {what} on every common seed."
         for pair in c.pairs
         if len(pair.differences) > 1 and not pair.differences.any()
     ]
@@ -59,7 +60,7 @@ def _orders(pairs: Sequence[Pair], what: str) -> list[str]:
     """Which optimiser is better than which, or why that cannot be said and what would be needed."""
     seeds = max(len(pair.differences) for pair in pairs)
     if seeds == 0:
-        return [f"No order by {what} can be concluded: no two optimisers share a seed on which both found a loss."]
+        return [f"No order by {what} can be concluded: no two optimisers share a seed on which both found one."]
     decided = [pair for pair in pairs if pair.better is not None]
     sentences = []
     for name in dict.fromkeys(pair.better for pair in decided):
@@ -102,6 +103,8 @@ def _undecided(pairs: Sequence[Pair], seeds: int, what: str) -> str:
 
 
 def _held_out(c: OptimiserComparison) -> list[str]:
+    if c.bounds is not None:
+        return ["Only fronts on search are compared, which flatters them: moeopt front shows that of a study on dev."]
     runs = c.runs
     tested = [run.held_out for run in runs if run.held_out is not None]
     if c.held_out_pairs:

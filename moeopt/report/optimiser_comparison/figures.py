@@ -28,14 +28,14 @@ def colour(series: int) -> str:
 
 
 def best_so_far(c: OptimiserComparison, cost: Cost, *, height: int = 420) -> style.Figure:
-    """The median over seeds of the least loss found, against what was spent, to the budget common to all studies."""
+    """The median over seeds of the least found, against what was spent, to the budget common to all studies."""
     budget = c.common_budget(cost)
     grid = _grid(c, cost, budget)
     figure = _empty(height)
     for i, optimiser in enumerate(c.optimisers):
         _steps(figure, grid, statistics.median_band(_sampled(optimiser, cost, grid))[0], i, optimiser.name)
     losses = [run.curve[(run.costs[cost] <= budget)] for run in c.runs]
-    y = _loss_axis(np.concatenate(losses), "median best search loss")
+    y = _loss_axis(np.concatenate(losses), f"median best {c.measure}")
     figure.update_layout(xaxis=_cost_axis(cost, budget), yaxis=y)
     return figure
 
@@ -118,7 +118,7 @@ def final_losses(c: OptimiserComparison) -> style.Figure:
     values = np.concatenate([optimiser.losses for optimiser in c.optimisers])
     names = [style.safe(line(optimiser.name, MOST)) for optimiser in c.optimisers]
     y = {"tickvals": list(range(len(names))), "ticktext": names, "range": [len(names) - 0.5, -0.5], "showgrid": False}
-    x = _loss_axis(values, "best search loss")
+    x = _loss_axis(values, f"best {c.measure}")
     figure.update_layout(xaxis=x, yaxis=y | {"automargin": True}, showlegend=False, margin={"t": 10})
     return figure
 

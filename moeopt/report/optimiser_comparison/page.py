@@ -36,7 +36,7 @@ def page(c: OptimiserComparison) -> str:
         "best": "Median over seeds, up to the budget that every study reached.",
         "each": "Thin: every seed; thick: their median, in its band; grey: the medians of the others.",
         "runtime": f"{count(len(c.targets), 'target')} from {loss(float(c.targets[0]))} down to "
-        f"{loss(float(c.targets[-1]))}, the least loss of any study. A line is the share of (target, seed) pairs "
+        f"{loss(float(c.targets[-1]))}, the least of any study. A line is the share of (target, seed) pairs "
         "reached: higher and earlier is better.",
         **{
             f"best-{cost}": f"Median over seeds against {figures.LABELS[cost]}, up to "
@@ -50,7 +50,7 @@ def page(c: OptimiserComparison) -> str:
         _header(c, title),
         section("What may be concluded", bullets(conclusions(c)), "conclusions"),
         section(f"At {quantity(c.budget, c.cost)}", _summary(c) + at["final"]),
-        section(f"Best search loss against {figures.LABELS[c.cost]}", at["best"] + at["each"]),
+        section(f"Best {c.measure} against {figures.LABELS[c.cost]}", at["best"] + at["each"]),
         section("Distribution of run time", at["runtime"]),
         section("Against other costs", "".join(at[f"best-{cost}"] for cost in others)) if others else "",
         _pairs(c) if c.pairs else "",
@@ -90,11 +90,11 @@ def _pairs(c: OptimiserComparison) -> str:
         for row in names
     ]
     note = (
-        "Mean paired difference of search loss, row − column (below 0 the row is better), wins of the row, and p after "
-        "Holm's correction. Shaded where an order may be concluded."
+        f"Mean paired difference of {c.measure}, row − column (below 0 the row is better), wins of the row, and p "
+        "after Holm's correction. Shaded where an order may be concluded."
     )
     body = pages.table(["", *names], matrix, kind="matrix") + f'<p class="small">{note}</p>'
-    body += details("All pairs, by search loss", _rows(pair_rows(c.pairs), texts=(0, 1, 10)))
+    body += details(f"All pairs, by {c.measure}", _rows(pair_rows(c.pairs), texts=(0, 1, 10)))
     if c.held_out_pairs:
         body += details("All pairs, by test loss", _rows(pair_rows(c.held_out_pairs), texts=(0, 1, 10)))
     return section("Pair by pair", body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ def record(c: OptimiserComparison) -> dict[str, Any]:
     model = {key: value for key, value in c.description["model"].items() if key != "name_or_path"}
     whole = {
         "format": FORMAT, "version": VERSION, "moeopt": __version__, "description": {**c.description, "model": model},
+        "measure": c.measure,
+        "objectives": list(c.objectives), "bounds": None if c.bounds is None else asdict(c.bounds),
         "cost": c.cost, "budget": c.budget, "start": c.start, "target": c.target, "targets": c.targets.tolist(),
         "seeds": list(c.seeds), "friedman_p": c.friedman, "conclusions": conclusions(c),
         "optimisers": [_optimiser(c, optimiser) for optimiser in c.optimisers],

@@ -14,6 +14,7 @@ from moeopt.report.optimiser_comparison.conclusions import conclusions
 from moeopt.report.tables import Columns, table
 from moeopt.results.optimiser_comparison import Optimiser, OptimiserComparison
 from moeopt.showing import line
+from moeopt.trials.objectives import direction
 
 
 def columns(c: OptimiserComparison) -> Columns:
@@ -29,7 +30,7 @@ def columns(c: OptimiserComparison) -> Columns:
     return [
         ("optimiser", lambda o: line(o.name)),
         ("seeds", lambda o: str(len(o.runs))),
-        ("median loss", lambda o: loss(o.median)),
+        (f"median {c.measure.removeprefix('search ')}", lambda o: loss(o.median)),
         ("band", band),
         ("mean height", lambda o: loss(float(np.median(o.mean_height)))),
         ("mean rank", lambda o: number(o.rank, 2)),
@@ -64,17 +65,35 @@ def notes(c: OptimiserComparison) -> list[str]:
         "runs nor calibration. trials: finished ones.",
         "Pruned and failed trials cost what they ran and are never the best; an attempt made again counts once."
         + (f" Failed trials that noted no cost ({charged}) are charged the dearest of their study." if charged else ""),
-        "median loss, band: the least search loss within the budget, over seeds. " + about_bands(c),
+        *_about_hypervolume(c),
+        f"median, band: the least {c.measure} within the budget, over seeds. " + about_bands(c),
         "mean height: the area under the best-so-far curve divided by its length, median over seeds. It goes from "
         f"{short(c.start)}, where the last study found its first loss, to the budget.",
-        "mean rank: over the seeds that all optimisers have; 1 is the least loss, ties share.",
-        f"reached: studies that found a loss of {loss(c.target)} within the budget; to it: restricted mean, the others "
+        "mean rank: over the seeds that all optimisers have; 1 is the least, ties share.",
+        f"reached: studies that found {loss(c.target)} or less within the budget; to it: restricted mean, the others "
         "counted at the budget (≥). targets: share of (target, seed) pairs reached, the end of the run time "
         "distribution.",
         "p: exact sign-flip test of the paired differences over common seeds, corrected by Holm over all pairs. The "
         "intervals are that test's own, not corrected, and infinite below 6 seeds.",
         *["test loss: of the plan that moeopt select chose from the whole study, beyond the budget too."] * _tested(c),
     ]
+
+
+def _about_hypervolume(c: OptimiserComparison) -> list[str]:
+    if c.bounds is None:
+        return []
+    ends = ", ".join(
+        f"{line(name, 40)} from {short(_sign(name) * best)} to {short(_sign(name) * worst)}"
+        for name, best, worst in zip(c.objectives, c.bounds.ideal, c.bounds.reference)
+    )
+    return [
+        f"missing hypervolume: the share of the box ({ends}) that a study's trials so far do not dominate. It "
+        "reaches from the best values on the front of all studies together to a tenth of its range beyond the worst."
+    ]
+
+
+def _sign(name: str) -> float:
+    return -1.0 if direction(name) == "maximize" else 1.0
 
 
 def view(c: OptimiserComparison) -> RenderableType:

@@ -14,6 +14,7 @@ from moeopt.errors import StudyError, nearest
 from moeopt.results.optimiser_comparison.grouping import check_comparable, grouped_by_optimiser, labelled, seeds_of
 from moeopt.results.optimiser_comparison.runs import COSTS, Cost, Run, read
 from moeopt.statistics import Floats
+from moeopt.trials.hypervolume import Bounds, curve
 
 if TYPE_CHECKING:
     import optuna
@@ -57,7 +58,7 @@ class Optimiser:
         name: readable, and its own.
         settings: of its sampler, without seed; pruner and warm starts.
         runs: by seed.
-        losses: (runs,), the least search loss within the budget; NaN where there was none.
+        losses: (runs,), the least search loss, or missing hypervolume, within the budget; NaN where there was none.
         median, low, high, covered: of the losses over runs, see `statistics.median_band`.
         mean_height: (runs,), see `statistics.mean_height`, from where every run has a loss to the budget.
         times: (runs,), what it took to reach the target; infinite where that was not within the budget.
@@ -110,6 +111,7 @@ class OptimiserComparison:
         description: the model, task, space and evaluation of all.
         left_out: names of studies without a finished trial.
         foreign: names of studies that were left out as other samplers than their own made some of their trials.
+        bounds: of the hypervolumes of several objectives, shared by all runs; None for one.
     """
 
     cost: Cost
@@ -126,6 +128,17 @@ class OptimiserComparison:
     description: Mapping[str, Any]
     left_out: tuple[str, ...]
     foreign: tuple[str, ...]
+    bounds: Bounds | None = None
+
+    @property
+    def measure(self) -> str:
+        """What losses are: of several objectives the share of the box between `bounds` that a front leaves."""
+        return "search loss" if self.bounds is None else "missing hypervolume"
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Their names."""
+        return self.runs[0].objectives
 
     @property
     def runs(self) -> list[Run]:
@@ -144,12 +157,17 @@ def compare(
     Studies whose samplers, pruners and warm starts differ in nothing but the seed are repeats of one optimiser. Those
     that hold trials of another sampler than their own are left out, and named.
 
+    Studies of several objectives are compared by the hypervolume of their fronts so far, between bounds of the front of
+    all of them together (`moeopt.trials.hypervolume.Bounds`). Where one objective has a least loss, they have what is
+    missing to a hypervolume of 1, less being better, too.
+
     Args:
         studies: of moeopt, of the same model, task, space and evaluation; or what `read` makes of them.
         cost: ``"layer-tokens"`` (decoder layers that tokens went through, calibration of warm starts included),
             ``"time"`` (seconds in which at least one worker ran a trial), or ``"trials"``. All trials count, pruned and
             failed ones too; an attempt that was made again counts once.
-        target: the loss that times are given for. Default: what half of the studies reached within the budget.
+        target: the loss, or missing hypervolume, that times are given for. Default: what half of the studies reached
+            within the budget.
 
     Raises:
         StudyError: when there is nothing to compare, a study is not one that `read` understands, two are not
@@ -178,6 +196,7 @@ def compare(
     if without:
         others = [other for other in COSTS if all(other in run.costs for run in runs)]
         raise StudyError(f"study {without[0]!r} does not know its {cost} throughout; compare by {' or '.join(others)}")
+    runs, bounds = _with_hypervolumes(runs)
     budget = min(run.spent(cost) for run in runs)
     first_losses = [at for run in runs if (at := _first_loss_at(run, cost)) <= budget]
     if not first_losses:
@@ -221,7 +240,18 @@ def compare(
         description=everything[0].description,
         left_out=tuple(run.study for run in everything if not len(run.curve)),
         foreign=tuple(run.study for run in given if run.foreign),
+        bounds=bounds,
     )  # fmt: skip
+
+
+def _with_hypervolumes(runs: Sequence[Run]) -> tuple[list[Run], Bounds | None]:
+    """Runs of several objectives with curves of what their fronts leave of a box that all share; others as they are."""
+    joint = np.concatenate([run.points for run in runs])
+    joint = joint[np.isfinite(joint).all(axis=1)]
+    if joint.shape[1] == 1 or not len(joint):
+        return [*runs], None
+    bounds = Bounds.of(joint)
+    return [replace(run, curve=1 - curve(run.points, bounds)) for run in runs], bounds
 
 
 def _heights(runs: Sequence[Run], cost: Cost, at: float) -> Floats:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +16,10 @@ from moeopt.statistics import Floats, best_so_far
 from moeopt.study import CALIBRATION, METHOD, WARM_START, foreign_trials
 from moeopt.trials import genome
 from moeopt.trials.description import ENQUEUED, FINITE, check, check_whole
+from moeopt.trials.front import completed, objectives_of
+from moeopt.trials.front import points as points_of
 from moeopt.trials.genome import RETRIES
+from moeopt.trials.objectives import LOSS
 
 if TYPE_CHECKING:
     import optuna
@@ -54,7 +56,11 @@ class Run:
         settings: what makes the optimiser: the sampler without seed, the pruner, and warm starts.
         description: model, task, space and evaluation.
         costs: (trials,) for each `Cost` that the study knows: what was spent when a trial ended, in that order.
-        curve: (trials,), the least loss of a completed trial by then, NaN before there is one.
+        points: (trials, objectives), the values of completed trials that keep their constraints, signed so that less
+            is better; NaN for the others.
+        curve: (trials,), the least loss of such a trial by then, NaN before there is one. Of several objectives it is
+            NaN until `compare` makes it, as hypervolumes need bounds that all runs share.
+        objectives: their names.
         counts: trials completed, pruned and failed; an attempt that was made again counts once.
         charged: failed trials that did not note their layer-tokens and are charged the dearest trial's.
         held_out: None where nothing was selected.
@@ -66,11 +72,13 @@ class Run:
     settings: Mapping[str, Any]
     description: Mapping[str, Any]
     costs: Mapping[Cost, Floats]
+    points: Floats
     curve: Floats
     counts: Mapping[str, int]
     charged: int
     held_out: HeldOut | None
     foreign: tuple[int, ...] = ()
+    objectives: tuple[str, ...] = (LOSS,)
 
     def spent(self, cost: Cost) -> float:
         """Everything, at the end."""
@@ -96,7 +104,8 @@ def read(study: optuna.Study) -> Run:
         (t for t in everything if t.state.is_finished() and t.number not in repeated),
         key=lambda t: (t.datetime_complete or datetime.max, t.number),
     )
-    losses = np.array([_loss(t) for t in trials], dtype=np.float64)
+    names = objectives_of(study)
+    points = _points(study, trials)
     layer_tokens, charged = _layer_tokens(name, trials)
     costs: dict[Cost, Floats] = {"trials": np.arange(1.0, len(trials) + 1)}
     if layer_tokens is not None:
@@ -104,25 +113,30 @@ def read(study: optuna.Study) -> Run:
     if all(t.datetime_start and t.datetime_complete for t in trials):
         costs["time"] = _elapsed(trials)
     states = [t.state.name for t in trials]
-    names = {"completed": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+    ends = {"completed": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
     return Run(
         study=name,
         seed="/".join(map(str, _seeds(sampler))) or "?",
         settings={**_without_seed(sampler), **_extras(about.get("pruner"), everything)},
         description={part: about.get(part) or {} for part in COMPARABLE},
         costs=costs,
-        curve=best_so_far(losses),
-        counts={name: states.count(state) for name, state in names.items()},
+        points=points,
+        curve=best_so_far(points[:, 0]) if len(names) == 1 else np.full(len(trials), np.nan),
+        counts={name: states.count(state) for name, state in ends.items()},
         charged=charged,
-        held_out=_held_out(study),
+        held_out=_held_out(study) if len(names) == 1 else None,  # one plan of a front says nothing of the front
         foreign=tuple(foreign_trials(study)),
+        objectives=names,
     )
 
 
-def _loss(trial: FrozenTrial) -> float:
-    """The loss of a completed trial; that of a pruned one is no loss over all examples, and no best."""
-    value = trial.value if trial.state.name == "COMPLETE" else None
-    return value if value is not None and math.isfinite(value) else math.nan
+def _points(study: optuna.Study, trials: Sequence[FrozenTrial]) -> Floats:
+    """Signed values of each trial, (trials, objectives); those of a pruned one are not of all examples, and none."""
+    usable = {trial.number: trial for trial in completed(study)}
+    at = np.full((len(trials), len(study.directions)), np.nan)
+    rows = [i for i, trial in enumerate(trials) if trial.number in usable]
+    at[rows] = points_of([trials[i] for i in rows], study.directions)
+    return at
 
 
 def _layer_tokens(name: str, trials: Sequence[FrozenTrial]) -> tuple[Floats | None, int]:
