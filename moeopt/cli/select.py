@@ -13,11 +13,14 @@ from moeopt.cli import options as opt
 from moeopt.cli.options import DEFAULT_STORAGE, GOAL, NAMED
 from moeopt.cli.refit import check_can, check_file, run_refit
 from moeopt.results.selection.checks import MOST, TOP
+from moeopt.trials.objectives import size_of
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
     "moeopt select ./mixtral --study boolq-8to4 --task boolq --data boolq.jsonl\n\n"
     "moeopt select ./mixtral --study boolq-8to4 --task boolq --top 50 --dev-limit 500 --stock\n\n"
+    "moeopt select ./mixtral --study boolq-trade-off --task boolq --fit 24GB\n\n"
+    "moeopt select ./mixtral --study boolq-trade-off --task boolq --loss-within 0.01\n\n"
     "moeopt export ./mixtral small/ --study boolq-8to4 --trial selected\n\n"
     "Every evaluation is kept in the study at once: the same command again goes on after [bold]Ctrl-C[/bold], and runs "
     "nothing twice."
@@ -41,6 +44,13 @@ def select(
     ] = None,
     refit: opt.RefitFile = None,
     refit_rank: opt.RefitRank = None,
+    fit: Annotated[
+        str | None, GOAL(metavar="SIZE", help="Only plans whose checkpoint has at most so many bytes, such as 24GB.")
+    ] = None,
+    loss_within: Annotated[
+        float | None,
+        GOAL(metavar="LOSS", min=0, help="The smallest plan that surely costs no more than this on dev."),
+    ] = None,
     stock: Annotated[bool, GOAL("--stock", help="Only plans that an ordinary checkpoint can hold.")] = False,
     storage: opt.Storage = DEFAULT_STORAGE,
     device_map: opt.DeviceMap = "auto",
@@ -52,6 +62,7 @@ def select(
     from moeopt import tasks
 
     task_options = arguments.pairs("--task-option", task_option)
+    most = None if fit is None else size_of(fit)
     arguments.quick_shape(model, trust_remote_code=trust_remote_code)
     chosen = tasks.get(task, data=data, **task_options)
     if refit is not None:
@@ -64,6 +75,7 @@ def select(
     from moeopt.results import selection
 
     selection.check(opened, chosen)
+    selection.check_goal(opened, most, loss_within)
     from moeopt.models import load
     from moeopt.report.terminal import Steps, consoles
 
@@ -79,7 +91,7 @@ def select(
             warnings.filterwarnings("ignore", message="The test split has now")  # the record says so too
             selected = selection.select(
                 opened, loaded, tokenizer, chosen, top=top, dev_limit=dev_limit, test_limit=test_limit, score=score,
-                stock_only=stock, batch_tokens=batch_tokens, progress=progress,
+                stock_only=stock, fit=most, loss_within=loss_within, batch_tokens=batch_tokens, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise opt.interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None

@@ -50,6 +50,20 @@ def short(value: float) -> str:
     return _digits(value)
 
 
+def size(value: float) -> str:
+    """Bytes, three digits of them.
+
+    >>> size(24e9), size(19_500_000), size(12)
+    ('24 GB', '19.5 MB', '12 B')
+    """
+    if not math.isfinite(value):
+        return DASH
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= unit * 0.9995:
+            return f"{_digits(value / unit)} {name}"
+    return f"{_digits(value)} B"
+
+
 def quantity(value: float, cost: str) -> str:
     """So much of a cost that optimisers are compared by, in three digits.
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeopt.errors import StudyError
-from moeopt.report.formatting import number, percent
+from moeopt.report.formatting import DASH, number, percent, size
 from moeopt.report.tables import Columns, json_text, table, write
 from moeopt.results.selection.record import FULL, SEARCH_BEST, WINNER, Selection, check_record
 from moeopt.showing import line
@@ -80,12 +80,14 @@ def _compared(record: Mapping[str, Any]) -> Table:
 
 def _candidates(record: Mapping[str, Any]) -> Table:
     candidates, metric = record["candidates"], f"dev_{record['metric']}"
-    rows = list(zip(*(candidates[key] for key in ("trial", "search_loss", "dev_loss", metric))))
+    keys = ["trial", "search_loss", "dev_loss", metric, *(["bytes"] if candidates.get("bytes") else [])]
+    rows = list(zip(*(candidates[key] for key in keys)))
     columns: Columns = [
         ("trial", lambda row: str(row[0])),
         ("search loss", lambda row: number(row[1])),
         ("dev loss", lambda row: number(row[2])),
         (f"dev {line(record['metric'], 40)}", lambda row: percent(row[3])),
+        *([("bytes", lambda row: DASH if row[4] is None else size(row[4]))] if len(keys) > 4 else []),
     ]
     more = f"and {len(rows) - SHOWN} more" if len(rows) > SHOWN else None
     return table("candidates", columns, rows[:SHOWN], caption=more)

@@ -11,6 +11,7 @@ nothing here knows a model or a study, and of moeopt only `plan` and the lowest 
 from moeopt.errors import FigureError
 from moeopt.report.figures.activation import activation_pattern
 from moeopt.report.figures.ensemble import ensemble_curve
+from moeopt.report.figures.front import front
 from moeopt.report.figures.importance import layer_importance
 from moeopt.report.figures.kept_experts import kept_experts
 from moeopt.report.figures.kept_sets import kept_set_errors
@@ -24,6 +25,7 @@ __all__ = [
     "FigureError",
     "activation_pattern",
     "ensemble_curve",
+    "front",
     "kept_experts",
     "kept_set_errors",
     "layer_importance",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, get_args
 
 from moeopt.defaults import Score
@@ -21,9 +20,8 @@ UNSEEN = ("dev", "test")
 
 def check(study: optuna.Study, task: Task, model: nn.Module | None = None) -> None:
     """Raise StudyError or TaskError unless something can be selected from the study by this task; see `select`."""
-    from optuna.trial import TrialState
-
     from moeopt.study import check_study
+    from moeopt.trials.front import completed
 
     check_study(study, task, model, UNSEEN)
     missing = [split for split in UNSEEN if split not in task.splits]
@@ -32,12 +30,27 @@ def check(study: optuna.Study, task: Task, model: nn.Module | None = None) -> No
             f"task {task.name!r} has no {' and no '.join(missing)} split (it has {', '.join(task.splits)}); a "
             "selection chooses on dev and reports on test"
         )
-    if not any(t.value is not None and math.isfinite(t.value) for t in study.get_trials(False, (TrialState.COMPLETE,))):
+    if not completed(study):
         raise StudyError(f"study {study.study_name!r} has no completed trial with a finite loss yet")
 
 
-def check_arguments(*, top: int, score: str | None, **limits: int | None) -> None:
+def check_goal(study: optuna.Study, fit: int | None, loss_within: float | None) -> None:
+    """Raise StudyError unless it is said what to choose by from a study of several objectives."""
+    from moeopt.trials.front import objectives_of
+
+    names = objectives_of(study)
+    if len(names) > 1 and fit is None and loss_within is None:
+        raise StudyError(
+            f"study {study.study_name!r} has the objectives {', '.join(names)}: say how small a plan must be (fit, "
+            "--fit 24GB), or how much of the loss it may cost (loss_within, --loss-within 0.01)"
+        )
+
+
+def check_arguments(*, top: int, score: str | None, loss_within: float | None = None, **limits: int | None) -> None:
     """Raise StudyError unless `select` can take these."""
+    is_number = isinstance(loss_within, (int, float)) and not isinstance(loss_within, bool)
+    if loss_within is not None and not (is_number and 0 <= loss_within < float("inf")):
+        raise StudyError(f"loss_within must be a loss of at least 0, got {loss_within!r}")
     for name, value in {"top": top, **limits}.items():
         if (value is not None or name == "top") and (
             isinstance(value, bool) or not isinstance(value, int) or value < 1

@@ -47,12 +47,16 @@ class Candidate:
         plan: the plan.
         search_loss: the trial's value.
         dev: what it gives on dev; None where the loss is not finite there.
+        bytes: of its weights as a checkpoint; None where it was not asked for.
+        against_full: on dev, its loss less the full model's; None where it was not asked for.
     """
 
     trial: int
     plan: Plan
     search_loss: float
     dev: Evaluation | None
+    bytes: float | None = None
+    against_full: Interval | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +68,15 @@ class Selection:
     Args:
         study: its name.
         metric: what `Evaluation.accuracy` is called for the task; ``"agreement"`` for a label-free score.
-        settings: top, dev_limit, test_limit, score and stock_only, as asked for.
+        settings: top, dev_limit, test_limit, score and stock_only, as asked for; fit and loss_within where they were.
         examples: for each split the number of examples (``"count"``) and the name of model and examples (``"of"``).
-        candidates: the least loss on dev first, then the least on search, then the lowest number.
+        candidates: the winner first; then the least loss on dev, then the least on search, then the lowest number.
         evaluations: by split, then ``"full"``, ``"winner"`` and, where that is another plan and its loss is
             finite, ``"search_best"``.
         looks: how many selections of this study have run something on test so far.
         evaluated: plans that this call ran, each on one split; 0: all was on record.
         layer_tokens: what that cost.
+        full_bytes: of the full model's weights; None where it was not asked for.
     """
 
     study: str
@@ -83,15 +88,18 @@ class Selection:
     looks: int
     evaluated: int
     layer_tokens: int
+    full_bytes: float | None = None
 
     @property
     def winner(self) -> Candidate:
-        """The candidate of least loss on dev."""
+        """The candidate of least loss on dev; with `loss_within` the smallest that is surely within it there."""
         return self.candidates[0]
 
     @property
     def search_best(self) -> Candidate:
-        """The candidate of least loss on search."""
+        """The candidate of least loss on search; with `loss_within`, which seeks no least loss, the winner."""
+        if self.loss_within is not None:
+            return self.winner
         return min(self.candidates, key=lambda candidate: (candidate.search_loss, candidate.trial))
 
     def gain(self, split: str) -> float:
@@ -127,16 +135,45 @@ class Selection:
         return sentence(self.gain("search"), self.test_gain)
 
     @property
+    def loss_within(self) -> float | None:
+        """What the winner may lose against the full model, where that was asked for."""
+        return self.settings.get("loss_within")
+
+    @property
     def warnings(self) -> list[str]:
         """Why not to trust the result; empty when nothing speaks against it."""
         lost = [self.sentence] if self.verdict in ("vanished", "reversed") else []
+        lost += [] if self.loss_within is None or self._stays_within else [self._within(self.loss_within)]
         return [*lost, *([look_warning(self.looks)] if self.looks > 1 else [])]
+
+    @property
+    def _stays_within(self) -> bool:
+        return self.loss_within is not None and -self.test_gain.low <= self.loss_within
+
+    def _within(self, loss: float) -> str:
+        told = f"on dev {self.winner.against_full}, on test {-self.test_gain}"
+        if self._stays_within:
+            return f"Winner - full model stays within {loss:g}: {told}."
+        return f"That the winner costs no more than {loss:g} does not hold on test: {told}."
+
+    @property
+    def _goal(self) -> list[str]:
+        """What was asked for of its size, and what it has; empty where nothing was."""
+        if self.winner.bytes is None or self.full_bytes is None:
+            return []
+        share = f"{100 * self.winner.bytes / self.full_bytes:.0f}% of the full model's {self.full_bytes:,.0f} bytes"
+        fit = self.settings.get("fit")
+        asked = "" if fit is None else f", of {fit:,} that it may have"
+        within = [] if self.loss_within is None else [self._within(self.loss_within)]
+        return [f"The winner has {self.winner.bytes:,.0f} bytes of weights{asked}: {share}.", *within]
 
     @property
     def sentences(self) -> list[str]:
         """The verdict, and how the winner stands to the full model in the metric and to the best plan of the search."""
         best, changed = self.search_best, self.intervals[FULL][self.metric]
-        sentences = [self.sentence, f"Winner - full model on test, {self.metric}: {changed}."]
+        sentences = [self.sentence, f"Winner - full model on test, {self.metric}: {changed}.", *self._goal]
+        if self.loss_within is not None:
+            return sentences
         if best is self.winner:
             return [*sentences, "The best plan of the search is also the best on dev."]
         if SEARCH_BEST not in self.intervals:
@@ -154,6 +191,8 @@ class Selection:
             "dev_loss": [None if e is None else _short(e.loss) for e in dev],
             f"dev_{self.metric}": [None if e is None else _short(e.accuracy) for e in dev],
         }
+        if self.full_bytes is not None:
+            candidates["bytes"] = [candidate.bytes for candidate in self.candidates]
         return {
             "moeopt": __version__,
             "format": FORMAT,
@@ -236,7 +275,10 @@ INTERVAL = {"mean": NUMBER, "low": NUMBER, "high": NUMBER}
 SPLIT = {"count": COUNT, "of": TEXT}
 RECORD = {
     "metric": TEXT, "settings": {"stock_only": FLAG}, "examples": {TEXT: SPLIT},
-    "candidates": {"trial": [COUNT], "search_loss": [NUMBER], "dev_loss": [Maybe(NUMBER)]},
+    "candidates": {
+        "trial": [COUNT], "search_loss": [NUMBER], "dev_loss": [Maybe(NUMBER)],
+        "bytes": Maybe([Maybe(NUMBER)]),
+    },
     WINNER: COUNT, SEARCH_BEST: COUNT, "plans": {TEXT: TEXT},
     "scores": {split: {TEXT: {TEXT: NUMBER}} for split in ("search", "dev", "test")},
     "test_minus": {TEXT: {TEXT: INTERVAL}}, "verdict": TEXT, "sentences": [TEXT], "warnings": [TEXT], "looks": COUNT,

@@ -11,11 +11,14 @@ from moeopt.evaluation import Evaluation
 from moeopt.evaluation.store import plan_name
 from moeopt.evaluation.teacher import LABEL_FREE
 from moeopt.models import without_plan
-from moeopt.results.selection.checks import TOP, check, check_arguments
+from moeopt.results.selection.candidates import Ranked, TrialSizes, ranked_trials, smallest_within
+from moeopt.results.selection.checks import TOP, check, check_arguments, check_goal
 from moeopt.results.selection.evaluating import StudyEvaluators
 from moeopt.results.selection.record import FULL, SEARCH_BEST, SELECTION, WINNER, Candidate, Selection, look_warning
 from moeopt.results.steps import Progress, Steps
+from moeopt.statistics import paired_bootstrap
 from moeopt.study.objective import Objective
+from moeopt.trials.objectives import size_of
 
 if TYPE_CHECKING:
     import optuna
@@ -38,6 +41,8 @@ def select(
     test_limit: int | None = None,
     score: Score | None = None,
     stock_only: bool = False,
+    fit: int | str | None = None,
+    loss_within: float | None = None,
     batch_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Selection:
@@ -46,6 +51,10 @@ def select(
     What a search minimises for hundreds of trials, its best trial has partly by luck. So the `top` distinct plans of
     least loss on search are evaluated on dev; the one of least loss there wins, and its loss on test is an honest one,
     as long as test is not looked at again to choose something else.
+
+    Of a study of several objectives it is said what to choose: the least loss that fits so many bytes (`fit`), or the
+    smallest plan that surely loses no more than so much (`loss_within`), of those that fit. Trials that break a
+    constraint are no candidates.
 
     Every evaluation is kept in the study at once, so that a selection that was cut off goes on where it was, the same
     one again runs nothing, and another one runs only what is missing. Whenever something new runs on test, that is a
@@ -61,37 +70,48 @@ def select(
             counts in any case. The task's metric is reported besides; where losses are distances from the full model,
             how often both have the same first choice.
         stock_only: consider only plans that an ordinary checkpoint can hold.
+        fit: consider only plans whose checkpoint has at most so many bytes of weights; a number, or as ``"24GB"``.
+        loss_within: what the winner may lose on dev against the full model: the upper end of its paired interval is at
+            most that, and of those whose is it is the smallest. Candidates are then on the front of loss and bytes, the
+            `top` around where that loss is reached on search.
         batch_tokens: padded tokens a forward pass; None: the objective's, or 1,024.
         progress: called before every evaluation with how many are done, all of them, and what comes.
 
     Raises:
         StudyError: when an argument is out of range, or the study is not of moeopt, searched another model, another
-            task, or dev or test, or has no completed trial that could be a candidate.
+            task, or dev or test, or has no completed trial that could be a candidate; when it has several objectives
+            and neither `fit` nor `loss_within` is given, or nothing fits, or is surely within.
         TaskError: when the task has no dev or no test split.
         NonFiniteLossError: when no candidate has a finite loss on dev, or the winner has none on test.
     """
     limits = {"dev": dev_limit, "test": test_limit}
-    check_arguments(top=top, score=score, dev_limit=dev_limit, test_limit=test_limit)
+    check_arguments(top=top, score=score, loss_within=loss_within, dev_limit=dev_limit, test_limit=test_limit)
+    most = None if fit is None else size_of(fit)
     whole, task = (model.model, model.task) if isinstance(model, Objective) else (model, task)
     if task is None:
         raise StudyError("give either an Objective, or model, tokenizer and task")
     with without_plan(whole):
         check(study, task, whole)
-        ranked = _ranked(study, top, stock_only)
+        check_goal(study, most, loss_within)
         evaluators = StudyEvaluators(
             study, model, tokenizer, task, limits=limits, score=score, batch_tokens=batch_tokens
         )
+        sized = None if most is None and loss_within is None else TrialSizes(study, whole)
+        full_loss = math.nan if loss_within is None else evaluators.evaluate(None, "search").loss + loss_within
+        ranked = ranked_trials(study, top, stock_only, sized, most, full_loss)
         judging = _Judging(evaluators, Steps(progress, len(ranked) + 7))
-        candidates = judging.candidates(ranked)
+        candidates = judging.candidates(ranked, sized, loss_within)
         winner, best = candidates[0], min(candidates, key=lambda candidate: (candidate.search_loss, candidate.trial))
-        compared = {WINNER: winner} if winner is best else {WINNER: winner, SEARCH_BEST: best}
-        evaluations = judging.compared(compared, {trial.number: trial for trial, _ in ranked})
+        alone = winner is best or loss_within is not None
+        compared = {WINNER: winner} if alone else {WINNER: winner, SEARCH_BEST: best}
+        evaluations = judging.compared(compared, {each.trial.number: each.trial for each in ranked})
+    goal = {"fit": most, "loss_within": loss_within}
     selection = Selection(
         study=study.study_name,
         metric="agreement" if evaluators.score in LABEL_FREE else task.metric,
         settings={
             "top": top, "dev_limit": dev_limit, "test_limit": test_limit, "score": evaluators.score,
-            "stock_only": stock_only,
+            "stock_only": stock_only, **{name: value for name, value in goal.items() if value is not None},
         },
         examples={
             split: {"count": evaluator.examples, "of": evaluators.on[split].name}
@@ -102,33 +122,12 @@ def select(
         looks=evaluators.store.looks,
         evaluated=evaluators.evaluated,
         layer_tokens=evaluators.layer_tokens,
+        full_bytes=None if sized is None else sized.full,
     )  # fmt: skip
     if study.user_attrs.get(SELECTION) != selection.record:
         study.set_user_attr(SELECTION, selection.record)
     judging.steps.finish()
     return selection
-
-
-def _ranked(study: optuna.Study, top: int, stock_only: bool) -> list[tuple[FrozenTrial, Plan]]:
-    """The best distinct plans by search loss, each with the first trial of least loss that had it."""
-    from optuna.trial import TrialState
-
-    from moeopt.exporting import why_not_stock
-    from moeopt.study import space_of
-
-    space = space_of(study)
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    ranked: dict[str, tuple[FrozenTrial, Plan]] = {}
-    finite = (t for t in done if t.value is not None and math.isfinite(t.value))
-    for trial in sorted(finite, key=lambda t: (t.value, t.number)):
-        if len(ranked) == top:
-            break
-        plan = space.plan(trial)
-        if not (stock_only and why_not_stock(plan)):
-            ranked.setdefault(plan.fingerprint, (trial, plan))
-    if not ranked:
-        raise StudyError(f"study {study.study_name!r} has no completed trial that an ordinary checkpoint can hold")
-    return list(ranked.values())
 
 
 class _Judging:
@@ -137,21 +136,27 @@ class _Judging:
     def __init__(self, evaluators: StudyEvaluators, steps: Steps) -> None:
         self.evaluators, self.steps = evaluators, steps
 
-    def candidates(self, ranked: list[tuple[FrozenTrial, Plan]]) -> list[Candidate]:
-        """The candidates, the best on dev first; those without a finite loss there come last."""
+    def candidates(self, ranked: list[Ranked], sized: TrialSizes | None, loss_within: float | None) -> list[Candidate]:
+        """The candidates, the winner first, then the best on dev; those without a finite loss there come last."""
+        full = None if loss_within is None else self._evaluate(None, "dev", "full model")
         candidates, errors = [], []
-        for i, (trial, plan) in enumerate(ranked, start=1):
+        for i, each in enumerate(ranked, start=1):
             dev = None
             try:
-                dev = self._evaluate(plan, "dev", f"candidate {i} of {len(ranked)} (trial {trial.number})")
+                dev = self._evaluate(each.plan, "dev", f"candidate {i} of {len(ranked)} (trial {each.trial.number})")
             except NonFiniteLossError as error:
                 errors.append(error)
-            assert trial.value is not None
-            candidates.append(Candidate(trial.number, plan, trial.value, dev))
+            size = None if sized is None else sized(each.trial, each.plan)
+            gap = None if full is None or dev is None else paired_bootstrap(dev, full)
+            candidates.append(Candidate(each.trial.number, each.plan, each.loss, dev, size, gap))
         if len(errors) == len(candidates):
             first = errors[0]
             raise NonFiniteLossError(f"no candidate has a finite loss on dev; the best: {first}", layer=first.layer)
-        return sorted(candidates, key=lambda c: (math.inf if c.dev is None else c.dev.loss, c.search_loss, c.trial))
+        candidates.sort(key=lambda c: (math.inf if c.dev is None else c.dev.loss, c.search_loss, c.trial))
+        if loss_within is not None:
+            winner = smallest_within(candidates, loss_within)
+            candidates = [winner, *(candidate for candidate in candidates if candidate is not winner)]
+        return candidates
 
     def compared(
         self, compared: dict[str, Candidate], trials: dict[int, FrozenTrial]

@@ -1,0 +1,145 @@
+"""Which trials of a study are candidates of a selection, and how large each is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from moeopt.errors import StudyError
+from moeopt.study.quantities import QUANTITIES
+from moeopt.trials import genome
+from moeopt.trials.description import number
+from moeopt.trials.front import completed, nondominated, objectives_of
+from moeopt.trials.objectives import LOSS
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+    from transformers import PreTrainedModel
+
+    from moeopt.plan import Plan
+    from moeopt.results.selection.record import Candidate
+
+BYTES = "bytes"
+
+
+class Ranked(NamedTuple):
+    """A trial with its loss on search and its plan."""
+
+    trial: FrozenTrial
+    loss: float
+    plan: Plan
+
+
+class TrialSizes:
+    """Bytes of the weights that the plans of trials have as checkpoints: those that trials noted, else computed.
+
+    Args:
+        study: it.
+        model: the full model.
+
+    Attributes:
+        full: those of the full model.
+    """
+
+    def __init__(self, study: optuna.Study, model: PreTrainedModel) -> None:
+        from moeopt.models import shape_of
+        from moeopt.plan import Plan
+
+        names = objectives_of(study)
+        self._at = names.index(BYTES) if BYTES in names else None
+        self._quantity = QUANTITIES[BYTES](model)
+        shape = shape_of(model)
+        self.full = self._quantity(Plan.identity(shape.layers, shape.experts, shape.k), None)
+
+    def __call__(self, trial: FrozenTrial, plan: Plan) -> float:
+        noted = trial.values[self._at] if self._at is not None else number(trial.user_attrs, BYTES)
+        return float(self._quantity(plan, None) if noted is None else noted)
+
+
+def search_loss(trial: FrozenTrial, names: Sequence[str]) -> float:
+    """The loss of a complete trial on search: its value, or the mean over its examples where that is no objective."""
+    if LOSS in names:
+        return float(trial.values[names.index(LOSS)])
+    scores = genome.read_scores(trial)
+    return np.inf if scores is None else float(np.average(scores[0].astype(np.float64), weights=scores[1]))
+
+
+def ranked_trials(
+    study: optuna.Study, top: int, stock_only: bool, sizes: TrialSizes | None, most: int | None, within: float
+) -> list[Ranked]:
+    """The candidates: the distinct plans of least loss on search, each with the first trial of least loss that had it.
+
+    Args:
+        study: it.
+        top: how many at most.
+        stock_only: only plans that an ordinary checkpoint can hold.
+        sizes: of trials; None: no matter.
+        most: bytes that a plan may have; None: any number.
+        within: not NaN: the candidates are on the front of loss and bytes, around where this loss is reached.
+
+    Raises:
+        StudyError: when there is none.
+    """
+    from moeopt.exporting import why_not_stock
+    from moeopt.spaces import space_of
+
+    space, names = space_of(study), objectives_of(study)
+    everything, smallest = np.isnan(within), np.inf
+    ranked: dict[str, Ranked] = {}
+    sized: dict[str, float] = {}
+    losses = {trial.number: search_loss(trial, names) for trial in completed(study)}
+    for trial in sorted(completed(study), key=lambda t: (losses[t.number], t.number)):
+        if everything and len(ranked) == top:
+            break
+        plan = space.plan(trial)
+        if plan.fingerprint in ranked or (stock_only and why_not_stock(plan)):
+            continue
+        if sizes is not None:
+            size = sizes(trial, plan)
+            smallest = min(smallest, size)
+            if most is not None and size > most:
+                continue
+            sized[plan.fingerprint] = size
+        ranked[plan.fingerprint] = Ranked(trial, losses[trial.number], plan)
+    if not ranked and np.isfinite(smallest):
+        raise StudyError(
+            f"no plan of study {study.study_name!r} fits {most:,} bytes: the smallest of its trials has {smallest:,.0f}"
+        )
+    if not ranked:
+        raise StudyError(f"study {study.study_name!r} has no completed trial that an ordinary checkpoint can hold")
+    if everything:
+        return list(ranked.values())
+    return _around([(each, sized[name]) for name, each in ranked.items()], top, within)
+
+
+def _around(ranked: Sequence[tuple[Ranked, float]], top: int, within: float) -> list[Ranked]:
+    """Of the front of loss and bytes, smallest first, the `top` around the smallest whose loss is at most `within`.
+
+    A quarter of them is smaller: what is within surely takes more than what seems so on search.
+    """
+    at = np.array([[size, each.loss] for each, size in ranked])
+    front = [ranked[i][0] for i in nondominated(at)]
+    first = next((i for i, each in enumerate(front) if each.loss <= within), len(front) - 1)
+    start = max(0, min(first - top // 4, len(front) - top))
+    return front[start : start + top]
+
+
+def smallest_within(candidates: Sequence[Candidate], loss: float) -> Candidate:
+    """The smallest that surely loses at most so much against the full model on dev.
+
+    Raises:
+        StudyError: when there is none; the message names the nearest.
+    """
+    judged = [(c.against_full.high, c) for c in candidates if c.against_full is not None]
+    sure = [candidate for high, candidate in judged if high <= loss]
+    if not sure:
+        high, nearest = min(judged, key=lambda pair: (pair[0], pair[1].trial))
+        raise StudyError(
+            f"no candidate is surely within {loss:g} of the full model's loss on dev: the nearest, trial "
+            f"{nearest.trial}, is at {nearest.against_full}; allow {high:.2g}, or judge on more dev examples or "
+            "candidates"
+        )
+    return min(sure, key=lambda c: (c.bytes or 0.0, 0.0 if c.dev is None else c.dev.loss, c.trial))

@@ -1,0 +1,359 @@
+"""Fronts are those found by hand, selections pick what brute force picks, nothing runs twice, bad input is named."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+import moeopt
+from moeopt import methods, report
+from moeopt.cli import main
+from moeopt.errors import ExportError, MethodError, StorageError, StudyError, TaskError
+from moeopt.evaluation import Evaluator, paired_bootstrap
+from moeopt.plan import Plan
+from moeopt.results.front import Front, front_of
+from moeopt.results.front.making import spread
+from moeopt.results.front.one_shot import ONE_SHOT, uniform_keeps
+from moeopt.results.selection import recorded, selected_trial
+from moeopt.study import quantities
+from moeopt.study.storage.attributes import study_attributes, write_study
+from moeopt.tasks import TextTask
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+LAYERS, EXPERTS, KEEP, TRIALS, UNIT = 2, 6, 3, 16, 1000.0
+TEXTS = [
+    f"the {a} {b} sat on the {c}" for a in ("red", "old", "big", "wet") for b in ("cat", "dog") for c in ("mat", "log")
+]
+NAMES = ("loss", "bytes")
+ONE_SHOTS: dict[str, Any] = {"methods": ("reap", "frequency"), "keeps": [3, 4]}
+
+
+class Numbered:
+    """A size that differs between prunings of one number: the sum of the numbers of the experts kept."""
+
+    needs_evaluation = False
+
+    def __init__(self, model: Any) -> None:
+        pass
+
+    def __call__(self, plan: Plan, evaluation: Any) -> float:
+        return UNIT * sum(sum(layer.kept or ()) for layer in plan.layers)
+
+    def describe(self) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def patched_bytes() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(quantities.QUANTITIES, "bytes", Numbered)
+        yield
+
+
+@pytest.fixture(scope="module")
+def objective(make_mixtral: Any, tiny_tokenizer: Any, patched_bytes: None) -> moeopt.Objective:
+    model = make_mixtral(layers=LAYERS, experts=EXPERTS, hidden=16, intermediate=16)
+    task = TextTask("toy", search=TEXTS[:4], dev=TEXTS[4:9], test=TEXTS[9:], window=32)
+    return moeopt.Objective(model, tiny_tokenizer, task, moeopt.PruneSpace.of(model, keep=KEEP), objectives=NAMES)
+
+
+def searched(objective: moeopt.Objective, storage: str | None = None, trials: int = TRIALS) -> optuna.Study:
+    study = moeopt.create_study("trade-off", objective=objective, storage=storage, sampler="random", seed=1)
+    moeopt.optimize(study, objective, n_trials=trials)
+    return study
+
+
+@pytest.fixture
+def study(objective: moeopt.Objective) -> optuna.Study:
+    return searched(objective)
+
+
+@pytest.fixture(scope="module")
+def made(objective: moeopt.Objective) -> tuple[optuna.Study, Front]:
+    study = searched(objective)
+    return study, front_of(study, objective, **ONE_SHOTS)
+
+
+def beats(a: Any, b: Any) -> bool:
+    return all(x <= y for x, y in zip(a, b)) and any(x < y for x, y in zip(a, b))
+
+
+def test_the_front_is_the_one_found_by_hand(made: tuple[optuna.Study, Front], objective: moeopt.Objective) -> None:
+    study, front = made
+    values = {trial.number: trial.values for trial in study.trials}
+    unbeaten = {n for n, v in values.items() if not any(beats(other, v) for other in values.values())}
+    assert {point.trial for point in front.points} <= unbeaten  # of equal ones the first
+    assert {tuple(values[n]) for n in unbeaten} == {tuple(p.search.values()) for p in front.points}
+    dev = Evaluator(objective.model, objective.tokenizer, objective.task, split="dev")
+    full = dev.evaluate(None)
+    size = Numbered(None)
+    expected: dict[str, tuple[float, float]] = {}
+    for point in front.points:
+        plan = objective.space.plan(study.trials[point.trial or 0])
+        evaluation = dev.evaluate(plan)
+        assert point.dev == {"loss": evaluation.loss, "bytes": size(plan, None)}
+        assert point.against_full == paired_bootstrap(evaluation, full)
+        expected[point.name] = (evaluation.loss, size(plan, None))
+    on_dev = {n for n, v in expected.items() if not any(beats(other, v) for other in expected.values())}
+    assert {point.name for point in front.on_dev} == on_dev
+    for point in front.on_dev:
+        others = {p.name for p in front.one_shot if beats(p.dev.values(), expected[point.name])}
+        assert set(front.beaten.get(point.name, [])) == others
+    assert front.full is not None
+    assert front.full.dev == {"loss": full.loss, "bytes": LAYERS * 15 * UNIT}
+
+
+def test_one_shot_plans_are_those_of_the_methods_room(
+    made: tuple[optuna.Study, Front], objective: moeopt.Objective
+) -> None:
+    calibration = methods.Calibration(objective.model, objective.tokenizer, objective.task)
+    plans = {point.name: point.plan for point in made[1].one_shot}
+    assert plans == {
+        f"{name}, {keep} of {EXPERTS}": methods.plan(name, calibration, keep=keep)
+        for keep in ONE_SHOTS["keeps"]
+        for name in ONE_SHOTS["methods"]
+    }
+
+
+def test_nothing_runs_twice(made: tuple[optuna.Study, Front], objective: moeopt.Objective) -> None:
+    study, front = made
+    assert front.evaluated == 1 + len(front.points) + 2 * len(front.one_shot)  # what trials gave on search is theirs
+    again = front_of(study, objective.model, objective.tokenizer, objective.task, **ONE_SHOTS)
+    assert again.evaluated == 0
+    assert [(p.name, p.search, p.dev) for p in again.everything] == [
+        (p.name, p.search, p.dev) for p in front.everything
+    ]
+
+
+def test_hypervolume_grows_to_that_of_the_front(made: tuple[optuna.Study, Front]) -> None:
+    study, front = made
+    assert (np.diff(front.hypervolume) >= 0).all()
+    at = np.array([trial.values for trial in study.trials])
+    assert front.hypervolume[-1] == pytest.approx(front.bounds.hypervolume(at))
+    spent = [trial.user_attrs["spent"] for trial in study.trials]
+    assert np.diff(front.costs).tolist() == np.diff(spent).tolist()
+
+
+def test_without_a_model_the_study_tells_what_it_holds(made: tuple[optuna.Study, Front]) -> None:
+    study, front = made
+    alone = front_of(study)
+    assert [(p.name, p.search) for p in alone.points] == [(p.name, p.search) for p in front.points]
+    assert (alone.one_shot, alone.examples, alone.judged, alone.evaluated) == ((), None, [], 0)
+    assert alone.full is not None
+    assert front.full is not None
+    assert alone.full.search == {"loss": front.full.search["loss"]}
+
+
+def test_trials_that_break_a_constraint_are_on_no_front(objective: moeopt.Objective) -> None:
+    bound = LAYERS * 7 * UNIT
+    limited = moeopt.Objective(
+        objective.model, objective.tokenizer, objective.task, objective.space, objectives=NAMES,
+        constraints=(f"bytes >= {bound}",),
+    )  # fmt: skip
+    study = searched(limited)
+    assert any(trial.values[1] < bound for trial in study.trials)
+    assert all(point.search["bytes"] >= bound for point in front_of(study).points)
+    selected = moeopt.select(study, limited, fit=10**9)
+    assert all(candidate.bytes is not None and candidate.bytes >= bound for candidate in selected.candidates)
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5))
+def test_what_is_spread_holds_the_ends_and_no_two_alike(points: int, count: int, seed: int) -> None:
+    at = np.random.default_rng(seed).random((points, 2))
+    chosen = spread(at, count)
+    assert len(set(chosen)) == len(chosen) == min(points, count)
+    assert chosen[0] == 0
+    assert count == 1 or chosen[-1] == points - 1
+
+
+def test_some_points_are_judged_where_there_are_too_many(study: optuna.Study, objective: moeopt.Objective) -> None:
+    front = front_of(study, objective, top=2, methods=())
+    assert [bool(point.dev) for point in front.points] == [True, *[False] * (len(front.points) - 2), True]
+    assert front.not_judged == len(front.points) - 2
+    assert front.one_shot == ()
+
+
+def test_uniform_numbers_lie_within_the_space(make_mixtral: Any) -> None:
+    space = moeopt.PruneSpace.of(make_mixtral(experts=8), keep=5)
+    assert uniform_keeps(space) == [5]
+
+
+# Selecting ------------------------------------------------------------------------------------------------------------
+
+
+def dev_losses(study: optuna.Study, objective: moeopt.Objective) -> dict[int, Any]:
+    dev = Evaluator(objective.model, objective.tokenizer, objective.task, split="dev")
+    return {trial.number: dev.evaluate(objective.space.plan(trial)) for trial in study.trials}
+
+
+def test_fit_picks_the_best_on_dev_of_what_fits(study: optuna.Study, objective: moeopt.Objective) -> None:
+    sizes = sorted(trial.values[1] for trial in study.trials)
+    judged = dev_losses(study, objective)
+    for most in (int(sizes[0]), int(sizes[len(sizes) // 2]), int(sizes[-1])):
+        selected = moeopt.select(study, objective, fit=most, top=TRIALS)
+        fits = [trial for trial in study.trials if trial.values[1] <= most]
+        assert sorted(c.trial for c in selected.candidates) == [trial.number for trial in fits]
+        assert selected.winner.trial == min(fits, key=lambda trial: judged[trial.number].loss).number
+        assert selected.winner.bytes == study.trials[selected.winner.trial].values[1] <= most
+        assert selected_trial(study).number == selected.winner.trial
+        assert recorded(study)["settings"]["fit"] == most  # type: ignore[index]
+        assert any(f"of {most:,} that it may have" in text for text in selected.sentences)
+    few = moeopt.select(study, objective, fit="1MB", top=2)
+    best = sorted(study.trials, key=lambda trial: trial.values[0])[:2]
+    assert {c.trial for c in few.candidates} == {trial.number for trial in best}
+
+
+def test_loss_within_picks_the_smallest_that_surely_is(study: optuna.Study, objective: moeopt.Objective) -> None:
+    dev = Evaluator(objective.model, objective.tokenizer, objective.task, split="dev")
+    full, judged = dev.evaluate(None), dev_losses(study, objective)
+    on_front = [point.trial or 0 for point in front_of(study).points]
+    gaps = {number: paired_bootstrap(judged[number], full) for number in on_front}
+    for within in sorted(max(0.0, gap.high) for gap in gaps.values()):
+        if all(gap.high > within for gap in gaps.values()):
+            continue
+        selected = moeopt.select(study, objective, loss_within=within, top=TRIALS)
+        sure = [number for number in on_front if gaps[number].high <= within]
+        smallest = min(sure, key=lambda number: study.trials[number].values[1])
+        assert selected.winner.trial == selected.search_best.trial == smallest
+        assert selected.winner.against_full == gaps[smallest]
+        stays = selected.intervals["full"]["loss"].high <= within
+        assert any("does not hold on test" in text for text in selected.warnings) != stays
+    console = Console(width=150, file=io.StringIO())
+    console.print(report.view(selected))
+    assert "kB" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_study_of_one_objective_is_filtered_by_size(objective: moeopt.Objective) -> None:
+    alone = moeopt.Objective(objective.model, objective.tokenizer, objective.task, objective.space)
+    study = searched(alone)
+    size = {trial.number: Numbered(None)(alone.space.plan(trial), None) for trial in study.trials}
+    most = int(np.median([*size.values()]))
+    selected = moeopt.select(study, alone, fit=most, top=TRIALS)
+    assert {c.trial: c.bytes for c in selected.candidates} == {n: s for n, s in size.items() if s <= most}
+    assert moeopt.select(study, alone).winner.bytes is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "has the objectives loss, bytes: say how small a plan must be"),
+        ({"fit": "big"}, "a size is a number of bytes, such as 24GB"),
+        ({"fit": 5}, "fits 5 bytes: the smallest of its trials has "),
+        ({"loss_within": -1}, "loss_within must be a loss of at least 0, got -1"),
+        ({"loss_within": True}, "loss_within must be a loss of at least 0, got True"),
+        ({"loss_within": float("nan")}, "loss_within must be a loss of at least 0, got nan"),
+    ],
+)
+def test_what_cannot_be_selected_says_so(
+    made: tuple[optuna.Study, Front], objective: moeopt.Objective, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(StudyError, match=said):
+        moeopt.select(made[0], objective, **options)
+
+
+def test_none_within_names_the_nearest(study: optuna.Study, objective: moeopt.Objective) -> None:
+    gaps = [p.against_full for p in front_of(study, objective, methods=()).points if p.against_full is not None]
+    if min(gap.high for gap in gaps) <= 0:
+        pytest.fail("the fixture's pruned models must lose something")
+    with pytest.raises(
+        StudyError, match=r"no candidate is surely within 0 of the full model's loss on dev: the nearest"
+    ):
+        moeopt.select(study, objective, loss_within=0.0)
+
+
+# Refusals and files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"top": 0}, StudyError, "top must be an integer of at least 1, got 0"),
+        ({"dev_limit": 0}, StudyError, "dev_limit must be"),
+        ({"methods": "reap"}, MethodError, r"methods must be a list of names, such as \['reap'\]"),
+        ({"methods": ["hc_smoe"]}, MethodError, "methods that prune"),
+        ({"methods": ["reep"]}, MethodError, "did you mean"),
+        ({"methods": ["reap"], "keeps": [9]}, None, "reap, 9 experts: keep must be an integer between 1 and"),
+    ],
+)
+def test_what_no_front_is_made_of(
+    made: tuple[optuna.Study, Front], objective: moeopt.Objective, options: dict[str, Any], error: Any, said: str
+) -> None:
+    if error is None:
+        assert said in front_of(made[0], objective, **options).left_out[0]
+        return
+    with pytest.raises(error, match=said):
+        front_of(made[0], objective, **options)
+
+
+def test_a_study_without_a_trial_or_a_task_without_dev_is_refused(objective: moeopt.Objective) -> None:
+    empty = moeopt.create_study(objective=objective, storage=None, sampler="random")
+    with pytest.raises(StudyError, match="has no complete trial that keeps its constraints yet"):
+        front_of(empty)
+    task = TextTask("toy", search=TEXTS[:4], dev=[], test=TEXTS[9:], window=32)
+    with pytest.warns(UserWarning, match="no dev split"):
+        without = moeopt.Objective(objective.model, objective.tokenizer, task, objective.space, objectives=NAMES)
+    with pytest.raises(TaskError, match="dev"):
+        front_of(searched(without, trials=2), without)
+
+
+def test_damaged_one_shot_plans_are_named(study: optuna.Study, objective: moeopt.Objective) -> None:
+    front_of(study, objective, methods=["reap"], keeps=[3])
+    (key,) = [key for key in study_attributes(study) if key.startswith(ONE_SHOT)]
+    from moeopt.trials import genome
+
+    for numbers in ([0, 1, 2], [0, 1, 2, 3, 4, 77], [0, 1, 2, 3, 4, 0.5]):
+        write_study(study, genome.pack(key, np.array(numbers, dtype=np.float32)))
+        with pytest.raises(StorageError, match="is damaged: it holds no 3 experts for 2 layers"):
+            front_of(study, objective, methods=["reap"], keeps=[3])
+
+
+def test_it_is_shown_and_written(made: tuple[optuna.Study, Front], tmp_path: Path) -> None:
+    _, front = made
+    console = Console(width=180, file=io.StringIO())
+    console.print(report.view(front))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for text in ("full model", "dev loss − full [95%]", *(point.name for point in front.points)):
+        assert text in shown
+    for suffix in ("csv", "json", "html", "png"):
+        report.save(front, tmp_path / f"front.{suffix}")
+    rows = [*csv.DictReader((tmp_path / "front.csv").open())]
+    assert [row["name"] for row in rows] == [point.name for point in front.everything]
+    assert [float(row["dev_loss"]) for row in rows] == [point.dev["loss"] for point in front.everything]
+    record = json.loads((tmp_path / "front.json").read_text())
+    assert record["hypervolume"]["value"][-1] == front.hypervolume[-1]
+    assert [point["on_front"] for point in record["points"]] == [p in front.on_dev for p in front.everything]
+    page = (tmp_path / "front.html").read_text()
+    assert "https://" not in page.partition("<script")[0]
+    assert all(text in page for text in ("prefers-color-scheme:dark", "@media print", front.points[0].name))
+    for path, said in (("front.pdf", "ends in .html, .csv, .json, .png"), ("none/front.csv", "there is no folder")):
+        with pytest.raises(ExportError, match=said):
+            report.save(front, tmp_path / path)
+
+
+def test_the_command_shows_and_refuses(
+    objective: moeopt.Objective, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    refused: Callable[[list[str]], str],
+) -> None:  # fmt: skip
+    url = f"sqlite:///{tmp_path}/study.db"
+    searched(objective, url, trials=4)
+    where = ["front", "trade-off", "--storage", url]
+    assert main([*where, "--out", str(tmp_path / "front.csv"), "--out", str(tmp_path / "front.html")]) == 0
+    out = capsys.readouterr().out
+    assert "trial" in out
+    assert "front.html" in out
+    assert "4" in (tmp_path / "front.csv").read_text()
+    assert "--model and --task go together" in refused([*where, "--model", "x"])
+    assert "methods that prune" in refused([*where, "--methods", "naee,ream"])
+    assert "ends in .html" in refused([*where, "--out", "front.pdf"])
+    assert "no study 'trade-of'" in refused(["front", "trade-of", "--storage", url])
