@@ -154,7 +154,7 @@ CANNOT_BE_COMPARED: list[tuple[Callable[[Make, Make], list[Any]], dict[str, Any]
         "'a' and 'b' are the same optimiser, eep, with the same seed, 3",
     ),
     (lambda make, trial: [optuna.create_study(study_name="plain")], {}, "'plain' does not say what it searched"),
-    (lambda make, trial: [make("up", [0.5], direction="maximize")], {}, "'up' does not minimise one value"),
+    (lambda make, trial: [make("up", [0.5], direction="maximize")], {}, "'up' does not minimize 'loss'"),
     (lambda make, trial: [make("a", [0.5])], {"cost": "tokens"}, "layer-tokens, time or trials, got 'tokens'"),
     (lambda make, trial: [make("a", [0.5])], {"target": math.nan}, "target must be a finite loss, got nan"),
     (lambda make, trial: [make("a", [])], {}, "none of these studies has a finished trial"),
