@@ -57,6 +57,16 @@ class Interval:
         """What a difference of losses says of the first: one that does not exclude 0 says nothing."""
         return "better" if self.high < 0 else "worse" if self.low > 0 else "no difference"
 
+    def within(self, limit: float) -> Literal["holds", "unclear", "broken"]:
+        """Whether a change stays within what is allowed; the burden of proof is on it.
+
+        It holds where the whole interval is at most `limit`, is broken where its mean is above, and unclear in between.
+
+        >>> [Interval(mean, mean - 0.02, mean + 0.02).within(0.02) for mean in (-0.01, 0.01, 0.03)]
+        ['holds', 'unclear', 'broken']
+        """
+        return "broken" if not self.mean <= limit else "holds" if self.high <= limit else "unclear"
+
 
 def paired_bootstrap(
     a: Evaluation,

@@ -270,9 +270,10 @@ class Evaluator:
     def _generator(self) -> Generator:
         if not self.task.generates or self.task.members:
             raise TaskError(f"task {self.task.name!r} is not answered by generating; a GenerationTask is")
+        task = cast("GenerationTask", self.task)
         return Generator(
-            self.model, self.tokenizer, cast("GenerationTask", self.task), self.requests, self.passes.under,
-            split=self.split, rungs=self.rungs, batch_tokens=self.batch_tokens,
+            self.model, self.tokenizer, task.prompts_of(self.requests), partial(task.judge, self.split),
+            self.passes.under, metric=task.metric, rungs=self.rungs, batch_tokens=self.batch_tokens,
         )  # fmt: skip
 
     def scores_of(

@@ -30,8 +30,7 @@ from moeopt.plan import Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moeopt.tasks import Request
-    from moeopt.tasks.generation import GenerationTask, Prompt
+    from moeopt.tasks.generation import Prompt
 
 PLACES = 16
 """A batch has so many places for tokens, prompts and answers together, for every one of the evaluator's `batch_tokens`:
@@ -46,13 +45,15 @@ NEAR = 8
 class Generation:
     """What a model wrote for some examples, in the task's order.
 
-    `texts` end before the stop text. `metrics` are the task's, by name, the reported one first, each float32
-    (examples,). `tokens` counts those of prompts and answers, `layer_tokens` is that times the decoder layers;
+    `texts` end before the stop text; `answers` are the token ids that they are of, those of a stop text included, an
+    end-of-sequence token not. `metrics` are the task's, by name, the reported one first, each float32 (examples,).
+    `tokens` counts those of prompts and answers, `layer_tokens` is that times the decoder layers;
     `seconds` is wall time. `active` is the mean number of experts that a token ran in an MoE layer; padding counts like
     any token.
     """
 
     texts: tuple[str, ...]
+    answers: tuple[tuple[int, ...], ...]
     metrics: Mapping[str, NDArray[np.float32]]
     tokens: int
     layer_tokens: int
@@ -66,15 +67,15 @@ class Generation:
 
 
 class Generator:
-    """Writes answers to a task's prompts, with the plan in force for the model.
+    """Writes answers to prompts, with the plan in force for the model.
 
     Args:
         model: a causal language model, in eval mode while it generates.
         tokenizer: its tokenizer; a pad token is not needed.
-        task: gives prompts and judges answers.
-        requests: those of the task, one an example; what to generate from is told by them.
+        prompts: what to generate from, each of an example of its own.
+        judge: gives metrics of texts, from the position of the first one's prompt, as `GenerationTask.judge`.
         under: as `Passes.under`.
-        split: the split that they are of.
+        metric: names what is reported.
         rungs: rising numbers of examples.
         batch_tokens: a batch has `PLACES` times as many places for tokens; a longer sequence runs alone.
     """
@@ -83,16 +84,16 @@ class Generator:
         self,
         model: PreTrainedModel,
         tokenizer: Any,
-        task: GenerationTask,
-        requests: Sequence[Request],
+        prompts: Sequence[Prompt],
+        judge: Callable[[Sequence[str], int], Mapping[str, NDArray[np.float32]]],
         under: Callable[[Plan | None], AbstractContextManager[Active]],
         *,
-        split: str,
+        metric: str,
         rungs: Sequence[int],
         batch_tokens: int,
     ) -> None:
-        self.model, self.tokenizer, self.task, self.split, self.rungs = model, tokenizer, task, split, rungs
-        self.prompts, self.under = task.prompts_of(requests), under
+        self.model, self.tokenizer, self.metric, self.rungs = model, tokenizer, metric, rungs
+        self.prompts, self.judge, self.under = list(prompts), judge, under
         self.places = PLACES * batch_tokens
         self.layers = int(model.config.get_text_config().num_hidden_layers)
         shipped = getattr(model.generation_config, "eos_token_id", None)
@@ -129,7 +130,7 @@ class Generator:
         """Nothing to free."""
 
     def identity(self) -> tuple[object, ...]:
-        return ((self.task.metric, self.prompts),)
+        return ((self.metric, self.prompts),)
 
     def run(self, plan: Plan | None, first: int, end: int) -> Generation:
         """Answers under a plan (None: the one in force) to the prompts from `first` up to, not including, `end`.
@@ -155,12 +156,13 @@ class Generator:
                     raise
                 reason = str(error).partition("\n")[0]
             self._halve(left, reason)
-        texts = tuple(self._text(answers[prompt.example], prompt.stop) for prompt in prompts)
-        tokens = sum(len(prompt.ids) + len(answers[prompt.example]) for prompt in prompts)
-        metrics = self.task.judge(self.split, texts, first)
+        written = tuple(tuple(answers[prompt.example]) for prompt in prompts)
+        texts = tuple(self._text(ids, prompt.stop) for ids, prompt in zip(written, prompts))
+        tokens = sum(len(prompt.ids) + len(ids) for ids, prompt in zip(written, prompts))
+        metrics = self.judge(texts, first)
         ran = active()
         seconds = time.perf_counter() - started
-        return Generation(texts, metrics, tokens, tokens * self.layers, seconds, sum(ran) / len(ran))
+        return Generation(texts, written, metrics, tokens, tokens * self.layers, seconds, sum(ran) / len(ran))
 
     def _batches(self, prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
         """The prompts in batches; each of one length, where padding would change what is written."""

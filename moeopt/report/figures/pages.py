@@ -82,17 +82,19 @@ def page(title: str, body: str, figures: Mapping[str, style.Figure]) -> str:
     Args:
         title: of the window, as plain text.
         body: HTML, in which text of others is escaped (`escape`).
-        figures: by the id of the element of the body that each is drawn into, see `place`.
+        figures: by the id of the element of the body that each is drawn into, see `place`; without any, nothing runs.
     """
-    from plotly.offline import get_plotlyjs
+    scripts: list[str] = []
+    if figures:
+        from plotly.offline import get_plotlyjs
 
-    scripts = [get_plotlyjs(), SCRIPT]
+        scripts = [get_plotlyjs(), SCRIPT]
     copies = {name: style.on_any_background(style.plotly().Figure(figure)) for name, figure in figures.items()}
     drawn = (f"{json.dumps(name)}:{figure.to_json()}" for name, figure in copies.items())
     data = f"{{{','.join(drawn)}}}".replace("<", "\\u003c")  # so that no name in it ends the script
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src " + " ".join(
-        f"'sha256-{value}'" for value in hashes
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src " + (
+        " ".join(f"'sha256-{value}'" for value in hashes) or "'none'"
     )
     themed = (
         f":root{{{THEMES['light']}}}@media(prefers-color-scheme:dark){{:root{{{THEMES['dark']}}}}}"
