@@ -21,11 +21,12 @@ from moeopt import methods, report
 from moeopt.cli import main
 from moeopt.errors import ExportError, MethodError, StorageError, StudyError, TaskError
 from moeopt.evaluation import Evaluator, paired_bootstrap
+from moeopt.exporting import why_not_stock
 from moeopt.plan import Plan
-from moeopt.results.front import Front, front_of
+from moeopt.results.front import Front, front_of, uniform_of
 from moeopt.results.front.making import spread
 from moeopt.results.front.one_shot import ONE_SHOT, uniform_keeps
-from moeopt.results.selection import recorded, selected_trial
+from moeopt.results.selection import fitting_trial, recorded, selected_trial
 from moeopt.study import quantities
 from moeopt.study.storage.attributes import study_attributes, write_study
 from moeopt.tasks import TextTask
@@ -273,6 +274,71 @@ def test_none_within_names_the_nearest(study: optuna.Study, objective: moeopt.Ob
     )
     with pytest.raises(StudyError, match=said):
         moeopt.select(study, objective, fit=int(smallest.values[1]), loss_within=0.0)
+
+
+# From a front to a file ----------------------------------------------------------------------------------------------
+
+
+def test_uniform_is_the_best_that_fits_and_says_what_it_costs(objective: moeopt.Objective) -> None:
+    """A space of k by layer: most of its trials differ between layers, and no ordinary checkpoint holds them."""
+    space = moeopt.ActiveSpace(objective.space, k=(1, 2))
+    mixed = moeopt.Objective(objective.model, objective.tokenizer, objective.task, space, objectives=NAMES)
+    study = searched(mixed, trials=12)
+    plans = {trial.number: space.plan(trial) for trial in study.trials}
+    assert {why_not_stock(plan) is None for plan in plans.values()} == {True, False}
+    chosen = max(study.trials, key=lambda trial: trial.values[1])
+    uniform = uniform_of(study, chosen, mixed, methods=["reap"])
+    calibration = methods.Calibration(objective.model, objective.tokenizer, objective.task)
+    candidates = [*plans.values(), methods.plan("reap", calibration, keep=KEEP)]
+    size = Numbered(None)
+    fits = [p for p in candidates if why_not_stock(p) is None and size(p, None) <= chosen.values[1]]
+    dev = Evaluator(objective.model, objective.tokenizer, objective.task, split="dev")
+    best = min((dev.evaluate(plan) for plan in fits), key=lambda evaluation: evaluation.loss)
+    assert dev.evaluate(uniform.plan).loss == best.loss
+    assert uniform.against_chosen == paired_bootstrap(best, dev.evaluate(plans[chosen.number]))
+    assert uniform.against_full == paired_bootstrap(best, dev.evaluate(None))
+    assert (uniform.bytes, uniform.chosen_bytes) == (size(uniform.plan, None), chosen.values[1])
+    assert uniform.candidates == len({plan.fingerprint for plan in fits})
+    assert f"in place of trial {chosen.number}" not in uniform.lines[0]
+    assert f"chosen (trial {chosen.number}): {uniform.bytes - uniform.chosen_bytes:+,.0f} bytes" in uniform.lines[1]
+    with pytest.raises(StudyError, match="no plan of at most 1,000 bytes keeps the same number"):
+        uniform_of(study, chosen, mixed, methods=["reap"], fit=1000)
+
+
+def test_what_fits_is_what_was_selected_or_else_the_best_on_search(
+    study: optuna.Study, objective: moeopt.Objective
+) -> None:
+    sizes = sorted(trial.values[1] for trial in study.trials)
+    middle = int(sizes[len(sizes) // 2])
+    best = min((t for t in study.trials if t.values[1] <= middle), key=lambda t: t.values[0])
+    assert [fitting_trial(study, middle)[0].number, fitting_trial(study, middle)[1]] == [best.number, False]
+    winner = moeopt.select(study, objective, fit=middle, top=TRIALS).winner
+    assert [fitting_trial(study, middle)[0].number, fitting_trial(study, middle)[1]] == [winner.trial, True]
+    smaller = int(winner.bytes or 0) - 1
+    assert not fitting_trial(study, smaller)[1]
+    with pytest.raises(StudyError, match="fits 5 bytes: the smallest of its trials has"):
+        fitting_trial(study, 5)
+
+
+def test_the_command_exports_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Any) -> None:
+    model, tokenizer = moeopt.load(moeopt.demo.MODEL)
+    task = moeopt.demo.skill_task("caesar")
+    space = moeopt.PruneSpace.of(model, keep=2)
+    objective = moeopt.Objective(model, tokenizer, task, space, limit=2, objectives=NAMES)
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = searched(objective, url, trials=3)
+    best = min(study.trials, key=lambda trial: trial.values[0])
+    where = ["export", str(moeopt.demo.MODEL), str(tmp_path / "small"), "--study", "trade-off", "--storage", url]
+    assert "several objectives" in refused(where).replace("2 objectives", "several objectives")
+    assert "--fit chooses a trial of --study" in refused([*where, "--trial", "1", "--fit", "24GB"])
+    assert "--uniform needs --study and --task" in refused([*where, "--uniform"])
+    assert "fits 1,000 bytes" in refused([*where, "--fit", "1kB"])
+    assert main([*where, "--fit", "24MB"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"trial {best.number} of trade-off (loss {best.values[0]:.4f}, bytes {best.values[1]:,.0f})" in out
+    record = json.loads((tmp_path / "small" / "moeopt.json").read_text())
+    assert record["trial"]["number"] == best.number
+    assert [record["trial"][name] for name in NAMES] == best.values
 
 
 # Refusals and files ---------------------------------------------------------------------------------------------------

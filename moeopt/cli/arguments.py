@@ -209,9 +209,10 @@ def calibration_task(
 
 
 def chosen_plan(
-    name: str, file: Path | None, layers: int | None, storage: str, study: str | None, trial: str
-) -> tuple[Plan, str, tuple[optuna.Study, FrozenTrial] | None]:
-    """The plan of a file, or of a trial with its study, and what to call it."""
+    name: str, file: Path | None, layers: int | None, storage: str, study: str | None, trial: str,
+    fit: int | None = None,
+) -> tuple[Plan, str, tuple[optuna.Study, FrozenTrial] | None]:  # fmt: skip
+    """The plan of a file, or of a trial with its study, and what to call it; of no more than `fit` bytes, if given."""
     if (file is None) == (study is None):
         raise StudyError(f"give either {name}, a plan file, or --study, a study to take the plan from")
     if file is not None:
@@ -222,9 +223,28 @@ def chosen_plan(
     from moeopt.study import read_study
 
     opened = read_study(study, storage)
-    chosen, plan = plan_of(opened, trial)
-    loss = "no loss" if chosen.value is None else f"loss {chosen.value:.4f}"
-    return plan, f"trial {chosen.number} of {study} ({loss})", (opened, chosen)
+    if fit is None:
+        chosen, plan = plan_of(opened, trial)
+        return plan, f"trial {chosen.number} of {study} ({values_told(opened, chosen)})", (opened, chosen)
+    from moeopt.exporting import plan_of as plan_of_trial
+    from moeopt.results.selection import fitting_trial
+
+    chosen, selected = fitting_trial(opened, fit)
+    how = "selected on dev" if selected else "the best on search that fits; moeopt select --fit judges it on dev"
+    title = f"trial {chosen.number} of {study} ({values_told(opened, chosen)}), {how}"
+    return plan_of_trial(chosen, opened), title, (opened, chosen)
+
+
+def values_told(study: optuna.Study, trial: FrozenTrial) -> str:
+    """What a trial gave, by the names of its study's objectives."""
+    from moeopt.showing import line
+    from moeopt.trials.front import objectives_of
+
+    if trial.values is None:
+        return "no loss"
+    forms = {"bytes": ",.0f"}
+    told = zip(objectives_of(study), trial.values)
+    return ", ".join(f"{line(name, 40)} {value:{forms.get(name, '.4f')}}" for name, value in told)
 
 
 def check_layers(plan: Plan, shape: ModelShape | None) -> None:

@@ -10,13 +10,15 @@ import typer
 
 from moeopt.cli import arguments
 from moeopt.cli import options as opt
-from moeopt.cli.options import DEFAULT_STORAGE, GOAL
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, STUDY
 from moeopt.errors import ExportError
 from moeopt.showing import line
+from moeopt.trials.objectives import size_of
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\nmoeopt export ./mixtral small/ --study boolq-8to4\n\n"
     "moeopt export ./mixtral small/ --plan pruned.safetensors\n\n"
+    "moeopt export ./mixtral small/ --study boolq-trade-off --fit 24GB --uniform --task boolq --for vllm\n\n"
     "moeopt export ./mixtral small/ --study boolq-8to4 --trial best --project stock --task boolq --data boolq.jsonl"
 )
 
@@ -39,10 +41,23 @@ def export(
         str | None,
         typer.Option(metavar="stock", help="Export the nearest plan that an ordinary checkpoint holds; needs --task."),
     ] = None,
-    task: Annotated[str | None, GOAL(help="What to project on and to measure its cost on.")] = None,
+    fit: Annotated[
+        str | None,
+        STUDY(metavar="SIZE", help="In place of --trial: what was selected, else the best on search, of at most 24GB."),
+    ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform",
+            help="Export the best plan of no more bytes that keeps the same number of experts in every layer, as some "
+            "servers ask for; needs --study and --task.",
+        ),
+    ] = False,
+    task: Annotated[str | None, GOAL(help="What to project on, or judge uniform plans on.")] = None,
     data: opt.Data = None,
     task_option: opt.TaskOption = None,
     limit: opt.Limit = None,
+    dev_limit: opt.DevLimit = None,
     device_map: opt.DeviceMap = "auto",
     serve_on: opt.ServeOn = None,
     serve_parallel: opt.ServeParallel = 1,
@@ -60,8 +75,13 @@ def export(
         raise ExportError(f"--project must be stock, got {project!r}")
     if project is not None and (task is None or form == "custom"):
         raise ExportError("--project stock needs --task, and goes with --form stock or auto")
-    if project is None and task is not None:
-        raise ExportError("--task goes with --project stock, which measures on it")
+    if uniform and (task is None or study is None or form == "custom" or project is not None):
+        raise ExportError("--uniform needs --study and --task, and goes with --form stock or auto, without --project")
+    if project is None and task is not None and not uniform:
+        raise ExportError("--task goes with --project stock or --uniform, which measure on it")
+    if fit is not None and (study is None or trial != "best-stock"):
+        raise ExportError("--fit chooses a trial of --study, in place of --trial")
+    most = None if fit is None else size_of(fit)
     options: dict[str, Any] = {
         "trust_remote_code": trust_remote_code,
         "serve_on": check_servers(serve_on or (), serve_parallel),
@@ -70,7 +90,7 @@ def export(
     check_folder(out_dir)
     shape = arguments.quick_shape(model, trust_remote_code=trust_remote_code)
     chosen, title, opened = arguments.chosen_plan(
-        "--plan", plan, shape.layers if shape else None, storage, study, trial
+        "--plan", plan, shape.layers if shape else None, storage, study, trial, most
     )
     arguments.check_layers(chosen, shape)
     from rich.text import Text
@@ -79,7 +99,22 @@ def export(
     from moeopt.study import best_trial
 
     console, err = consoles()
-    projection = None
+    projection, uniform_about = None, None
+    if uniform and opened is not None:
+        from moeopt.models import load
+        from moeopt.report.terminal import Steps
+        from moeopt.results.front import uniform_of
+
+        goal = arguments.open_task(str(task), data, task_option, split="dev")
+        loaded, tokenizer = load(model, device_map=device_map, trust_remote_code=trust_remote_code)
+        with Steps(err) as progress:
+            made = uniform_of(
+                *opened, loaded, tokenizer, goal, fit=most, dev_limit=dev_limit, serve_on=options["serve_on"],
+                serve_parallel=serve_parallel, progress=progress,
+            )  # fmt: skip
+        console.say("\n".join(made.lines))
+        chosen, title = made.plan, f"{made.name}, in place of {title}"
+        uniform_about = {"uniform": made.lines}
     if project is not None:
         from moeopt.exporting import project as nearest_stock
         from moeopt.models import load
@@ -98,16 +133,16 @@ def export(
 
     with err.status(Text(f"writing {out_dir}")), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        if opened is None or projection is not None:
+        if opened is None or projection is not None or uniform_about is not None:
             from moeopt.plan import Plan
 
-            about = Plan.about(plan) if plan is not None and plan.suffix == ".safetensors" else None
+            about = Plan.about(plan) if plan is not None and plan.suffix == ".safetensors" else uniform_about
             write(chosen, out_dir, model=model, form=form, about=about, projection=projection, **options)
         else:
             write(opened[1], out_dir, model=model, study=opened[0], form=form, **options)
     for warning in said:  # what was left out
         err.say(line(str(warning.message), 2000))
-    best = best_trial(opened[0]) if opened is not None else None
+    best = best_trial(opened[0]) if opened is not None and len(opened[0].directions) == 1 else None
     if opened is not None and best is not None and best.number != opened[1].number:
         title += f"; the best of all is trial {best.number} (loss {best.value:.4f})"
     size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors") if file.name != "plan.safetensors") / 2**20

@@ -110,7 +110,7 @@ def export(
         if study is None:
             raise ExportError("to export a trial, give its study too: export(trial, out_dir, study=study, model=model)")
         record |= trial_record(plan, study)
-        if plan.value is None:
+        if plan.values is None:
             raise ExportError(f"trial {plan.number} ended without a loss ({plan.state.name}); export a completed one")
         check_model(model, study, trust_remote_code=trust_remote_code)
         plan = plan_of(plan, study)

@@ -11,6 +11,7 @@ from moeopt.plan import Plan
 from moeopt.showing import shown
 from moeopt.spaces import space_of
 from moeopt.trials.description import described
+from moeopt.trials.front import completed, objectives_of, points
 
 if TYPE_CHECKING:
     import optuna
@@ -31,13 +32,13 @@ def best_stock_trial(study: optuna.Study) -> FrozenTrial:
     """The completed trial of least loss whose plan a stock checkpoint expresses.
 
     Raises:
-        ExportError: when the study has none.
+        ExportError: when the study has none, or several objectives.
     """
-    from optuna.trial import TrialState
-
-    space = space_of(study)
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    for trial in sorted(trials, key=lambda t: (t.value, t.number)):
+    if len(study.directions) > 1:
+        raise ExportError(f"study {study.study_name!r} has several objectives and no best trial: choose one by number")
+    space, trials = space_of(study), completed(study)
+    order: list[int] = points(trials, study.directions)[:, 0].argsort(kind="stable").tolist()
+    for trial in (trials[i] for i in order):
         if why_not_stock(space.plan(trial)) is None:
             return trial
     raise ExportError(f"study {study.study_name!r} has no completed trial that a stock checkpoint can express")
@@ -68,5 +69,5 @@ def trial_record(trial: FrozenTrial, study: optuna.Study) -> dict[str, Any]:
     attrs = {key: trial.user_attrs[key] for key in ("accuracy", "operator", "phase") if key in trial.user_attrs}
     return {
         "study": {"name": study.study_name, **described(study)},
-        "trial": {"number": trial.number, "loss": trial.value, **attrs},
+        "trial": {"number": trial.number, **dict(zip(objectives_of(study), trial.values or ())), **attrs},
     }

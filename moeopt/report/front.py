@@ -15,6 +15,7 @@ from moeopt.errors import ExportError
 from moeopt.report.facts import facts
 from moeopt.report.formatting import DASH, loss, number, quantity, size
 from moeopt.report.tables import Columns, csv_of, json_text, table, write
+from moeopt.results.front.making import spread
 from moeopt.results.front.result import Front, Point, size_name
 from moeopt.showing import line
 from moeopt.statistics import Floats
@@ -24,15 +25,22 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "moeopt-front", 1
 SUFFIXES = (".html", ".csv", ".json", ".png")
-MARKS = {"full": "full model", "search": "search"}
+SHOWN = 40
+"""Points that are listed where none was judged on dev."""
 
 
 def view(front: Front) -> RenderableType:
-    """The full model, the one-shot plans that no other of them beats, and the front, with what may be said."""
+    """The full model, the one-shot plans that no other of them beats, and the front, with what may be said.
+
+    Of a long front those points that were judged are listed, or some that are spread along it.
+    """
+    points = front.judged or [front.points[i] for i in spread(front.bounds.scaled(front.at), SHOWN)]
+    more = len(front.points) - len(points)
     shown = table(
         f"{line(front.study)}: {' and '.join(line(name, 40) for name in front.objectives)}",
         columns(front),
-        [*([] if front.full is None else [front.full]), *front.best_one_shot, *front.points],
+        [*([] if front.full is None else [front.full]), *front.best_one_shot, *points],
+        caption=f"and {more:,} more points" if more else None,
         section=lambda point: point.kind,
         style=lambda point: "bold" if point in front.on_dev else "dim" if point.broken else "",
         text=("",),

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from moeopt.lazily import homes, lazily
 
-__all__ = ["Front", "Point", "front_of"]
+__all__ = ["Front", "Point", "Uniform", "front_of", "uniform_of"]
 
 if TYPE_CHECKING:
     from moeopt.results.front.making import front_of
     from moeopt.results.front.result import Front, Point
+    from moeopt.results.front.uniform import Uniform, uniform_of
 
-__getattr__ = lazily(__name__, homes(making="front_of", result="Front Point"))
+__getattr__ = lazily(__name__, homes(making="front_of", result="Front Point", uniform="Uniform uniform_of"))

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moeopt.errors import NonFiniteLossError, StudyError
+from moeopt.errors import StudyError
 from moeopt.results.front.checks import METHODS, TOP, check_arguments
-from moeopt.results.front.result import Front, Point
+from moeopt.results.front.result import FULL, Front, Point
 from moeopt.results.optimiser_comparison.runs import COSTS, read
 from moeopt.results.steps import Progress, Steps
-from moeopt.spaces import space_of
-from moeopt.statistics import Floats, paired_bootstrap
+from moeopt.statistics import Floats
 from moeopt.trials.front import front, points
 from moeopt.trials.hypervolume import Bounds, curve
 
@@ -24,13 +21,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from transformers import PreTrainedModel
 
-    from moeopt.evaluation import Evaluation
-    from moeopt.plan import Plan
-    from moeopt.results.selection.evaluating import StudyEvaluators
+    from moeopt.results.front.judging import Judging
     from moeopt.study.objective import Objective
     from moeopt.tasks import Task
-
-FULL = "full model"
 
 
 def front_of(
@@ -81,9 +74,11 @@ def front_of(
     if model is None:
         made = {"points": tuple(searched), "not_judged": 0, "one_shot": (), "full": _reference(study, run.objectives)}
     else:
-        chosen = set(spread(bounds.scaled(at), top))
-        judging = _Judging(study, run.objectives, model, tokenizer, task, dev_limit, batch_tokens, progress)
-        made = judging.judged(trials, searched, chosen, methods, keeps)
+        from moeopt.results.front.judging import Judging
+
+        judging = Judging(study, model, tokenizer, task, dev_limit, batch_tokens)
+        chosen = spread(bounds.scaled(at), top)
+        made = _judged(judging, trials, searched, chosen, methods, keeps, progress)
     cost = next(each for each in COSTS if each in run.costs)
     return Front(
         study=study.study_name, description=run.description, objectives=run.objectives, cost=cost,
@@ -119,92 +114,26 @@ def _reference(study: optuna.Study, names: Sequence[str]) -> Point | None:
     return Point(FULL, "full", {name: told[name] for name in names if name in told})
 
 
-class _Judging:
-    """Evaluates a study's plans, the full model and one-shot plans on dev, and the latter two on search."""
+def _judged(
+    judging: Judging, trials: Sequence[FrozenTrial], searched: Sequence[Point], chosen: Sequence[int],
+    methods: Sequence[str], keeps: Sequence[int] | None, progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Fields of a `Front` that take evaluations."""
+    from moeopt.models import without_plan
+    from moeopt.results.front.one_shot import uniform_keeps
 
-    def __init__(
-        self, study: optuna.Study, objectives: Sequence[str], model: Any, tokenizer: Any, task: Task | None,
-        dev_limit: int | None, batch_tokens: int | None, progress: Progress | None,
-    ) -> None:  # fmt: skip
-        from moeopt.results.selection.evaluating import StudyEvaluators
-        from moeopt.study import check_study
-        from moeopt.study.goals import Goals
-        from moeopt.study.objective import Objective
-
-        if isinstance(model, Objective):
-            self.model, self.tokenizer, self.task = model.model, model.tokenizer, model.task
-        elif task is None or tokenizer is None:
-            raise StudyError("give either an Objective, or model, tokenizer and task")
-        else:
-            self.model, self.tokenizer, self.task = model, tokenizer, task
-        check_study(study, self.task, self.model, ("dev",))
-        self.task.examples("dev")
-        self.study, self.space, self.objectives = study, space_of(study), objectives
-        self.evaluators: StudyEvaluators = StudyEvaluators(
-            study, model, tokenizer, task, limits={"dev": dev_limit}, batch_tokens=batch_tokens
-        )
-        self.goals = {split: Goals(each, objectives) for split, each in self.evaluators.evaluators.items()}
-        self.full: dict[str, Evaluation] = {}
-        self.steps = Steps(progress)
-
-    def judged(
-        self, trials: Sequence[FrozenTrial], searched: Sequence[Point], chosen: set[int], methods: Sequence[str],
-        keeps: Sequence[int] | None,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Fields of a `Front`."""
-        from moeopt.methods import Calibration
-        from moeopt.models import without_plan
-        from moeopt.results.front.one_shot import uniform_keeps, uniform_plans
-
-        with without_plan(self.model):
-            keeps = list(dict.fromkeys(uniform_keeps(self.space) if keeps is None else keeps))
-            self.steps.total = 2 + len(chosen) + 2 * len(methods) * len(keeps)
-            for split in ("search", "dev"):
-                self.steps(f"{FULL}: {split}")
-                self.full[split] = self.evaluators.evaluate(None, split)
-            full = self._with_dev(Point(FULL, "full", self._numbers(None, "search", self.full["search"])), None)
-            done = [
-                self._with_dev(point, self.space.plan(trial)) if i in chosen else point
-                for i, (trial, point) in enumerate(zip(trials, searched))
-            ]
-            limit = self.evaluators.evaluators["search"].limit
-            calibration = partial(Calibration, self.model, self.tokenizer, self.task, limit=limit)
-            scored = self.evaluators.on["search"].name
-            plans, left_out = uniform_plans(self.study, self.space, methods, keeps, scored, calibration)
-            one_shot = [self._one_shot(name, keep, plan) for (name, keep), plan in plans.items()]
-        self.steps.finish()
-        return {
-            "points": tuple(done), "not_judged": len(done) - len(chosen), "full": full,
-            "one_shot": tuple(point for point in one_shot if point is not None), "left_out": tuple(left_out),
-            "examples": self.evaluators.evaluators["dev"].examples, "evaluated": self.evaluators.evaluated,
-            "layer_tokens": self.evaluators.layer_tokens,
-        }  # fmt: skip
-
-    def _one_shot(self, method: str, keep: int, plan: Plan) -> Point | None:
-        name = f"{method}, {keep} of {self.space.shape.experts}"
-        self.steps(f"{name}: search")
-        try:
-            evaluation = self.evaluators.evaluate(plan, "search")
-        except NonFiniteLossError:
-            self.steps(f"{name}: no finite loss")
-            return None
-        return self._with_dev(Point(name, "one-shot", self._numbers(plan, "search", evaluation)), plan)
-
-    def _with_dev(self, point: Point, plan: Plan | None) -> Point:
-        """The same point with its plan and what it gives on dev."""
-        if plan is not None:
-            self.steps(f"{point.name}: dev")
-        try:
-            evaluation = self.evaluators.evaluate(plan, "dev")
-        except NonFiniteLossError:
-            return replace(point, plan=plan)
-        gap = None if plan is None else paired_bootstrap(evaluation, self.full["dev"])
-        return replace(point, plan=plan, dev=self._numbers(plan, "dev", evaluation), against_full=gap)
-
-    def _numbers(self, plan: Plan | None, split: str, evaluation: Evaluation) -> dict[str, float]:
-        from moeopt.plan import Plan
-
-        shape = self.space.shape
-        whole = Plan.identity(shape.layers, shape.experts, shape.k) if plan is None else plan
-        numbers = self.goals[split].numbers(whole, evaluation, self.full[split].scores)
-        return {name: float(value) for name, value in numbers.items()}
+    keeps = list(dict.fromkeys(uniform_keeps(judging.space) if keeps is None else keeps))
+    steps = Steps(progress, 2 + len(chosen) + 2 * len(methods) * len(keeps))
+    done = list(searched)
+    with without_plan(judging.model):
+        full = judging.full(steps)
+        for i in chosen:
+            done[i] = judging.on_dev(searched[i], judging.space.plan(trials[i]), steps)
+        plans, left_out = judging.one_shot_plans(methods, keeps)
+        one_shot = [judging.one_shot(method, keep, plan, steps) for (method, keep), plan in plans.items()]
+    steps.finish()
+    return {
+        "points": tuple(done), "not_judged": len(done) - len(chosen), "full": full, "one_shot": tuple(one_shot),
+        "left_out": tuple(left_out), "examples": judging.evaluators.evaluators["dev"].examples,
+        "evaluated": judging.evaluators.evaluated, "layer_tokens": judging.evaluators.layer_tokens,
+    }  # fmt: skip

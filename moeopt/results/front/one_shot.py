@@ -25,16 +25,22 @@ MOST = 7
 """Numbers of experts kept, unless they are given."""
 
 
-def uniform_keeps(space: Space) -> list[int]:
-    """Up to `MOST` numbers of experts, the same in all layers, among which a space searches: ends included, but all n.
+def one_shot_name(method: str, keep: int, experts: int) -> str:
+    """What to call a method's uniform plan."""
+    return f"{method}, {keep} of {experts}"
+
+
+def uniform_keeps(space: Space, most: int | None = MOST) -> list[int]:
+    """Numbers of experts, the same in all layers, among which a space searches, but all n: `most` of them, or all.
 
     They are multiples of the groups that routers choose first, and at least k.
     """
-    shape, budget = space.shape, getattr(space, "budget", None)
-    low = space.keep if budget is None else budget.low
+    shape, keep_range = space.shape, getattr(space, "keep_range", None)
+    low = space.keep if keep_range is None else keep_range.low
     step = shape.router_groups
     possible = [r for r in range(step, shape.experts, step) if max(low, space.k) <= r <= space.keep]
-    at = np.unique(np.linspace(0, len(possible) - 1, min(MOST, len(possible))).round().astype(int))
+    count = len(possible) if most is None else min(most, len(possible))
+    at = np.unique(np.linspace(0, len(possible) - 1, count).round().astype(int))
     return [possible[i] for i in at]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moeopt.trials.hypervolume import Bounds
 
 Kind = Literal["search", "one-shot", "full"]
+FULL = "full model"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +102,11 @@ class Front:
     def everything(self) -> list[Point]:
         """All points: the full model, those of one-shot methods, and those of the search."""
         return [*([] if self.full is None else [self.full]), *self.one_shot, *self.points]
+
+    @property
+    def at(self) -> Floats:
+        """What the points of the search gave on search, less being better: (points, objectives)."""
+        return signed((replace(point, dev={}) for point in self.points), self.objectives)
 
     @cached_property
     def judged(self) -> list[Point]:

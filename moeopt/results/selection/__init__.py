@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from moeopt.lazily import homes, lazily
 
 __all__ = [
-    "SELECTION", "Candidate", "Held", "JudgedRefit", "Selection", "check", "check_goal", "held", "judged_refit",
-    "on_test", "recorded", "select", "selected_trial", "verdict",
+    "SELECTION", "Candidate", "Held", "JudgedRefit", "Selection", "check", "check_goal", "fitting_trial",
+    "held", "judged_refit", "on_test", "recorded", "select", "selected_trial", "verdict",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from moeopt.results.selection.candidates import fitting_trial
     from moeopt.results.selection.checks import check, check_goal
     from moeopt.results.selection.evaluating import on_test
     from moeopt.results.selection.gains import Held, JudgedRefit, held, judged_refit
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 __getattr__ = lazily(
     __name__,
     homes(
-        checks="check check_goal", evaluating="on_test", gains="Held JudgedRefit held judged_refit", run="select",
+        candidates="fitting_trial", checks="check check_goal", evaluating="on_test", run="select",
+        gains="Held JudgedRefit held judged_refit",
         record="SELECTION Candidate Selection recorded selected_trial verdict",
     ),
 )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from moeopt.errors import StudyError
+from moeopt.results.selection.record import WINNER, check_record, recorded, selected_trial
 from moeopt.study.quantities import QUANTITIES
 from moeopt.trials import genome
 from moeopt.trials.description import number
@@ -48,15 +49,24 @@ class TrialSizes:
         from moeopt.models import shape_of
         from moeopt.plan import Plan
 
-        names = objectives_of(study)
-        self._at = names.index(BYTES) if BYTES in names else None
+        self._names = objectives_of(study)
         self._quantity = QUANTITIES[BYTES](model)
         shape = shape_of(model)
-        self.full = self._quantity(Plan.identity(shape.layers, shape.experts, shape.k), None)
+        self.full = self.of_plan(Plan.identity(shape.layers, shape.experts, shape.k))
 
     def __call__(self, trial: FrozenTrial, plan: Plan) -> float:
-        noted = trial.values[self._at] if self._at is not None else number(trial.user_attrs, BYTES)
-        return float(self._quantity(plan, None) if noted is None else noted)
+        noted = noted_bytes(trial, self._names)
+        return self.of_plan(plan) if noted is None else noted
+
+    def of_plan(self, plan: Plan) -> float:
+        """Those of any plan."""
+        return float(self._quantity(plan, None))
+
+
+def noted_bytes(trial: FrozenTrial, names: Sequence[str]) -> float | None:
+    """Bytes of the weights of a complete trial's plan, as far as the trial tells."""
+    noted = trial.values[names.index(BYTES)] if BYTES in names else number(trial.user_attrs, BYTES)
+    return None if noted is None else float(noted)
 
 
 def search_loss(trial: FrozenTrial, names: Sequence[str]) -> float:
@@ -79,15 +89,12 @@ def ranked_trials(
         sizes: of trials; None: no matter.
         most: bytes that a plan may have; None: any number.
         within: not NaN: the candidates are on the front of loss and bytes, around where this loss is reached.
-
-    Raises:
-        StudyError: when there is none.
     """
     from moeopt.exporting import why_not_stock
     from moeopt.spaces import space_of
 
     space, names = space_of(study), objectives_of(study)
-    everything, smallest = np.isnan(within), np.inf
+    everything = np.isnan(within)
     ranked: dict[str, Ranked] = {}
     sized: dict[str, float] = {}
     losses = {trial.number: search_loss(trial, names) for trial in completed(study)}
@@ -99,20 +106,58 @@ def ranked_trials(
             continue
         if sizes is not None:
             size = sizes(trial, plan)
-            smallest = min(smallest, size)
             if most is not None and size > most:
                 continue
             sized[plan.fingerprint] = size
         ranked[plan.fingerprint] = Ranked(trial, losses[trial.number], plan)
-    if not ranked and np.isfinite(smallest):
-        raise StudyError(
-            f"no plan of study {study.study_name!r} fits {most:,} bytes: the smallest of its trials has {smallest:,.0f}"
-        )
-    if not ranked:
-        raise StudyError(f"study {study.study_name!r} has no completed trial that an ordinary checkpoint can hold")
-    if everything:
+    if everything or not ranked:
         return list(ranked.values())
     return _around([(each, sized[name]) for name, each in ranked.items()], top, within)
+
+
+def check_some(ranked: Sequence[Ranked], study: optuna.Study, sizes: TrialSizes | None, most: int | None) -> None:
+    """Raise StudyError, saying why, where there is no candidate."""
+    if ranked:
+        return
+    if sizes is None or most is None:
+        raise StudyError(f"study {study.study_name!r} has no completed trial that an ordinary checkpoint can hold")
+    from moeopt.spaces import space_of
+
+    smallest = min(sizes(trial, space_of(study).plan(trial)) for trial in completed(study))
+    raise _none_fits(study, most, smallest)
+
+
+def _none_fits(study: optuna.Study, most: int, smallest: float) -> StudyError:
+    why = f": the smallest of its trials has {smallest:,.0f}" if smallest > most else " in an ordinary checkpoint"
+    return StudyError(f"no plan of study {study.study_name!r} fits {most:,} bytes{why}")
+
+
+def fitting_trial(study: optuna.Study, most: int) -> tuple[FrozenTrial, bool]:
+    """The trial that the latest selection chose, if it has at most so many bytes; else the best on search that has.
+
+    Returns:
+        It, and whether it was selected.
+
+    Raises:
+        StudyError: when none fits, or the study does not tell the sizes of its plans.
+    """
+    record = recorded(study)
+    if record is not None:
+        check_record(record)
+        sizes = dict(zip(record["candidates"]["trial"], record["candidates"].get(BYTES) or ()))
+        if (sizes.get(record[WINNER]) or np.inf) <= most:
+            return selected_trial(study), True
+    names = objectives_of(study)
+    noted = {trial.number: noted_bytes(trial, names) for trial in completed(study)}
+    told = [size for size in noted.values() if size is not None]
+    if not told:
+        raise StudyError(
+            f"study {study.study_name!r} does not tell how large its plans are; moeopt select --fit computes it"
+        )
+    fits = [trial for trial in completed(study) if (noted[trial.number] or np.inf) <= most]
+    if not fits:
+        raise _none_fits(study, most, min(told))
+    return min(fits, key=lambda trial: (search_loss(trial, names), trial.number)), False
 
 
 def _around(ranked: Sequence[tuple[Ranked, float]], top: int, within: float) -> list[Ranked]:

@@ -11,7 +11,7 @@ from moeopt.evaluation import Evaluation
 from moeopt.evaluation.store import plan_name
 from moeopt.evaluation.teacher import LABEL_FREE
 from moeopt.models import without_plan
-from moeopt.results.selection.candidates import Ranked, TrialSizes, ranked_trials, smallest_within
+from moeopt.results.selection.candidates import Ranked, TrialSizes, check_some, ranked_trials, smallest_within
 from moeopt.results.selection.checks import TOP, check, check_arguments, check_goal
 from moeopt.results.selection.evaluating import StudyEvaluators
 from moeopt.results.selection.record import FULL, SEARCH_BEST, SELECTION, WINNER, Candidate, Selection, look_warning
@@ -99,6 +99,7 @@ def select(
         sized = None if most is None and loss_within is None else TrialSizes(study, whole)
         full_loss = math.nan if loss_within is None else evaluators.evaluate(None, "search").loss + loss_within
         ranked = ranked_trials(study, top, stock_only, sized, most, full_loss)
+        check_some(ranked, study, sized, most)
         judging = _Judging(evaluators, Steps(progress, len(ranked) + 7))
         candidates = judging.candidates(ranked, sized, loss_within)
         winner, best = candidates[0], min(candidates, key=lambda candidate: (candidate.search_loss, candidate.trial))
