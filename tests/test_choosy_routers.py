@@ -127,6 +127,7 @@ def test_methods_keep_as_many_experts_of_each_group(limited: Checkpoint, name: s
     calibration = methods.Calibration(limited.model, limited.tokenizer, TEXT)
     plan = methods.plan(name, calibration, keep=R)
     assert balanced(plan, 4)
+    assert sum(part.kept_experts for part in plan.layers) == 2 * R
     assert np.isfinite(moeopt.Evaluator(limited.model, limited.tokenizer, TEXT).evaluate(plan).loss)
     if ROUTERS[name] not in AMONG_ALL:
         with pytest.raises(MethodError, match=r"keep=6 experts .* keep 4 or 8"):

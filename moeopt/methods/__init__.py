@@ -18,6 +18,7 @@ _HOMES = {
     "Method": "base",
     "MethodPlan": "base",
     "Refit": "refitting",
+    "allocate": "budgets",
     "check": "names",
     "check_ranks": "names",
     "get": "registry",
@@ -38,6 +39,7 @@ __all__ = [
     "Method",
     "MethodPlan",
     "Refit",
+    "allocate",
     "check",
     "check_ranks",
     "get",
@@ -51,6 +53,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moeopt.methods.base import Budget, Method, MethodPlan
+    from moeopt.methods.budgets import allocate
     from moeopt.methods.calibration import Calibration
     from moeopt.methods.layer_activations import LayerActivations
     from moeopt.methods.names import ROUTERS, check, check_ranks, parsed

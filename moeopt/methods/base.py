@@ -25,6 +25,18 @@ Groups = Sequence[tuple[int, int]]
 S = TypeVar("S", bound="Statistic")
 
 
+def ranges_of(groups: Groups | None, layers: int) -> Groups:
+    """Ranges that cover all layers; every layer its own where there are none.
+
+    Raises:
+        MethodError: when they do not cover each layer once, in order.
+    """
+    ranges = [(i, i) for i in range(layers)] if groups is None else [(int(a), int(b)) for a, b in groups]
+    if [i for a, b in ranges for i in range(a, b + 1)] != list(range(layers)):
+        raise MethodError(f"groups must be layer ranges that cover layers 0-{layers - 1} once, in order, got {ranges}")
+    return ranges
+
+
 @dataclass(frozen=True)
 class Budget:
     """What is asked of a method.

@@ -77,7 +77,12 @@ class LossAware(Planner):
     Args:
         summary: what it does.
         rounds: how often derivatives are taken.
+
+    Attributes:
+        held: whether products are held however few kept sets there are.
     """
+
+    held = False
 
     def __init__(self, summary: str, rounds: int) -> None:
         self.summary, self.rounds = summary, rounds
@@ -86,11 +91,11 @@ class LossAware(Planner):
         """Hidden states at every layer, which gradients go back through, and products, where sets are too many."""
         states = min(MEMORY, size.tokens * size.layers * size.hidden * size.itemsize)
         products = size.tokens * size.layers * budget.experts * 4 * (1 + SKETCHES)
-        return states + (min(HELD, products) if comb(budget.experts, budget.keep) > MOST_SETS else 0)
+        return states + (min(HELD, products) if self.held or comb(budget.experts, budget.keep) > MOST_SETS else 0)
 
     def planned(self, calibration: Calibration, budget: Budget, ranges: Groups) -> MethodPlan:
         try:
-            return _Search(calibration, budget, ranges).run(self.rounds)
+            return Search(calibration, budget, ranges).run(self.rounds)
         except ModelError as error:
             raise MethodError(f"derivatives need a model that runs layer by layer: {error}") from error
 
@@ -133,12 +138,12 @@ def _every(gradients: Sequence[LossGradients], budget: Budget) -> int:
     return max(1, -(-bytes_held // HELD))
 
 
-class _Search:
+class Search:
     """The passes of one method call."""
 
-    def __init__(self, calibration: Calibration, budget: Budget, ranges: Groups) -> None:
+    def __init__(self, calibration: Calibration, budget: Budget, ranges: Groups, *, held: bool = False) -> None:
         self.started = time.perf_counter()
-        self.budget, self.ranges = budget, ranges
+        self.budget, self.ranges, self.held = budget, ranges, held
         self.group_of = [group for group, (first, last) in enumerate(ranges) for _ in range(first, last + 1)]
         self.fit, self.judge = (_evaluator(calibration, part) for part in _divided(calibration))
         self.rules = RULES if self.fit.teacher is None else CURVATURE
@@ -161,8 +166,11 @@ class _Search:
             how += f", {further + 1} rounds" if further else ", the first round's plan"
         if total[0].all_sets is None and self.every > 1:
             how += f", of every {self.every}th token"
-        seconds = time.perf_counter() - self.started
-        return MethodPlan(self.plan(kept), self.layer_tokens, seconds, how)
+        return self.result(self.plan(kept), how)
+
+    def result(self, plan: Plan, how: str) -> MethodPlan:
+        """A plan, and what it took so far."""
+        return MethodPlan(plan, self.layer_tokens, time.perf_counter() - self.started, how)
 
     def _again(
         self, name: str, kept: list[KeptSet], rounds: int, against: tuple[list[KeptSet], int] | None
@@ -191,10 +199,13 @@ class _Search:
         draws = torch.Generator().manual_seed(0)
         both = []
         for gradients in self.gradients:
-            parts = [Changes(kept, k, self.budget, self.every) for kept in now]
+            parts = [Changes(kept, k, self.budget, self.every, held=self.held) for kept in now]
 
             def observe(acts: LayerActivations, gradient: Tensor, parts: list[Changes] = parts) -> None:
-                parts[self.group_of[acts.layer.index]].add(acts, products_of(acts, gradient, draws))
+                part = parts[self.group_of[acts.layer.index]]
+                part.add(acts, products_of(acts, gradient, draws))
+                part.slopes += float(gradient.norm(dim=-1, dtype=torch.float32).sum())
+                part.tokens += len(gradient)
 
             gradients.run(observe, plan)
             both.append(parts)

@@ -31,6 +31,7 @@ ROUTERS: dict[str, Router] = {
     "output_fit": "prob",
     "loss_aware": "rows",
     "loss_aware_rounds": "rows",
+    "loss_aware_budgets": "rows",
 }
 """For every method, where the W_RM of its plans acts."""
 PROGRESSIVE = ("reap_progressive", "naee_progressive", "ream")
@@ -39,8 +40,10 @@ MERGING = ("hc_smoe", "hc_smoe_summed", "m_smoe", "m_smoe_summed", "ream")
 """Methods whose plans merge experts."""
 ALIGNING = ("ream",)
 """Those of them that put neurons in order in any case."""
+BUDGETED = ("loss_aware_budgets",)
+"""Methods whose plans keep of each layer a number of its own, so many in the mean as are asked for."""
 ALIGNED = "aligned"
-UNRANKED = (*MERGING, *PROGRESSIVE, "naee", "output_fit", "loss_aware_rounds")
+UNRANKED = (*MERGING, *PROGRESSIVE, "naee", "output_fit", "loss_aware_rounds", *BUDGETED)
 """Methods that do not say which expert is better than which, whatever number is kept: they choose whole sets."""
 
 

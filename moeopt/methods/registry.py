@@ -12,7 +12,8 @@ import torch
 from moeopt.errors import MethodError, ModelError
 from moeopt.methods import clustering, matching, rankings
 from moeopt.methods.aimer import Aimer
-from moeopt.methods.base import Budget, Groups, Method, MethodPlan, Planner
+from moeopt.methods.base import Budget, Groups, Method, MethodPlan, Planner, ranges_of
+from moeopt.methods.budgets import LossAwareBudgets
 from moeopt.methods.calibration import Calibration, Stream
 from moeopt.methods.layer_activations import LayerActivations
 from moeopt.methods.loss_aware import ROUNDS, LossAware
@@ -48,6 +49,7 @@ METHODS: dict[str, Method] = {
     "output_fit": OutputFit(),
     "loss_aware": LossAware("the kept set that changes the loss least, by its derivative", 1),
     "loss_aware_rounds": LossAware("loss_aware, with derivatives taken again on the way", ROUNDS),
+    "loss_aware_budgets": LossAwareBudgets(),
 }
 
 
@@ -110,7 +112,7 @@ def plans(
     layers = {layer.index: layer for layer in calibration.layers}
     if any((layer.n, layer.k) != (shape.experts, shape.k) for layer in layers.values()):
         raise MethodError("the MoE layers of the model differ in n or k; one-shot methods need equal layers")
-    ranges = _ranges(groups, shape.layers)
+    ranges = ranges_of(groups, shape.layers)
     at_once = {name: method for name, method in chosen.items() if not method.alone}
     made = _at_once(at_once, calibration, budget, ranges) if at_once else {}
     for name, method in chosen.items():
@@ -121,13 +123,6 @@ def plans(
                 raise MethodError(f"{name} goes layer by layer: layers cannot share a choice, got {len(ranges)} groups")
             made[name] = _progressively(name, method, calibration, budget)
     return {name: made[name] for name in chosen}
-
-
-def _ranges(groups: Groups | None, layers: int) -> Groups:
-    ranges = [(i, i) for i in range(layers)] if groups is None else [(int(a), int(b)) for a, b in groups]
-    if [i for a, b in ranges for i in range(a, b + 1)] != list(range(layers)):
-        raise MethodError(f"groups must be layer ranges that cover layers 0-{layers - 1} once, in order, got {ranges}")
-    return ranges
 
 
 def _at_once(

@@ -112,10 +112,14 @@ class Changes:
         wanted: what is asked.
         every: of the tokens that are held, each first of so many.
         held: whether products are held however few sets there are.
+
+    Attributes:
+        slopes, tokens: what their user adds up beside: the sum of |g_t|, and how many tokens there were.
     """
 
     def __init__(self, now: KeptSet, k: int, budget: Budget, every: int = 1, *, held: bool = False) -> None:
         self.now, self.k, self.budget, self.every = now, k, budget, every
+        self.slopes, self.tokens = 0.0, 0
         self._held: list[tuple[LayerActivations, Tensor]] = []
         n, few = budget.experts, budget.sets <= MOST_SETS and not held
         sets = kept_sets(n, budget.keep, budget.router_groups) if few else []
@@ -131,9 +135,15 @@ class Changes:
     def __add__(self, other: Self) -> Self:
         total = copy(self)
         total._held = self._held + other._held
+        total.slopes, total.tokens = self.slopes + other.slopes, self.tokens + other.tokens
         if self.all_sets is not None and other.all_sets is not None:
             total.all_sets = self.all_sets + other.all_sets
         return total
+
+    @property
+    def slope(self) -> float:
+        """The mean of |g_t|."""
+        return self.slopes / self.tokens
 
     def of_sets(self, sets: Sequence[KeptSet]) -> Sums:
         """Sums of any sets of experts, where products are held."""

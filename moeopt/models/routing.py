@@ -165,6 +165,17 @@ class RoutingRule:
         limited: Tensor = grouped.masked_fill(~inside[..., None], outside).flatten(-2)
         return limited
 
+    def fewest(self, k: int) -> int:
+        """How many experts must be kept at least for k of them to run."""
+        if self.groups == 1:
+            return k
+        return max(-(-k // self.kept_groups), self._ranked_by) * self.groups
+
+    @property
+    def _ranked_by(self) -> int:
+        """How many experts of a group its rank among the groups is made of."""
+        return 2 if self.group_score == "top2" else 1
+
     def check(self, plan: LayerPlan, name: str) -> None:
         """Raise PlanError unless a layer's plan leaves the groups that tokens choose first what they need.
 
@@ -178,8 +189,7 @@ class RoutingRule:
         if self.groups == 1 or plan.picks_among_all:
             return
         r, size, groups = plan.kept_experts, plan.experts // self.groups, self.groups
-        to_run, to_rank = -(-plan.k // self.kept_groups), 2 if self.group_score == "top2" else 1
-        least = max(to_run, to_rank) * groups
+        to_run, to_rank, least = -(-plan.k // self.kept_groups), self._ranked_by, self.fewest(plan.k)
         where = f"{name} chooses {self.kept_groups} of {groups} groups of {size} experts first"
         if r % groups or r < least:
             near = sorted({max(least, r // groups * groups), max(least, -(-r // groups) * groups)})

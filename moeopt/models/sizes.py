@@ -59,6 +59,11 @@ class Sizes:
             for layer in (moe_layers(model) if layers is None else layers)
         ]
 
+    @property
+    def expert_bytes(self) -> list[int]:
+        """Bytes of one expert of each MoE layer."""
+        return [layer.expert[1] for layer in self._layers]
+
     def under(self, plan: Plan | None = None, active: Sequence[float] | None = None) -> Size:
         """The size of the checkpoint that holds the plan; None: of the full model.
 

@@ -62,7 +62,7 @@ def checked(given: WarmStarts, space: Space) -> list[tuple[str | None, Plan | Me
 
 def check_expressible(method: str, space: Space) -> None:
     """Raise MethodError for an unknown method, SpaceError for one whose plans the space does not hold."""
-    from moeopt.methods.names import PROGRESSIVE, parsed
+    from moeopt.methods.names import BUDGETED, PROGRESSIVE, parsed
 
     name = parsed(method)
     router = name.router
@@ -78,6 +78,8 @@ def check_expressible(method: str, space: Space) -> None:
         raise SpaceError(f"{method} has novices, constants in place of experts, which no search space expresses")
     if router == "prob" and (space.router != "prob" or "merge" not in space.phases):
         raise SpaceError(f"{method} maps probabilities, which this space does not; search an EEPSpace(router='prob')")
+    if name.method in BUDGETED:
+        raise SpaceError(f"{method} keeps of each layer a number of its own, which this space does not")
     if name.method in PROGRESSIVE and len(space.groups) < space.shape.layers:
         raise SpaceError(f"{method} goes layer by layer, but layers share a choice in this space's groups")
 

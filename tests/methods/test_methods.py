@@ -17,7 +17,7 @@ from moeopt import methods
 from moeopt.errors import MethodError
 from moeopt.evaluation import Evaluator
 from moeopt.methods import clustering, kept_sets, naee, output_fit, token_grams
-from moeopt.methods.names import PROGRESSIVE
+from moeopt.methods.names import BUDGETED, PROGRESSIVE
 from moeopt.methods.statistics import MeanOutputs, Norms, Routing, Spread
 from moeopt.models import moe_layers, patched
 from moeopt.plan import LayerPlan, Plan
@@ -614,7 +614,9 @@ class TestEveryMethod:
         for keep, k in ((6, None), (3, 1), (8, 2)):
             plan = methods.plan(name, calibration, keep=keep, k=k)
             assert len(plan.layers) == 3
-            assert all((p.kept_experts, p.k, p.experts) == (keep, k or 2, 8) for p in plan.layers)
+            assert all((p.k, p.experts) == (k or 2, 8) for p in plan.layers)
+            counts = [p.kept_experts for p in plan.layers]
+            assert sum(counts) == 3 * keep if name in BUDGETED else counts == [keep] * 3
             assert {p.router for p in plan.layers} <= {methods.ROUTERS[name], "rows"}
             loss = Evaluator(model, tiny_tokenizer, text, limit=2).evaluate(plan).loss
             assert np.isfinite(loss)
@@ -625,6 +627,9 @@ class TestEveryMethod:
             methods.plan(name, methods.Calibration(model, tiny_tokenizer, text, limit=12, batch_tokens=size), keep=4)
             for size in (40, 1024)
         ]
+        if name in BUDGETED:  # what is random of it is drawn batch by batch, and tells a close call
+            assert [sum(layer.kept_experts for layer in plan.layers) for plan in plans] == [12, 12]
+            return
         for a, b in zip(*(plan.layers for plan in plans)):
             np.testing.assert_allclose(a.expert_matrix, b.expert_matrix, atol=1e-5)
             np.testing.assert_allclose(a.router_matrix, b.router_matrix, atol=1e-5)
