@@ -12,6 +12,7 @@ __all__ = [
     "ActiveSpace",
     "EEPSpace",
     "Evaluator",
+    "Guard",
     "LayerPlan",
     "MergeSpace",
     "ModelShape",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from moeopt.samplers.racing import RacingPruner
     from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace
     from moeopt.study import create_study, enqueue, load_study, optimize
+    from moeopt.study.guards import Guard
     from moeopt.study.objective import Objective
     from moeopt.study.storage import open_storage
     from moeopt.study.workers.worker import run_worker
@@ -82,6 +84,7 @@ __getattr__ = lazily(
     {
         "ActiveSpace": "moeopt.spaces",
         "EEPSpace": "moeopt.spaces",
+        "Guard": "moeopt.study.guards",
         "LayerPlan": "moeopt.plan",
         "MergeSpace": "moeopt.spaces",
         "ModelShape": "moeopt.plan",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from moeopt.plan import ModelShape, Plan
     from moeopt.spaces import Space
+    from moeopt.study.guards import Guard
     from moeopt.tasks import Task
 
 
@@ -176,6 +177,34 @@ def open_task(name: str, data: str | None, given: list[str] | None, *, split: st
     task = tasks.get(name, data=data, **options)
     task.examples(split or task.splits[-1])
     return task
+
+
+def guards(given: Sequence[str] | None, loss: float) -> list[Guard]:
+    """The guards of `--guard TASK[=DATA][,NAME=VALUE...]`; a task that has no search split is found out now.
+
+    Args:
+        given: each a task, its data, and options of the guard (loss, limit, score, name) and of the task.
+        loss: what is allowed where it does not say.
+    """
+    parsed: list[tuple[str, str, dict[str, Any]]] = []
+    for text in given or ():
+        head, *rest = text.split(",")
+        task_name, _, data = head.partition("=")
+        if not task_name:
+            raise MoeoptError(f"--guard must be TASK[=DATA][,NAME=VALUE...], as text=notes/,loss=0.05, got {text!r}")
+        parsed.append((task_name, data, {"loss": loss, **pairs("--guard", rest)}))
+    if not parsed:
+        return []
+    from moeopt import tasks
+    from moeopt.study.guards import Guard
+
+    made = []
+    for name, data, options in parsed:
+        settings = {key: options.pop(key) for key in ("loss", "limit", "score", "name") if key in options}
+        task = tasks.get(name, data=data or None, **options)
+        task.examples("search")
+        made.append(Guard(task, **settings))
+    return made
 
 
 def other_task(name: str | None, data: str | None, given: list[str] | None) -> Task | None:

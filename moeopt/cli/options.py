@@ -50,6 +50,16 @@ ScoreOption = Annotated[
         "Without answers, against the full model: kl, the divergence; acceptance: 1 minus speculative decoding's rate."
     ),
 ]
+GuardTasks = Annotated[
+    list[str] | None,
+    GOAL(
+        "--guard",
+        metavar="TASK[=DATA][,NAME=VALUE...]",
+        help="A task on which a plan may lose only so much to the full model: text=notes/,limit=128,window=128; "
+        "repeatable. Options are loss, limit (64 examples a split), score and name, else the task's.",
+    ),
+]
+GuardLoss = Annotated[float, GOAL(metavar="X", min=0, help="What it may lose on a guard that does not say itself.")]
 Limit = Annotated[int | None, GOAL(metavar="N", min=1, help="Use N search examples (text: windows). Default: all.")]
 DevLimit = Annotated[int | None, GOAL(metavar="N", min=1, help="Judge on N dev examples. Default: all.")]
 RefitFile = Annotated[

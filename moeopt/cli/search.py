@@ -53,6 +53,8 @@ def search(
     active_weight: Annotated[
         float, GOAL(metavar="X", min=0, help="Loss that an active expert, per token and layer, must be worth.")
     ] = 0.0,
+    guard: opt.GuardTasks = None,
+    guard_loss: opt.GuardLoss = 0.02,
     warm_start: Annotated[
         list[str] | None,
         SPACE(
@@ -145,6 +147,7 @@ def search(
     any_space = PruneSpace(ModelShape(1, 2, 1), keep=1) if shape is None else chosen_space
     samplers.get(sampler, any_space, seed=seed, **sampler_options)
     chosen_task = arguments.open_task(task, data, task_option)
+    guards = arguments.guards(guard, guard_loss)
     if shape is None:
         from moeopt.models import check_checkpoint
 
@@ -208,6 +211,7 @@ def search(
         from moeopt.evaluation.throughput import BATCH_TOKENS
         from moeopt.models import load, load_tokenizer
         from moeopt.showing import line
+        from moeopt.study.guards import changes
         from moeopt.study.objective import Objective
         from moeopt.study.reference import MOST_SHOWN, first_prompt, read
 
@@ -223,7 +227,7 @@ def search(
         objective = Objective(
             loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
             active_weight=active_weight, prefix_memory=None if prefix_memory is None else prefix_memory << 20,
-            score=score, reference=reference, guide=guide,
+            score=score, reference=reference, guide=guide, guards=guards,
         )  # fmt: skip
         if starts == "auto" and resumed is None and (names := automatic(chosen_space)):
             err.say(f"starting from {' and '.join(names)}; --warm-start chooses others, or none")
@@ -259,6 +263,9 @@ def search(
             err.say(f"full model: {full}, {full.layer_tokens:,} layer-tokens")
             for warning in full.warnings[:MOST_SHOWN]:
                 err.say(f"Warning: {line(warning, 1000)}", style="yellow")
+        objective.guards.begin(record)
+        for told in objective.guards.told():
+            err.say(told)
         started = time.monotonic()
         recipe.want(record, trials, patience)
         again = ["--study", study, "--model", model, "--device-map", device_map, *trust.split()]
@@ -286,7 +293,8 @@ def search(
         raise opt.interrupted(err, "every finished trial is stored. To resume:", ctx, storage)
     best = best_trial(record)
     if best is None:
-        out.say(f"{finished(record)} trials done, and none gave a finite loss")
+        kept = " and keeps its guards" if guards else ""
+        out.say(f"{finished(record)} trials done, and none gave a finite loss{kept}")
         return
     accuracy = best.user_attrs.get("accuracy")
     weighed = active_weight * best.user_attrs.get("active", 0.0)
@@ -302,6 +310,7 @@ def search(
         if gap is not None:
             compared += f". Best - full: loss {gap}"
         compared += "\n"
+    compared += "".join(f"{str(each)[:1].upper()}{str(each)[1:]}\n" for each in changes(record, best))
     if held and "dev" in chosen_task.splits:
         compared += _held(record, objective)
     place = shlex.join(arguments.storage_again(storage))

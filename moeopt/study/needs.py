@@ -97,9 +97,11 @@ def needs_of(
     free = {str(device): free_bytes(device), "cpu": free_bytes(torch.device("cpu"))}
     if isinstance(passes.runner, LayerMajor):
         rows.append(Need("hidden states", str(device), 2 * states, "fewer with limit"))
-        prefixes = passes.runner.prefixes
-        if prefixes.budget:
-            rows.append(Need("reused prefixes", str(prefixes.device or device), prefixes.budget, "prefix_memory"))
+    every = {"": evaluator, **{f" of guard {name}": each for name, each in objective.guards.evaluators.items()}}
+    for of, each in every.items():
+        prefixes = each.passes.runner.prefixes if isinstance(each.passes.runner, LayerMajor) else None
+        if prefixes is not None and prefixes.budget:
+            rows.append(Need(f"reused prefixes{of}", str(prefixes.device or device), prefixes.budget, "prefix_memory"))
     if "merge" in space.phases:
         rows.append(_merged(objective, str(device)))
     batch_tokens = max(batch.ids.numel() for rung in passes.batches for batch in rung)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,9 +21,10 @@ from moeopt.spaces import Space
 from moeopt.study import recipe
 from moeopt.study.checks import check_options, check_space, warn_of_too_little
 from moeopt.study.goals import Goals
+from moeopt.study.guards import Guard, Guards, Judged
 from moeopt.study.guides import Guides
 from moeopt.study.reference import FullModel, Reference
-from moeopt.study.scores import FINISHED, active_experts, evaluated_before, packed, penalty
+from moeopt.study.scores import COPIED_FROM, FINISHED, active_experts, evaluated_before, packed, penalty
 from moeopt.study.storage import attributes
 from moeopt.trials import genome
 from moeopt.trials.objectives import LOSS, PREFIX, Direction
@@ -88,6 +90,8 @@ class Objective:
             ``"bytes"`` of the exported checkpoint, ``"active"`` experts a token runs, ``"latency"``; of a mixture
             ``"worst"``, its worst member's loss over the full model's, and ``"loss:NAME"`` and ``"metric:NAME"``.
         constraints: bounds of any of these, as ``"bytes <= 24GB"`` or ``"metric >= 0.8"``.
+        guards: tasks on which a plan may lose only so much to the full model (`moeopt.Guard`): constraints as well,
+            ``guard:NAME``. What they cost counts in a trial's `layer_tokens`; one that is raced and stopped has none.
         guide: the largest share of the study's layer-tokens that guides may take, the first one aside, where trials
             are counted as if they reused nothing; 0: there are none. After a trial the objective may leave, packed,
             what each expert taken out of the best pruning so far, or back in, would change of the loss
@@ -129,6 +133,7 @@ class Objective:
         guide: float = 0.0,
         objectives: Sequence[str] = (LOSS,),
         constraints: Sequence[str] = (),
+        guards: Sequence[Guard] = (),
     ) -> None:
         check_parts(model, tokenizer, task)
         check_space(space, model)
@@ -159,6 +164,10 @@ class Objective:
         if not reference:
             self.settings["reference"] = False
         self.settings |= self.goals.settings
+        self.guards = Guards(
+            guards, model, tokenizer, batch_tokens=self.evaluator.batch_tokens, max_length=max_length,
+            prefix_memory=prefix_memory, prefix_device=prefix_device, merged_weights=merged_weights,
+        )  # fmt: skip
         self._measured = batch_tokens is None
         self._guides: Guides | None = None
         if guide:
@@ -230,10 +239,12 @@ class Objective:
         if self._measured and batch_tokens:
             self.settings["batch_tokens"] = batch_tokens
             self.evaluator.passes.repack(batch_tokens)
+            self.guards.repack(batch_tokens)
 
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float | tuple[float, ...]:
         if study is not None:
             self._full_model.begin(study)
+        self.guards.begin(study)
         started = self.evaluator.clock()
         x = self.space.vector(trial)
         plan = self.space.decode(x)
@@ -254,6 +265,7 @@ class Objective:
                     if self._is_beaten(trial, study, evaluation, early, finished):
                         pruned = True
                         break
+            guarded = Judged() if pruned else self.guards.judge(plan, study, facts.get(COPIED_FROM))
         except (NonFiniteLossError, RuntimeError, MemoryError) as error:
             finite = not isinstance(error, NonFiniteLossError)
             if finite and not ran_out(error):
@@ -267,18 +279,19 @@ class Objective:
             "accuracy": evaluation.accuracy,
             "active": active_experts(evaluation),
             "seconds": round(self.evaluator.clock() - started, 4),
-            "tokens": evaluation.tokens,
-            "layer_tokens": evaluation.layer_tokens,
+            "tokens": evaluation.tokens + guarded.tokens,
+            "layer_tokens": evaluation.layer_tokens + guarded.layer_tokens,
             "drift": round(self.space.drift(x), 6),
         }
         reference = self._reference_scores(study) if self.goals.needs_reference and not pruned else None
         numbers = early if pruned else self.goals.numbers(plan, evaluation, reference)
         facts |= {name: numbers[name] for name in self.goals.quantities if name in numbers}
-        attrs |= self.goals.broken(numbers)
+        attrs |= self.goals.broken(numbers) | guarded.attrs
         if pruned:
             facts[genome.ESTIMATE] = self._estimate(study, evaluation, early)
         elif study is not None and self._guides is not None:
-            attrs |= self._guides.next(study, plan, loss, facts)
+            feasible = all(value <= 0 for key, value in attrs.items() if key.startswith(PREFIX))
+            attrs |= self._guides.next(study, plan, loss if feasible else math.inf, facts)
         self._note(study, trial, attrs, facts)
         if pruned:
             raise optuna.TrialPruned
@@ -300,7 +313,8 @@ class Objective:
         if study is not None:
             ended = study.get_trials(deepcopy=False, states=FINISHED)
             costs = [trial.user_attrs.get("layer_tokens") for trial in ended] + [facts.get("layer_tokens")]
-            spent = self._full_model.layer_tokens + sum(cost for cost in costs if isinstance(cost, int))
+            references = self._full_model.layer_tokens + self.guards.layer_tokens
+            spent = references + sum(cost for cost in costs if isinstance(cost, int))
             attributes.write(study, trial, attrs, facts | {SPENT: spent})
             return
         for key, value in facts.items():
@@ -386,6 +400,7 @@ class Objective:
                 **score,
                 **weight,
                 **self.goals.describe(),
+                **self.guards.describe(),
             },
         }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeopt.errors import MoeoptError, SamplerError, StudyError, TaskError
+from moeopt.study import guards
 from moeopt.study.storage import attributes
 from moeopt.trials import genome
 from moeopt.trials.description import FLAG, TEXT, Maybe, Of, check
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from moeopt.samplers import GenomeSampler
     from moeopt.spaces import Space
+    from moeopt.study.guards import Guard
     from moeopt.study.objective import Objective
     from moeopt.tasks import Task
 
@@ -56,7 +58,7 @@ SETTINGS: dict[str, Any] = {
 FORM = {
     "model": Maybe(Of("a hub id", lambda value: isinstance(value, str) and bool(_HUB_ID.fullmatch(value)))),
     "dtype": TEXT, "objective": SETTINGS, "scored": TEXT, "missing": {TEXT: TEXT}, "task": Maybe({}),
-    "sampler": Maybe({}), "pruner": Maybe({}),
+    "sampler": Maybe({}), "pruner": Maybe({}), "guards": Maybe([{"tasks": {TEXT: {}}}]),
 }  # fmt: skip
 MAY_BE_NONE = ("limit", "max_length", "prefix_memory")
 COMPRESSION = ("top_p", "memory")
@@ -75,6 +77,7 @@ class Recipe:
         sampler: settings, and start vector where it is not the space's own.
         pruner: `describe` of the pruner.
         missing: by field, why it is not there.
+        guards: from `moeopt.study.guards.keep`; none where the study has none.
     """
 
     model: str | None
@@ -85,6 +88,7 @@ class Recipe:
     sampler: dict[str, Any] | None
     pruner: dict[str, Any] | None
     missing: dict[str, str]
+    guards: list[dict[str, Any]] | None = None
 
 
 def made(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Recipe:
@@ -100,6 +104,13 @@ def made(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Re
         task = keep(objective.task, use)
     except TaskError as error:
         missing["task"] = str(error)
+    guarded = None
+    try:
+        guarded = [
+            guards.keep(guard, objective.tokenizer, objective.evaluator.max_length) for guard in objective.guards.guards
+        ] or None
+    except TaskError as error:
+        missing["guards"] = str(error)
     chosen: dict[str, Any] | None = {"settings": sampler.settings()}
     start = getattr(sampler, "x0", None)
     if start is not None:
@@ -120,11 +131,12 @@ def made(objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> Re
     missing |= {} if hub else {"model": "it was a folder of the machine that made the study"}
     dtype = str(next(objective.model.parameters()).dtype).removeprefix("torch.")
     scored = objective.evaluator.fingerprint
-    recipe = Recipe(name if hub else None, dtype, settings, scored, task, chosen, described, missing)
-    if task is None or not _too_large(recipe):
-        return recipe
-    missing["task"] = f"its examples are too many to keep (over {LARGEST >> 20} MiB): set a limit"
-    return replace(recipe, task=None)
+    recipe = Recipe(name if hub else None, dtype, settings, scored, task, chosen, described, missing, guarded)
+    for part in ("guards", "task"):
+        if getattr(recipe, part) is not None and _too_large(recipe):
+            missing[part] = f"its examples are too many to keep (over {LARGEST >> 20} MiB): set a limit"
+            recipe = replace(recipe, **{part: None})  # type: ignore[arg-type]
+    return recipe
 
 
 def write(study: optuna.Study, objective: Objective, sampler: GenomeSampler, pruner: BasePruner) -> None:
@@ -178,12 +190,28 @@ def task_of(recipe: Recipe) -> Task:
 
 
 def arguments(recipe: Recipe) -> dict[str, Any]:
-    """The keyword arguments of the objective."""
+    """The keyword arguments of the objective; raises as `guards_of`."""
     from moeopt.evaluation import Compression
 
     given = {key: value for key, value in recipe.objective.items() if key not in COMPRESSION}
     compression = {key: recipe.objective[key] for key in COMPRESSION if key in recipe.objective}
-    return {**given, "compression": Compression(**compression)} if compression else given
+    if compression:
+        given["compression"] = Compression(**compression)
+    if guarded := guards_of(recipe):
+        given["guards"] = guarded
+    return given
+
+
+def guards_of(recipe: Recipe) -> list[Guard]:
+    """The guards that a recipe holds, each with the splits of its task that were there.
+
+    Raises:
+        StudyError: when the study has guards that it does not hold, with the reason, or they are damaged.
+    """
+    if "guards" in recipe.missing:
+        why = recipe.missing["guards"]
+        raise StudyError(f"the study does not hold its guards ({why}): go on with the search that made it")
+    return [guards.restored(record) for record in recipe.guards or ()]
 
 
 def sampler_of(recipe: Recipe, space: Space) -> GenomeSampler:
@@ -265,7 +293,8 @@ def _count(study: optuna.Study, key: str) -> int | None:
 
 def _packed(recipe: Recipe) -> dict[str, Any]:
     """Attributes that hold a recipe, its head last."""
-    data = json.dumps(vars(recipe), allow_nan=False).encode()
+    body = {key: value for key, value in vars(recipe).items() if key != "guards" or value is not None}
+    data = json.dumps(body, allow_nan=False).encode()
     return genome.pack_bytes(RECIPE, data, {"v": VERSION, "bytes": len(data)}, level=9)
 
 

@@ -86,7 +86,7 @@ STUDY = {
     "evaluation": Maybe(
         {
             "score": Maybe(TEXT), "top_p": Maybe(FINITE), "active_weight": Maybe(FINITE), "objectives": Maybe([TEXT]),
-            "constraints": Maybe([TEXT]),
+            "constraints": Maybe([TEXT]), "guards": Maybe([{"name": TEXT, "loss": FINITE}]),
         }
     ),
 }  # fmt: skip

@@ -1,0 +1,298 @@
+"""Guards: tasks that a search must not lose, as constraints relative to the full model, kept, resumed and judged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+
+import moeopt
+from moeopt import Guard
+from moeopt.errors import StorageError, StudyError
+from moeopt.samplers import get
+from moeopt.study import best_trial, guards, recipe
+from moeopt.study.objective import Objective
+from moeopt.study.storage import attributes
+from moeopt.tasks import Example, MixtureTask, MultipleChoiceTask, TextTask
+from moeopt.trials import genome
+from moeopt.trials.front import is_feasible
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+    pytest.mark.filterwarnings("ignore:task '"),
+    pytest.mark.filterwarnings("ignore:the full model"),
+]
+
+QUESTIONS = [Example(str(i), f"is {i * 7 % 40} odd?", (" n", " y"), i % 2) for i in range(24)]
+TASK = MultipleChoiceTask("questions", search=QUESTIONS[:12], dev=QUESTIONS[12:18], test=QUESTIONS[18:])
+TEXT = TextTask(
+    "text", *([f"{split}, {i} lines of {i * i} words" * 3 for i in range(6)] for split in ("search", "dev", "test")),
+    window=40,
+)  # fmt: skip
+KEEP = 2
+
+
+@pytest.fixture(scope="module")
+def model(make_mixtral: Any) -> Any:
+    return make_mixtral(layers=2, experts=4, hidden=16, intermediate=16)
+
+
+@pytest.fixture
+def make(model: Any, tiny_tokenizer: Any) -> Callable[..., Objective]:
+    def make(*given: Guard, **options: Any) -> Objective:
+        space = moeopt.PruneSpace.of(model, keep=KEEP)
+        return Objective(model, tiny_tokenizer, TASK, space, batch_tokens=200, guards=given, **options)
+
+    return make
+
+
+def searched(
+    objective: Objective, trials: int = 8, url: str | None = None, pruner: Any = None, sampler: str = "random"
+) -> optuna.Study:
+    study = moeopt.create_study(
+        "s", objective=objective, storage=url, sampler=sampler, seed=1, load_if_exists=True, warm_starts=[],
+        pruner=pruner,
+    )  # fmt: skip
+    moeopt.optimize(study, objective, n_trials=trials)
+    return study
+
+
+def told(study: optuna.Study) -> list[Any]:
+    noted = ("spent", "layer_tokens", "tokens")
+    return [(t.value, t.constraints, [t.user_attrs.get(key) for key in noted]) for t in study.trials]
+
+
+def test_a_constraint_is_the_mean_difference_less_what_is_allowed(make: Callable[..., Objective], model: Any) -> None:
+    objective = make(Guard(TEXT, loss=0.01, limit=5), Guard(TASK, loss=1.0, score="choice", name="by choice"))
+    study = searched(objective)
+    plain = searched(make())
+    assert study.trials[0].value == plain.trials[0].value
+    for trial in study.trials:
+        plan = objective.space.plan(trial)
+        for name, evaluator in objective.guards.evaluators.items():
+            full, small = evaluator.evaluate(), evaluator.evaluate(plan)
+            gap = sum(
+                w * (a - b) for a, b, w in zip(small.losses.tolist(), full.losses.tolist(), small.weights.tolist())
+            )
+            allowed = {"text": 0.01, "by choice": 1.0}[name]
+            assert trial.constraints[f"guard:{name}"] == pytest.approx(gap / small.weights.sum() - allowed, abs=1e-6)
+        judged = {each.name: each for each in guards.changes(study, trial)}
+        assert [*judged] == ["text", "by choice"]
+        assert judged["text"].change.mean - 0.01 == pytest.approx(trial.constraints["guard:text"])
+        assert (judged["text"].examples, judged["text"].split) == (5, "search")
+    assert objective.guards.evaluators["text"].examples == 5
+    best = best_trial(study)
+    assert best is None or is_feasible(best)
+
+
+def test_what_guards_cost_is_counted_and_no_plan_is_scored_twice(make: Callable[..., Objective]) -> None:
+    objective = make(Guard(TEXT, limit=5), prefix_memory=0)
+    study, alone = (optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1)) for _ in range(2))
+    study.optimize(objective, n_trials=16)
+    alone.optimize(make(prefix_memory=0), n_trials=16)
+    evaluator = objective.guards.evaluators["text"]
+    full = evaluator.tokens * evaluator.layers
+    copies = 0
+    for trial, other in zip(study.trials, alone.trials):
+        copied = "copied_from" in trial.user_attrs
+        copies += copied
+        assert trial.user_attrs["layer_tokens"] == other.user_attrs["layer_tokens"] + full * (not copied)
+        assert trial.user_attrs["tokens"] == other.user_attrs["tokens"] + evaluator.tokens * (not copied)
+        if copied:
+            assert trial.constraints == study.trials[trial.user_attrs["copied_from"]].constraints
+    assert copies
+    spent = alone.trials[-1].user_attrs["spent"] + full * (1 + len(study.trials) - copies)
+    assert study.trials[-1].user_attrs["spent"] == spent
+
+
+def test_the_best_trial_keeps_its_guards_and_samplers_know(make: Callable[..., Objective]) -> None:
+    gaps = [t.constraints["guard:text"] for t in searched(make(Guard(TEXT, loss=0.0)), 24).trials]
+    allowed = float(np.quantile([gap for gap in gaps if gap > 0], 0.3))
+    study = searched(make(Guard(TEXT, loss=allowed)), 24, sampler="local")
+    able = [t for t in study.trials if t.value is not None and t.constraints["guard:text"] <= 0]
+    assert 0 < len(able) < len(study.trials)
+    best = best_trial(study)
+    assert best is not None
+    assert best.value == min(t.value for t in able if t.value is not None)
+    assert {each.verdict for each in guards.changes(study, best)} <= {"holds", "unclear"}
+    broken = next(t for t in study.trials if t.constraints["guard:text"] > 0)
+    assert [each.verdict for each in guards.changes(study, broken)] == ["broken"]
+
+
+@pytest.mark.parametrize("sampler", ["random", "local"])
+def test_resumed_is_uninterrupted(sampler: str, make: Callable[..., Objective], tmp_path: Path) -> None:
+    guard = Guard(TEXT, limit=5)
+    whole = searched(make(guard, prefix_memory=0), 8, sampler=sampler)
+    url = f"sqlite:///{tmp_path}/s.db"
+    for trials in (3, 8):
+        resumed = searched(make(guard, prefix_memory=0), trials, url, sampler=sampler)
+    assert told(resumed) == told(whole)
+    for other in (Guard(TEXT, limit=5, loss=0.5), Guard(TEXT, limit=4), Guard(TEXT, limit=5, name="other")):
+        with pytest.raises(StudyError, match=r"evaluation\.guards"):
+            searched(make(other, prefix_memory=0), 9, url, sampler=sampler)
+    with pytest.raises(StudyError, match=r"evaluation\.guards"):
+        searched(make(prefix_memory=0), 9, url, sampler=sampler)
+
+
+def test_raced_trials_have_guards_where_they_complete(make: Callable[..., Objective]) -> None:
+    objective = make(Guard(TEXT, loss=10.0, limit=5), rungs=3)
+    study = searched(objective, 20, pruner=moeopt.RacingPruner(error=0.4, noise_floor=0.0, n_min=4))
+    states = {trial.state.name for trial in study.trials}
+    assert states == {"COMPLETE", "PRUNED"}
+    for trial in study.trials:
+        assert ("guard:text" in trial.constraints) == (trial.state.name == "COMPLETE")
+
+
+def test_plain_studies_and_trials_without_one(make: Callable[..., Objective]) -> None:
+    objective = make(Guard(TEXT, limit=5))
+    study = optuna.create_study(sampler=get("random", objective.space, seed=1))
+    study.optimize(objective, n_trials=3)
+    assert [t.constraints for t in study.trials] == [
+        t.constraints for t in searched(make(Guard(TEXT, limit=5)), 3).trials
+    ]
+    fixed = optuna.trial.FixedTrial(study.trials[0].params)
+    assert objective(fixed) == study.trials[0].value
+
+
+def test_a_worker_rebuilds_guards_with_their_held_out_examples(make: Callable[..., Objective], tmp_path: Path) -> None:
+    given = Guard(TEXT, limit=3), Guard(MixtureTask([(TASK, 1.0), (TEXT, 1.0)]), loss=0.5, limit=6, score="choice")
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = searched(make(*given), 2, url)
+    options = recipe.arguments(recipe.read(study))
+    rebuilt = Objective(
+        make().model, make().tokenizer, recipe.task_of(recipe.read(study)), make().space, **options
+    )  # fmt: skip
+    assert rebuilt.guards.describe() == make(*given).guards.describe()
+    moeopt.optimize(study, rebuilt, n_trials=4)
+    assert told(study) == told(searched(make(*given), 4))
+    for mine, theirs in zip(given, rebuilt.guards.guards):
+        for split in ("search", "dev", "test"):
+            first, second = (g.evaluator(split, rebuilt.model, rebuilt.tokenizer) for g in (mine, theirs))
+            assert first.fingerprint == second.fingerprint
+
+
+def test_code_of_ones_own_is_not_kept_and_that_is_said(make: Callable[..., Objective], tmp_path: Path) -> None:
+    class Own(TextTask):
+        pass
+
+    objective = make(Guard(Own("own", ["a document of the user's own, which has a class of its own"], window=40)))
+    study = searched(objective, 1, f"sqlite:///{tmp_path}/s.db")
+    with pytest.raises(StudyError, match=r"does not hold its guards \(task 'own' is code of its own"):
+        recipe.arguments(recipe.read(study))
+
+
+def test_a_guard_without_a_finite_loss_fails_the_trial(
+    make: Callable[..., Objective], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = make(Guard(TEXT, limit=5))
+    evaluator = objective.guards.evaluators["text"]
+    race = evaluator.race
+    plan = objective.space.decode(objective.space.start())
+
+    def infinite(under: Any = None, earlier: Any = None) -> Any:
+        if under is None:
+            return race(under, earlier)
+        raise moeopt.errors.NonFiniteLossError("the loss is not finite", layer=1)
+
+    monkeypatch.setattr(evaluator, "race", infinite)
+    study = moeopt.create_study(objective=objective, storage=None, sampler="random", warm_starts=[plan])
+    moeopt.optimize(study, objective, n_trials=2)
+    assert {trial.state.name for trial in study.trials} == {"FAIL"}
+    assert study.trials[0].user_attrs["failure"] == "guard 'text': the loss is not finite"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": -0.1}, "loss must be a finite number of at least 0"),
+        ({"loss": float("nan")}, "loss must be a finite number of at least 0"),
+        ({"loss": "0.02"}, "loss must be a finite number of at least 0"),
+        ({"score": "loss"}, "score must be one of likelihood"),
+        ({"name": "a\nb"}, "a guard's name is printable"),
+        ({"name": "n" * 81}, "a guard's name is printable"),
+    ],
+)
+def test_what_is_no_guard_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(StudyError, match=said):
+        Guard(TEXT, **options)
+
+
+def test_guards_of_an_objective_are_checked(make: Callable[..., Objective]) -> None:
+    with pytest.raises(StudyError, match="two guards are called 'text'"):
+        make(Guard(TEXT), Guard(TEXT, loss=0.1))
+    with pytest.raises(StudyError, match=r"guards are moeopt\.Guard"):
+        make(TEXT)
+    with pytest.raises(StudyError, match=r"a guard is of a moeopt\.tasks\.Task, got 'text'"):
+        Guard("text")  # type: ignore[arg-type]
+    with pytest.raises(moeopt.errors.TaskError, match="limit"):
+        make(Guard(TEXT, limit=0))
+
+
+def test_damaged_and_hostile_guards_are_one_error(make: Callable[..., Objective], tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = searched(make(Guard(TEXT, limit=5)), 2, url)
+    key = guards.SCORES + "text"
+    whole = attributes.study_attributes(study)
+
+    def written(attrs: dict[str, Any]) -> optuna.Study:
+        attributes.write_study(study, attrs)
+        return optuna.load_study(study_name="s", storage=url)
+
+    numbers = genome.unpack(key, whole)
+    assert numbers is not None
+    of = {name: whole[key][name] for name in ("of", "layer_tokens")}
+    for vector, head in (
+        (numbers[:-1], of),
+        (np.full_like(numbers, np.nan), of),
+        (-np.ones_like(numbers), of),
+        (numbers, {**of, "layer_tokens": -1}),
+        (numbers[:4], of),
+    ):
+        packed = genome.pack(key, vector)
+        packed[key] |= head
+        with pytest.raises(StorageError, match="damaged"):
+            guards.changes(written(packed), study.trials[0])
+    for hostile in ({"v": 1}, "text", [1]):
+        with pytest.raises(StorageError, match="damaged"):
+            guards.changes(written({key: hostile}), study.trials[0])
+    description = dict(study.user_attrs["moeopt"])
+    for wrong in ("text", [{"name": 3, "loss": 0.1}], [{"name": "text"}], [{"name": "text", "loss": "x"}]):
+        evaluation = {**description["evaluation"], "guards": wrong}
+        study.set_user_attr("moeopt", {**description, "evaluation": evaluation})
+        with pytest.raises(StudyError, match="guards"):
+            guards.guards_of(optuna.load_study(study_name="s", storage=url))
+
+
+def test_hostile_guards_of_a_recipe_are_one_error(make: Callable[..., Objective], tmp_path: Path) -> None:
+    held = recipe.read(searched(make(Guard(TEXT, limit=5)), 1, f"sqlite:///{tmp_path}/s.db"))
+    hostile: list[dict[str, Any]] = [
+        {"tasks": {}},
+        {"tasks": {"search": {"kind": "none"}}},
+        {"tasks": {"search": 3}, "loss": 0.1},
+        {"loss": "much"},
+        {"score": "none"},
+        {"name": "\x1b[31m"},
+    ]
+    for wrong in hostile:
+        body = json.loads(json.dumps(vars(held)))
+        body["guards"][0] |= wrong
+        with pytest.raises(StudyError):
+            recipe.arguments(recipe._checked(body))
+
+
+def test_older_studies_have_none_and_go_on(make: Callable[..., Objective], tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = searched(make(), 2, url)
+    assert "guards" not in study.user_attrs["moeopt"]["evaluation"]
+    assert guards.guards_of(study) == {}
+    assert guards.changes(study, study.trials[0]) == []
+    assert recipe.read(study).guards is None
+    packed = recipe._packed(recipe.read(study))
+    size = packed[recipe.RECIPE]["bytes"]
+    assert b'"guards"' not in genome.unpack_bytes(recipe.RECIPE, packed, size)
