@@ -36,7 +36,7 @@ from moeopt.samplers.base import Proposal
 from moeopt.samplers.checks import check_counts
 from moeopt.samplers.history import Observation, noted
 from moeopt.samplers.local import LocalSampler
-from moeopt.spaces.base import Space, kept_rows, one_hot_pair
+from moeopt.spaces.base import Space
 
 GUIDED = "guided"
 """The move."""
@@ -124,9 +124,7 @@ class GuidedSampler(LocalSampler):
         """Which experts a trial's groups keep, bool (groups, n); None where it does not keep experts as they are."""
         if obs.fingerprint not in self._rows:
             try:
-                kept = kept_rows(self.space.matrices(obs.x))
-                rows = np.stack([np.isin(np.arange(self.space.shape.experts), row) for row in kept])
-                self._rows[obs.fingerprint] = rows
+                self._rows[obs.fingerprint] = self.space.kept(obs.x)
             except SpaceError:
                 self._rows[obs.fingerprint] = None
         return self._rows[obs.fingerprint]
@@ -197,14 +195,11 @@ class GuidedSampler(LocalSampler):
             rate = gains[top].sum() * (1 / (layers - first) if gains[top].sum() > 0 else layers - first)
             if rate > best:
                 best, chosen = rate, np.sort(top)
-        child = self.space.matrices(parent.x).copy()
         experts = kept.copy()
         experts[chosen, out[chosen]], experts[chosen, into[chosen]] = False, True
-        for group in chosen:
-            child[group] = one_hot_pair(np.flatnonzero(experts[group])[None], kept.shape[1])[0]
         predicted = float((mean[chosen, out[chosen]] - mean[chosen, into[chosen]]).sum())
         notes = {"first": int(chosen[0]), "width": len(chosen), "parent": parent.slot, "predicted": predicted}
-        return Proposal(self.space.with_matrices(parent.x, child), GUIDED, (parent.number,), "prune", notes)
+        return Proposal(self.space.with_kept(parent.x, experts, chosen), GUIDED, (parent.number,), "prune", notes)
 
 
 @dataclass(frozen=True, eq=False)

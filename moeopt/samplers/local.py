@@ -227,4 +227,11 @@ class LocalSampler(StartingSampler):
         noise = scale * space.step[chosen] * rng.standard_normal(chosen.size)
         up = np.where(x[chosen] <= space.low[chosen], True, (x[chosen] < space.high[chosen]) & (noise > 0))
         child[chosen] += np.where(space.whole[chosen], np.where(up, 1, -1), noise)
-        return space.snap(child)
+        child = space.snap(child)
+        if space.keep_range is None:
+            return child
+        first = space.extras.start
+        unit = np.where(chosen < first + ranges, space.keep_range.unit, 1)
+        child[chosen] = np.clip(x[chosen] + unit * (child[chosen] - x[chosen]), space.low[chosen], space.high[chosen])
+        changed = [int(number - first) for number in chosen if number < first + ranges]
+        return space.with_counts(child, space.keep_range.shift(rng, child[first : first + ranges], changed))

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeopt.errors import SpaceError
 from moeopt.plan import LayerPlan, Matrix, ModelShape, Plan
-from moeopt.spaces.base import Groups, Phase, Space, layer_groups, range_names
+from moeopt.spaces.base import Phase, Space
+from moeopt.spaces.rows import Groups, layer_groups, range_names
 from moeopt.trials import genome
 from moeopt.trials.genome import Vector
 
@@ -31,7 +32,8 @@ class ActiveSpace(Space):
         around: with a shape, the plan whose k and betas are searched; by default the full model.
         k: (low, high), both included, 1 <= low < high <= r; None leaves k as it is.
         skip: True for betas from 0 to 1, or (low, high); False leaves skipping as it is.
-        groups: as for `Space`, whatever the groups of the inner space; 1 is one choice for the whole model.
+        groups: as for `Space`, whatever the groups of the inner space; 1 is one choice for the whole model. Where the
+            inner space searches how many experts groups keep, theirs.
 
     Raises:
         SpaceError: naming the argument that does not fit.
@@ -47,19 +49,31 @@ class ActiveSpace(Space):
         groups: Groups | None = None,
     ) -> None:
         shape = inner if isinstance(inner, ModelShape) else inner.shape
+        varies = not isinstance(inner, ModelShape) and inner.keep_range is not None
+        if varies and groups is None:
+            groups = inner.groups  # type: ignore[union-attr]
         self.extra_groups = layer_groups(shape.layers if groups is None else groups, shape.layers)
+        if varies and self.extra_groups != inner.groups:  # type: ignore[union-attr]
+            raise SpaceError(
+                "where keep is a range, k and skip are of the groups of layers that keep is: leave groups out"
+            )
         if isinstance(inner, ModelShape):
             around = around or Plan.identity(shape.layers, shape.experts, shape.k)
             inner = _OnePlan(shape, around, self.extra_groups)
         elif isinstance(inner, ActiveSpace) or around is not None:
             what = "another ActiveSpace" if around is None else "both a space and a plan to be around"
             raise SpaceError(f"an active space is built on a pruning or merging space or on one plan, got {what}")
+        searched = inner.keep_range
         super().__init__(
-            shape, keep=inner.keep, groups=inner.groups, k=inner.k, router=inner.router, negative=inner.negative
-        )
-        self.inner, self.phases = inner, inner.phases
+            shape, keep=inner.keep if searched is None else (searched.low, searched.high),
+            total=None if searched is None else searched.total, groups=inner.groups, k=inner.k, router=inner.router,
+            negative=inner.negative,
+        )  # fmt: skip
+        self.inner, self.phases, self.fixed_counts = inner, inner.phases, inner.fixed_counts
         self.k_range, self.skip_range = _k_range(k), _skip_range(skip)
-        layers = inner.decode(inner.start()).layers
+        layers = inner.decode(
+            inner.start() if searched is None else inner.with_counts(inner.start(), searched.low)
+        ).layers
         most = min(_most_active(layer) for layer in layers)
         if self.k_range is None and self.skip_range is None:
             raise SpaceError("an active space searches k, a range such as (1, 2), or skip, or both; neither was given")
@@ -80,6 +94,11 @@ class ActiveSpace(Space):
 
     @property
     def extras(self) -> slice:
+        return slice(self.inner.extras.start, self.size)
+
+    @property
+    def _active(self) -> slice:
+        """The numbers that are not the inner space's."""
         return slice(self.inner.size, self.size)
 
     @property
@@ -94,7 +113,7 @@ class ActiveSpace(Space):
         return self.with_matrices(self.start(), matrices)
 
     def with_matrices(self, x: Vector, matrices: Matrix) -> Vector:
-        return np.concatenate([self.inner.from_matrices(matrices), x[self.extras]])
+        return np.concatenate([self.inner.with_matrices(x[: self.inner.size], matrices), x[self._active]])
 
     def start(self) -> Vector:
         inner = self.inner.start()
@@ -110,7 +129,7 @@ class ActiveSpace(Space):
     def decode(self, x: ArrayLike) -> Plan:
         snapped = self.snap(x)
         layers = list(self.inner.decode(snapped[: self.inner.size]).layers)
-        rest = iter(snapped[self.extras].reshape(-1, len(self.extra_groups)).tolist())
+        rest = iter(snapped[self._active].reshape(-1, len(self.extra_groups)).tolist())
         changes: list[dict[str, Any]] = [{} for _ in self.extra_groups]
         if self.k_range is not None:
             changes = [{"k": int(k)} for k in next(rest)]
@@ -146,8 +165,8 @@ class ActiveSpace(Space):
             raise SpaceError(f"layer {at} of the plan has another k or skip than the plan that this space is around")
         return x
 
-    def decode_matrices(self, matrices: Matrix) -> Plan:
-        return self.inner.decode_matrices(matrices)
+    def decode_matrices(self, matrices: Matrix, counts: NDArray[np.int64] | None = None) -> Plan:
+        return self.inner.decode_matrices(matrices, counts)
 
     def describe(self) -> dict[str, Any]:
         return self._description(
@@ -180,6 +199,7 @@ class _OnePlan(Space):
     names: tuple[str, ...] = ()
     low = high = step = np.zeros(0, dtype=np.float32)
     integer = True
+    _whole = np.zeros(0, dtype=bool)
 
     def __init__(self, shape: ModelShape, plan: Plan, groups: Groups) -> None:
         if len(plan.layers) != shape.layers:
@@ -211,7 +231,7 @@ class _OnePlan(Space):
     def decode(self, x: ArrayLike) -> Plan:
         return self._plan
 
-    def decode_matrices(self, matrices: Matrix) -> Plan:
+    def decode_matrices(self, matrices: Matrix, counts: NDArray[np.int64] | None = None) -> Plan:
         return self._plan
 
     def encode(self, plan: Plan) -> Vector:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
 
 from moeopt.errors import SpaceError
 from moeopt.plan import LayerPlan, Matrix, ModelShape, Negative, Plan, one_hot, why_unequal
 from moeopt.plan.matrices import one_hot_rows
 from moeopt.showing import shown
+from moeopt.spaces.keep_range import KeepRange, keep_range
+from moeopt.spaces.rows import Groups, kept_rows, layer_groups, range_names, router_rows, with_spare_rows
 from moeopt.study.storage.attributes import frozen_trial
 from moeopt.trials import genome
 from moeopt.trials.genome import Vector
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
-Groups: TypeAlias = int | Sequence[tuple[int, int]]
 MapAt = Literal["prob", "logit", "rows"]
 Phase = Literal["prune", "merge", "active"]
 
@@ -35,11 +35,17 @@ class Space(ABC):
 
     All layers of a group share one pair of matrices. Vectors are float32 of shape ``(size,)``; matrices of all groups
     are float32 of shape ``(groups, 2, r, n)``, `[:, 0]` being W_EM and `[:, 1]` W_RM. The numbers of the matrices come
-    first, group by group; `extras`, the numbers beyond them, are an `ActiveSpace`'s alone.
+    first, group by group; `extras`, the numbers beyond them, are how many experts each group keeps, where `keep` is a
+    range, and what an `ActiveSpace` has.
+
+    Where `keep` is a range, matrices have `high` rows; in force are the first `counts` of them (of each of the groups
+    that routers choose first, its share of these). The others are spare: an expert that comes back is as it was.
 
     Args:
         shape: layers, experts and k of the model (`of` reads it off a model).
-        keep: r, experts kept per layer, k <= r <= n.
+        keep: r, experts kept per layer, k <= r <= n; or (low, high): every group of layers keeps a number of its own
+            between these, which is searched, too.
+        total: with such a range, the most experts that all layers together keep.
         groups: a number of layer groups of equal size (remainder layers go to the last one, as in EEP), or inclusive
             layer ranges ``[(0, 7), (8, 31)]`` that cover every layer once, in order. None: each layer is its own.
         k: experts activated per token in the planned model; by default the model's.
@@ -69,14 +75,21 @@ class Space(ABC):
         self,
         shape: ModelShape,
         *,
-        keep: int,
+        keep: int | tuple[int, int],
+        total: int | None = None,
         groups: Groups | None = None,
         k: int | None = None,
         router: MapAt | None = None,
         negative: Negative = "clamp",
     ) -> None:
         self.shape = shape
-        self.keep = _checked_int("keep", keep)
+        self.groups = layer_groups(shape.layers if groups is None else groups, shape.layers)
+        self.keep_range: KeepRange | None = keep_range(keep, total, self.groups, shape)
+        """How many experts groups keep, where that is searched."""
+        self.keep = _checked_int("keep", keep) if self.keep_range is None else self.keep_range.high
+        self.fixed_counts = np.full(len(self.groups), self.keep, dtype=np.int64)
+        """How many experts each group keeps where that is not searched."""
+        least = self.keep if self.keep_range is None else self.keep_range.low
         self.k = shape.k if k is None else _checked_int("k", k)
         self.router: MapAt = shape.router if router is None else router
         self.negative: Negative = negative
@@ -84,13 +97,12 @@ class Space(ABC):
             raise SpaceError(f"k must be at least 1, got {self.k}")
         if self.keep > shape.experts:
             raise SpaceError(f"keep={self.keep} asks for more experts than the {shape.experts} each layer has")
-        if self.keep < self.k:
-            raise SpaceError(f"keep={self.keep} is fewer than the k={self.k} experts each token activates")
+        if least < self.k:
+            raise SpaceError(f"keep={least} is fewer than the k={self.k} experts each token activates")
         if self.router not in get_args(MapAt):
             raise SpaceError(f"router must be 'prob', 'logit' or 'rows', got {router!r}")
         if negative not in ("clamp", "eep"):
             raise SpaceError(f"negative must be 'clamp' or 'eep', got {negative!r}")
-        self.groups = layer_groups(shape.layers if groups is None else groups, shape.layers)
 
     @classmethod
     def of(cls, model: Any, **arguments: Any) -> Any:
@@ -112,21 +124,87 @@ class Space(ABC):
 
     @abstractmethod
     def from_matrices(self, matrices: Matrix) -> Vector:
-        """The numbers that stand for these matrices, as near as this space has them."""
+        """The numbers that stand for these matrices, as near as this space has them; with the start's extras."""
+
+    def _set_numbers(self, names: Sequence[str], low: ArrayLike, high: ArrayLike, step: ArrayLike) -> None:
+        """Set the numbers of the matrices, and behind them those of the counts, where these vary.
+
+        Args:
+            names: of the matrices' numbers.
+            low, high, step: of each, or of all.
+        """
+        ends = [np.broadcast_to(np.asarray(each, np.float32), len(names)).copy() for each in (low, high, step)]
+        self.names, self._whole = tuple(names), np.full(len(names), self.integer)
+        if (keep := self.keep_range) is not None:
+            self.extra_groups, count = self.groups, len(self.groups)
+            self.names += tuple(f"keep.{name}" for name in self.group_names())
+            self._whole = np.append(self._whole, np.full(count, True))
+            more = (keep.low, keep.high, max(keep.unit, (keep.high - keep.low) / 4))
+            ends = [np.append(each, np.full(count, end, np.float32)) for each, end in zip(ends, more)]
+        self.low, self.high, self.step = ends
+        self.integer = bool(self._whole.all()) and bool(self.names)
 
     @property
     def extras(self) -> slice:
         """The numbers beyond those of the matrices; an empty slice where there are none."""
-        return slice(self.size, self.size)
+        return slice(self.size - (len(self.groups) if self.keep_range else 0), self.size)
 
     @property
     def whole(self) -> NDArray[np.bool_]:
         """Which numbers are integers, (size,)."""
-        return np.full(self.size, self.integer)
+        return self._whole
+
+    def counts(self, x: Vector) -> NDArray[np.int64]:
+        """How many experts each group keeps, int64 (groups,)."""
+        if self.keep_range is None:
+            return self.fixed_counts
+        first = self.extras.start
+        return self.keep_range.cap(x[first : first + len(self.groups)])
+
+    def with_counts(self, x: Vector, counts: ArrayLike) -> Vector:
+        """`x` with these numbers of experts, (groups,), in place of its own."""
+        child, first = x.copy(), self.extras.start
+        child[first : first + len(self.groups)] = counts
+        return child
 
     def with_matrices(self, x: Vector, matrices: Matrix) -> Vector:
         """`x` with these matrices, (groups, 2, r, n), in place of its own; its extras stay."""
-        return self.from_matrices(matrices)
+        return np.concatenate([self.from_matrices(matrices)[: self.extras.start], x[self.extras]])
+
+    def in_force(self, count: int) -> NDArray[np.int64]:
+        """Which of the rows of a group that keeps so many experts are not spare, int64 (count,)."""
+        blocks = self.shape.router_groups
+        share = np.arange(count // blocks)
+        return (np.arange(blocks)[:, None] * (self.keep // blocks) + share).reshape(-1)
+
+    def matrices_in_force(self, x: Vector) -> Matrix:
+        """`matrices`, the spare rows 0."""
+        matrices = self.matrices(x)
+        if self.keep_range is not None or (self.fixed_counts < self.keep).any():
+            matrices = matrices.copy()
+            for pair, count in zip(matrices, self.counts(x).tolist()):
+                pair[:, np.setdiff1d(np.arange(self.keep), self.in_force(count))] = 0
+        return matrices
+
+    def with_kept(self, x: Vector, kept: NDArray[np.bool_], groups: Iterable[int]) -> Vector:
+        """`x` with these experts kept, bool (groups, n), in these of its groups, the router following."""
+        matrices, counts, n = self.matrices(x).copy(), self.counts(x).copy(), self.shape.experts
+        for group in groups:
+            rows = one_hot(np.flatnonzero(kept[group]).tolist(), n)
+            matrices[group] = with_spare_rows(rows, rows, self.keep, self.shape.router_groups)
+            counts[group] = len(rows)
+        child = self.with_matrices(x, matrices)
+        return child if self.keep_range is None else self.with_counts(child, counts)
+
+    def kept(self, x: Vector) -> NDArray[np.bool_]:
+        """Which experts each group keeps, bool (groups, n).
+
+        Raises:
+            SpaceError: when a group does not keep experts as they are.
+        """
+        matrices, n = self.matrices(x), self.shape.experts
+        rows = [kept_rows(pair[None, :, self.in_force(count)])[0] for pair, count in zip(matrices, self.counts(x))]
+        return np.stack([np.isin(np.arange(n), kept) for kept in rows])
 
     @abstractmethod
     def start(self) -> Vector:
@@ -138,11 +216,13 @@ class Space(ABC):
         A model that takes these takes every plan of the space, as far as can be told without running them.
         """
         start, matrices = self.start(), slice(0, self.extras.start)
+        fewest = None if self.keep_range is None else self.with_counts(start, self.keep_range.low)
         merging, active = start.copy(), start.copy()
         merging[matrices] += self.step[matrices] / 4
         active[self.extras] = self.high[self.extras]
         return [
             self.decode(start),
+            *([] if fewest is None else [self.decode(fewest)]),
             *([self.decode(merging)] if "merge" in self.phases else []),
             *([self.decode(active)] if active.size > self.extras.start else []),
         ]
@@ -157,7 +237,8 @@ class Space(ABC):
 
     def decode(self, x: ArrayLike) -> Plan:
         """The plan that `size` numbers stand for. Numbers out of bounds are clipped, integers rounded, as by `snap`."""
-        return self.decode_matrices(self.matrices(self.snap(x)))
+        snapped = self.snap(x)
+        return self.decode_matrices(self.matrices(snapped), self.counts(snapped))
 
     def _layer(self, w_em: Matrix, w_rm: Matrix) -> LayerPlan:
         n, groups = self.shape.experts, self.shape.router_groups
@@ -165,7 +246,7 @@ class Space(ABC):
             w_em = w_rm = one_hot(router_rows(w_em, groups), n)  # it may keep more of one group than of another
         elif self.router == "rows":
             w_rm = one_hot(router_rows(w_em, groups), n)
-        elif any(row * groups // n != i * groups // self.keep for i, row in enumerate(one_hot_rows(w_rm) or ())):
+        elif any(row * groups // n != i * groups // len(w_rm) for i, row in enumerate(one_hot_rows(w_rm) or ())):
             w_rm = one_hot(router_rows(w_rm, groups), n)
         plain = LayerPlan(self.shape.experts, self.k, w_em=w_em, w_rm=w_rm, router=self.router, negative=self.negative)
         if plain.kept is not None and plain.router_rows == plain.kept:
@@ -183,13 +264,17 @@ class Space(ABC):
         if len(plan.layers) != shape.layers:
             raise SpaceError(f"the plan has {len(plan.layers)} layers, the space {shape.layers}")
         stacked = []
-        for first, last in self.groups:
+        for (first, last), count in zip(self.groups, self.fixed_counts.tolist()):
             layer = plan.layers[first]
             if any(other != layer for other in plan.layers[first : last + 1]):
                 raise SpaceError(f"layers {first}-{last} share one choice in this space, but differ in the plan")
-            sizes, wanted = (layer.experts, layer.kept_experts, layer.k), (shape.experts, self.keep, self.k)
-            if sizes != wanted:
-                raise SpaceError(f"layer {first} of the plan has (n, r, k) = {sizes}, the space {wanted}")
+            r = layer.kept_experts
+            fits = r == count if self.keep_range is None else r in self.keep_range
+            if (layer.experts, layer.k) != (shape.experts, self.k) or not fits:
+                wanted = (shape.experts, count if self.keep_range is None else str(self.keep_range), self.k)
+                raise SpaceError(
+                    f"layer {first} of the plan has (n, r, k) = {(layer.experts, r, layer.k)}, the space {wanted}"
+                )
             if layer.skip:
                 raise SpaceError(f"layer {first} of the plan skips experts (skip={layer.skip:g}), this space does not")
             if layer.beyond_matrices is not None:
@@ -201,22 +286,32 @@ class Space(ABC):
                     f"the plan treats negative mapped probabilities by {layer.negative!r}, the space by "
                     f"{self.negative!r}; build the space with negative={layer.negative!r}"
                 )
-            stacked.append(np.stack([layer.expert_matrix, layer.router_matrix]))
+            stacked.append(with_spare_rows(layer.expert_matrix, layer.router_matrix, self.keep, shape.router_groups))
+        counts = np.array([plan.layers[first].kept_experts for first, _ in self.groups])
         # A space may only come near these matrices, without an error: what it makes of them is held against the plan.
         x = self.snap(self.from_matrices(np.stack(stacked)))
-        if self.decode(x).fingerprint != self.decode_matrices(np.stack(stacked)).fingerprint:
+        x = x if self.keep_range is None else self.with_counts(x, counts)
+        if self.decode(x).fingerprint != self.decode_matrices(np.stack(stacked), counts).fingerprint:
             raise SpaceError(f"the plan lies outside what {type(self).__name__} can express: {self._limits()}")
         return x
 
-    def decode_matrices(self, matrices: Matrix) -> Plan:
-        """The plan of given group matrices, (groups, 2, r, n), whether or not the space can reach them."""
+    def decode_matrices(self, matrices: Matrix, counts: NDArray[np.int64] | None = None) -> Plan:
+        """The plan of given group matrices, (groups, 2, r, n), whether or not the space can reach them.
+
+        Args:
+            matrices: of the groups.
+            counts: how many rows of each are in force, (groups,); None: all.
+        """
         layers: list[LayerPlan] = []
-        for (first, last), (w_em, w_rm) in zip(self.groups, matrices):
+        for g, ((first, last), pair) in enumerate(zip(self.groups, matrices)):
+            w_em, w_rm = pair if counts is None else pair[:, self.in_force(int(counts[g]))]
             layers += [self._layer(w_em, w_rm)] * (last - first + 1)
         return Plan(tuple(layers))
 
     def _limits(self) -> str:
         equal = ", as many of each group that routers choose first" if self.shape.router_groups > 1 else ""
+        if (keep := self.keep_range) is not None and keep.total is not None:
+            equal += f", {keep.total} experts at most"
         if self.phases == ("prune",):
             return f"one-hot rows with the router following{equal}"
         follow = ", router rows of the experts that weigh most" if self.router == "rows" else ""
@@ -326,6 +421,8 @@ class Space(ABC):
     def _description(self, kind: str, **more: Any) -> dict[str, Any]:
         groups = [[first, last] for first, last in self.groups]
         given = {name: getattr(self, name) for name in ("keep", "k", "router", "negative")}
+        if self.keep_range is not None:
+            given["range"] = {"low": self.keep_range.low, "total": self.keep_range.total}
         return {"kind": kind, "shape": self.shape.describe(), "groups": groups, **given, **more}
 
     def _check_equal_groups(self) -> None:
@@ -345,14 +442,15 @@ class EntrySpace(Space):
 
     def matrices(self, x: Vector) -> Matrix:
         n = self.shape.experts
-        entries = x.reshape(len(self.groups), -1, self.keep, n)
+        entries = x[: self.extras.start].reshape(len(self.groups), -1, self.keep, n)
         if self.router != "rows":
             return entries
         return np.stack([[w_em, one_hot(router_rows(w_em, self.shape.router_groups), n)] for (w_em,) in entries])
 
     def from_matrices(self, matrices: Matrix) -> Vector:
         entries = matrices[:, :1] if self.router == "rows" else matrices
-        return np.asarray(entries, dtype=np.float32).reshape(-1)
+        counts = () if self.keep_range is None else self.keep_range.start
+        return np.append(np.asarray(entries, dtype=np.float32).reshape(-1), np.asarray(counts, dtype=np.float32))
 
     def entry_names(self) -> tuple[str, ...]:
         """`W_EM.L00-07.0.E3` and so on: one name per entry."""
@@ -363,93 +461,6 @@ class EntrySpace(Space):
             for i in range(self.keep)
             for e in range(self.shape.experts)
         )
-
-
-def range_names(ranges: Sequence[tuple[int, int]]) -> list[str]:
-    """The names of layer ranges that cover all layers.
-
-    >>> range_names([(0, 7), (8, 8), (9, 31)])
-    ['L00-07', 'L08', 'L09-31']
-    """
-    width = len(str(ranges[-1][1]))
-    return [f"L{a:0{width}}" if a == b else f"L{a:0{width}}-{b:0{width}}" for a, b in ranges]
-
-
-def layer_groups(groups: Groups, layers: int) -> tuple[tuple[int, int], ...]:
-    """Inclusive layer ranges from a number of groups or explicit ranges.
-
-    >>> layer_groups(3, 8)
-    ((0, 1), (2, 3), (4, 7))
-    """
-    if isinstance(groups, (int, np.integer)) and not isinstance(groups, bool):
-        if not 1 <= groups <= layers:
-            raise SpaceError(f"groups must be between 1 and the model's {layers} MoE layers, got {groups}")
-        size = layers // int(groups)
-        firsts = [g * size for g in range(int(groups))]
-        return tuple(zip(firsts, [first - 1 for first in firsts[1:]] + [layers - 1]))
-    try:
-        ranges = tuple((int(first), int(last)) for first, last in cast(Iterable[tuple[int, int]], groups))
-    except (TypeError, ValueError):
-        raise SpaceError(f"groups must be an integer or (first, last) layer ranges, got {groups!r}") from None
-    expected = 0
-    for first, last in ranges:
-        if last < first:
-            raise SpaceError(f"layer range {first}-{last} ends before it begins")
-        if first != expected:
-            wrong = "overlaps the one before" if first < expected else f"leaves out layer {expected}"
-            raise SpaceError(
-                f"layer range {first}-{last} {wrong}; ranges must cover layers 0-{layers - 1} once, in order"
-            )
-        expected = last + 1
-    if expected != layers:
-        wrong = f"leave out layers from {expected}" if expected < layers else f"go beyond layer {layers - 1}"
-        raise SpaceError(f"layer ranges {list(ranges)} {wrong}; they must cover layers 0-{layers - 1} once, in order")
-    return ranges
-
-
-def one_hot_pair(rows: NDArray[np.integer[Any]], n: int) -> Matrix:
-    """(groups, 2, r, n) from expert indices (groups, r): W_EM one-hot, and W_RM the same."""
-    return np.stack([np.stack([one_hot(kept, n)] * 2) for kept in rows]).astype(np.float32)
-
-
-def random_rows(rng: np.random.Generator, groups: int, r: int, n: int, router_groups: int = 1) -> NDArray[np.int64]:
-    """r distinct experts out of n for each group, as many of each router group, sorted: int64 (groups, r)."""
-    drawn = np.argsort(rng.random((groups * router_groups, n // router_groups)), axis=1)[:, : r // router_groups]
-    return experts_of(np.sort(drawn, axis=1), n, router_groups)
-
-
-def first_rows(groups: int, r: int, shape: ModelShape) -> NDArray[np.int64]:
-    """The first experts of each router group, as many of each, for every group: int64 (groups, r)."""
-    within = np.arange(r // shape.router_groups)
-    return experts_of(np.tile(within, (groups * shape.router_groups, 1)), shape.experts, shape.router_groups)
-
-
-def experts_of(within: NDArray[np.integer[Any]], n: int, router_groups: int) -> NDArray[np.int64]:
-    """Numbers of experts within their router groups, (groups * router_groups, r / router_groups), as numbers among all
-    n: int64 (groups, r)."""
-    first = np.arange(len(within))[:, None] % router_groups * (n // router_groups)
-    return (within + first).reshape(len(within) // router_groups, -1).astype(np.int64)
-
-
-def router_rows(w_em: Matrix, router_groups: int = 1) -> list[int]:
-    """The router row that each new expert of W_EM, (r, n), gets where W_RM is no choice of its own.
-
-    They are distinct, each of the router group that the new expert is in, and have the largest sum of absolute weights
-    |w_em[i, row i]|: each new expert has that of the expert which weighs most in it, but where two would have one row.
-    """
-    r, n = len(w_em) // router_groups, w_em.shape[1] // router_groups
-    blocks = (np.abs(w_em[g * r : (g + 1) * r, g * n : (g + 1) * n]) for g in range(router_groups))
-    return [g * n + int(j) for g, block in enumerate(blocks) for j in linear_sum_assignment(-block)[1]]
-
-
-def kept_rows(matrices: Matrix) -> NDArray[np.int64]:
-    """Expert indices (groups, r) of one-hot pairs; SpaceError when a group is no plain pruning."""
-    w_em, w_rm = matrices[:, 0], matrices[:, 1]
-    rows: NDArray[np.int64] = w_em.argmax(axis=2).astype(np.int64)
-    plain = np.array_equal(one_hot_pair(rows, matrices.shape[3]), np.stack([w_em, w_rm], axis=1))
-    if not plain or any(len(set(kept)) < len(kept) for kept in rows.tolist()):
-        raise SpaceError("a pruning space holds only distinct one-hot rows with the router following; this plan merges")
-    return rows
 
 
 def _checked_int(name: str, value: Any) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from moeopt.errors import SpaceError, StorageError, StudyError
 from moeopt.plan import ModelShape
 from moeopt.showing import line, shown
@@ -12,7 +14,7 @@ from moeopt.spaces.active import ActiveSpace, plan_described
 from moeopt.spaces.base import Space
 from moeopt.spaces.eep import EEPSpace
 from moeopt.spaces.merge import MergeSpace
-from moeopt.spaces.prune import PruneSpace
+from moeopt.spaces.prune import PruneSpace, whole_order
 from moeopt.trials import genome
 from moeopt.trials.description import DESCRIPTION, described
 
@@ -32,24 +34,35 @@ def from_description(description: Mapping[str, Any]) -> Space:
     try:
         shape = ModelShape(**description["shape"])
         groups = [(first, last) for first, last in description["groups"]]
-        keep, k = description["keep"], description["k"]
+        keep, k, varies = description["keep"], description["k"], description.get("range")
         numbers = 2 * len(groups) * min(keep, shape.experts) * shape.experts
         if shape.layers > MOST_LAYERS or numbers > genome.LARGEST:
             raise SpaceError(f"{shape} with {len(groups)} groups is larger than any model that moeopt knows")
         mapped = {"router": description["router"], "negative": description["negative"]}
+        counted: dict[str, Any] = {"keep": keep}
+        if varies is not None:
+            counted = {"keep": (varies["low"], keep), "total": varies["total"]}
         match description["kind"]:
             case "prune":
-                return PruneSpace(shape, keep=keep, groups=groups, k=k, encoding=description["encoding"])
+                ranked, order = genome.unpack("order", description), None
+                if ranked is not None:
+                    order = whole_order(ranked.reshape(len(groups), -1), groups, shape.experts)
+                encoding = description["encoding"]
+                return PruneSpace(shape, **counted, groups=groups, k=k, encoding=encoding, order=order)
             case "eep":
-                return EEPSpace(shape, keep=keep, groups=groups, k=k, **mapped)
+                return EEPSpace(shape, **counted, groups=groups, k=k, **mapped)
             case "merge":
                 entries = genome.unpack("around", description)
                 if entries is None:
                     raise KeyError("around")
-                space = EEPSpace(shape, keep=keep, groups=groups, k=k, **mapped)
-                around = space.decode_matrices(space.matrices(entries))
+                space = EEPSpace(shape, **counted, groups=groups, k=k, **mapped)
+                counts = space.counts(entries)
+                if "counts" in description:
+                    counts = np.clip(np.array(description["counts"], dtype=np.int64), 1, keep)
+                around = space.decode_matrices(space.matrices(entries), counts)
+                more = counted if varies is not None else {}
                 return MergeSpace(
-                    shape, around=around, groups=groups, scale=description["scale"], router=mapped["router"]
+                    shape, around=around, groups=groups, scale=description["scale"], router=mapped["router"], **more
                 )
             case "active":
                 inner = description["inner"]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from moeopt.plan import ModelShape, Negative
-from moeopt.spaces.base import EntrySpace, Groups, MapAt, Phase, first_rows, one_hot_pair, random_rows
+from moeopt.spaces.base import EntrySpace, MapAt, Phase
+from moeopt.spaces.rows import Groups, first_rows, one_hot_pair, random_rows
 from moeopt.trials.genome import Vector
 
 LOW, HIGH = -1.0, 2.0
@@ -20,7 +21,7 @@ class EEPSpace(EntrySpace):
     One genotype serves both phases of EEP's search: prunings are the points whose rows are one-hot.
 
     Args:
-        shape, keep, groups, k, router, negative: as for `Space`.
+        shape, keep, total, groups, k, router, negative: as for `Space`.
     """
 
     phases: tuple[Phase, ...] = ("prune", "merge")
@@ -29,18 +30,16 @@ class EEPSpace(EntrySpace):
         self,
         shape: ModelShape,
         *,
-        keep: int,
+        keep: int | tuple[int, int],
+        total: int | None = None,
         groups: Groups | None = None,
         k: int | None = None,
         router: MapAt | None = None,
         negative: Negative = "clamp",
     ) -> None:
-        super().__init__(shape, keep=keep, groups=groups, k=k, router=router, negative=negative)
+        super().__init__(shape, keep=keep, total=total, groups=groups, k=k, router=router, negative=negative)
         self._check_equal_groups()
-        self.names = self.entry_names()
-        self.low = np.full(self.size, LOW, dtype=np.float32)
-        self.high = np.full(self.size, HIGH, dtype=np.float32)
-        self.step = np.full(self.size, 0.065, dtype=np.float32)
+        self._set_numbers(self.entry_names(), LOW, HIGH, 0.065)
 
     def start(self) -> Vector:
         """The pruning that keeps the first experts, of every router group as many."""
@@ -49,8 +48,11 @@ class EEPSpace(EntrySpace):
 
     def sample(self, rng: np.random.Generator) -> Vector:
         """A random pruning: r distinct experts per group."""
-        rows = random_rows(rng, len(self.groups), self.keep, self.shape.experts, self.shape.router_groups)
-        return self.from_matrices(one_hot_pair(rows, self.shape.experts))
+        experts, blocks = self.shape.experts, self.shape.router_groups
+        ordered = self.keep_range is None
+        rows = random_rows(rng, len(self.groups), self.keep, experts, blocks, ordered=ordered)
+        x = self.from_matrices(one_hot_pair(rows, experts))
+        return x if self.keep_range is None else self.with_counts(x, self.keep_range.sample(rng))
 
     def describe(self) -> dict[str, Any]:
         return self._description("eep")

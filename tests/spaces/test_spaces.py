@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from math import comb
 from typing import Any
 
@@ -16,7 +16,8 @@ from moeopt.errors import SpaceError
 from moeopt.plan import LayerPlan, ModelShape, Plan
 from moeopt.samplers import RandomSampler
 from moeopt.spaces import ActiveSpace, EEPSpace, MergeSpace, PruneSpace, Space, from_description, layer_groups
-from moeopt.spaces.base import router_rows
+from moeopt.spaces.keep_range import KeepRange
+from moeopt.spaces.rows import router_rows
 from moeopt.trials import genome
 
 SHAPE = ModelShape(layers=5, experts=6, k=2)
@@ -57,6 +58,25 @@ SPACES |= {
     "eep rows": EEPSpace(SHAPE, keep=3, groups=2, router="rows"),
     "merge rows": MergeSpace(SHAPE, around=PRUNING, groups=2, router="rows"),
 }
+UNEVEN = Plan.one_hot([[0, 2]] * 2 + [[1, 2, 4, 5]] * 3, experts=6, k=2)
+ORDER = [[3, 1, 0, 5, 4, 2]] * 2 + [[0, 1, 2, 3, 4, 5]] * 3
+SPACES |= {
+    **{
+        f"range {e}": PruneSpace(SHAPE, keep=(2, 5), total=16, groups=2, encoding=e)  # type: ignore[arg-type]
+        for e in ("scores", "rows")
+    },
+    "range": PruneSpace(SHAPE, keep=(2, 5)),
+    "order": PruneSpace(SHAPE, keep=(2, 6), total=20, order=ORDER),
+    "range eep": EEPSpace(SHAPE, keep=(2, 4), total=15, groups=2),
+    "range eep rows": EEPSpace(SHAPE, keep=(2, 4), router="rows"),
+    "range merge": MergeSpace(SHAPE, around=UNEVEN, keep=(2, 5), total=20, groups=2),
+    "merge uneven": MergeSpace(SHAPE, around=UNEVEN, groups=2),
+    "grouped range": PruneSpace(GROUPED, keep=(2, 4), total=18),
+    "grouped order": PruneSpace(GROUPED, keep=(2, 6), total=20, order=ORDER),
+    "grouped range eep": EEPSpace(GROUPED, keep=(2, 4), total=16, router="logit"),
+    "active range": ActiveSpace(PruneSpace(SHAPE, keep=(2, 5), total=16, groups=2), k=(1, 2), skip=True),
+    "active range eep": ActiveSpace(EEPSpace(SHAPE, keep=(2, 4), groups=2), k=(1, 2)),
+}
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys())
 
 
@@ -83,13 +103,18 @@ def test_every_vector_is_a_plan_of_the_space(space: Space, seed: int) -> None:
     plan = space.decode(x)
     assert len(plan.layers) == 5
     low, high = getattr(space, "k_range", None) or (2, 2)
-    assert {(layer.experts, layer.kept_experts) for layer in plan.layers} == {(6, space.keep)}
+    fewest = space.keep_range.low if space.keep_range else int(space.fixed_counts.min())
+    assert {layer.experts for layer in plan.layers} == {6}
+    assert all(fewest <= layer.kept_experts <= space.keep for layer in plan.layers)
+    if space.keep_range is not None and space.keep_range.total is not None:
+        assert sum(layer.kept_experts for layer in plan.layers) <= space.keep_range.total
     assert all(low <= layer.k <= high for layer in plan.layers)
     if space.router == "rows" or space.shape.router_groups > 1:
         rows = [layer.router_rows for layer in plan.layers if layer.router_rows is not None]
-        assert all(len(set(row)) == space.keep for row in rows)
-        blocks = np.arange(space.keep) // (space.keep // space.shape.router_groups)
-        assert all((np.array(row) // (6 // space.shape.router_groups) == blocks).all() for row in rows)
+        assert all(len(set(row)) == len(row) for row in rows)
+        for row in rows:
+            blocks = np.arange(len(row)) // (len(row) // space.shape.router_groups)
+            assert (np.array(row) // (6 // space.shape.router_groups) == blocks).all()
         assert space.router != "rows" or len(rows) == 5
     for first, last in space.groups:
         assert len({replace(plan.layers[i], k=1) for i in range(first, last + 1)}) == 1
@@ -110,7 +135,7 @@ def test_start_sample_names_and_description(space: Space) -> None:
     assert np.array_equal(space.snap(space.start()), space.start())
     rng = np.random.default_rng(0)
     draws = {space.decode(space.sample(rng)).fingerprint for _ in range(20)}
-    assert len(draws) > 15
+    assert len(draws) > 12
     description = space.describe()
     assert json.loads(json.dumps(description)) == description
     others = [other.describe() for other in SPACES.values() if other is not space]
@@ -130,6 +155,85 @@ def test_wrong_vectors(space: Space) -> None:
     bad[1] = np.nan
     with pytest.raises(SpaceError, match=f"number '{space.names[1]}' is NaN"):
         space.snap(bad)
+
+
+RANGES = st.builds(
+    lambda low, more, layers, unit, share: (low, low + more, layers, unit, share),
+    st.integers(1, 3), st.integers(1, 4), st.lists(st.integers(1, 3), min_size=1, max_size=4), st.integers(1, 2),
+    st.floats(0, 1),
+)  # fmt: skip
+
+
+@given(RANGES, st.lists(st.floats(-3, 12), min_size=4, max_size=4))
+def test_counts_hold_the_total_and_change_as_little_as_that_takes(shape: tuple, wished: list[float]) -> None:
+    low, high, layers, unit, share = shape
+    low, high, layers = low * unit, high * unit, tuple(layers)
+    least, most = low * sum(layers), high * sum(layers)
+    keep = KeepRange(low, high, least + round(share * (most - least)), layers, unit)
+    wishes = np.array(wished[: len(layers)])
+    possible = [c for c in product(range(low, high + 1, unit), repeat=len(layers)) if np.dot(c, layers) <= keep.total]
+    rounded = np.clip(np.rint(wishes / unit) * unit, low, high)
+    for counts in (keep.cap(wishes), keep.fill(wishes)):
+        assert tuple(counts.tolist()) in possible
+    capped, filled = keep.cap(wishes), keep.fill(wishes)
+    assert np.array_equal(capped, rounded) == (np.dot(rounded, layers) <= keep.total)
+    assert not keep.room(filled).any()
+    assert all(tuple(filled + unit * (np.arange(len(layers)) == g)) not in possible for g in range(len(layers)))
+    shifted = keep.shift(np.random.default_rng(0), wishes, [0])
+    assert tuple(shifted.tolist()) in possible
+    assert np.array_equal(keep.cap(capped), capped)
+
+
+def test_a_range_spares_what_it_does_not_keep() -> None:
+    space = PruneSpace(SHAPE, keep=(2, 5), groups=2)
+    x = space.encode(UNEVEN)
+    assert space.counts(x).tolist() == [2, 4]
+    assert [np.flatnonzero(kept).tolist() for kept in space.kept(x)] == [[0, 2], [1, 2, 4, 5]]
+    more = space.decode(space.with_counts(x, [3, 3]))
+    assert set(more.layers[0].kept or ()) > {0, 2}
+    assert set(more.layers[2].kept or ()) < {1, 2, 4, 5}
+    with pytest.raises(SpaceError, match=r"the space \(6, '3 to 5', 2\)"):
+        PruneSpace(SHAPE, keep=(3, 5), groups=2).encode(UNEVEN)
+    with pytest.raises(SpaceError, match="15 experts at most"):
+        PruneSpace(SHAPE, keep=(2, 5), total=15, groups=2).encode(UNEVEN)
+
+
+def test_an_order_keeps_the_first() -> None:
+    space = PruneSpace(SHAPE, keep=(2, 6), order=ORDER)
+    plan = space.decode(space.with_counts(space.start(), [2, 3, 4, 5, 6]))
+    assert [set(layer.kept or ()) for layer in plan.layers] == [set(o[:r]) for o, r in zip(ORDER, (2, 3, 4, 5, 6))]
+    assert space.names == tuple(f"keep.L{i}" for i in range(5))
+    with pytest.raises(SpaceError, match="outside what PruneSpace can express"):
+        space.encode(Plan.one_hot([[0, 1]] * 5, experts=6, k=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": (2, 7)}, r"a range \(low, high\) with 1 <= low < high <= 6, got \(2, 7\)"),
+        ({"keep": (3, 3)}, "1 <= low < high"),
+        ({"keep": (2, 3, 4)}, "1 <= low < high"),
+        ({"keep": (1, 3)}, "keep=1 is fewer than the k=2"),
+        ({"keep": 3, "total": 12}, "total=12 needs keep as a range"),
+        ({"keep": (2, 4), "total": 9}, "total must be from 10 to 20 experts, 2 to 4 in each of 5 layers, got 9"),
+        ({"keep": (2, 4), "encoding": "subset"}, "numbers sets of one size"),
+        ({"keep": 3, "order": ORDER}, "order needs keep as a range"),
+        ({"keep": (2, 4), "order": ORDER[:4]}, "order must rank all 6 experts of each of 5 layers"),
+        ({"keep": (2, 4), "order": [[0, 0, 1, 2, 3, 4]] * 5}, "order must rank all 6 experts"),
+        ({"keep": (2, 4), "order": ORDER, "groups": 1}, "layers 0-4 share one choice in this space, but not one order"),
+    ],
+)
+def test_ranges_that_are_none(arguments: dict, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        PruneSpace(SHAPE, **arguments)
+
+
+def test_k_and_counts_vary_in_the_same_groups() -> None:
+    inner = PruneSpace(SHAPE, keep=(2, 5), groups=2)
+    with pytest.raises(SpaceError, match="groups of layers that keep is"):
+        ActiveSpace(inner, k=(1, 2), groups=1)
+    with pytest.raises(SpaceError, match="asks for 3 active experts of the 2"):
+        ActiveSpace(inner, k=(1, 3))
 
 
 @pytest.mark.parametrize(("n", "r"), [(1, 1), (4, 1), (4, 4), (6, 3), (8, 4)])
@@ -367,8 +471,9 @@ def test_matrices_are_replaced_and_the_rest_stays(name: str) -> None:
     assert np.array_equal(mixed[space.extras], x[space.extras])
     assert space.matrices(x).shape[0] == len(space.groups)
     if not name.startswith("active"):
-        assert np.array_equal(mixed, space.from_matrices(space.matrices(other)))
-        assert x[space.extras].size == 0
+        first = space.extras.start
+        assert np.array_equal(mixed[:first], space.from_matrices(space.matrices(other))[:first])
+        assert x[space.extras].size == (0 if space.keep_range is None else len(space.groups))
 
 
 @pytest.mark.parametrize(

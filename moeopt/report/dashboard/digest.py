@@ -18,7 +18,7 @@ from moeopt.errors import MoeoptError, StudyError
 from moeopt.report import facts
 from moeopt.showing import line
 from moeopt.spaces import Space, from_description
-from moeopt.spaces.base import range_names
+from moeopt.spaces.rows import range_names
 from moeopt.study import CALIBRATION, DESCRIPTION, METHOD
 from moeopt.study.reference import Reference, of_facts
 from moeopt.trials import genome
@@ -197,7 +197,7 @@ def _row(trial: FrozenTrial, space: Space | None) -> Row:
         return row
     try:
         x = space.vector(trial)
-        matrices = space.matrices(space.snap(x))
+        matrices = space.matrices_in_force(space.snap(x))
         mass = np.abs(matrices[:, 0]).sum(axis=1, dtype=np.float32)
         features = np.concatenate([matrices.sum(axis=2, dtype=np.float32).reshape(-1), x[space.extras]])
     except (MoeoptError, ValueError, TypeError, KeyError, OverflowError):

@@ -14,7 +14,7 @@ from moeopt.report import figures
 from moeopt.report.dashboard.digest import Digest, Row, number
 from moeopt.report.dashboard.importance import FEWEST, importance
 from moeopt.report.figures import style
-from moeopt.spaces.base import range_names
+from moeopt.spaces.rows import range_names
 
 if TYPE_CHECKING:
     from moeopt.plan import LayerPlan
