@@ -35,8 +35,8 @@ def uniform_keeps(space: Space, most: int | None = MOST) -> list[int]:
 
     They are multiples of the groups that routers choose first, and at least k.
     """
-    shape, keep_range = space.shape, getattr(space, "keep_range", None)
-    low = space.keep if keep_range is None else keep_range.low
+    shape = space.shape
+    low = space.keep if space.keep_range is None else space.keep_range.low
     step = shape.router_groups
     possible = [r for r in range(step, shape.experts, step) if max(low, space.k) <= r <= space.keep]
     count = len(possible) if most is None else min(most, len(possible))

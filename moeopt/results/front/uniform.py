@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moeopt.plan import Plan
     from moeopt.results.front.judging import Judging
     from moeopt.results.selection.candidates import TrialSizes
+    from moeopt.spaces import Space
     from moeopt.study.objective import Objective
     from moeopt.tasks import Task
 
@@ -148,13 +149,12 @@ def uniform_of(
     )  # fmt: skip
 
 
-def _levelled(space: Any, chosen: FrozenTrial, sizes: TrialSizes, most: int) -> Iterator[tuple[str, Plan]]:
+def _levelled(space: Space, chosen: FrozenTrial, sizes: TrialSizes, most: int) -> Iterator[tuple[str, Plan]]:
     """A trial's plan with one number of experts in all layers, the largest that fits; its spare experts come back."""
-    keep_range = getattr(space, "keep_range", None)
-    if keep_range is None:
+    if space.keep_range is None:
         return
     x = space.vector(chosen)
-    for keep in range(keep_range.high, keep_range.low - 1, -1):
+    for keep in range(space.keep_range.high, space.keep_range.low - 1, -1):
         plan = space.decode(space.with_counts(x, keep)).with_skip(0)
         if len({layer.kept_experts for layer in plan.layers}) == 1 and sizes.of_plan(plan) <= most:
             yield f"trial {chosen.number} with {plan.layers[0].kept_experts} experts everywhere", plan
