@@ -190,8 +190,27 @@ def test_some_points_are_judged_where_there_are_too_many(study: optuna.Study, ob
 
 
 def test_uniform_numbers_lie_within_the_space(make_mixtral: Any) -> None:
-    space = moeopt.PruneSpace.of(make_mixtral(experts=8), keep=5)
-    assert uniform_keeps(space) == [5]
+    model = make_mixtral(experts=8)
+    assert uniform_keeps(moeopt.PruneSpace.of(model, keep=5)) == [5]
+    assert uniform_keeps(moeopt.PruneSpace.of(model, keep=(3, 8))) == [3, 4, 5, 6, 7]
+    many = moeopt.PruneSpace.of(make_mixtral(experts=32), keep=(2, 32))
+    assert uniform_keeps(many) == [2, 7, 12, 16, 21, 26, 31]
+    assert uniform_keeps(many, most=None) == list(range(2, 32))
+
+
+def test_a_plan_is_levelled_where_layers_keep_different_numbers(objective: moeopt.Objective) -> None:
+    space = moeopt.PruneSpace.of(objective.model, keep=(2, 4))
+    varied = moeopt.Objective(objective.model, objective.tokenizer, objective.task, space, objectives=NAMES)
+    study = moeopt.create_study(objective=varied, storage=None, sampler="random", seed=0)
+    moeopt.optimize(study, varied, n_trials=6)
+    chosen = next(t for t in study.trials if why_not_stock(space.plan(t)) is not None)
+    uniform = uniform_of(study, chosen, varied, methods=())
+    x = space.vector(chosen)
+    levelled = {space.decode(space.with_counts(x, keep)).fingerprint for keep in (2, 3, 4)}
+    stock = {plan.fingerprint for t in study.trials if why_not_stock(plan := space.plan(t)) is None}
+    assert uniform.plan.fingerprint in levelled | stock
+    assert len({layer.kept_experts for layer in uniform.plan.layers}) == 1
+    assert uniform.bytes <= uniform.chosen_bytes
 
 
 # Selecting ------------------------------------------------------------------------------------------------------------
