@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,89 @@ def test_older_studies_have_none_and_go_on(make: Callable[..., Objective], tmp_p
     packed = recipe._packed(recipe.read(study))
     size = packed[recipe.RECIPE]["bytes"]
     assert b'"guards"' not in genome.unpack_bytes(recipe.RECIPE, packed, size)
+
+
+def selected(objective: Objective, study: optuna.Study, **options: Any) -> Any:
+    return moeopt.select(study, objective, top=30, dev_limit=6, test_limit=6, **options)
+
+
+def gaps(objective: Objective, plans: list[moeopt.Plan], guard: Guard, split: str) -> list[float]:
+    evaluator = guard.evaluator(split, objective.model, objective.tokenizer, batch_tokens=200)
+    full = evaluator.evaluate()
+    return [moeopt.paired_bootstrap(evaluator.evaluate(plan), full, draws=1).mean for plan in plans]
+
+
+def test_a_selection_passes_over_what_breaks_a_guard_on_dev(make: Callable[..., Objective], tmp_path: Path) -> None:
+    objective = make(Guard(TEXT, loss=0.05))
+    sets = [*combinations(range(4), KEEP)]
+    plans = [moeopt.Plan.one_hot(kept, experts=4, k=2) for kept in product(sets, sets)]
+    search, dev = (gaps(objective, plans, Guard(TEXT), split) for split in ("search", "dev"))
+    evaluator = moeopt.Evaluator(objective.model, objective.tokenizer, TASK, split="dev", batch_tokens=200)
+    losses = [evaluator.evaluate(plan).loss for plan in plans]
+    lost, held = next(
+        (i, j)
+        for i, j in permutations(range(len(plans)), 2)
+        if max(search[i], search[j], dev[j]) <= 0.05 < dev[i] and losses[i] < losses[j]
+    )
+    url = f"sqlite:///{tmp_path}/s.db"
+    starts = [plans[lost], plans[held]]
+    study = moeopt.create_study("s", objective=objective, storage=url, sampler="random", warm_starts=starts)
+    moeopt.optimize(study, objective, n_trials=2)
+    assert all(is_feasible(trial) for trial in study.trials)
+    chosen = selected(objective, study)
+    assert chosen.winner.plan == plans[held]
+    assert chosen.passed_over == 1
+    assert "Passed over for breaking a guard on dev: 1 candidate." in chosen.sentences
+    alone = selected(make(), searched(make(), 24))
+    assert (alone.guards, alone.passed_over, alone.good) == ((), 0, True)
+    assert not {"guards", "health", "good"} & alone.record.keys()
+
+
+def test_what_breaks_a_guard_is_not_called_good(make: Callable[..., Objective], tmp_path: Path) -> None:
+    objective = make()
+    plans = [objective.space.plan(trial) for trial in searched(objective, 16).trials]
+    told = zip(*(gaps(objective, plans, Guard(TEXT), split) for split in ("search", "dev", "test")))
+    plan, seen = next((p, max(gap[:2])) for p, gap in zip(plans, told) if 0 < max(gap[:2]) < gap[2])
+    given = Guard(TEXT, loss=seen + 1e-6, name="strict"), Guard(TASK, loss=50.0, name="loose")
+    objective = make(*given)
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = moeopt.create_study("s", objective=objective, storage=url, sampler="random", warm_starts=[plan])
+    moeopt.optimize(study, objective, n_trials=1)
+    chosen = selected(objective, study)
+    verdicts = {(each.name, each.split): each.verdict for each in chosen.guards}
+    assert verdicts["strict", "test"] == "broken" != verdicts["strict", "dev"]
+    assert verdicts["loose", "dev"] == verdicts["loose", "test"] == "holds"
+    evaluator = given[0].evaluator("test", objective.model, objective.tokenizer, batch_tokens=200)
+    gap = moeopt.paired_bootstrap(evaluator.evaluate(plan), evaluator.evaluate())
+    assert next(g.change for g in chosen.guards if (g.name, g.split) == ("strict", "test")) == gap
+    assert not chosen.good
+    assert chosen.faults == ["guard strict (test)"]
+    assert chosen.warnings[0] == "The winner is no good plan: it fails guard strict (test)."
+    assert all(any(str(each)[1:] in text for text in chosen.sentences) for each in chosen.guards)
+    again = moeopt.select(
+        study, objective.model, objective.tokenizer, TASK, top=30, dev_limit=6, test_limit=6, batch_tokens=200
+    )  # fmt: skip
+    assert again.evaluated == 0
+    assert again.record == chosen.record == study.user_attrs["selection"]
+    assert json.loads(json.dumps(chosen.record))["good"] is False
+
+
+def test_guards_that_cannot_be_judged_are_named(make: Callable[..., Objective]) -> None:
+    blind = Guard(TextTask("blind", TEXT.examples("search"), window=40), loss=50.0)
+    study = searched(make(blind), 4)
+    assert selected(make(blind), study).not_judged == ("guard blind has no dev and no test split",)
+    chosen = moeopt.select(study, make().model, make().tokenizer, TASK, dev_limit=6, test_limit=6)
+    assert "guards blind cannot be judged: it has no recipe" in chosen.not_judged[0]
+    assert any("has no recipe" in text for text in chosen.warnings)
+
+
+def test_the_health_of_the_winner_is_in_the_verdict(make: Callable[..., Objective]) -> None:
+    study = searched(make(), 6)
+    chosen = selected(make(), study, health=True)
+    assert chosen.health is not None
+    assert chosen.health["plan"] == chosen.winner.plan.fingerprint
+    assert ("its health report" in chosen.faults) == (chosen.health["verdict"] == "broken")
+    assert f"Health: {chosen.health['told']}." in chosen.sentences
+    study.set_user_attr("selection", {**chosen.record, "health": {**chosen.health, "told": "as it was"}})
+    assert selected(make(), study, health=True).health["told"] == "as it was"
+    assert "health" not in selected(make(), study).record

@@ -161,7 +161,7 @@ def made(text: str, prompts: int = ENOUGH) -> Health:
         name: Measure(name, np.full(prompts, at_full[name]), np.full(prompts, at_small[name]), LIMITS.get(name))
         for name in MEASURES
     }
-    return Health("print", "given texts", (text,) * prompts, (full,) * prompts, (small,) * prompts, 64, measures)
+    return Health("print", "of", "given texts", (text,) * prompts, (full,) * prompts, (small,) * prompts, 64, measures)
 
 
 def test_a_report_is_written_and_its_texts_run_nothing(tmp_path: Path) -> None:

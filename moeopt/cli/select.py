@@ -42,6 +42,9 @@ def select(
     score: Annotated[
         opt.Score | None, GOAL(help="What the plan is chosen by on dev. Default: what the study minimised.")
     ] = None,
+    health: Annotated[
+        bool, GOAL(help="Whether to hold the winner's generated answers to 32 dev prompts against the full model's.")
+    ] = True,
     refit: opt.RefitFile = None,
     refit_rank: opt.RefitRank = None,
     fit: Annotated[
@@ -91,7 +94,8 @@ def select(
             warnings.filterwarnings("ignore", message="The test split has now")  # the record says so too
             selected = selection.select(
                 opened, loaded, tokenizer, chosen, top=top, dev_limit=dev_limit, test_limit=test_limit, score=score,
-                stock_only=stock, fit=most, loss_within=loss_within, batch_tokens=batch_tokens, progress=progress,
+                stock_only=stock, fit=most, loss_within=loss_within, batch_tokens=batch_tokens, health=health,
+                progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise opt.interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None
@@ -99,7 +103,12 @@ def select(
         console.print("All of it was on record; nothing was evaluated.")
     console.print(report.view(selected))
     place = shlex.join([*arguments.storage_again(storage), "--study", study])
-    console.say(f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --trial selected")
+    if selected.good:
+        console.say(f"  moeopt export {shlex.quote(model)} OUT_DIR {place} --trial selected")
+    elif selected.health is not None and selected.health["verdict"] == "broken":
+        console.say(
+            f"  moeopt health {shlex.quote(model)} {place} --trial selected --task {shlex.quote(task)}  # answers"
+        )
     if refit is not None:
         run_refit(
             ctx, storage, selected.winner.plan, refit, model, loaded, tokenizer, chosen, rank=refit_rank, limit=limit,

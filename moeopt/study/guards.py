@@ -17,7 +17,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -160,6 +160,12 @@ class Guarded:
     def verdict(self) -> Literal["holds", "unclear", "broken"]:
         """Whether the change is within what is allowed (`Interval.within`)."""
         return self.change.within(self.allowed)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON, where infinite numbers are null."""
+        ends = {name: value if math.isfinite(value) else None for name, value in asdict(self.change).items()}
+        return {**asdict(self), "change": ends, "verdict": self.verdict}
 
     def __str__(self) -> str:
         words = {"holds": "holds", "unclear": "is not clear", "broken": "is broken"}[self.verdict]

@@ -93,6 +93,7 @@ class Health:
 
     Args:
         plan: the plan's fingerprint.
+        of: names model, prompts and limits.
         source: what the prompts are of.
         prompts: as the model reads them.
         full, small: the answers, in the order of the prompts.
@@ -101,6 +102,7 @@ class Health:
     """
 
     plan: str
+    of: str
     source: str
     prompts: tuple[str, ...]
     full: tuple[Answer, ...]
@@ -136,6 +138,8 @@ class Health:
         """All of it as JSON; numbers of single answers are those of `rows`."""
         return {
             "plan": self.plan,
+            "of": self.of,
+            "told": str(self),
             "source": self.source,
             "prompts": len(self.prompts),
             "new_tokens": self.new_tokens,

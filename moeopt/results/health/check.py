@@ -13,7 +13,8 @@ import torch
 from moeopt.errors import TaskError, got
 from moeopt.evaluation.checks import check_parts
 from moeopt.evaluation.generating import Generator
-from moeopt.models import evaluation_mode, moe_layers, patched, without_plan
+from moeopt.evaluation.store import digest
+from moeopt.models import evaluation_mode, fingerprint, moe_layers, patched, without_plan
 from moeopt.results.health.answers import LIMITS, MEASURES, NEW_TOKENS, PROMPTS, Answer, Health, Measure, told
 from moeopt.tasks import Task
 from moeopt.tasks.generation import Prompt
@@ -84,6 +85,12 @@ class HealthCheck:
         )  # fmt: skip
 
     @cached_property
+    def of(self) -> str:
+        """16 hex digits that name model, prompts and limits."""
+        asked = [(prompt.ids, prompt.stop, prompt.max_new_tokens) for prompt in self._generator.prompts]
+        return digest(fingerprint(self.model), asked, sorted(self.limits.items()))
+
+    @cached_property
     def full(self) -> tuple[Answer, ...]:
         """What the full model answers."""
         return self._answers(None)
@@ -102,7 +109,7 @@ class HealthCheck:
         for name in MEASURES:
             values = np.array([[each[name] for each in pair] for pair in both], np.float64)
             measures[name] = Measure(name, values[:, 0], values[:, 1], self.limits.get(name))
-        return Health(plan.fingerprint, self.source, self.prompts, self.full, small, self.new_tokens, measures)
+        return Health(plan.fingerprint, self.of, self.source, self.prompts, self.full, small, self.new_tokens, measures)
 
     def _answers(self, plan: Plan | None) -> tuple[Answer, ...]:
         prompts = self._generator.prompts

@@ -172,8 +172,8 @@ def _around(ranked: Sequence[tuple[Ranked, float]], top: int, within: float) -> 
     return front[start : start + top]
 
 
-def smallest_within(candidates: Sequence[Candidate], loss: float) -> Candidate:
-    """The smallest that surely loses at most so much against the full model on dev.
+def surely_within(candidates: Sequence[Candidate], loss: float) -> list[Candidate]:
+    """Those that surely lose at most so much against the full model on dev, the smallest first.
 
     Raises:
         StudyError: when there is none; the message names the nearest.
@@ -187,4 +187,4 @@ def smallest_within(candidates: Sequence[Candidate], loss: float) -> Candidate:
             f"{nearest.trial}, is at {nearest.against_full}; allow {high:.2g}, or judge on more dev examples or "
             "candidates"
         )
-    return min(sure, key=lambda c: (c.bytes or 0.0, 0.0 if c.dev is None else c.dev.loss, c.trial))
+    return sorted(sure, key=lambda c: (c.bytes or 0.0, 0.0 if c.dev is None else c.dev.loss, c.trial))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moeopt import __version__
 from moeopt.errors import StudyError
-from moeopt.showing import line, shown
+from moeopt.showing import line, listed, shown
 from moeopt.statistics import paired_bootstrap
 from moeopt.trials.description import (
     COUNT,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from moeopt.evaluation import Evaluation, Interval
     from moeopt.plan import Plan
+    from moeopt.study.guards import Guarded
 
 SELECTION = "selection"
 """User attribute of a study: `Selection.record` of its latest selection."""
@@ -77,6 +78,10 @@ class Selection:
         evaluated: plans that this call ran, each on one split; 0: all was on record.
         layer_tokens: what that cost.
         full_bytes: of the full model's weights; None where it was not asked for.
+        guards: the winner on the study's guards, on dev and on test.
+        not_judged: guards that could not be judged on one of these, and why.
+        passed_over: candidates that would have won if they did not break a guard on dev.
+        health: `Health.record` of the winner; None where it was not asked for.
     """
 
     study: str
@@ -89,6 +94,10 @@ class Selection:
     evaluated: int
     layer_tokens: int
     full_bytes: float | None = None
+    guards: tuple[Guarded, ...] = ()
+    not_judged: tuple[str, ...] = ()
+    passed_over: int = 0
+    health: Mapping[str, Any] | None = None
 
     @property
     def winner(self) -> Candidate:
@@ -140,9 +149,22 @@ class Selection:
         return self.settings.get("loss_within")
 
     @property
+    def faults(self) -> list[str]:
+        """The guards that the winner breaks, and the health report that it fails; a good plan has none."""
+        broken = [f"guard {line(each.name, 80)} ({each.split})" for each in self.guards if each.verdict == "broken"]
+        return broken + ["its health report"] * (self.health is not None and self.health["verdict"] == "broken")
+
+    @property
+    def good(self) -> bool:
+        """Whether the winner keeps all that was to be kept, as far as that was judged."""
+        return not self.faults
+
+    @property
     def warnings(self) -> list[str]:
         """Why not to trust the result; empty when nothing speaks against it."""
-        lost = [self.sentence] if self.verdict in ("vanished", "reversed") else []
+        lost = [f"The winner is no good plan: it fails {listed(self.faults)}."] if self.faults else []
+        lost += [text for text, holds in self._kept if not holds]
+        lost += [self.sentence] if self.verdict in ("vanished", "reversed") else []
         lost += [] if self.loss_within is None or self._stays_within else [self._within(self.loss_within)]
         return [*lost, *([look_warning(self.looks)] if self.looks > 1 else [])]
 
@@ -155,6 +177,15 @@ class Selection:
         if self._stays_within:
             return f"Winner - full model stays within {loss:g}: {told}."
         return f"That the winner costs no more than {loss:g} does not hold on test: {told}."
+
+    @property
+    def _kept(self) -> list[tuple[str, bool]]:
+        """What was to be kept, in sentences, and whether it surely is."""
+        told = [(_sentence(str(each)), each.verdict == "holds") for each in self.guards]
+        told += [(_sentence(why), False) for why in self.not_judged]
+        if self.health is not None:
+            told.append((f"Health: {self.health['told']}.", self.health["verdict"] == "holds"))
+        return told
 
     @property
     def _goal(self) -> list[str]:
@@ -172,6 +203,10 @@ class Selection:
         """The verdict, and how the winner stands to the full model in the metric and to the best plan of the search."""
         best, changed = self.search_best, self.intervals[FULL][self.metric]
         sentences = [self.sentence, f"Winner - full model on test, {self.metric}: {changed}.", *self._goal]
+        sentences += [text for text, _ in self._kept]
+        if self.passed_over:
+            many = "" if self.passed_over == 1 else "s"
+            sentences.append(f"Passed over for breaking a guard on dev: {self.passed_over} candidate{many}.")
         if self.loss_within is not None:
             return sentences
         if best is self.winner:
@@ -193,6 +228,11 @@ class Selection:
         }
         if self.full_bytes is not None:
             candidates["bytes"] = [candidate.bytes for candidate in self.candidates]
+        kept: dict[str, Any] = {}
+        if self.guards:
+            kept["guards"] = [each.record for each in self.guards]
+        if self.health is not None:
+            kept["health"] = dict(self.health)
         return {
             "moeopt": __version__,
             "format": FORMAT,
@@ -215,6 +255,7 @@ class Selection:
             "sentences": self.sentences,
             "warnings": self.warnings,
             "looks": self.looks,
+            **({"good": self.good} | kept if kept else {}),
         }  # fmt: skip
 
     @property
@@ -282,6 +323,7 @@ RECORD = {
     WINNER: COUNT, SEARCH_BEST: COUNT, "plans": {TEXT: TEXT},
     "scores": {split: {TEXT: {TEXT: NUMBER}} for split in ("search", "dev", "test")},
     "test_minus": {TEXT: {TEXT: INTERVAL}}, "verdict": TEXT, "sentences": [TEXT], "warnings": [TEXT], "looks": COUNT,
+    "good": Maybe(FLAG), "health": Maybe({"told": TEXT, "verdict": TEXT}),
 }  # fmt: skip
 """Form of `Selection.record`, as far as it is read again."""
 
@@ -327,6 +369,10 @@ def selected_trial(study: optuna.Study) -> FrozenTrial:
     if winner is None:
         raise StudyError(f"study {shown(study.study_name)} has no trial {record[WINNER]}, which its selection names")
     return winner
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _short(value: float) -> float:

@@ -11,10 +11,21 @@ from moeopt.evaluation import Evaluation
 from moeopt.evaluation.store import plan_name
 from moeopt.evaluation.teacher import LABEL_FREE
 from moeopt.models import without_plan
-from moeopt.results.selection.candidates import Ranked, TrialSizes, check_some, ranked_trials, smallest_within
+from moeopt.results.guarding import UNSEEN, GuardJudge
+from moeopt.results.health import HealthCheck
+from moeopt.results.selection.candidates import Ranked, TrialSizes, check_some, ranked_trials, surely_within
 from moeopt.results.selection.checks import TOP, check, check_arguments, check_goal
 from moeopt.results.selection.evaluating import StudyEvaluators
-from moeopt.results.selection.record import FULL, SEARCH_BEST, SELECTION, WINNER, Candidate, Selection, look_warning
+from moeopt.results.selection.record import (
+    FULL,
+    SEARCH_BEST,
+    SELECTION,
+    WINNER,
+    Candidate,
+    Selection,
+    look_warning,
+    recorded,
+)
 from moeopt.results.steps import Progress, Steps
 from moeopt.statistics import paired_bootstrap
 from moeopt.study.objective import Objective
@@ -27,6 +38,7 @@ if TYPE_CHECKING:
 
     from moeopt.defaults import Score
     from moeopt.plan import Plan
+    from moeopt.study.guards import Guarded
     from moeopt.tasks import Task
 
 
@@ -43,6 +55,7 @@ def select(
     stock_only: bool = False,
     fit: int | str | None = None,
     loss_within: float | None = None,
+    health: bool = False,
     batch_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Selection:
@@ -55,6 +68,9 @@ def select(
     Of a study of several objectives it is said what to choose: the least loss that fits so many bytes (`fit`), or the
     smallest plan that surely loses no more than so much (`loss_within`), of those that fit. Trials that break a
     constraint are no candidates.
+
+    Guards of the study are judged on examples of dev and test as well, paired to the full model: what breaks one on dev
+    does not win as long as another does not, and a winner that breaks one on test is not called good.
 
     Every evaluation is kept in the study at once, so that a selection that was cut off goes on where it was, the same
     one again runs nothing, and another one runs only what is missing. Whenever something new runs on test, that is a
@@ -74,6 +90,8 @@ def select(
         loss_within: what the winner may lose on dev against the full model: the upper end of its paired interval is at
             most that, and of those whose is it is the smallest. Candidates are then on the front of loss and bytes, the
             `top` around where that loss is reached on search.
+        health: whether the winner's generated answers to prompts of dev are held against the full model's
+            (`moeopt.results.health`); one that fails that is not called good.
         batch_tokens: padded tokens a forward pass; None: the objective's, or 1,024.
         progress: called before every evaluation with how many are done, all of them, and what comes.
 
@@ -100,12 +118,20 @@ def select(
         full_loss = math.nan if loss_within is None else evaluators.evaluate(None, "search").loss + loss_within
         ranked = ranked_trials(study, top, stock_only, sized, most, full_loss)
         check_some(ranked, study, sized, most)
-        judging = _Judging(evaluators, Steps(progress, len(ranked) + 7))
+        batch_tokens = evaluators.evaluators["dev"].batch_tokens
+        guards = GuardJudge(study, model, tokenizer, batch_tokens)
+        judging = _Judging(evaluators, guards, Steps(progress, len(ranked) + 9 + health))
         candidates = judging.candidates(ranked, sized, loss_within)
         winner, best = candidates[0], min(candidates, key=lambda candidate: (candidate.search_loss, candidate.trial))
         alone = winner is best or loss_within is not None
         compared = {WINNER: winner} if alone else {WINNER: winner, SEARCH_BEST: best}
         evaluations = judging.compared(compared, {each.trial.number: each.trial for each in ranked})
+        guarded = judging.kept(winner.plan)
+        reported = None
+        if health:
+            dev = evaluators.evaluators["dev"]
+            check_health = HealthCheck(whole, dev.tokenizer, task, batch_tokens=batch_tokens)
+            reported = judging.health(study, check_health, winner.plan)
     goal = {"fit": most, "loss_within": loss_within}
     selection = Selection(
         study=study.study_name,
@@ -121,9 +147,13 @@ def select(
         candidates=tuple(candidates),
         evaluations=evaluations,
         looks=evaluators.store.looks,
-        evaluated=evaluators.evaluated,
-        layer_tokens=evaluators.layer_tokens,
+        evaluated=evaluators.evaluated + guards.evaluated,
+        layer_tokens=evaluators.layer_tokens + guards.layer_tokens,
         full_bytes=None if sized is None else sized.full,
+        guards=guarded,
+        not_judged=tuple(guards.missing),
+        passed_over=judging.passed_over,
+        health=reported,
     )  # fmt: skip
     if study.user_attrs.get(SELECTION) != selection.record:
         study.set_user_attr(SELECTION, selection.record)
@@ -132,10 +162,15 @@ def select(
 
 
 class _Judging:
-    """Evaluates candidates on dev, and what is compared on all three splits."""
+    """Evaluates candidates on dev, and what is compared on all three splits.
 
-    def __init__(self, evaluators: StudyEvaluators, steps: Steps) -> None:
-        self.evaluators, self.steps = evaluators, steps
+    Attributes:
+        passed_over: candidates that would have won if they did not break a guard on dev.
+    """
+
+    def __init__(self, evaluators: StudyEvaluators, guards: GuardJudge, steps: Steps) -> None:
+        self.evaluators, self.guards, self.steps = evaluators, guards, steps
+        self.passed_over = 0
 
     def candidates(self, ranked: list[Ranked], sized: TrialSizes | None, loss_within: float | None) -> list[Candidate]:
         """The candidates, the winner first, then the best on dev; those without a finite loss there come last."""
@@ -154,10 +189,24 @@ class _Judging:
             first = errors[0]
             raise NonFiniteLossError(f"no candidate has a finite loss on dev; the best: {first}", layer=first.layer)
         candidates.sort(key=lambda c: (math.inf if c.dev is None else c.dev.loss, c.search_loss, c.trial))
-        if loss_within is not None:
-            winner = smallest_within(candidates, loss_within)
-            candidates = [winner, *(candidate for candidate in candidates if candidate is not winner)]
-        return candidates
+        able = [c for c in candidates if c.dev] if loss_within is None else surely_within(candidates, loss_within)
+        self.steps("guards: dev")
+        winner = next((c for c in able if not any(g.verdict == "broken" for g in self.guards(c.plan, "dev"))), able[0])
+        self.passed_over = able.index(winner)
+        return [winner, *(candidate for candidate in candidates if candidate is not winner)]
+
+    def kept(self, plan: Plan) -> tuple[Guarded, ...]:
+        """The winner on the guards, on dev and on test."""
+        self.steps("guards: test")
+        return tuple(each for split in UNSEEN for each in self.guards(plan, split))
+
+    def health(self, study: optuna.Study, check: HealthCheck, plan: Plan) -> dict[str, Any]:
+        """The record of the winner's health report: that of the study's latest selection, where it is of the same."""
+        self.steps("health")
+        earlier = (recorded(study) or {}).get("health")
+        if isinstance(earlier, dict) and (earlier.get("plan"), earlier.get("of")) == (plan.fingerprint, check.of):
+            return earlier
+        return check(plan).record
 
     def compared(
         self, compared: dict[str, Candidate], trials: dict[int, FrozenTrial]
