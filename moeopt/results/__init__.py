@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from moeopt.lazily import lazily
 
 if TYPE_CHECKING:
-    from moeopt.results import analysis, method_comparison, optimiser_comparison, profiling, selection
+    from moeopt.results import analysis, method_comparison, optimiser_comparison, profiling, selection, similarity
 
-__all__ = ["analysis", "method_comparison", "optimiser_comparison", "profiling", "selection"]
+__all__ = ["analysis", "method_comparison", "optimiser_comparison", "profiling", "selection", "similarity"]
 
 __getattr__ = lazily(__name__, {}, __all__)

@@ -20,6 +20,7 @@ from moeopt.report.figures.matrices import plan_matrices
 from moeopt.report.figures.methods import methods_bar
 from moeopt.report.figures.saving import write_html, write_png
 from moeopt.report.figures.search import search_progress
+from moeopt.report.figures.task_similarity import task_similarity
 
 __all__ = [
     "FigureError",
@@ -33,6 +34,7 @@ __all__ = [
     "methods_bar",
     "plan_matrices",
     "search_progress",
+    "task_similarity",
     "write_html",
     "write_png",
 ]
