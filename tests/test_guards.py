@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from itertools import combinations, permutations, product
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from rich.console import Console
 
 import moeopt
-from moeopt import Guard
+from moeopt import Guard, report
 from moeopt.errors import StorageError, StudyError
+from moeopt.results.front import front_of
+from moeopt.results.guarding import GuardJudge
 from moeopt.samplers import get
 from moeopt.study import best_trial, guards, recipe
 from moeopt.study.objective import Objective
@@ -383,3 +387,25 @@ def test_the_health_of_the_winner_is_in_the_verdict(make: Callable[..., Objectiv
     study.set_user_attr("selection", {**chosen.record, "health": {**chosen.health, "told": "as it was"}})
     assert selected(make(), study, health=True).health["told"] == "as it was"
     assert "health" not in selected(make(), study).record
+
+
+def test_a_front_shows_guards_and_health_and_has_none_that_breaks_one(make: Callable[..., Objective]) -> None:
+    guard = Guard(TEXT, loss=0.05)
+    objective = make(guard, objectives=("loss", "metric"))
+    study = searched(objective, 16)
+    made = front_of(study, objective, methods=["ean"], keeps=[KEEP], health=True)
+    judge = GuardJudge(study, objective)
+    for point in made.judged:
+        assert point.plan is not None
+        assert point.guards == tuple(judge(point.plan, "dev"))
+        broken = point.guards[0].verdict == "broken"
+        assert ("guard:text on dev" in point.broken) == broken
+        assert point.health is not None
+        assert ("its health report" in point.broken) == (point.health["verdict"] == "broken")
+        assert not (point.broken and point in made.on_dev)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.view(made))
+    shown = console.export_text()
+    assert "guard text − full [95%]" in shown
+    assert all(str(point.guards[0].change) in shown for point in made.judged)
+    assert front_of(study, objective, methods=[], keeps=[KEEP]).evaluated == 0

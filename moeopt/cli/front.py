@@ -40,6 +40,9 @@ def front(
     keep: Annotated[
         str | None, GOAL(metavar="R,...", help="Experts that these keep. Default: up to 7 numbers within the space.")
     ] = None,
+    health: Annotated[
+        bool, GOAL("--health", help="Also hold generated answers to 32 dev prompts against the full model's.")
+    ] = False,
     out: Annotated[
         list[Path] | None, OUT(metavar="FILE", help="Write it to a .html, .csv, .json or .png file; repeatable.")
     ] = None,
@@ -52,6 +55,8 @@ def front(
     """Show what a study of several objectives found: its front, on dev beside the full model and one-shot plans."""
     if (model is None) != (task is None):
         raise StudyError("--model and --task go together: without both, nothing is judged on dev")
+    if health and model is None:
+        raise StudyError("--health needs --model and --task")
     names = [] if methods == "none" else arguments.words("--methods", methods, "reap,ean")
     check_arguments(names, top=top)
     keeps = None if keep is None else arguments.numbers("--keep", keep)
@@ -81,7 +86,7 @@ def front(
             with Steps(err) as progress:
                 made = front_of(
                     opened, loaded, tokenizer, goal, dev_limit=dev_limit, top=top, methods=names, keeps=keeps,
-                    batch_tokens=batch_tokens, progress=progress,
+                    health=health, batch_tokens=batch_tokens, progress=progress,
                 )  # fmt: skip
         except KeyboardInterrupt:
             raise opt.interrupted(err, "every plan that was judged is kept. To go on:", ctx, storage) from None

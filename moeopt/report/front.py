@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,13 @@ def columns(front: Front) -> Columns:
         yield from ((f"{split} {line(name, 40)}", cell(split, name)) for name in of_scores)
     if front.examples is not None:
         yield "dev loss − full [95%]", lambda p: DASH if p.against_full is None else str(p.against_full)
+    guards = dict.fromkeys(each.name for point in front.everything for each in point.guards)
+    yield from ((f"guard {line(name, 40)} − full [95%]", partial(_guarded, name)) for name in guards)
     yield "", remark
+
+
+def _guarded(name: str, point: Point) -> str:
+    return next((str(each.change) for each in point.guards if each.name == name), DASH)
 
 
 def told(name: str, value: float | None) -> str:
@@ -133,7 +140,8 @@ def _point(front: Front, point: Point) -> dict[str, Any]:
         "dev": {name: point.dev.get(name) for name in front.objectives},
         "dev_loss_minus_full": {part: getattr(gap, part, None) for part in ("mean", "low", "high")},
         "on_front": point in front.on_dev, "beaten_by": front.beaten.get(point.name, []), "breaks": point.broken,
-        "constraints": dict(point.constraints),
+        "constraints": dict(point.constraints), "guards": {each.name: each.record for each in point.guards},
+        "health": None if point.health is None else dict(point.health),
     }  # fmt: skip
 
 

@@ -175,6 +175,11 @@ class Guarded:
         )
 
 
+def broken(guarded: Iterable[Guarded]) -> list[Guarded]:
+    """Those that are broken."""
+    return [each for each in guarded if each.verdict == "broken"]
+
+
 @dataclass
 class Judged:
     """What a trial's plan gave on the guards: attributes of the trial, and what they cost."""

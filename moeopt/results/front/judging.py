@@ -12,6 +12,8 @@ from moeopt.methods import Calibration
 from moeopt.plan import Plan
 from moeopt.results.front.one_shot import one_shot_name, uniform_plans
 from moeopt.results.front.result import FULL, Point
+from moeopt.results.guarding import GuardJudge
+from moeopt.results.health import HealthCheck
 from moeopt.results.selection.evaluating import StudyEvaluators
 from moeopt.results.steps import Steps
 from moeopt.spaces import space_of
@@ -34,7 +36,7 @@ class Judging:
 
     Args:
         study: of moeopt.
-        model, tokenizer, task, dev_limit, batch_tokens: as for `front_of`.
+        model, tokenizer, task, dev_limit, batch_tokens, health: as for `front_of`.
 
     Raises:
         StudyError: when the study searched another model, another task, or dev.
@@ -43,7 +45,7 @@ class Judging:
 
     def __init__(
         self, study: optuna.Study, model: PreTrainedModel | Objective, tokenizer: Any, task: Task | None,
-        dev_limit: int | None, batch_tokens: int | None,
+        dev_limit: int | None, batch_tokens: int | None, health: bool = False,
     ) -> None:  # fmt: skip
         whole, goal = (model.model, model.task) if isinstance(model, Objective) else (model, task)
         if goal is None:
@@ -54,6 +56,9 @@ class Judging:
         self.evaluators = StudyEvaluators(
             study, model, tokenizer, task, limits={"dev": dev_limit}, batch_tokens=batch_tokens
         )
+        dev = self.evaluators.evaluators["dev"]
+        self.guards = GuardJudge(study, model, tokenizer, dev.batch_tokens)
+        self._check = HealthCheck(whole, dev.tokenizer, goal, batch_tokens=dev.batch_tokens) if health else None
         names = objectives_of(study)
         self._goals = {split: Goals(each, names) for split, each in self.evaluators.evaluators.items()}
         search = self.evaluators.evaluators["search"]
@@ -76,7 +81,10 @@ class Judging:
         except NonFiniteLossError:
             return replace(point, plan=plan)
         gap = paired_bootstrap(evaluation, self._full["dev"])
-        return replace(point, plan=plan, dev=self._numbers(plan, "dev", evaluation), against_full=gap)
+        return replace(
+            point, plan=plan, dev=self._numbers(plan, "dev", evaluation), against_full=gap,
+            guards=tuple(self.guards(plan, "dev")), health=None if self._check is None else self._check(plan).record,
+        )  # fmt: skip
 
     def one_shot(self, method: str, keep: int, plan: Plan, steps: Steps) -> Point:
         """A method's uniform plan on search and dev."""

@@ -36,6 +36,7 @@ def front_of(
     top: int = TOP,
     methods: Sequence[str] = METHODS,
     keeps: Sequence[int] | None = None,
+    health: bool = False,
     batch_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Front:
@@ -52,6 +53,8 @@ def front_of(
         top: how many points of the front are judged on dev at most; of more, some that are spread along it.
         methods: one-shot methods that prune; calibrated on the examples that were searched. Empty: none.
         keeps: numbers of experts that their uniform plans keep; None: up to 7 of those that the space allows.
+        health: whether generated answers to prompts of dev are held against the full model's
+            (`moeopt.results.health`), of all that is judged there.
         batch_tokens: padded tokens a forward pass; None: the objective's, or 1,024.
         progress: called before every evaluation with how many are done, all of them, and what comes.
 
@@ -76,7 +79,7 @@ def front_of(
     else:
         from moeopt.results.front.judging import Judging
 
-        judging = Judging(study, model, tokenizer, task, dev_limit, batch_tokens)
+        judging = Judging(study, model, tokenizer, task, dev_limit, batch_tokens, health)
         chosen = spread(bounds.scaled(at), top)
         made = _judged(judging, trials, searched, chosen, methods, keeps, progress)
     cost = next(each for each in COSTS if each in run.costs)
@@ -134,6 +137,7 @@ def _judged(
     steps.finish()
     return {
         "points": tuple(done), "not_judged": len(done) - len(chosen), "full": full, "one_shot": tuple(one_shot),
-        "left_out": tuple(left_out), "examples": judging.evaluators.evaluators["dev"].examples,
-        "evaluated": judging.evaluators.evaluated, "layer_tokens": judging.evaluators.layer_tokens,
+        "left_out": (*left_out, *judging.guards.missing), "examples": judging.evaluators.evaluators["dev"].examples,
+        "evaluated": judging.evaluators.evaluated + judging.guards.evaluated,
+        "layer_tokens": judging.evaluators.layer_tokens + judging.guards.layer_tokens,
     }  # fmt: skip

@@ -11,12 +11,14 @@ import numpy as np
 
 from moeopt.showing import line
 from moeopt.statistics import Floats, Interval
+from moeopt.study.guards import broken
 from moeopt.trials.front import nondominated
 from moeopt.trials.objectives import direction
 
 if TYPE_CHECKING:
     from moeopt.plan import Plan
     from moeopt.results.optimiser_comparison.runs import Cost
+    from moeopt.study.guards import Guarded
     from moeopt.trials.hypervolume import Bounds
 
 Kind = Literal["search", "one-shot", "full"]
@@ -37,6 +39,8 @@ class Point:
         dev: as `search`, on dev; empty where it was not judged there, or its loss is not finite.
         against_full: on dev, its loss less the full model's, paired.
         constraints: of a trial, by name, at most 0 where they hold (`FrozenTrial.constraints`); guards are among them.
+        guards: what it gives on the study's guards on dev.
+        health: `Health.record` of its answers; None where it was not asked for.
     """
 
     name: str
@@ -47,11 +51,15 @@ class Point:
     dev: Mapping[str, float] = field(default_factory=dict)
     against_full: Interval | None = None
     constraints: Mapping[str, float] = field(default_factory=dict)
+    guards: tuple[Guarded, ...] = ()
+    health: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def broken(self) -> list[str]:
-        """The constraints that it breaks."""
-        return [name for name, value in self.constraints.items() if not value <= 0]
+        """The constraints that it breaks, guards on dev and the health report among them."""
+        named = [name for name, value in self.constraints.items() if not value <= 0]
+        named += [f"guard:{each.name} on dev" for each in broken(self.guards)]
+        return named + ["its health report"] * (self.health is not None and self.health["verdict"] == "broken")
 
     @property
     def numbers(self) -> Mapping[str, float]:
@@ -115,18 +123,18 @@ class Front:
 
     @cached_property
     def on_dev(self) -> list[Point]:
-        """Those of `judged` that no other of them beats on dev."""
-        return self._best(self.judged)
+        """Those of `judged` that no other of them beats on dev; one that breaks a constraint is none."""
+        return self._best([point for point in self.judged if not point.broken])
 
     @cached_property
     def best_one_shot(self) -> list[Point]:
-        """Uniform one-shot plans that no other of them beats on dev."""
-        return self._best([point for point in self.one_shot if point.dev])
+        """Uniform one-shot plans that no other of them beats on dev; one that breaks a guard is none."""
+        return self._best([point for point in self.one_shot if point.dev and not point.broken])
 
     @cached_property
     def beaten(self) -> dict[str, list[str]]:
         """By the name of a point of `on_dev`, the one-shot plans that beat it on dev in all objectives."""
-        others = [point for point in self.one_shot if point.dev]
+        others = [point for point in self.one_shot if point.dev and not point.broken]
         at = signed(others, self.objectives)
         beaten = {}
         for point in self.on_dev:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moeopt.results.front.judging import Judging
     from moeopt.results.selection.candidates import TrialSizes
     from moeopt.spaces import Space
+    from moeopt.study.guards import Guarded
     from moeopt.study.objective import Objective
     from moeopt.tasks import Task
 
@@ -42,6 +43,7 @@ class Uniform:
         against_chosen, against_full: its loss on dev, less that of the chosen plan, and less the full model's; paired.
         examples: of dev.
         candidates: how many were judged.
+        guards: the plan on the study's guards on dev; of those judged one that breaks none is taken, if there is one.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Uniform:
     against_full: Interval
     examples: int
     candidates: int
+    guards: tuple[Guarded, ...] = ()
 
     @property
     def lines(self) -> list[str]:
@@ -62,6 +65,7 @@ class Uniform:
             f"the best of {self.candidates} on {self.examples:,} dev examples",
             f"uniform - chosen (trial {self.chosen}): {self.bytes - self.chosen_bytes:+,.0f} bytes, loss on dev "
             f"{self.against_chosen}; uniform - full model: {self.against_full}",
+            *map(str, self.guards),
         ]
 
 
@@ -104,6 +108,7 @@ def uniform_of(
     from moeopt.results.front.judging import Judging
     from moeopt.results.selection.candidates import TrialSizes, ranked_trials
     from moeopt.spaces.serving import check_servers, demands
+    from moeopt.study.guards import broken
     from moeopt.trials.objectives import size_of
 
     servers = check_servers(serve_on, serve_parallel)
@@ -139,13 +144,16 @@ def uniform_of(
                 judged.append((judging.evaluators.evaluate(plan, "dev"), name, plan, size))
             except NonFiniteLossError:
                 continue
+        if not judged:
+            raise NonFiniteLossError("no uniform plan has a finite loss on dev", layer=None)
+        judged.sort(key=lambda each: (each[0].loss, each[3], each[1]))
+        best = next((each for each in judged if not broken(judging.guards(each[2], "dev"))), judged[0])
+        guards = tuple(judging.guards(best[2], "dev"))
     steps.finish()
-    if not judged:
-        raise NonFiniteLossError("no uniform plan has a finite loss on dev", layer=None)
-    evaluation, name, plan, size = min(judged, key=lambda each: (each[0].loss, each[3], each[1]))
+    evaluation, name, plan, size = best
     return Uniform(
         name, plan, chosen.number, size, chosen_bytes, paired_bootstrap(evaluation, reference),
-        paired_bootstrap(evaluation, full), len(full.losses), len(judged),
+        paired_bootstrap(evaluation, full), len(full.losses), len(judged), guards,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from moeopt import __version__
 from moeopt.errors import StudyError
 from moeopt.showing import line, listed, shown
 from moeopt.statistics import paired_bootstrap
+from moeopt.study.guards import broken
 from moeopt.trials.description import (
     COUNT,
     FLAG,
@@ -151,8 +152,8 @@ class Selection:
     @property
     def faults(self) -> list[str]:
         """The guards that the winner breaks, and the health report that it fails; a good plan has none."""
-        broken = [f"guard {line(each.name, 80)} ({each.split})" for each in self.guards if each.verdict == "broken"]
-        return broken + ["its health report"] * (self.health is not None and self.health["verdict"] == "broken")
+        named = [f"guard {line(each.name, 80)} ({each.split})" for each in broken(self.guards)]
+        return named + ["its health report"] * (self.health is not None and self.health["verdict"] == "broken")
 
     @property
     def good(self) -> bool:

@@ -28,6 +28,7 @@ from moeopt.results.selection.record import (
 )
 from moeopt.results.steps import Progress, Steps
 from moeopt.statistics import paired_bootstrap
+from moeopt.study.guards import broken
 from moeopt.study.objective import Objective
 from moeopt.trials.objectives import size_of
 
@@ -191,7 +192,7 @@ class _Judging:
         candidates.sort(key=lambda c: (math.inf if c.dev is None else c.dev.loss, c.search_loss, c.trial))
         able = [c for c in candidates if c.dev] if loss_within is None else surely_within(candidates, loss_within)
         self.steps("guards: dev")
-        winner = next((c for c in able if not any(g.verdict == "broken" for g in self.guards(c.plan, "dev"))), able[0])
+        winner = next((c for c in able if not broken(self.guards(c.plan, "dev"))), able[0])
         self.passed_over = able.index(winner)
         return [winner, *(candidate for candidate in candidates if candidate is not winner)]
 
