@@ -106,7 +106,14 @@ BAD_SEARCH = {
     "missing data": (["--data", "missing.jsonl"], "missing.jsonl", "does not exist"),
     "merging around nothing": (["--space", "merge"], "--around", "plan"),
     "encoding of another space": (["--encoding", "rows"], "--encoding rows", "prune"),
-    "keep of a merge space": (["--space", "merge", "--keep", "3"], "--keep 3", "prune"),
+    "keep of a merge space": (["--space", "merge", "--keep", "3"], "--keep 3", "range"),
+    "a total of one number": (["--keep", "3", "--total", "8"], "--total 8", "range"),
+    "a total out of reach": (["--keep", "2-4", "--total", "40"], "total", "40"),
+    "a range of experts that is none": (["--keep", "4-2"], "(4, 2)", "low < high"),
+    "a method that does not rank": (["--space", "prune", "--keep", "2-4", "--order", "naee"], "naee"),
+    "an objective that is none": (["--objectives", "loss,size"], "'size'", "bytes"),
+    "a constraint that is none": (["--constraint", "bytes < 3"], "'bytes < 3'", "<="),
+    "several objectives of one": (["--objectives", "loss,active", "--sampler", "cmaes"], "cmaes", "nsgaii"),
     "missing plan to start from": (["--warm-start", "missing.safetensors"], "missing.safetensors", "no plan file"),
     "unknown method to start from": (["--warm-start", "naee,repa"], "'repa'", "did you mean 'reap'"),
     "method that aliases": (["--warm-start", "m_smoe"], "m_smoe", "start from m_smoe_summed"),
@@ -564,3 +571,31 @@ def test_a_search_ends_by_time_or_patience(place: Place, tmp_path: Path) -> None
     assert len(patient.trials) == best.number + 4
     assert main(place.search(*groups, "--timeout", "0.2", storage=storage, study="t")) == 0
     assert 1 <= len(load_study("t", storage).trials) < 400
+
+
+def test_a_front_over_numbers_of_experts(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--space", "prune", "--objectives", "loss,bytes", "--keep", "2-6", "--warm-start", "reap"]
+    assert main(place.search(*more, "--trials", "6", "--no-held", study="front")) == 0
+    assert "The front has" in (said := capsys.readouterr().out)
+    assert "moeopt front front" in said
+    study = load_study("front", place.storage)
+    assert [t.user_attrs.get("method") for t in study.trials[:4]] == ["reap"] * 4
+    assert [t.values[1] for t in study.trials[:4]] == sorted(t.values[1] for t in study.trials[:4])
+    assert main(["show", "front", "--storage", place.storage]) == 0
+    shown = capsys.readouterr().out
+    assert "front, by its first objective" in shown
+    assert "keep 2 to 6 of 6 experts" in shown
+    assert main(["show", "--storage", place.storage]) == 0
+
+
+def test_counts_alone_over_a_ranking_resume(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--space", "prune", "--keep", "2-6", "--total", "11", "--order", "reap", "--constraint", "bytes <= 1GB"]
+    more += ["--sampler", "local", "--no-held"]
+    assert main(place.search(*more, "--trials", "4", study="order")) == 0
+    assert main(place.search(*more, "--trials", "6", study="order")) == 0
+    study = load_study("order", place.storage)
+    plans = [moeopt.spaces.space_of(study).plan(trial) for trial in study.trials]
+    assert len(plans) == 6
+    assert all(sum(layer.kept_experts for layer in plan.layers) <= 11 for plan in plans)
+    assert all(t.constraints == {"bytes <= 1000000000": t.user_attrs["bytes"] - 1e9} for t in study.trials)
+    assert "resuming" in capsys.readouterr().err

@@ -15,7 +15,8 @@ from moeopt.cli import arguments
 from moeopt.cli import options as opt
 from moeopt.cli.options import DEFAULT_STORAGE, GOAL, MACHINE, NAMED, STUDY, with_options
 from moeopt.cli.refit import check_can, check_file, run_refit
-from moeopt.cli.spaces import SPACE, SpaceOptions
+from moeopt.cli.spaces import SPACE, SpaceOptions, order_of
+from moeopt.trials.objectives import LOSS, check_constraints, check_names
 
 if TYPE_CHECKING:
     import optuna
@@ -53,6 +54,18 @@ def search(
     active_weight: Annotated[
         float, GOAL(metavar="X", min=0, help="Loss that an active expert, per token and layer, must be worth.")
     ] = 0.0,
+    objectives: Annotated[
+        str,
+        GOAL(
+            "--objectives", metavar="NAMES",
+            help="What is optimised, as loss,bytes: loss, metric, bytes, active, latency; of a mixture worst, "
+            "loss:NAME and metric:NAME. Of several the front is searched (moeopt front).",
+        ),
+    ] = LOSS,
+    constraint: Annotated[
+        list[str] | None,
+        GOAL(metavar="BOUND", help="A bound of any of these, as 'bytes <= 24GB' or 'metric >= 0.8'; repeatable."),
+    ] = None,
     guard: opt.GuardTasks = None,
     guard_loss: opt.GuardLoss = 0.02,
     warm_start: Annotated[
@@ -65,8 +78,12 @@ def search(
     ] = None,
     sampler: Annotated[
         str,
-        OPTIMISER(metavar="NAME", help="eep, guided, local, cmaes, blockcmaes, tpe, random, nevergrad:DE and so on."),
-    ] = "eep",
+        OPTIMISER(
+            metavar="NAME",
+            help="eep, guided, local, cmaes, blockcmaes, tpe, gp, nsgaii, random, nevergrad:DE and so on. Default: "
+            "eep; of several objectives nsgaii.",
+        ),
+    ] = "",
     sampler_option: Annotated[
         list[str] | None, OPTIMISER(metavar="NAME=VALUE", help="A hyperparameter, such as prune_until=40; repeatable.")
     ] = None,
@@ -128,12 +145,15 @@ def search(
     arguments.check_outlives(storage, workers)
     arguments.pairs("--task-option", task_option)
     sampler_options = arguments.pairs("--sampler-option", sampler_option)
+    goals = check_names([name.strip() for name in objectives.split(",")])
+    constraints = [str(each) for each in check_constraints(constraint or [])]
+    sampler = sampler or ("eep" if len(goals) == 1 else "nsgaii")
     from moeopt import samplers
     from moeopt.plan import ModelShape
     from moeopt.samplers.eep import PUBLISHED, PUBLISHED_TRIALS
     from moeopt.samplers.guided import GUIDED, SHARE
     from moeopt.samplers.local import RUNGS
-    from moeopt.spaces import PruneSpace
+    from moeopt.spaces import PruneSpace, space_of
     from moeopt.spaces.serving import check_servers, demands
 
     servers = check_servers(serve_on or (), serve_parallel)
@@ -145,7 +165,7 @@ def search(
         chosen_space = space.space(shape)
         starts = arguments.warm_starts(warm_start or ["auto"], shape.layers, chosen_space)
     any_space = PruneSpace(ModelShape(1, 2, 1), keep=1) if shape is None else chosen_space
-    samplers.get(sampler, any_space, seed=seed, **sampler_options)
+    samplers.get(sampler, any_space, seed=seed, **sampler_options).check_objectives(len(goals))
     chosen_task = arguments.open_task(task, data, task_option)
     guards = arguments.guards(guard, guard_loss)
     if shape is None:
@@ -157,8 +177,11 @@ def search(
     resumed = arguments.existing(storage, study, resume=resume)
     stored = arguments.stored_description(resumed)
     evaluated = stored.get("evaluation", {})
+    if resumed is not None and space.order is not None:
+        chosen_space = space.space(shape, order_of(space_of(resumed)))
     if rungs is None:
-        rungs = len(evaluated["rungs"]) if evaluated else RUNGS if sampler in RACED else 1
+        raced = sampler in RACED and set(goals) <= {LOSS, "bytes"}
+        rungs = len(evaluated["rungs"]) if evaluated else RUNGS if raced else 1
     if guide is None:
         guide = evaluated.get("guide", 0.0) if evaluated else SHARE if sampler == GUIDED and score != "metric" else 0.0
     fitted = arguments.for_trials(sampler, sampler_options, trials, stored)
@@ -209,6 +232,7 @@ def search(
         err.say(f"task {chosen_task.name}: {chosen_task.summary}")
         err.say(f"loading {model}")
         from moeopt.evaluation.throughput import BATCH_TOKENS
+        from moeopt.methods import Calibration, ranking
         from moeopt.models import load, load_tokenizer
         from moeopt.showing import line
         from moeopt.study.guards import changes
@@ -221,13 +245,18 @@ def search(
         loaded, tokenizer = load(model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
         if refit is not None:
             check_can(loaded, tokenizer, chosen_task, limit)
+        if space.order is not None and resumed is None:
+            with err.status(f"ranking experts by {space.order}"):
+                calibration = Calibration(loaded, tokenizer, chosen_task, split="search", limit=limit, score=score)
+                chosen_space = space.space(shape, ranking(space.order, calibration))
+            chosen_sampler = samplers.get(sampler, chosen_space, seed=seed, **fitted)
         if batch_tokens is None and resumed is not None:
             kept_recipe = recipe.stored(resumed)
             batch_tokens = (kept_recipe.objective.get("batch_tokens") if kept_recipe else None) or BATCH_TOKENS
         objective = Objective(
             loaded, tokenizer, chosen_task, chosen_space, limit=limit, batch_tokens=batch_tokens, rungs=rungs,
             active_weight=active_weight, prefix_memory=None if prefix_memory is None else prefix_memory << 20,
-            score=score, reference=reference, guide=guide, guards=guards,
+            score=score, reference=reference, guide=guide, guards=guards, objectives=goals, constraints=constraints,
         )  # fmt: skip
         if starts == "auto" and resumed is None and (names := automatic(chosen_space)):
             err.say(f"starting from {' and '.join(names)}; --warm-start chooses others, or none")
@@ -291,10 +320,13 @@ def search(
         ended = False
     if not ended:
         raise opt.interrupted(err, "every finished trial is stored. To resume:", ctx, storage)
+    if len(goals) > 1:
+        out.say(f"{_front_told(record)}\n  {shlex.join(['moeopt', 'front', study, *arguments.storage_again(storage)])}")
+        return
     best = best_trial(record)
     if best is None:
-        kept = " and keeps its guards" if guards else ""
-        out.say(f"{finished(record)} trials done, and none gave a finite loss{kept}")
+        bounds = " and ".join([*constraints, *(f"its guard {guard.name}" for guard in guards)])
+        out.say(f"{finished(record)} trials done, and none gave a finite loss{bounds and ' within ' + bounds}")
         return
     accuracy = best.user_attrs.get("accuracy")
     weighed = active_weight * best.user_attrs.get("active", 0.0)
@@ -324,6 +356,21 @@ def search(
             ctx, storage, chosen_space.plan(best), refit, model, loaded, tokenizer, chosen_task, rank=refit_rank,
             limit=limit, dev_limit=limit, score=score, batch_tokens=objective.evaluator.batch_tokens,
         )  # fmt: skip
+
+
+def _front_told(study: optuna.Study) -> str:
+    """A line on the front of a study of several objectives."""
+    from moeopt.study import best_trials, finished
+    from moeopt.trials.front import objectives_of
+
+    trials = best_trials(study)
+    if not trials:
+        return f"{finished(study)} trials done, and none gave finite values within its constraints"
+    spans = []
+    for name, values in zip(objectives_of(study), zip(*(trial.values for trial in trials))):
+        form = ",.0f" if name == "bytes" else ".4f"
+        spans.append(f"{name} {min(values):{form}} to {max(values):{form}}")
+    return f"{finished(study)} trials done. The front has {len(trials)}: {', '.join(spans)} on the search split"
 
 
 def _held(study: optuna.Study, objective: Objective) -> str:

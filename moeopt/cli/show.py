@@ -54,7 +54,7 @@ def show(
     opened_study = room.read_study(study, storage)
     with readable_errors(storage):
         record = study_record(opened_study)
-    plan = None if record["best"] is None else arguments.plan_of(opened_study, "best")[1]
+    plan = None if record["best"] is None else arguments.plan_of(opened_study, str(record["best"]["number"]))[1]
     if as_json:
         print(json_text(record | {"best_plan": None if plan is None else list(layer_rows(plan))}))
     else:

@@ -14,15 +14,20 @@ from moeopt.cli.arguments import read_plan
 from moeopt.errors import SpaceError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
     from moeopt.plan import ModelShape
     from moeopt.spaces import Space
 
 SPACE = partial(typer.Option, rich_help_panel="What may vary")
 BELONGS = {
-    "keep": ("eep", "prune"),
+    "keep": ("eep", "prune", "merge"),
     "active": ("eep", "prune"),
     "groups": ("eep", "prune", "merge"),
     "encoding": ("prune",),
+    "total": ("eep", "prune", "merge"),
+    "order": ("prune",),
     "router": ("eep", "merge"),
     "around": ("merge", "active"),
     "scale": ("merge",),
@@ -38,7 +43,21 @@ class SpaceOptions:
         SpaceError: naming an option that is out of range, missing, or not one of this kind of space.
     """
 
-    keep: Annotated[int | None, SPACE(metavar="R", min=1, help="Experts each layer keeps.")] = None
+    keep: Annotated[
+        str | None,
+        SPACE(metavar="R|LOW-HIGH", help="Experts each layer keeps; a range as 2-6: a number of its own, searched."),
+    ] = None
+    total: Annotated[
+        int | None, SPACE(metavar="N", min=1, help="Of a range: most experts that all layers keep together.")
+    ] = None
+    order: Annotated[
+        str | None,
+        SPACE(
+            metavar="METHOD",
+            help="Of a range: search numbers alone; each layer keeps the first of a method's ranking, as reap's or "
+            "loss_aware's.",
+        ),
+    ] = None
     active: Annotated[
         str | None,
         SPACE(metavar="K|LOW-HIGH", help="Experts active per token; a range as 1-2 is searched. Default: the model's."),
@@ -82,6 +101,18 @@ class SpaceOptions:
     def __post_init__(self) -> None:
         if self.skip is not None and not 0 < self.skip <= 1:
             raise SpaceError(f"--skip must be a beta above 0 and at most 1, got {self.skip:g}")
+        keep = _number_or_range("--keep", self.keep)
+        for option, value in (("--total", self.total), ("--order", self.order)):
+            if value is not None and not isinstance(keep, tuple):
+                raise SpaceError(f"{option} {value} needs --keep as a range, such as 2-6, got {self.keep}")
+        if self.order is not None:
+            from moeopt.methods.names import check_ranks
+
+            check_ranks(self.order)
+        if self.kind == "merge" and keep is not None and not isinstance(keep, tuple):
+            raise SpaceError(
+                f"--space merge keeps as many experts as its plan, or a range such as 2-6, got --keep {keep}"
+            )
         for option, text in (("--groups", self.groups), ("--active-groups", self.active_groups)):
             _groups(text, option)
         for option, needs in (("--active-groups", self.active_groups), ("--space active", self.kind == "active")):
@@ -104,23 +135,24 @@ class SpaceOptions:
     @property
     def _k(self) -> tuple[int | None, tuple[int, int] | None]:
         """`--active` as one k, or as a range to search."""
-        if self.active is None:
-            return None, None
-        match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", self.active)
-        if match is None:
-            raise SpaceError(
-                f"--active must be a number of at least 1, or a range as 1-2 to search, got {self.active!r}"
-            )
-        low, high = match.groups()
-        return (int(low), None) if high is None else (None, (int(low), int(high)))
+        k = _number_or_range("--active", self.active)
+        return (None, k) if isinstance(k, tuple) else (k, None)
 
-    def space(self, shape: ModelShape) -> Space:
-        """The space, once the model's shape is known."""
+    def space(self, shape: ModelShape, order: ArrayLike | None = None) -> Space:
+        """The space, once the model's shape is known.
+
+        Args:
+            shape: it.
+            order: the ranking of experts, (layers, n), of `--order`; None: not known yet, any stands for it.
+        """
         from moeopt import spaces
 
         k, k_range = self._k
-        given: dict[str, Any] = {"groups": _groups(self.groups), "k": k, "keep": self.keep, "scale": self.scale}
+        given: dict[str, Any] = {"groups": _groups(self.groups), "k": k, "scale": self.scale, "total": self.total}
+        given["keep"] = _number_or_range("--keep", self.keep)
         given |= {"encoding": self.encoding, "router": self.router}
+        if self.order is not None:
+            given["order"] = [[*range(shape.experts)]] * shape.layers if order is None else order
         options = {name: value for name, value in given.items() if value is not None}
         searched: dict[str, Any] = {"k": k_range, "groups": _groups(self.active_groups)}
         searched["skip"] = False if self.skip is None else (0.0, self.skip)
@@ -134,6 +166,32 @@ class SpaceOptions:
         else:
             inner = (spaces.PruneSpace if self.kind == "prune" else spaces.EEPSpace)(shape, **options)
         return spaces.ActiveSpace(inner, **searched) if self.searched else inner
+
+
+def order_of(space: Space) -> NDArray[np.int64] | None:
+    """The ranking, (layers, n), of a space whose counts alone are searched; None of another."""
+    from moeopt.spaces import ActiveSpace, PruneSpace
+    from moeopt.spaces.prune import whole_order
+
+    inner = space.inner if isinstance(space, ActiveSpace) else space
+    if not isinstance(inner, PruneSpace) or inner.order is None:
+        return None
+    return whole_order(inner.order, inner.groups, inner.shape.experts)
+
+
+def _number_or_range(option: str, text: str | None) -> int | tuple[int, int] | None:
+    """An option's number, or its range as 2-6.
+
+    >>> _number_or_range("--keep", "4"), _number_or_range("--keep", "2-6")
+    (4, (2, 6))
+    """
+    match = None if text is None else re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", text)
+    if text is not None and match is None:
+        raise SpaceError(f"{option} must be a number of at least 1, or a range as 1-2 to search, got {text!r}")
+    if match is None:
+        return None
+    low, high = match.groups()
+    return int(low) if high is None else (int(low), int(high))
 
 
 def _groups(text: str | None, option: str = "--groups") -> int | list[tuple[int, int]] | None:

@@ -38,11 +38,18 @@ def facts(about: Any) -> Iterator[tuple[str, str]]:
     sizes = (f" of {line(count, 20)} examples" if count else "") + (f", first {line(limit, 20)}" if limit else "")
     yield "task", f"{told('task', 'name')}, split {told('task', 'split')}{sizes}"
     yield "score", score(about)
+    for key in ("objectives", "constraints"):
+        names = part(about, "evaluation", key)
+        if isinstance(names, list) and names:
+            yield key, line(", ".join(map(str, names)), 200)
     groups = part(about, "space", "groups")
+    fewest, total = told("space", "range", "low"), told("space", "range", "total")
+    keep = told("space", "keep") if fewest == "?" else f"{fewest} to {told('space', 'keep')}"
+    keep += "" if total == "?" else f" (in all at most {total})"
     yield (
         "space",
         f"{told('space', 'kind')}: {told('space', 'shape', 'layers')} layers in "
-        f"{len(groups) if isinstance(groups, list) else '?'} groups, keep {told('space', 'keep')} of "
+        f"{len(groups) if isinstance(groups, list) else '?'} groups, keep {keep} of "
         f"{told('space', 'shape', 'experts')} experts, {told('space', 'k')} active, router {told('space', 'router')}",
     )
     sampler = part(about, "sampler")

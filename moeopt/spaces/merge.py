@@ -53,7 +53,7 @@ class MergeSpace(EntrySpace):
         if not 0 < scale < float("inf"):
             raise SpaceError(f"scale must be a positive number, got {scale!r}")
         self.around, self.scale = around, float(scale)
-        if self.keep_range is None:
+        if self.keep_range is None and len(around.layers) == shape.layers:
             self.fixed_counts = np.array([around.layers[first].kept_experts for first, _ in self.groups])
         self._set_numbers(self.entry_names(), -np.inf, np.inf, scale)
         self._center = self.encode(around)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from moeopt.study.foreign import foreign_trials
     from moeopt.study.needs import needs_of
     from moeopt.study.opening import check_name, find, load_study, read_study
-    from moeopt.study.progress import best_trial, finished, stalled
+    from moeopt.study.progress import best_trial, best_trials, finished, stalled
     from moeopt.study.reclaiming import reclaim
     from moeopt.study.running import LONGEST_LOOK, Callback, check_limits, optimize
     from moeopt.study.warm_starts import WarmStarts, automatic, check_expressible, enqueue
@@ -30,6 +30,7 @@ __all__ = [
     "WarmStarts",
     "automatic",
     "best_trial",
+    "best_trials",
     "check_expressible",
     "check_goes_on",
     "check_limits",
@@ -63,7 +64,7 @@ _HOMES = {
     "foreign": ("foreign_trials",),
     "needs": ("needs_of",),
     "opening": ("check_name", "find", "load_study", "read_study"),
-    "progress": ("best_trial", "finished", "stalled"),
+    "progress": ("best_trial", "best_trials", "finished", "stalled"),
     "reclaiming": ("reclaim",),
     "running": ("LONGEST_LOOK", "Callback", "check_limits", "optimize"),
     "warm_starts": ("WarmStarts", "automatic", "check_expressible", "enqueue"),

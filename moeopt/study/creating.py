@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
 from optuna.pruners import BasePruner
 
 from moeopt import samplers
@@ -139,7 +139,9 @@ def create_study(
         except DuplicatedStudyError:
             raise _taken(study_name) from None
         if len(directions) > 1 and existing is None:
-            study.set_metric_names(list(objective.objectives))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                study.set_metric_names(list(objective.objectives))
         if DESCRIPTION in study.user_attrs:
             check_same(study, description)  # another process may have made it since
         else:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import optuna
 from optuna.trial import FrozenTrial
 
@@ -19,6 +20,7 @@ from moeopt.trials.genome import CALIBRATION, METHOD, WARM_START
 
 if TYPE_CHECKING:
     from moeopt.methods import MethodPlan
+    from moeopt.spaces.keep_range import KeepRange
     from moeopt.study.objective import Objective
 
 WarmStarts = Literal["auto"] | Iterable["Plan | str"] | Mapping[str, "Plan | MethodPlan"]
@@ -29,10 +31,16 @@ MOST_OF_NAEE = 64
 """Experts of a layer beyond which it stands for the last alone: NAEE's Gram matrices take 4 n (n + 1) bytes a token."""
 
 
+STARTS = 4
+"""Numbers of experts that a search of a range without a total starts from, the ends included."""
+
+
 def automatic(space: Space) -> tuple[str, ...]:
     """Names of the methods that ``"auto"`` stands for; none where the space holds no prunings of its own."""
     if "prune" not in space.phases:
         return ()
+    if space.keep_range is not None:
+        return ("loss_aware",) if space.keep_range.total is None else ("loss_aware", "loss_aware_budgets")
     return CHOICE if space.shape.experts <= MOST_OF_NAEE else CHOICE[-1:]
 
 
@@ -78,7 +86,7 @@ def check_expressible(method: str, space: Space) -> None:
         raise SpaceError(f"{method} has novices, constants in place of experts, which no search space expresses")
     if router == "prob" and (space.router != "prob" or "merge" not in space.phases):
         raise SpaceError(f"{method} maps probabilities, which this space does not; search an EEPSpace(router='prob')")
-    if name.method in BUDGETED:
+    if name.method in BUDGETED and space.keep_range is None:
         raise SpaceError(f"{method} keeps of each layer a number of its own, which this space does not")
     if name.method in PROGRESSIVE and len(space.groups) < space.shape.layers:
         raise SpaceError(f"{method} goes layer by layer, but layers share a choice in this space's groups")
@@ -98,7 +106,7 @@ def calibrated(
     """
     run = {attrs.get(METHOD) for attrs in existing_attrs}
     new = [name for name, start in starts if start is None and name is not None and name not in run]
-    made: dict[str, MethodPlan] = {}
+    made: dict[str, list[MethodPlan]] = {}
     try:
         made = plans_of_methods(new, objective) if new else {}
     except MoeoptError:
@@ -109,28 +117,58 @@ def calibrated(
                 made |= plans_of_methods([name], objective)
             except MoeoptError as error:
                 warnings.warn(f"the search does not start from {name}: {error}", stacklevel=3)
-    planned = [(name, made.get(name or "") if start is None else start) for name, start in starts]
-    return [(name, start) for name, start in planned if start is not None]
+    planned: list[tuple[str | None, Plan | MethodPlan]] = []
+    for named, start in starts:
+        planned += [(named, each) for each in (made.get(named or "", []) if start is None else [start])]
+    return planned
 
 
-def plans_of_methods(names: Iterable[str], objective: Objective) -> dict[str, MethodPlan]:
+def plans_of_methods(names: Iterable[str], objective: Objective) -> dict[str, list[MethodPlan]]:
     """What one-shot methods make of an objective's examples, for its space, with k and skip as at its start.
+
+    One plan of each; where the space searches a range of numbers of experts, one that uses up its total, or without a
+    total `STARTS` of them, from the fewest to the most.
 
     Raises:
         MethodError: as `moeopt.methods.plans`.
     """
     from moeopt import methods
+    from moeopt.methods.base import Budget
+    from moeopt.methods.budgets import allocated
+    from moeopt.methods.names import BUDGETED, parsed
 
+    names = list(names)
     options = {name: objective.settings[name] for name in ("split", "limit", "max_length", "score")}
     options["batch_tokens"] = objective.evaluator.batch_tokens  # fewer than in the settings where memory ran out
     calibration = methods.Calibration(objective.model, objective.tokenizer, objective.task, **options)
     space, start = objective.space, objective.space.decode(objective.space.start()).layers
-    plans = methods.plans(names, calibration, keep=space.keep, k=max(layer.k for layer in start), groups=space.groups)
+    k, kept = max(layer.k for layer in start), space.keep_range
+    uniform = [name for name in names if parsed(name).method not in BUDGETED]
+    made: dict[str, list[MethodPlan]] = {name: [] for name in names}
+    for keep in [space.keep] if kept is None else _starts(kept):
+        for name, plan in methods.plans(uniform, calibration, keep=keep, k=k, groups=space.groups).items():
+            made[name].append(plan)
+    if kept is not None:
+        budget = Budget(space.shape.experts, space.shape.k, kept.high, k, router_groups=space.shape.router_groups)
+        for name in made.keys() - set(uniform):
+            totals = [kept.total] if kept.total is not None else [r * space.shape.layers for r in _starts(kept)]
+            made[name] = [
+                allocated(calibration, budget, space.groups, total=total, low=kept.low, high=kept.high)
+                for total in totals
+            ]
 
     def started(plan: Plan) -> Plan:
         return Plan(tuple(replace(a, k=b.k, skip=b.skip) for a, b in zip(plan.layers, start)))
 
-    return {name: replace(made, plan=started(made.plan)) for name, made in plans.items()}
+    return {name: [replace(each, plan=started(each.plan)) for each in plans] for name, plans in made.items()}
+
+
+def _starts(kept: KeepRange) -> list[int]:
+    """Numbers of experts, the same for all layers, that a search of a range starts from."""
+    if kept.total is not None:
+        alike = min(kept.high, kept.total // sum(kept.layers)) // kept.unit * kept.unit
+        return [alike]
+    return sorted({round(r / kept.unit) * kept.unit for r in np.linspace(kept.low, kept.high, STARTS)})
 
 
 def enqueue_new(

@@ -128,10 +128,10 @@ def digest(study: optuna.Study, read: dict[int, Row] | None = None) -> Digest:
         about = {}
     space = attempt("its search space", lambda: _space(about.get("space")))
     trials = study.get_trials(deepcopy=False)
-    name, single = line(study.study_name, LONGEST), [direction.name for direction in study.directions] == ["MINIMIZE"]
+    name, single = line(study.study_name, LONGEST), len(study.directions) == 1
     if not single or len(trials) > MOST_TRIALS:
         many = f"it has {len(trials):,} trials; figures are drawn up to {MOST_TRIALS:,}"
-        problems.append(many if single else "it does not minimise one loss, as studies of moeopt do")
+        problems.append(many if single else "it has several objectives: the Pareto front is the dashboard's own plot")
         return Digest(name, about, space, problems=tuple(problems))
     repeated = {number for trial in trials for number in _ints(trial.system_attrs.get(genome.RETRIES))}
     ended = {t.number: t for t in trials if t.state.is_finished() and t.number not in repeated}

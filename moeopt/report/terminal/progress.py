@@ -109,14 +109,15 @@ class SearchProgress(LiveLine):
 
     def line(self, study: optuna.Study, trial: FrozenTrial, done: int) -> str:
         """What is said of a trial."""
-        from moeopt.study import best_trial
+        from moeopt.study import best_trials
 
-        best, left = best_trial(study), self.left(done)
+        best, left, several = best_trials(study), self.left(done), len(study.directions) > 1
         parts = [
             f"trial {done}" + (f"/{self.trials}" if self.trials else ""),
             line(trial.user_attrs.get("phase") or trial.user_attrs.get("operator") or "", 40),
             _outcome(trial),
-            f"best {best.value:.4f} (trial {best.number})" if best is not None else "",
+            f"best {best[0].values[0]:.4f} (trial {best[0].number})" if best and not several else "",
+            f"front of {len(best)}" if best and several else "",
             f"{timedelta(seconds=round(left))} left" if left is not None else "",
         ]
         return " · ".join(part for part in parts if part)
@@ -135,4 +136,7 @@ def _outcome(trial: FrozenTrial) -> str:
     if trial.state.name == "PRUNED":
         estimate = trial.user_attrs.get(ESTIMATE)
         return f"pruned, about {estimate:.4f}" if isinstance(estimate, float) else "pruned"
-    return "failed" if trial.value is None else f"loss {trial.value:.4f}"
+    if not trial.values:
+        return "failed"
+    several = len(trial.values) > 1
+    return ", ".join(f"{value:,.6g}" for value in trial.values) if several else f"loss {trial.values[0]:.4f}"

@@ -18,8 +18,10 @@ from moeopt.report.tables import Columns, table
 from moeopt.report.terminal.plans import plan_table
 from moeopt.showing import line
 from moeopt.study.reference import MOST_SHOWN, Reference, of_facts
-from moeopt.trials.description import COUNT, check_whole, full_model, held_facts, serving
+from moeopt.trials.description import COUNT, check_whole, full_model, held_facts, objective_names, serving
 from moeopt.trials.description import number as numeric
+from moeopt.trials.front import front
+from moeopt.trials.objectives import LOSS
 
 if TYPE_CHECKING:
     import optuna
@@ -37,7 +39,11 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
 
     about = check_whole(study)
     trials = study.get_trials(deepcopy=False)
-    ranked = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: (t.value, t.number))
+    names = objective_names(about)
+    ranked = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: (t.values, t.number))
+    best = front(study)  # of several objectives, all that is best
+    if len(names) > 1:
+        ranked = best
     phases: dict[str, list[FrozenTrial]] = {}
     for trial in trials:
         if trial.state.is_finished():
@@ -49,20 +55,19 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
             state: sum(t.state.name == name for t in trials)
             for state, name in (("done", "COMPLETE"), ("failed", "FAIL"), ("pruned", "PRUNED"), ("running", "RUNNING"))
         },
-        "best": trial_record(ranked[0]) if ranked else None,
+        "objectives": list(names),
+        "best": trial_record(best[0], names) if best else None,
         "phases": [
             {
                 "phase": phase,
                 "trials": len(members),
-                "best_loss": min(
-                    (t.value for t in members if t.state.name == "COMPLETE" and t.value is not None), default=None
-                ),
+                "best_loss": min((t.values[0] for t in members if t.state.name == "COMPLETE"), default=None),
                 "seconds": round(sum(numeric(t.user_attrs, "seconds") or 0.0 for t in members), 2),
                 "layer_tokens": sum(numeric(t.user_attrs, "layer_tokens") or 0 for t in members),
             }
             for phase, members in phases.items()
         ],
-        "top": [trial_record(trial) for trial in ranked[:top]],
+        "top": [trial_record(trial, names) for trial in ranked[:top]],
         "full_model": full_model(study.user_attrs, study.study_name),
         "held": held_facts(study.user_attrs, study.study_name),
         "serving": serving(study.user_attrs, study.study_name),
@@ -80,12 +85,12 @@ def study_summary(study: optuna.Study) -> dict[str, Any]:
         return {"name": study.study_name, "unreadable": str(error)}
 
 
-def trial_record(trial: FrozenTrial) -> dict[str, Any]:
-    """Number, loss and attributes of a completed trial."""
+def trial_record(trial: FrozenTrial, names: Sequence[str] = (LOSS,)) -> dict[str, Any]:
+    """Number, values and attributes of a completed trial of a study with these objectives."""
     attrs, parents = trial.user_attrs, trial.user_attrs.get("parents")
     return {
         "number": trial.number,
-        "loss": trial.value,
+        **dict(zip(names, trial.values)),
         "accuracy": numeric(attrs, "accuracy"),
         **{key: line(attrs[key], 40) if attrs.get(key) else None for key in ("phase", "operator", "method")},
         "parents": parents if isinstance(parents, list) and all(COUNT.holds(parent) for parent in parents) else None,
@@ -111,7 +116,7 @@ def studies_table(records: Sequence[dict[str, Any]], title: str) -> Table:
         [
             ("study", lambda record: line(record["name"], 80)),
             *((name, state(name)) for name in ("done", "pruned", "failed", "running")),
-            ("best loss", of_readable(lambda record: number(record["best"] and record["best"]["loss"]))),
+            ("best loss", of_readable(lambda record: number((record["best"] or {}).get(LOSS)))),
             ("sampler", lambda record: line(record["unreadable"]) if "unreadable" in record else sampler(record)),
             ("task", about("task", "name")),
             ("model", about("model", "name_or_path")),
@@ -149,29 +154,38 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
     phases: Columns = [
         ("phase", itemgetter("phase")),
         ("trials", lambda phase: str(phase["trials"])),
-        ("best loss", lambda phase: number(phase["best_loss"])),
+        (f"best {line(record['objectives'][0], 40)}", lambda phase: number(phase["best_loss"])),
         ("layer-tokens", lambda phase: f"{phase['layer_tokens']:,}"),
         ("seconds", lambda phase: number(phase["seconds"], 1)),
     ]
     columns: Columns = [
         ("trial", lambda trial: str(trial["number"])),
-        ("loss", lambda trial: number(trial["loss"])),
+        *((line(name, 40), _value(name)) for name in record["objectives"]),
         ("agreement" if is_label_free(about) else "accuracy", lambda trial: percent(trial["accuracy"])),
         ("operator", lambda trial: str(trial["method"] or trial["operator"] or "")),
         ("parents", lambda trial: " ".join(map(str, trial["parents"] or ()))),
         ("layer-tokens", lambda trial: f"{trial['layer_tokens'] or 0:,}"),
         ("seconds", lambda trial: number(trial["seconds"], 2)),
     ]
-    top = [] if full is None else [_as_trial(full)]
-    best = table("best trials", columns, [*top, *record["top"]], text=("operator", "parents"))
+    several = len(record["objectives"]) > 1
+    top = [] if full is None or several else [_as_trial(full)]
+    title, first = ("front, by its first objective", "first") if several else ("best trials", "best")
+    best = table(title, columns, [*top, *record["top"]], text=("operator", "parents"))
     parts: list[RenderableType] = [shown, table("phases", phases, record["phases"]), best]
     if plan is not None:
-        parts.append(plan_table(plan, f"plan of the best trial, {record['best']['number']}"))
+        parts.append(plan_table(plan, f"plan of the {first} trial, {record['best']['number']}"))
     if record["selection"] is not None:
         from moeopt.report.selection import view
 
         parts.append(view(record["selection"]))
     return Group(*parts)
+
+
+def _value(name: str) -> Callable[[dict[str, Any]], str]:
+    """A cell that shows what a trial gave of an objective."""
+    if name == "bytes":
+        return lambda trial: f"{trial[name]:,.0f}"
+    return lambda trial: number(trial[name])
 
 
 def _as_trial(full: Reference) -> dict[str, Any]:
