@@ -14,6 +14,7 @@ from moeopt.samplers.base import START, GenomeSampler
 from moeopt.samplers.blockcmaes import BlockCMAESSampler
 from moeopt.samplers.cmaes import CMAESSampler
 from moeopt.samplers.eep import EEPSampler
+from moeopt.samplers.evoesap import EvoESAPSampler
 from moeopt.samplers.guided import GUIDED, GuidedSampler
 from moeopt.samplers.local import LocalSampler
 from moeopt.samplers.nevergrad import NevergradSampler
@@ -38,6 +39,7 @@ SAMPLERS: dict[str, Callable[..., GenomeSampler]] = {
     "local": LocalSampler,
     GUIDED: GuidedSampler,
     "blockcmaes": BlockCMAESSampler,
+    "evoesap": EvoESAPSampler,
     "nsgaii": NSGASampler,
     "nsgaiii": NSGAIIISampler,
     "gp": GPSampler,

@@ -64,13 +64,14 @@ def wrapped(make: Callable[[], optuna.samplers.BaseSampler]) -> Make:
 
 MAKE: dict[str, Make] = {
     "eep": named("eep", initial=3, prune_until=6),
-    **{name: named(name) for name in SAMPLERS if name not in ("eep", "nevergrad", "gp")},
+    **{name: named(name) for name in SAMPLERS if name not in ("eep", "evoesap", "nevergrad", "gp")},
     "gp": named("gp", n_startup_trials=8),
     **{f"nevergrad:{o}": named(f"nevergrad:{o}") for o in ("DE", "OnePlusOne", "PSO", "NGOpt", "OldCMA", "NelderMead")},
     "optuna TPE": wrapped(lambda: optuna.samplers.TPESampler(multivariate=True, n_startup_trials=5)),
     "optuna NSGA-II": wrapped(lambda: optuna.samplers.NSGAIISampler(population_size=5)),
     "optuna QMC": wrapped(lambda: optuna.samplers.QMCSampler(seed=0)),
     "optuna nested": wrapped(lambda: optuna.samplers.PartialFixedSampler({}, optuna.samplers.RandomSampler())),
+    "evoesap": named("evoesap", population=8, elites=3),
 }
 
 TRIALS = {"tpe": 50, "optuna TPE": 50, "gp": 25}
