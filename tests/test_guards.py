@@ -16,6 +16,7 @@ from rich.console import Console
 
 import moeopt
 from moeopt import Guard, report
+from moeopt.cli import main
 from moeopt.errors import StorageError, StudyError
 from moeopt.results.front import front_of
 from moeopt.results.guarding import GuardJudge
@@ -409,3 +410,48 @@ def test_a_front_shows_guards_and_health_and_has_none_that_breaks_one(make: Call
     assert "guard text − full [95%]" in shown
     assert all(str(point.guards[0].change) in shown for point in made.judged)
     assert front_of(study, objective, methods=[], keeps=[KEEP]).evaluated == 0
+
+
+def test_a_worker_goes_on_with_guards(
+    make: Callable[..., Objective], model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    url = f"sqlite:///{tmp_path}/s.db"
+    guard = Guard(TEXT, limit=5)
+    searched(make(guard, prefix_memory=0), 2, url)
+    study = moeopt.run_worker(url, "s", model=tmp_path / "model", n_trials=5)
+    assert told(study) == told(searched(make(guard, prefix_memory=0), 5))
+
+
+def test_the_command_line_guards_a_search(
+    model: Any, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": e.prompt, "options": e.options, "answer": e.answer} for e in QUESTIONS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "texts.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"{i} lines of {i * i} " * 3}) for i in range(30))
+    )
+    search = [
+        "search", str(tmp_path / "model"), "--task", "multiple_choice", "--data", str(tmp_path / "rows.jsonl"),
+        "--study", "s", "--storage", f"sqlite:///{tmp_path}/s.db", "--keep", "2", "--space", "prune",
+        "--sampler", "random", "--warm-start", "none", "--no-held",
+    ]  # fmt: skip
+    texts = f"text={tmp_path / 'texts.jsonl'},window=40,name=lines"
+    assert "--guard must be TASK[=DATA]" in refused([*search, "--guard", "=texts.jsonl"])
+    assert "--guard must be NAME=VALUE, got 'window'" in refused([*search, "--guard", "text=texts.jsonl,window"])
+    assert "loss must be a finite number" in refused([*search, "--guard", f"{texts},loss=much"])
+    assert main([*search, "--trials", "3", "--guard", f"{texts},limit=4,loss=5"]) == 0
+    out, err = capsys.readouterr()
+    assert "guard lines: full model's loss" in err
+    assert "on 4 examples, 5 beyond it allowed" in err
+    assert "Guard lines holds: loss " in out
+    assert "on 4 search examples, 5 allowed" in out
+    assert main([*search, "--trials", "4", "--guard", f"{texts},limit=4,loss=5"]) == 0
+    capsys.readouterr()
+    assert main([*search, "--trials", "5"]) == 2
+    assert "cannot be resumed with something else. evaluation.guards" in capsys.readouterr().err
+    (made,) = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/s.db").trials[3:]
+    assert made.constraints["guard:lines"] < 0
