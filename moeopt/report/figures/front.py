@@ -72,9 +72,19 @@ def front(
         )  # fmt: skip
     spread = [row.y for row in table] + ([] if reference is None else [reference])
     log = min(spread) > 0 and max(spread) > 5 * min(spread)
-    of_y = {"title": {"text": style.safe(f"{y}, log scale" if log else y)}} | ({"type": "log"} if log else {})
+    of_y = {"title": {"text": style.safe(f"{y}, log scale" if log else y)}}
+    of_y |= {"type": "log", **_log_ticks(min(spread), max(spread))} if log else {}
     style.panel(figure, 0, 1, None, x={"title": {"text": style.safe(x)}}, y=of_y)
     return figure
+
+
+def _log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Ticks at 1, 2 and 5 times powers of ten, or of more than three decades at these alone."""
+    steps = (1, 2, 5) if high < 1000 * low else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    ticks = [tick for tick in ticks if low / 1.2 <= tick <= high * 1.2]
+    return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _row(i: int, row: Mapping[str, Any]) -> _Row:

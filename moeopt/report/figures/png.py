@@ -174,6 +174,7 @@ def _draw_axes(ax: Axes, layout: Any, suffix: str) -> None:
             axis.set_major_locator(MaxNLocator(spec.nticks))
         if spec.tickvals is not None:
             axis.set_ticks(list(spec.tickvals), labels=[_plain(text) for text in spec.ticktext])
+            axis.set_ticks([], minor=True)
             for label in axis.get_ticklabels():
                 label.set_parse_math(False)
         if spec.range is not None:

@@ -156,7 +156,7 @@ class Front:
     @property
     def sentences(self) -> list[str]:
         """What may be said of it."""
-        said = [f"{len(self.points)} of the study's trials are beaten by no other on the examples that it searched."]
+        said = [f"Trials that no other beats on the examples that were searched: {len(self.points)}."]
         if self.examples is None:
             return [*said, "On those examples all look better than they are: dev tells what is left of it."]
         if self.not_judged:
