@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -339,25 +340,48 @@ def test_what_fits_is_what_was_selected_or_else_the_best_on_search(
         fitting_trial(study, 5)
 
 
-def test_the_command_exports_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Any) -> None:
+@pytest.mark.slow
+def test_the_commands_lead_from_a_front_to_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[[list[str]], str]
+) -> None:
     model, tokenizer = moeopt.load(moeopt.demo.MODEL)
-    task = moeopt.demo.skill_task("caesar")
+    for split in ("search", "dev", "test"):
+        rows = moeopt.demo.skills.rows("caesar", split, 3)
+        lines = [json.dumps({key: row[key] for key in ("prompt", "options", "answer")}) for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    task = moeopt.tasks.get("multiple_choice", data=str(tmp_path), delimiter="")
     space = moeopt.PruneSpace.of(model, keep=2)
     objective = moeopt.Objective(model, tokenizer, task, space, limit=2, objectives=NAMES)
     url = f"sqlite:///{tmp_path}/study.db"
     study = searched(objective, url, trials=3)
     best = min(study.trials, key=lambda trial: trial.values[0])
-    where = ["export", str(moeopt.demo.MODEL), str(tmp_path / "small"), "--study", "trade-off", "--storage", url]
-    assert "several objectives" in refused(where).replace("2 objectives", "several objectives")
-    assert "--fit chooses a trial of --study" in refused([*where, "--trial", "1", "--fit", "24GB"])
-    assert "--uniform needs --study and --task" in refused([*where, "--uniform"])
-    assert "fits 1,000 bytes" in refused([*where, "--fit", "1kB"])
-    assert main([*where, "--fit", "24MB"]) == 0
+    of_task = ["--task", "multiple_choice", "--data", str(tmp_path), "--task-option", "delimiter="]
+    where = ["--storage", url]
+    full = str(moeopt.demo.MODEL)
+
+    asked = ["--model", full, *of_task, "--methods", "reap", "--dev-limit", "2", "--out", str(tmp_path / "front.csv")]
+    assert main(["front", "trade-off", *where, *asked]) == 0
+    out = capsys.readouterr().out
+    assert "reap, 2 of 8" in out
+    assert shlex.join(["--study", "trade-off", *of_task, "--loss-within", "0.01"]) in " ".join(out.split())
+    assert len((tmp_path / "front.csv").read_text().splitlines()) == 2 + 1 + len(front_of(study).points)
+
+    export = ["export", full, str(tmp_path / "small"), "--study", "trade-off", *where]
+    assert "2 objectives and no best trial" in refused(export)
+    assert "--fit chooses a trial of --study" in refused([*export, "--trial", "1", "--fit", "24GB"])
+    assert "--uniform needs --study and --task" in refused([*export, "--uniform"])
+    assert "fits 1,000 bytes" in refused([*export, "--fit", "1kB"])
+    assert main([*export, "--fit", "24MB"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert f"trial {best.number} of trade-off (loss {best.values[0]:.4f}, bytes {best.values[1]:,.0f})" in out
     record = json.loads((tmp_path / "small" / "moeopt.json").read_text())
     assert record["trial"]["number"] == best.number
     assert [record["trial"][name] for name in NAMES] == best.values
+
+    export[2] = str(tmp_path / "uniform")
+    assert main([*export, "--fit", "24MB", "--uniform", *of_task, "--dev-limit", "2"]) == 0
+    assert "2 experts in every layer, the best of " in capsys.readouterr().out
+    assert "uniform" in json.loads((tmp_path / "uniform" / "moeopt.json").read_text())["about"]
 
 
 # Refusals and files ---------------------------------------------------------------------------------------------------
@@ -404,6 +428,45 @@ def test_damaged_one_shot_plans_are_named(study: optuna.Study, objective: moeopt
         write_study(study, genome.pack(key, np.array(numbers, dtype=np.float32)))
         with pytest.raises(StorageError, match="is damaged: it holds no 3 experts for 2 layers"):
             front_of(study, objective, methods=["reap"], keeps=[3])
+
+
+@pytest.mark.parametrize(
+    ("objectives", "values", "system", "said"),
+    [
+        (["loss"], (0.1, 2.0), {}, "does not minimize 'loss'"),
+        (["loss", "bites"], (0.1, 2.0), {}, "an objective is one of"),
+        (["loss", "metric"], (0.1, 2.0), {}, "does not minimize 'loss' and maximize 'metric'"),
+        (["loss", 7], (0.1, 2.0), {}, r"evaluation\.objectives\[1\] must be text, got 7"),
+        ([*NAMES], (0.1, 2.0), {"constraints:bytes <= 1": "much"}, "must be a number, got 'much'"),
+        ([*NAMES], (float("inf"), 2.0), {}, "has no complete trial that keeps its constraints yet"),
+        ([*NAMES], (0.1, 2.0), {"constraints:bytes <= 1": float("nan")}, "has no complete trial that keeps its"),
+    ],
+)
+def test_what_others_wrote_is_one_error(
+    objective: moeopt.Objective, objectives: list[Any], values: tuple[float, float], system: Any, said: str
+) -> None:
+    study = moeopt.create_study(objective=objective, storage=None, sampler="random")
+    about = study.user_attrs["moeopt"]
+    study.set_user_attr("moeopt", {**about, "evaluation": {**about["evaluation"], "objectives": objectives}})
+    study.add_trial(optuna.trial.create_trial(values=values, system_attrs=system))
+    with pytest.raises(StudyError, match=said):
+        front_of(study)
+
+
+def test_names_of_others_are_shown_as_plain_text(objective: moeopt.Objective, tmp_path: Path) -> None:
+    study = moeopt.create_study(objective=objective, storage=None, sampler="random")
+    about = study.user_attrs["moeopt"]
+    names = ["loss:\x1b[31m<script>[bold]", "bytes"]
+    study.set_user_attr("moeopt", {**about, "evaluation": {**about["evaluation"], "objectives": names}})
+    study.add_trial(optuna.trial.create_trial(values=(0.1, 2.0)))
+    front = front_of(study)
+    console = Console(width=150, file=io.StringIO())
+    console.print(report.view(front))
+    report.save(front, tmp_path / "front.html")
+    for text in (console.file.getvalue(), (tmp_path / "front.html").read_text()):  # type: ignore[attr-defined]
+        assert "\x1b" not in text
+        assert "[bold]" in text
+    assert "<script>[bold]" not in text
 
 
 def test_it_is_shown_and_written(made: tuple[optuna.Study, Front], tmp_path: Path) -> None:

@@ -95,5 +95,7 @@ def front(
         report.save(made, path)
         console.say(f"wrote {path}")
     if model is not None and len(made.objectives) > 1:
-        place = shlex.join([*arguments.storage_again(storage), "--study", study, "--task", str(task)])
-        console.say(f"  moeopt select {shlex.quote(model)} {place} --fit 24GB   # or --loss-within 0.01")
+        words = [model, *arguments.storage_again(storage), "--study", study, "--task", str(task)]
+        words += ["--data", data] if data is not None else []
+        words += [word for option in task_option or () for word in ("--task-option", option)]
+        console.say(f"  moeopt select {shlex.join(words)} --loss-within 0.01  # or --fit SIZE")
