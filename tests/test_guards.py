@@ -387,6 +387,10 @@ def test_the_health_of_the_winner_is_in_the_verdict(make: Callable[..., Objectiv
     assert f"Health: {chosen.health['told']}." in chosen.sentences
     study.set_user_attr("selection", {**chosen.record, "health": {**chosen.health, "told": "as it was"}})
     assert selected(make(), study, health=True).health["told"] == "as it was"
+    for hostile in (3, {}, {**chosen.health, "told": 3}):
+        study.set_user_attr("selection", {**chosen.record, "health": hostile})
+        with pytest.raises(StudyError, match=r"selection\.health"):
+            selected(make(), study, health=True)
     assert "health" not in selected(make(), study).record
 
 

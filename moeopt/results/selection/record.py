@@ -315,6 +315,7 @@ def look_warning(looks: int) -> str:
 
 INTERVAL = {"mean": NUMBER, "low": NUMBER, "high": NUMBER}
 SPLIT = {"count": COUNT, "of": TEXT}
+HEALTH = {"plan": TEXT, "of": TEXT, "told": TEXT, "verdict": TEXT}
 RECORD = {
     "metric": TEXT, "settings": {"stock_only": FLAG}, "examples": {TEXT: SPLIT},
     "candidates": {
@@ -324,7 +325,7 @@ RECORD = {
     WINNER: COUNT, SEARCH_BEST: COUNT, "plans": {TEXT: TEXT},
     "scores": {split: {TEXT: {TEXT: NUMBER}} for split in ("search", "dev", "test")},
     "test_minus": {TEXT: {TEXT: INTERVAL}}, "verdict": TEXT, "sentences": [TEXT], "warnings": [TEXT], "looks": COUNT,
-    "good": Maybe(FLAG), "health": Maybe({"told": TEXT, "verdict": TEXT}),
+    "good": Maybe(FLAG), "health": Maybe(HEALTH),
 }  # fmt: skip
 """Form of `Selection.record`, as far as it is read again."""
 

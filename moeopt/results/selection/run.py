@@ -18,6 +18,7 @@ from moeopt.results.selection.checks import TOP, check, check_arguments, check_g
 from moeopt.results.selection.evaluating import StudyEvaluators
 from moeopt.results.selection.record import (
     FULL,
+    HEALTH,
     SEARCH_BEST,
     SELECTION,
     WINNER,
@@ -30,6 +31,7 @@ from moeopt.results.steps import Progress, Steps
 from moeopt.statistics import paired_bootstrap
 from moeopt.study.guards import broken
 from moeopt.study.objective import Objective
+from moeopt.trials.description import check as check_form
 from moeopt.trials.objectives import size_of
 
 if TYPE_CHECKING:
@@ -204,9 +206,11 @@ class _Judging:
     def health(self, study: optuna.Study, check: HealthCheck, plan: Plan) -> dict[str, Any]:
         """The record of the winner's health report: that of the study's latest selection, where it is of the same."""
         self.steps("health")
-        earlier = (recorded(study) or {}).get("health")
-        if isinstance(earlier, dict) and (earlier.get("plan"), earlier.get("of")) == (plan.fingerprint, check.of):
-            return earlier
+        earlier: dict[str, Any] | None = (recorded(study) or {}).get("health")
+        if earlier is not None:
+            check_form(earlier, HEALTH, f"study {study.study_name!r}: {SELECTION}.health")
+            if (earlier["plan"], earlier["of"]) == (plan.fingerprint, check.of):
+                return earlier
         return check(plan).record
 
     def compared(
