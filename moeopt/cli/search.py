@@ -327,6 +327,9 @@ def search(
     if best is None:
         bounds = " and ".join([*constraints, *(f"its guard {guard.name}" for guard in guards)])
         out.say(f"{finished(record)} trials done, and none gave a finite loss{bounds and ' within ' + bounds}")
+        done = [trial for trial in record.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+        for trial in sorted(done, key=lambda t: sum(max(0.0, value) for value in t.constraints.values()))[:1]:
+            out.say(*(f"the nearest, trial {trial.number}: {each}" for each in changes(record, trial)))
         return
     accuracy = best.user_attrs.get("accuracy")
     weighed = active_weight * best.user_attrs.get("active", 0.0)

@@ -17,10 +17,11 @@ from moeopt.report.formatting import DASH, number, percent
 from moeopt.report.tables import Columns, table
 from moeopt.report.terminal.plans import plan_table
 from moeopt.showing import line
+from moeopt.study.guards import changes
 from moeopt.study.reference import MOST_SHOWN, Reference, of_facts
 from moeopt.trials.description import COUNT, check_whole, full_model, held_facts, objective_names, serving
 from moeopt.trials.description import number as numeric
-from moeopt.trials.front import front
+from moeopt.trials.front import front, is_feasible
 from moeopt.trials.objectives import LOSS
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
     about = check_whole(study)
     trials = study.get_trials(deepcopy=False)
     names = objective_names(about)
-    ranked = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: (t.values, t.number))
+    done = [t for t in trials if t.state.name == "COMPLETE"]
+    ranked = sorted(done, key=lambda t: (not is_feasible(t), t.values, t.number))
     best = front(study)  # of several objectives, all that is best
     if len(names) > 1:
         ranked = best
@@ -57,6 +59,7 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
         },
         "objectives": list(names),
         "best": trial_record(best[0], names) if best else None,
+        "guards": [{**each.record, "told": str(each)} for each in (changes(study, best[0]) if best else ())],
         "phases": [
             {
                 "phase": phase,
@@ -93,6 +96,7 @@ def trial_record(trial: FrozenTrial, names: Sequence[str] = (LOSS,)) -> dict[str
         **dict(zip(names, trial.values)),
         "accuracy": numeric(attrs, "accuracy"),
         **{key: line(attrs[key], 40) if attrs.get(key) else None for key in ("phase", "operator", "method")},
+        "breaks": [name for name, value in trial.constraints.items() if not value <= 0],
         "parents": parents if isinstance(parents, list) and all(COUNT.holds(parent) for parent in parents) else None,
         **{key: numeric(attrs, key) for key in ("drift", "active", "seconds", "tokens", "layer_tokens")},
     }
@@ -135,6 +139,8 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
     lines = [("study", f"{line(record['name'])}: {trials}"), *facts(about)]
     lines.append(("full model", "not scored" if full is None else str(full)))
     lines += [("", line(warning, 1000)) for warning in (() if full is None else full.warnings[:MOST_SHOWN])]
+    for guard in record["guards"]:
+        lines.append(("best trial", guard["told"]))
     if record["held"] is not None:
         from moeopt.results.selection.gains import Held
 
@@ -149,7 +155,7 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         lines.append(("foreign", f"another sampler than the study's made trials {numbers}"))
     for label, text in lines:
         shown.add_row(Text(label, style="bold"), Text(text, style="" if label else "yellow"))
-    if record["best"] is None:
+    if not record["top"]:
         return Group(shown, Text("no trial is finished yet"))
     phases: Columns = [
         ("phase", itemgetter("phase")),
@@ -158,7 +164,7 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         ("layer-tokens", lambda phase: f"{phase['layer_tokens']:,}"),
         ("seconds", lambda phase: number(phase["seconds"], 1)),
     ]
-    columns: Columns = [
+    columns = [
         ("trial", lambda trial: str(trial["number"])),
         *((line(name, 40), _value(name)) for name in record["objectives"]),
         ("agreement" if is_label_free(about) else "accuracy", lambda trial: percent(trial["accuracy"])),
@@ -167,10 +173,12 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
         ("layer-tokens", lambda trial: f"{trial['layer_tokens'] or 0:,}"),
         ("seconds", lambda trial: number(trial["seconds"], 2)),
     ]
+    if any(trial["breaks"] for trial in record["top"]):
+        columns.append(("breaks", lambda trial: ", ".join(line(name, 60) for name in trial["breaks"] or ())))
     several = len(record["objectives"]) > 1
     top = [] if full is None or several else [_as_trial(full)]
     title, first = ("front, by its first objective", "first") if several else ("best trials", "best")
-    best = table(title, columns, [*top, *record["top"]], text=("operator", "parents"))
+    best = table(title, columns, [*top, *record["top"]], text=("operator", "parents", "breaks"))
     parts: list[RenderableType] = [shown, table("phases", phases, record["phases"]), best]
     if plan is not None:
         parts.append(plan_table(plan, f"plan of the {first} trial, {record['best']['number']}"))
@@ -190,5 +198,5 @@ def _value(name: str) -> Callable[[dict[str, Any]], str]:
 
 def _as_trial(full: Reference) -> dict[str, Any]:
     values = {"number": "full model", "loss": full.loss + full.penalty, "accuracy": full.accuracy}
-    none = dict.fromkeys(("method", "operator", "parents"))
+    none = dict.fromkeys(("method", "operator", "parents", "breaks"))
     return {**values, **none, "layer_tokens": full.layer_tokens, "seconds": full.seconds}
