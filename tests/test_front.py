@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from browser import Browser, browser  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -428,6 +429,17 @@ def test_damaged_one_shot_plans_are_named(study: optuna.Study, objective: moeopt
         write_study(study, genome.pack(key, np.array(numbers, dtype=np.float32)))
         with pytest.raises(StorageError, match="is damaged: it holds no 3 experts for 2 layers"):
             front_of(study, objective, methods=["reap"], keeps=[3])
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_its_page_draws(made: tuple[optuna.Study, Front], tmp_path: Path, browser: Browser, dark: bool) -> None:  # noqa: F811
+    report.save(made[1], tmp_path / "front.html")
+    with browser.open((tmp_path / "front.html").as_uri(), dark=dark, width=1280) as tab:
+        assert tab.traces("#front") == 1 + len(ONE_SHOTS["methods"]) + 1  # the search, and the full model's level
+        assert tab.traces("#growth") == 1
+        assert tab.page.locator("tbody tr").count() == len(made[1].everything)
+        paper = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (paper == "rgb(255, 255, 255)") != dark
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def page(front: Front) -> str:
     heads, cells = zip(*columns(front))
     rows = [[pages.escape(cell(point)) for cell in cells] for point in front.everything]
     title = f"Front of {line(front.study, 80)}"
-    described = [*facts(front.description), ("objectives", ", ".join(front.objectives))]
+    described = facts(record(front)["description"])
     about = "".join(f"<div><dt>{key}</dt><dd>{pages.escape(text, 150)}</dd></div>" for key, text in described)
     body = [
         f"<header><h1>{pages.escape(title, 90)}</h1><dl>{about}</dl></header>",

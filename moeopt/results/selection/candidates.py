@@ -98,9 +98,17 @@ def ranked_trials(
     ranked: dict[str, Ranked] = {}
     sized: dict[str, float] = {}
     losses = {trial.number: search_loss(trial, names) for trial in completed(study)}
-    for trial in sorted(completed(study), key=lambda t: (losses[t.number], t.number)):
+    trials = sorted(completed(study), key=lambda t: (losses[t.number], t.number))
+    noted = [noted_bytes(trial, names) for trial in trials]
+    if not everything and not stock_only and None not in noted:  # of the others no plan is decoded
+        at = np.array([[size, losses[trial.number]] for size, trial in zip(noted, trials)], dtype=np.float64)
+        trials = [trials[i] for i in sorted(nondominated(at))]
+    for trial in trials:
         if everything and len(ranked) == top:
             break
+        size = noted_bytes(trial, names)
+        if most is not None and size is not None and size > most:
+            continue
         plan = space.plan(trial)
         if plan.fingerprint in ranked or (stock_only and why_not_stock(plan)):
             continue
