@@ -80,7 +80,7 @@ def test_resumed_is_uninterrupted_and_better_than_its_start(sampler: str, make: 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ABLE])
 def test_samplers_of_one_objective_say_so_at_once(sampler: str, make: Any) -> None:
     named = "nevergrad:DE" if sampler == "nevergrad" else sampler
-    with pytest.raises(SamplerError, match="optimises one objective, the study has 2; several are for nsgaii"):
+    with pytest.raises(SamplerError, match="optimises one objective, the study has 2; several are for guided"):
         moeopt.create_study(objective=make(), sampler=named)
 
 

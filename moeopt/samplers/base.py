@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 START = "start"
 """Operator of a search's own first trial, its start."""
 
-SEVERAL = "nsgaii, nsgaiii, tpe, gp, random and Optuna's own samplers"
+SEVERAL = "guided, local, nsgaii, nsgaiii, tpe, gp, random and Optuna's own samplers"
 
 _asking = threading.RLock()
 """Threads of one process ask one after the other, so that each sees what the others already try."""

@@ -17,6 +17,10 @@ quarter of what was predicted, and is halved when it gains nothing.
 Where `patience` such trials after another gained nothing since the last guide, their gains compete with those of
 `local`'s moves in a bandit; without a guide, where nothing is kept as it is, and in spaces that hold no prunings, the
 search is `local`.
+
+Where a space searches how many experts groups keep, experts are dropped and taken back as well, one step after another
+(`moeopt.samplers.steps`), under its total. Of several objectives a slot minimises its own function of them
+(`moeopt.samplers.tradeoffs`): a walk along the front, by the guide of the pruning that is nearest to its parent.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from moeopt.samplers.base import Proposal
 from moeopt.samplers.checks import check_counts
 from moeopt.samplers.history import Observation, noted
 from moeopt.samplers.local import LocalSampler
+from moeopt.samplers.steps import Floats, Goal, Steps
 from moeopt.spaces.base import Space
 
 GUIDED = "guided"
@@ -50,6 +55,11 @@ WIDER = 0.25
 """What every further draw of a proposal adds to the prior's spread, in parts of it."""
 INTERACTION = 0.5
 """Standard deviation of the noise, in the prior's of what differs."""
+
+LOCAL = 0.2
+"""The share of local moves where there are several objectives."""
+STARTS = 4
+"""Groups, from the first on, at which walks are tried to begin."""
 
 Values = NDArray[np.floating[Any]]
 
@@ -86,15 +96,19 @@ class GuidedSampler(LocalSampler):
         super().__init__(space, seed=seed, redraw=redraw, start=start, population=population, fade=fade, moves=moves)
         check_counts({"patience": patience, **({} if radius is None else {"radius": radius})})
         self.radius, self.patience = radius, patience
+        self._slopes: dict[int, float] = {}
         self._rows: dict[str, NDArray[np.bool_] | None] = {}
 
     def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         rng = self.rng(slot, attempt)
-        parent, model = self.parent(rng, history), self.model(history)
+        parent = self.parent(rng, history)
+        model = self.model(history, parent)
         if parent is not None and model is not None and self.trusts(rng, history):
             # Draws that agree on a plan which the study holds already are made from a wider belief.
             widen = 1 + WIDER * attempt
-            proposal = self.swapped(rng, parent, model, self.reach(history, model.since), widen)
+            self._slopes = {} if self.goal is None else self._fit_slopes(history)
+            change = self.swapped if self.space.keep_range is None and self.goal is None else self.walked
+            proposal = change(rng, parent, model, self.reach(history, model.since), widen)
             if proposal is not None:
                 return proposal
         return super().search(history, slot, attempt)
@@ -112,6 +126,8 @@ class GuidedSampler(LocalSampler):
     def trusts(self, rng: np.random.Generator, history: list[Observation]) -> bool:
         """Whether the next trial is a guided one."""
         by_slot, whole = {obs.slot: obs for obs in history}, most_tokens(history)
+        if self.goal is not None:  # what another slot gained is told by another goal
+            return rng.random() >= LOCAL
         tried = [t for t in history if self.is_ours(t) and (t.loss is not None or t.failed)]
         plays = [(self.is_guided(t), gain(t, by_slot.get(t.notes["parent"])), self.cost(t, whole)) for t in tried]
         guide = max((obs.slot for obs in history if obs.guide is not None), default=-1)
@@ -129,16 +145,25 @@ class GuidedSampler(LocalSampler):
                 self._rows[obs.fingerprint] = None
         return self._rows[obs.fingerprint]
 
-    def model(self, history: list[Observation]) -> _Model | None:
-        """What the last guide, and the trials so far, tell of the values of experts; None without a guide."""
+    def model(self, history: list[Observation], parent: Observation | None = None) -> _Model | None:
+        """What a guide, and the trials so far, tell of the values of experts; None without a guide.
+
+        It is the last one, or, of several objectives, that of the pruning which the parent is least different from.
+        """
         if "prune" not in self.space.phases:
             return None
         rows: dict[str, NDArray[np.bool_]] = {}
         losses: dict[str, float] = {}
         for obs in history:
-            if obs.loss is not None and obs.fingerprint not in rows and (kept := self.rows(obs)) is not None:
-                rows[obs.fingerprint], losses[obs.fingerprint] = kept, obs.loss
-        for obs in reversed(history):
+            loss = obs.loss if self.goal is None or obs.values is None else obs.values[self.loss_at]
+            if loss is not None and obs.fingerprint not in rows and (kept := self.rows(obs)) is not None:
+                rows[obs.fingerprint], losses[obs.fingerprint] = kept, loss
+        guided = [obs for obs in reversed(history) if obs.guide is not None]
+        near = None if self.goal is None or parent is None else rows.get(parent.fingerprint)
+        if near is not None:
+            guided = [obs for obs in guided if obs.guide is not None and obs.guide.plan in rows]
+            guided.sort(key=lambda obs: int((rows[obs.guide.plan] != near).sum()) if obs.guide else 0)
+        for obs in guided:
             if obs.guide is not None and obs.guide.plan in rows:
                 signed, squared = (
                     np.stack([part[first : last + 1].sum(0) for first, last in self.space.groups]).astype(np.float64)
@@ -158,6 +183,8 @@ class GuidedSampler(LocalSampler):
         by_slot = {obs.slot: obs for obs in history}
         most = len(self.space.groups)
         radius = max(1, most // 2) if self.radius is None else min(self.radius, most)
+        if self.goal is not None:  # steps; along a front they are many
+            return radius if self.radius is not None else max(most, most * self.space.shape.experts // 8)
         for obs in history:
             if self.is_guided(obs) and obs.slot > since and (obs.loss is not None or obs.failed):
                 won, predicted = gain(obs, by_slot.get(obs.notes["parent"])), obs.notes.get("predicted")
@@ -166,6 +193,64 @@ class GuidedSampler(LocalSampler):
                 elif won == 0:
                     radius = max(1, radius // 2)
         return radius
+
+    @property
+    def loss_at(self) -> int:
+        """Which of the objectives is the loss; the first where the study does not say."""
+        return self.history.loss_at
+
+    def walked(
+        self, rng: np.random.Generator, parent: Observation, model: _Model, radius: int, widen: float = 1.0
+    ) -> Proposal | None:
+        """The parent after a walk that gains most by a draw, per layer that is run again; None where none gains.
+
+        Of several objectives those beside the loss are taken for proportional to the experts that are kept.
+        """
+        kept = self.rows(parent)
+        if kept is None:
+            return None
+        drawn, mean = model.draw(rng, widen).reshape(kept.shape), model.mean().reshape(kept.shape)
+        goal, layers = self._goal(parent), self.space.shape.layers
+        steps, count = Steps(self.space, np.asarray(drawn, dtype=np.float64)), len(kept)
+        starts = sorted({count * part // STARTS for part in range(STARTS)})
+        walks = [(self.space.groups[first][0], steps.walk(kept, goal, first, radius)) for first in starts]
+        rates = [walk.gained / (layers - first) for first, walk in walks]
+        _, best = walks[int(np.argmax(rates))]
+        if not best.groups.size:
+            return None
+        differ = np.where(best.kept == kept, 0.0, np.where(best.kept, 1.0, -1.0))
+        notes = {
+            "first": int(best.groups[0]), "width": len(best.groups), "parent": parent.slot,
+            "predicted": -float((differ * mean).sum()),
+        }  # fmt: skip
+        x = self.space.with_kept(parent.x, best.kept, best.groups)
+        return Proposal(x, GUIDED, (parent.number,), "prune", notes)
+
+    def _goal(self, parent: Observation) -> Goal:
+        """What a walk from a parent minimises."""
+        chosen, values = self.goal, parent.values
+        if chosen is None or values is None:
+            return lambda loss, experts: loss
+        at = self.loss_at
+
+        def goal(loss: Floats, experts: NDArray[np.int64]) -> Floats:
+            reached = np.tile(np.array(values), (len(loss), 1))
+            reached[:, at] += loss
+            for i, slope in self._slopes.items():
+                reached[:, i] += slope * experts
+            return chosen(reached)
+
+        return goal
+
+    def _fit_slopes(self, history: Sequence[Observation]) -> dict[int, float]:
+        """What one more expert adds to each objective but the loss, by its place: least squares over the trials."""
+        ended = [obs for obs in history if obs.values is not None]
+        layers = np.array([last - first + 1 for first, last in self.space.groups])
+        experts = np.array([float(self.space.counts(obs.x) @ layers) for obs in ended])
+        spread = experts - experts.mean()
+        at = np.array([obs.values for obs in ended], dtype=np.float64)
+        square = float(spread @ spread) or 1.0
+        return {i: float(spread @ at[:, i]) / square for i in range(at.shape[1]) if i != self.loss_at}
 
     def swapped(
         self, rng: np.random.Generator, parent: Observation, model: _Model, radius: int, widen: float = 1.0

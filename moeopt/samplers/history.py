@@ -16,6 +16,7 @@ from moeopt.trials import description, genome, guide
 from moeopt.trials.description import ENQUEUED
 from moeopt.trials.genome import Vector
 from moeopt.trials.guide import Guide
+from moeopt.trials.objectives import LOSS
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -64,18 +65,22 @@ class History:
     """Reads the finished and running trials of studies of a space that hold a genotype; finished ones once.
 
     Attributes:
-        objectives: of the study that was read last.
+        objectives: how many the study has that was read last.
+        loss_at: which of them is the loss; the first where the study does not say.
     """
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        self.objectives = 1
+        self.objectives, self.loss_at = 1, 0
         self._observations: dict[tuple[str, int, datetime | None], Observation] = {}
 
     def __call__(self, study: Study, trials: list[FrozenTrial], *, without: int) -> list[Observation]:
         """All but the trial of number `without`, by slot; each slot once, the finished one first."""
         signs = [-1.0 if each == StudyDirection.MAXIMIZE else 1.0 for each in study.directions]
         self.objectives = len(signs)
+        if self.objectives > 1:
+            names = description.objective_names(study.user_attrs.get(description.DESCRIPTION) or {})
+            self.loss_at = names.index(LOSS) if LOSS in names else 0
         by_slot: dict[int, Observation] = {}
         retries = [trial for trial in trials if trial.system_attrs.get(genome.RETRIES)]
         for trial in trials:

@@ -3,7 +3,8 @@
 A trial whose plan first differs from its parent's at layer l runs only the layers from l on (prefix reuse), so a change
 near the end is cheap. A proposal changes one window of consecutive groups of one parent, drawn uniformly from the
 `population` best trials; one is hill climbing. The best of many noisy losses is a lucky one that hardly any child
-beats, so a parent's loss counts for more with every child it has (`fade`).
+beats, so a parent's loss counts for more with every child it has (`fade`). Of several objectives every slot minimises
+another weighted sum (`moeopt.samplers.tradeoffs`), in place of the loss.
 
 What to change is the choice of a bandit (see `moeopt.samplers.bandit`): an arm is (move, groups in the window, band of
 depth in which it begins), its reward max(0, parent's loss - trial's loss), its cost the layers run. Moves are those of
@@ -27,6 +28,7 @@ from moeopt.samplers.base import Proposal, StartingSampler
 from moeopt.samplers.checks import check_at_least_0, check_counts, check_positive
 from moeopt.samplers.history import Observation, noted
 from moeopt.samplers.moves import ACTIVE, MAPPING, MOVES, NOISY, usual_moves
+from moeopt.samplers.tradeoffs import Scalarisation, scalarisation, scalarised
 from moeopt.spaces.base import Space
 from moeopt.trials.genome import Vector
 
@@ -68,7 +70,7 @@ class LocalSampler(StartingSampler):
         SpaceError: when `start` is not of this space.
     """
 
-    name, operators = "local", (*MOVES, ACTIVE)
+    name, operators, several = "local", (*MOVES, ACTIVE), True
     options: tuple[str, ...] = ("population", "fade", "bands", "sigma", "p_entry", "prior", "memory", "widths", "moves")
 
     def __init__(
@@ -103,6 +105,8 @@ class LocalSampler(StartingSampler):
         self.moves = tuple(move for move in moves if move in able)
         if not self.moves or set(moves) - {*MOVES, ACTIVE}:
             raise SamplerError(f"moves must be some of {', '.join(able)} for this space, got {list(moves)}")
+        self.goal: Scalarisation | None = None
+        """What the slot that is asked for minimises, where there are several objectives."""
         self.population, self.bands, self.p_entry = population, bands, p_entry
         self.fade, self.sigma, self.prior, self.memory = float(fade), float(sigma), float(prior), float(memory)
         most = max(len(self.groups(move)) for move in self.moves)
@@ -114,6 +118,10 @@ class LocalSampler(StartingSampler):
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | ({} if self.given else {"start": None})
+
+    def propose(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
+        self.goal = scalarisation(history, slot, self.seed) if self.history.objectives > 1 else None
+        return super().propose(history if self.goal is None else scalarised(history, self.goal), slot, attempt)
 
     def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
         rng = self.rng(slot, attempt)
