@@ -12,8 +12,8 @@ gauss_newton 3, or output, sum |g_t| |dy_t|^2, times the layer's mean |g_t|. (Hi
 derivatives shrink as much: without that factor late layers would count for more.) Which of them, the true loss on the
 last quarter of the calibration examples tells, as for `loss_aware`, under the plans that each makes of the others.
 
-What is gained grows with what is dropped: on FineMoE nothing at 24 or 16 of 32 experts, a quarter of the loss that
-pruning costs at 8 (docs/tradeoffs.md).
+What is gained grows with what is dropped: on FineMoE nothing at 24 of 32 experts, a fifth of the loss that pruning
+costs at 16 and 8, a third at 6 (docs/tradeoffs.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from moeopt.errors import MethodError, ModelError
 from moeopt.methods.base import Budget, Groups, MethodPlan, ranges_of
-from moeopt.methods.kept_sets import KeptSet, descended
+from moeopt.methods.kept_sets import KeptSet
 from moeopt.methods.loss_aware import LossAware, Search
 from moeopt.methods.set_changes import DEFAULT, RULES, Changes
 from moeopt.methods.statistics import Array
@@ -130,7 +130,7 @@ def allocated(
     }
     name = search.chosen({name: search.judged(search.plan(kept)) for name, kept in made.items()})
     kept = [
-        _swapped(changes, members, name, budget)
+        changes.swapped(members, RULES[name])
         for changes, members in zip(whole, _Layers(name, whole, options, unit).fitting(weights, capacity))
     ]
     thinned = f", of every {search.every}th token" if search.every > 1 else ""
@@ -224,17 +224,3 @@ def cheapest(costs: Sequence[Array], weights: Sequence[NDArray[np.int64]], capac
         picks.append(int(option[at]))
         at -= int(group_weights[picks[-1]])
     return picks[::-1]
-
-
-def _swapped(changes: Changes, kept: KeptSet, name: str, budget: Budget) -> KeptSet:
-    """A set that no swap of one expert betters, from this one on."""
-    if len(kept) == budget.experts:
-        return kept
-
-    def of_sets(sets: list[KeptSet]) -> Array:
-        return RULES[name](changes.of_sets(sets))
-
-    def toggled(base: KeptSet, experts: KeptSet) -> Array:
-        return RULES[name](changes.toggled(base, experts))
-
-    return descended(kept, budget, of_sets, toggled)[1]

@@ -176,13 +176,18 @@ class Changes:
         if self.all_sets is not None:
             return self.all_sets.sets[int(rule(self.all_sets).argmin())]
 
+        kept = eliminated(self.now, self.budget, lambda base, experts: rule(self.toggled(base, experts)))
+        return self.swapped(kept, rule)
+
+    def swapped(self, kept: KeptSet, rule: Rule) -> KeptSet:
+        """A set that no swap tried betters, from this one on, where products are held."""
+
         def of_sets(sets: list[KeptSet]) -> Array:
             return rule(self.of_sets(sets))
 
         def toggled(base: KeptSet, experts: KeptSet) -> Array:
             return rule(self.toggled(base, experts))
 
-        kept = eliminated(self.now, self.budget, toggled)
         return descended(kept, self.budget, of_sets, toggled)[1]
 
 

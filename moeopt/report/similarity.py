@@ -23,7 +23,7 @@ FORMAT, VERSION = "moeopt-similarity", 1
 SUFFIXES = (".html", ".csv", ".json", ".png")
 MEASURES: dict[Measure, str] = {
     "picks": "picks shared",
-    "kept": "kept experts shared",
+    "kept": "kept shared",
     "rank": "rank correlation",
 }
 STYLES = {"stands for": "green", "unclear": "yellow", "differs": "red"}
