@@ -466,3 +466,18 @@ def test_the_command_line_guards_a_search(
     shown = " ".join(capsys.readouterr().out.split())
     assert "best trial guard lines holds: loss " in shown
     assert shown.count("guard:lines") == 1  # which the trial that was added breaks, and so is not the best
+
+
+def test_merged_experts_are_made_once_for_task_and_guards(model: Any, tiny_tokenizer: Any) -> None:
+    around = moeopt.Plan.one_hot([(0, 1), (2, 3)], experts=4, k=2)
+    space = moeopt.MergeSpace.of(model, around=around)
+    merges = []
+    given: tuple[Guard, ...]
+    for given in ((), (Guard(TEXT, limit=3), Guard(TASK, loss=0.0, name="again"))):
+        objective = Objective(model, tiny_tokenizer, TASK, space, guards=given, prefix_memory=0)
+        study = searched(objective, 3)
+        merges.append(objective.evaluator.passes.cache.merges)
+    full = objective.evaluator.evaluate().loss
+    gaps = [trial.constraints["guard:again"] for trial in study.trials]
+    assert gaps == pytest.approx([float(trial.values[0]) - full for trial in study.trials], abs=1e-6)
+    assert merges[0] == merges[1] > 0

@@ -12,6 +12,7 @@ from moeopt.statistics import Interval, paired_bootstrap
 from moeopt.study import recipe
 from moeopt.study.guards import Guard, Guarded, guards_of
 from moeopt.study.objective import Objective
+from moeopt.trials.description import described
 
 if TYPE_CHECKING:
     import optuna
@@ -43,12 +44,16 @@ class GuardJudge:
         if isinstance(model, Objective):
             model, tokenizer = model.model, model.tokenizer
         self._stored: dict[str, StoredEvaluators] = {}
+        options: dict[str, Any] = {
+            "batch_tokens": batch_tokens,
+            "max_length": described(study)["task"].get("max_length"),
+        }
         for guard in guards:
             splits = [split for split in UNSEEN if guard.on(split) is not None]
             lacking = [split for split in UNSEEN if split not in splits]
             if lacking:
                 self.missing.append(f"guard {line(guard.name, 80)} has no {' and no '.join(lacking)} split")
-            made = {split: guard.evaluator(split, model, tokenizer, batch_tokens=batch_tokens) for split in splits}
+            made = {split: guard.evaluator(split, model, tokenizer, **options) for split in splits}
             if made:
                 self._stored[guard.name] = StoredEvaluators(made, StudyStore(study))
 

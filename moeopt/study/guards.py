@@ -6,9 +6,9 @@ Samplers and `best_trial` heed it as any other; a trial that racing ends has non
 study keeps its losses and those of every trial, so that differences can be told with intervals. What trials spend on
 guards counts in their `layer_tokens`.
 
-On the examples that were searched a plan is the best of many. `judge` scores it on examples of dev or test, which the
-study's recipe holds, too: a guard *holds* there where the whole interval of the difference is within what is allowed,
-is *broken* where the mean is beyond, and *unclear* in between.
+On the examples that were searched a plan is the best of many. The study's recipe holds the guards' examples of dev and
+test, too, on which selections and fronts judge plans (`moeopt.results.guarding`): a guard *holds* where the whole
+interval of the difference is within what is allowed, is *broken* where the mean is beyond, and *unclear* in between.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moeopt.evaluation import Evaluator
+    from moeopt.models import MergedCache
     from moeopt.plan import Plan
     from moeopt.tasks import Task
 
@@ -195,6 +196,7 @@ class Guards:
     Args:
         guards: with names of their own.
         model, tokenizer: the full model.
+        cache: of merged experts, the objective's.
         options: of evaluators.
 
     Attributes:
@@ -205,7 +207,9 @@ class Guards:
         TaskError, ModelError: as `Evaluator`.
     """
 
-    def __init__(self, guards: Iterable[Guard], model: PreTrainedModel, tokenizer: Any, **options: Any) -> None:
+    def __init__(
+        self, guards: Iterable[Guard], model: PreTrainedModel, tokenizer: Any, *, cache: MergedCache, **options: Any
+    ) -> None:
         self.guards = tuple(guards)
         for guard in self.guards:
             if not isinstance(guard, Guard):
@@ -216,6 +220,8 @@ class Guards:
                 raise StudyError(f"two guards are called {name!r}: give them names of their own, name=")
         self.model, self.layer_tokens = model, 0
         self.evaluators = {g.name: g.evaluator("search", model, tokenizer, **options) for g in self.guards}
+        for evaluator in self.evaluators.values():
+            evaluator.passes.cache = cache  # experts that a plan merges are made once for all
         self._references: dict[str, NDArray[np.float32]] = {}
         self._searched: Callable[[], optuna.Study | None] = lambda: None
 

@@ -165,8 +165,9 @@ class Objective:
             self.settings["reference"] = False
         self.settings |= self.goals.settings
         self.guards = Guards(
-            guards, model, tokenizer, batch_tokens=self.evaluator.batch_tokens, max_length=max_length,
-            prefix_memory=prefix_memory, prefix_device=prefix_device, merged_weights=merged_weights,
+            guards, model, tokenizer, cache=self.evaluator.passes.cache, batch_tokens=self.evaluator.batch_tokens,
+            max_length=max_length, prefix_memory=prefix_memory, prefix_device=prefix_device,
+            merged_weights=merged_weights,
         )  # fmt: skip
         self._measured = batch_tokens is None
         self._guides: Guides | None = None
