@@ -53,7 +53,8 @@ def main() -> None:
         "trade-off", objective=objective, storage=None, sampler=args.sampler, seed=args.seed, warm_starts=uniform
     )
     moeopt.optimize(study, objective, n_trials=trials)
-    front = front_of(study, objective, dev_limit=dev, methods=("reap", "loss_aware"))
+    keeps = (4,) if args.small else None
+    front = front_of(study, objective, dev_limit=dev, methods=("reap", "loss_aware"), keeps=keeps)
     report.save(front, args.out)
     console = Console(width=130)
     console.print(report.view(front))

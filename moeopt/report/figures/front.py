@@ -72,7 +72,7 @@ def front(
         )  # fmt: skip
     spread = [row.y for row in table] + ([] if reference is None else [reference])
     log = min(spread) > 0 and max(spread) > 5 * min(spread)
-    of_y = {"title": {"text": style.safe(f"{y}, log scale" if log else y)}}
+    of_y: dict[str, Any] = {"title": {"text": style.safe(f"{y}, log scale" if log else y)}}
     of_y |= {"type": "log", **_log_ticks(min(spread), max(spread))} if log else {}
     style.panel(figure, 0, 1, None, x={"title": {"text": style.safe(x)}}, y=of_y)
     return figure
