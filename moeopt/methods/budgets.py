@@ -191,16 +191,17 @@ class _Layers:
 def cheapest(costs: Sequence[Array], weights: Sequence[NDArray[np.int64]], capacity: int) -> list[int]:
     """Of every group the number of an option, so that the sum of costs is least and less than one step is left over.
 
-    A step is the most that any group's weight grows by from one option to the next. Exact, but that weights of more
-    than `STEPS` parts in all are rounded up.
+    A step is the most that any group's weight grows by from one option to the next. Exact, but that weights beyond the
+    least are rounded up where they are of more than `STEPS` parts in all.
 
     Args:
         costs, weights: of every group, its options' costs and their weights, ascending; (options,).
-        capacity: most that the chosen weights may sum up to.
+        capacity: most that the chosen weights may sum up to; at least the sum of the first options'.
     """
-    part = max(reduce(gcd, (int(w) for each in weights for w in each)), capacity // STEPS, 1)
-    whole = [-(-each // part) for each in weights]
-    room = capacity // part
+    more = [each - each[0] for each in weights]
+    left = capacity - sum(int(each[0]) for each in weights)
+    part = max(reduce(gcd, (int(w) for each in more for w in each)), left // STEPS, 1)
+    whole, room = [-(-each // part) for each in more], left // part
     least = np.full(room + 1, np.inf)  # of the groups so far, by what they weigh
     least[0] = 0.0
     chosen: list[NDArray[np.int64]] = []

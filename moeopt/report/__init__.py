@@ -28,7 +28,7 @@ def view(result: Any) -> RenderableType:
 def save(result: Any, path: str | os.PathLike[str]) -> None:
     """Write a result of `moeopt.results`: a comparison into a folder, a selection or a profile to a JSON file.
 
-    A front goes to a page, a table, JSON or a picture, as the path ends in .html, .csv, .json or .png.
+    A front or similarity goes to a page, a table, JSON or a picture, as the path ends in .html, .csv, .json or .png.
 
     Raises:
         MoeoptError: of the result's kind, when it cannot be written.
