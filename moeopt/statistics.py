@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from moeopt.evaluation.evaluation import Evaluation
 
 Floats = NDArray[np.float64]
+Standing = Literal["holds", "unclear", "broken"]
+"""How a change stands to what is allowed (`Interval.within`)."""
 
 ALPHA = 0.05
 """What a corrected p-value must not exceed for an order to be concluded."""
@@ -57,7 +59,7 @@ class Interval:
         """What a difference of losses says of the first: one that does not exclude 0 says nothing."""
         return "better" if self.high < 0 else "worse" if self.low > 0 else "no difference"
 
-    def within(self, limit: float) -> Literal["holds", "unclear", "broken"]:
+    def within(self, limit: float) -> Standing:
         """Whether a change stays within what is allowed; the burden of proof is on it.
 
         It holds where the whole interval is at most `limit`, is broken where its mean is above, and unclear in between.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from moeopt.defaults import Score
 from moeopt.errors import NonFiniteLossError, StorageError, StudyError, TaskError, got
 from moeopt.showing import line, shown
-from moeopt.statistics import Interval, bootstrap
+from moeopt.statistics import Interval, Standing, bootstrap
 from moeopt.study.storage import attributes
 from moeopt.trials import genome
 from moeopt.trials.description import described, reading
@@ -158,7 +158,7 @@ class Guarded:
     allowed: float
 
     @property
-    def verdict(self) -> Literal["holds", "unclear", "broken"]:
+    def verdict(self) -> Standing:
         """Whether the change is within what is allowed (`Interval.within`)."""
         return self.change.within(self.allowed)
 

@@ -24,14 +24,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeopt.statistics import Interval, bootstrap
-
-Verdict = Literal["holds", "unclear", "broken"]
+from moeopt.statistics import Interval, Standing, bootstrap
 
 PROMPTS, NEW_TOKENS = 32, 64
 """Prompts that are answered, and most tokens of an answer, unless said otherwise."""
@@ -79,7 +77,7 @@ class Measure:
         return bootstrap(self.small - self.full, np.ones(len(self.full)))
 
     @property
-    def verdict(self) -> Verdict | None:
+    def verdict(self) -> Standing | None:
         """Whether the change is within the limit; None without one."""
         if self.limit is None:
             return None
@@ -111,7 +109,7 @@ class Health:
     measures: Mapping[str, Measure]
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Standing:
         """`broken` where any measure is, `holds` where all do."""
         verdicts = {measure.verdict for measure in self.measures.values()}
         return "broken" if "broken" in verdicts else "unclear" if "unclear" in verdicts else "holds"
