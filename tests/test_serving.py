@@ -73,6 +73,16 @@ def merged(*layers: bool) -> Plan:
         ),
         (ActiveSpace(prune(8), k=(1, 2), groups=1), 1, None, {}),
         (ActiveSpace(prune(8), k=(1, 2)), 1, None, {(server, True): "--active-groups 1" for server in ALL}),
+        (
+            PruneSpace(SHAPE, keep=(2, 6), total=12), 1, None,
+            {(server, True): "search one number (--keep 6)" for server in ALL},
+        ),
+        (PruneSpace(SHAPE, keep=(2, 6), total=12, groups=1), 1, None, {}),
+        (
+            MergeSpace(SHAPE, around=Plan.one_hot([[0, 1], [2, 3], [4, 5, 6]], experts=16, k=2), router="rows"),
+            1, None,
+            {(server, True): "one r and one k for all layers" for server in ALL},
+        ),
         (ActiveSpace(prune(8), skip=True), 1, None, {(server, True): "leave skip out" for server in ALL}),
         (
             Plan(tuple(LayerPlan(16, 2, kept=tuple(range(r))) for r in (4, 4, 8))), 1, None,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeopt.errors import SpaceError, StorageError, StudyError
 from moeopt.plan import ModelShape
@@ -58,7 +59,7 @@ def from_description(description: Mapping[str, Any]) -> Space:
                 space = EEPSpace(shape, **counted, groups=groups, k=k, **mapped)
                 counts = space.counts(entries)
                 if "counts" in description:
-                    counts = np.clip(np.array(description["counts"], dtype=np.int64), 1, keep)
+                    counts = _counts(description["counts"], len(groups), keep, shape.router_groups)
                 around = space.decode_matrices(space.matrices(entries), counts)
                 more = counted if varies is not None else {}
                 return MergeSpace(
@@ -81,6 +82,16 @@ def from_description(description: Mapping[str, Any]) -> Space:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, StorageError) as error:
         raise SpaceError(f"not the description of a space: {shown(error)}") from None
+
+
+def _counts(given: Any, groups: int, keep: int, unit: int) -> NDArray[np.int64]:
+    """How many experts each group of layers keeps, (groups,), as a study holds it."""
+    if not isinstance(given, list) or len(given) != groups or not all(type(count) is int for count in given):
+        raise SpaceError(f"counts must be {groups} integers, one a group of layers, got {shown(given)}")
+    if wrong := [count for count in given if not 1 <= count <= keep or count % unit]:
+        multiples = f", multiples of {unit}" if unit > 1 else ""
+        raise SpaceError(f"counts must be from 1 to {keep}{multiples}, got {shown(wrong[0])}")
+    return np.array(given, dtype=np.int64)
 
 
 def space_of(study: optuna.Study) -> Space:

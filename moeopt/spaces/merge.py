@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moeopt.errors import SpaceError
-from moeopt.plan import ModelShape, Plan
+from moeopt.plan import ModelShape, Plan, why_unequal
 from moeopt.spaces.base import EntrySpace, MapAt, Phase
 from moeopt.spaces.rows import Groups
 from moeopt.trials import genome
@@ -55,6 +55,9 @@ class MergeSpace(EntrySpace):
         self.around, self.scale = around, float(scale)
         if self.keep_range is None and len(around.layers) == shape.layers:
             self.fixed_counts = np.array([around.layers[first].kept_experts for first, _ in self.groups])
+            for count in self.fixed_counts.tolist():
+                if (why := why_unequal(count, shape.router_groups)) is not None:
+                    raise SpaceError(why)
         self._set_numbers(self.entry_names(), -np.inf, np.inf, scale)
         self._center = self.encode(around)
         entries = slice(0, self.extras.start)

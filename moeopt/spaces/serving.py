@@ -92,7 +92,7 @@ def demands(
 
 
 def _sizes(what: Space | Plan) -> list[tuple[int, int, int]]:
-    """n, r and k of what is served; where a space searches k, its largest."""
+    """n, r and k of what is served; where a space searches r or k, its largest."""
     if isinstance(what, Plan):
         return list(dict.fromkeys((layer.experts, layer.kept_experts, layer.k) for layer in what.layers))
     return [
@@ -108,7 +108,16 @@ def _instead(n: int, k: int, *sizes: int) -> str:
 
 def _unwritable(what: Space | Plan) -> Iterator[Demand]:
     """Why no server has a class for a plan: all build the family's own, with one r and k and router rows alone."""
-    reason = why_not_stock(what if isinstance(what, Plan) else what.decode(what.start()))
+    if not isinstance(what, Plan) and what.keep_range is not None and len(what.groups) > 1:
+        yield Demand(
+            f"all layers keep as many experts, and in this space {len(what.groups)} groups of layers each a number of "
+            f"their own, {what.keep_range}: search one number (--keep {what.keep}), or export a uniform plan of the "
+            "study's size (moeopt export --uniform)",
+            True,
+        )
+        reason = None
+    else:
+        reason = why_not_stock(what if isinstance(what, Plan) else what.decode(what.start()))
     if reason is not None:
         yield Demand(f"checkpoints of the model's own class alone are read: {reason}", True)
     if isinstance(what, Plan) or reason is not None:

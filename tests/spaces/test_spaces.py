@@ -228,6 +228,20 @@ def test_ranges_that_are_none(arguments: dict, message: str) -> None:
         PruneSpace(SHAPE, **arguments)
 
 
+def test_merging_around_layers_that_keep_different_numbers_holds_to_the_groups_of_routers() -> None:
+    unequal = Plan.one_hot([[0, 1, 3, 4]] * 4 + [[0, 1, 3]], experts=6, k=2)
+    with pytest.raises(SpaceError, match="keep=3 experts cannot be as many of each of the 2 groups"):
+        MergeSpace(GROUPED, around=unequal, router="logit")
+    equal = Plan.one_hot([[0, 1, 3, 4]] * 4 + [[1, 5]], experts=6, k=2)
+    space = MergeSpace(GROUPED, around=equal, router="logit")
+    assert space.decode(space.start()) == equal
+    described = space.describe()
+    assert described["counts"] == [4, 4, 4, 4, 2]
+    for counts in (4, [4, 2], [4, 4, 4, 4, 3], [4, 4, 4, 4, 6], [4, 4, 4, 4, 0], [4, 4, 4, 4, True], [4, 4, 4, 4, "2"]):
+        with pytest.raises(SpaceError, match="counts must be"):
+            from_description(described | {"counts": counts})
+
+
 def test_k_and_counts_vary_in_the_same_groups() -> None:
     inner = PruneSpace(SHAPE, keep=(2, 5), groups=2)
     with pytest.raises(SpaceError, match="groups of layers that keep is"):
