@@ -26,8 +26,9 @@ def test_a_row_says_what_the_steps_give(model_type: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_row_says_what_the_steps_give() -> None:
-    results = run(moe_types(), 2)
+def test_rows_of_every_fourth_type_say_what_the_steps_give() -> None:
+    """All of them take minutes: `python -m benchmarks.families` writes the page anew."""
+    results = run(dict(sorted(moe_types().items())[::4]), 2)
     given = {model_type: {step: why is None for step, why in row.items()} for model_type, row in results.items()}
     assert given == {model_type: passed(ROWS[model_type]) for model_type in results}
     assert "ERROR" not in page(results)

@@ -313,6 +313,7 @@ def gaps(objective: Objective, plans: list[moeopt.Plan], guard: Guard, split: st
     return [moeopt.paired_bootstrap(evaluator.evaluate(plan), full, draws=1).mean for plan in plans]
 
 
+@pytest.mark.slow
 def test_a_selection_passes_over_what_breaks_a_guard_on_dev(make: Callable[..., Objective], tmp_path: Path) -> None:
     objective = make(Guard(TEXT, loss=0.05))
     sets = [*combinations(range(4), KEEP)]
@@ -415,6 +416,7 @@ def test_a_front_shows_guards_and_health_and_has_none_that_breaks_one(make: Call
     assert front_of(study, objective, methods=[], keeps=[KEEP]).evaluated == 0
 
 
+@pytest.mark.slow
 def test_a_worker_goes_on_with_guards(
     make: Callable[..., Objective], model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -67,7 +67,9 @@ def told(study: optuna.Study) -> list[Any]:
     return [(t.values, t.user_attrs.get("operator"), t.constraints) for t in study.trials]
 
 
-@pytest.mark.parametrize("sampler", ABLE)
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(name, marks=() if name in ("guided", "nsgaii") else pytest.mark.slow) for name in ABLE]
+)
 def test_resumed_is_uninterrupted_and_better_than_its_start(sampler: str, make: Any, tmp_path: Path) -> None:
     whole = searched(make(), 16, sampler)
     url = f"sqlite:///{tmp_path}/s.db"

@@ -77,6 +77,12 @@ MAKE: dict[str, Make] = {
 TRIALS = {"tpe": 50, "optuna TPE": 50, "gp": 25}
 """Of those that take long to ask."""
 
+SIBLINGS = (
+    "nevergrad:PSO", "nevergrad:NGOpt", "nevergrad:OldCMA", "nevergrad:NelderMead", "sepcmaes", "nsgaiii", "gp",
+    "optuna NSGA-II", "optuna QMC", "optuna nested",
+)  # fmt: skip
+"""Other names of code that others stand for: on every fourth space."""
+
 each_sampler = pytest.mark.parametrize("name", MAKE)
 
 
@@ -225,6 +231,8 @@ def pairs() -> Iterator[Any]:
         for j, name in enumerate(MAKE):
             pruner, where = list(PRUNERS)[(i + j) % 3], "sqlite" if (2 * i + j) % 7 == 0 else "memory"
             marks = () if i == j % len(SPACES) else (pytest.mark.slow,)
+            if marks and name in SIBLINGS and (i + j) % 4:
+                continue
             yield pytest.param(name, kind, pruner, 1 + (i + j) % 2, where, marks=marks)
 
 
