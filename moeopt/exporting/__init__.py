@@ -11,6 +11,7 @@ from moeopt.lazily import lazily
 
 _HOMES = {
     "SHARD_BYTES": "exporter",
+    "ExportedBytes": "counting",
     "Form": "stock",
     "Projection": "projecting",
     "Verification": "verifying",
@@ -28,6 +29,7 @@ _HOMES = {
 
 __all__ = [
     "SHARD_BYTES",
+    "ExportedBytes",
     "Form",
     "Projection",
     "Verification",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from moeopt.exporting.counting import ExportedBytes
     from moeopt.exporting.exporter import SHARD_BYTES, export
     from moeopt.exporting.folders import check_folder, locate
     from moeopt.exporting.projecting import Projection, project

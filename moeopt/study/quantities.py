@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moeopt.errors import ExportError, ModelError
 from moeopt.study.scores import active_experts
 
 if TYPE_CHECKING:
@@ -27,20 +28,34 @@ class Quantity(Protocol):
 
 
 class Bytes:
-    """Bytes of the weights that a checkpoint of the plan holds, in the dtypes that the model has in memory."""
+    """Bytes of the tensors of the checkpoint that `moeopt.export` writes for a plan, quantised as it is there.
+
+    Of a model that was not loaded from a checkpoint which export reads: of its weights, in their dtypes in memory.
+
+    Raises:
+        ExportError: when called with a plan that cannot be exported from the checkpoint.
+    """
 
     needs_evaluation = False
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from moeopt.exporting import ExportedBytes
         from moeopt.models.sizes import Sizes
 
-        self._sizes = Sizes(model)
+        self._count: Callable[[Plan], int]
+        try:
+            self._count = checkpoint = ExportedBytes(model)
+            self._about = {"of": "checkpoint", "full": checkpoint.full}
+        except (ExportError, ModelError):
+            sizes = Sizes(model)
+            self._count = lambda plan: sizes.under(plan).bytes
+            self._about = {"of": "memory", "full": sizes.under().bytes}
 
     def __call__(self, plan: Plan, evaluation: Evaluation | None) -> float:
-        return float(self._sizes.under(plan).bytes)
+        return float(self._count(plan))
 
     def describe(self) -> Any:
-        return None
+        return self._about
 
 
 class Active:

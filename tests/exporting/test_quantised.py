@@ -19,7 +19,7 @@ import moeopt
 from benchmarks.tiny_families import tiny_model
 from moeopt.errors import ExportError, ModelError
 from moeopt.evaluation import Evaluator
-from moeopt.exporting import verify
+from moeopt.exporting import ExportedBytes, verify
 from moeopt.models.names import NUMBERED
 from moeopt.plan import DownProjections, LayerPlan, Plan
 from moeopt.tasks.text import TextTask
@@ -122,6 +122,24 @@ def test_what_is_loaded_is_the_patched_original(name: str, kind: str, write: Wri
             assert torch.equal(after[key], before[key][KEPT[int(key.split(".")[2])]]), key
     if kind == "merged-in-one":
         assert settings["modules_to_not_convert"][-1] == "model.layers.1.mlp.experts"
+
+
+@pytest.mark.filterwarnings("ignore:.*no longer quantised")
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "int4"])
+def test_bytes_are_counted_without_writing(name: str, write: Write, tmp_path: Path) -> None:
+    """Also where merged experts are no longer quantised, layers differ, or one expert is stored otherwise."""
+    odd = "model.layers.1.mlp.experts.3.up_proj"
+    folder = write(name, skipped=lambda layer: layer == odd)
+    count = ExportedBytes(folder)
+    plans = [make(name) for kind, make in PLANS.items() if name != "int4" or kind in ("pruned", "mapped-only")]
+    without = Plan.one_hot([[0, 1, 2]] * 3, experts=6, k=2)
+    for i, plan in enumerate([*plans, without]):
+        small = load_file(moeopt.export(plan, tmp_path / f"small-{i}", model=folder) / "model.safetensors")
+        assert count(plan) == sum(tensor.nbytes for tensor in small.values()), i
+    assert (count(without) == count(PRUNING)) == (name == "mxfp4")  # which has all experts in one tensor
+    if name == "int4":
+        with pytest.raises(ExportError, match="cannot be written in"):
+            count(PLANS["merged"](name))
 
 
 @pytest.mark.parametrize("name", quantised_files.WRITERS)
