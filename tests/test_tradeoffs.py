@@ -12,6 +12,9 @@ import pytest
 
 import moeopt
 from moeopt.errors import SamplerError, StudyError
+from moeopt.report.terminal.studies import study_record
+from moeopt.results.method_comparison import searched as method_comparison
+from moeopt.results.selection import held
 from moeopt.samplers import SAMPLERS, get
 from moeopt.statistics import hypervolume
 from moeopt.study import best_trial, recipe, stalled
@@ -250,3 +253,20 @@ def test_estimates_of_pruned_trials_reach_samplers(make: Any) -> None:
     )
     (obs,) = get("random", objective.space).history(study, study.trials, without=-1)
     assert obs.values == (0.5, 2.0)
+
+
+def test_what_is_maximised_is_shown_and_compared_by_its_most(make: Any) -> None:
+    objective = make(objectives=("metric",), constraints=["active <= 2"])
+    study = searched(objective, 8)
+    best = max((t for t in study.trials if t.constraints["active <= 2"] <= 0), key=lambda t: (t.values[0], -t.number))
+    compared = method_comparison.searched(study)
+    assert compared[0].plan.fingerprint == objective.space.plan(best).fingerprint
+    record = study_record(study)
+    assert record["best"]["number"] == record["top"][0]["number"] == best.number
+    assert max(phase["best_loss"] for phase in record["phases"]) == max(t.values[0] for t in study.trials)
+    assert held(study, objective) is None
+
+
+def test_one_shot_methods_are_not_compared_with_a_front(make: Any) -> None:
+    with pytest.raises(StudyError, match="2 objectives and no best trial"):
+        method_comparison.searched(searched(make(), 2))

@@ -144,7 +144,7 @@ def export(
         err.say(line(str(warning.message), 2000))
     best = best_trial(opened[0]) if opened is not None and len(opened[0].directions) == 1 else None
     if opened is not None and best is not None and best.number != opened[1].number:
-        title += f"; the best of all is trial {best.number} (loss {best.value:.4f})"
+        title += f"; the best of all is trial {best.number} ({arguments.values_told(opened[0], best)})"
     size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors") if file.name != "plan.safetensors") / 2**20
     console.say(f"{out_dir}: {size:.1f} MiB of weights, {title}")
     console.say(

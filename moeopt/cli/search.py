@@ -333,7 +333,7 @@ def search(
         return
     accuracy = best.user_attrs.get("accuracy")
     weighed = active_weight * best.user_attrs.get("active", 0.0)
-    scored = f"loss {best.value - weighed:.4f}"
+    scored = f"loss {best.value - weighed:.4f}" if LOSS in goals else arguments.values_told(record, best)
     if accuracy is not None:
         scored += f", {'agreement' if score in ('kl', 'acceptance') else 'accuracy'} {100 * accuracy:.1f}%"
     if space.searched:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Self
 
 from moeopt.showing import line
+from moeopt.trials.description import DESCRIPTION, objective_names
 from moeopt.trials.genome import ESTIMATE
+from moeopt.trials.objectives import LOSS
 
 if TYPE_CHECKING:
     import optuna
@@ -115,7 +118,7 @@ class SearchProgress(LiveLine):
         parts = [
             f"trial {done}" + (f"/{self.trials}" if self.trials else ""),
             line(trial.user_attrs.get("phase") or trial.user_attrs.get("operator") or "", 40),
-            _outcome(trial),
+            _outcome(trial, objective_names(study.user_attrs.get(DESCRIPTION) or {})),
             f"best {best[0].values[0]:.4f} (trial {best[0].number})" if best and not several else "",
             f"front of {len(best)}" if best and several else "",
             f"{timedelta(seconds=round(left))} left" if left is not None else "",
@@ -132,11 +135,11 @@ class SearchProgress(LiveLine):
         return min(limits, default=None)
 
 
-def _outcome(trial: FrozenTrial) -> str:
+def _outcome(trial: FrozenTrial, names: Sequence[str]) -> str:
     if trial.state.name == "PRUNED":
         estimate = trial.user_attrs.get(ESTIMATE)
         return f"pruned, about {estimate:.4f}" if isinstance(estimate, float) else "pruned"
     if not trial.values:
         return "failed"
-    several = len(trial.values) > 1
-    return ", ".join(f"{value:,.6g}" for value in trial.values) if several else f"loss {trial.values[0]:.4f}"
+    told = zip(names, trial.values)
+    return ", ".join(f"{line(name, 40)} {value:{'.4f' if name == LOSS else ',.6g'}}" for name, value in told)

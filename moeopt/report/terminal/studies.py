@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from optuna.study import StudyDirection
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +22,7 @@ from moeopt.study.guards import changes
 from moeopt.study.reference import MOST_SHOWN, Reference, of_facts
 from moeopt.trials.description import COUNT, check_whole, full_model, held_facts, objective_names, serving
 from moeopt.trials.description import number as numeric
-from moeopt.trials.front import front, is_feasible
+from moeopt.trials.front import front, is_feasible, points
 from moeopt.trials.objectives import LOSS
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
     trials = study.get_trials(deepcopy=False)
     names = objective_names(about)
     done = [t for t in trials if t.state.name == "COMPLETE"]
-    ranked = sorted(done, key=lambda t: (not is_feasible(t), t.values, t.number))
+    signed = points(done, study.directions).tolist()
+    ranked = [t for t, _ in sorted(zip(done, signed), key=lambda each: (not is_feasible(each[0]), each[1]))]
     best = front(study)  # of several objectives, all that is best
     if len(names) > 1:
         ranked = best
@@ -51,6 +53,7 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
         if trial.state.is_finished():
             phase = line(trial.user_attrs.get("phase") or trial.user_attrs.get("operator") or "None", 40)
             phases.setdefault(phase, []).append(trial)
+    best_of = max if study.directions[0] == StudyDirection.MAXIMIZE else min
     return {
         "name": study.study_name,
         "trials": {
@@ -64,7 +67,7 @@ def study_record(study: optuna.Study, *, top: int = 10) -> dict[str, Any]:
             {
                 "phase": phase,
                 "trials": len(members),
-                "best_loss": min((t.values[0] for t in members if t.state.name == "COMPLETE"), default=None),
+                "best_loss": best_of((t.values[0] for t in members if t.state.name == "COMPLETE"), default=None),
                 "seconds": round(sum(numeric(t.user_attrs, "seconds") or 0.0 for t in members), 2),
                 "layer_tokens": sum(numeric(t.user_attrs, "layer_tokens") or 0 for t in members),
             }

@@ -27,24 +27,25 @@ def searched(study: optuna.Study) -> list[Searched]:
     """What was selected from a study, if anything, its best completed trial, and its best pruning, if these are others.
 
     Raises:
-        StudyError: when the study has no completed trial, or moeopt did not make it.
+        StudyError: when the study has several objectives, no completed trial that keeps its constraints, or moeopt did
+            not make it.
     """
-    from optuna.trial import TrialState
-
     from moeopt.results.selection import recorded, selected_trial
-    from moeopt.study import CALIBRATION, METHOD, space_of
+    from moeopt.study import CALIBRATION, METHOD, best_trial, space_of
     from moeopt.trials.description import number
+    from moeopt.trials.front import completed, points
 
     space = space_of(study)
     trials = study.get_trials(deepcopy=False)
-    done = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
-    if not done:
-        raise StudyError(f"study {study.study_name!r} has no completed trial yet")
-    ranked = sorted(done, key=lambda t: (t.value, t.number))
-    chosen = {"search": ranked[0]}
+    best = best_trial(study)
+    if best is None:
+        raise StudyError(f"study {study.study_name!r} has no completed trial that keeps its constraints yet")
+    chosen = {"search": best}
     if "merge" in space.phases:
+        done = completed(study)
+        ranked = (done[i] for i in points(done, study.directions)[:, 0].argsort(kind="stable"))
         pruned = next((t for t in ranked if space.plan(t).with_skip(0).is_one_hot), None)
-        if pruned is not None and pruned.number != ranked[0].number:
+        if pruned is not None and pruned.number != best.number:
             chosen["search, pruning only"] = pruned
     if recorded(study) is not None:
         selected = selected_trial(study)

@@ -14,6 +14,7 @@ from moeopt.errors import StudyError
 from moeopt.statistics import paired_bootstrap
 from moeopt.trials.description import HELD, held_facts
 from moeopt.trials.genome import WARM_START
+from moeopt.trials.objectives import LOSS
 
 if TYPE_CHECKING:
     import optuna
@@ -62,7 +63,9 @@ class Held:
 
 
 def held(study: optuna.Study, objective: Objective) -> Held | None:
-    """Scores the best trial, and what the search began with, on dev, unless the study holds that; None for no gain.
+    """Scores the best trial, and what the search began with, on dev, unless the study holds that.
+
+    None for no gain, and for studies of anything but the loss alone.
 
     As many dev examples as the objective's `limit` are used, the search's k, skipping and active weight counting. What
     it finds is the study's user attribute ``held``, and selections take the evaluations from it.
@@ -73,6 +76,8 @@ def held(study: optuna.Study, objective: Objective) -> Held | None:
     """
     from moeopt.results.selection.evaluating import StudyEvaluators
 
+    if objective.goals.objectives != (LOSS,):
+        return None
     if "dev" not in objective.task.splits:
         raise StudyError(f"task {objective.task.name!r} has no dev split to hold a gain against")
     start, best = _ends(study)
