@@ -4,7 +4,7 @@ A trial whose plan first differs from its parent's at layer l runs only the laye
 near the end is cheap. A proposal changes one window of consecutive groups of one parent, drawn uniformly from the
 `population` best trials; one is hill climbing. The best of many noisy losses is a lucky one that hardly any child
 beats, so a parent's loss counts for more with every child it has (`fade`). Of several objectives every slot minimises
-another weighted sum (`moeopt.samplers.tradeoffs`), in place of the loss.
+a function of its own (`moeopt.samplers.tradeoffs`), in place of the loss.
 
 What to change is the choice of a bandit (see `moeopt.samplers.bandit`): an arm is (move, groups in the window, band of
 depth in which it begins), its reward max(0, parent's loss - trial's loss), its cost the layers run. Moves are those of
