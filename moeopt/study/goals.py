@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeopt.errors import StudyError, nearest
+from moeopt.study.latency import Latency
 from moeopt.study.quantities import QUANTITIES, Quantity
 from moeopt.study.scores import penalty
 from moeopt.trials.objectives import LOSS, OF_TASK, PREFIX, Direction, check_constraints, check_names, direction
@@ -48,6 +49,9 @@ class Goals:
         self.quantities: dict[str, Quantity] = {
             name: QUANTITIES[name](evaluator.model) for name in names if name in QUANTITIES
         }
+        self.latency = Latency(evaluator) if "latency" in names else None
+        if self.latency is not None:
+            self.quantities["latency"] = self.latency
 
     def _check_has(self, name: str) -> None:
         members, (_, _, member) = self._evaluator.task.members, name.partition(":")

@@ -245,6 +245,8 @@ class Objective:
     def _evaluate(self, trial: optuna.trial.BaseTrial, study: optuna.Study | None) -> float | tuple[float, ...]:
         if study is not None:
             self._full_model.begin(study)
+        if self.goals.latency is not None:
+            self.goals.latency.begin(study)
         self.guards.begin(study)
         started = self.evaluator.clock()
         x = self.space.vector(trial)
