@@ -26,8 +26,9 @@ REST = -1
 class ExportedBytes:
     """Bytes of the tensors of the checkpoint that `export` would write for a plan, exactly.
 
-    What a layer takes follows from a few facts of its plan, such as how many experts it keeps. The checkpoint is laid
-    out once for each such set of facts, in all layers at a time (a second or so where it has thousands of tensors).
+    What a layer takes follows from a few facts of its plan. The checkpoint is laid out for each such set of facts, in
+    all layers at a time (seconds where it has ten thousands of tensors), with two numbers of experts: where all are of
+    one size, a layer's bytes are linear in that.
 
     Args:
         model: the full model as it was loaded from its checkpoint, or the checkpoint's folder or hub name.
@@ -39,7 +40,7 @@ class ExportedBytes:
 
     def __init__(self, model: PreTrainedModel | str | Path) -> None:
         self._folder = locate(model)
-        self._laid_out: dict[tuple[Any, ...], Counter[int]] = {}
+        self._laid_out: dict[tuple[Any, ...], dict[int, Counter[int]]] = defaultdict(dict)
         empty = empty_model(self._folder)
         layers = moe_layers(empty)
         with Source(self._folder) as source:
@@ -77,15 +78,19 @@ class ExportedBytes:
         """Bytes of every layer, were all planned like `part`."""
         rows = part.router_rows
         facts = (
-            form, part.kept_experts, "rows" if form == "stock" else part.router, rows is None, part.makes_experts,
+            form, "rows" if form == "stock" else part.router, rows is None, part.makes_experts,
             part.sums_experts, part.down is None, None if part.novices is None else part.novices.shape,
             part.kept if self._differ else None,
         )  # fmt: skip
-        if facts not in self._laid_out:
+        counted, r = self._laid_out[facts], part.kept_experts
+        if r not in counted and len(counted) > 1 and not self._differ:
+            (a, at_a), (b, at_b) = list(counted.items())[:2]
+            counted[r] = Counter({i: at_a[i] + (at_b[i] - at_a[i]) * (r - a) // (b - a) for i in at_a | at_b})
+        if r not in counted:
             sizes: Counter[int] = Counter()
             with Source(self._folder) as source:
                 tensors = Prepared(source, Plan((part,) * n_layers), form).layout.tensors
             for name, tensor in tensors.items():
                 sizes[self._owners.get(name.rpartition(".")[0], REST)] += tensor.nbytes
-            self._laid_out[facts] = sizes
-        return self._laid_out[facts]
+            counted[r] = sizes
+        return counted[r]

@@ -36,3 +36,12 @@ def test_the_objective_counts_the_checkpoint_where_there_is_one(
         assert of_memory(plan, None) == Sizes(in_memory).under(plan).bytes
     assert of_checkpoint.describe() == {"of": "checkpoint", "full": count.full}
     assert of_memory.describe() == {"of": "memory", "full": Sizes(in_memory).under().bytes}
+
+
+def test_every_number_of_experts(full: Any) -> None:
+    """Two of them are laid out, and the others follow."""
+    folder = Path(full.config._name_or_path)
+    count = ExportedBytes(folder)
+    uneven = [Plan.one_hot([[*range(r)], [*range(7 - r)], [0, 5]], experts=6, k=1) for r in range(1, 7)]
+    for plan in uneven:
+        assert count(plan) == ExportedBytes(folder)(plan)
