@@ -7,9 +7,9 @@ searched by TPE, which minimises the mean loss and the bytes of the checkpoint. 
 full model and plans of `reap` and `loss_aware` that keep the same number in every layer. `front.png` is the picture.
 
 100 trials, seed 0, under a minute on one core, 150 dev questions; 95% intervals of the difference to the full model
-(7.03 MB, loss 0.342). At 3.71 MB +0.078 [+0.056, +0.101], where four experts in every layer cost +0.111 [+0.081, +0.142]
-by `loss_aware`; at 2.88 MB +0.273 [+0.218, +0.336] and +0.452 [+0.317, +0.597]. One of the 16 points is beaten by a plan
-with one number for all layers: seven experts by `reap`, at 6.2 MB. `front.png` shows it all.
+(7.03 MB, loss 0.342). At 3.71 MB +0.078 [+0.056, +0.101], where four experts in every layer cost +0.111 [+0.081,
++0.142] by `loss_aware`; at 2.88 MB +0.273 [+0.218, +0.336] and +0.452 [+0.317, +0.597]. One of the 16 points is beaten
+by a plan with one number for all layers: seven experts by `reap`, at 6.2 MB. `front.png` shows it all.
 """
 
 from __future__ import annotations
