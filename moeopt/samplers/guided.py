@@ -343,9 +343,15 @@ class _Model:
         return drawn
 
     def _gain(self, spread: Values, noise: Values) -> Values:
-        moved = self.differing * spread**2
-        gains: Values = np.linalg.solve(moved @ self.differing.T + np.diag(noise**2), moved).T
-        return gains
+        """What a trial's surprise moves the values by, (groups * n, trials), by the fewer of the two in its solve."""
+        trials, size = self.differing.shape
+        if trials <= size:
+            moved = self.differing * spread**2
+            gains: Values = np.linalg.solve(moved @ self.differing.T + np.diag(noise**2), moved).T
+            return gains
+        whitened = self.differing * spread / noise[:, None]  # Woodbury's identity: linear in the trials
+        gains = np.linalg.solve(np.eye(size) + whitened.T @ whitened, (whitened / noise[:, None]).T)
+        return spread[:, None] * gains
 
 
 def _spread(mean: Values) -> Values:
