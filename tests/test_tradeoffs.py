@@ -13,6 +13,7 @@ import pytest
 import moeopt
 from moeopt.errors import SamplerError, StudyError
 from moeopt.report.terminal.studies import study_record
+from moeopt.results.front import front_of
 from moeopt.results.method_comparison import searched as method_comparison
 from moeopt.results.selection import held
 from moeopt.samplers import SAMPLERS, get
@@ -153,6 +154,15 @@ def test_a_constraint_is_optunas(make: Any) -> None:
     assert best is not None
     assert best.value == min(t.value for t in feasible)
     assert study.best_trial.value == best.value
+
+
+def test_what_no_trial_keeps_is_named_with_the_least_excess(make: Any) -> None:
+    study = searched(make(constraints=["active <= 0.5"]), 3)
+    least = min(t.constraints["active <= 0.5"] for t in study.trials)
+    assert front.broken(study) == f": 3 of 3 break 'active <= 0.5', by {least:.3g} or more"
+    with pytest.raises(StudyError, match=r"keeps its constraints yet: 3 of 3 break 'active <= 0\.5'"):
+        front_of(study)
+    assert front.broken(optuna.create_study()) == ""
 
 
 @pytest.mark.parametrize("sampler", ["eep", "cmaes", "local", "guided", "nevergrad:DE", "blockcmaes"])

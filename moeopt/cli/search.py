@@ -364,11 +364,11 @@ def search(
 def _front_told(study: optuna.Study) -> str:
     """A line on the front of a study of several objectives."""
     from moeopt.study import best_trials, finished
-    from moeopt.trials.front import objectives_of
+    from moeopt.trials.front import broken, objectives_of
 
     trials = best_trials(study)
     if not trials:
-        return f"{finished(study)} trials done, and none gave finite values within its constraints"
+        return f"{finished(study)} trials done, and none gave finite values within its constraints{broken(study)}"
     spans = []
     for name, values in zip(objectives_of(study), zip(*(trial.values for trial in trials))):
         form = ",.0f" if name == "bytes" else ".4f"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from moeopt.showing import line
 from moeopt.trials.description import described, objective_names
 
 if TYPE_CHECKING:
@@ -42,6 +43,18 @@ def completed(study: optuna.Study) -> list[FrozenTrial]:
     """Complete trials that keep their constraints and whose values are finite, by number."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return [t for t in done if t.values is not None and np.isfinite(t.values).all() and is_feasible(t)]
+
+
+def broken(study: optuna.Study) -> str:
+    """Which constraints a study's complete trials break, how many each and by how little, as the end of a message."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    over: dict[str, list[float]] = {}
+    for trial in done:
+        for name, value in trial.constraints.items():
+            if value > 0:
+                over.setdefault(name, []).append(value)
+    told = [f"{len(by)} of {len(done)} break {line(name, 60)!r}, by {min(by):.3g} or more" for name, by in over.items()]
+    return ": " + ", ".join(told[:8]) if told else ""
 
 
 def front(study: optuna.Study) -> list[FrozenTrial]:

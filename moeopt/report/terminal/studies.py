@@ -159,7 +159,7 @@ def study_view(record: dict[str, Any], plan: Plan | None) -> RenderableType:
     for label, text in lines:
         shown.add_row(Text(label, style="bold"), Text(text, style="" if label else "yellow"))
     if not record["top"]:
-        return Group(shown, Text("no trial is finished yet"))
+        return Group(shown, Text("no trial that keeps its constraints is finished yet"))
     phases: Columns = [
         ("phase", itemgetter("phase")),
         ("trials", lambda phase: str(phase["trials"])),

@@ -13,7 +13,7 @@ from moeopt.results.front.result import FULL, Front, Point
 from moeopt.results.optimiser_comparison.runs import COSTS, read
 from moeopt.results.steps import Progress, Steps
 from moeopt.statistics import Floats
-from moeopt.trials.front import front, points
+from moeopt.trials.front import broken, front, points
 from moeopt.trials.hypervolume import Bounds, curve
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def front_of(
     run = read(study)
     trials = front(study)
     if not trials:
-        raise StudyError(f"study {study.study_name!r} has no complete trial that keeps its constraints yet")
+        raise StudyError(
+            f"study {study.study_name!r} has no complete trial that keeps its constraints yet{broken(study)}"
+        )
     at = points(trials, study.directions)
     bounds = Bounds.of(at)
     searched = [_of_trial(trial, run.objectives) for trial in trials]

@@ -21,7 +21,7 @@ UNSEEN = ("dev", "test")
 def check(study: optuna.Study, task: Task, model: nn.Module | None = None) -> None:
     """Raise StudyError or TaskError unless something can be selected from the study by this task; see `select`."""
     from moeopt.study import check_study
-    from moeopt.trials.front import completed
+    from moeopt.trials.front import broken, completed
 
     check_study(study, task, model, UNSEEN)
     missing = [split for split in UNSEEN if split not in task.splits]
@@ -31,7 +31,9 @@ def check(study: optuna.Study, task: Task, model: nn.Module | None = None) -> No
             "selection chooses on dev and reports on test"
         )
     if not completed(study):
-        raise StudyError(f"study {study.study_name!r} has no completed trial with a finite loss yet")
+        told = broken(study)
+        within = f" that keeps its constraints{told}" if told else ""
+        raise StudyError(f"study {study.study_name!r} has no completed trial with a finite loss yet{within}")
 
 
 def check_goal(study: optuna.Study, fit: int | None, loss_within: float | None) -> None:
