@@ -228,6 +228,7 @@ def test_members_of_a_mixture(make_mixtral: Any, tiny_tokenizer: Any) -> None:
         ({"objectives": ("loss", "size")}, "an objective is one of loss, metric, worst, bytes, active, latency"),
         ({"objectives": ("loss", "worst")}, "the task is none"),
         ({"objectives": ("loss:a",)}, "no member 'a'; it is no mixture"),
+        ({"objectives": ("metric",), "guide": 0.3}, "guides are derivatives of the loss, which is none of metric"),
         ({"constraints": ["bytes < 3"]}, "a constraint is a text such as"),
         ({"constraints": ["bytes <= big"]}, "a size is a number of bytes"),
         ({"constraints": ["loss <= nan"]}, "must be a finite number"),

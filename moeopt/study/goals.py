@@ -109,7 +109,7 @@ class Goals:
         values = tuple(numbers[name] for name in self.objectives)
         return values if len(values) > 1 else values[0]
 
-    def broken(self, numbers: Mapping[str, float]) -> dict[str, float]:
+    def constraint_attributes(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Attributes of a trial that hold its constraints, as far as their numbers are there."""
         return {PREFIX + str(each): each.value(numbers[each.name]) for each in self.constraints if each.name in numbers}
 

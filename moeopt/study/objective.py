@@ -171,7 +171,11 @@ class Objective:
         )  # fmt: skip
         self._measured = batch_tokens is None
         self._guides: Guides | None = None
+        for extreme in space.extremes() if self.goals.quantities else ():
+            self.goals.early(extreme)  # what cannot be told of plans is found out now
         if guide:
+            if LOSS not in self.objectives:
+                raise StudyError(f"guides are derivatives of the loss, which is none of {', '.join(self.objectives)}")
             self.settings["guide"] = self.guide
             self._guides = Guides(self.evaluator, space, self._full_model.scores_name, self.guide)
 
@@ -289,7 +293,7 @@ class Objective:
         reference = self._reference_scores(study) if self.goals.needs_reference and not pruned else None
         numbers = early if pruned else self.goals.numbers(plan, evaluation, reference)
         facts |= {name: numbers[name] for name in self.goals.quantities if name in numbers}
-        attrs |= self.goals.broken(numbers) | guarded.attrs
+        attrs |= self.goals.constraint_attributes(numbers) | guarded.attrs
         if pruned:
             facts[genome.ESTIMATE] = self._estimate(study, evaluation, early)
         elif study is not None and self._guides is not None:
