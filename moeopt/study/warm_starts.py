@@ -40,7 +40,7 @@ def automatic(space: Space) -> tuple[str, ...]:
     if "prune" not in space.phases:
         return ()
     if space.keep_range is not None:
-        return ("loss_aware",) if space.keep_range.total is None else ("loss_aware", "loss_aware_budgets")
+        return ("loss_aware_budgets",) if space.keep_range.total is None else ("loss_aware", "loss_aware_budgets")
     return CHOICE if space.shape.experts <= MOST_OF_NAEE else CHOICE[-1:]
 
 
