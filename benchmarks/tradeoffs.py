@@ -144,7 +144,7 @@ class Bench:
 
     def searched(
         self, name: str, objective: moeopt.Objective, budget: float, seed: int, sampler: str,
-        starts: list[Plan], options: dict[str, int],
+        starts: list[Plan], options: dict[str, Any],
     ) -> optuna.Study:  # fmt: skip
         """The study of that name, until it has cost so many layer-tokens, or ten times as many trials as they are."""
         study = moeopt.create_study(

@@ -127,9 +127,9 @@ def test_racing_by_loss_where_the_rest_is_equal_prunes_what_racing_one_objective
         study = moeopt.create_study(objective=objective, sampler="random", pruner="racing", seed=0, warm_starts=[])
         moeopt.optimize(study, objective, n_trials=8)
         studies.append(study)
-    one, two = studies
-    assert [t.state for t in one.trials] == [t.state for t in two.trials]
-    pruned = [(a, b) for a, b in zip(one.trials, two.trials) if a.state.name == "PRUNED"]
+    single, double = studies
+    assert [t.state for t in single.trials] == [t.state for t in double.trials]
+    pruned = [(a, b) for a, b in zip(single.trials, double.trials) if a.state.name == "PRUNED"]
     assert pruned
     for a, b in pruned:
         assert b.user_attrs["estimate"] == [b.user_attrs["bytes"], a.user_attrs["estimate"]]

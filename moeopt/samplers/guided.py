@@ -96,7 +96,6 @@ class GuidedSampler(LocalSampler):
         super().__init__(space, seed=seed, redraw=redraw, start=start, population=population, fade=fade, moves=moves)
         check_counts({"patience": patience, **({} if radius is None else {"radius": radius})})
         self.radius, self.patience = radius, patience
-        self._slopes: dict[int, float] = {}
         self._rows: dict[str, NDArray[np.bool_] | None] = {}
 
     def search(self, history: list[Observation], slot: int, attempt: int) -> Proposal:
@@ -106,9 +105,11 @@ class GuidedSampler(LocalSampler):
         if parent is not None and model is not None and self.trusts(rng, history):
             # Draws that agree on a plan which the study holds already are made from a wider belief.
             widen = 1 + WIDER * attempt
-            self._slopes = {} if self.goal is None else self._fit_slopes(history)
-            change = self.swapped if self.space.keep_range is None and self.goal is None else self.walked
-            proposal = change(rng, parent, model, self.reach(history, model.since), widen)
+            radius = self.reach(history, model.since)
+            if self.space.keep_range is None and self.goal is None:
+                proposal = self.swapped(rng, parent, model, radius, widen)
+            else:
+                proposal = self.walked(rng, parent, model, self._goal(parent, history), radius, widen)
             if proposal is not None:
                 return proposal
         return super().search(history, slot, attempt)
@@ -125,9 +126,9 @@ class GuidedSampler(LocalSampler):
 
     def trusts(self, rng: np.random.Generator, history: list[Observation]) -> bool:
         """Whether the next trial is a guided one."""
-        by_slot, whole = {obs.slot: obs for obs in history}, most_tokens(history)
         if self.goal is not None:  # what another slot gained is told by another goal
             return rng.random() >= LOCAL
+        by_slot, whole = {obs.slot: obs for obs in history}, most_tokens(history)
         tried = [t for t in history if self.is_ours(t) and (t.loss is not None or t.failed)]
         plays = [(self.is_guided(t), gain(t, by_slot.get(t.notes["parent"])), self.cost(t, whole)) for t in tried]
         guide = max((obs.slot for obs in history if obs.guide is not None), default=-1)
@@ -155,7 +156,7 @@ class GuidedSampler(LocalSampler):
         rows: dict[str, NDArray[np.bool_]] = {}
         losses: dict[str, float] = {}
         for obs in history:
-            loss = obs.loss if self.goal is None or obs.values is None else obs.values[self.loss_at]
+            loss = obs.loss if self.goal is None or obs.values is None else obs.values[self.history.loss_at]
             if loss is not None and obs.fingerprint not in rows and (kept := self.rows(obs)) is not None:
                 rows[obs.fingerprint], losses[obs.fingerprint] = kept, loss
         guided = [obs for obs in reversed(history) if obs.guide is not None]
@@ -194,13 +195,8 @@ class GuidedSampler(LocalSampler):
                     radius = max(1, radius // 2)
         return radius
 
-    @property
-    def loss_at(self) -> int:
-        """Which of the objectives is the loss; the first where the study does not say."""
-        return self.history.loss_at
-
     def walked(
-        self, rng: np.random.Generator, parent: Observation, model: _Model, radius: int, widen: float = 1.0
+        self, rng: np.random.Generator, parent: Observation, model: _Model, goal: Goal, radius: int, widen: float = 1.0
     ) -> Proposal | None:
         """The parent after a walk that gains most by a draw, per layer that is run again; None where none gains.
 
@@ -210,7 +206,7 @@ class GuidedSampler(LocalSampler):
         if kept is None:
             return None
         drawn, mean = model.draw(rng, widen).reshape(kept.shape), model.mean().reshape(kept.shape)
-        goal, layers = self._goal(parent), self.space.shape.layers
+        layers = self.space.shape.layers
         steps, count = Steps(self.space, np.asarray(drawn, dtype=np.float64)), len(kept)
         starts = sorted({count * part // STARTS for part in range(STARTS)})
         walks = [(self.space.groups[first][0], steps.walk(kept, goal, first, radius)) for first in starts]
@@ -226,23 +222,23 @@ class GuidedSampler(LocalSampler):
         x = self.space.with_kept(parent.x, best.kept, best.groups)
         return Proposal(x, GUIDED, (parent.number,), "prune", notes)
 
-    def _goal(self, parent: Observation) -> Goal:
+    def _goal(self, parent: Observation, history: Sequence[Observation]) -> Goal:
         """What a walk from a parent minimises."""
         chosen, values = self.goal, parent.values
         if chosen is None or values is None:
             return lambda loss, experts: loss
-        at = self.loss_at
+        at, slopes = self.history.loss_at, self._slopes(history)
 
         def goal(loss: Floats, experts: NDArray[np.int64]) -> Floats:
             reached = np.tile(np.array(values), (len(loss), 1))
             reached[:, at] += loss
-            for i, slope in self._slopes.items():
+            for i, slope in slopes.items():
                 reached[:, i] += slope * experts
             return chosen(reached)
 
         return goal
 
-    def _fit_slopes(self, history: Sequence[Observation]) -> dict[int, float]:
+    def _slopes(self, history: Sequence[Observation]) -> dict[int, float]:
         """What one more expert adds to each objective but the loss, by its place: least squares over the trials."""
         ended = [obs for obs in history if obs.values is not None]
         layers = np.array([last - first + 1 for first, last in self.space.groups])
@@ -250,7 +246,7 @@ class GuidedSampler(LocalSampler):
         spread = experts - experts.mean()
         at = np.array([obs.values for obs in ended], dtype=np.float64)
         square = float(spread @ spread) or 1.0
-        return {i: float(spread @ at[:, i]) / square for i in range(at.shape[1]) if i != self.loss_at}
+        return {i: float(spread @ at[:, i]) / square for i in range(at.shape[1]) if i != self.history.loss_at}
 
     def swapped(
         self, rng: np.random.Generator, parent: Observation, model: _Model, radius: int, widen: float = 1.0

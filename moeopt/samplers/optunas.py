@@ -24,7 +24,32 @@ GP_AT_MOST = 256
 """Numbers beyond which `gp` is refused."""
 
 
-class TPESampler(ShadowSampler):
+class _Named(ShadowSampler):
+    """Drives an Optuna sampler whose hyperparameters are among the settings.
+
+    Args:
+        space, sampler, seed, redraw, start: as for `ShadowSampler`.
+        hyperparameters: what the sampler was made with, JSON.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        sampler: BaseSampler,
+        hyperparameters: Mapping[str, Any],
+        *,
+        seed: int | None,
+        redraw: int,
+        start: Plan | ArrayLike | None,
+    ) -> None:
+        super().__init__(space, sampler, seed=seed, redraw=redraw, start=start)
+        self.hyperparameters = dict(hyperparameters)
+
+    def settings(self) -> dict[str, Any]:
+        return StartingSampler.settings(self) | self.hyperparameters
+
+
+class TPESampler(_Named):
     """Optuna's tree-structured Parzen estimator (Bergstra et al., 2011).
 
     It walks all trials once a number: about a millisecond a number and proposal, growing with trials.
@@ -65,20 +90,17 @@ class TPESampler(ShadowSampler):
                 "hundred trials; 'eep', 'local', 'guided' and 'sepcmaes' take a fraction of a second",
                 stacklevel=2,
             )
-        self.estimator = {
+        estimator = {
             "n_startup_trials": n_startup_trials, "n_ei_candidates": n_ei_candidates,
             "multivariate": multivariate, "group": group, "constant_liar": constant_liar,
         }  # fmt: skip
-        sampler = _made(self.name, optuna.samplers.TPESampler, self.estimator)
-        alone = _made(self.name, optuna.samplers.TPESampler, self.estimator | {"constant_liar": False})
-        super().__init__(space, sampler, seed=seed, redraw=redraw, start=start)
+        sampler = _made(self.name, optuna.samplers.TPESampler, estimator)
+        alone = _made(self.name, optuna.samplers.TPESampler, estimator | {"constant_liar": False})
+        super().__init__(space, sampler, estimator, seed=seed, redraw=redraw, start=start)
         self._alone = alone  # the same proposals in less time: no lie is told when no other trial runs
 
-    def settings(self) -> dict[str, Any]:
-        return StartingSampler.settings(self) | self.estimator
 
-
-class NSGASampler(ShadowSampler):
+class NSGASampler(_Named):
     """NSGA-II (Deb et al., 2002) for several objectives: Optuna's, with its hyperparameters.
 
     Args:
@@ -105,14 +127,12 @@ class NSGASampler(ShadowSampler):
         swapping_prob: float = 0.5,
         mutation_prob: float | None = None,
     ) -> None:
-        self.genetic = {
+        genetic = {
             "population_size": population_size, "crossover_prob": crossover_prob, "swapping_prob": swapping_prob,
             "mutation_prob": mutation_prob,
         }  # fmt: skip
-        super().__init__(space, _made(self.name, self.kind, self.genetic), seed=seed, redraw=redraw, start=start)
-
-    def settings(self) -> dict[str, Any]:
-        return StartingSampler.settings(self) | self.genetic
+        sampler = _made(self.name, self.kind, genetic)
+        super().__init__(space, sampler, genetic, seed=seed, redraw=redraw, start=start)
 
 
 class NSGAIIISampler(NSGASampler):
@@ -122,7 +142,7 @@ class NSGAIIISampler(NSGASampler):
     kind = optuna.samplers.NSGAIIISampler
 
 
-class GPSampler(ShadowSampler):
+class GPSampler(_Named):
     """Optuna's Gaussian process with expected improvement, of the hypervolume where there are several objectives.
 
     Args:
@@ -151,12 +171,9 @@ class GPSampler(ShadowSampler):
                 f"gp fits a length scale a number, and would take minutes a trial for {space.size:,} of them; the most "
                 f"is {GP_AT_MOST:,}: use 'tpe', 'nsgaii' or fewer groups of layers"
             )
-        self.process = {"n_startup_trials": n_startup_trials, "deterministic_objective": deterministic_objective}
-        sampler = _made(self.name, optuna.samplers.GPSampler, self.process)
-        super().__init__(space, sampler, seed=seed, redraw=redraw, start=start)
-
-    def settings(self) -> dict[str, Any]:
-        return StartingSampler.settings(self) | self.process
+        process = {"n_startup_trials": n_startup_trials, "deterministic_objective": deterministic_objective}
+        sampler = _made(self.name, optuna.samplers.GPSampler, process)
+        super().__init__(space, sampler, process, seed=seed, redraw=redraw, start=start)
 
 
 def _made(name: str, kind: Any, options: Mapping[str, Any]) -> BaseSampler:
