@@ -12,12 +12,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import moeopt
-from moeopt.demo import DEFAULT_SKILL, MODEL
+from moeopt.cli import main
+from moeopt.demo import DEFAULT_SKILL, MODEL, SKILLS
 from moeopt.demo.result import FULL, RANDOM, DemoResult, view
 from moeopt.demo.run import run
 from moeopt.demo.task import skill_task
 from moeopt.errors import ExportError, StudyError, TaskError
 from moeopt.study import load_study
+from moeopt.tasks.base import SPLITS
 
 SHORT: dict[str, Any] = {"trials": 8, "examples": {"search": 6, "test": 10}}
 STUDY = f"{DEFAULT_SKILL}-8to2-guided-seed0"
@@ -124,3 +126,24 @@ def test_what_the_demo_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="not empty"):
         run(tmp_path, **SHORT)
     assert mine.read_text() == "keep me"
+
+
+def test_a_copy_is_the_model_and_tasks_of_what_it_was_not_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tour"
+    assert main(["demo", "--copy", str(out)]) == 0
+    assert {file.name: file.read_bytes() for file in (out / "model").iterdir()} == {
+        file.name: file.read_bytes() for file in MODEL.iterdir()
+    }
+    assert {file.stem for file in out.iterdir()} == {"model", *SKILLS}
+    for skill, kind, data in (("caesar", "multiple_choice", "caesar.jsonl"), ("text", "text", "text")):
+        task, shipped = moeopt.tasks.get(kind, out / data), skill_task(skill)
+        held_out = {(example.prompt, example.options) for split in SPLITS for example in shipped.examples(split)}
+        copied = [(example.prompt, example.options) for split in SPLITS for example in task.examples(split)]
+        assert held_out.issuperset(copied), skill
+        assert len(copied) == (18 if skill == "text" else 900)
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert f"moeopt search {out / 'model'} --task multiple_choice --data {out}/caesar.jsonl" in command
+    assert main(["demo", "--copy", str(out)]) == 2
+    assert "is not empty" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,13 @@ def demo(
     ] = None,
     out: Annotated[Path, OUT(help="Folder for the study, the exported model and the table.")] = Path("demo-out"),
     seed: opt.Seed = 0,
+    copy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Only write the model and its skills' examples to a new folder, as files to try other commands on.",
+        ),
+    ] = None,
     svg: Annotated[Path | None, typer.Option(hidden=True, help="Also write the table as a picture.")] = None,
 ) -> None:
     """Search, compare, export and reload on the small Mixtral that comes with moeopt, in a minute or two.
@@ -31,6 +39,16 @@ def demo(
     from moeopt.errors import TaskError, nearest
     from moeopt.report.terminal import consoles
 
+    if copy is not None:
+        from moeopt.demo.copying import copy as copy_to
+
+        model, rows = shlex.quote(str(copy / "model")), shlex.quote(str(copy / f"{DEFAULT_SKILL}.jsonl"))
+        consoles()[0].say(
+            *copy_to(copy),
+            f"  moeopt search {model} --task multiple_choice --data {rows} --keep 2 --limit 48 --trials 20"
+            f" --study {DEFAULT_SKILL}-8to2",
+        )
+        return
     skill = skill or DEFAULT_SKILL
     if skill not in SKILLS:
         raise TaskError(f"unknown demo skill {skill!r}{nearest(skill, list(SKILLS))} (there are {', '.join(SKILLS)})")
