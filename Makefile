@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-slow test-all lowest lint types readme studies clean
+.PHONY: demo test test-slow test-all lowest lint types docs blocks studies clean
 
 demo: $(VENV)/installed
 	$(BIN)/moeopt demo --out demo-out
@@ -27,14 +27,19 @@ lowest: $(LOWEST)/installed
 		tests/exporting/test_stock.py tests/test_plan.py
 
 lint: $(VENV)/installed
-	$(BIN)/ruff check moeopt studies benchmarks tests
-	$(BIN)/ruff format --check moeopt studies benchmarks tests
+	$(BIN)/ruff check moeopt studies benchmarks tests docs
+	$(BIN)/ruff format --check moeopt studies benchmarks tests docs
 
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-readme: $(VENV)/installed
-	$(BIN)/python tests/run_readme.py README.md docs/extending.md
+# The site, in build/site; a warning is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The code blocks of all Markdown pages, run or checked.
+blocks: $(VENV)/installed
+	$(BIN)/python tests/run_blocks.py
 
 studies: $(VENV)/installed
 	$(BIN)/python tests/run_studies.py

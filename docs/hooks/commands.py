@@ -1,0 +1,66 @@
+"""The reference of the command line, written from its parser when the site is built."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import typer
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from moeopt.cli import app
+from moeopt.cli.commands import COMMANDS
+
+PAGE = "reference/commands.md"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    files.append(File.generated(config, PAGE, content=text()))
+
+
+def text() -> str:
+    """The page: every command with its arguments and options, in the order of its help."""
+    group: Any = typer.main.get_command(app)
+    above = group.make_context("moeopt", [], resilient_parsing=True)
+    parts = [
+        f"# Command line\n\n{markdown(group.help)}\n\nEvery command says with `-h` what stands here, and "
+        "`moeopt --install-completion` lets your shell complete commands, options and their values."
+    ]
+    for name in COMMANDS:
+        command = group.commands[name]
+        context = typer.Context(command, info_name=name, parent=above)
+        usage = command.get_usage(context).removeprefix("Usage: ").replace("{", "").replace("}", "")
+        parts.append(f"## moeopt {name}\n\n{markdown(command.help)}\n\n```text\n{usage}\n```")
+        panels: dict[str, list[str]] = {}
+        for parameter in command.params:
+            if getattr(parameter, "hidden", False):
+                continue
+            default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            panel = getattr(parameter, "rich_help_panel", None) or default
+            names, meaning = parameter.get_help_record(context)
+            panels.setdefault(panel, []).append(f"| {code(names)} | {markdown(meaning).replace('|', chr(92) + '|')} |")
+        for panel, rows in panels.items():
+            parts.append("\n".join([f"| {panel} | |", "|---|---|", *rows]) + "\n{ .options }")
+        if command.epilog:
+            parts.append(examples(command.epilog))
+    return "\n\n".join(parts) + "\n"
+
+
+def code(names: str) -> str:
+    """Names of an option and what it takes, so that lines break between names only."""
+    return "<br>".join(f"`{name.replace('|', chr(92) + '|')}`" for name in names.split(", "))
+
+
+def markdown(text: str) -> str:
+    """Help as Markdown: rich's marks for bold, indented lines joined; what looks like HTML is shown as it is."""
+    text = re.sub(r"\[/?bold\]", "**", re.sub(r"(?<!\n)\n(?!\n)", " ", text)).replace("  [", " [")
+    return re.sub(r"[<_\[]|(?<!\*)\*(?!\*)", lambda mark: f"\\{mark[0]}", text)
+
+
+def examples(epilog: str) -> str:
+    """What stands below a command's options: its examples as a block, the rest as text."""
+    lines = [line for line in epilog.split("\n\n") if line]
+    shown = [line for line in lines if line.startswith("moeopt ")]
+    rest = [markdown(line) for line in lines if line not in shown and "Examples" not in line]
+    return "\n\n".join(["```console\n" + "\n".join(shown) + "\n```"] * bool(shown) + rest)
