@@ -15,8 +15,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
+# Four at once, as a third of their time is waiting: for leases to end, for servers to come back.
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 4 --dist loadfile -m slow
 
 test-all: test test-slow
 
