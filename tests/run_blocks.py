@@ -37,6 +37,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,15 @@ def moeopt_at(command: list[str]) -> int:
     return len(command) - 1 - command[::-1].index("moeopt")
 
 
+@cache
+def parser() -> Any:
+    """moeopt's own, whose commands are read once."""
+    return typer.main.get_command(app)
+
+
 def check_command(arguments: list[str]) -> None:
     """Read the arguments as the command line would, but run nothing."""
-    group: Any = typer.main.get_command(app)
+    group = parser()
     if arguments[-1:] in (["-h"], ["--help"]):
         arguments = arguments[:-1]
         if arguments and group.get_command(None, arguments[0]) is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import re
 from typing import Any
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import Files
+from mkdocs.structure.pages import Page
 
 from moeopt.cli import app
 from moeopt.cli.commands import COMMANDS
@@ -15,22 +17,25 @@ from moeopt.cli.commands import COMMANDS
 PAGE = "reference/commands.md"
 
 
-def on_files(files: Files, config: MkDocsConfig) -> None:
-    files.append(File.generated(config, PAGE, content=text()))
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    return markdown + reference() if page.file.src_uri == PAGE else markdown
 
 
-def text() -> str:
-    """The page: every command with its arguments and options, in the order of its help."""
+def reference() -> str:
+    """Every command with its arguments and options, in the order of the help."""
     group: Any = typer.main.get_command(app)
     above = group.make_context("moeopt", [], resilient_parsing=True)
-    parts = [
-        f"# Command line\n\n{markdown(group.help)}\n\nEvery command says with `-h` what stands here, and "
-        "`moeopt --install-completion` lets your shell complete commands, options and their values."
-    ]
+    parts = [""]
     for name in COMMANDS:
         command = group.commands[name]
         context = typer.Context(command, info_name=name, parent=above)
-        usage = command.get_usage(context).removeprefix("Usage: ").replace("{", "").replace("}", "")
+        usage = (
+            command.get_usage(context)
+            .removeprefix("Usage: ")
+            .translate({ord("{"): None, ord("}"): None})
+            .replace("[[", "[")
+            .replace("]]", "]")
+        )
         parts.append(f"## moeopt {name}\n\n{markdown(command.help)}\n\n```text\n{usage}\n```")
         panels: dict[str, list[str]] = {}
         for parameter in command.params:
@@ -39,23 +44,28 @@ def text() -> str:
             default = "Arguments" if parameter.param_type_name == "argument" else "Options"
             panel = getattr(parameter, "rich_help_panel", None) or default
             names, meaning = parameter.get_help_record(context)
-            panels.setdefault(panel, []).append(f"| {code(names)} | {markdown(meaning).replace('|', chr(92) + '|')} |")
+            names = names if names.startswith("-") else names.removesuffix(" <str>")
+            panels.setdefault(panel, []).append(f"| {code(names)} | {cell(markdown(meaning))} |")
         for panel, rows in panels.items():
-            parts.append("\n".join([f"| {panel} | |", "|---|---|", *rows]) + "\n{ .options }")
+            parts.append("\n".join([f"<div class=options markdown>\n\n| {panel} | |", "|---|---|", *rows, "\n</div>"]))
         if command.epilog:
             parts.append(examples(command.epilog))
     return "\n\n".join(parts) + "\n"
 
 
 def code(names: str) -> str:
-    """Names of an option and what it takes, so that lines break between names only."""
-    return "<br>".join(f"`{name.replace('|', chr(92) + '|')}`" for name in names.split(", "))
+    """Names of an option and what it takes, so that lines break between names."""
+    return "<br>".join(f"<code>{cell(html.escape(name))}</code>" for name in names.split(", "))
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "&#124;").replace("[", "&#91;")
 
 
 def markdown(text: str) -> str:
-    """Help as Markdown: rich's marks for bold, indented lines joined; what looks like HTML is shown as it is."""
+    """Help as Markdown: rich's marks for bold, lines of a paragraph joined; all else is shown as it is."""
     text = re.sub(r"\[/?bold\]", "**", re.sub(r"(?<!\n)\n(?!\n)", " ", text)).replace("  [", " [")
-    return re.sub(r"[<_\[]|(?<!\*)\*(?!\*)", lambda mark: f"\\{mark[0]}", text)
+    return re.sub(r"[_\[]|(?<!\*)\*(?!\*)", lambda mark: f"\\{mark[0]}", html.escape(text, quote=False))
 
 
 def examples(epilog: str) -> str:

@@ -38,7 +38,7 @@ def on_config(config: MkDocsConfig) -> None:
 def there(entry: dict[str, str | list[dict[str, str]]]) -> dict[str, object]:
     ((title, what),) = entry.items()
     if isinstance(what, str):
-        is_there = what in BESIDE.values() or what == "reference/commands.md" or (ROOT / "docs" / what).is_file()
+        is_there = what in BESIDE.values() or (ROOT / "docs" / what).is_file()
         return {title: what} if is_there else {}
     pages = [page for page in map(there, what) if page]
     return {title: pages} if pages else {}

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 MODEL = Path(__file__).parent / "model"
+"""The folder of the shipped checkpoint."""
 TEXT = Path(__file__).parent / "data" / "python_topics.txt"
 SPLITS = ("train", "search", "dev", "test")
 DEFAULT_SKILL = "caesar"
+"""What `moeopt demo` searches for."""
 
 Question = tuple[str, str, list[str]]
 """What is asked, the right answer, wrong answers (distinct, at least three)."""
@@ -162,3 +164,4 @@ _MAKERS: dict[str, Callable[[random.Random], Question]] = {
     "roman": _roman,
 }
 SKILLS = (*_MAKERS, "text")
+"""What the shipped model can do."""

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from moeopt.exporting.projecting import Projection
 
 SHARD_BYTES = 5 << 30
+"""Largest size of a file of weights, unless said otherwise: 5 GiB."""
 
 
 def export(

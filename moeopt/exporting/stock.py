@@ -14,6 +14,7 @@ from moeopt.plan import LayerPlan, Plan
 from moeopt.plan.stock import why_not_stock as why_not_stock
 
 Form = Literal["auto", "stock", "custom"]
+"""An ordinary checkpoint, one that brings its own model class, or the former where it can hold the plan."""
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 SERVED = {"deepseek_v3": _SIGMOID, "deepseek_v32": _SIGMOID}

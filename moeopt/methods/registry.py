@@ -51,6 +51,7 @@ METHODS: dict[str, Method] = {
     "loss_aware_rounds": LossAware("loss_aware, with derivatives taken again on the way", ROUNDS),
     "loss_aware_budgets": LossAwareBudgets(),
 }
+"""The one-shot methods, by name."""
 
 
 def get(name: str) -> Method:

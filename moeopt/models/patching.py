@@ -21,6 +21,7 @@ from moeopt.models.use import lock_of
 from moeopt.plan import Plan
 
 MergedWeights = Literal["auto", "resident", "scratch"]
+"""Merged experts of all layers in memory, of one layer at a time, or what fits."""
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[Patch]] = weakref.WeakKeyDictionary()
 """The plans that are open on a model, innermost last."""

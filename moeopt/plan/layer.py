@@ -25,10 +25,13 @@ from moeopt.plan.matrices import (
 )
 
 Router = Literal["rows", "prob", "logit", "alias", "whole"]
+"""Where a plan's router acts, see `LayerPlan`."""
 AMONG_ALL: tuple[Router, ...] = ("alias", "whole")
 """Where the router itself stays as it is, and picks among all n experts."""
 Negative = Literal["clamp", "eep"]
+"""What becomes of mapped probabilities below 0, see `LayerPlan`."""
 Merge = Literal["linear", "ties", "slerp", "karcher"]
+"""How the experts of a row of W_EM become a single one, see `LayerPlan`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from moeopt.errors import PlanError
 
 Matrix = NDArray[np.float32]
+"""W_EM or W_RM: (r, n)."""
 Orders = NDArray[np.int32]
+"""(n, inner): an order of the neurons of each expert."""
 A = TypeVar("A", bound=NDArray[Any])
 
 

@@ -18,6 +18,7 @@ from moeopt.spaces.active import ActiveSpace
 from moeopt.spaces.base import Space
 
 Server = Literal["llama.cpp", "sglang", "vllm"]
+"""A server whose demands on a checkpoint are known here."""
 HELD = ("mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3")
 """Model types whose exports `benchmarks/served.py` holds against what servers read."""
 GGUF_READS = ("fp8", "gptq", "compressed-tensors")

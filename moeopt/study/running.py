@@ -26,10 +26,12 @@ from moeopt.study.reclaiming import reclaim
 from moeopt.study.storage import attributes
 from moeopt.study.storage.failures import NoSlotLeft, SetBack, StudyIsGone
 
-SHORTEST_LOOK, LONGEST_LOOK = 0.05, 1.0
-"""Seconds between two looks for a trial to start, while others run elsewhere."""
+SHORTEST_LOOK = 0.05
+LONGEST_LOOK = 1.0
+"""Seconds, at most, between two looks for a trial to start, while others run elsewhere."""
 Goal = Callable[[optuna.Trial], "float | Sequence[float]"]
 Callback = Callable[[optuna.Study, FrozenTrial], None]
+"""What is called after each trial with the study and that trial, as callbacks of Optuna are."""
 
 
 def optimize(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moeopt.study.objective import Objective
 
 WarmStarts = Literal["auto"] | Iterable["Plan | str"] | Mapping[str, "Plan | MethodPlan"]
+"""Plans and names of one-shot methods, plans by name, or what the study takes by itself."""
 AUTO = "auto"
 CHOICE = ("naee", "loss_aware")
 """What ``"auto"`` stands for: the kept sets that change the layers' outputs least, and the loss."""

@@ -19,6 +19,7 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 SPLITS = ("search", "dev", "test")
+"""What a search sees, what chooses among its results, and what judges the choice."""
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,14 @@ RETRIES = "retry_history"  # Optuna's own key, as `RetryHeartbeatStaleTrialCallb
 ESTIMATE = "estimate"  # user attribute of a pruned trial: an honest estimate of its loss over all examples
 INTERRUPTED = "interrupted"  # user attribute of a trial that Ctrl-C ended
 FAILURE = "failure"  # user attribute of a failed trial: why it failed
-# User attributes that a trial's repetition gets: fingerprint and method of a warm start, and what that cost beforehand.
-WARM_START, METHOD, CALIBRATION = INHERITED = "warm_start", "method", "calibration_layer_tokens"
+WARM_START = "warm_start"
+"""Trial attribute of a warm start: the fingerprint of its plan."""
+METHOD = "method"
+"""Trial attribute of a warm start: the one-shot method that made its plan."""
+CALIBRATION = "calibration_layer_tokens"
+"""Trial attribute of a warm start: what its method ran beforehand, in layer-tokens."""
+INHERITED = (WARM_START, METHOD, CALIBRATION)
+"""User attributes that a trial's repetition gets."""
 CHUNK = 60_000  # characters; MariaDB and MySQL hold 65,535 bytes an attribute
 LARGEST = 1 << 24  # numbers in one vector; anything larger is a damaged or hostile study
 DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, binascii.Error, zlib.error)

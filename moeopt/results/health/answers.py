@@ -31,8 +31,10 @@ from numpy.typing import NDArray
 
 from moeopt.statistics import Interval, Standing, bootstrap
 
-PROMPTS, NEW_TOKENS = 32, 64
-"""Prompts that are answered, and most tokens of an answer, unless said otherwise."""
+PROMPTS = 32
+"""Prompts that are answered, unless said otherwise."""
+NEW_TOKENS = 64
+"""Most tokens of an answer, unless said otherwise."""
 ENOUGH = 30
 """Prompts below which nothing is shown to hold."""
 GRAM, FIRST = 4, 8
@@ -48,6 +50,7 @@ LIMITS: Mapping[str, float] = {
 }
 """What of each is allowed beyond the full model's."""
 MEASURES = (*LIMITS, "length")
+"""What of an answer is measured."""
 
 
 @dataclass(frozen=True)
