@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moeopt.lazily import lazily
+from moeopt.showing import Shown
 
 __version__ = "0.1.0"
 
@@ -128,3 +129,12 @@ __getattr__ = lazily(
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _drawn(shown: Shown) -> str:
+    from moeopt.report import html
+
+    return html(shown)
+
+
+Shown.drawn = staticmethod(_drawn)

@@ -1,9 +1,12 @@
-"""Text of others, such as names in a study, as it may be shown: nothing in it moves a cursor, and it is not endless."""
+"""Text of others, such as names in a study, as it may be shown: nothing in it moves a cursor, and it is not endless.
+
+And what notebooks show by itself, which a room far above draws.
+"""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of control characters, of format characters such as right-to-left overrides, of surrogates, and
@@ -79,3 +82,13 @@ def first_line(error: BaseException) -> str:
 def _cut(text: str, most: int) -> str:
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+class Shown:
+    """A plan, an evaluation or a result: notebooks show it as `moeopt.report.html` draws it."""
+
+    drawn: Callable[[Shown], str]
+    """How; the package sets it, as what draws may import what is drawn, and not the other way round."""
+
+    def _repr_html_(self) -> str:
+        return Shown.drawn(self)

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moeopt.showing import Shown
+
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(Shown):
     """Scores of one plan on one split, examples in the task's fixed order; of the first examples, while it is raced.
 
     `loss` and `accuracy` are the means of `losses` and `correct`, weighted by `weights`; all three arrays are float32

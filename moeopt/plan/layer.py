@@ -23,6 +23,7 @@ from moeopt.plan.matrices import (
     one_hot,
     one_hot_rows,
 )
+from moeopt.showing import Shown
 
 Router = Literal["rows", "prob", "logit", "alias", "whole"]
 """Where a plan's router acts, see `LayerPlan`."""
@@ -35,7 +36,7 @@ Merge = Literal["linear", "ties", "slerp", "karcher"]
 
 
 @dataclass(frozen=True, eq=False)
-class LayerPlan:
+class LayerPlan(Shown):
     """What one MoE layer becomes.
 
     Exactly one of `kept` and `w_em` is given; a `w_em` whose rows are distinct unit vectors is stored as `kept`.

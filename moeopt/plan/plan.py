@@ -13,10 +13,11 @@ from moeopt.errors import PlanError
 from moeopt.plan import eep_files, saving
 from moeopt.plan.checks import integer
 from moeopt.plan.layer import LayerPlan, Negative, Router
+from moeopt.showing import Shown
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """One `LayerPlan` for every MoE layer of a model, first layer first.
 
     Plans compare equal and hash by their matrices. Two plans whose experts merely stand in another order are not equal,

@@ -31,6 +31,7 @@ from moeopt.methods.sequences import packed
 from moeopt.models import shape_of
 from moeopt.plan import Plan
 from moeopt.results.steps import Progress, Steps
+from moeopt.showing import Shown
 from moeopt.statistics import Floats, Interval
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class Similarity:
+class Similarity(Shown):
     """How alike tasks use the experts of a model.
 
     Args:

@@ -1,12 +1,14 @@
-"""What is shown while something runs: one live line, or where there is no terminal a line now and then."""
+"""What is shown while something runs: one live line; without terminal and notebook, a line now and then."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Self
+from html import escape
+from typing import TYPE_CHECKING, Any, Self
 
+from moeopt.report.terminal.terminal import consoles
 from moeopt.showing import line
 from moeopt.trials.description import DESCRIPTION, objective_names
 from moeopt.trials.genome import ESTIMATE
@@ -20,22 +22,28 @@ if TYPE_CHECKING:
 
 LINE_EVERY = 10.0
 """Seconds between progress lines where there is no terminal to draw on."""
+REDRAWN = 0.1
+"""Seconds between two states of a notebook's line."""
 
 
 class LiveLine:
     """A line that is drawn again and again, and vanishes at the end; without a terminal, one every 10 s.
 
+    In a notebook it is one output, redrawn in its place, which stays; that needs no ipywidgets.
+
     Args:
-        console: where to draw.
+        console: where to draw; None: standard error, or the notebook.
         columns: of rich, before the text.
         last: when the last line was written, on the clock of `time.monotonic`.
         quiet: show nothing.
     """
 
-    def __init__(self, console: Console, *columns: ProgressColumn, last: float, quiet: bool = False) -> None:
+    def __init__(self, console: Console | None, *columns: ProgressColumn, last: float, quiet: bool = False) -> None:
         from rich.progress import Progress, TextColumn
 
+        console = consoles()[1] if console is None else console
         self.console, self.quiet, self.shown = console, quiet, last
+        self.cell: Any = None
         text = TextColumn("{task.description}", markup=False)
         self.live = Progress(*columns, text, console=console, transient=True)
         self.bar = self.live.add_task("", total=None)
@@ -53,15 +61,30 @@ class LiveLine:
         """Draw a text after `done` of `total`; without a terminal `plain`, if it is time or `at_once`."""
         if self.console.is_terminal:
             self.live.update(self.bar, completed=done, total=total, description=text)
+        elif self.console.is_jupyter:
+            self._redraw(text, done, total, at_once)
         elif at_once or time.monotonic() - self.shown >= LINE_EVERY:
             self.shown = time.monotonic()
             self.console.print(text if plain is None else plain, markup=False, soft_wrap=True)
+
+    def _redraw(self, text: str, done: int, total: int | None, at_once: bool) -> None:
+        from IPython.display import HTML, display
+
+        if self.cell is not None and not at_once and time.monotonic() - self.shown < REDRAWN:
+            return
+        self.shown = time.monotonic()
+        bar = "" if total is None else f'<progress value="{done}" max="{total}"></progress> '
+        shown = HTML(f"{bar}<code>{escape(text)}</code>")
+        if self.cell is None:
+            self.cell = display(shown, display_id=True)
+        else:
+            self.cell.update(shown)
 
 
 class Steps(LiveLine):
     """How many steps of something are done, as `moeopt.results.steps.Progress` is told."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
         columns = BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()
@@ -72,17 +95,25 @@ class Steps(LiveLine):
 
 
 class SearchProgress(LiveLine):
-    """An Optuna callback that shows trial, phase, loss, best and time left.
+    """An Optuna callback that shows trial, phase, loss, best and time left, from `with` to its end.
+
+        with moeopt.report.terminal.SearchProgress(trials=100) as progress:
+            moeopt.optimize(study, objective, n_trials=100, callbacks=[progress])
 
     Args:
-        console: where to draw.
+        console: where to draw; None: standard error, or the notebook.
         trials: finished trials the study shall hold, for the time left; None when it is not known.
         timeout: seconds this run may take.
         quiet: show nothing.
     """
 
     def __init__(
-        self, console: Console, trials: int | None, timeout: float | None = None, *, quiet: bool = False
+        self,
+        console: Console | None = None,
+        trials: int | None = None,
+        timeout: float | None = None,
+        *,
+        quiet: bool = False,
     ) -> None:
         from rich.progress import BarColumn, SpinnerColumn
 

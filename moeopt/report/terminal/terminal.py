@@ -17,8 +17,8 @@ PIPE_WIDTH = 120
 class Terminal(Console):
     """A console on which text is text: no markup, no emoji codes, and whatever controls a terminal is escaped."""
 
-    def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+    def __init__(self, *, stderr: bool = False, **options: Any) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, **options)
 
     def say(self, *lines: str, style: str | None = None) -> None:
         """Lines of text, each on one line however long it is."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from moeopt.showing import line
+from moeopt.showing import Shown, line
 from moeopt.statistics import Floats, Interval
 from moeopt.study.guards import broken
 from moeopt.trials.front import nondominated
@@ -68,7 +68,7 @@ class Point:
 
 
 @dataclass(frozen=True, eq=False)
-class Front:
+class Front(Shown):
     """What `front_of` returns.
 
     Args:

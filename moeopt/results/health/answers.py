@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeopt.showing import Shown
 from moeopt.statistics import Interval, Standing, bootstrap
 
 PROMPTS = 32
@@ -89,7 +90,7 @@ class Measure:
 
 
 @dataclass(frozen=True, eq=False)
-class Health:
+class Health(Shown):
     """Answers of the full model and of a plan to the same prompts, and what was told of them.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from moeopt.defaults import Score
 from moeopt.evaluation import Evaluation, Interval
 from moeopt.plan import ModelShape, Plan
+from moeopt.showing import Shown
 
 Kind = Literal["full", "random", "best random", "method", "search"]
 SKIPPING, REFIT = " + skipping", " + refit"
@@ -97,7 +98,7 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
-class MethodComparison:
+class MethodComparison(Shown):
     """What `compare` returns.
 
     Args:

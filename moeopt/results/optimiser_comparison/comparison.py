@@ -13,6 +13,7 @@ from moeopt import statistics
 from moeopt.errors import StudyError, nearest
 from moeopt.results.optimiser_comparison.grouping import check_comparable, grouped_by_optimiser, labelled, seeds_of
 from moeopt.results.optimiser_comparison.runs import COSTS, Cost, Run, read
+from moeopt.showing import Shown
 from moeopt.statistics import Floats
 from moeopt.trials.hypervolume import Bounds, curve
 
@@ -93,7 +94,7 @@ class Optimiser:
 
 
 @dataclass(frozen=True)
-class OptimiserComparison:
+class OptimiserComparison(Shown):
     """Optimisers over seeds; `compare` makes it.
 
     Attributes:

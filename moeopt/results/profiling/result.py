@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from moeopt.plan import Plan
 from moeopt.results.profiling.checks import Setting
+from moeopt.showing import Shown
 
 Part = Literal["prefill", "decode"]
 
@@ -157,7 +158,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Shown):
     """Models side by side; the first row is what the others are held against.
 
     Args:

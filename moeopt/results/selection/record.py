@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moeopt import __version__
 from moeopt.errors import StudyError
-from moeopt.showing import line, listed, shown
+from moeopt.showing import Shown, line, listed, shown
 from moeopt.statistics import paired_bootstrap
 from moeopt.study.guards import broken
 from moeopt.trials.description import (
@@ -62,7 +62,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class Selection(Shown):
     """What `moeopt.select` returns.
 
     A loss is what the study minimised: with an `active_weight`, active experts are weighed in.
