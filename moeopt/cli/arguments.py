@@ -147,9 +147,11 @@ def noted_command(given: Sequence[str] | None, storage: str) -> str:
 
 def _again(given: Sequence[str] | None, storage: str) -> list[str]:
     from moeopt.study.storage import hidden
+    from moeopt.study.storage.urls import scrub
 
     words = [word for word in (sys.argv[1:] if given is None else given) if word != "--no-resume"]
-    return [word.replace(storage, hidden(storage)) for word in words]
+    words = [word.replace(storage, hidden(storage)) for word in words]
+    return [scrub(word) if "://" in word else word for word in words]  # places of trackers are URLs, too
 
 
 def storage_again(storage: str) -> list[str]:

@@ -118,6 +118,14 @@ def search(
     held: Annotated[
         bool, STUDY(help="Whether to score the best trial and the best start on dev at the end, for two evaluations.")
     ] = True,
+    track: Annotated[
+        list[str] | None,
+        STUDY(
+            metavar="NAME[=PLACE]",
+            help="Send every trial to mlflow (a tracking URI), wandb or tensorboard (folders); repeatable, or as "
+            "mlflow,wandb. Default places: what their environment variables say.",
+        ),
+    ] = None,
     refit: opt.RefitFile = None,
     refit_rank: opt.RefitRank = None,
     serve_on: opt.ServeOn = None,
@@ -155,7 +163,9 @@ def search(
     from moeopt.samplers.local import RUNGS
     from moeopt.spaces import PruneSpace, space_of
     from moeopt.spaces.serving import check_servers, demands
+    from moeopt.study import Tracking
 
+    tracking = Tracking(*(name.strip() for names in track or () for name in names.split(",")))
     servers = check_servers(serve_on or (), serve_parallel)
     trust = " --trust-remote-code" if trust_remote_code else ""
 
@@ -304,10 +314,16 @@ def search(
         with (
             warnings.catch_warnings(),
             SearchProgress(err, trials, timeout) as progress,
+            tracking,
             fleet.Fleet(shares[1:], again, storage, progress.say),
         ):
             warnings.filterwarnings("ignore", message=re.escape(str(missing)))  # it is said above
-            optimize(record, objective, n_trials=trials, timeout=timeout, patience=patience, callbacks=[progress])
+            tracking.tell = progress.say
+            for told in tracking.begin(record):
+                err.say(told)
+            optimize(
+                record, objective, n_trials=trials, timeout=timeout, patience=patience, callbacks=(progress, tracking)
+            )
         teacher = objective.evaluator.teacher
         if teacher is not None and teacher.nbytes:
             err.say(f"full model: {teacher}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moeopt.study.progress import best_trial, best_trials, finished, stalled
     from moeopt.study.reclaiming import reclaim
     from moeopt.study.running import LONGEST_LOOK, Callback, check_limits, optimize
+    from moeopt.study.tracking import Tracking
     from moeopt.study.warm_starts import WarmStarts, automatic, check_expressible, enqueue
     from moeopt.trials.description import DESCRIPTION, MAY_DIFFER, check_same, differences_of, summary
     from moeopt.trials.genome import CALIBRATION, METHOD, WARM_START
@@ -27,6 +28,7 @@ __all__ = [
     "METHOD",
     "WARM_START",
     "Callback",
+    "Tracking",
     "WarmStarts",
     "automatic",
     "best_trial",
@@ -67,6 +69,7 @@ _HOMES = {
     "progress": ("best_trial", "best_trials", "finished", "stalled"),
     "reclaiming": ("reclaim",),
     "running": ("LONGEST_LOOK", "Callback", "check_limits", "optimize"),
+    "tracking": ("Tracking",),
     "warm_starts": ("WarmStarts", "automatic", "check_expressible", "enqueue"),
 }
 __getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})
