@@ -16,7 +16,7 @@ STUDIES = Path(__file__).parent.parent / "studies"
 
 
 def main() -> int:
-    scripts = sorted(STUDIES.glob("[!_]*.py"))
+    scripts = sorted(STUDIES.rglob("[!_]*.py"))
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         for script in scripts:

@@ -1,12 +1,14 @@
 """What the papers' figures show of a model: which experts run, what more of them add, what every kept set costs.
 
-    python studies/look_inside.py [--small] [--out look-inside]
-    python studies/look_inside.py --model MODEL --task text --data FILES --task-options '{"suffixes": [".py"]}'
+    python studies/papers/figures.py [--small] [--out figures]
+    python studies/papers/figures.py --model MODEL --task arc_easy=arc_easy/
 
 Experts are judged on search examples, losses taken on test examples. As HTML and PNG: `activation`, before and after
 NAEE's pruning (EEP, arXiv 2407.00945, figure 4); `ensemble`, loss against experts kept, in all layers and in single
 ones, bars being the 95% interval of the difference from the full model (EEP, figure 3); `kept_sets_*`, the output error
-of every set of experts a layer could keep, with the sets that a method chose (NAEE, arXiv 2402.14800).
+of every set of experts a layer could keep, with the sets that a method chose (NAEE, arXiv 2402.14800); `search`, the
+losses of EEP's trials over what they cost (its figure 5). A folder of `eep_tasks.py` as `--out`, with its limits, is
+gone on with: its search is drawn.
 
 Demo model, caesar, 4 of 8 experts, 2,488 search tokens, 300 test questions; medians over the 6 layers, least to most:
 
@@ -34,7 +36,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import _subject
+import _papers
 import numpy as np
 
 import moeopt
@@ -42,14 +44,15 @@ from moeopt import methods
 from moeopt.evaluation import Evaluation
 from moeopt.plan import Plan
 from moeopt.report import figures
+from moeopt.report.dashboard.digest import digest
 from moeopt.results import analysis
 
 
 def main() -> None:
     args = arguments()
     if args.small:
-        args.limit, args.test_limit = 8, 16
-    model, tokenizer, task = _subject.load(args)
+        args.limit, args.test_limit, args.trials, args.layers, args.methods = 8, 16, 8, [0], []
+    (model, tokenizer), task = _papers.load(args), _papers.open_task(args.task)
     calibration = methods.Calibration(model, tokenizer, task, limit=args.limit)
     test = moeopt.Evaluator(model, tokenizer, task, split="test", limit=args.test_limit)
     shape, full = calibration.shape, test.evaluate(None)
@@ -84,6 +87,12 @@ def main() -> None:
     worst = [max(layer.values()) / float(np.median(list(layer.values()))) for layer in errors]
     print(f"worst set        {spread(worst, '.2f')} of the median error")
 
+    read = digest(_papers.search(model, tokenizer, task, args.keep, args, args.out / _papers.label(args.task)))
+    costs, values = np.cumsum([row.cost for row in read.rows]), [row.loss for row in read.rows]
+    loss = None if read.full is None else read.full.loss
+    title = f"{task.name}: EEP's search for {keeps}"
+    save(figures.search_progress(costs, values, full_model=loss, title=title), args.out, "search")
+
 
 def curve(row: list[Evaluation], full: Evaluation) -> tuple[list[float], list[tuple[float, float]]]:
     """Losses, and the full model's plus the ends of the interval of the difference from it."""
@@ -114,15 +123,13 @@ def save(figure: Any, folder: Path, name: str) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a run of seconds that shows the plumbing, not a result")
-    _subject.add_arguments(parser, device_map=None)
+    parser = _papers.arguments(__doc__, "figures")
+    parser.add_argument("--task", metavar="NAME[=PATH]", default=f"{_papers.DEMO}{moeopt.demo.DEFAULT_SKILL}")
     parser.add_argument("--keep", type=int, default=4)
     parser.add_argument("--layers", type=int, nargs="*", help="MoE layers to reduce alone; default: first and last")
     parser.add_argument("--methods", nargs="+", default=["naee", "frequency", "reap"], help="that prune")
-    parser.add_argument("--limit", type=int, default=100, help="search examples (text: windows of 256 tokens)")
-    parser.add_argument("--test-limit", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=Path("look-inside"), help="folder for the figures")
+    _papers.add_search(parser)
+    parser.set_defaults(limit=100, test_limit=300, trials=60)
     return parser.parse_args()
 
 
