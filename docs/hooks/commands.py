@@ -29,13 +29,7 @@ def reference() -> str:
     for name in COMMANDS:
         command = group.commands[name]
         context = typer.Context(command, info_name=name, parent=above)
-        usage = (
-            command.get_usage(context)
-            .removeprefix("Usage: ")
-            .translate({ord("{"): None, ord("}"): None})
-            .replace("[[", "[")
-            .replace("]]", "]")
-        )
+        usage = re.sub(r"[{}]|(?<=\[)\[|\](?=\])|^Usage: ", "", command.get_usage(context))
         parts.append(f"## moeopt {name}\n\n{markdown(command.help)}\n\n```text\n{usage}\n```")
         panels: dict[str, list[str]] = {}
         for parameter in command.params:
@@ -55,17 +49,19 @@ def reference() -> str:
 
 def code(names: str) -> str:
     """Names of an option and what it takes, so that lines break between names."""
-    return "<br>".join(f"<code>{cell(html.escape(name))}</code>" for name in names.split(", "))
+    return "<br>".join(f"<code>{cell(html.escape(name)).replace('[', '&#91;')}</code>" for name in names.split(", "))
 
 
 def cell(text: str) -> str:
-    return text.replace("|", "&#124;").replace("[", "&#91;")
+    return text.replace("|", "&#124;")
 
 
 def markdown(text: str) -> str:
     """Help as Markdown: rich's marks for bold, lines of a paragraph joined; all else is shown as it is."""
     text = re.sub(r"\[/?bold\]", "**", re.sub(r"(?<!\n)\n(?!\n)", " ", text)).replace("  [", " [")
-    return re.sub(r"[_\[]|(?<!\*)\*(?!\*)", lambda mark: f"\\{mark[0]}", html.escape(text, quote=False))
+    return re.sub(
+        r"_|(?<!\*)\*(?!\*)", lambda mark: f"\\{mark[0]}", html.escape(text, quote=False).replace("[", "&#91;")
+    )
 
 
 def examples(epilog: str) -> str:

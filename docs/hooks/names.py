@@ -28,9 +28,9 @@ def table() -> str:
     rows = ["\n\n| name | |", "|---|---|"]
     for name in sorted(set(moeopt.__all__) - {"__version__"}, key=lambda name: (name[0].islower(), name)):
         value = getattr(moeopt, name)
-        said = re.split(r"(?<=[.:;]) ", " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split()))[0]
+        said = re.split(r"(?<=[.]) ", " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split()))[0]
         place = value.__name__ if inspect.ismodule(value) else f"{value.__module__}.{value.__qualname__}"
-        rows.append(f"| [`{name}`][{place}] | {said.rstrip(':;').replace('|', '&#124;')} |")
+        rows.append(f"| [`{name}`][{place}] | {said.replace('|', '&#124;')} |")
     return "\n".join(rows) + "\n"
 
 
