@@ -49,8 +49,6 @@ def custom_config(source: Path, plan: Plan, rule: RoutingRule) -> dict[str, Any]
         "negative": [p.negative for p in layers],
         "skip": [p.skip for p in layers],
     }
-    if text.get("output_router_logits"):
-        text["output_router_logits"] = False  # the family's load balancing loss takes layers that are all alike
     text.update({key: lists[kind] for kind, keys in full.items() for key in keys})
     return config | {
         "architectures": [next(name for auto, name in classes.items() if auto != "AutoConfig").partition(".")[2]],

@@ -72,5 +72,5 @@ def mapped(logits: Tensor, layer: LayerPlan, rule: RoutingRule) -> Tensor:
     matrix = torch.from_numpy(layer.router_matrix.copy()).to(logits.device)
     if layer.router == "logit":
         return (logits.float() @ matrix.T).to(logits.dtype)
-    # the loss takes the softmax of logits: that of log p' is p' / sum p', and of a p' of 0, -inf, it is 0
-    return (rule.scores(logits).float() @ matrix.T).clamp(min=0).log()
+    # the loss takes the softmax of logits: that of log p' is p' / sum p'; log 0 has no derivative
+    return (rule.scores(logits).float() @ matrix.T).clamp(min=torch.finfo(torch.float32).tiny).log()

@@ -35,7 +35,10 @@ from moeopt.showing import first_line
 
 CODE = "modeling_moeopt.py"
 """The file of the class that a custom checkpoint of moeopt brings."""
-EARLIER = {"af0b8771c08f4c8027f610907b5d92865d5298a21936f8256df85f7c47ce2a50"}
+EARLIER = {
+    "af0b8771c08f4c8027f610907b5d92865d5298a21936f8256df85f7c47ce2a50",
+    "859696d04f9f54a34a0b1ff71f2be0b4d3c242cd25ad2a265fce1be08f1ba7d9",
+}
 """SHA-256 of what that file was, as moeopt holds it, in versions whose checkpoints today's class loads as they were."""
 CUSTOM = "moeopt_"
 """Begins the model types of custom checkpoints."""

@@ -31,12 +31,20 @@ It needs torch and transformers 5, nothing of moeopt. The field ``moeopt`` of co
 
 and ``rule``, how the family makes weights of logits. On disk the fields for the number of experts hold lists, so that
 no stock class takes the checkpoint for one of its own.
+
+It can be trained. Parameters are those of the family's class: experts, merged or not, routers, attention. ``w_rm``,
+``aliases``, ``places`` and ``novices`` are constants of the plan, thus buffers: gradients pass through them to the
+router, but no optimiser moves or decays them. ``output_router_logits`` adds the family's load balancing loss, of the r
+experts among which a router shares tokens out, or of all n where it picks among them first; where layers differ in
+experts or k, it is the mean of the layers' own.
 """
 
 # mypy: ignore-errors
 
 import functools
 import inspect
+import sys
+from contextlib import nullcontext
 
 import torch
 import transformers
@@ -51,6 +59,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 # of rules, in checkpoints that were written before there were such
 SINCE = {"groups": 1, "returns_scores": False, "multiplier": 1.0, "jitter": 0.0, "factor": None}
 OWN = (".w_rm", ".aliases", ".places", ".novices")
+BALANCE = getattr(sys.modules[MixtralForCausalLM.__module__], "load_balancing_loss_func", None)
 
 
 class MoeoptMixtralConfig(MixtralConfig):
@@ -111,11 +120,19 @@ class MoeoptRouter:
         logits = logits.float() if rule["float32_scores"] else logits
         return logits.sigmoid() if rule["score"] == "sigmoid" else logits.softmax(-1)
 
+    def _mapped_scores(self, logits):
+        with nullcontext() if logits.is_meta else torch.autocast(logits.device.type, enabled=False):
+            return self._scores(logits).float() @ self.w_rm.float().T
+
+    def mapped_logits(self, logits):
+        """Logits whose softmax is the shares of the r experts, (tokens, r), for the load balancing loss."""
+        return self._mapped_scores(logits).clamp(min=torch.finfo(torch.float32).tiny).log()
+
     def _mapped(self, logits):
         """Weights and experts from mapped scores."""
         rule, clamp = self.moeopt["rule"], self.moeopt["negative"] == "clamp"
         w_rm, correction, factor = self.w_rm.float(), self._named("correction"), self._named("factor")
-        mapped = self._scores(logits).float() @ w_rm.T
+        mapped = self._mapped_scores(logits)
         mapped = mapped.clamp(min=0) if clamp else mapped
         top, index = self._chosen(mapped, None if correction is None else w_rm @ correction.float())
         top = self._skipped(top)
@@ -216,17 +233,49 @@ class MoeoptMixtralForCausalLM(MixtralForCausalLM):
         if len(layers) != len(blocks):
             raise ValueError(f"config.moeopt describes {len(layers)} MoE layers, the model has {len(blocks)}")
         (n,) = set(config.moeopt["full"]["experts"].values())
+        self.plans, self.routed = layers, None
         for block, layer in zip(blocks, layers):
-            _fit(block, n, {**layer, "rule": {**SINCE, **(config.moeopt["rule"] or {})}})
+            router = _fit(block, n, {**layer, "rule": {**SINCE, **(config.moeopt["rule"] or {})}})
+            router.register_forward_hook(self._note)
 
     @functools.wraps(MixtralForCausalLM.forward)
     def forward(self, *args, output_router_logits=None, **kwargs):
-        if output_router_logits:
-            raise ValueError(
-                "output_router_logits asks for a load balancing loss, which there is none of where layers route in "
-                "ways of their own; self.model(..., output_router_logits=True) gives the logits alone"
-            )
-        return super().forward(*args, **kwargs)
+        if BALANCE is None:
+            given = {} if output_router_logits is None else {"output_router_logits": output_router_logits}
+            return super().forward(*args, **given, **kwargs)
+        if output_router_logits is None:
+            output_router_logits = getattr(self.config.get_text_config(), "output_router_logits", False)
+        if not output_router_logits:
+            return super().forward(*args, output_router_logits=False, **kwargs)
+        as_dict = kwargs.pop("return_dict", None)
+        self.routed = []
+        try:
+            output = super().forward(*args, output_router_logits=False, return_dict=True, **kwargs)
+        finally:
+            routed, self.routed = self.routed, None
+        mask = inspect.signature(super().forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        output.router_logits = tuple(logits for _, logits in routed)
+        output.aux_loss = self._balance(routed, mask)
+        if output.loss is not None:
+            settings = self if hasattr(self, "router_aux_loss_coef") else self.config.get_text_config()
+            output.loss = output.loss + settings.router_aux_loss_coef * output.aux_loss.to(output.loss.device)
+        return output if as_dict or (as_dict is None and self.config.return_dict) else output.to_tuple()
+
+    def _note(self, router, args, output):
+        if self.routed is not None:  # which it is while a layer is run again for its gradients
+            self.routed.append((router, output[0]))
+
+    def _balance(self, routed, mask):
+        """The family's load balancing loss; it takes layers of one size, so of several the mean of the layers' own."""
+        logits = [
+            router.mapped_logits(part) if plan["router"] == "prob" else part
+            for (router, part), plan in zip(routed, self.plans, strict=True)
+        ]
+        sizes = [(part.shape[-1], plan["active"]) for part, plan in zip(logits, self.plans)]
+        if len(set(sizes)) == 1:
+            return BALANCE(tuple(logits), *sizes[0], mask)
+        losses = [BALANCE((part,), *size, mask) for part, size in zip(logits, sizes)]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     @classmethod
     def _can_set_experts_implementation(cls):  # transformers looks for the answer in the source of the class
@@ -244,7 +293,7 @@ class MoeoptMixtralForCausalLM(MixtralForCausalLM):
 
 
 def _fit(block, n, plan):
-    """Make a block of the full model the one that the plan describes; its weights are to be loaded."""
+    """Make a block of the full model the one that the plan describes, and give its router; weights are to be loaded."""
     router = block.gate if isinstance(getattr(block, "gate", None), nn.Module) else block.router
     experts, r = block.experts, plan["experts"]
     _resize(experts, n, r)
@@ -272,6 +321,7 @@ def _fit(block, n, plan):
             raise ValueError("experts that are not told what was picked run for every token, skipped or not")
         mixed = MoeoptNovices if plan["router"] == "whole" else MoeoptExperts
         experts.__class__ = type(f"Moeopt{type(experts).__name__}", (mixed, type(experts)), {})
+    return router
 
 
 def _resize(module, n, r, only=None):

@@ -72,7 +72,8 @@ def patched(
     The first use on a model checks, on random hidden states, that every router follows a known rule and that patching
     with the identity plan changes no bit. Contexts may be nested: the inner plan replaces the outer one, which is back
     afterwards. Works under accelerate's cpu and disk offload, with generation, padding and `output_router_logits`,
-    whose width stays n; the auxiliary loss is that of the plan's experts (`BalancedLoss`).
+    whose width stays n; the auxiliary loss is that of the plan's experts (`BalancedLoss`). Not for training: gradients
+    do not reach the router rows that a plan selects, nor experts through those it merges; train what `export` writes.
 
     Args:
         model: a transformers model with MoE layers.

@@ -113,17 +113,16 @@ def test_a_loaded_model_may_be_cast(full: Any, plans: dict[str, Plan], tmp_path:
     assert computed(small.bfloat16())[0].dtype == torch.bfloat16
 
 
-def test_router_logits_come_without_a_loss_that_there_is_none_of(
+def test_a_checkpoint_that_balances_load_goes_on_doing_so(
     saved: Any, make_mixtral: Any, tiny_tokenizer: Any, plans: dict[str, Plan], tmp_path: Path
 ) -> None:
     full = saved(make_mixtral(experts=6, output_router_logits=True), tiny_tokenizer, tmp_path / "full")
     moeopt.export(plans["mixed-r"], tmp_path / "small", model=full)
     small = reloaded(tmp_path / "small")
     with moeopt.patched(full, plans["mixed-r"]):
-        assert torch.equal(computed(small)[0], computed(full)[0])
-    with pytest.raises(ValueError, match="gives the logits alone"):
-        small(IDS, output_router_logits=True)
-    logits = small.model(IDS, output_router_logits=True).router_logits
+        assert all(map(torch.equal, computed(small), computed(full)))
+        assert small(IDS, labels=IDS).aux_loss == full(IDS, labels=IDS).aux_loss
+    logits = small(IDS).router_logits
     assert [layer.shape[1] for layer in logits] == [part.kept_experts for part in plans["mixed-r"].layers]
 
 
