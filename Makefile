@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-slow test-all lowest lint types docs blocks studies clean
+.PHONY: demo test test-slow test-all lowest lint types docs blocks studies release clean
 
 demo: $(VENV)/installed
 	$(BIN)/moeopt demo --out demo-out
@@ -44,6 +44,12 @@ blocks: $(VENV)/installed
 
 studies: $(VENV)/installed
 	$(BIN)/python tests/run_studies.py
+
+# The wheel and the sdist, in dist/, and the wheel alone in an environment of its own.
+release: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python tests/run_wheel.py dist
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -17,7 +17,7 @@ import moeopt
 ROOT = Path(moeopt.__file__).parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "defaults", "files", "lazily", "showing", "statistics"),
+    ("errors", "defaults", "deprecation", "files", "lazily", "showing", "statistics"),
     ("plan", "trials"),
     ("models", "tasks", "study.storage"),
     ("evaluation", "spaces"),

@@ -17,6 +17,7 @@ from moeopt.cli import (
     compare_methods,
     dashboard,
     demo,
+    env,
     export,
     front,
     health,
@@ -105,6 +106,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
     "dashboard": (dashboard.dashboard, dashboard.EXAMPLES),
     "worker": (worker.worker, worker.EXAMPLES),
     "ray": (worker.on_ray, worker.RAY_EXAMPLES),
+    "env": (env.env, env.EXAMPLES),
 }
 for name, (command, examples) in COMMANDS.items():
     app.command(name, epilog=examples)(command)

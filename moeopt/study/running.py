@@ -18,6 +18,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from moeopt.deprecation import deprecated
 from moeopt.errors import StorageError, StudyError, got
 from moeopt.samplers import GenomeSampler, UnknownSampler
 from moeopt.study import recipe
@@ -58,7 +59,7 @@ def optimize(
         n_trials: finished trials the study shall hold, those of earlier runs included.
         timeout: seconds for this run.
         patience: stop after so many trials without a better one.
-        trials: the former name of `n_trials`.
+        trials: the former name of `n_trials`, gone in 0.2.0.
 
     Warns where the sampler says that so many trials leave out what it is for (`GenomeSampler.shortfall`).
 
@@ -68,7 +69,7 @@ def optimize(
         StorageError: when the database was away for longer than its storage waits, or the study was deleted.
     """
     if trials is not None:
-        warnings.warn("optimize(trials=) is now called n_trials=, as by Optuna", FutureWarning, stacklevel=2)
+        deprecated("optimize(trials=)", "n_trials=, as by Optuna", since="0.1.0", until="0.2.0")
         n_trials = trials if n_trials is None else n_trials
     check_limits(n_trials, timeout, patience)
     callbacks = _checked(study, objective, callbacks)

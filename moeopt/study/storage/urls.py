@@ -43,7 +43,7 @@ def readable_errors(storage: Any) -> Iterator[None]:
     except (SQLAlchemyError, sqlite3.Error, StorageInternalError, ImportError, OSError) as error:
         text = reason(error, storage)
         if isinstance(error, ImportError):
-            text += "; install the database's driver, such as psycopg or pymysql"
+            text += "; " + driver_wanted(storage)
         raise StorageError(f"cannot use the storage {hidden(storage)}: {text}") from None
     except RuntimeError as error:
         if type(error) is not RuntimeError:
@@ -51,6 +51,18 @@ def readable_errors(storage: Any) -> Iterator[None]:
         raise StorageError(
             f"cannot use the storage {hidden(storage)}: {line(scrub(str(error), storage), 500)}"
         ) from None
+
+
+def driver_wanted(storage: Any) -> str:
+    """What to install for a storage whose driver is missing: one of moeopt's groups, where it holds that driver."""
+    text = str(storage)
+    groups = [group for group, driver in (("postgres", "+psycopg:"), ("mysql", "+pymysql:")) if driver in text]
+    if groups:
+        return f"pip install 'moeopt[{groups[0]}]'"
+    return (
+        "install the database's driver, or name one in the URL that comes with moeopt: postgresql+psycopg:// of "
+        "pip install 'moeopt[postgres]', mysql+pymysql:// of pip install 'moeopt[mysql]'"
+    )
 
 
 def reason(error: BaseException, storage: Any = None) -> str:
