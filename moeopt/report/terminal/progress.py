@@ -44,6 +44,7 @@ class LiveLine:
         console = consoles()[1] if console is None else console
         self.console, self.quiet, self.shown = console, quiet, last
         self.cell: Any = None
+        self.missed: str | None = None
         text = TextColumn("{task.description}", markup=False)
         self.live = Progress(*columns, text, console=console, transient=True)
         self.bar = self.live.add_task("", total=None)
@@ -56,29 +57,32 @@ class LiveLine:
     def __exit__(self, *exception: object) -> None:
         if self.console.is_terminal and not self.quiet:
             self.live.stop()
+        if self.missed is not None:
+            self._redraw(self.missed, at_once=True)
 
     def draw(self, text: str, done: int, total: int | None, *, plain: str | None = None, at_once: bool = False) -> None:
         """Draw a text after `done` of `total`; without a terminal `plain`, if it is time or `at_once`."""
         if self.console.is_terminal:
             self.live.update(self.bar, completed=done, total=total, description=text)
         elif self.console.is_jupyter:
-            self._redraw(text, done, total, at_once)
+            bar = "" if total is None else f'<progress value="{done}" max="{total}"></progress> '
+            self._redraw(f"{bar}<code>{escape(text if plain is None else plain)}</code>", at_once)
         elif at_once or time.monotonic() - self.shown >= LINE_EVERY:
             self.shown = time.monotonic()
             self.console.print(text if plain is None else plain, markup=False, soft_wrap=True)
 
-    def _redraw(self, text: str, done: int, total: int | None, at_once: bool) -> None:
+    def _redraw(self, html: str, at_once: bool) -> None:
         from IPython.display import HTML, display
 
-        if self.cell is not None and not at_once and time.monotonic() - self.shown < REDRAWN:
+        self.missed = None
+        if self.cell is None:
+            self.cell = display(HTML(html), display_id=True)
+        elif at_once or time.monotonic() - self.shown >= REDRAWN:
+            self.cell.update(HTML(html))
+        else:
+            self.missed = html
             return
         self.shown = time.monotonic()
-        bar = "" if total is None else f'<progress value="{done}" max="{total}"></progress> '
-        shown = HTML(f"{bar}<code>{escape(text)}</code>")
-        if self.cell is None:
-            self.cell = display(shown, display_id=True)
-        else:
-            self.cell.update(shown)
 
 
 class Steps(LiveLine):
