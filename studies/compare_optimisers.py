@@ -1,7 +1,7 @@
 """Optimisers on one search space over repeated seeds, and what may be concluded from it.
 
-python studies/compare_optimisers.py [--small] [--seeds 5] [--trials 100] [--out compare-optimisers]
-python studies/compare_optimisers.py --model MODEL --task boolq --data FILES --optimisers eep,local,random
+    python studies/compare_optimisers.py [--small] [--seeds 5] [--trials 100] [--out compare-optimisers]
+    python studies/compare_optimisers.py --model MODEL --task boolq --data FILES --optimisers eep,local,random
 
 One study for every optimiser and seed; started again, it does the rest. Every study ends with `moeopt.select`.
 

@@ -105,8 +105,9 @@ def test_every_name_that_is_imported_is_there() -> None:
 
 
 def test_every_file_that_the_documents_name_is_there() -> None:
-    for document in ("docs/architecture.md", "docs/extending.md", "CONTRIBUTING.md"):
-        text = (ROOT.parent / document).read_text(encoding="utf-8")
+    documents = [ROOT.parent / "README.md", ROOT.parent / "CONTRIBUTING.md", *(ROOT.parent / "docs").rglob("*.md")]
+    for document in documents:
+        text = document.read_text(encoding="utf-8")
         for name in set(re.findall(r"`((?:moeopt|tests|studies|benchmarks)/[\w/.]*)`", text)):
             assert (ROOT.parent / name).exists(), f"{document}: {name}"
 

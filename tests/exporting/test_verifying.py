@@ -87,7 +87,7 @@ def test_code_that_is_not_moeopts_runs_only_when_it_is_trusted(
 
 @pytest.mark.slow
 def test_what_another_target_wrote_is_verified_by_a_plan_and_a_model(full: Any, tmp_path: Path) -> None:
-    """Written with what docs/extending.md names: a configuration and tensors, and nothing that says whose they are."""
+    """Written as in docs/how-to/own-export.md: a configuration and tensors, and nothing that says whose they are."""
     plan = Plan.one_hot([[0, 2, 5]] * 3, experts=6, k=2)
     other = tmp_path / "other"
     other.mkdir()
