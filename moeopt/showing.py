@@ -5,8 +5,11 @@ And what notebooks show by itself, which a room far above draws.
 
 from __future__ import annotations
 
+import re
+import shlex
 import unicodedata
 from collections.abc import Callable, Iterable
+from typing import Any
 
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of control characters, of format characters such as right-to-left overrides, of surrogates, and
@@ -77,6 +80,49 @@ def first_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+_URL = re.compile(r"(?<![\w+.-])(?!https?:)[\w+.-]+://[^\s'\"]*")
+_CREDENTIALS = re.compile(r"(?<=://)[^\s/@]*@")
+_MARK = r"(?:~[\w.-]*|\.{1,2}|[A-Za-z]:)?[/\\]"
+_WHOLE = re.compile(rf"{_MARK}[^\n]*[/\\](?=[^/\\\n])")
+_FOLDERS = re.compile(rf"(?<![^\s'\"(\[{{=,:`])(?!(?<=:)//){_MARK}(?:[^\s'\",;:=()]*[/\\])?(?=[^\s/\\'\",;:=()])")
+
+
+def public(value: Any) -> Any:
+    """JSON for the eyes of others: its texts name no database, hold no password of a URL, and of paths the last name.
+
+    >>> public({"from": "/home/jo/models/mixtral", "with": ["--storage=postgresql://jo:secret@db/x", "org/name"]})
+    {'from': 'mixtral', 'with': ['--storage=***', 'org/name']}
+    """
+    if isinstance(value, dict):
+        return {public(key): public(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if path := _WHOLE.match(value):
+        return value[path.end() :]
+    return _FOLDERS.sub("", _CREDENTIALS.sub("", _URL.sub("***", value)))
+
+
+def public_command(command: str) -> str:
+    """A command for the eyes of others: without a change of folder before it, and without the storage of its studies.
+
+    >>> public_command("cd /home/jo && moeopt search '/my models/mixtral' --storage sqlite:///x.db --trials=9")
+    'moeopt search mixtral --trials=9'
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:  # no command
+        return str(public(command))
+    words = words[words.index("&&") + 1 :] if "&&" in words else words
+    left = [
+        word
+        for before, word in zip(["", *words], words)
+        if before != "--storage" and word.partition("=")[0] != "--storage"
+    ]
+    return shlex.join(map(public, left))
 
 
 def _cut(text: str, most: int) -> str:

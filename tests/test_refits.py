@@ -93,6 +93,7 @@ def test_searches_and_selections_end_with_it(place: Path, tmp_path: Path, capsys
         assert f"--plan {files[command]}" in printed
         about = Plan.about(files[command])["refit"]
         assert (about["sequences"], about["task"]["name"]) == (24, "multiple_choice")
+        assert "refitted - plan: " in Plan.about(files[command])["judged"][1]
         assert Plan.load(files[command]).is_refitted
 
 

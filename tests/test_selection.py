@@ -410,6 +410,12 @@ def test_the_command_selects_shows_and_exports(shop: Path, tmp_path: Path, capsy
     assert main(["export", str(shop / "model"), str(tmp_path / "out"), *study, "--trial", "selected"]) == 0
     exported = json.loads((tmp_path / "out" / "moeopt.json").read_text())
     assert exported["fingerprint"] == record["plans"]["winner"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    change, scores = record["test_minus"]["full"]["loss"], record["scores"]["test"]
+    told = f"{scores['full']['loss']:.4f} | {scores['winner']['loss']:.4f} | {Interval(**change)} |"
+    assert f"| test | 6 | `loss` | {told}" in card
+    assert all(text in card for text in record["sentences"])
+    assert f"value: {round(scores['winner'][record['metric']], 6)}" in card
 
 
 @pytest.mark.parametrize(

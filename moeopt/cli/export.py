@@ -10,7 +10,7 @@ import typer
 
 from moeopt.cli import arguments
 from moeopt.cli import options as opt
-from moeopt.cli.options import DEFAULT_STORAGE, GOAL, STUDY
+from moeopt.cli.options import DEFAULT_STORAGE, GOAL, HUB, STUDY
 from moeopt.errors import ExportError
 from moeopt.showing import line
 from moeopt.trials.objectives import size_of
@@ -18,12 +18,14 @@ from moeopt.trials.objectives import size_of
 EXAMPLES = (
     "[bold]Examples[/bold]\n\nmoeopt export ./mixtral small/ --study boolq-8to4\n\n"
     "moeopt export ./mixtral small/ --plan pruned.safetensors\n\n"
+    "moeopt export ./mixtral small/ --study boolq-8to4 --push-to-hub me/mixtral-boolq --private\n\n"
     "moeopt export ./mixtral small/ --study boolq-trade-off --fit 24GB --uniform --task boolq --for vllm\n\n"
     "moeopt export ./mixtral small/ --study boolq-8to4 --trial best --project stock --task boolq --data boolq.jsonl"
 )
 
 
 def export(
+    ctx: typer.Context,
     model: opt.Model,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write, new or empty.")],
     plan: opt.PlanFile = None,
@@ -59,6 +61,16 @@ def export(
     limit: opt.Limit = None,
     dev_limit: opt.DevLimit = None,
     device_map: opt.DeviceMap = "auto",
+    push_to_hub: Annotated[
+        str | None,
+        HUB(metavar="REPO", help="Then push it to this repository, as me/name; asked before, whether that may be."),
+    ] = None,
+    private: opt.Private = False,
+    revision: opt.PushRevision = None,
+    commit_message: opt.CommitMessage = None,
+    base_model: Annotated[
+        str | None, HUB(metavar="ID", help="Id of the full model, for the model card, where MODEL is a folder.")
+    ] = None,
     serve_on: opt.ServeOn = None,
     serve_parallel: opt.ServeParallel = 1,
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -68,7 +80,7 @@ def export(
     An ordinary one where it can hold the plan; otherwise one that brings its own model class and loads with
     trust_remote_code.
     """
-    from moeopt.exporting import check_folder, chosen_form, locate
+    from moeopt.exporting import check_folder, check_push, chosen_form, locate, push
     from moeopt.spaces.serving import check_servers
 
     if project not in (None, "stock"):
@@ -79,6 +91,8 @@ def export(
         raise ExportError("--uniform needs --study and --task, and goes with --form stock or auto, without --project")
     if project is None and task is not None and not uniform:
         raise ExportError("--task goes with --project stock or --uniform, which measure on it")
+    if push_to_hub is None and (private or revision is not None or commit_message is not None):
+        raise ExportError("--private, --revision and --commit-message go with --push-to-hub")
     if fit is not None and (study is None or trial != "best-stock"):
         raise ExportError("--fit chooses a trial of --study, in place of --trial")
     most = None if fit is None else size_of(fit)
@@ -86,6 +100,8 @@ def export(
         "trust_remote_code": trust_remote_code,
         "serve_on": check_servers(serve_on or (), serve_parallel),
         "serve_parallel": serve_parallel,
+        "base_model": base_model,
+        "command": arguments.command_again(ctx.obj, storage),
     }
     check_folder(out_dir)
     shape = arguments.quick_shape(model, trust_remote_code=trust_remote_code)
@@ -93,6 +109,9 @@ def export(
         "--plan", plan, shape.layers if shape else None, storage, study, trial, most
     )
     arguments.check_layers(chosen, shape)
+    hub: dict[str, Any] = {"private": private, "revision": revision}
+    if push_to_hub is not None:
+        push_to_hub = check_push(push_to_hub, **hub)
     from rich.text import Text
 
     from moeopt.report.terminal import consoles
@@ -152,3 +171,7 @@ def export(
         if taken == "stock"
         else f"custom form, which loads with trust_remote_code=True: {reason}"
     )
+    if push_to_hub is not None:
+        with err.status(Text(f"pushing it to {push_to_hub}")):
+            place = push(out_dir, push_to_hub, commit_message=commit_message, **hub)
+        console.say(f"pushed: {place}")

@@ -26,7 +26,9 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 
-GOAL, STUDY, MACHINE = (partial(typer.Option, rich_help_panel=panel) for panel in ("Task", "Study", "Machine"))
+GOAL, STUDY, MACHINE, HUB = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Task", "Study", "Machine", "Hugging Face hub")
+)
 NAMED = partial(STUDY, "--study", "--study-name", metavar="NAME")
 OUT = partial(typer.Option, "--out", "--output-path")
 
@@ -123,6 +125,13 @@ ServeOn = Annotated[
 ServeParallel = Annotated[
     int, typer.Option("--for-parallel", metavar="N", min=1, help="Ranks among which it divides the experts of a layer.")
 ]
+Private = Annotated[
+    bool, HUB("--private", help="Make the repository one that others do not see; refused where it is public.")
+]
+PushRevision = Annotated[
+    str | None, HUB("--revision", metavar="BRANCH", help="Branch to push to, made where it is missing.")
+]
+CommitMessage = Annotated[str | None, HUB(metavar="TEXT", help="Of the commit on the hub.")]
 Timeout = Annotated[
     float | None, typer.Option(metavar="S", min=0, help="Seconds after which no trial starts.", rich_help_panel="Study")
 ]

@@ -152,6 +152,8 @@ def run_refit(
             verdict = judged_refit(plan, made.plan, model, tokenizer, task, batch_tokens=batch_tokens, **judged)
     except KeyboardInterrupt:
         raise opt.interrupted(err, FITTED_SO_FAR, ctx, storage) from None
+    if verdict is not None:  # for the model card of what is exported
+        made.plan.save(out, about={**made.about, "judged": [*refit_lines(verdict)]})
     export = f"moeopt export {shlex.quote(name)} OUT_DIR --plan {shlex.quote(str(out))}"
     lines = [*made.lines(), f"{out} holds the refitted plan", *refit_lines(verdict), f"  {export}"]
     console.say("\n".join(lines))

@@ -20,7 +20,7 @@ EXAMPLES = (
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="The smaller checkpoint.")],
+    folder: Annotated[str, typer.Argument(metavar="OUT_DIR", help="The smaller checkpoint: folder or hub id.")],
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The full model. Default: where it was on exporting.")
     ] = None,

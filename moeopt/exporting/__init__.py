@@ -17,11 +17,13 @@ _HOMES = {
     "Verification": "verifying",
     "best_stock_trial": "trials",
     "check_folder": "folders",
+    "check_push": "pushing",
     "chosen_form": "stock",
     "export": "exporter",
     "locate": "folders",
     "plan_of": "trials",
     "project": "projecting",
+    "push": "pushing",
     "stock_form": "stock",
     "verify": "verifying",
     "why_not_stock": "stock",
@@ -35,11 +37,13 @@ __all__ = [
     "Verification",
     "best_stock_trial",
     "check_folder",
+    "check_push",
     "chosen_form",
     "export",
     "locate",
     "plan_of",
     "project",
+    "push",
     "stock_form",
     "verify",
     "why_not_stock",
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from moeopt.exporting.exporter import SHARD_BYTES, export
     from moeopt.exporting.folders import check_folder, locate
     from moeopt.exporting.projecting import Projection, project
+    from moeopt.exporting.pushing import check_push, push
     from moeopt.exporting.stock import Form, chosen_form, stock_form, why_not_stock
     from moeopt.exporting.trials import best_stock_trial, plan_of
     from moeopt.exporting.verifying import Verification, verify

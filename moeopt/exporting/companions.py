@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moeopt.exporting.folders import inside
+from moeopt.exporting.base import CARD
+from moeopt.exporting.folders import SOURCE, inside
 
 TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps a tokenizer's chat templates other than the default one."""
-WRITTEN = ("config.json", "moeopt.json", "README.md", "plan.safetensors")
-"""What export writes itself."""
+WRITTEN = ("config.json", "moeopt.json", CARD, "plan.safetensors", SOURCE)
+"""What export writes itself; the card of the full model is copied under another name."""
 BELONGS = re.compile(
     r"""
     ((generation|tokenizer|processor|preprocessor|(video_|image_)(pre)?processor|feature_extractor)_config

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moeopt import __version__
 from moeopt.errors import ExportError, ModelError, PlanError
+from moeopt.exporting.base import BASE_CARD, CARD, Base, base_of, check_base
+from moeopt.exporting.card import Weights, card
 from moeopt.exporting.companions import companions
 from moeopt.exporting.custom import check_loads, custom_config, rule_of
 from moeopt.exporting.dequantising import dequantised
-from moeopt.exporting.folders import check_folder, locate, real
+from moeopt.exporting.folders import SOURCE, check_folder, locate, real
 from moeopt.exporting.layout import Layout, Roles, check_understood, lay_out, placed_parts
 from moeopt.exporting.quantised import Quantised, edit_settings
-from moeopt.exporting.record import card, plan_record
+from moeopt.exporting.record import plan_record
 from moeopt.exporting.source import Source
 from moeopt.exporting.stock import Form, chosen_form, read_config, stock_config, stock_form
 from moeopt.exporting.trials import check_model, plan_of, trial_record
@@ -35,8 +37,8 @@ from moeopt.exporting.writing import (
 from moeopt.models import empty_model, moe_layers
 from moeopt.models.gate import CODE, auto_class, code_for
 from moeopt.plan import Plan
-from moeopt.showing import listed
-from moeopt.spaces.serving import check_servers, demands
+from moeopt.showing import listed, public, public_command
+from moeopt.spaces.serving import Server, check_servers, demands
 
 if TYPE_CHECKING:
     import optuna
@@ -62,6 +64,8 @@ def export(
     serve_on: str | Sequence[str] = (),
     serve_parallel: int = 1,
     trust_remote_code: bool = False,
+    base_model: str | None = None,
+    command: str | None = None,
 ) -> Path:
     """Write the model that a plan describes as a checkpoint that needs nothing of moeopt to load.
 
@@ -73,7 +77,9 @@ def export(
 
     Tensors are streamed a few MiB at a time from disk to disk, names and dtypes kept; the original ``config.json`` is
     edited, not rewritten; tokenizer, chat templates, settings of generation and licence are copied, but no link out of
-    the checkpoint is followed; ``plan.safetensors`` holds the plan, ``moeopt.json`` and a model card say what was done.
+    the checkpoint is followed; ``plan.safetensors`` holds the plan, ``moeopt.json`` says what was done. ``README.md``
+    is a model card: the full model and its licence, what was changed, the scores that the study holds, how to load it;
+    the full model's own card lies beside it as ``BASE_MODEL_CARD.md``. Paths of this machine are in none of these.
     Blocks of experts that the model's class does not read, such as one for multi-token prediction, are left out. A
     warning says what else was left out. The folder appears whole or not at all.
 
@@ -93,6 +99,9 @@ def export(
         trust_remote_code: whether code that comes with the full checkpoint may run. If so, the class that it names is
             the model's own: its files and ``auto_map`` are copied as they are, and the stock form loads with
             ``trust_remote_code=True``, too. There is no custom form of such a model.
+        base_model: the full model's id on the hub, for the card; None: what its place in the hub's cache says, if it
+            lies there.
+        command: the command that asks for it, for the card.
 
     Returns:
         The folder written.
@@ -106,15 +115,17 @@ def export(
     if form not in get_args(Form):
         raise ExportError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
     servers = check_servers(serve_on, serve_parallel)
+    check_base(base_model)
     record: dict[str, Any] = {"moeopt": __version__}
     if not isinstance(plan, Plan):
         if study is None:
             raise ExportError("to export a trial, give its study too: export(trial, out_dir, study=study, model=model)")
-        record |= trial_record(plan, study)
-        if plan.values is None:
-            raise ExportError(f"trial {plan.number} ended without a loss ({plan.state.name}); export a completed one")
+        trial = plan
+        if trial.values is None:
+            raise ExportError(f"trial {trial.number} ended without a loss ({trial.state.name}); export a completed one")
         check_model(model, study, trust_remote_code=trust_remote_code)
-        plan = plan_of(plan, study)
+        plan = plan_of(trial, study)
+        record |= trial_record(trial, study, plan.fingerprint)
     if form == "stock":
         stock_form(plan)
     out = Path(out_dir).resolve()
@@ -128,7 +139,10 @@ def export(
     if servers and form == "custom":
         raise ExportError(f"{', '.join(servers)} read checkpoints of the model's own class alone: {reason}")
     record |= {"form": form, **({} if reason is None else {"why_custom": reason})}
-    record |= {"source": str(folder.resolve()), "fingerprint": plan.fingerprint}
+    base = base_of(folder, base_model)
+    record |= {"base_model": base.hub_id, "base_revision": base.revision, "fingerprint": plan.fingerprint}
+    if command is not None:
+        record["command"] = public_command(command)
     if about:
         record["about"] = dict(about)
     if projection is not None:
@@ -142,7 +156,7 @@ def export(
             if size > shutil.disk_usage(out.parent).free:
                 raise ExportError(f"cannot write {str(out)!r}: {needs(size, out.parent)}")
             with appearing(out) as temporary:
-                _write(temporary, source, prepared, plan, record, shard_bytes, about)
+                _write(temporary, out.name, source, prepared, plan, base, public(record), shard_bytes)
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         file = error.filename2 or error.filename
@@ -291,12 +305,13 @@ def prepare(
 
 def _write(
     folder: Path,
+    name: str,
     source: Source,
     prepared: Prepared,
     plan: Plan,
+    base: Base,
     record: dict[str, Any],
     shard_bytes: int,
-    about: Mapping[str, Any] | None,
 ) -> None:
     write_weights(prepared.layout, prepared.source, folder, shard_bytes)
     copy_companions(source.folder, prepared.files, folder)
@@ -304,8 +319,21 @@ def _write(
     if prepared.code is not None:
         write_text(folder / CODE, prepared.code.decode())
     with room_for(folder / "plan.safetensors", plan.nbytes):
-        plan.save(folder / "plan.safetensors", about=about)
+        plan.save(folder / "plan.safetensors", about=record.get("about"))
     write_json(folder / "moeopt.json", record | {"plan": plan_record(prepared.written)})
-    sizes, auto = (prepared.layout.nbytes, source.nbytes), auto_class(prepared.config).__name__
-    text = card(source.folder, prepared.written, record, *sizes, prepared.remarks, auto)
-    write_text(folder / "README.md", text)
+    write_json(folder / SOURCE, {"source": str(source.folder.resolve())})
+    if base.card is not None:
+        write_text(folder / BASE_CARD, base.card.read_text(encoding="utf-8", errors="replace"))
+    config = read_config(source.folder)
+    packed = "quantization_config" in config.get("text_config", config) or "quantization_config" in config
+    full, small = (
+        Weights(size, None if packed else sum(tensor.size for tensor in tensors.values()))
+        for size, tensors in ((source.nbytes, source.tensors), (prepared.layout.nbytes, prepared.layout.tensors))
+    )
+    stock = prepared.code is None
+    asked = map(str, demands(prepared.written, get_args(Server), 1, config)) if stock else ()
+    auto = auto_class(prepared.config).__name__
+    text = card(
+        name, base, prepared.written, record, full, small, remarks=prepared.remarks, asked=[*asked], auto_class=auto
+    )
+    write_text(folder / CARD, text)

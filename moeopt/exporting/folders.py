@@ -7,11 +7,18 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import huggingface_hub.errors
+
 from moeopt.errors import ExportError
 from moeopt.showing import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+HTTP_ERROR: type[Exception] = huggingface_hub.errors.HTTPError  # type: ignore[attr-defined]
+"""What huggingface_hub's library for HTTP raises; which one that is depends on the version."""
+SOURCE = ".source.json"
+"""Where in an exported folder it says where the full model lies on this machine; it is not pushed to the hub."""
 
 
 def check_folder(out: Path) -> None:
@@ -30,6 +37,8 @@ def check_folder(out: Path) -> None:
 def locate(model: PreTrainedModel | str | Path) -> Path:
     """The checkpoint folder of a model, from the hub's cache or the hub where it is no folder here.
 
+    Of a model that was loaded from the hub it is the revision that was loaded.
+
     Raises:
         ExportError: when there is none.
     """
@@ -40,9 +49,11 @@ def locate(model: PreTrainedModel | str | Path) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
+    revision = None if isinstance(model, (str, Path)) else getattr(model, "moeopt_revision", None)
+    left = ["*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"]
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
-    except (OSError, ValueError) as error:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=left))
+    except (HTTP_ERROR, OSError, ValueError) as error:
         raise ExportError(f"no folder {name!r} is here, and the hub does not give it: {first_line(error)}") from None
 
 

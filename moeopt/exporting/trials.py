@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from moeopt.errors import ExportError
 from moeopt.exporting.stock import why_not_stock
 from moeopt.plan import Plan
-from moeopt.showing import shown
+from moeopt.showing import public_command, shown
 from moeopt.spaces import space_of
-from moeopt.trials.description import described
+from moeopt.trials.description import COMMAND, described, full_model, held_facts, number
 from moeopt.trials.front import completed, objectives_of, points
+from moeopt.trials.selected import WINNER, check_scores, recorded
 
 if TYPE_CHECKING:
     import optuna
@@ -64,10 +65,34 @@ def check_model(model: PreTrainedModel | str | Path, study: optuna.Study, *, tru
         raise ExportError(f"study {study.study_name!r} searched another model ({name}): {', '.join(differing)} differ")
 
 
-def trial_record(trial: FrozenTrial, study: optuna.Study) -> dict[str, Any]:
-    """What moeopt.json says of a trial and its study."""
-    attrs = {key: trial.user_attrs[key] for key in ("accuracy", "operator", "phase") if key in trial.user_attrs}
-    return {
+def trial_record(trial: FrozenTrial, study: optuna.Study, fingerprint: str) -> dict[str, Any]:
+    """What moeopt.json says of a trial and its study, and of what the study holds of the scores of its plan.
+
+    Args:
+        trial, study: these.
+        fingerprint: of the trial's plan, by which a selection names its winner.
+
+    Raises:
+        StudyError: when something of that is not of the form that moeopt writes.
+    """
+    attrs: dict[str, Any] = {key: trial.user_attrs[key] for key in ("operator", "phase") if key in trial.user_attrs}
+    accuracy = number(trial.user_attrs, "accuracy")
+    attrs |= {} if accuracy is None else {"accuracy": accuracy}
+    record: dict[str, Any] = {
         "study": {"name": study.study_name, **described(study)},
+        "trials": len(completed(study)),
         "trial": {"number": trial.number, **dict(zip(objectives_of(study), trial.values or ())), **attrs},
     }
+    facts, name = study.user_attrs, study.study_name
+    full, held, selection = full_model(facts, name), held_facts(facts, name), recorded(study)
+    if full is not None:
+        record["full_model"] = {key: full[key] for key in ("loss", "accuracy", "metrics", "examples")}
+    if held is not None and held["trial"] == trial.number:
+        record["held"] = held
+    plans = None if selection is None else selection.get("plans")
+    if selection is not None and isinstance(plans, dict) and plans.get(WINNER) == fingerprint:
+        check_scores(selection)
+        record["selection"] = {key: value for key, value in selection.items() if key != "candidates"}
+    if isinstance(facts.get(COMMAND), str):
+        record["search_command"] = public_command(facts[COMMAND])
+    return record

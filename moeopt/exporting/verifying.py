@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from moeopt.errors import ExportError, ModelError
 from moeopt.exporting.exporter import prepare
-from moeopt.exporting.folders import locate
+from moeopt.exporting.folders import SOURCE, locate
 from moeopt.exporting.quantised import OF_INPUTS
 from moeopt.exporting.reloading import compute
 from moeopt.exporting.source import Source
@@ -123,8 +124,9 @@ def verify(
     checkpoint and with the same experts implementation. The two are never in memory at the same time.
 
     Args:
-        folder: the checkpoint.
-        model: the full model, a folder or hub name; None: where it was when it was exported.
+        folder: the checkpoint, a folder or hub name.
+        model: the full model, a folder or hub name; None: where it was when it was exported, or what the checkpoint
+            names on the hub.
         plan: what the checkpoint should be; None: what its `plan.safetensors` says.
         texts: compared beside the random tokens, cut to 8 times `length`.
         sequences, length: how many sequences of random tokens, and how long.
@@ -140,7 +142,7 @@ def verify(
         ModelError: when the original cannot be loaded and is not quantised; where it is, `Verification.failure` says
             why not, and tensors and config are compared.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     plan, source_folder, form = _read(folder, plan, model)
     config = read_config(folder)
     if not trust_remote_code:
@@ -207,16 +209,29 @@ def _read(folder: Path, plan: Plan | None, model: str | Path | None) -> tuple[Pl
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(record[key], str) for key in ("form", "source", "fingerprint")):
-            raise TypeError("form, source and fingerprint must be text")
+        if not all(isinstance(record[key], str) for key in ("form", "fingerprint")):
+            raise TypeError("form and fingerprint must be text")
     except MALFORMED as error:
         raise ExportError(f"{str(path)!r} is not what moeopt writes: {shown(error)}") from None
     stored = Plan.load(folder / "plan.safetensors")
     if stored.fingerprint != record["fingerprint"]:
         raise ExportError(f"plan.safetensors of {str(folder)!r} is not the plan that its moeopt.json names")
-    if model is None and not Path(record["source"]).is_dir():
-        raise ExportError(f"the original is no longer at {record['source']!r}; say where it is: model=, or --model")
-    return plan or stored, str(model or record["source"]), record["form"]
+    return plan or stored, str(model or _original(folder, record)), record["form"]
+
+
+def _original(folder: Path, record: dict[str, Any]) -> str:
+    """Where the full model is: in the folder that it was exported from, or on the hub."""
+    place, hub_id = folder / SOURCE, record.get("base_model")
+    source = record.get("source")  # of moeopt before 0.2
+    if place.is_file():
+        with contextlib.suppress(OSError, *MALFORMED):
+            source = str(json.loads(place.read_text(encoding="utf-8"))["source"])
+    if isinstance(source, str) and Path(source).is_dir():
+        return source
+    if isinstance(hub_id, str):
+        return hub_id
+    gone = "nothing says where the original is" if source is None else f"the original is no longer at {source!r}"
+    raise ExportError(f"{gone}; say it: model=, or --model")
 
 
 def _admitted(folder: Path) -> Admitted:

@@ -25,6 +25,8 @@ from moeopt.showing import first_line
 
 Source = str | os.PathLike[str]
 HUB = ("revision", "token", "cache_dir", "local_files_only")
+REVISION = "moeopt_revision"
+"""Attribute of a model that was loaded from the hub: the revision that was asked for, so that export reads it, too."""
 
 
 def load(
@@ -138,6 +140,7 @@ def load_model(
         stored.say_dequantised(model)
     elif options.get("quantization_config") is not None:
         stored.say_partly_quantised(model)
+    setattr(model, REVISION, options.get("revision"))
     return model.eval()
 
 

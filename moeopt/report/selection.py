@@ -12,9 +12,10 @@ from rich.text import Text
 from moeopt.errors import StudyError
 from moeopt.report.formatting import DASH, number, percent, size
 from moeopt.report.tables import Columns, json_text, table, write
-from moeopt.results.selection.record import FULL, SEARCH_BEST, WINNER, Selection, check_record
+from moeopt.results.selection.record import Selection
 from moeopt.showing import line
 from moeopt.statistics import Interval
+from moeopt.trials.selected import FULL, SEARCH_BEST, WINNER, check_record
 
 if TYPE_CHECKING:
     from pathlib import Path

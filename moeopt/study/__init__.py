@@ -7,7 +7,7 @@ from moeopt.lazily import lazily
 if TYPE_CHECKING:
     from moeopt.spaces import space_of
     from moeopt.study.checks import check_goes_on, check_study, description_of
-    from moeopt.study.creating import COMMAND, create_study, serving_demands
+    from moeopt.study.creating import create_study, serving_demands
     from moeopt.study.foreign import foreign_trials
     from moeopt.study.needs import needs_of
     from moeopt.study.opening import check_name, find, load_study, read_study
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moeopt.study.running import LONGEST_LOOK, Callback, check_limits, optimize
     from moeopt.study.tracking import Tracking
     from moeopt.study.warm_starts import WarmStarts, automatic, check_expressible, enqueue
-    from moeopt.trials.description import DESCRIPTION, MAY_DIFFER, check_same, differences_of, summary
+    from moeopt.trials.description import COMMAND, DESCRIPTION, MAY_DIFFER, check_same, differences_of, summary
     from moeopt.trials.genome import CALIBRATION, METHOD, WARM_START
 
 __all__ = [
@@ -59,10 +59,10 @@ __all__ = [
 
 _HOMES = {
     "moeopt.spaces": ("space_of",),
-    "moeopt.trials.description": ("DESCRIPTION", "MAY_DIFFER", "check_same", "differences_of", "summary"),
+    "moeopt.trials.description": ("COMMAND", "DESCRIPTION", "MAY_DIFFER", "check_same", "differences_of", "summary"),
     "moeopt.trials.genome": ("CALIBRATION", "METHOD", "WARM_START"),
     "checks": ("check_goes_on", "check_study", "description_of"),
-    "creating": ("COMMAND", "create_study", "serving_demands"),
+    "creating": ("create_study", "serving_demands"),
     "foreign": ("foreign_trials",),
     "needs": ("needs_of",),
     "opening": ("check_name", "find", "load_study", "read_study"),

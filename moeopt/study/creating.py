@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
     from moeopt.study.objective import Objective
 
-COMMAND = "command"
-"""User attribute of a study that `moeopt search` made: the command, without its storage's password."""
-
 
 def create_study(
     study_name: str | None = None,

@@ -21,13 +21,22 @@ from optuna.trial import FrozenTrial, TrialState
 
 from moeopt.errors import StudyError, nearest
 from moeopt.showing import first_line, line
-from moeopt.study.creating import COMMAND
 from moeopt.study.scores import COPIED_FROM, FINISHED
 from moeopt.study.storage import attributes
 from moeopt.study.storage.urls import scrub
 from moeopt.study.trackers import TRACKERS, About, Sent, Tracker, seconds
 from moeopt.trials import genome, process
-from moeopt.trials.description import DESCRIPTION, FINITE, TEXT, Maybe, check, described, full_model, objective_names
+from moeopt.trials.description import (
+    COMMAND,
+    DESCRIPTION,
+    FINITE,
+    TEXT,
+    Maybe,
+    check,
+    described,
+    full_model,
+    objective_names,
+)
 from moeopt.trials.description import summary as told_apart
 from moeopt.trials.front import is_feasible
 

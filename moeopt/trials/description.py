@@ -30,6 +30,8 @@ DESCRIPTION = "moeopt"
 FULL_MODEL = "full_model"
 HELD = "held"
 """User attribute of a study: what the full model gives on its examples (`moeopt.study.reference`)."""
+COMMAND = "command"
+"""User attribute of a study that `moeopt search` made: the command, without its storage's password."""
 SERVING = "serving"
 """User attribute of a study: which servers its plans are for, and what these ask for (`moeopt.spaces.serving`)."""
 FORMAT = 1

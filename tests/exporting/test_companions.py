@@ -16,6 +16,7 @@ import pytest
 import moeopt
 from moeopt.errors import ExportError
 from moeopt.exporting.companions import companions
+from moeopt.exporting.folders import SOURCE
 from moeopt.models.weight_files import INDEX
 from moeopt.plan import Plan
 
@@ -61,7 +62,7 @@ def test_only_files_of_the_model_are_copied_and_the_others_are_said(full: Path, 
     with pytest.warns(UserWarning, match=r"files that are not the model's were left behind: .*and \d+ more"):
         out = moeopt.export(PLAN, tmp_path / "out", model=full)
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    made = {"config.json", "model.safetensors", INDEX, "plan.safetensors", "moeopt.json", "README.md"}
+    made = {"config.json", "model.safetensors", INDEX, "plan.safetensors", "moeopt.json", "README.md", SOURCE}
     assert written == {*taken, *made}
     assert set(json.loads((out / "moeopt.json").read_text())["files_left_out"]) == set(left)
 
@@ -84,7 +85,7 @@ def test_links_out_of_the_checkpoint_are_not_followed(full: Path, tmp_path: Path
     assert (out / "added_tokens.json").read_bytes() == (full / "tokenizer_config.json").read_bytes()
     assert {p.name for p in out.iterdir()} == {
         "added_tokens.json", "config.json", "generation_config.json", "model.safetensors", INDEX, "moeopt.json",
-        "plan.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json",
+        "plan.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json", SOURCE,
     }  # fmt: skip
     (full / "additional_chat_templates").unlink()
     (full / "additional_chat_templates").mkdir()

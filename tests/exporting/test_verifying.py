@@ -15,6 +15,7 @@ from moeopt.cli import main
 from moeopt.errors import ExportError
 from moeopt.exporting import verify
 from moeopt.exporting.exporter import prepare
+from moeopt.exporting.folders import SOURCE
 from moeopt.exporting.source import Source, torch_dtype
 from moeopt.plan import Plan
 
@@ -122,7 +123,6 @@ def test_what_does_not_say_what_it_is_of_is_refused(full: Any, plans: dict[str, 
     with pytest.raises(ExportError, match=r"is not the plan that its moeopt\.json names"):
         verify(tmp_path / "small")
     plans["mixed-k"].save(tmp_path / "small" / "plan.safetensors")
-    record = json.loads((tmp_path / "small" / "moeopt.json").read_text())
-    (tmp_path / "small" / "moeopt.json").write_text(json.dumps(record | {"source": str(tmp_path / "gone")}))
-    with pytest.raises(ExportError, match="gone'; say where it is: model=, or --model"):
+    (tmp_path / "small" / SOURCE).write_text(json.dumps({"source": str(tmp_path / "gone")}))
+    with pytest.raises(ExportError, match="gone'; say it: model=, or --model"):
         verify(tmp_path / "small")

@@ -89,7 +89,7 @@ RECORD = {
         split: {name: {"loss": 1.0, "accuracy": 0.5, "active": 2.0} for name in ("full", "winner")}
         for split in ("search", "dev", "test")
     },
-    "test_minus": {"full": {"loss": {"mean": 0.0, "low": -1.0, "high": 1.0}}},
+    "test_minus": {"full": {name: {"mean": 0.0, "low": -1.0, "high": 1.0} for name in ("loss", "accuracy")}},
     "gain": {"search": 0.0}, "verdict": "none", "sentences": ["No gain."], "warnings": [], "looks": 1,
 }  # fmt: skip
 

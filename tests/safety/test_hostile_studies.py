@@ -16,13 +16,15 @@ import pytest
 import moeopt
 from moeopt.cli import arguments, main
 from moeopt.errors import MoeoptError
+from moeopt.exporting.base import Base
+from moeopt.exporting.card import Weights, card
 from moeopt.exporting.trials import trial_record
 from moeopt.report.dashboard.digest import digest
 from moeopt.report.dashboard.note import note
 from moeopt.report.terminal import study_record, study_summary, study_view
 from moeopt.results.method_comparison.searched import searched
 from moeopt.results.selection import SELECTION, on_test, selected_trial
-from moeopt.showing import HIDDEN
+from moeopt.showing import HIDDEN, public
 from moeopt.study import finished, reclaim, space_of, stalled
 from moeopt.trials import genome
 from moeopt.trials.description import DESCRIPTION
@@ -57,6 +59,14 @@ def short(text: str) -> None:
     assert len(text) < 10_000
 
 
+def exported(study: optuna.Study) -> None:
+    told = trial_record(study.get_trials(deepcopy=False)[0], study, hostile.RECORD["plans"]["winner"])
+    record = public({"moeopt": "0.1.0", "form": "stock", **told})
+    text = card("x", Base("m"), moeopt.Plan.identity(2, 4, 2), record, Weights(2, 2), Weights(1, 1))
+    assert len(text) < 100_000
+    assert visible_only(text)
+
+
 READERS = {
     "show": shown,
     "list": study_summary,
@@ -67,7 +77,7 @@ READERS = {
     "best stock": lambda study: arguments.plan_of(study, "best-stock"),
     "reference": moeopt.study.reference.read,
     "note": lambda study: short(note(digest(study), None, "sqlite:///x.db")),
-    "exported": lambda study: trial_record(study.get_trials(deepcopy=False)[0], study),
+    "exported": exported,
     "resumed": lambda study: moeopt.study.check_same(study, hostile.Distance(hostile.SPACES["eep"]()).describe()),
 }
 
@@ -121,7 +131,7 @@ def test_descriptions_of_any_form(space: str, capsys: pytest.CaptureFixture[str]
         pytest.param(
             SELECTION,
             hostile.RECORD,
-            ("show", "selected", "on test", "searched"),
+            ("show", "selected", "on test", "searched", "exported"),
             id="selection",
             marks=pytest.mark.slow,
         ),

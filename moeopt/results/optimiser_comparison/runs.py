@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from moeopt.errors import StudyError
-from moeopt.results.selection.record import SELECTION, WINNER, check_record, recorded
 from moeopt.showing import line, shown
 from moeopt.statistics import Floats, best_so_far
 from moeopt.study import CALIBRATION, METHOD, WARM_START, foreign_trials
@@ -20,6 +19,7 @@ from moeopt.trials.front import completed, objectives_of
 from moeopt.trials.front import points as points_of
 from moeopt.trials.genome import RETRIES
 from moeopt.trials.objectives import LOSS
+from moeopt.trials.selected import SELECTION, WINNER, check_record, recorded
 
 if TYPE_CHECKING:
     import optuna

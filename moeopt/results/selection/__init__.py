@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from moeopt.results.selection.checks import check, check_goal
     from moeopt.results.selection.evaluating import on_test
     from moeopt.results.selection.gains import Held, JudgedRefit, held, judged_refit
-    from moeopt.results.selection.record import SELECTION, Candidate, Selection, recorded, selected_trial, verdict
+    from moeopt.results.selection.record import Candidate, Selection, selected_trial, verdict
     from moeopt.results.selection.run import select
+    from moeopt.trials.selected import SELECTION, recorded
 
 __getattr__ = lazily(
     __name__,
     homes(
         candidates="fitting_trial", checks="check check_goal", evaluating="on_test", run="select",
-        gains="Held JudgedRefit held judged_refit",
-        record="SELECTION Candidate Selection recorded selected_trial verdict",
-    ),
+        gains="Held JudgedRefit held judged_refit", record="Candidate Selection selected_trial verdict",
+    ) | dict.fromkeys(("SELECTION", "recorded"), "moeopt.trials.selected"),
 )  # fmt: skip
 """A record can be read without torch."""

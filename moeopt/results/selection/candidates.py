@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from moeopt.errors import StudyError
-from moeopt.results.selection.record import WINNER, check_record, recorded, selected_trial
+from moeopt.results.selection.record import selected_trial
 from moeopt.study.quantities import QUANTITIES
 from moeopt.trials import genome
 from moeopt.trials.description import number
 from moeopt.trials.front import completed, nondominated, objectives_of
 from moeopt.trials.objectives import LOSS
+from moeopt.trials.selected import WINNER, check_record, recorded
 
 if TYPE_CHECKING:
     import optuna

@@ -11,10 +11,10 @@ from moeopt.errors import StorageError, StudyError
 from moeopt.evaluation import Compression, Evaluation, Evaluator
 from moeopt.evaluation.store import FULL, Scored, StoredEvaluators, StudyStore
 from moeopt.evaluation.teacher import LABEL_FREE
-from moeopt.results.selection.record import SELECTION, check_record, recorded
 from moeopt.study.objective import Objective
 from moeopt.study.scores import penalty, remembered
 from moeopt.trials.description import described
+from moeopt.trials.selected import SELECTION, check_record, recorded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

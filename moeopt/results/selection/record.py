@@ -12,18 +12,8 @@ from moeopt.errors import StudyError
 from moeopt.showing import Shown, line, listed, shown
 from moeopt.statistics import paired_bootstrap
 from moeopt.study.guards import broken
-from moeopt.trials.description import (
-    COUNT,
-    FLAG,
-    FORMAT,
-    NUMBER,
-    TEXT,
-    Maybe,
-    check,
-    check_depth,
-    check_format,
-    reading,
-)  # fmt: skip
+from moeopt.trials.description import FORMAT, reading
+from moeopt.trials.selected import FULL, SEARCH_BEST, WINNER, recorded
 
 if TYPE_CHECKING:
     import optuna
@@ -32,10 +22,6 @@ if TYPE_CHECKING:
     from moeopt.evaluation import Evaluation, Interval
     from moeopt.plan import Plan
     from moeopt.study.guards import Guarded
-
-SELECTION = "selection"
-"""User attribute of a study: `Selection.record` of its latest selection."""
-FULL, WINNER, SEARCH_BEST = "full", "winner", "search_best"
 
 Verdict = Literal["holds", "shrank", "vanished", "reversed", "none"]
 
@@ -311,49 +297,6 @@ def look_warning(looks: int) -> str:
         f"The test split has now been looked at {looks} times for this study: who picks among the results makes the "
         "best of them too good."
     )
-
-
-INTERVAL = {"mean": NUMBER, "low": NUMBER, "high": NUMBER}
-SPLIT = {"count": COUNT, "of": TEXT}
-HEALTH = {"plan": TEXT, "of": TEXT, "told": TEXT, "verdict": TEXT}
-RECORD = {
-    "metric": TEXT, "settings": {"stock_only": FLAG}, "examples": {TEXT: SPLIT},
-    "candidates": {
-        "trial": [COUNT], "search_loss": [NUMBER], "dev_loss": [Maybe(NUMBER)],
-        "bytes": Maybe([Maybe(NUMBER)]),
-    },
-    WINNER: COUNT, SEARCH_BEST: COUNT, "plans": {TEXT: TEXT},
-    "scores": {split: {TEXT: {TEXT: NUMBER}} for split in ("search", "dev", "test")},
-    "test_minus": {TEXT: {TEXT: INTERVAL}}, "verdict": TEXT, "sentences": [TEXT], "warnings": [TEXT], "looks": COUNT,
-    "good": Maybe(FLAG), "health": Maybe(HEALTH),
-}  # fmt: skip
-"""Form of `Selection.record`, as far as it is read again."""
-
-
-def recorded(study: optuna.Study) -> dict[str, Any] | None:
-    """`Selection.record` of the study's latest selection; None where there was none.
-
-    Raises:
-        StudyError: when a newer moeopt wrote it, or it is of another form.
-    """
-    with reading(study.study_name):
-        record = study.user_attrs.get(SELECTION)
-    if record is None:
-        return None
-    where = f"study {shown(study.study_name)}: its attribute {SELECTION!r}"
-    check(record, {}, where)
-    check_format(record, where, record.get("moeopt"))
-    check_depth(record, where)
-    check(record, {WINNER: COUNT}, where)
-    return dict(record)
-
-
-def check_record(record: Mapping[str, Any], where: str = SELECTION) -> None:
-    """Raise StudyError, naming the place, unless a record is of the form that `Selection.record` has."""
-    check(record, RECORD, where)
-    check(record["examples"].get("test"), SPLIT, f"{where}.examples.test")
-    scores = f"dev_{record['metric']}"
-    check(record["candidates"].get(scores), [Maybe(NUMBER)], f"{where}.candidates.{line(scores, 40)}")
 
 
 def selected_trial(study: optuna.Study) -> FrozenTrial:

@@ -16,23 +16,14 @@ from moeopt.results.health import HealthCheck
 from moeopt.results.selection.candidates import Ranked, TrialSizes, check_some, ranked_trials, surely_within
 from moeopt.results.selection.checks import TOP, check, check_arguments, check_goal
 from moeopt.results.selection.evaluating import StudyEvaluators
-from moeopt.results.selection.record import (
-    FULL,
-    HEALTH,
-    SEARCH_BEST,
-    SELECTION,
-    WINNER,
-    Candidate,
-    Selection,
-    look_warning,
-    recorded,
-)
+from moeopt.results.selection.record import Candidate, Selection, look_warning
 from moeopt.results.steps import Progress, Steps
 from moeopt.statistics import paired_bootstrap
 from moeopt.study.guards import broken
 from moeopt.study.objective import Objective
 from moeopt.trials.description import check as check_form
 from moeopt.trials.objectives import size_of
+from moeopt.trials.selected import FULL, HEALTH, SEARCH_BEST, SELECTION, WINNER, recorded
 
 if TYPE_CHECKING:
     import optuna
