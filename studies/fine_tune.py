@@ -9,6 +9,26 @@ needs. Every checkpoint, and the full model, is then trained by transformers' Tr
 same order, once in all its weights (``plain``) and once with peft's LoRA on attention and experts (``lora``), with the
 family's load balancing loss. They are judged on test, which neither methods nor training saw. Run it again to
 go on: checkpoints and finished legs are kept in the folder `--out`.
+
+The shipped model, `--limit 200 --steps 60 --batch 4 --test-limit 200` (8 experts to 4 for ``caesar``; 240 examples seen
+in training, AdamW, float32, one seed). Loss and accuracy on 200 test questions, with 95 % intervals; "so trained" is
+the full model trained in the same way:
+
+| | form | loss | right | - untrained | - full so trained |
+|---|---|---|---|---|---|
+| full | | .0222 | 1.000 | | |
+| full, plain | | .0107 | 1.000 | -.0115 [-.0126, -.0105] | |
+| full, lora | | .0095 | 1.000 | -.0127 [-.0139, -.0117] | |
+| reap | stock | .9142 | .800 | | +.8920 [.6841, 1.1145] |
+| reap, plain | stock | .8525 | .805 | -.0617 [-.0825, -.0427] | +.8418 [.6447, 1.0498] |
+| reap, lora | stock | .8467 | .800 | -.0675 [-.0893, -.0472] | +.8372 [.6415, 1.0434] |
+| hc_smoe | custom | 3.0928 | .455 | | +3.0706 [2.7626, 3.4136] |
+| hc_smoe, plain | custom | 1.4275 | .730 | -1.6654 [-1.8690, -1.4716] | +1.4168 [1.1840, 1.6723] |
+| hc_smoe, lora | custom | 1.4254 | .735 | -1.6674 [-1.8846, -1.4548] | +1.4160 [1.1812, 1.6659] |
+
+Both trainings bring back 6 % of what pruning cost and 54 % of what merging cost, which is still worse than pruning
+untrained; LoRA, which trains a tenth of the numbers, is as good as training all. 60 steps are few: how far more of them
+get, and other rates, was not looked at.
 """
 
 from __future__ import annotations
@@ -40,7 +60,7 @@ IGNORED = -100
 def main() -> None:
     args = arguments()
     if args.small:
-        args.steps, args.batch, args.limit, args.test_limit = 3, 2, 8, 6
+        args.steps, args.batch, args.limit, args.test_limit, args.methods = 3, 2, 8, 6, "hc_smoe"
     model, tokenizer, task = _subject.load(args)
     calibration = methods.Calibration(model, tokenizer, task, limit=args.limit)
     rows = [
