@@ -8,6 +8,9 @@
 questions of the category; "seen" are its test questions, "unseen" those of every subject of the other categories.
 `--instead` puts other tasks in the place of MMLU: the first is searched on, the others are unseen; a folder of
 `eep_tasks.py` that has it as `--out` is gone on with. Losses as there.
+
+Not yet run on MMLU, whose rows come from the hub, nor on other tasks in its place: nothing is known of how far what is
+found on one category holds on others.
 """
 
 from __future__ import annotations
