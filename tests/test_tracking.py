@@ -251,6 +251,23 @@ def test_a_folder_that_is_gone_is_filled_again(tmp_path: Path) -> None:
     assert scalars(tmp_path / "one")["loss"] == scalars(tmp_path / "two")["loss"] == [(i, i) for i in range(3)]
 
 
+def test_an_error_waits_for_no_tracker(tmp_path: Path) -> None:
+    study, tracked = optuna.create_study(), Tracking(f"tensorboard={tmp_path}")
+
+    def failing() -> None:
+        with tracked:
+            tracked.begin(study)
+            study.add_trial(optuna.trial.create_trial(value=1.0))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    assert attributes.study_attributes(study)[tracking.ATTRIBUTE]["sent"] == {}
+    with tracked:
+        tracked.begin(study)
+    assert scalars(tmp_path)["loss"] == [(0, 1.0)]
+
+
 def test_what_is_no_tracker_is_refused_before_long_work(
     refused: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

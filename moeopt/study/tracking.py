@@ -117,8 +117,11 @@ class Tracking:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # the database may be away, or the user in a hurry: what is left is sent when the search goes on
+            self._end()
 
     def _send(self, study: optuna.Study, *, last: bool) -> None:
         if not self._lines:

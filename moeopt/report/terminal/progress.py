@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -24,6 +25,8 @@ LINE_EVERY = 10.0
 """Seconds between progress lines where there is no terminal to draw on."""
 REDRAWN = 0.1
 """Seconds between two states of a notebook's line."""
+KERNEL = "JPY_PARENT_PID"
+"""Variable that Jupyter sets for kernels: what a cell starts with ! draws into a notebook, which gets all it draws."""
 
 
 class LiveLine:
@@ -46,7 +49,8 @@ class LiveLine:
         self.cell: Any = None
         self.missed: str | None = None
         text = TextColumn("{task.description}", markup=False)
-        self.live = Progress(*columns, text, console=console, transient=True)
+        rate = 1 if KERNEL in os.environ else 10
+        self.live = Progress(*columns, text, console=console, transient=True, refresh_per_second=rate)
         self.bar = self.live.add_task("", total=None)
 
     def __enter__(self) -> Self:
