@@ -138,12 +138,12 @@ def use(python: Path, folder: Path, version: str) -> None:
     """What a user does first, with nothing but the wheel."""
     place = folder / "place"
     place.mkdir()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MOEOPT_"))}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MOEOPT_"))}
 
     def run(*arguments: str, code: int = 0) -> str:
         print("$", *arguments, flush=True)
         done = subprocess.run(
-            [python.parent / arguments[0], *arguments[1:]], cwd=place, env=kept, capture_output=True, text=True
+            [python.parent / arguments[0], *arguments[1:]], cwd=place, env=variables, capture_output=True, text=True
         )
         assert done.returncode == code, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
