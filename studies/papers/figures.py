@@ -7,7 +7,7 @@ Experts are judged on search examples, losses taken on test examples. As HTML an
 NAEE's pruning (EEP, arXiv 2407.00945, figure 4); `ensemble`, loss against experts kept, in all layers and in single
 ones, bars being the 95% interval of the difference from the full model (EEP, figure 3); `kept_sets_*`, the output error
 of every set of experts a layer could keep, with the sets that a method chose (NAEE, arXiv 2402.14800); `search`, the
-losses of EEP's trials over what they cost (its figure 5). A folder of `eep_tasks.py` as `--out`, with its limits, is
+losses of EEP's trials over what they cost. A folder of `eep_tasks.py` as `--out`, with its limits, is
 gone on with: its search is drawn.
 
 Demo model, caesar, 4 of 8 experts, 2,488 search tokens, 300 test questions; medians over the 6 layers, least to most:
