@@ -34,10 +34,10 @@ def check_folder(out: Path) -> None:
         raise ExportError(f"cannot write to {str(out.parent)!r}: {error.strerror or error}") from None
 
 
-def locate(model: PreTrainedModel | str | Path) -> Path:
+def locate(model: PreTrainedModel | str | Path, revision: str | None = None) -> Path:
     """The checkpoint folder of a model, from the hub's cache or the hub where it is no folder here.
 
-    Of a model that was loaded from the hub it is the revision that was loaded.
+    Of the hub it is the revision that is given, else that which a model was loaded from, else the main one.
 
     Raises:
         ExportError: when there is none.
@@ -49,7 +49,7 @@ def locate(model: PreTrainedModel | str | Path) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    revision = None if isinstance(model, (str, Path)) else getattr(model, "moeopt_revision", None)
+    revision = revision or getattr(model, "moeopt_revision", None)
     left = ["*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"]
     try:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=left))

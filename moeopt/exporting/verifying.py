@@ -229,7 +229,8 @@ def _original(folder: Path, record: dict[str, Any]) -> str:
     if isinstance(source, str) and Path(source).is_dir():
         return source
     if isinstance(hub_id, str):
-        return hub_id
+        revision = record.get("base_revision")
+        return str(locate(hub_id, revision if isinstance(revision, str) else None))
     gone = "nothing says where the original is" if source is None else f"the original is no longer at {source!r}"
     raise ExportError(f"{gone}; say it: model=, or --model")
 

@@ -197,6 +197,7 @@ def test_a_model_of_the_hub_is_searched_exported_pushed_and_verified(
     assert "$ moeopt search org/demo --task multiple_choice --data rows.jsonl --study s --trials 3" in card.text
     assert card.data.eval_results[0].dataset_split == "test"
     (tmp_path / "small" / SOURCE).unlink()
+    hub.hold("org/demo", tmp_path / "small")  # main is another model now
     capsys.readouterr()
     assert main(["verify", "me/small", "--sequences", "1", "--new-tokens", "2"]) == 0
     assert "verified        yes" in capsys.readouterr().out
