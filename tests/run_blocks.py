@@ -2,9 +2,9 @@
 
 python tests/run_blocks.py [-j JOBS] [--check] [PAGE...]
 
-Pages are README.md, CONTRIBUTING.md and all below docs/ unless some are named. All blocks of a page run in order, each
-in a process of its own, all in one temporary folder, without a network and with the `moeopt` of this environment. So a
-block may use the files, but not the variables, of those before it. The marks, which GitHub and the site show alike:
+Pages are those beside docs/ (README.md, ...) and all in it unless some are named. All blocks of a page run in order,
+each in a process of its own, all in one temporary folder, without a network and with the `moeopt` of this environment.
+So a block may use the files, but not the variables, of those before it. These are the marks, which do not show:
 
 - ```` ```python ```` runs.
 - ```` ```console ```` runs, too, as a script of bash that stops at the first command that fails. Commands stand
@@ -68,7 +68,7 @@ class Block:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path) -> list[Block]:

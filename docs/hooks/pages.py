@@ -30,20 +30,6 @@ LINK = re.compile(r"(?P<before>\]\(|(?:src|href)=\")(?P<target>[^)\s\"#:]+)(?=[)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
-def on_config(config: MkDocsConfig) -> None:
-    """Leave out of the navigation what is not written yet."""
-    config.nav = [entry for entry in map(there, config.nav or ()) if entry]
-
-
-def there(entry: dict[str, str | list[dict[str, str]]]) -> dict[str, object]:
-    ((title, what),) = entry.items()
-    if isinstance(what, str):
-        is_there = what in BESIDE.values() or (ROOT / "docs" / what).is_file()
-        return {title: what} if is_there else {}
-    pages = [page for page in map(there, what) if page]
-    return {title: pages} if pages else {}
-
-
 def on_files(files: Files, config: MkDocsConfig) -> None:
     for source, page in BESIDE.items():
         if files.get_file_from_path(page) is None:
