@@ -20,6 +20,35 @@ What zeroes save depends on how they are stored, so a sparsity has several sizes
 Unstructured sparsities are chosen so that bitmask, or CSR, takes the bytes of `--keep` of the n experts; 2:4 has no
 choice, and is held against a number of experts on either side. Plain transformers runs zeroes as any number: only sizes
 are compared, not speed. Run it again to go on: finished legs are kept in the folder `--out`.
+
+The shipped model, float32, ``caesar``, `--limit 64 --test-limit 100`; loss on test, 95 % intervals of paired examples:
+
+| | experts' bytes | loss | right | - full |
+|---|---|---|---|---|
+| full | 100 % | .0203 | 1.000 | |
+| reap, 4 of 8 | 50.0 % | 1.0583 | .760 | +1.0380 [.7384, 1.3603] |
+| loss_aware, 4 of 8 | 50.0 % | .0203 | 1.000 | -.0000 [-.0005, +.0004] |
+| naee, 4 of 8 | 50.0 % | .0204 | 1.000 | +.0001 [-.0002, +.0003] |
+| reap, 5 of 8 | 62.5 % | .0210 | 1.000 | +.0007 [.0001, .0014] |
+| loss_aware, 5 of 8 | 62.5 % | .0203 | 1.000 | +.0000 [-.0003, +.0003] |
+| naee, 5 of 8 | 62.5 % | .0205 | 1.000 | +.0002 [-.0000, +.0004] |
+| Wanda, bitmask | 49.9 % | .1514 | .990 | +.1311 [.0889, .1795] |
+| Wanda, CSR | 49.6 % | .6052 | .800 | +.5849 [.4754, .7013] |
+| Wanda, 2:4 | 53.1 % | .3260 | .930 | +.3057 [.2423, .3758] |
+
+Its experts have one skill each, so leaving out whole ones costs nothing where the right ones stay; Wanda cannot do
+that, but beats reap, which picks wrong ones at 4 of 8. FineMoE (12 M parameters, 32 experts, top-4, bfloat16), text of
+three kinds, `--keep 16,18 --limit 64 --test-limit 96`:
+
+| | experts' bytes | loss | - full | - reap, 16 of 32 |
+|---|---|---|---|---|
+| full | 100 % | 3.5237 | | |
+| reap, 16 of 32 | 50.0 % | 3.7640 | +.2402 [.2159, .2660] | |
+| reap, 18 of 32 | 56.2 % | 3.6621 | +.1384 [.1245, .1532] | -.1018 [-.1163, -.0880] |
+| Wanda, bitmask | 50.0 % | 3.6570 | +.1332 [.1174, .1489] | -.1070 [-.1300, -.0856] |
+
+where Wanda stored as a bitmask is better than leaving out whole experts by reap at the same bytes, though 10 experts
+had no tokens. CSR and 2:4, other methods there, and SmolMoE are not yet run.
 """
 
 from __future__ import annotations
