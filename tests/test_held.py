@@ -11,7 +11,7 @@ import moeopt
 from moeopt.errors import StudyError
 from moeopt.plan import Plan
 from moeopt.report.terminal.studies import study_record
-from moeopt.results.selection import held
+from moeopt.results.selection import Held, held
 from moeopt.tasks import Example, MultipleChoiceTask
 
 LAYERS, EXPERTS = 3, 6
@@ -44,6 +44,11 @@ def test_it_is_the_difference_of_both_plans_on_dev(make: Any, warm: bool) -> Non
     assert made.share == made.dev / made.search
     assert (made.examples, study.user_attrs["held"]["dev"]) == (8, made.dev)
     assert study_record(study)["held"] == study.user_attrs["held"]
+
+
+@pytest.mark.parametrize(("dev", "said"), [(0.05, "50%"), (0.2, "All and more"), (0.0, "Nothing"), (-0.1, "Nothing")])
+def test_a_share_is_said_where_there_is_one(dev: float, said: str) -> None:
+    assert str(Held(3, 1, 0.1, dev, dev - 0.1, dev + 0.1, 8)).startswith(f"{said} of the gain held: 0.1000 on search")
 
 
 def test_what_is_there_is_not_run_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ class Held:
 
     def __str__(self) -> str:
         interval = f"[{self.low:.4f}, {self.high:.4f}]"
-        share = f"{100 * self.share:.0f}%" if self.share <= 1 else "All and more"
+        share = "All and more" if self.share > 1 else f"{100 * self.share:.0f}%" if self.share > 0 else "Nothing"
         return (
             f"{share} of the gain held: {self.search:.4f} on search, {self.dev:.4f} {interval} on"
             f" {self.examples:,} dev examples (trial {self.trial} against {self.start}, with which the search began)"
