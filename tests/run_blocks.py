@@ -3,7 +3,8 @@
 python tests/run_blocks.py [-j JOBS] [--check] [PAGE...]
 
 Pages are those beside docs/ (README.md, ...) and all in it unless some are named. All blocks of a page run in order,
-each in a process of its own, all in one temporary folder, without a network and with the `moeopt` of this environment.
+each in a process of its own, all in one temporary folder, without a network and with the `moeopt` of this environment
+(`warm.py`: with its imports done, unless a script holds more than plain commands of moeopt).
 So a block may use the files, but not the variables, of those before it. These are the marks, which do not show:
 
 - ```` ```python ```` runs.
@@ -43,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from warm import warm
 
 from moeopt.cli import app
 
@@ -142,6 +144,15 @@ def parser() -> Any:
     return typer.main.get_command(app)
 
 
+def plain(script: str) -> list[list[str]] | None:
+    """The commands of a script that holds nothing but plain commands of moeopt, else None."""
+    lines = [re.sub(r"\s#.*", "", line).strip() for line in script.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if all(re.fullmatch(r"moeopt [^|;&<>$`*]*", line) for line in lines):
+        return [shlex.split(line) for line in lines]
+    return None
+
+
 def check_command(arguments: list[str]) -> None:
     """Read the arguments as the command line would, but run nothing."""
     group = parser()
@@ -195,6 +206,18 @@ def is_error(called: object) -> bool:
     return inspect.isclass(called) and issubclass(called, Exception)
 
 
+def started_cold(program: list[str], folder: str, environment: dict[str, str], timeout: float) -> tuple[str, str]:
+    """As `warm`, any program."""
+    try:
+        done = subprocess.run(
+            program, cwd=folder, env=environment, stdin=subprocess.DEVNULL, timeout=timeout,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        return f"none after {timeout} s", str(error.stdout)
+    return str(done.returncode), done.stdout
+
+
 def run(page: Path) -> tuple[bool, str]:
     """Run a page's blocks until one fails; whether none did, and what to print."""
     report, spent = [], 0.0
@@ -207,23 +230,21 @@ def run(page: Path) -> tuple[bool, str]:
         return False, str(error)
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
             "MOEOPT_SPOOL": f"{folder}/.spool",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
         }
         environment.pop("MOEOPT_STORAGE", None)
         for block in (block for block in todo if block.runs):
-            how = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+            if block.language == "python":
+                programs = [["python", "-c", block.text]]
+            else:
+                programs = plain(block.text) or [["bash", "-euo", "pipefail", "-c", block.text]]
             started = time.perf_counter()
-            try:
-                done = subprocess.run(
-                    [*how, block.text], cwd=folder, env=environment, stdin=subprocess.DEVNULL, timeout=TIMEOUT,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-                )  # fmt: skip
-                code, printed = str(done.returncode), done.stdout
-            except subprocess.TimeoutExpired as error:
-                code, printed = f"none after {TIMEOUT} s", str(error.stdout)
+            for program in programs:
+                code, printed = (started_cold if program[0] == "bash" else warm)(program, folder, environment, TIMEOUT)
+                if code != "0":
+                    break
             spent += time.perf_counter() - started
             report.append(f"{block}: exit {code}, {time.perf_counter() - started:.0f} s")
             if code != "0":
@@ -239,6 +260,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="run nothing")
     parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE")
     given = parser.parse_args(arguments)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # which is read when the warm process imports
     todo = [page.resolve() for page in given.pages] or pages()
     if given.check:
         for page in todo:
