@@ -246,18 +246,18 @@ def test_select_and_compare_methods_say_how_to_go_on(
         run(capfd.readouterr().err.splitlines()[-1], folder, folder)
 
 
-# What the README says -----------------------------------------------------------------------------------------------
+# What the pages say -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_resume(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its `moeopt search` and `moeopt worker`, on a model and a task that are here: again and again on one study."""
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+def test_the_commands_of_the_pages_resume(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their `moeopt search` and `moeopt worker`, on a model and a task that are here: again and again on one study."""
+    text = "".join((ROOT / "docs" / "how-to" / page).read_text() for page in ("search.md", "workers.md"))
+    blocks = re.findall(r"```console unrun\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
     wanted = [line.partition(" #")[0] for line in lines if re.match(r"moeopt (search|worker) ", line)]
     search = next(line for line in wanted if "--storage" in line and " search " in line)
-    worker = next(line for line in wanted if line.startswith("moeopt worker"))
+    worker = next(line for line in wanted if line.startswith("moeopt worker --study boolq-8to4"))
     url = f"sqlite:///{tmp_path}/moeopt.db"
     for old, new in {
         "mistralai/Mixtral-8x7B-Instruct-v0.1": "'a model'", "--task boolq": "--task multiple_choice --data '{rows}'",

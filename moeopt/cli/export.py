@@ -80,7 +80,7 @@ def export(
     An ordinary one where it can hold the plan; otherwise one that brings its own model class and loads with
     trust_remote_code.
     """
-    from moeopt.exporting import check_folder, check_push, chosen_form, locate, push
+    from moeopt.exporting import check_folder, chosen_form, locate
     from moeopt.spaces.serving import check_servers
 
     if project not in (None, "stock"):
@@ -101,7 +101,6 @@ def export(
         "serve_on": check_servers(serve_on or (), serve_parallel),
         "serve_parallel": serve_parallel,
         "base_model": base_model,
-        "command": arguments.command_again(ctx.obj, storage),
     }
     check_folder(out_dir)
     shape = arguments.quick_shape(model, trust_remote_code=trust_remote_code)
@@ -109,8 +108,11 @@ def export(
         "--plan", plan, shape.layers if shape else None, storage, study, trial, most
     )
     arguments.check_layers(chosen, shape)
+    options["command"] = arguments.command_again(ctx.obj, storage)
     hub: dict[str, Any] = {"private": private, "revision": revision}
     if push_to_hub is not None:
+        from moeopt.exporting import check_push
+
         push_to_hub = check_push(push_to_hub, **hub)
     from rich.text import Text
 
@@ -172,6 +174,8 @@ def export(
         else f"custom form, which loads with trust_remote_code=True: {reason}"
     )
     if push_to_hub is not None:
+        from moeopt.exporting import push
+
         with err.status(Text(f"pushing it to {push_to_hub}")):
             place = push(out_dir, push_to_hub, commit_message=commit_message, **hub)
         console.say(f"pushed: {place}")

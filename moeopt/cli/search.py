@@ -163,9 +163,12 @@ def search(
     from moeopt.samplers.local import RUNGS
     from moeopt.spaces import PruneSpace, space_of
     from moeopt.spaces.serving import check_servers, demands
-    from moeopt.study import Tracking
 
-    tracking = Tracking(*(name.strip() for names in track or () for name in names.split(",")))
+    trackers = [name.strip() for names in track or () for name in names.split(",")]
+    if trackers:  # refused before data is read; without any, mistakes are told before torch is imported
+        from moeopt.study import tracking
+
+        tracking.Tracking(*trackers)
     servers = check_servers(serve_on or (), serve_parallel)
     trust = " --trust-remote-code" if trust_remote_code else ""
 
@@ -207,6 +210,7 @@ def search(
     from moeopt.report.terminal import SearchProgress, consoles, needs_table
     from moeopt.study import (
         COMMAND,
+        Tracking,
         automatic,
         best_trial,
         check_same,
@@ -311,18 +315,19 @@ def search(
         if workers > 1 and recipe.read(record).task is None:
             again += ["--task", task, *(["--data", data] if data is not None else [])]
             again += [word for option in task_option or () for word in ("--task-option", option)]
+        tracked = Tracking(*trackers)
         with (
             warnings.catch_warnings(),
             SearchProgress(err, trials, timeout) as progress,
-            tracking,
+            tracked,
             fleet.Fleet(shares[1:], again, storage, progress.say),
         ):
             warnings.filterwarnings("ignore", message=re.escape(str(missing)))  # it is said above
-            tracking.tell = progress.say
-            for told in tracking.begin(record):
+            tracked.tell = progress.say
+            for told in tracked.begin(record):
                 err.say(told)
             optimize(
-                record, objective, n_trials=trials, timeout=timeout, patience=patience, callbacks=(progress, tracking)
+                record, objective, n_trials=trials, timeout=timeout, patience=patience, callbacks=(progress, tracked)
             )
         teacher = objective.evaluator.teacher
         if teacher is not None and teacher.nbytes:
