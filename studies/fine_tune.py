@@ -28,7 +28,7 @@ the full model trained in the same way:
 
 Both trainings bring back 6 % of what pruning cost and 54 % of what merging cost, which is still worse than pruning
 untrained; LoRA, which trains a tenth of the numbers, is as good as training all. 60 steps are few: how far more of them
-get, and other rates, was not looked at.
+get, and other rates, was not looked at. On larger models it was not run to its end.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ what an expert adds where it runs, not how often, drops experts that run for 55%
 
 By soft activation, four experts in all layers have the test loss of eight (0.0223), three a little more (0.0333), two
 much more (0.6005), and one is useless (4.3445). That is layer 0: alone it costs as much (two 0.7201, one 4.5208), while
-layer 5 alone needs only two (0.0217; one 0.2504).
+layer 5 alone needs only two (0.0217; one 0.2504). On larger models it was not run.
 """
 
 from __future__ import annotations
