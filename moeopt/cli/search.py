@@ -164,11 +164,11 @@ def search(
     from moeopt.spaces import PruneSpace, space_of
     from moeopt.spaces.serving import check_servers, demands
 
-    trackers = [name.strip() for names in track or () for name in names.split(",")]
-    if trackers:  # refused before data is read; without any, mistakes are told before torch is imported
+    tracked = None
+    if track:  # refused before data is read; without any, mistakes are told before torch is imported
         from moeopt.study import tracking
 
-        tracking.Tracking(*trackers)
+        tracked = tracking.Tracking(*(name.strip() for names in track for name in names.split(",")))
     servers = check_servers(serve_on or (), serve_parallel)
     trust = " --trust-remote-code" if trust_remote_code else ""
 
@@ -315,7 +315,7 @@ def search(
         if workers > 1 and recipe.read(record).task is None:
             again += ["--task", task, *(["--data", data] if data is not None else [])]
             again += [word for option in task_option or () for word in ("--task-option", option)]
-        tracked = Tracking(*trackers)
+        tracked = tracked or Tracking()
         with (
             warnings.catch_warnings(),
             SearchProgress(err, trials, timeout) as progress,
